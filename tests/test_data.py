@@ -1,0 +1,656 @@
+"brainldm.data: every layout, every fault, leaks, volumes turned every way, cache, batches."
+import json
+import shutil
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from brainldm import data
+from brainldm.data import (Covariate, DataConfig, SliceDataset, ShuffledBatches, build_cache, check_dataset, encode_covariates, eval_batches,
+                           find_covariates, find_layout, fingerprint, list_slices, make_loader, open_dataset, prepare_picture,
+                           read_manifest, split_by_subject)
+
+OASIS = Path(__file__).parents[1]/'../shared/data/oasis1'
+CONFIG = DataConfig(size=32, validate_fraction=.25, test_fraction=.25)
+
+
+def picture(seed, h=40, w=32):
+    "A smooth blob with a black border, another for every seed."
+    gen = np.random.default_rng(seed)
+    out = np.zeros((h, w), np.uint8)
+    out[6:-6, 5:-5] = np.repeat(np.repeat(gen.integers(40, 255, (10, 9)), 4, 0), 4, 1)[:h-12, :w-10]
+    return out
+
+
+def save(path, array, **kw):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **kw)
+
+
+def make_oasis(root, splits=dict(train=6, validate=2, test=2), slices=3):
+    case = 0
+    for split, n in splits.items():
+        for _ in range(n):
+            case += 1
+            for k in range(slices):
+                save(root/f'keras_png_slices_{split}/case_{case:03d}_slice_{k}.nii.png', picture(100*case+k))
+    return root
+
+
+def make_adni(root, splits=dict(train=4, test=1), slices=2):
+    case = 0
+    for split, n in splits.items():
+        for diagnosis in ('AD', 'NC'):
+            for _ in range(n):
+                case += 1
+                for k in range(slices):
+                    save(root/'AD_NC'/split/diagnosis/f'{218000+case}_{70+k}.jpeg', picture(100*case+k), quality=95)
+    return root
+
+
+def make_manifest(root, n=8, slices=2, **columns):
+    rows = [dict(path=f'pictures/{i}-{k}.png', subject=f'{i:03d}', slice=k) for i in range(n) for k in range(slices)]
+    for r in rows: save(root/r['path'], picture(100*int(r['subject'])+r['slice']))
+    table = pd.DataFrame(rows).assign(**columns)
+    table.to_csv(root/'manifest.csv', index=False)
+    return root
+
+
+def make_volume(path, vol=None, affine=np.diag([2., 2., 2., 1.]), dtype=np.uint8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vol = np.stack([picture(7+k).T for k in range(5)], -1) if vol is None else vol
+    nib.save(nib.Nifti1Image(vol.astype(dtype), affine), path)
+    return path
+
+
+def look(root, config=CONFIG): return check_dataset(root, config, progress=False)
+
+
+def faults(report): return sorted(set(report.faults.fault))
+
+
+# ---- layouts
+
+def test_oasis(tmp_path):
+    report = look(make_oasis(tmp_path))
+    assert report.ok and find_layout(tmp_path)=='oasis'
+    m = report.manifest
+    assert list(m.columns[:6])==['path', 'plane', 'subject', 'slice', 'diagnosis', 'split']
+    assert m.groupby('split').subject.nunique().to_dict()==dict(train=6, validate=2, test=2)
+    assert m.subject[0]=='001' and (m.plane==-1).all() and m.diagnosis.isna().all()
+    assert 'oasis: 10 subjects, 30 slices' in str(report) and '40 x 32 (30)' in str(report)
+
+
+def test_oasis_label_maps_ignored_and_said(tmp_path):
+    make_oasis(tmp_path)
+    save(tmp_path/'keras_png_slices_seg_train/seg_001_slice_0.nii.png', picture(0))
+    (tmp_path/'readme.txt').write_text('x')
+    report = look(tmp_path)
+    assert report.ok and any('1 label maps' in o for o in report.notes) and any('readme.txt' in o for o in report.notes)
+
+
+@pytest.mark.parametrize('split', data.SPLITS)
+def test_one_split_only(tmp_path, split):
+    make_oasis(tmp_path, {split: 6})
+    ds = open_dataset(tmp_path, CONFIG, progress=False, cache_dir=tmp_path/'cache')
+    assert set(ds.manifest.split)==({'train', 'validate'} if split=='train' else {split})
+
+
+def test_oasis_one_folder_down(tmp_path):
+    make_oasis(tmp_path/'keras_png_slices_data')
+    assert len(look(tmp_path).manifest)==30
+
+
+def test_adni_carves_validate_from_train(tmp_path):
+    make_adni(tmp_path)
+    m = look(tmp_path).manifest
+    assert m.groupby('split').subject.nunique().to_dict()==dict(train=6, validate=2, test=2)
+    assert m[m.split=='validate'].groupby('diagnosis').subject.nunique().to_dict()==dict(AD=1, NC=1)
+    assert (m.path.str.contains('/test/')==(m.split=='test')).all()
+    first = m.iloc[0]
+    assert first.path.endswith(f'{first.subject}_{first.slice}.jpeg') and first.slice>=70
+    assert len(look(tmp_path/'AD_NC').manifest)==len(m)
+
+
+def test_manifest_file_or_folder(tmp_path):
+    make_manifest(tmp_path, diagnosis='MCI', split='train', weight=3)
+    a, b = look(tmp_path).manifest, look(tmp_path/'manifest.csv').manifest
+    pd.testing.assert_frame_equal(a, b)
+    assert set(a.diagnosis)=={'MCI'} and (a.weight==3).all() and a.attrs['layout']=='manifest'
+    ds = open_dataset(tmp_path/'manifest.csv', CONFIG, progress=False, cache_dir=tmp_path/'cache')
+    assert set(ds.manifest.split)=={'train', 'validate'}
+
+
+def test_manifest_of_volume_planes(tmp_path):
+    make_volume(tmp_path/'a.nii.gz')
+    make_volume(tmp_path/'b.nii', np.stack([picture(90+k).T for k in range(5)], -1))
+    pd.DataFrame(dict(path=['a.nii.gz', 'b.nii', 'a.nii.gz'], subject=['1', '1', '1'], slice=[3, 3, 1])).to_csv(tmp_path/'manifest.csv')
+    report = look(tmp_path)
+    assert report.ok and report.manifest.plane.tolist()==[1, 3, 3]
+
+
+def test_phantom_layout(tmp_path):
+    (tmp_path/'phantom.json').write_text('{}')
+    make_manifest(tmp_path)
+    (tmp_path/'manifest.csv').rename(tmp_path/'slices.csv')
+    pd.DataFrame(dict(subject=[f'{i:03d}' for i in range(8)], diagnosis=['AD', 'NC']*4, age=range(60, 68))).to_csv(tmp_path/'subjects.csv', index=False)
+    m = look(tmp_path).manifest
+    assert m.attrs['layout']=='phantom'
+    assert m[m.split=='test'].drop_duplicates('subject').diagnosis.tolist() in (['AD', 'NC'], ['NC', 'AD'])
+
+
+def test_phantom_cohort(tmp_path):
+    phantom = pytest.importorskip('brainldm.phantom')
+    for form in ('png', 'nifti'):
+        phantom.make_cohort(tmp_path/form, phantom.PhantomConfig(num_subjects=6, num_slices=2, size=64, format=form), progress=False)
+    reports = [look(tmp_path/form) for form in ('png', 'nifti')]
+    assert all(o.ok for o in reports), str(reports)
+    a, b = (o.manifest.sort_values(['subject', 'slice']) for o in reports)
+    assert a.hash.tolist()==b.hash.tolist()                     # the two formats hold the same pictures
+    assert a.age.notna().all() and set(a.diagnosis)=={'AD', 'NC'}
+
+
+@pytest.mark.skipif(not OASIS.exists(), reason='shared/data/oasis1 is not beside the repository')
+@pytest.mark.parametrize('layout', ['keras', 'adni'])
+def test_real_layouts(tmp_path, layout):
+    subprocess.run([sys.executable, OASIS/'make_layout.py', layout, tmp_path/'in', '--limit', '4'], check=True, capture_output=True)
+    config = DataConfig(size=64)
+    report = look(tmp_path/'in', config)
+    assert report.ok and report.manifest.attrs['layout']==dict(keras='oasis', adni='adni')[layout]
+    assert report.manifest.subject.nunique()==4 and len(report.manifest)==128
+    assert report.manifest.age.notna().all() and report.manifest.diagnosis.notna().all()
+    ds = open_dataset(tmp_path/'in', config, progress=False, cache_dir=tmp_path/'cache')
+    assert [o.name for o in ds.covariates]==['slice', 'diagnosis', 'age', 'sex']
+    assert ds.subset('train')[0]['image'].shape==(1, 64, 64)
+
+
+# ---- subjects.csv
+
+def with_table(root, text):
+    make_oasis(root)
+    (root/'subjects.csv').write_text(text)
+    return root
+
+
+def test_covariates_joined_by_subject(tmp_path):
+    report = look(with_table(tmp_path, 'subject,diagnosis,age,sex\n001,AD,70,F\n002,NC,,M\n3,NC,55,F\n'))
+    m = report.manifest.drop_duplicates('subject').set_index('subject')
+    assert m.age['001']==70 and np.isnan(m.age['002']) and m.sex['002']=='M'
+    assert pd.isna(m.diagnosis['003'])                          # '3' is not '003'
+    note = next(o for o in report.notes if 'without a row' in o)
+    assert note.startswith('8 subjects') and '003' in note and 'names like 001' in note
+
+
+def test_subjects_option_wins(tmp_path):
+    with_table(tmp_path/'in', 'subject,age\n001,70\n')
+    (tmp_path/'other.csv').write_text('\ufeffsubject, age\n001, 71\n')
+    m = look(tmp_path/'in', DataConfig(size=32, subjects=tmp_path/'other.csv')).manifest
+    assert m.age[m.subject=='001'].iloc[0]==71
+
+
+@pytest.mark.parametrize('text,contains', [
+    ('subject,age\n001,old\n', "age 'old' of subject '001', line 2"),
+    ('subject,age\n001,60\n002,-3\n', "age '-3' of subject '002', line 3"),
+    ('subject,age\n001,inf\n', "age 'inf'"),
+    ('subject,age\n001,60\n001,61\n', "'001' has several rows"),
+    ('name,age\n001,60\n', 'Expected also subject'),
+    ('subject;age\n001;60\n', 'commas'),
+    ('subject,age\n,60\n', 'line 2 of'),
+    ('', 'does not read as a table'),
+    ('subject,slice\n001,3\n', 'column slice')])
+def test_bad_table(tmp_path, text, contains):
+    with pytest.raises(ValueError, match='.') as e: look(with_table(tmp_path, text))
+    assert contains in str(e.value)
+
+
+def test_missing_table(tmp_path):
+    with pytest.raises(FileNotFoundError): look(make_oasis(tmp_path), DataConfig(subjects=tmp_path/'no.csv'))
+
+
+def test_diagnosis_disagrees(tmp_path):
+    make_adni(tmp_path)
+    (tmp_path/'subjects.csv').write_text('subject,diagnosis\n218001,NC\n')
+    with pytest.raises(ValueError, match="'218001' has diagnosis AD .* and NC"): look(tmp_path)
+
+
+def test_split_column_of_table(tmp_path):
+    make_manifest(tmp_path)
+    table = pd.DataFrame(dict(subject=[f'{i:03d}' for i in range(8)], split=['train']*5+['validate']*2+['test']))
+    table.to_csv(tmp_path/'subjects.csv', index=False)
+    m = look(tmp_path).manifest
+    assert m.groupby('split').subject.nunique().to_dict()==dict(train=5, validate=2, test=1)
+    table.assign(split='valid').to_csv(tmp_path/'subjects.csv', index=False)
+    with pytest.raises(ValueError, match="split 'valid'"): look(tmp_path)
+    table.iloc[:4].to_csv(tmp_path/'subjects.csv', index=False)
+    with pytest.raises(ValueError, match='has no split'): look(tmp_path)
+    make_oasis(tmp_path/'oasis')
+    table.assign(subject=[f'{i+1:03d}' for i in range(8)], split='test').to_csv(tmp_path/'oasis/subjects.csv', index=False)
+    report = look(tmp_path/'oasis')
+    assert (report.manifest.split=='train').sum()==18 and any('not used' in o for o in report.notes)
+
+
+# ---- faults
+
+def test_missing_and_empty_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match='does not exist'): look(tmp_path/'no')
+    with pytest.raises(ValueError, match='holds nothing'): look(tmp_path)
+    (tmp_path/'AD_NC/train/AD').mkdir(parents=True)
+    with pytest.raises(ValueError, match='holds no scan'): look(tmp_path)
+    (tmp_path/'x.txt').write_text('x')
+    with pytest.raises(ValueError, match='is one file'): look(tmp_path/'x.txt')
+
+
+def break_file(path, how):
+    if how=='unreadable': path.write_text('this is text')
+    if how=='empty file': path.write_bytes(b'')
+    if how=='blank': save(path, np.full((40, 32), 9, np.uint8))
+    if how=='truncated': raw = path.read_bytes(); path.write_bytes(raw[:len(raw)//2])
+    if how=='colour': save(path, np.stack([picture(1), picture(2), picture(3)], -1))
+    if how=='16-bit': Image.fromarray(picture(1).astype(np.uint16)*200).save(path, format='PNG')
+    if how=='size': save(path, picture(1, 44, 36))
+    if how=='name': path.rename(path.with_name('scan.png'))
+    if how=='duplicate': shutil.copy(path.with_name('case_002_slice_0.nii.png'), path)
+
+
+@pytest.mark.parametrize('how,kind', [('unreadable',)*2, ('empty file', 'empty'), ('blank', 'empty'), ('truncated',)*2, ('colour',)*2,
+                                      ('16-bit',)*2, ('size',)*2, ('name',)*2, ('duplicate',)*2])
+def test_fault(tmp_path, how, kind, capsys):
+    root = make_oasis(tmp_path/'in')
+    bad = root/'keras_png_slices_train/case_001_slice_0.nii.png'
+    break_file(bad, how)
+    before = {o: o.read_bytes() for o in root.rglob('*.png')}
+    report = look(root)
+    assert faults(report)==[kind] and not report.ok, str(report)
+    assert f'fault: {kind}' in str(report)
+    with pytest.raises(ValueError, match='--skip-faulty'): open_dataset(root, CONFIG, progress=False, cache_dir=tmp_path/'cache')
+    assert not (tmp_path/'cache').exists()
+    capsys.readouterr()
+    ds = open_dataset(root, DataConfig(size=32, skip_faulty=True), progress=False, cache_dir=tmp_path/'cache')
+    assert f'left out {len(report.faults)} faulty files' in capsys.readouterr().out and len(ds)==30-len(report.faults)
+    assert before=={o: o.read_bytes() for o in root.rglob('*.png')}
+
+
+def test_truncated_jpeg(tmp_path):
+    make_adni(tmp_path)
+    path = next(tmp_path.rglob('*.jpeg'))
+    path.write_bytes(path.read_bytes()[:-300])
+    report = look(tmp_path)
+    assert faults(report)==['truncated'] and report.faults.path[0]==path.relative_to(tmp_path).as_posix()
+
+
+def test_colour_made_grey_on_request(tmp_path):
+    root = make_oasis(tmp_path)
+    path = root/'keras_png_slices_train/case_001_slice_0.nii.png'
+    same = look(root).manifest.hash
+    grey = picture(100)
+    save(path, np.stack([grey]*3, -1))
+    assert look(root, DataConfig(to_grey=True)).manifest.hash.equals(same)
+
+
+def test_all_faults_at_once_and_nothing_left(tmp_path):
+    root = make_oasis(tmp_path, dict(train=3), slices=1)
+    for i, how in enumerate(('unreadable', 'colour', 'blank')):
+        break_file(root/f'keras_png_slices_train/case_{i+1:03d}_slice_0.nii.png', how)
+    report = look(root)
+    assert faults(report)==['colour', 'empty', 'unreadable'] and len(report.manifest)==0 and '3 faults found' in str(report)
+    with pytest.raises(ValueError, match='no slice left'): open_dataset(root, DataConfig(skip_faulty=True), progress=False)
+
+
+def test_missing_file_of_manifest(tmp_path):
+    make_manifest(tmp_path)
+    (tmp_path/'pictures/0-0.png').unlink()
+    assert faults(look(tmp_path))==['missing']
+
+
+@pytest.mark.parametrize('column,value', [('slice', 'x'), ('slice', 1.5), ('slice', -2), ('subject', '')])
+def test_bad_manifest(tmp_path, column, value):
+    make_manifest(tmp_path, **{column: value})
+    with pytest.raises(ValueError): look(tmp_path)
+
+
+# ---- leaks
+
+def test_leak_by_name(tmp_path):
+    root = make_oasis(tmp_path)
+    save(root/'keras_png_slices_test/case_001_slice_9.nii.png', picture(991))
+    report = look(root)
+    assert faults(report)==['leak'] and len(report.faults)==4 and '001' not in set(report.manifest.subject)
+    assert 'subject 001 is in test and train' in str(report)
+    for skip in (False, True):
+        config = DataConfig(size=32, skip_faulty=skip)
+        with pytest.raises(ValueError, match='a leak'): open_dataset(root, config, progress=False)
+        with pytest.raises(ValueError, match='a leak'): read_manifest(root, config)
+
+
+def test_leak_by_identical_pictures(tmp_path):
+    root = make_oasis(tmp_path)
+    save(root/'keras_png_slices_test/case_077_slice_5.nii.png', picture(100), compress_level=0)     # other bytes, same pixels as case 001
+    report = look(root)
+    assert faults(report)==['leak'] and len(report.faults)==2
+    assert set(report.faults.path.str.extract(r'case_(\d+)')[0])=={'001', '077'}
+    with pytest.raises(ValueError, match='a leak'): open_dataset(root, DataConfig(skip_faulty=True), progress=False)
+
+
+def test_leak_in_manifest(tmp_path):
+    make_manifest(tmp_path, n=2, slices=2, split=['train', 'test', 'train', 'train'])
+    with pytest.raises(ValueError, match='subject 000 is in test and train'): read_manifest(tmp_path)
+
+
+def test_copies_within_a_subject_keep_the_first(tmp_path):
+    root = make_oasis(tmp_path)
+    save(root/'keras_png_slices_train/case_001_slice_1.nii.png', picture(100))
+    report = look(root)
+    assert report.faults.path.tolist()==['keras_png_slices_train/case_001_slice_1.nii.png'] and faults(report)==['duplicate']
+
+
+# ---- splits
+
+def people(n, ad=.5):
+    return pd.DataFrame(dict(subject=[f'{i:04d}' for i in range(n)], diagnosis=['AD' if i<ad*n else 'NC' for i in range(n)]))
+
+
+def test_split_is_stratified_seeded_and_blind_to_order():
+    m = people(200, ad=.2)
+    s = split_by_subject(m, dict(validate=.1, test=.2), seed=3)
+    assert s.split.value_counts().to_dict()==dict(train=140, test=40, validate=20)
+    assert pd.crosstab(s.split, s.diagnosis).AD.to_dict()==dict(train=28, test=8, validate=4)
+    again = split_by_subject(m.sample(frac=1, random_state=0), dict(validate=.1, test=.2), seed=3).sort_index()
+    assert again.split.equals(s.split)
+    assert not split_by_subject(m, dict(validate=.1, test=.2), seed=4).split.equals(s.split)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 5, 7])
+def test_few_subjects(n):
+    got = set(split_by_subject(people(n), dict(validate=.1, test=.1)).split)
+    assert got==(set(data.SPLITS) if n>=3 else {'train'})
+
+
+def test_fraction_zero_and_huge():
+    assert set(split_by_subject(people(5), dict(validate=.2, test=0)).split)=={'train', 'validate'}
+    assert set(split_by_subject(people(4), dict(validate=.49, test=.5)).split)==set(data.SPLITS)
+
+
+def test_million_rows_are_quick():
+    rows = pd.DataFrame(dict(path=[f'{i}.png' for i in range(1_000_000)], subject=np.repeat([f's{i}' for i in range(20_000)], 50), diagnosis='NC'))
+    start = time.time()
+    s = split_by_subject(rows, dict(validate=.1, test=.1))
+    assert not len(data.find_leaks(s)) and time.time()-start<20
+
+
+@pytest.mark.parametrize('kw', [dict(size=0), dict(crop=1), dict(planes=(5, 5)), dict(planes=(-1, 5)), dict(validate_fraction=-.1),
+                                dict(validate_fraction=.5, test_fraction=.5)])
+def test_bad_config(kw):
+    with pytest.raises(ValueError): DataConfig(**kw)
+
+
+# ---- volumes
+
+def flipped(vol, affine, flips, order):
+    "The same head in another storage order: axes reversed and permuted, affine changed to match."
+    ornt = np.array([[order.index(i), -1 if i in flips else 1] for i in range(3)])
+    out = nib.orientations.apply_orientation(vol, ornt)
+    return out, affine @ nib.orientations.inv_ornt_aff(ornt, vol.shape)
+
+
+@pytest.mark.parametrize('flips,order', [((), (0, 1, 2)), ((0,), (0, 1, 2)), ((1,), (0, 1, 2)), ((0, 1, 2), (0, 1, 2)), ((2,), (2, 0, 1)), ((0,), (1, 0, 2))])
+def test_orientation_comes_from_the_affine(tmp_path, flips, order):
+    vol = np.zeros((12, 14, 5), np.uint8)
+    vol[2, 11] = 200                                            # left, front
+    vol[2:10, 4:9] = np.arange(5)*10+50                         # height
+    affine = np.diag([1.5, 1.5, 3, 1.])
+    moved, moved_affine = flipped(vol, affine, flips, order)
+    make_volume(tmp_path/'sub-01_T1w.nii.gz', moved, moved_affine)
+    report = look(tmp_path)
+    assert report.ok and set(report.manifest.subject)=={'sub-01'}, str(report)
+    pictures, _ = data.decode_file(tmp_path/'sub-01_T1w.nii.gz', [0, 4])
+    assert pictures[0].shape==(14, 12)
+    assert np.argwhere(pictures[0]==200).tolist()==[[2, 2]]    # front at the top, left on the left
+    assert pictures[0][7, 5]==50 and pictures[1][7, 5]==90
+
+
+def test_planes_and_foreground(tmp_path):
+    vol = np.stack([picture(7+k).T for k in range(6)], -1); vol[..., [0, 5]] = 0
+    make_volume(tmp_path/'a.nii.gz', vol)
+    report = look(tmp_path)
+    assert report.ok and report.manifest.slice.tolist()==[1, 2, 3, 4] and any('2 planes without' in o for o in report.notes)
+    assert look(tmp_path, DataConfig(planes=(2, 4))).manifest.plane.tolist()==[2, 3]
+    assert faults(look(tmp_path, DataConfig(planes=(0, 2))))==['empty']
+    assert faults(look(tmp_path, DataConfig(planes=(2, 40))))==['planes']
+
+
+def turned(degrees):
+    a = np.deg2rad(degrees)
+    out = np.diag([2., 2., 2., 1.])
+    out[:3, :3] = out[:3, :3] @ [[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]]
+    return out
+
+
+def float_head(): return np.stack([picture(7+k).T for k in range(5)], -1).astype(np.float32)
+
+
+@pytest.mark.parametrize('kind,vol,affine', [
+    ('nan', np.where(np.arange(5)==2, np.nan, float_head()), turned(0)),
+    ('nan', np.where(np.arange(5)==2, np.inf, float_head()), turned(0)),
+    ('negative', float_head()-100, turned(0)),
+    ('empty', 0*float_head(), turned(0)),
+    ('shape', np.stack([float_head()]*2, -1), turned(0)),
+    ('voxels', float_head(), np.diag([1., 2., 2., 1.])),
+    ('oblique', float_head(), turned(30))])
+def test_faulty_volume(tmp_path, kind, vol, affine):
+    make_volume(tmp_path/'sub-02.nii.gz', vol, affine, np.float32)
+    report = look(tmp_path)
+    assert faults(report)==[kind] and len(report.faults)==1, str(report)
+
+
+def test_slightly_oblique_is_read(tmp_path):
+    make_volume(tmp_path/'a.nii', affine=turned(8))
+    assert look(tmp_path).ok
+
+
+def test_volume_without_orientation_and_broken_files(tmp_path):
+    img = nib.Nifti1Image(float_head(), None)
+    img.header['sform_code'] = img.header['qform_code'] = 0
+    nib.save(img, tmp_path/'sub-01.nii')
+    raw = make_volume(tmp_path/'sub-02.nii.gz').read_bytes()
+    (tmp_path/'sub-02.nii.gz').write_bytes(raw[:len(raw)//2])
+    (tmp_path/'sub-03.nii.gz').write_text('text')
+    got = look(tmp_path).faults.set_index('path').fault.to_dict()
+    assert got=={'sub-01.nii': 'orientation', 'sub-02.nii.gz': 'truncated', 'sub-03.nii.gz': 'unreadable'}
+
+
+def test_two_volumes_of_a_subject(tmp_path):
+    for name in ('sub-01_ses-1_T1w.nii.gz', 'sub-01_ses-2_T1w.nii.gz'): make_volume(tmp_path/name)
+    make_volume(tmp_path/'sub-02.nii.gz')
+    report = look(tmp_path)
+    assert (report.faults.fault=='two volumes').sum()==2 and set(report.manifest.subject)=={'sub-02'}
+
+
+def test_intensities(tmp_path):
+    vol = float_head()*7.3
+    make_volume(tmp_path/'a.nii.gz', vol, dtype=np.float32)
+    report = look(tmp_path)
+    assert any('99.9th percentile' in o for o in report.notes) or report.ok
+    got, clipped = data.load_volume(tmp_path/'a.nii.gz')
+    top = np.percentile(vol[vol>0], 99.9)
+    assert got.dtype==np.uint8 and np.abs(got-np.clip(vol/top, 0, 1)*255).max()<=.5+1e-3 and clipped<=.001
+    raw = float_head().astype(np.uint8)
+    make_volume(tmp_path/'b.nii.gz', raw)
+    assert (data.load_volume(tmp_path/'b.nii.gz')[0]==raw).all()
+
+
+# ---- transforms and cache
+
+def test_prepare_picture():
+    p = picture(3, 32, 32)
+    assert (prepare_picture(p, 32)==p).all()                    # nothing to do: bytes unchanged
+    wide = picture(3, 40, 32)
+    padded = prepare_picture(wide, 40)
+    assert (padded[:, 4:36]==wide).all() and not padded[:, :4].any() and not padded[:, 36:].any()
+    assert (prepare_picture(wide, 20, crop=20)==wide[10:30, 6:26]).all()
+    with pytest.raises(ValueError, match='crop=33'): prepare_picture(wide, 32, crop=33)
+    flat = np.full((64, 64), 77, np.uint8)
+    assert (prepare_picture(flat, 16)==77).all() and (prepare_picture(flat, 100)==77).all()
+    checker = (np.indices((64, 64)).sum(0)%2*255).astype(np.uint8)
+    assert np.abs(prepare_picture(checker, 16).astype(int)-127).max()<=8     # antialiased: not one of the two colours
+
+
+def test_crop_too_large_is_said(tmp_path):
+    with pytest.raises(ValueError, match='crop=64'):
+        open_dataset(make_oasis(tmp_path), DataConfig(size=32, crop=64), progress=False, cache_dir=tmp_path/'cache')
+    assert not list((tmp_path/'cache').iterdir())               # no half cache is left
+
+
+def test_enlarging_is_noted(tmp_path):
+    root = make_oasis(tmp_path)
+    assert any('enlarged to 64' in o for o in look(root, DataConfig(size=64)).notes)
+    assert not any('enlarged' in o for o in look(root).notes)
+
+
+@pytest.fixture
+def cohort(tmp_path): return make_oasis(tmp_path/'in'), tmp_path/'cache'
+
+
+def cached(cohort, **kw): return open_dataset(cohort[0], DataConfig(**{'size': 32, **kw}), progress=False, cache_dir=cohort[1])
+
+
+def test_cache_is_reused_and_keyed(cohort, monkeypatch):
+    first = cached(cohort)
+    assert isinstance(first.images, np.memmap) and first.images.dtype==np.uint8
+    folder = next(cohort[1].iterdir())
+    assert sorted(o.name for o in folder.iterdir())==['images.npy', 'manifest.csv', 'meta.json']
+    assert json.loads((folder/'meta.json').read_text())['data']==fingerprint(first.manifest)
+    with monkeypatch.context() as m:
+        m.setattr(data, 'write_cache', lambda *a: pytest.fail('written again'))
+        assert (cached(cohort).images==first.images).all()
+    cached(cohort, size=16); cached(cohort, crop=24)
+    assert len(list(cohort[1].iterdir()))==3
+    save(cohort[0]/'keras_png_slices_train/case_001_slice_0.nii.png', picture(5555))
+    assert fingerprint(cached(cohort).manifest)!=fingerprint(first.manifest) and len(list(cohort[1].iterdir()))==4
+
+
+def test_cache_moves_with_the_data(cohort, monkeypatch):
+    cached(cohort)
+    moved = cohort[0].rename(cohort[0].with_name('elsewhere'))
+    monkeypatch.setattr(data, 'write_cache', lambda *a: pytest.fail('written again'))
+    open_dataset(moved, DataConfig(size=32), progress=False, cache_dir=cohort[1])
+
+
+@pytest.mark.parametrize('damage', ['flip', 'cut', 'no meta', 'bad meta', 'no images', 'pickle'])
+def test_damaged_cache_is_made_anew(cohort, damage):
+    first = np.array(cached(cohort).images)
+    folder = next(cohort[1].iterdir())
+    images, meta = folder/'images.npy', folder/'meta.json'
+    raw = images.read_bytes()
+    if damage=='flip': images.write_bytes(raw[:-9]+bytes([raw[-9]^255])+raw[-8:])
+    if damage=='cut': images.write_bytes(raw[:-100])
+    if damage=='no meta': meta.unlink()
+    if damage=='bad meta': meta.write_text('[1')
+    if damage=='no images': images.unlink()
+    if damage=='pickle': np.save(images, np.array([{}], dtype=object), allow_pickle=True)
+    assert (cached(cohort).images==first).all() and images.read_bytes()==raw
+
+
+def test_interrupted_cache_leaves_nothing(cohort, monkeypatch):
+    count = iter(range(10**6))
+    def stop(*a):
+        if next(count)==12: raise KeyboardInterrupt
+        return prepare_picture(*a)
+    with monkeypatch.context() as m:
+        m.setattr(data, 'prepare_picture', stop)
+        with pytest.raises(KeyboardInterrupt): cached(cohort)
+    assert not list(cohort[1].iterdir())
+    assert len(cached(cohort))==30
+
+
+def test_file_changed_after_the_check(cohort):
+    report = look(cohort[0])
+    save(cohort[0]/'keras_png_slices_train/case_001_slice_0.nii.png', picture(5555))
+    with pytest.raises(RuntimeError, match='changed since'): build_cache(report.manifest, cohort[0], CONFIG, cohort[1], False)
+    with pytest.raises(ValueError, match='check_dataset'): build_cache(list_slices(cohort[0], CONFIG).manifest, cohort[0], CONFIG, cohort[1])
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'x')); monkeypatch.delenv('BRAINLDM_CACHE', raising=False)
+    assert data.cache_folder()==tmp_path/'x/brainldm'
+    monkeypatch.setenv('BRAINLDM_CACHE', str(tmp_path/'y'))
+    assert data.cache_folder()==tmp_path/'y' and data.cache_folder(tmp_path)==tmp_path
+
+
+def test_two_runs_agree(cohort, tmp_path):
+    a, b = (open_dataset(cohort[0], CONFIG, progress=False, cache_dir=tmp_path/o) for o in 'ab')
+    assert fingerprint(a.manifest)==fingerprint(b.manifest) and (a.images==b.images).all()
+
+
+# ---- covariates, data set and batches
+
+def test_covariates():
+    m = pd.DataFrame(dict(slice=[0, 31, 40], diagnosis=['NC', 'AD', 'AD'], age=[60., 80., 95.], sex=['F', None, 'M'], split=['train', 'train', 'test']))
+    covs = find_covariates(m)
+    assert covs==[Covariate('slice', 'continuous', range=(0, 31)), Covariate('diagnosis', 'categorical', values=('AD', 'NC')),
+                  Covariate('age', 'continuous', range=(60, 80)), Covariate('sex', 'categorical', values=('F',))]
+    assert [Covariate(**json.loads(json.dumps(vars(o)))) for o in covs]==covs
+    assert [o.name for o in find_covariates(m, ['age'])]==['age']
+    with pytest.raises(ValueError, match="'height'"): find_covariates(m, ['height'])
+    got = encode_covariates(dict(slice=[0, 31, 15.5], diagnosis='AD', age=[None, 70, 60], sex=[None, 'F', 'F']), covs)
+    assert_close(got['slice'], torch.tensor([0, 1, .5])); assert_close(got['diagnosis'], torch.tensor([0, 0, 0]))
+    assert_close(got['age'], torch.tensor([np.nan, .5, 0], dtype=torch.float32), equal_nan=True); assert_close(got['sex'], torch.tensor([-1, 0, 0]))
+    with pytest.raises(ValueError, match='one of AD, NC'): encode_covariates(dict(diagnosis='MCI'), covs)
+    with pytest.raises(ValueError, match="unknown condition 'weight'"): encode_covariates(dict(weight=3), covs)
+    with pytest.raises(ValueError, match='Expected a number'): encode_covariates(dict(age='old'), covs)
+    with pytest.raises(ValueError, match='sex='): encode_covariates(m, covs)      # M was never seen in train
+    with pytest.raises(ValueError, match='2 values'): encode_covariates(dict(age=[1, 2], slice=[1, 2, 3]), covs)
+    one = Covariate('slice', 'continuous', range=(5, 5))
+    assert encode_covariates(dict(slice=5), [one])['slice'].item()==0
+    for bad in (dict(kind='x'), dict(kind='continuous'), dict(kind='categorical', values=()), dict(kind='continuous', range=(2, 1))):
+        with pytest.raises(ValueError): Covariate('a', **bad)
+
+
+def test_dataset(cohort):
+    (cohort[0]/'subjects.csv').write_text('subject,diagnosis\n'+''.join(f'{i:03d},{"AD" if i%2 else "NC"}\n' for i in range(1, 10)))
+    ds = cached(cohort)
+    batch = ds.__getitems__([3, 0])
+    assert batch['image'].shape==(2, 1, 32, 32) and batch['image'].dtype==torch.float32
+    assert_close(batch['image'][1, 0], torch.from_numpy(np.array(ds.images[0])).float()/127.5-1)
+    assert ds[3]['image'].equal(batch['image'][0]) and ds[3]['slice']==batch['slice'][0]
+    test = ds.subset('test')
+    assert set(test.manifest.split)=={'test'} and test.covariates==ds.covariates and isinstance(test.images, np.memmap)
+    assert test.conditions['diagnosis'][-1]==-1                 # subject 010 has no row
+    full = torch.cat([o['image'] for o in eval_batches(ds, 7)])
+    assert full.shape==(30, 1, 32, 32) and full[11].equal(ds[11]['image'])
+    with pytest.raises(ValueError, match='no row of split'): test.subset('train')
+    with pytest.raises(ValueError, match='one row a picture'): SliceDataset(ds.images[:3], ds.manifest)
+    with pytest.raises(IndexError): ds[30]
+
+
+@pytest.mark.parametrize('n,batch_size', [(10, 3), (7, 7), (3, 8), (1, 4), (64, 16)])
+def test_shuffled_batches(n, batch_size):
+    flat = [i for b in islice(ShuffledBatches(n, batch_size, seed=1), n*2) for i in b]
+    for epoch in range(len(flat)//n): assert sorted(flat[epoch*n:(epoch+1)*n])==list(range(n))
+    for start in (0, 1, 5):                                     # batch k does not depend on where we start
+        assert list(islice(ShuffledBatches(n, batch_size, 1, start), 3))==list(islice(ShuffledBatches(n, batch_size, 1), start, start+3))
+    if n>9: assert next(iter(ShuffledBatches(n, batch_size, 2)))!=next(iter(ShuffledBatches(n, batch_size, 1)))
+
+
+def test_bad_batches():
+    with pytest.raises(ValueError): ShuffledBatches(0, 4, 0)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_loader(cohort, workers):
+    ds = cached(cohort).subset('train')
+    batches = list(islice(make_loader(ds, 4, seed=0, num_workers=workers), 6))
+    expected = [ds.__getitems__(o) for o in islice(ShuffledBatches(len(ds), 4, 0), 6)]
+    for a, b in zip(batches, expected):
+        assert a.keys()==b.keys()
+        for k in a: assert_close(a[k], b[k], equal_nan=True)
+    assert_close(next(iter(make_loader(ds, 4, seed=0, start=3)))['image'], expected[3]['image'])

@@ -1,0 +1,256 @@
+"""The scheduler against diffusers, against closed forms, and against bad input."""
+import dataclasses, json, math
+import pytest, torch
+from torch.testing import assert_close
+from brainldm import scheduler as S
+
+diffusers = pytest.importorskip('diffusers')
+NAMES = dict(linear='linear', scaled_linear='scaled_linear', cosine='squaredcos_cap_v2')
+KINDS = [(p, z) for p in S.PREDICTION_TYPES for z in (False, True) if not (p=='epsilon' and z)]
+
+
+def pair(cls, beta_schedule, prediction_type, zero, T=1000, spacing='trailing', **kwargs):
+    "Our schedule and the diffusers scheduler of the same name, the latter raised to float64 so that only rules differ."
+    ours = S.NoiseSchedule(T, beta_schedule, zero_terminal_snr=zero, prediction_type=prediction_type)
+    theirs = cls(num_train_timesteps=T, beta_schedule=NAMES[beta_schedule], prediction_type=prediction_type, clip_sample=False,
+                 rescale_betas_zero_snr=zero, timestep_spacing=spacing, **kwargs)
+    return ours,theirs
+
+
+def rand(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize('T', [2, 10, 100, 1000])
+@pytest.mark.parametrize('zero', [False, True])
+@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+def test_schedule_is_that_of_diffusers(name, zero, T):
+    ours,theirs = pair(diffusers.DDPMScheduler, name, 'v_prediction', zero, T)
+    assert_close(ours.abar.float(), theirs.alphas_cumprod, atol=1e-5, rtol=0)       # theirs is a float32 product of T terms
+    assert ours.abar.dtype==torch.float64 and (ours.abar.diff()<0).all() and 0<=ours.abar[-1]<ours.abar[0]<1
+    assert (ours.abar[-1]==0)==zero
+    assert ours.abar is ours.abar                                                   # made once
+    assert_close(ours.snr, ours.abar/(1-ours.abar))
+
+
+@pytest.mark.parametrize('spacing', ['trailing', 'leading'])
+@pytest.mark.parametrize('T', [10, 128, 1000])
+def test_timesteps_are_those_of_diffusers(T, spacing):
+    theirs = diffusers.DDIMScheduler(num_train_timesteps=T, timestep_spacing=spacing)
+    for n in range(1, T+1):
+        ours = S.sampling_timesteps(n, T, spacing)
+        assert len(ours)==n and all(a>b for a,b in zip(ours, ours[1:])) and 0<=ours[-1] and ours[0]<T
+        exact = [T*i/n for i in range(n, 0, -1)]
+        theirs.set_timesteps(n)
+        got = theirs.timesteps.tolist()
+        if spacing=='trailing': # a half may round either way there, where the step count is not exact in binary
+            assert len(got)>=n and all(a==b or abs(e%1-.5)<1e-6 for a,b,e in zip(ours, got, exact)), n
+            assert ours[0]==T-1
+        else: assert ours==got and ours[-1]==0
+
+
+@pytest.mark.parametrize('n', [1, 4, 7, 50])
+@pytest.mark.parametrize('spacing', ['trailing', 'leading'])
+@pytest.mark.parametrize('prediction_type,zero', KINDS)
+@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+def test_ddpm_steps_are_those_of_diffusers(name, prediction_type, zero, spacing, n, monkeypatch):
+    ours,theirs = pair(diffusers.DDPMScheduler, name, prediction_type, zero, spacing=spacing)
+    theirs.alphas_cumprod = ours.abar                                               # their rules, our precision
+    theirs.set_timesteps(n)
+    x,ts = rand(0, 3, 2, 5),S.sampling_timesteps(n, 1000, spacing)
+    assert ts==theirs.timesteps.tolist()
+    for t,t_prev in zip(ts, ts[1:]+[-1]):
+        pred,noise = rand(t+1, 3, 2, 5),rand(t+2, 3, 2, 5)
+        monkeypatch.setattr('diffusers.schedulers.scheduling_ddpm.randn_tensor', lambda *_, **__: noise)
+        want = theirs.step(pred, t, x).prev_sample
+        x = S.ddpm_step(pred, x, t, t_prev, ours, noise if t>0 else 0*noise)        # theirs adds none at t=0
+        if t_prev<0: want = x if t>0 else want                                      # theirs: noise of variance 1e-20
+        assert_close(x, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('eta', [0., .5, 1.])
+@pytest.mark.parametrize('n', [1, 4, 50])
+@pytest.mark.parametrize('spacing', ['trailing', 'leading'])
+@pytest.mark.parametrize('prediction_type,zero', KINDS)
+@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+def test_ddim_steps_are_those_of_diffusers(name, prediction_type, zero, spacing, n, eta):
+    ours,theirs = pair(diffusers.DDIMScheduler, name, prediction_type, zero, spacing=spacing)
+    theirs.alphas_cumprod = ours.abar
+    theirs.set_timesteps(n)                                                         # n divides T, or diffusers' t_prev differs
+    x,ts = rand(0, 3, 2, 5),S.sampling_timesteps(n, 1000, spacing)
+    for t,t_prev in zip(ts, ts[1:]+[-1]):
+        pred,noise = rand(t+1, 3, 2, 5),rand(t+2, 3, 2, 5)
+        want = theirs.step(pred, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
+        if want.isnan().any():          # with eta=1 diffusers can take the root of a 0 that rounding has made negative
+            assert eta==1; want = S.ddpm_step(pred, x, t, t_prev, ours, noise)
+        x = S.ddim_step(pred, x, t, t_prev, ours, eta, noise)
+        assert_close(x, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+def test_noise_and_velocity_are_those_of_diffusers(name):
+    ours,theirs = pair(diffusers.DDPMScheduler, name, 'v_prediction', True)
+    theirs.alphas_cumprod = ours.abar
+    x0,eps,t = rand(0, 4, 2, 3, 5),rand(1, 4, 2, 3, 5),torch.tensor([0, 1, 500, 999])
+    assert_close(S.add_noise(x0, eps, t, ours.abar), theirs.add_noise(x0, eps, t))
+    assert_close(S.targets(x0, eps, t, ours.abar, 'v_prediction'), theirs.get_velocity(x0, eps, t))
+
+
+def test_min_snr_weights_are_those_of_diffusers():
+    train = pytest.importorskip('diffusers.training_utils')
+    ours,theirs = pair(diffusers.DDPMScheduler, 'scaled_linear', 'epsilon', False)
+    t = torch.arange(1000)
+    snr = train.compute_snr(theirs, t)
+    want = dict(epsilon=snr.clamp(max=5)/snr, v_prediction=snr.clamp(max=5)/(snr+1), sample=snr.clamp(max=5))
+    for kind,w in want.items(): assert_close(S.min_snr_weight(t, ours.abar, kind), w, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize('prediction_type,zero', KINDS)
+@pytest.mark.parametrize('shape', [(3,), (3, 2), (3, 2, 5, 7), (2, 1, 3, 4, 5)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_round_trip(prediction_type, zero, shape, dtype):
+    abar = S.NoiseSchedule(50, zero_terminal_snr=zero, prediction_type=prediction_type).abar
+    x0,eps,t = rand(0, *shape).to(dtype),rand(1, *shape).to(dtype),torch.arange(shape[0])*24
+    xt = S.add_noise(x0, eps, t, abar)
+    x0_hat,eps_hat = S.to_x0_eps(S.targets(x0, eps, t, abar, prediction_type), xt, t, abar, prediction_type)
+    assert x0_hat.dtype==eps_hat.dtype==dtype
+    tol = dict(atol=1e-4, rtol=0) if dtype==torch.float32 else dict(atol=1e-9, rtol=0)
+    assert_close(x0_hat, x0, **tol); assert_close(eps_hat, eps, **tol)
+    for i in range(shape[0]): assert_close(S.add_noise(x0[i:i+1], eps[i:i+1], int(t[i]), abar), xt[i:i+1])   # one t for all
+
+
+@pytest.mark.parametrize('prediction_type', ['v_prediction', 'sample'])
+def test_last_step_holds_noise_only_and_is_handled_exactly(prediction_type):
+    abar = S.NoiseSchedule(prediction_type=prediction_type).abar
+    x0,eps,t = rand(0, 2, 3),rand(1, 2, 3),torch.tensor([999, 999])
+    assert torch.equal(S.add_noise(x0, eps, t, abar), eps)
+    got = S.to_x0_eps(S.targets(x0, eps, t, abar, prediction_type), eps, t, abar, prediction_type)
+    assert torch.equal(got[0], x0) and torch.equal(got[1], eps)
+
+
+def test_small_noise_is_exact_in_float32():
+    abar = S.NoiseSchedule().abar
+    got = S.add_noise(torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([0]), abar).double().item()
+    assert abs(got/math.sqrt(1-abar[0])-1)<1e-6        # 1-abar taken in float32 would be off by 1e-3
+
+
+@pytest.mark.parametrize('eta', [0., .3, 1.])
+def test_a_perfect_network_is_led_back_to_the_data(eta):
+    schedule = S.NoiseSchedule()
+    x0,gen = rand(0, 5, 3),torch.Generator().manual_seed(1)
+    def perfect(xt, t):
+        a = schedule.abar[t[0]]
+        return S.targets(x0, (xt-a.sqrt()*x0)/(1-a).sqrt(), t, schedule.abar, 'v_prediction')
+    for n in (1, 3, 20): assert_close(S.denoise(perfect, rand(1, 5, 3), schedule, n, eta=eta, generator=gen), x0)
+
+
+def gaussian_network(m, s, schedule):
+    "The best possible answer when the data are N(m, s**2)."
+    def model(xt, t):
+        a = schedule.abar[t[0]]
+        x0 = m + a.sqrt()*s*s/(a*s*s+1-a)*(xt-a.sqrt()*m)
+        eps = (xt-a.sqrt()*x0)/(1-a).sqrt()
+        return S.targets(x0, eps, t, schedule.abar, schedule.prediction_type)
+    return model
+
+
+def ddim_std(s, schedule, ts):
+    "Each step projects (root abar * s, root 1-abar) on the next such vector: one cosine a step."
+    spot = lambda t: torch.tensor([schedule.abar[t].sqrt()*s, (1-schedule.abar[t]).sqrt()] if t>=0 else [s, 0.], dtype=torch.float64)
+    return s*math.prod(torch.nn.functional.cosine_similarity(spot(t), spot(p), dim=0).item() for t,p in zip(ts, ts[1:]+[-1]))
+
+
+def ddpm_std(s, schedule, ts):
+    "The step forgets that x0 is uncertain given xt: the variance falls behind the truth by that much each time."
+    a_ = lambda t: schedule.abar[t].item() if t>=0 else 1.
+    true = lambda a: a*s*s+1-a                          # variance of xt when the chain is exact
+    lag = 0.
+    for t,p in zip(ts, ts[1:]+[-1]):
+        a,b = a_(t),a_(p)
+        keep = math.sqrt(a/b)*true(b)/true(a)           # regression of x_prev on xt
+        lag = keep**2*lag + (math.sqrt(b)*(1-a/b)/(1-a))**2*s*s*(1-a)/true(a)
+    return math.sqrt(true(1.)-lag)
+
+
+@pytest.mark.parametrize('n', [1, 5, 50, 1000])
+@pytest.mark.parametrize('sampler,eta', [('ddim', 0.), ('ddim', 1.), ('ddpm', 0.)])
+@pytest.mark.parametrize('prediction_type', ['v_prediction', 'sample'])
+@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+def test_gaussian_closed_form(name, prediction_type, sampler, eta, n):
+    m,s,num = 3.,.5,10_000
+    schedule = S.NoiseSchedule(beta_schedule=name, prediction_type=prediction_type)
+    got = S.denoise(gaussian_network(m, s, schedule), rand(n, num, 1), schedule, n, sampler, eta, torch.Generator().manual_seed(n))
+    want = (ddim_std if sampler=='ddim' and not eta else ddpm_std)(s, schedule, S.sampling_timesteps(n, 1000))
+    assert abs(got.mean()-m)<5*want/num**.5 + 1e-9                                  # standard error of a mean
+    assert abs(got.std()-want)<5*want/(2*num)**.5 + 1e-9                            # and of a standard deviation
+    if n==1000: assert abs(want/s-1)<.02                                            # many steps: the truth itself
+
+
+def test_ddim_with_all_the_noise_is_ddpm():
+    schedule = S.NoiseSchedule(beta_schedule='linear')
+    x,pred,noise = rand(0, 4, 3),rand(1, 4, 3),rand(2, 4, 3)
+    for t,p in ((999, 998), (999, 500), (500, 499), (20, 0), (0, -1)):
+        assert_close(S.ddim_step(pred, x, t, p, schedule, 1., noise), S.ddpm_step(pred, x, t, p, schedule, noise))
+
+
+def test_dtype_follows_the_latents_and_a_bfloat16_answer_does_not_spoil_them():
+    schedule = S.NoiseSchedule()
+    for dtype in (torch.float32, torch.float64):
+        x = S.denoise(lambda x,t: x.bfloat16(), rand(0, 2, 3).to(dtype), schedule, 4, 'ddpm')
+        assert x.dtype==dtype
+
+
+def test_same_seed_same_samples_and_callback_sees_every_step():
+    schedule,seen = S.NoiseSchedule(),[]
+    def draw(seed): return S.denoise(lambda x,t: 0*x, rand(0, 2, 3), schedule, 6, 'ddpm', generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    S.denoise(lambda x,t: 0*x, rand(0, 2, 3), schedule, 6, callback=lambda i,t,xt,x0: seen.append((i, t, xt.shape, x0.shape)))
+    assert [(i, t) for i,t,*_ in seen]==list(enumerate(S.sampling_timesteps(6, 1000)))
+
+
+def test_schedule_survives_json_and_pickle_and_equals_itself():
+    import copy, pickle
+    schedule = S.NoiseSchedule(100, 'scaled_linear', .001, .01, False, 'epsilon'); schedule.abar
+    again = S.NoiseSchedule(**json.loads(json.dumps(dataclasses.asdict(schedule))))
+    assert again==schedule and torch.equal(again.abar, schedule.abar) and hash(again)==hash(schedule)
+    assert copy.deepcopy(schedule)==schedule==pickle.loads(pickle.dumps(schedule))
+    with pytest.raises(dataclasses.FrozenInstanceError): schedule.beta_end = .5
+
+
+x,T = torch.zeros(2, 3),1000
+@pytest.mark.parametrize('call,error,says', [
+    (lambda: S.NoiseSchedule(1), ValueError, '2 or more'),
+    (lambda: S.NoiseSchedule(10.), TypeError, 'whole number'),
+    (lambda: S.NoiseSchedule(True), TypeError, 'whole number'),
+    (lambda: S.NoiseSchedule(beta_schedule='cosin'), ValueError, "'cosin'"),
+    (lambda: S.NoiseSchedule(beta_start=0.), ValueError, 'beta_start=0.0'),
+    (lambda: S.NoiseSchedule(beta_end=1.), ValueError, 'beta_end=1.0'),
+    (lambda: S.NoiseSchedule(beta_start=.1, beta_end=.01), ValueError, 'beta_start <= beta_end'),
+    (lambda: S.NoiseSchedule(prediction_type='noise'), ValueError, "'noise'"),
+    (lambda: S.NoiseSchedule(prediction_type='epsilon'), ValueError, 'zero_terminal_snr=True'),
+    (lambda: S.to_x0_eps(x, x, 5, S.NoiseSchedule().abar, 'epsilon'), ValueError, 'v_prediction'),
+    (lambda: S.add_noise(x, x, torch.tensor([1]), S.NoiseSchedule().abar), ValueError, '(1,)'),
+    (lambda: S.add_noise(x, x, torch.tensor([1., 2.]), S.NoiseSchedule().abar), ValueError, 'torch.int64'),
+    (lambda: S.add_noise(x.int(), x, 5, S.NoiseSchedule().abar), TypeError, 'torch.int32'),
+    (lambda: S.add_noise(x, x, -1, S.NoiseSchedule().abar), ValueError, 't=-1'),
+    (lambda: S.add_noise(x, x, 1000, S.NoiseSchedule().abar), ValueError, 't=1000'),
+    (lambda: S.targets(x, x, 5, S.NoiseSchedule().abar, 'v'), ValueError, "'v'"),
+    (lambda: S.min_snr_weight(torch.tensor([1]), S.NoiseSchedule().abar, 'v'), ValueError, "'v'"),
+    (lambda: S.sampling_timesteps(0, T), ValueError, 'num_inference_steps=0'),
+    (lambda: S.sampling_timesteps(T+1, T), ValueError, '1 to num_train_timesteps=1000'),
+    (lambda: S.sampling_timesteps(5., T), TypeError, '5.0'),
+    (lambda: S.sampling_timesteps(True, T), TypeError, 'True'),
+    (lambda: S.sampling_timesteps(5, T, 'even'), ValueError, "'even'"),
+    (lambda: S.ddim_step(x, x, 5, 5, S.NoiseSchedule()), ValueError, 't_prev=5'),
+    (lambda: S.ddim_step(x, x, 5, -2, S.NoiseSchedule()), ValueError, 't_prev=-2'),
+    (lambda: S.ddpm_step(x, x, 1000, 5, S.NoiseSchedule(), x), ValueError, 't=1000'),
+    (lambda: S.ddim_step(x, x, 5, 4, S.NoiseSchedule(), eta=.5), ValueError, 'no noise'),
+    (lambda: S.ddim_step(x, x, 5, 4, S.NoiseSchedule(), eta=1.5, noise=x), ValueError, 'eta=1.5'),
+    (lambda: S.denoise(lambda x,t: x, x, S.NoiseSchedule(), 5, sampler='euler'), ValueError, "'euler'"),
+])
+def test_bad_input_is_refused_by_name(call, error, says):
+    with pytest.raises(error) as e: call()
+    assert says in str(e.value) and 'Expected' in str(e.value)
+
+
+def test_a_negative_step_in_a_tensor_is_not_read_from_the_end():
+    with pytest.raises(IndexError): S.add_noise(x, x, torch.tensor([0, -1]), S.NoiseSchedule().abar)
