@@ -6,15 +6,18 @@
 __all__ = ['PREDICTION_TYPES', 'BETA_SCHEDULES', 'linear_betas', 'scaled_linear_betas', 'cosine_betas',
            'rescale_zero_terminal_snr', 'check_choice', 'check_schedule', 'NoiseSchedule', 'at_timesteps', 'add_noise',
            'targets', 'to_x0_eps', 'min_snr_weight', 'sampling_timesteps', 'step_abar', 'ddpm_step', 'ddim_step',
-           'randn_like', 'denoise']
+           'denoise']
 
-# %% ../nbs/04_scheduler.ipynb #b976a51b
+# %% ../nbs/04_scheduler.ipynb #980f734f
 import math
 import torch
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from torch import Tensor
+
+PREDICTION_TYPES = 'epsilon','v_prediction','sample'
+BETA_SCHEDULES = 'linear','scaled_linear','cosine'
 
 # %% ../nbs/04_scheduler.ipynb #180f283d
 def linear_betas(
@@ -52,10 +55,6 @@ def rescale_zero_terminal_snr(
     root = (root-root[-1])*root[0]/(root[0]-root[-1])
     abar = root**2
     return 1-torch.cat([abar[:1], abar[1:]/abar[:-1]])
-
-# %% ../nbs/04_scheduler.ipynb #5e2eaf64
-PREDICTION_TYPES = 'epsilon','v_prediction','sample'
-BETA_SCHEDULES = 'linear','scaled_linear','cosine'
 
 # %% ../nbs/04_scheduler.ipynb #f7af9d0d
 def check_choice(
@@ -252,16 +251,7 @@ def ddim_step(
     x = a_prev**.5*x0 + max(1-a_prev-sigma**2, 0.)**.5*eps             # rounding may leave -1e-17 under the root
     return x+sigma*noise if eta else x
 
-# %% ../nbs/04_scheduler.ipynb #b898d13b
-def randn_like(
-    x:Tensor, # Shape, dtype and device to follow
-    generator:torch.Generator|None=None, # Source of randomness, on any device
-)->Tensor: # Standard normal noise
-    "Noise for `x`, drawn where the generator lives, so one CPU seed serves every device."
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
-
-# %% ../nbs/04_scheduler.ipynb #5b05969a
+# %% ../nbs/04_scheduler.ipynb #44433238
 @torch.no_grad()
 def denoise(
     model_fn:Callable, # Called as model_fn(xt, t) with t (b,) int64; says what `prediction_type` asks
@@ -277,10 +267,11 @@ def denoise(
     "Walk from noise to data: ask the network, take a step, repeat. Raises ValueError."
     check_choice('denoise', 'sampler', sampler, ('ddim', 'ddpm'))
     ts = sampling_timesteps(num_inference_steps, schedule.num_train_timesteps, spacing)
+    home = generator.device if generator else x.device                 # one CPU seed serves every device
     for i,(t,t_prev) in enumerate(zip(ts, ts[1:]+[-1])):
         pred = model_fn(x, torch.full((len(x),), t, device=x.device))
         if callback: callback(i, t, x, to_x0_eps(pred, x, t, schedule.abar, schedule.prediction_type)[0])
-        noise = randn_like(x, generator) if eta or sampler=='ddpm' else None
+        noise = torch.randn(x.shape, generator=generator, device=home, dtype=x.dtype).to(x.device) if eta or sampler=='ddpm' else None
         x = (ddpm_step(pred, x, t, t_prev, schedule, noise) if sampler=='ddpm' else
              ddim_step(pred, x, t, t_prev, schedule, eta, noise))
     return x

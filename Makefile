@@ -1,0 +1,39 @@
+# make demo and make test need Python 3.10 or newer, pip and make; everything else they install into .venv.
+PY   ?= python3
+VENV ?= .venv
+BIN  := $(VENV)/bin
+DEMO ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo lab export check test slow
+
+help: ## Show this text
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.ok ## Create .venv and install the package with its tools (once)
+
+$(VENV)/.ok: settings.ini setup.py constraints.txt
+	$(PY) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'brainldm: Python 3.10 or newer is needed; try make PY=python3.11')"
+	$(PY) -m venv $(VENV)
+	$(BIN)/pip install $$($(PY) tools/constraints.py) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ok ## The whole job on synthetic brains: train, score, draw, report
+	$(BIN)/brainldm demo --out $(DEMO)
+
+lab: $(VENV)/.ok ## Open the course in JupyterLab
+	$(BIN)/jupyter lab nbs/00_phantom.ipynb
+
+export: $(VENV)/.ok ## Clean the notebooks and write brainldm/ from them
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+
+check: $(VENV)/.ok ## Notebooks clean and in step with the package, lint
+	$(BIN)/python tools/in_step.py
+	$(BIN)/ruff check --select E9,F --ignore F401,F811 brainldm tests tools setup.py
+
+test: check ## Everything CI runs: check, every notebook, pytest
+	$(BIN)/pytest
+
+slow: $(VENV)/.ok ## The notebooks with their long cells (and a GPU, if there is one)
+	NB_FLAGS="slow gpu" $(BIN)/pytest tests/test_notebooks.py
