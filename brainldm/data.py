@@ -33,7 +33,7 @@ PICTURES = {   # what the path of a picture says, by layout
     'adni': r'(?:^|/)(?P<split>train|validate|test)/(?P<diagnosis>[^/]+)/(?P<subject>[^/]+)_(?P<slice>\d+)\.(?:jpe?g|png)$',
     'oasis': r'(?:^|/)keras_png_slices_(?P<split>train|validate|test)/case_(?P<subject>[^/]+)_slice_(?P<slice>\d+)(?:\.nii)?\.png$'}
 
-# %% ../nbs/01_data.ipynb #5df682f0
+# %% ../nbs/01_data.ipynb #b78b914c
 @dataclass
 class DataConfig:
     "How a folder of scans becomes square pictures. Raises ValueError for a setting that cannot work."
@@ -41,7 +41,7 @@ class DataConfig:
     crop:int|None=None # Centre-crop to this many pixels before resizing; None pads with zeros to a square
     planes:tuple[int,int]|None=None # First and last+1 axial plane of each volume; None keeps every plane with foreground
     to_grey:bool=False # Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault
-    seed:int=0 # Seed of the split
+    split_seed:int=0 # Seed of the split
     validate_fraction:float=.1 # Share of subjects for validation where the folders give none
     test_fraction:float=.1 # Share of subjects for testing where the folders give no split at all
     subjects:Path|None=None # Table with one row a subject; None reads subjects.csv in the data folder if there is one
@@ -232,7 +232,7 @@ def split_by_subject(
     people['split'] = splits + ['train']*(n-len(splits))
     return manifest.assign(split=manifest.subject.map(people.set_index('subject').split))
 
-# %% ../nbs/01_data.ipynb #5adb0e81
+# %% ../nbs/01_data.ipynb #de1cd4f7
 def assign_splits(
     rows:pd.DataFrame, # Rows with subject, diagnosis and split, missing where nobody gave one
     config:DataConfig, # For the fractions and the seed
@@ -242,16 +242,16 @@ def assign_splits(
     if given-set(SPLITS): raise ValueError(
         f"assign_splits: split '{sorted(given-set(SPLITS))[0]}'. Expected one of {', '.join(SPLITS)}. Rename it in the table.")
     if not given:
-        rows = split_by_subject(rows, dict(validate=config.validate_fraction, test=config.test_fraction), config.seed)
-        notes.append(f'splits made by subject, seed {config.seed}')
+        rows = split_by_subject(rows, dict(validate=config.validate_fraction, test=config.test_fraction), config.split_seed)
+        notes.append(f'splits made by subject, seed {config.split_seed}')
     elif rows.split.isna().any(): raise ValueError(
         f"assign_splits: subject '{rows.subject[rows.split.isna()].iloc[0]}' has no split and others do. "
         "Expected a split for everybody or for nobody. Fill the column or remove it.")
     elif 'train' in given and 'validate' not in given and config.validate_fraction:
         train = rows.split=='train'
-        carved = split_by_subject(rows[train], dict(validate=config.validate_fraction), config.seed)
+        carved = split_by_subject(rows[train], dict(validate=config.validate_fraction), config.split_seed)
         rows = pd.concat([carved, rows[~train]])
-        notes.append(f'validate made from {carved.subject[carved.split=="validate"].nunique()} subjects of train, seed {config.seed}')
+        notes.append(f'validate made from {carved.subject[carved.split=="validate"].nunique()} subjects of train, seed {config.split_seed}')
     return rows, notes
 
 # %% ../nbs/01_data.ipynb #bf11fcb9

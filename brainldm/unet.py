@@ -13,13 +13,13 @@ from torch import Tensor,nn
 from .data import Covariate
 from .layers import AttentionBlock,Conditioner,CrossAttention,Downsample,ResBlock,Upsample,check_divides
 
-# %% ../nbs/05_unet.ipynb #4e415659
+# %% ../nbs/05_unet.ipynb #d471593e
 def timestep_embedding(
     t:Tensor, # Timesteps (b,), whole or not
     channels:int, # Length of the embedding, even
     max_period:float=10_000., # The slowest hand turns about 1/max_period radians a step
 )->Tensor: # Cosines, then sines (b, channels), float32
-    "Clock hands that turn at many speeds. Source: Vaswani et al. 2017, sec. 3.5. Raises ValueError if `channels` is odd."
+    "Clock hands that turn at many speeds. Source: Vaswani et al. 2017, sec. 3.5. Raises ValueError for odd `channels`."
     check_divides('timestep_embedding', 2, channels=channels)
     half = channels//2
     freqs = torch.exp(-math.log(max_period)/half*torch.arange(half, device=t.device))
@@ -53,7 +53,7 @@ class ConditionEmbedding(nn.Module):
         tokens = self.conditioner(cond or {}, len(x), drop)
         return emb + self.proj(tokens.mean(1)), tokens
 
-# %% ../nbs/05_unet.ipynb #1ec15fe4
+# %% ../nbs/05_unet.ipynb #0acd6d6d
 def check_told(
     cond:dict[str, Tensor]|None, # Encoded covariates by name
     drop:Tensor|None, # Tokens to drop
@@ -65,13 +65,13 @@ def check_told(
     if unknown: raise ValueError(f"UNet: cond holds {unknown}. Expected some of {names}. "
                                  "Check the names, or build the network with these covariates.")
     for k,v in (cond or {}).items():
-        if v.shape!=(batch_size,): raise ValueError(f"UNet: cond['{k}'] of shape {tuple(v.shape)}. Expected ({batch_size},). "
-                                                    "Give one value for each latent.")
+        if v.shape!=(batch_size,): raise ValueError(
+            f"UNet: cond['{k}'] of shape {tuple(v.shape)}. Expected ({batch_size},). Give one value for each latent.")
     if drop is not None and (drop.shape!=(batch_size, len(names)) or drop.dtype!=torch.bool): raise ValueError(
-        f"UNet: drop of shape {tuple(drop.shape)} and {drop.dtype}. Expected ({batch_size}, {len(names)}) and torch.bool. "
-        f"Give one column for each of {names}.")
+        f"UNet: drop of shape {tuple(drop.shape)} and {drop.dtype}. Expected ({batch_size}, {len(names)}) and "
+        f"torch.bool. Give one column for each of {names}.")
 
-# %% ../nbs/05_unet.ipynb #ab07e3c3
+# %% ../nbs/05_unet.ipynb #e8da17b8
 class UNetBlock(nn.Module):
     "A residual block told the time; then, where asked, pixels look at each other and at the covariates."
     def __init__(self,
@@ -87,7 +87,8 @@ class UNetBlock(nn.Module):
         shared = dict(num_heads=num_heads, norm_num_groups=norm_num_groups)
         self.res = ResBlock(in_channels, out_channels, emb_channels, norm_num_groups)
         self.self_attn = AttentionBlock(out_channels, **shared) if attention else None
-        self.cross_attn = CrossAttention(out_channels, context_channels, **shared) if attention and context_channels else None
+        ask = attention and context_channels
+        self.cross_attn = CrossAttention(out_channels, context_channels, **shared) if ask else None
 
     def forward(self,
         x:Tensor, # Features (b, in_channels, h, w)
@@ -193,7 +194,7 @@ def check_levels(
         if attention: check_divides('UNet', num_heads, channels=n)
     check_divides('UNet', 2, channels=channels[0])
 
-# %% ../nbs/05_unet.ipynb #1c74eee0
+# %% ../nbs/05_unet.ipynb #c4afd22e
 def check_input(
     x:Tensor, # Noised latents (b, in_channels, h, w)
     t:Tensor, # Timesteps (b,)
@@ -205,13 +206,14 @@ def check_input(
         f"UNet: x of shape {tuple(x.shape)}. Expected (b, {in_channels}, h, w) with h and w multiples of {factor}. "
         "Check in_channels, or pad the latents.")
     if t.shape!=x.shape[:1]: raise ValueError(
-        f"UNet: t of shape {tuple(t.shape)} for {len(x)} latents. Expected ({len(x)},). Try torch.full(({len(x)},), step).")
+        f"UNet: t of shape {tuple(t.shape)} for {len(x)} latents. Expected ({len(x)},). "
+        f"Try torch.full(({len(x)},), step).")
 
-# %% ../nbs/05_unet.ipynb #70e7bad3
+# %% ../nbs/05_unet.ipynb #8d7954c3
 class UNet(nn.Module):
     """A network that sees noised latents, the time and named covariates, and says what the schedule asks of it.
 
-    Source: Ho et al. 2020, app. B; Rombach et al. 2022, sec. 3.3. Raises ValueError for sizes that do not fit together."""
+    Source: Ho et al. 2020, app. B; Rombach et al. 2022, sec. 3.3. Raises ValueError for sizes that do not fit."""
     def __init__(self,
         in_channels:int, # Channels of the latents
         channels:tuple[int, ...]=(96, 160), # Features at each level; each next level has half the size
@@ -225,20 +227,22 @@ class UNet(nn.Module):
         super().__init__()
         check_levels(channels, attention_levels, num_res_blocks, num_heads, norm_num_groups)
         self.in_channels,self.factor,self.covariates = in_channels,2**(len(channels)-1),tuple(covariates)
-        shape = dict(channels=channels, num_res_blocks=num_res_blocks, attention_levels=attention_levels, emb_channels=4*channels[0],
-                     context_channels=cond_channels if covariates else None, num_heads=num_heads, norm_num_groups=norm_num_groups)
-        self.told = ConditionEmbedding(channels[0], 4*channels[0], self.covariates, cond_channels)
+        emb_channels = 4*channels[0]
+        shape = dict(channels=channels, num_res_blocks=num_res_blocks, attention_levels=attention_levels,
+                     emb_channels=emb_channels, context_channels=cond_channels if covariates else None,
+                     num_heads=num_heads, norm_num_groups=norm_num_groups)
+        self.told = ConditionEmbedding(channels[0], emb_channels, self.covariates, cond_channels)
         self.down,self.up = UNetDown(in_channels, **shape),UNetUp(in_channels, **shape)
 
     def bottleneck(self, x:Tensor, t:Tensor, cond:dict[str, Tensor]|None=None, drop:Tensor|None=None)->Tensor:
-        "Features at the bottom of the U (b, channels[-1], h/factor, w/factor), for looking at; arguments as in `forward`."
+        "Features at the bottom of the U (b, channels[-1], h/factor, w/factor); arguments as in `forward`."
         check_input(x, t, self.in_channels, self.factor)
         return self.down(x, *self.told(x, t, cond, drop))[0]
 
     def forward(self,
         x:Tensor, # Noised latents (b, in_channels, h, w), h and w multiples of `factor`
         t:Tensor, # Timesteps (b,)
-        cond:dict[str, Tensor]|None=None, # Encoded covariates by name, each (b,): index or -1, number or NaN; any may be absent
+        cond:dict[str, Tensor]|None=None, # Encoded covariates by name, each (b,): index or -1, number or NaN, or absent
         drop:Tensor|None=None, # True where a token is to be dropped (b, n)
     )->Tensor: # Estimate of noise, v or clean latents (b, in_channels, h, w)
         check_input(x, t, self.in_channels, self.factor)

@@ -1,0 +1,211 @@
+"""The command as people use it: whole jobs, and every kind of bad input."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from brainldm.cli import main
+from brainldm.training import load_weights, save_weights
+
+TINY = "--preset tiny --total-images 80 --log-every 5 --validate-every 40 --checkpoint-every 40".split()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRAINLDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("BRAINLDM_DEBUG", raising=False)
+
+
+def snapshot(folder):
+    "Every file below a folder with its content."
+    return {p.relative_to(folder): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def refused(capsys, *words):
+    "Run a command that must fail with one clear message; gives the message."
+    capsys.readouterr()
+    status = main([str(w) for w in words])
+    out = capsys.readouterr()
+    assert status == 1
+    assert out.err.startswith("brainldm: error: ") and "Traceback" not in out.err
+    assert "Expected" in out.err, out.err
+    return out.err
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    "A well-formed OASIS folder of noise: 4 subjects, 3 slices each."
+    rng = np.random.default_rng(0)
+    for split, subjects in dict(train=(1, 2), validate=(3,), test=(4,)).items():
+        folder = tmp_path / "data" / f"keras_png_slices_{split}"
+        folder.mkdir(parents=True)
+        for subject in subjects:
+            for k in range(3):
+                picture = rng.integers(0, 256, (64, 64), np.uint8)
+                Image.fromarray(picture).save(folder / f"case_{subject:03d}_slice_{k}.nii.png", format="png")
+    return tmp_path / "data"
+
+
+def one(pictures):
+    return pictures / "keras_png_slices_train" / "case_001_slice_1.nii.png"
+
+
+def test_check_of_good_data(pictures, capsys):
+    assert main(["check", str(pictures)]) == 0
+    out = capsys.readouterr().out
+    assert "oasis" in out and "4 subjects" in out and "no fault" in out
+
+
+def text_file(p): one(p).write_text("not a picture")
+def truncated(p):
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64), np.uint8)).save(one(p), format="jpeg")
+    one(p).write_bytes(one(p).read_bytes()[:400])
+def empty(p): one(p).write_bytes(b"")
+def blank(p): Image.fromarray(np.zeros((64, 64), np.uint8)).save(one(p), format="png")
+def colour(p): Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)).save(one(p), format="png")
+def sixteen_bit(p): Image.fromarray(np.random.default_rng(1).integers(0, 60_000, (64, 64)).astype(np.uint16)).save(one(p), format="png")
+def other_size(p): Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 80), np.uint8)).save(one(p), format="png")
+def bad_name(p): one(p).rename(one(p).with_name("brain.png"))
+def twin(p): (p / "keras_png_slices_train" / "case_002_slice_0.nii.png").write_bytes(one(p).read_bytes())
+
+
+@pytest.mark.parametrize("fault", [text_file, truncated, empty, blank, colour, sixteen_bit, other_size, bad_name, twin])
+def test_faulty_pictures_are_named_and_not_trained_on(pictures, tmp_path, capsys, fault):
+    fault(pictures)
+    before = snapshot(pictures)
+    assert main(["check", str(pictures)]) == 1
+    assert "case_001_slice_1" in capsys.readouterr().out or fault is bad_name
+    message = refused(capsys, "train", "autoencoder", pictures, "--run", tmp_path / "run", *TINY)
+    assert "--skip-faulty" in message
+    assert not (tmp_path / "run").exists() and snapshot(pictures) == before
+
+
+def test_skip_faulty_says_what_it_left_out(pictures, tmp_path, capsys):
+    text_file(pictures)
+    assert main(["train", "autoencoder", str(pictures), "--run", str(tmp_path / "run"), "--skip-faulty", *TINY]) == 0
+    assert "case_001_slice_1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["by name", "by picture"])
+def test_a_leak_is_always_refused(pictures, tmp_path, capsys, how):
+    train = pictures / "keras_png_slices_train"
+    target = "case_001_slice_0.nii.png" if how == "by name" else "case_009_slice_0.nii.png"
+    (pictures / "keras_png_slices_validate" / target).write_bytes((train / "case_001_slice_0.nii.png").read_bytes())
+    assert main(["check", str(pictures)]) == 1
+    for extra in ([], ["--skip-faulty"]):
+        message = refused(capsys, "train", "autoencoder", pictures, "--run", tmp_path / "run", *TINY, *extra)
+        assert "001" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_empty_folders(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for folder in ("missing", "empty"):
+        assert folder in refused(capsys, "check", tmp_path / folder)
+        assert folder in refused(capsys, "train", "autoencoder", tmp_path / folder, "--run", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_volume_with_nan(tmp_path, capsys):
+    nib = pytest.importorskip("nibabel")
+    vol = np.random.default_rng(0).random((16, 18, 5), np.float32)
+    (tmp_path / "volumes").mkdir()
+    for name in ("sub-01", "sub-02", "sub-03"):
+        nib.save(nib.Nifti1Image(vol * 100 + len(name), np.eye(4)), tmp_path / "volumes" / f"{name}_T1w.nii.gz")
+        vol = vol[::-1] ** 2
+    vol = vol.copy()
+    vol[3, 3, 3] = np.nan
+    nib.save(nib.Nifti1Image(vol, np.eye(4)), tmp_path / "volumes" / "sub-03_T1w.nii.gz")
+    assert main(["check", str(tmp_path / "volumes")]) == 1
+    assert "sub-03" in capsys.readouterr().out
+    assert "sub-03" in refused(capsys, "train", "autoencoder", tmp_path / "volumes", "--run", tmp_path / "run", *TINY)
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(pictures, capsys):
+    before = snapshot(pictures)
+    for words in (["train", "autoencoder", pictures, "--run", pictures], ["train", "ldm", pictures, "--run", pictures],
+                  ["reconstruct", pictures, pictures], ["sample", pictures], ["report", pictures]):
+        refused(capsys, *words, *(TINY if words[0] == "train" else ()))
+    assert snapshot(pictures) == before
+
+
+def test_json_is_one_object(tiny_run, capsys):
+    run, data = tiny_run
+    capsys.readouterr()
+    assert main(["reconstruct", str(run), str(data), "--split", "test", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert set(scores["floor_mean_slice"]) >= {"ssim", "ssim_brain"}
+    assert scores["n_slices"] >= scores["n_subjects"] >= 1 and scores["n_subjects_in_training"] == 0
+    assert 0 < scores["ssim"] <= 1 and 0 < scores["floor_mean_slice"]["ssim"] <= 1
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--diagnosis FTD", "FTD"), ("--slice 99", "slice=99"), ("--slice -1", "slice=-1"), ("--age 400", "age=400"),
+    ("--guidance-scale -1", "guidance_scale"), ("--guidance-scale nan", "guidance_scale"), ("--steps 5000", "5000"), ("--steps 0", "0"),
+    ("--condition apoe=e4", "apoe"), ("--condition apoe", "apoe"), ("--n 0", "n=0"), ("--sex X", "'X'"), ("--seed -1", "seed")])
+def test_requests_that_cannot_be_served(tiny_run, tmp_path, capsys, flags, named):
+    assert named in refused(capsys, "sample", tiny_run[0], "--out", tmp_path / "out", *flags.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_does_not_overwrite(tiny_run, tmp_path, capsys):
+    words = ["sample", tiny_run[0], "--n", 2, "--steps", 2, "--out", tmp_path / "out"]
+    assert main([str(w) for w in words]) == 0
+    before = snapshot(tmp_path / "out")
+    assert {"picture_0000.png", "picture_0001.png", "manifest.csv", "grid.png", "denoising.gif"} == {p.name for p in before}
+    refused(capsys, *words)
+    assert snapshot(tmp_path / "out") == before
+
+
+def copy_run(run, to):
+    import shutil
+    return Path(shutil.copytree(run, to))
+
+
+def test_run_without_checkpoint(tiny_run, tmp_path, capsys):
+    run = copy_run(tiny_run[0], tmp_path / "run")
+    (run / "ldm.safetensors").unlink()
+    assert "train ldm" in refused(capsys, "sample", run)
+    (run / "autoencoder.safetensors").unlink()
+    assert "autoencoder.safetensors" in refused(capsys, "reconstruct", run, tiny_run[1])
+
+
+def test_checkpoint_of_another_architecture(tiny_run, tmp_path, capsys):
+    run = copy_run(tiny_run[0], tmp_path / "run")
+    tensors, about = load_weights(run / "autoencoder.safetensors")
+    name = next(iter(tensors))
+    save_weights(run / "autoencoder.safetensors", dict(tensors, **{name: tensors[name][:1].clone()}), about)
+    assert name in refused(capsys, "reconstruct", run, tiny_run[1])
+    (run / "autoencoder.safetensors").write_bytes((run / "autoencoder.safetensors").read_bytes()[:1000])
+    assert "autoencoder.safetensors" in refused(capsys, "reconstruct", run, tiny_run[1])
+
+
+def test_resume_with_other_settings(tiny_run, capsys):
+    run, data = tiny_run
+    message = refused(capsys, "train", "autoencoder", data, "--run", run, "--preset", "tiny", "--resume", "--learning-rate", "0.5")
+    assert "learning_rate" in message
+
+
+@pytest.mark.parametrize("flag", ["--batch-size 0", "--learning-rate -1", "--total-images 0", "--accumulate 3", "--log-with nobody"])
+def test_settings_with_which_training_cannot_work(pictures, tmp_path, capsys, flag):
+    name = flag.split()[0].strip("-").replace("-", "_")
+    assert name in refused(capsys, "train", "autoencoder", pictures, "--run", tmp_path / "run", *TINY, *flag.split())
+
+
+def test_ldm_refuses_other_data(tiny_run, pictures, tmp_path, capsys):
+    run = copy_run(tiny_run[0], tmp_path / "run")
+    (run / "ldm.safetensors").unlink()
+    assert "fingerprint" in refused(capsys, "train", "ldm", pictures, "--run", run, "--preset", "tiny", "--resume")
+
+
+def test_the_command_itself(tmp_path):
+    "Installed as a program: one message, no traceback, exit status 1."
+    command = [Path(sys.executable).parent / "brainldm", "check", tmp_path / "nowhere"]
+    out = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert out.returncode == 1 and out.stdout == ""
+    assert out.stderr.startswith("brainldm: error: ") and "Traceback" not in out.stderr and "nowhere" in out.stderr
