@@ -12,7 +12,7 @@ __all__ = ['SPLITS', 'COLUMNS', 'PICTURES', 'DataConfig', 'DataFault', 'as_fault
            'encode_column', 'encode_covariates', 'SliceDataset', 'build_cache', 'ShuffledBatches', 'make_loader',
            'eval_batches', 'open_dataset']
 
-# %% ../nbs/01_data.ipynb #9722219b
+# %% ../nbs/01_data.ipynb #671f4531
 import hashlib, json, os, re, shutil, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,16 +30,18 @@ from tqdm import tqdm
 SPLITS = ('train', 'validate', 'test')
 COLUMNS = ['path', 'plane', 'subject', 'slice', 'diagnosis', 'split']     # every manifest starts with these
 PICTURES = {   # what the path of a picture says, by layout
-    'adni': r'(?:^|/)(?P<split>train|validate|test)/(?P<diagnosis>[^/]+)/(?P<subject>[^/]+)_(?P<slice>\d+)\.(?:jpe?g|png)$',
-    'oasis': r'(?:^|/)keras_png_slices_(?P<split>train|validate|test)/case_(?P<subject>[^/]+)_slice_(?P<slice>\d+)(?:\.nii)?\.png$'}
+    'adni': r'(?:^|/)(?P<split>train|validate|test)/(?P<diagnosis>[^/]+)/'
+            r'(?P<subject>[^/]+)_(?P<slice>\d+)\.(?:jpe?g|png)$',
+    'oasis': r'(?:^|/)keras_png_slices_(?P<split>train|validate|test)/'
+             r'case_(?P<subject>[^/]+)_slice_(?P<slice>\d+)(?:\.nii)?\.png$'}
 
-# %% ../nbs/01_data.ipynb #b78b914c
+# %% ../nbs/01_data.ipynb #0b41e13c
 @dataclass
 class DataConfig:
     "How a folder of scans becomes square pictures. Raises ValueError for a setting that cannot work."
     size:int=128 # Side of the square pictures that come out, pixels
     crop:int|None=None # Centre-crop to this many pixels before resizing; None pads with zeros to a square
-    planes:tuple[int,int]|None=None # First and last+1 axial plane of each volume; None keeps every plane with foreground
+    planes:tuple[int,int]|None=None # First and last+1 axial plane of volumes; None keeps every plane with foreground
     to_grey:bool=False # Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault
     split_seed:int=0 # Seed of the split
     validate_fraction:float=.1 # Share of subjects for validation where the folders give none
@@ -50,10 +52,12 @@ class DataConfig:
     def __post_init__(self):
         for name in ('size', 'crop'):
             n = getattr(self, name)
-            if n is not None and n<8: raise ValueError(f"DataConfig: {name}={n}. Expected 8 pixels or more. Try {name}=128.")
+            if n is not None and n<8: raise ValueError(
+                f"DataConfig: {name}={n}. Expected 8 pixels or more. Try {name}=128.")
         fractions = self.validate_fraction, self.test_fraction
         if min(fractions)<0 or sum(fractions)>=1: raise ValueError(
-            f"DataConfig: validate_fraction={fractions[0]}, test_fraction={fractions[1]}. Expected shares of at least 0 "
+            f"DataConfig: validate_fraction={fractions[0]}, test_fraction={fractions[1]}. Expected shares of at "
+            "least 0 "
             "that leave something to train on. Try 0.1 and 0.1.")
         if self.planes is not None:
             self.planes = tuple(self.planes)
@@ -71,7 +75,7 @@ class DataFault(ValueError):
         super().__init__(detail)
         self.kind = kind
 
-# %% ../nbs/01_data.ipynb #c2b081c0
+# %% ../nbs/01_data.ipynb #0352072c
 def as_faults(
     paths, # Path of each faulty file
     kind='', # One word to group by, one for all or one each
@@ -79,9 +83,9 @@ def as_faults(
 )->pd.DataFrame: # Columns path, fault, detail
     "A table of faults."
     kind,detail = (o if isinstance(o, str) else list(o) for o in (kind, detail))
-    return pd.DataFrame(dict(path=list(paths), fault=kind, detail=detail), columns=['path', 'fault', 'detail'], dtype=object)
+    return pd.DataFrame(dict(path=list(paths), fault=kind, detail=detail), dtype=object)
 
-# %% ../nbs/01_data.ipynb #6e7abef1
+# %% ../nbs/01_data.ipynb #3cf0fc1b
 def find_layout(
     root:str|Path, # Data folder, or a CSV manifest
 )->str: # 'phantom', 'manifest', 'oasis', 'adni' or 'nifti'
@@ -91,16 +95,20 @@ def find_layout(
         f"find_layout: '{root}' does not exist. Expected a folder of scans or a CSV manifest. Check the path.")
     if root.is_file():
         if root.suffix.lower()=='.csv': return 'manifest'
-        raise ValueError(f"find_layout: '{root}' is one file. Expected a folder or a .csv manifest. Try '{root.parent}'.")
+        raise ValueError(
+            f"find_layout: '{root}' is one file. Expected a folder or a .csv manifest. Try '{root.parent}'.")
     if (root/'phantom.json').exists(): return 'phantom'
     if (root/'manifest.csv').exists(): return 'manifest'
-    if any(next(root.glob(f'{up}keras_png_slices_{s}'), None) for up in ('', '*/') for s in SPLITS): return 'oasis'
-    if any(next(root.glob(f'{up}{s}/{d}'), None) for up in ('', '*/') for s in SPLITS for d in ('AD', 'NC')): return 'adni'
+    def has(names): return any(next(root.glob(up+o), None) for o in names for up in ('', '*/'))
+    if has(f'keras_png_slices_{s}' for s in SPLITS): return 'oasis'
+    if has(f'{s}/{d}' for s in SPLITS for d in ('AD', 'NC')): return 'adni'
     if any(next(root.rglob(o), None) for o in ('*.nii', '*.nii.gz')): return 'nifti'
     found = sorted(o.name for o in root.iterdir())
     raise ValueError(
-        f"find_layout: '{root}' holds {', '.join(found[:5]) or 'nothing'}{' ...' if len(found)>5 else ''}. Expected AD_NC/train/AD, "
-        "keras_png_slices_train, .nii or .nii.gz volumes, a manifest.csv or a phantom.json. Try the folder above or below, "
+        f"find_layout: '{root}' holds {', '.join(found[:5]) or 'nothing'}{' ...' if len(found)>5 else ''}. Expected "
+        "AD_NC/train/AD, "
+        "keras_png_slices_train, .nii or .nii.gz volumes, a manifest.csv or a phantom.json. Try the folder above or "
+        "below, "
         "or list the files in a manifest.csv with columns path, subject, slice.")
 
 # %% ../nbs/01_data.ipynb #7a9c3099
@@ -134,17 +142,19 @@ def list_pictures(
     faults = as_faults(rows.path[lost], 'name', f'does not parse; expected a name like {expected}')
     return rows[~lost].assign(slice=lambda o: o.slice.astype(int)), faults, notes
 
-# %% ../nbs/01_data.ipynb #a8e236b4
+# %% ../nbs/01_data.ipynb #79571d79
 def read_table(
     path:str|Path, # CSV table
     needs:tuple, # Columns that must be there, without blanks
 )->pd.DataFrame: # Text, and floats where a whole column reads as numbers
     "Read a table; subjects stay text, so '001' keeps its zeros. Raises ValueError naming the line that is wrong."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"read_table: '{path}' does not exist. Expected a CSV table. Check the path.")
+    if not path.is_file(): raise FileNotFoundError(
+        f"read_table: '{path}' does not exist. Expected a CSV table. Check the path.")
     try: table = pd.read_csv(path, dtype=str, encoding='utf-8-sig', skipinitialspace=True)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e:
-        raise ValueError(f"read_table: '{path}' does not read as a table ({e}). Expected comma-separated UTF-8 text.") from e
+        raise ValueError(
+            f"read_table: '{path}' does not read as a table ({e}). Expected comma-separated UTF-8 text.") from e
     table = table.rename(columns=str.strip).apply(lambda o: o.str.strip())
     lost = [o for o in needs if o not in table]
     if lost: raise ValueError(
@@ -156,12 +166,14 @@ def read_table(
         if col in needs: bad = table[col].isna() | (bad if col=='slice' else False)
         if col=='age': bad |= numbers<0
         if bad.any() and col in ('age', 'slice', 'plane', *needs): raise ValueError(
-            f"read_table: {col} '{table[col][bad].iloc[0]}' of subject '{table.subject[bad].iloc[0]}', line {bad.idxmax()+2} of '{path}'. "
-            f"Expected {dict(age='years from 0, or a blank', subject='a name').get(col, 'a whole number')}. Correct the line.")
+            f"read_table: {col} '{table[col][bad].iloc[0]}' of subject '{table.subject[bad].iloc[0]}', line "
+            f"{bad.idxmax()+2} of '{path}'. "
+            f"Expected {dict(age='years from 0, or a blank', subject='a name').get(col, 'a whole number')}. Correct "
+            "the line.")
         if col not in ('path', 'subject') and not bad.any(): table[col] = numbers.astype(float)
     return table
 
-# %% ../nbs/01_data.ipynb #0a8e67ea
+# %% ../nbs/01_data.ipynb #5699b421
 def list_manifest(
     path:Path, # CSV with columns path, subject, slice; optional plane, diagnosis, split and covariates
 )->tuple: # Rows, faults, notes
@@ -169,13 +181,14 @@ def list_manifest(
     rows = read_table(path, ('path', 'subject', 'slice'))
     for col in {'slice', 'plane'} & set(rows):
         if (rows[col]%1!=0).any() or (rows[col]<0).any(): raise ValueError(
-            f"list_manifest: {col} {rows[col].min():g} to {rows[col].max():g} in '{path}'. Expected whole numbers from 0.")
+            f"list_manifest: {col} {rows[col].min():g} to {rows[col].max():g} in '{path}'. Expected whole numbers "
+            "from 0.")
         rows[col] = rows[col].astype(int)
     volume = rows.path.str.contains(r'\.nii(?:\.gz)?$', case=False, regex=True)
     rows['plane'] = rows['plane' if 'plane' in rows else 'slice'].where(volume, -1)
     return rows.drop(columns='hash', errors='ignore'), as_faults([]), []
 
-# %% ../nbs/01_data.ipynb #1db4dbb9
+# %% ../nbs/01_data.ipynb #c8c48af5
 def read_subjects(
     path:Path, # CSV with a column `subject` and one row a subject
 )->pd.DataFrame: # Covariates, indexed by subject (text)
@@ -183,13 +196,15 @@ def read_subjects(
     table = read_table(path, ('subject',))
     twice = table.subject[table.subject.duplicated()]
     if len(twice): raise ValueError(
-        f"read_subjects: subject '{twice.iloc[0]}' has several rows in '{path}'. Expected one row a subject. Drop the others.")
+        f"read_subjects: subject '{twice.iloc[0]}' has several rows in '{path}'. Expected one row a subject. Drop "
+        "the others.")
     taken = [o for o in ('path', 'plane', 'slice', 'hash') if o in table]
     if taken: raise ValueError(
-        f"read_subjects: '{path}' has a column {taken[0]}. Expected facts about subjects. Put facts about slices in a manifest.csv.")
+        f"read_subjects: '{path}' has a column {taken[0]}. Expected facts about subjects. Put facts about slices in "
+        "a manifest.csv.")
     return table.set_index('subject')
 
-# %% ../nbs/01_data.ipynb #dd71cc66
+# %% ../nbs/01_data.ipynb #2084584f
 def join_subjects(
     rows:pd.DataFrame, # Rows with a column `subject`
     table:pd.DataFrame, # Covariates, indexed by subject
@@ -202,16 +217,19 @@ def join_subjects(
     for col in table:
         new = rows.subject.map(table[col])
         if col in rows and rows[col].notna().any():
-            if col=='split': notes.append('the split column in the table of subjects is not used: the folders give the splits'); continue
+            if col=='split':
+                notes.append('the split column in the table of subjects is not used: the folders give the splits')
+                continue
             clash = rows[col].notna() & new.notna() & (rows[col]!=new)
             if clash.any(): raise ValueError(
-                f"join_subjects: subject '{rows.subject[clash].iloc[0]}' has {col} {rows[col][clash].iloc[0]} in the folders or manifest "
+                f"join_subjects: subject '{rows.subject[clash].iloc[0]}' has {col} {rows[col][clash].iloc[0]} in the "
+                "folders or manifest "
                 f"and {new[clash].iloc[0]} in the table of subjects. Expected one {col}. Correct one of them.")
             new = rows[col].where(rows[col].notna(), new)
         rows = rows.assign(**{col: new})
     return rows, notes
 
-# %% ../nbs/01_data.ipynb #af9c67d1
+# %% ../nbs/01_data.ipynb #529b4927
 def split_by_subject(
     manifest:pd.DataFrame, # Rows with subject and diagnosis
     fractions:dict, # Share of the subjects by split, such as dict(validate=.1, test=.1); the rest is train
@@ -220,7 +238,7 @@ def split_by_subject(
     "Deal whole subjects to splits, the same mix of diagnoses in each. The order of the rows does not matter."
     people = manifest.drop_duplicates('subject')[['subject', 'diagnosis']].fillna({'diagnosis': ''})
     people['ticket'] = [hashlib.blake2b(f'{seed}:{o}'.encode(), digest_size=8).hexdigest() for o in people.subject]
-    people = people.sort_values('ticket')                                       # a shuffle that only names and seed decide
+    people = people.sort_values('ticket')                                    # a shuffle that only names and seed decide
     group = people.groupby('diagnosis').ticket
     people['place'] = (group.cumcount()+.5)/group.transform('size')             # 0..1 within the diagnosis
     people = people.sort_values(['place', 'ticket'])                            # diagnoses interleaved
@@ -232,17 +250,20 @@ def split_by_subject(
     people['split'] = splits + ['train']*(n-len(splits))
     return manifest.assign(split=manifest.subject.map(people.set_index('subject').split))
 
-# %% ../nbs/01_data.ipynb #de1cd4f7
+# %% ../nbs/01_data.ipynb #51ab69e5
 def assign_splits(
     rows:pd.DataFrame, # Rows with subject, diagnosis and split, missing where nobody gave one
     config:DataConfig, # For the fractions and the seed
 )->tuple: # Rows with every split filled in, notes
-    "Keep the splits that were given; deal subjects where none were, and carve validate out of train where it is missing."
+    "Keep the splits that were given; deal subjects where none were, and carve validate out of train where it is "
+    "missing."
     given,notes = set(rows.split.dropna()), []
     if given-set(SPLITS): raise ValueError(
-        f"assign_splits: split '{sorted(given-set(SPLITS))[0]}'. Expected one of {', '.join(SPLITS)}. Rename it in the table.")
+        f"assign_splits: split '{sorted(given-set(SPLITS))[0]}'. Expected one of {', '.join(SPLITS)}. Rename it in "
+        "the table.")
     if not given:
-        rows = split_by_subject(rows, dict(validate=config.validate_fraction, test=config.test_fraction), config.split_seed)
+        fractions = dict(validate=config.validate_fraction, test=config.test_fraction)
+        rows = split_by_subject(rows, fractions, config.split_seed)
         notes.append(f'splits made by subject, seed {config.split_seed}')
     elif rows.split.isna().any(): raise ValueError(
         f"assign_splits: subject '{rows.subject[rows.split.isna()].iloc[0]}' has no split and others do. "
@@ -251,7 +272,8 @@ def assign_splits(
         train = rows.split=='train'
         carved = split_by_subject(rows[train], dict(validate=config.validate_fraction), config.split_seed)
         rows = pd.concat([carved, rows[~train]])
-        notes.append(f'validate made from {carved.subject[carved.split=="validate"].nunique()} subjects of train, seed {config.split_seed}')
+        n = carved.subject[carved.split=='validate'].nunique()
+        notes.append(f'validate made from {n} subjects of train, seed {config.split_seed}')
     return rows, notes
 
 # %% ../nbs/01_data.ipynb #bf11fcb9
@@ -264,35 +286,38 @@ def find_leaks(
     bad = rows[rows.subject.isin(both.index)]
     return as_faults(bad.path, 'leak', ('subject '+bad.subject+' is in '+bad.subject.map(both)).tolist())
 
-# %% ../nbs/01_data.ipynb #ba3de254
+# %% ../nbs/01_data.ipynb #a1aff7ad
 def count_planes(
     path:Path, # NIfTI volume
 )->int: # Axial planes in it
     "Read off the header how many axial planes a volume has. Raises DataFault."
     try: img = nib.load(path)
     except Exception as e: raise DataFault('unreadable', f'nibabel cannot open it: {e}') from e
-    if len(img.shape)!=3: raise DataFault('shape', f'{len(img.shape)}-D volume {img.shape}; expected 3-D. Save one volume of it')
+    if len(img.shape)!=3: raise DataFault(
+        'shape', f'{len(img.shape)}-D volume {img.shape}; expected 3-D. Save one volume of it')
     if not np.linalg.det(img.affine[:3,:3]): raise DataFault('orientation', 'affine has no volume; expected three axes')
     return img.shape[nib.io_orientation(img.affine)[:,0].tolist().index(2)]
 
-# %% ../nbs/01_data.ipynb #c40b87aa
+# %% ../nbs/01_data.ipynb #bac553c7
 def scale_to_bytes(
     vol:np.ndarray, # Intensities (x, y, z), background 0
 )->tuple: # Volume as uint8, share of its non-zero voxels that were clipped
-    "Scale so that the 99.9th percentile of the non-zero voxels is white; bytes are taken as they are. Raises DataFault."
+    "Scale so that the 99.9th percentile of the non-zero voxels is white; bytes are taken as they are. Raises "
+    "DataFault."
     if vol.dtype==np.uint8: return vol, 0.
     if vol.dtype.kind not in 'iuf': raise DataFault('unreadable', f'voxels of type {vol.dtype}; expected numbers')
     vol = vol.astype(np.float32)
-    if not np.isfinite(vol).all(): raise DataFault('nan', f'{(~np.isfinite(vol)).sum()} voxels are NaN or infinite; expected numbers')
+    if not np.isfinite(vol).all(): raise DataFault(
+        'nan', f'{(~np.isfinite(vol)).sum()} voxels are NaN or infinite; expected numbers')
     head = vol[vol!=0]
     if not len(head): raise DataFault('empty', 'every voxel is 0')
     if (vol<0).mean()>.01: raise DataFault(
-        'negative', f'{(vol<0).mean():.0%} of the voxels are below 0; expected intensities from 0. Undo the normalisation')
+        'negative', f'{(vol<0).mean():.0%} of the voxels are below 0; expected none. Undo the normalisation')
     top = np.percentile(head, 99.9)
     if top<=0: raise DataFault('negative', 'no intensity above 0')
     return np.clip(vol/top*255, 0, 255).round().astype(np.uint8), float(((head>top) | (head<0)).mean())
 
-# %% ../nbs/01_data.ipynb #872bed37
+# %% ../nbs/01_data.ipynb #b25fc474
 def load_volume(
     path:Path, # NIfTI volume
 )->tuple: # Volume (x, y, z) as uint8 with axes to the right, front and top (RAS+), share clipped
@@ -302,12 +327,13 @@ def load_volume(
     if not (img.header['sform_code'] or img.header['qform_code']): raise DataFault(
         'orientation', 'sform and qform code are 0, so left and front are unknown; set the affine with nibabel')
     tilt = np.rad2deg(nib.affines.obliquity(img.affine).max())
-    if tilt>15: raise DataFault('oblique', f'axes lean {tilt:.0f} degrees; expected 15 or less. Resample it to a straight grid')
+    if tilt>15: raise DataFault(
+        'oblique', f'axes lean {tilt:.0f} degrees; expected 15 or less. Resample it to a straight grid')
     try: img = nib.as_closest_canonical(img); vol = np.asanyarray(img.dataobj)
     except Exception as e: raise DataFault('truncated', f'voxels cannot be read: {e}') from e
     dx,dy = img.header.get_zooms()[:2]
     if abs(dx/dy-1)>.01: raise DataFault(
-        'voxels', f'{dx:.3g} x {dy:.3g} mm in plane; expected squares. Resample it, for example with nilearn.image.resample_img')
+        'voxels', f'{dx:.3g} x {dy:.3g} mm in plane; expected squares. Resample it with nilearn.image.resample_img')
     return scale_to_bytes(vol)
 
 # %% ../nbs/01_data.ipynb #93eeeeeb
@@ -318,7 +344,7 @@ def axial_picture(
     "Cut one axial plane out of a volume."
     return np.ascontiguousarray(np.flipud(vol[:,:,k].T))
 
-# %% ../nbs/01_data.ipynb #ea0d4e09
+# %% ../nbs/01_data.ipynb #e18a13aa
 def list_volumes(
     root:Path, # Folder of .nii or .nii.gz
     config:DataConfig, # For `planes`
@@ -332,7 +358,8 @@ def list_volumes(
     twice = subjects.duplicated(keep=False)
     for path,subject,several in zip(paths, subjects, twice):
         try:
-            if several: raise DataFault('two volumes', f'subject {subject} has several; name the ones to use in a manifest.csv')
+            if several: raise DataFault(
+                'two volumes', f'subject {subject} has several; name the ones to use in a manifest.csv')
             n = count_planes(root/path)
             first,last = config.planes or (0, n)
             if last>n: raise DataFault('planes', f'{n} planes; planes={config.planes} asks for more')
@@ -341,7 +368,7 @@ def list_volumes(
     notes = [f"{len(other)} other files ignored: {', '.join(other[:3])}"] if other else []
     return pd.DataFrame(rows, columns=COLUMNS[:4]), as_faults(*(zip(*faults) if faults else [[]])), notes
 
-# %% ../nbs/01_data.ipynb #28e2656d
+# %% ../nbs/01_data.ipynb #ff7f1da2
 @dataclass
 class Report:
     "What a look at the data found. Print it; `ok` is False if there are faults."
@@ -357,7 +384,8 @@ class Report:
         rows = self.manifest.fillna({'diagnosis': 'unknown'})
         table = rows.groupby(['split', 'diagnosis']).agg(subjects=('subject', 'nunique'), slices=('slice', 'size'))
         table = table.reindex(SPLITS, level='split')
-        out = [f"layout {self.manifest.attrs.get('layout', 'unknown')}: {rows.subject.nunique()} subjects, {len(rows)} slices", '']
+        layout = self.manifest.attrs.get('layout', 'unknown')
+        out = [f'layout {layout}: {rows.subject.nunique()} subjects, {len(rows)} slices', '']
         out += [table.reset_index().to_string(index=False), ''] if len(table) else []
         if self.sizes is not None: out += ['height x width: ' + ', '.join(f'{k} ({v})' for k,v in self.sizes.items())]
         out += [f'note: {o}' for o in self.notes]
@@ -367,7 +395,7 @@ class Report:
             out += [f'  ... and {len(lines)-50} more, all of them in report.faults'] if len(lines)>50 else []
         return '\n'.join(out + ['', 'no fault found' if self.ok else f'{len(self.faults)} faults found'])
 
-# %% ../nbs/01_data.ipynb #6ebc714a
+# %% ../nbs/01_data.ipynb #1007cc96
 def list_slices(
     root:str|Path, # Data folder, or a CSV manifest
     config:DataConfig, # Planes, seed and table of subjects
@@ -380,9 +408,10 @@ def list_slices(
         path = root if root.is_file() else root/('slices.csv' if layout=='phantom' else 'manifest.csv')
         (rows,faults,notes),root = list_manifest(path), path.parent
     if not len(rows) and not len(faults): raise ValueError(
-        f"list_slices: '{root}' looks like layout {layout} and holds no scan. Expected pictures or volumes. Check the folder.")
+        f"list_slices: '{root}' looks like layout {layout} and holds no scan. Expected pictures or volumes. Check "
+        "the folder.")
     rows = rows.reset_index(drop=True).reindex(columns=[*COLUMNS, *rows.columns.difference(COLUMNS, sort=False)])
-    rows = rows.assign(plane=rows.plane.fillna(-1).astype(int), diagnosis=rows.diagnosis.astype(object), split=rows.split.astype(object))
+    rows = rows.assign(plane=rows.plane.fillna(-1)).astype(dict(plane=int, diagnosis=object, split=object))
     table = config.subjects or (root/'subjects.csv' if (root/'subjects.csv').exists() else None)
     if table is not None:
         rows,more = join_subjects(rows, read_subjects(table)); notes = notes+more
@@ -396,7 +425,7 @@ def list_slices(
     rows.attrs = dict(layout=layout, root=str(root))
     return Report(rows, pd.concat([faults, leaks], ignore_index=True), notes+more)
 
-# %% ../nbs/01_data.ipynb #f666b4cc
+# %% ../nbs/01_data.ipynb #0f140d5b
 def refuse_faults(
     report:Report, # What was found
     skip_faulty:bool=False, # Go on without the faulty files; a leak is refused all the same
@@ -404,16 +433,19 @@ def refuse_faults(
     "Raise ValueError if the data should not be trained on; print what is left out with `skip_faulty`."
     leaks = report.faults[report.faults.fault=='leak']
     shown = leaks if len(leaks) else report.faults
-    lines = '\n'.join('  '+o for o in (shown.fault+': '+shown.path+': '+shown.detail)[:5]) + ('\n  ...' if len(shown)>5 else '')
+    every = ('  '+shown.fault+': '+shown.path+': '+shown.detail).tolist()
+    lines = '\n'.join(every[:5] + ['  ...']*(len(every)>5))
     if len(leaks): raise ValueError(
         f"refuse_faults: a leak, {len(leaks)} files.\n{lines}\nExpected each person in one split. "
         "Move or remove the files; skip_faulty does not apply to a leak.")
     if len(shown) and not skip_faulty: raise ValueError(
-        f"refuse_faults: {len(shown)} faults.\n{lines}\nExpected none. See them all with `brainldm check`, repair the files, "
+        f"refuse_faults: {len(shown)} faults.\n{lines}\nExpected none. See them all with `brainldm check`, repair "
+        "the files, "
         "or leave them out with --skip-faulty.")
     if not len(report.manifest): raise ValueError(
-        f"refuse_faults: no slice left, {len(shown)} faults.\n{lines}\nExpected one good slice or more. Check the folder.")
-    if len(shown): print(f'left out {len(shown)} faulty files:\n' + '\n'.join('  '+o for o in shown.fault+': '+shown.path+': '+shown.detail))
+        f"refuse_faults: no slice left, {len(shown)} faults.\n{lines}\nExpected one good slice or more. Check the "
+        "folder.")
+    if len(shown): print('\n'.join([f'left out {len(shown)} faulty files:', *every]))
 
 # %% ../nbs/01_data.ipynb #20e3d5f3
 def read_manifest(
@@ -425,7 +457,7 @@ def read_manifest(
     refuse_faults(report, config.skip_faulty)
     return report.manifest
 
-# %% ../nbs/01_data.ipynb #3aed076f
+# %% ../nbs/01_data.ipynb #224d8f75
 def decode_picture(
     path:Path, # PNG or JPEG
     to_grey:bool=False, # Turn colour grey instead of refusing it
@@ -438,12 +470,13 @@ def decode_picture(
             mode = im.mode
             if mode=='L': return np.asarray(im)
             if mode.startswith(('I', 'F')): raise DataFault(
-                '16-bit', f'mode {mode}; expected 8-bit grey. Choose the intensities that become black and white, and save it again')
+                '16-bit', f'mode {mode}; expected 8-bit grey. Choose what becomes black and white, and save it')
             if to_grey: return np.asarray(im.convert('L'))
             raise DataFault('colour', f'mode {mode}; expected 8-bit grey. Save it as grey or use --to-grey')
     except UnidentifiedImageError as e: raise DataFault('unreadable', 'not a picture, whatever its name says') from e
     except DataFault: raise
-    except Exception as e: raise DataFault('truncated' if 'truncated' in str(e).lower() else 'unreadable', str(e)) from e
+    except Exception as e:
+        raise DataFault('truncated' if 'truncated' in str(e).lower() else 'unreadable', str(e)) from e
 
 # %% ../nbs/01_data.ipynb #89ece140
 def decode_file(
@@ -478,7 +511,7 @@ def map_files(
         done = pool.map(lambda o: (o[1], work(*o)), files)
         return list(tqdm(done, total=len(files), desc=title, unit='file', disable=not progress))
 
-# %% ../nbs/01_data.ipynb #e6d35ff6
+# %% ../nbs/01_data.ipynb #7a1401d4
 def inspect_files(
     rows:pd.DataFrame, # Manifest
     config:DataConfig, # For `to_grey`
@@ -491,7 +524,8 @@ def inspect_files(
         except DataFault as e: return [('', 0, 0, False, e.kind, str(e))]*len(at), None
         return [(hash_picture(o), *o.shape, o.min()==o.max(), '', '') for o in pictures], clipped
     found = map_files(look, rows, progress, 'check')
-    seen = pd.DataFrame([o for _,(seen,_) in found for o in seen], columns=['hash', '_height', '_width', '_blank', '_fault', '_detail'])
+    names = ['hash', '_height', '_width', '_blank', '_fault', '_detail']
+    seen = pd.DataFrame([o for _,(seen,_) in found for o in seen], columns=names)
     seen = seen.astype({'_blank': bool})
     seen.index = np.concatenate([at for at,_ in found]) if found else []
     return rows.join(seen.sort_index()), [c for _,(_,c) in found if c]
@@ -509,7 +543,7 @@ def find_copies(
     bad = leak | (group.subject.transform('nunique')>1) | twice.duplicated('hash')
     return pd.DataFrame(dict(path=twice.path, fault=np.where(leak, 'leak', 'duplicate'), detail=text))[bad]
 
-# %% ../nbs/01_data.ipynb #c6f2120c
+# %% ../nbs/01_data.ipynb #565357dd
 def judge_rows(
     rows:pd.DataFrame, # Rows with what `inspect_files` saw
 )->tuple: # Good rows, faults, sizes
@@ -522,8 +556,9 @@ def judge_rows(
     good = decoded[~decoded._blank & (size==usual)]
     copies = find_copies(good)
     broken = rows[rows._fault!=''].drop_duplicates('path')
+    where = ('; plane '+blank.plane.astype(str)).where(blank.plane>=0, '')
     faults = [as_faults(broken.path, broken._fault, broken._detail),
-              as_faults(blank.path, 'empty', 'every pixel is the same'+('; plane '+blank.plane.astype(str)).where(blank.plane>=0, '')),
+              as_faults(blank.path, 'empty', 'every pixel is the same'+where),
               as_faults(odd.path, 'size', size[odd.index]+', most are '+usual), copies]
     good = good.drop(copies.index).drop(columns=['_height', '_width', '_blank', '_fault', '_detail'])
     return good, pd.concat(faults, ignore_index=True), sizes
@@ -551,13 +586,14 @@ def check_dataset(
     good.attrs = listed.manifest.attrs
     return Report(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes)
 
-# %% ../nbs/01_data.ipynb #efb1808d
+# %% ../nbs/01_data.ipynb #297a805a
 def prepare_picture(
     picture:np.ndarray, # Picture (h, w), uint8
     size:int, # Side of the square that comes out
     crop:int|None=None, # Centre-crop to this side first; None pads with zeros to a square
 )->np.ndarray: # Picture (size, size), uint8
-    "Crop or pad to a square and resize: bicubic, antialiased, in float, then rounded. Raises ValueError if the crop is too large."
+    "Crop or pad to a square and resize: bicubic, antialiased, in float, then rounded. Raises ValueError if the crop "
+    "is too large."
     h,w = picture.shape
     if crop is not None and crop>min(h, w): raise ValueError(
         f"prepare_picture: crop={crop} and a picture of {h} x {w}. Expected a crop that fits. Try crop={min(h, w)}.")
@@ -578,15 +614,17 @@ def cache_folder(
     if cache_dir or os.environ.get('BRAINLDM_CACHE'): return Path(cache_dir or os.environ['BRAINLDM_CACHE'])
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'brainldm'
 
-# %% ../nbs/01_data.ipynb #942ea23d
+# %% ../nbs/01_data.ipynb #566acace
 def fingerprint(
     manifest:pd.DataFrame, # Checked rows, with the column `hash`
 )->dict: # hash of rows and pixels, layout, subjects and slices by split
     "Sum up a data set so that a run can say exactly what it was trained on."
     text = manifest.to_csv(index=False, lineterminator='\n')
     by = manifest.groupby('split')
-    return dict(hash=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), layout=manifest.attrs.get('layout', ''),
-                subjects={k:int(v) for k,v in by.subject.nunique().items()}, slices={k:int(v) for k,v in by.size().items()})
+    return dict(hash=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+                layout=manifest.attrs.get('layout', ''),
+                subjects={k:int(v) for k,v in by.subject.nunique().items()},
+                slices={k:int(v) for k,v in by.size().items()})
 
 # %% ../nbs/01_data.ipynb #f9a8820c
 def cache_is_whole(
@@ -598,7 +636,7 @@ def cache_is_whole(
         return json.loads((folder/'meta.json').read_text())['digest']==hashlib.blake2b(images).hexdigest()
     except (OSError, ValueError, KeyError, EOFError, TypeError): return False
 
-# %% ../nbs/01_data.ipynb #066cc02b
+# %% ../nbs/01_data.ipynb #9da81ca0
 def write_cache(
     folder:Path, # Where the cache goes
     manifest:pd.DataFrame, # Checked rows
@@ -615,19 +653,23 @@ def write_cache(
         def prepare(path, at):
             for i,picture in zip(at, decode_file(root/path, planes[at], config.to_grey)[0]):
                 if hash_picture(picture)!=hashes[i]: raise RuntimeError(
-                    f"write_cache: '{path}' changed since it was checked. Expected files that stay as they are. Check it again.")
+                    f"write_cache: '{path}' changed since it was checked. Expected files that stay as they are. "
+                    "Check it again.")
                 images[i] = prepare_picture(picture, config.size, config.crop)
         map_files(prepare, manifest, progress, 'cache')
         images.flush()
         manifest.to_csv(tmp/'manifest.csv', index=False)
-        meta = dict(digest=hashlib.blake2b(images).hexdigest(), size=config.size, crop=config.crop, data=fingerprint(manifest))
+        digest = hashlib.blake2b(images).hexdigest()
+        meta = dict(digest=digest, size=config.size, crop=config.crop, data=fingerprint(manifest))
         (tmp/'meta.json').write_text(json.dumps(meta, indent=1))
         if cache_is_whole(folder): return                                        # another process was faster
         shutil.rmtree(folder, ignore_errors=True)
-        tmp.rename(folder)
+        try: tmp.rename(folder)
+        except OSError:
+            if not cache_is_whole(folder): raise
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/01_data.ipynb #74827423
+# %% ../nbs/01_data.ipynb #b6175ab2
 @dataclass(frozen=True)
 class Covariate:
     "One condition that a model is told: a category from `values`, or a number mapped to [0, 1] by `range`."
@@ -639,30 +681,32 @@ class Covariate:
     def __post_init__(self):
         for name in ('values', 'range'):
             if getattr(self, name) is not None: object.__setattr__(self, name, tuple(getattr(self, name)))
-        ok = {'categorical': self.values, 'continuous': self.range and len(self.range)==2 and self.range[0]<=self.range[1]}
+        ok = {'categorical': self.values,
+              'continuous': self.range and len(self.range)==2 and self.range[0]<=self.range[1]}
         if not ok.get(self.kind): raise ValueError(
             f"Covariate: {self.name} is {self.kind} with values={self.values}, range={self.range}. "
             "Expected kind 'categorical' with values, or 'continuous' with range (low, high).")
 
-# %% ../nbs/01_data.ipynb #0121b150
+# %% ../nbs/01_data.ipynb #21e1de82
 def find_covariates(
     manifest:pd.DataFrame, # Manifest
     names:list|None=None, # Columns to use; None takes slice, diagnosis, age and sex where known
 )->list[Covariate]: # One a column
     "Describe the conditions from the train rows alone (from all rows where there is no train)."
     rows = manifest[manifest.split=='train'] if (manifest.split=='train').any() else manifest
-    wanted = names if names is not None else [o for o in ('slice', 'diagnosis', 'age', 'sex') if o in rows and rows[o].notna().any()]
+    usual = [o for o in ('slice', 'diagnosis', 'age', 'sex') if o in rows and rows[o].notna().any()]
     out = []
-    for name in wanted:
+    for name in usual if names is None else names:
         if name not in rows or not rows[name].notna().any(): raise ValueError(
             f"find_covariates: '{name}' is not known for any train row. Expected one of "
             f"{', '.join(rows.columns[rows.notna().any()].difference(['path', 'plane', 'subject', 'split', 'hash']))}.")
         known = rows[name].dropna()
-        if pd.api.types.is_numeric_dtype(known): out.append(Covariate(name, 'continuous', range=(float(known.min()), float(known.max()))))
+        if pd.api.types.is_numeric_dtype(known):
+            out.append(Covariate(name, 'continuous', range=(float(known.min()), float(known.max()))))
         else: out.append(Covariate(name, 'categorical', values=sorted(known.unique())))
     return out
 
-# %% ../nbs/01_data.ipynb #ad5b20a6
+# %% ../nbs/01_data.ipynb #b272f10f
 def encode_column(
     column, # Values, one a row; missing is None or NaN
     covariate:Covariate, # What they mean
@@ -673,15 +717,17 @@ def encode_column(
         codes = pd.Index(c.values, dtype=object).get_indexer(column.astype(object)).astype(np.int64)
         new = column[(codes<0) & column.notna().to_numpy()]
         if len(new): raise ValueError(
-            f"encode_column: {c.name}={new.iloc[0]!r}. Expected one of {', '.join(map(str, c.values))}, or None for unknown.")
+            f"encode_column: {c.name}={new.iloc[0]!r}. Expected one of {', '.join(map(str, c.values))}, or None for "
+            "unknown.")
         return torch.from_numpy(codes)
     low,high = c.range
     numbers = pd.to_numeric(column, errors='coerce').to_numpy(dtype=np.float64, na_value=np.nan)
     new = column[(np.isnan(numbers) & column.notna().to_numpy()) | np.isinf(numbers)]
-    if len(new): raise ValueError(f"encode_column: {c.name}={new.iloc[0]!r}. Expected a number like {low:g} to {high:g}, or None.")
+    if len(new): raise ValueError(
+        f"encode_column: {c.name}={new.iloc[0]!r}. Expected a number like {low:g} to {high:g}, or None.")
     return torch.from_numpy(((numbers-low)/((high-low) or 1)).astype(np.float32))
 
-# %% ../nbs/01_data.ipynb #aebe3196
+# %% ../nbs/01_data.ipynb #5aa20f15
 def encode_covariates(
     table, # Manifest, or a dict of values or lists (single values are repeated)
     covariates:list[Covariate], # The conditions of the model
@@ -691,14 +737,16 @@ def encode_covariates(
     if isinstance(table, pd.DataFrame): return {k:encode_column(table[k], c) for k,c in known.items() if k in table}
     strange = [o for o in table if o not in known]
     if strange: raise ValueError(
-        f"encode_covariates: unknown condition '{strange[0]}'. Expected one of {', '.join(known) or 'none: this model has no condition'}.")
+        f"encode_covariates: unknown condition '{strange[0]}'. Expected one of "
+        f"{', '.join(known) or 'none: this model has no condition'}.")
     lists = {k:[v] if np.ndim(v)==0 else list(v) for k,v in table.items()}
     n = max(map(len, lists.values()), default=1)
     odd = [k for k,v in lists.items() if len(v) not in (1, n)]
-    if odd: raise ValueError(f"encode_covariates: {len(lists[odd[0]])} values of '{odd[0]}' beside {n} of another. Expected 1 or {n}.")
+    if odd: raise ValueError(
+        f"encode_covariates: {len(lists[odd[0]])} values of '{odd[0]}' beside {n} of another. Expected 1 or {n}.")
     return {k:encode_column(lists[k]*(n//len(lists[k])), c) for k,c in known.items() if k in lists}
 
-# %% ../nbs/01_data.ipynb #bd535427
+# %% ../nbs/01_data.ipynb #18b41d33
 class SliceDataset(Dataset):
     "Prepared pictures with their manifest and conditions; asked for several rows, it hands over a whole batch."
     def __init__(self,
@@ -726,12 +774,13 @@ class SliceDataset(Dataset):
     ): # The rows of one split, as a view where they lie together
         at = np.flatnonzero(self.manifest.split==split)
         if not len(at): raise ValueError(
-            f"SliceDataset.subset: no row of split '{split}'. Expected one of {', '.join(self.manifest.split.unique())}.")
+            f"SliceDataset.subset: no row of split '{split}'. Expected one of "
+            f"{', '.join(self.manifest.split.unique())}.")
         together = at[-1]-at[0]+1==len(at)
         images = self.images[at[0]:at[-1]+1] if together else self.images[at]
         return SliceDataset(images, self.manifest.iloc[at].reset_index(drop=True), self.covariates)
 
-# %% ../nbs/01_data.ipynb #af68d899
+# %% ../nbs/01_data.ipynb #3b44b50f
 def build_cache(
     manifest:pd.DataFrame, # `check_dataset(...).manifest`: good rows with the hash of their pixels
     root:str|Path, # Data folder, or a CSV manifest
@@ -741,14 +790,15 @@ def build_cache(
 )->SliceDataset: # Pictures read from the disk as they are asked for
     "Prepare every picture once; the same rows, pixels and settings find it again, and a damaged cache is made anew."
     if 'hash' not in manifest or not len(manifest): raise ValueError(
-        f"build_cache: {len(manifest)} rows with columns {', '.join(manifest)}. Expected the manifest of check_dataset, with `hash`.")
-    root = Path(root)
+        f"build_cache: {len(manifest)} rows with columns {', '.join(manifest)}. Expected the manifest of "
+        "check_dataset, with `hash`.")
+    root = Path(root).parent if Path(root).is_file() else Path(root)
     settings = f"1 {config.size} {config.crop} {config.to_grey} {fingerprint(manifest)['hash']}"
     folder = cache_folder(cache_dir)/hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
-    if not cache_is_whole(folder): write_cache(folder, manifest, root.parent if root.is_file() else root, config, progress)
+    if not cache_is_whole(folder): write_cache(folder, manifest, root, config, progress)
     return SliceDataset(np.load(folder/'images.npy', mmap_mode='r', allow_pickle=False), manifest)
 
-# %% ../nbs/01_data.ipynb #a95b126f
+# %% ../nbs/01_data.ipynb #d0a84e44
 class ShuffledBatches:
     "Endless batches of indices: epoch after epoch without a gap, and batch k is known without drawing the ones before."
     def __init__(self,
@@ -758,7 +808,8 @@ class ShuffledBatches:
         start:int=0, # First batch; a resumed run gives the number of batches already seen
     ):
         if n<1 or batch_size<1 or start<0: raise ValueError(
-            f"ShuffledBatches: n={n}, batch_size={batch_size}, start={start}. Expected rows, a batch size of 1 or more, start from 0.")
+            f"ShuffledBatches: n={n}, batch_size={batch_size}, start={start}. Expected rows, a batch size of 1 or "
+            "more, start from 0.")
         self.n,self.batch_size,self.seed,self.start,self._epoch = n, batch_size, seed, start, (-1, None)
 
     def order(self, epoch): # The permutation of one epoch; the last one is remembered
@@ -773,7 +824,7 @@ class ShuffledBatches:
         k = self.start
         while True: yield self.batch(k); k += 1
 
-# %% ../nbs/01_data.ipynb #17271c69
+# %% ../nbs/01_data.ipynb #9b6317ce
 def make_loader(
     dataset:SliceDataset, # Rows to train on
     batch_size:int, # Pictures in a batch
@@ -783,8 +834,9 @@ def make_loader(
     pin_memory:bool=False, # Faster copies to a GPU
 )->DataLoader: # Endless
     "Endless shuffled batches for training."
-    return DataLoader(dataset, batch_sampler=ShuffledBatches(len(dataset), batch_size, seed, start), collate_fn=dict,       # a batch already
-                      num_workers=num_workers, pin_memory=pin_memory)
+    batches = ShuffledBatches(len(dataset), batch_size, seed, start)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
+                      collate_fn=dict)                                       # the data set made a batch already
 
 # %% ../nbs/01_data.ipynb #bc6ab68f
 def eval_batches(

@@ -159,7 +159,7 @@ def targets(
     if prediction_type=='sample': return x0
     return at_timesteps(abar.sqrt(), t, x0)*eps - at_timesteps((1-abar).sqrt(), t, x0)*x0
 
-# %% ../nbs/04_scheduler.ipynb #04b2824c
+# %% ../nbs/04_scheduler.ipynb #68cdbfc2
 def to_x0_eps(
     pred:Tensor, # What the network said (b, c, *s), any dtype
     xt:Tensor, # Noised latents it was shown (b, c, *s)
@@ -173,7 +173,7 @@ def to_x0_eps(
     if prediction_type=='v_prediction': return root*xt-rest*pred, rest*xt+root*pred
     if prediction_type=='sample': return pred, (xt-root*pred)/rest
     if abar[-1]==0: raise ValueError(
-        "to_x0_eps: prediction_type='epsilon' and abar ending at 0. Expected abar above 0, for x0 is divided by its root. "
+        "to_x0_eps: prediction_type='epsilon' and abar ending at 0. Expected abar above 0 (x0 is divided by its root). "
         "Try prediction_type='v_prediction'.")
     return (xt-rest*pred)/root, pred
 

@@ -572,6 +572,23 @@ def test_interrupted_cache_leaves_nothing(cohort, monkeypatch):
     assert len(cached(cohort))==30
 
 
+def test_processes_that_build_at_once(cohort):
+    code = ("import sys; from brainldm.data import DataConfig, open_dataset; "
+            "print(open_dataset(sys.argv[1], DataConfig(size=32), False, sys.argv[2]).images[:].sum())")
+    runs = [subprocess.Popen([sys.executable, '-c', code, *map(str, cohort)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    a, b = (o.communicate(timeout=60)[0] for o in runs)
+    assert [o.returncode for o in runs]==[0, 0] and a==b and len(list(cohort[1].iterdir()))==1
+
+
+def test_lost_race_for_the_cache(cohort, monkeypatch):
+    first = np.array(cached(cohort).images)
+    folder = next(cohort[1].iterdir())
+    answers = iter([False, False, True])                        # not there, still not there, then another process was faster
+    monkeypatch.setattr(data, 'cache_is_whole', lambda o: next(answers))
+    monkeypatch.setattr(data.shutil, 'rmtree', lambda o, **kw: None)
+    assert (cached(cohort).images==first).all() and (folder/'meta.json').exists() and next(answers, None) is None
+
+
 def test_file_changed_after_the_check(cohort):
     report = look(cohort[0])
     save(cohort[0]/'keras_png_slices_train/case_001_slice_0.nii.png', picture(5555))

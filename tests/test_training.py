@@ -1,0 +1,574 @@
+"Training for maintainers: exact resume after every accident, refusals, files, several processes."
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from brainldm import training
+from brainldm.data import DataConfig, SliceDataset
+from brainldm.scheduler import NoiseSchedule
+from brainldm.training import (HARMLESS, PRESETS, AEConfig, Checkpoint, LDMConfig, Learner, TrainConfig, bare_model, cache_latents, check_config,
+                               ema_decay, fit, infer, load_autoencoder, load_weights, lr_at, open_run, pack_state, plot_history, read_config, read_log,
+                               save_weights, train_autoencoder, train_batches, train_ldm, unpack_state, write_atomic)
+from brainldm.unet import UNet
+from brainldm.vae import AutoencoderKL
+
+AE = AEConfig(total_images=80, batch_size=4, log_every=2, warmup_images=16, validate_every=40, checkpoint_every=24, data=DataConfig(size=32),
+              channels=(8, 16), latent_channels=2, attention_levels=(False, False), patch=2)
+LDM = LDMConfig(total_images=80, batch_size=4, log_every=2, warmup_images=16, validate_every=40, checkpoint_every=24, channels=(8, 16), num_res_blocks=1,
+                attention_levels=(False, True), num_heads=2, cond_channels=8, ema_images=20, preview_steps=1)
+STAGES = {'autoencoder': (train_autoencoder, AE, 'autoencoder_loss'), 'ldm': (train_ldm, LDM, 'ldm_loss')}
+
+
+@pytest.fixture(autouse=True)
+def quick_figures(monkeypatch):
+    "Drawing takes most of the time of a tiny run; `straight` draws."
+    monkeypatch.setattr(training, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
+
+
+class Crash(BaseException):
+    "Stands for a power cut: nothing may be saved on the way out."
+
+
+def make_dataset(seed=0, size=32):
+    gen = np.random.default_rng(seed)
+    rows = [(f'{s}_{k}.png', -1, f'sub-{s}', k, 'AD' if s%2 else 'NC', split) for s,split in enumerate(['train']*4+['validate', 'test']) for k in range(5)]
+    table = pd.DataFrame(rows, columns=['path', 'plane', 'subject', 'slice', 'diagnosis', 'split'])
+    table['hash'] = [f'{seed}-{i}' for i in range(len(table))]
+    grid = np.linspace(-1, 1, size)
+    blobs = np.exp(-4*((grid[None, :, None]-gen.uniform(-.5, .5, (len(table), 1, 1)))**2+(grid[None, None]-gen.uniform(-.5, .5, (len(table), 1, 1)))**2))
+    return SliceDataset((255*blobs).astype(np.uint8), table)
+
+
+@pytest.fixture(scope='module')
+def dataset(): return make_dataset()
+
+
+@pytest.fixture(scope='module')
+def straight(dataset, tmp_path_factory):
+    "Both stages, never stopped."
+    run = tmp_path_factory.mktemp('straight')/'run'
+    train_autoencoder(dataset, run, AE, progress=False)
+    train_ldm(dataset, run, LDM, progress=False)
+    return run
+
+
+def weights(run, stage): return load_weights(Path(run)/f'{stage}.safetensors')[0]
+
+
+def same(a, b, stage):
+    "Everything that a stage leaves behind: weights, resumable state, log and pictures."
+    for one,two in ((weights(a, stage), weights(b, stage)), (Checkpoint(a/'state'/stage).load()[0], Checkpoint(b/'state'/stage).load()[0])):
+        assert set(one)==set(two) and all(torch.equal(one[k], two[k]) for k in one)
+    assert [o for o in read_log(a/'log.jsonl') if o['stage']==stage]==[o for o in read_log(b/'log.jsonl') if o['stage']==stage]
+    assert {o.name for o in (a/'samples').glob(f'{stage}*')}=={o.name for o in (b/'samples').glob(f'{stage}*')}
+
+
+def begin(stage, straight, run):
+    "A run folder in which `stage` is to be trained."
+    if stage=='ldm':
+        run.mkdir()
+        for name in ('autoencoder.safetensors', 'log.jsonl'): shutil.copy(straight/name, run/name)
+        (run/'config.json').write_text(json.dumps({'autoencoder': read_config(straight)['autoencoder']}))
+        lines = [o for o in (run/'log.jsonl').read_text().splitlines(True) if '"autoencoder"' in o]
+        (run/'log.jsonl').write_text(''.join(lines))
+
+
+def strike(monkeypatch, name, at, what):
+    "Let the loss called `name` meet an accident after `at` pictures, once."
+    loss,left = getattr(training, name),[1]
+    def struck(model, batch, generator, seen, *args, **kwargs):
+        if seen==at and left and torch.is_grad_enabled():                     # not in validation
+            left.pop()
+            if what=='ctrl-c': signal.raise_signal(signal.SIGINT)
+            elif what=='sigterm': signal.raise_signal(signal.SIGTERM)
+            else: raise Crash
+        return loss(model, batch, generator, seen, *args, **kwargs)
+    monkeypatch.setattr(training, name, struck)
+
+
+# ------------------------------------------------------------------ stop and resume
+
+ACCIDENTS = [('ctrl-c', 36, 40), ('crash', 36, 24), ('crash', 4, None)]
+EDGES = [('ctrl-c', 0, 8), ('ctrl-c', 76, 80), ('sigterm', 44, 48), ('crash', 72, 72)]
+
+
+@pytest.mark.parametrize('stage,what,at,newest', [(s, *o) for s in STAGES for o in ACCIDENTS] + [('autoencoder', *o) for o in EDGES])
+def test_resumed_is_the_same_as_never_stopped(stage, what, at, newest, dataset, straight, tmp_path, monkeypatch):
+    function,config,loss = STAGES[stage]
+    run = tmp_path/'run'; begin(stage, straight, run)
+    strike(monkeypatch, loss, at, what)
+    with pytest.raises(Crash if what=='crash' else KeyboardInterrupt): function(dataset, run, config, progress=False)
+    states = Checkpoint(run/'state'/stage).files()
+    assert (int(states[-1].stem) if states else None)==newest
+    function(dataset, run, config, resume=True, progress=False)
+    same(straight, run, stage)
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_resume_after_several_accidents(stage, dataset, straight, tmp_path, monkeypatch):
+    function,config,loss = STAGES[stage]
+    run = tmp_path/'run'; begin(stage, straight, run)
+    for at,what in ((12, 'crash'), (20, 'ctrl-c'), (52, 'crash'), (64, 'ctrl-c')):
+        strike(monkeypatch, loss, at, what)
+        with pytest.raises((Crash, KeyboardInterrupt)): function(dataset, run, config, resume=True, progress=False)
+    function(dataset, run, config, resume=True, progress=False)
+    same(straight, run, stage)
+
+
+@pytest.mark.parametrize('change', [dict(accumulate=2), dict(precision='bf16'), dict(kl_period=32, kl_weight=.1), dict(covariates=('slice', 'diagnosis'))])
+def test_resume_with_other_settings(change, dataset, tmp_path, monkeypatch):
+    config = replace(AE, **change)
+    train_autoencoder(dataset, tmp_path/'a', config, progress=False)
+    strike(monkeypatch, 'autoencoder_loss', 36, 'crash')
+    with pytest.raises(Crash): train_autoencoder(dataset, tmp_path/'b', config, progress=False)
+    train_autoencoder(dataset, tmp_path/'b', config, resume=True, progress=False)
+    same(tmp_path/'a', tmp_path/'b', 'autoencoder')
+
+
+def test_harmless_settings_may_change_on_resume(dataset, straight, tmp_path, monkeypatch):
+    strike(monkeypatch, 'autoencoder_loss', 36, 'ctrl-c')
+    with pytest.raises(KeyboardInterrupt): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
+    train_autoencoder(dataset, tmp_path/'run', replace(AE, checkpoint_every=8, validate_every=80), resume=True, progress=False)
+    a,b = weights(straight, 'autoencoder'),weights(tmp_path/'run', 'autoencoder')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('fails', ['export', 'state'])
+def test_crash_around_the_last_checkpoint(fails, dataset, straight, tmp_path, monkeypatch):
+    "Between writing the file for users and the state, in either order of death, a resumed run ends with both."
+    write = training.write_atomic
+    def dies(path, data):
+        if (fails=='state' and path.name=='000000000080.safetensors') or (fails=='export' and path.name=='autoencoder.safetensors' and b'"images\\":80' in data.replace(b' ', b'')): raise Crash
+        write(path, data)
+    monkeypatch.setattr(training, 'write_atomic', dies)
+    with pytest.raises(Crash): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
+    monkeypatch.setattr(training, 'write_atomic', write)
+    train_autoencoder(dataset, tmp_path/'run', AE, resume=True, progress=False)
+    same(straight, tmp_path/'run', 'autoencoder')
+    assert load_weights(tmp_path/'run'/'autoencoder.safetensors')[1]['images']==80
+
+
+def test_truncated_newest_state_falls_back(dataset, straight, tmp_path, monkeypatch):
+    strike(monkeypatch, 'autoencoder_loss', 60, 'crash')
+    with pytest.raises(Crash): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
+    newest = Checkpoint(tmp_path/'run'/'state'/'autoencoder').files()[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match='going back to an older state'): train_autoencoder(dataset, tmp_path/'run', AE, resume=True, progress=False)
+    same(straight, tmp_path/'run', 'autoencoder')
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_finished_run_is_left_alone(stage, dataset, straight, monkeypatch):
+    function,config,_ = STAGES[stage]
+    before = {o: o.stat().st_mtime_ns for o in straight.rglob('*')}
+    monkeypatch.setattr(training, 'fit', lambda *a, **k: pytest.fail('trained again'))
+    model = function(dataset, straight, config, resume=True)
+    assert {o: o.stat().st_mtime_ns for o in straight.rglob('*')}==before
+    own,file = model.state_dict(),weights(straight, stage)
+    assert all(torch.equal(v, file[k if stage=='autoencoder' else f'ema.{k}']) for k,v in own.items()) and not model.training
+
+
+def test_lost_file_of_a_finished_run_is_written_again(dataset, straight, tmp_path):
+    shutil.copytree(straight, tmp_path/'run')
+    for name in ('autoencoder', 'ldm'):
+        (tmp_path/'run'/f'{name}.safetensors').unlink()
+        STAGES[name][0](dataset, tmp_path/'run', STAGES[name][1], resume=True, progress=False)
+        same(straight, tmp_path/'run', name)
+
+
+def test_second_ctrl_c_stops_at_once(dataset, tmp_path, monkeypatch):
+    def impatient(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(training, 'autoencoder_loss', impatient)
+    with pytest.raises(KeyboardInterrupt): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
+    assert not Checkpoint(tmp_path/'run'/'state'/'autoencoder').files()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_in_a_thread(dataset, straight, tmp_path):
+    thread = threading.Thread(target=train_autoencoder, args=(dataset, tmp_path/'run', AE, False, False))
+    thread.start(); thread.join()
+    same(straight, tmp_path/'run', 'autoencoder')
+
+
+def test_global_chance_does_not_matter(dataset, straight, tmp_path):
+    torch.manual_seed(7)
+    train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
+    same(straight, tmp_path/'run', 'autoencoder')
+
+
+def test_loading_processes_change_nothing(dataset, straight, tmp_path, monkeypatch):
+    strike(monkeypatch, 'autoencoder_loss', 36, 'ctrl-c')
+    config = replace(AE, num_workers=2)
+    with pytest.raises(KeyboardInterrupt): train_autoencoder(dataset, tmp_path/'run', config, progress=False)
+    train_autoencoder(dataset, tmp_path/'run', config, resume=True, progress=False)
+    same(straight, tmp_path/'run', 'autoencoder')
+
+
+CHILD = '''
+import sys; sys.path.insert(0, {tests!r})
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+from test_training import *
+import time
+slow = training.autoencoder_loss
+def loss(*args, **kwargs): time.sleep(.2); return slow(*args, **kwargs)
+training.autoencoder_loss = loss
+train_autoencoder(make_dataset(), Path({run!r}), AE, progress=False)
+'''
+
+
+@pytest.mark.skipif(os.name=='nt', reason='signals of POSIX')
+def test_real_signals_from_outside(dataset, straight, tmp_path):
+    "A real process, hit while it runs: Ctrl-C saves on the way out, kill -9 does not; both resume to the same run."
+    start = lambda name: subprocess.Popen([sys.executable, '-c', CHILD.format(tests=str(Path(__file__).parent), run=str(tmp_path/name))],
+                                          stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    children,errors,until = {'int': (start('int'), signal.SIGINT), 'kill': (start('kill'), signal.SIGKILL)},{},time.time()+120
+    while len(errors)<2 and time.time()<until:
+        for name,(child,number) in children.items():
+            if name not in errors and (len(read_log(tmp_path/name/'log.jsonl'))>=4 or child.poll() is not None):
+                child.send_signal(number); errors[name] = child.communicate(timeout=60)[1].decode()
+        time.sleep(.01)
+    assert 'KeyboardInterrupt' in errors['int'] and children['int'][0].returncode, errors['int']
+    assert children['kill'][0].returncode==-signal.SIGKILL, errors['kill']
+    for name in children:
+        assert name=='kill' or Checkpoint(tmp_path/name/'state'/'autoencoder').files()
+        train_autoencoder(dataset, tmp_path/name, AE, resume=True, progress=False)
+        same(straight, tmp_path/name, 'autoencoder')
+
+
+# ------------------------------------------------------------------ refusals
+
+def changed(config, f):
+    "The same configuration with one field another."
+    v = getattr(config, f.name)
+    if f.name=='data': return replace(config, data=replace(v, crop=24))
+    if f.name=='schedule': return replace(config, schedule=NoiseSchedule(beta_schedule='linear'))
+    if f.name=='covariates': return replace(config, covariates=('slice',))
+    if f.name=='precision': return replace(config, precision='bf16' if v!='bf16' else 'no')
+    if f.name=='log_with': return replace(config, log_with='wandb')
+    if isinstance(v, bool): return replace(config, **{f.name: not v})
+    if isinstance(v, tuple): return replace(config, **{f.name: tuple(not o if isinstance(o, bool) else o+8 for o in v)})
+    return replace(config, **{f.name: v/2+.25 if isinstance(v, float) else v+2})
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_every_setting_is_compared_on_resume(stage, dataset, straight):
+    config = STAGES[stage][1]
+    for f in fields(config):
+        other = changed(config, f)
+        if f.name in HARMLESS: open_run(straight, stage, other, dataset, resume=True); continue
+        with pytest.raises(ValueError, match=rf'begun with other settings: {f.name}'): open_run(straight, stage, other, dataset, resume=True)
+    with pytest.raises(ValueError, match='learning_rate=.*seed='): open_run(straight, stage, replace(config, seed=9, learning_rate=.5), dataset, resume=True)
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_existing_stage_needs_resume(stage, dataset, straight):
+    with pytest.raises(FileExistsError, match='Add --resume'): STAGES[stage][0](dataset, straight, STAGES[stage][1], progress=False)
+
+
+def test_other_data_is_refused(straight, tmp_path):
+    other = make_dataset(1)
+    with pytest.raises(ValueError, match='data fingerprint='): train_autoencoder(other, straight, AE, resume=True, progress=False)
+    begin('ldm', straight, tmp_path/'run')
+    with pytest.raises(ValueError, match='not what the autoencoder was trained on'): train_ldm(other, tmp_path/'run', LDM, progress=False)
+    assert not (tmp_path/'run'/'state').exists() and 'ldm' not in read_config(tmp_path/'run')
+
+
+@pytest.mark.parametrize('content', [{'note.txt': 'mine'}, {'config.json': '{"model_type": "bert"}'}, {'config.json': '[1, 2]'}, {'config.json': 'not json'}])
+@pytest.mark.parametrize('resume', [False, True])
+def test_foreign_folder_is_left_alone(content, resume, dataset, tmp_path):
+    for name,text in content.items(): (tmp_path/name).write_text(text)
+    with pytest.raises((FileExistsError, ValueError), match='Choose another --run'): train_autoencoder(dataset, tmp_path, AE, resume=resume, progress=False)
+    assert {o.name: o.read_text() for o in tmp_path.iterdir()}==content
+
+
+def test_a_file_in_the_place_of_a_run(dataset, tmp_path):
+    (tmp_path/'run').write_text('x')
+    with pytest.raises(FileExistsError, match='is not a run folder'): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
+
+
+def test_half_trained_autoencoder_is_refused(dataset, tmp_path, monkeypatch):
+    strike(monkeypatch, 'autoencoder_loss', 60, 'ctrl-c')
+    with pytest.raises(KeyboardInterrupt): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
+    with pytest.raises(ValueError, match='has seen 64 of 80 pictures'): train_ldm(dataset, tmp_path/'run', LDM, progress=False)
+
+
+def test_nothing_is_left_by_a_refused_start(dataset, tmp_path):
+    for config,match in ((replace(AE, batch_size=0), 'batch_size=0'), (replace(AE, data=DataConfig(size=64)), 'size=64'), (replace(AE, covariates=('weight',)), "'weight'"),
+                         (replace(AE, patch=5), 'multiple of 10'), (replace(AE, precision='fp16'), 'fp16')):
+        if config.precision=='fp16' and torch.cuda.is_available(): continue
+        with pytest.raises(ValueError, match=match): train_autoencoder(dataset, tmp_path/'run', config, progress=False)
+        assert not (tmp_path/'run').exists()
+    with pytest.raises(FileNotFoundError, match='autoencoder.safetensors'): train_ldm(dataset, tmp_path/'run', LDM, progress=False)
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_state_of_another_architecture(dataset, straight, tmp_path, monkeypatch):
+    shutil.copytree(straight, tmp_path/'run')
+    settings = read_config(tmp_path/'run'); settings['autoencoder']['config']['channels'] = [16, 24]
+    (tmp_path/'run'/'config.json').write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match='another architecture'): train_autoencoder(dataset, tmp_path/'run', replace(AE, channels=(16, 24)), resume=True, progress=False)
+
+
+NUMBERS = [(c, f.name) for c in (AEConfig, LDMConfig) for f in fields(c) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize('kind,name', NUMBERS)
+def test_no_number_goes_unchecked(kind, name):
+    for bad,error in ((-1, ValueError), (math.nan, (ValueError, TypeError)), (math.inf, (ValueError, TypeError)), ('8', TypeError), (None, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f'check_config: {name}='): check_config(replace(kind(), **{name: bad}))
+
+
+@pytest.mark.parametrize('name', ['tensorboard', 'wandb', 'nonsense'])
+def test_a_tracker_that_is_not_installed(name, monkeypatch):
+    monkeypatch.setattr(training, 'get_available_trackers', lambda: [])
+    with pytest.raises(ValueError, match=f"log_with='{name}' is not installed"): check_config(replace(AE, log_with=name))
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_presets_can_be_built(name):
+    auto,ldm = PRESETS[name]
+    check_config(auto); check_config(ldm)
+    with torch.device('meta'):
+        net = AutoencoderKL(**training.autoencoder_args(auto))
+        unet = UNet(**training.unet_args(ldm, auto.latent_channels, ()))
+        z,_ = net.encode(torch.empty(1, 1, auto.data.size, auto.data.size))
+        assert unet(z, torch.zeros(1, dtype=torch.int64)).shape==z.shape
+
+
+# ------------------------------------------------------------------ when it blows up
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_nan_stops_and_keeps_the_last_good_state(stage, dataset, straight, tmp_path, monkeypatch):
+    function,config,name = STAGES[stage]
+    run,loss = tmp_path/'run',getattr(training, name); begin(stage, straight, run)
+    def poisoned(model, batch, generator, seen, *args, **kwargs):
+        value,logs = loss(model, batch, generator, seen, *args, **kwargs)
+        return (value*math.nan if seen>=36 and torch.is_grad_enabled() else value),logs
+    monkeypatch.setattr(training, name, poisoned)
+    with pytest.raises(RuntimeError, match='Expected a finite number.*smaller learning_rate'): function(dataset, run, config, progress=False)
+    tensors,info = Checkpoint(run/'state'/stage).load()
+    assert info['seen']==24 and all(v.isfinite().all() for v in tensors.values())
+    assert all(v.isfinite().all() for v in weights(run, stage).values())
+
+
+def test_a_gradient_that_is_not_finite_is_seen_before_the_loss_is():
+    "The loss is finite, its gradient is not: the weights are lost, and no checkpoint may keep them."
+    class Root(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(1))
+        def forward(self): return self.w.sqrt().sum()
+    learner = Learner(Root(), lambda model,batch,generator,seen: (model(), {}), TrainConfig(batch_size=1, precision='no', warmup_images=0))
+    saved = []
+    with pytest.raises(RuntimeError, match='grad_norm=(inf|nan)'):
+        fit(learner.step, [dict(x=torch.zeros(1))]*10, 10, log_every=1, callbacks=(lambda seen,means: saved.append(seen),))
+    assert not saved
+
+
+def test_large_learning_rate(dataset, tmp_path):
+    with pytest.raises(RuntimeError, match='fit: .*Expected a finite number'):
+        train_autoencoder(dataset, tmp_path/'run', replace(AE, learning_rate=1e12, total_images=400, precision='no'), progress=False)
+
+
+# ------------------------------------------------------------------ the step
+
+def line(): return training.seeded(0, lambda: nn.Linear(3, 1))
+def line_loss(model, batch, generator, seen): return (model(batch['x'])-batch['y']).square().mean(),{}
+def line_data(n=96):
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+    return x,x@torch.tensor([[1.], [-2.], [3.]])
+
+
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+@pytest.mark.parametrize('batch,accumulate', [(4, 2), (2, 4), (1, 8)])
+def test_accumulated_batches_are_one_batch(batch, accumulate, precision):
+    x,y = line_data()
+    def trained(b, k):
+        config = LDMConfig(total_images=96, batch_size=b, accumulate=k, log_every=k*2, warmup_images=24, learning_rate=.1, ema_images=8, precision=precision)
+        learner = Learner(line(), line_loss, config)
+        for i in range(0, 96, b): learner.step(dict(x=x[i:i+b], y=y[i:i+b]))
+        return learner
+    one,many = trained(8, 1),trained(batch, accumulate)
+    tol = dict(rtol=1e-4, atol=1e-5) if precision=='no' else dict(rtol=.02, atol=.02)      # bf16 has 8 bits
+    torch.testing.assert_close(one.raw.weight, many.raw.weight, **tol)
+    torch.testing.assert_close(one.ema.module.weight, many.ema.module.weight, **tol)
+
+
+def test_average_follows_its_formula():
+    x,y = line_data()
+    config = LDMConfig(total_images=96, batch_size=8, warmup_images=0, learning_rate=.1, ema_images=30, precision='no')
+    learner,want = Learner(line(), line_loss, config),None
+    for i in range(0, 96, 8):
+        learner.step(dict(x=x[i:i+8], y=y[i:i+8]))
+        w,beta = learner.raw.weight.detach().double(),ema_decay(i+8, 8, 30)
+        want = w if want is None else beta*want+(1-beta)*w
+    torch.testing.assert_close(learner.ema.module.weight.detach().double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_state_goes_through_a_file_unchanged(tmp_path):
+    x,y = line_data()
+    learner = Learner(line(), line_loss, replace(LDM, batch_size=8, precision='no')); learner.step(dict(x=x[:8], y=y[:8]))
+    tensors,info = pack_state(learner)
+    save_weights(tmp_path/'s.safetensors', tensors, info)
+    fresh = Learner(nn.Linear(3, 1), line_loss, replace(LDM, batch_size=8, precision='no')); unpack_state(fresh, *load_weights(tmp_path/'s.safetensors'))
+    again,_ = pack_state(fresh)
+    assert set(again)==set(tensors) and all(torch.equal(again[k], tensors[k]) and again[k].dtype==tensors[k].dtype for k in tensors)
+
+
+@pytest.mark.parametrize('total,warm,batch', [(1000, 100, 8), (1000, 0, 8), (100, 1000, 8), (7, 3, 8), (10**7, 10**5, 128)])
+def test_learning_rate_is_positive_and_ends_low(total, warm, batch):
+    config = TrainConfig(total_images=total, warmup_images=warm, batch_size=batch, learning_rate=1.)
+    rates = [lr_at(n, config) for n in range(0, total, max(batch, total//500))]
+    assert all(0<o<=1 for o in rates) and lr_at(total, config)==0 and lr_at(total+batch, config)==0
+    top = int(np.argmax(rates)); assert np.all(np.diff(rates[:top+1])>=0) and np.all(np.diff(rates[top:])<=0)
+
+
+@pytest.mark.parametrize('world', [1, 2, 3])
+def test_processes_share_the_line_of_batches(world, dataset):
+    config = replace(AE, batch_size=4); take = lambda k,*args: [o['image'] for _,o in zip(range(k), train_batches(dataset, config, *args))]
+    line = take(12)
+    for rank in range(world):
+        for a,b in zip(take(12//world, 0, rank, world), line[rank::world]): assert torch.equal(a, b)
+        for a,b in zip(take(2, 4*world*2, rank, world), line[world*2+rank::world]): assert torch.equal(a, b)      # resumed after two steps
+
+
+# ------------------------------------------------------------------ what a run leaves behind
+
+def test_returned_and_stored_networks_are_the_same(dataset, straight):
+    model = train_autoencoder(dataset, straight, AE, resume=True)
+    x = dataset.__getitems__([0, 7, 29])['image']
+    with torch.no_grad(): a,b = model(x)[0],load_autoencoder(straight)[0](x)[0]
+    assert torch.equal(a, b) and 'forward' not in vars(model)
+
+
+def test_latents_are_standard_means(dataset, straight):
+    auto,_ = load_autoencoder(straight); file = weights(straight, 'ldm'); precision = training.pick_precision('auto', torch.device('cpu'))
+    z = cache_latents(auto, dataset.subset('train'), precision, batch_size=7, progress=False)
+    whole = infer(auto, precision, 'encode')(dataset.subset('train').__getitems__(range(20))['image'])[0].float()
+    torch.testing.assert_close(z, whole, rtol=.02, atol=.02)
+    z = (cache_latents(auto, dataset.subset('train'), precision, progress=False)-file['latent_mean'])/file['latent_std']
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(2), atol=1e-4, rtol=0); torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2), atol=1e-4, rtol=0)
+
+
+def test_run_folder(straight, dataset):
+    assert {o.name for o in straight.iterdir()}=={'autoencoder.safetensors', 'ldm.safetensors', 'config.json', 'log.jsonl', 'samples', 'state', 'train_mean.safetensors'}
+    for stage in STAGES:
+        assert [int(o.stem) for o in Checkpoint(straight/'state'/stage).files()]==[72, 80]
+        rows = [o for o in read_log(straight/'log.jsonl') if o['stage']==stage and 'loss' in o]
+        assert [o['images'] for o in rows]==list(range(8, 81, 8)) and all({'grad_norm', 'learning_rate'} <= set(o) for o in rows)
+        assert read_config(straight)[stage]['train_subjects']==sorted(dataset.subset('train').manifest.subject.unique())
+        plot_history(read_log(straight/'log.jsonl'), stage); plot_history([rows[0]], stage)
+
+
+def test_conditional_autoencoder_and_no_covariates(dataset, tmp_path):
+    train_autoencoder(dataset, tmp_path/'run', replace(AE, covariates=('slice', 'diagnosis'), total_images=16), progress=False)
+    assert [c.name for c in load_autoencoder(tmp_path/'run')[0].covariates]==['slice', 'diagnosis']
+    unet = train_ldm(dataset, tmp_path/'run', replace(LDM, covariates=(), total_images=16), progress=False)
+    assert unet.covariates==()
+
+
+# ------------------------------------------------------------------ files
+
+@pytest.mark.skipif(os.name=='nt', reason='limits of POSIX')
+def test_no_space_left(tmp_path):
+    "A real limit on the size of files: the write fails half way, the old file stays, nothing else does."
+    import resource
+    write_atomic(tmp_path/'f', b'old')
+    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError): save_weights(tmp_path/'f', dict(w=torch.zeros(100_000)), {})
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path/'f').read_bytes()==b'old' and os.listdir(tmp_path)==['f']
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_killed_while_writing(tmp_path):
+    "kill -9 between writing and renaming: the old state stays, and the next save clears away what was left."
+    states = Checkpoint(tmp_path); states.save(8, dict(w=torch.ones(5)), {})
+    child = os.fork()
+    if not child:
+        training.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        try: states.save(16, dict(w=torch.zeros(5)), {})
+        finally: os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1])==signal.SIGKILL
+    assert len(list(tmp_path.glob('.*.part')))==1
+    assert states.load()[1]['seen']==8
+    states.save(16, dict(w=torch.zeros(5)), {})
+    assert sorted(os.listdir(tmp_path))==['000000000008.safetensors', '000000000016.safetensors']
+
+
+@pytest.mark.skipif(os.name=='nt', reason='modes of POSIX')
+def test_files_can_be_read_by_whom_the_umask_says(tmp_path):
+    write_atomic(tmp_path/'atomic', b'x'); (tmp_path/'plain').write_bytes(b'x')
+    assert (tmp_path/'atomic').stat().st_mode==(tmp_path/'plain').stat().st_mode
+
+
+@pytest.mark.parametrize('cut', [0, 1, 7, 8, 60, -1])
+def test_broken_files_are_named(cut, straight, tmp_path):
+    (tmp_path/'autoencoder.safetensors').write_bytes((straight/'autoencoder.safetensors').read_bytes()[:cut])
+    with pytest.raises(ValueError, match='autoencoder.safetensors cannot be read'): load_autoencoder(tmp_path)
+
+
+def test_all_states_broken(dataset, straight, tmp_path):
+    shutil.copytree(straight, tmp_path/'run')
+    for o in Checkpoint(tmp_path/'run'/'state'/'autoencoder').files(): o.write_bytes(b'')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(ValueError, match='cannot be read'): train_autoencoder(dataset, tmp_path/'run', AE, resume=True, progress=False)
+
+
+# ------------------------------------------------------------------ several processes
+
+LAUNCHED = '''
+import sys; sys.path.insert(0, {tests!r})
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+from test_training import *
+run,stop = Path({run!r}),signal.SIGTERM
+loss = training.ldm_loss
+def struck(model, batch, generator, seen, *args, **kwargs):
+    if run.name=='b' and seen==36 and torch.is_grad_enabled() and os.environ['RANK']=='1': signal.raise_signal(stop)
+    return loss(model, batch, generator, seen, *args, **kwargs)
+training.ldm_loss = struck
+train_autoencoder(make_dataset(), run, replace(AE, batch_size=2, total_images=40), progress=False)
+try: unet = train_ldm(make_dataset(), run, replace(LDM, batch_size=2), progress=False)
+except KeyboardInterrupt:
+    print('stopped', os.environ['RANK'])
+    unet = train_ldm(make_dataset(), run, replace(LDM, batch_size=2), resume=True, progress=False)
+total = sum(v.double().sum().item() for v in unet.state_dict().values())
+print('weights', os.environ['RANK'], repr(total))
+'''
+
+
+@pytest.mark.skipif(not os.environ.get('BRAINLDM_SLOW'), reason='half a minute; set BRAINLDM_SLOW=1')
+def test_two_processes(tmp_path):
+    "Both processes end with the same weights, one writes, and a stop that reaches only one of them stops both."
+    out = {}
+    for name in 'ab':
+        script = tmp_path/f'{name}.py'; script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), run=str(tmp_path/name)))
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29511', str(script)],   # what accelerate launch
+                              capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))   # starts on GPUs
+        assert done.returncode==0, done.stdout+done.stderr
+        out[name] = done.stdout
+        assert len(set(re.findall(r'weights \d (\S+)', done.stdout)))==1 and done.stdout.count('weights')==2, done.stdout
+    assert 'stopped' not in out['a'] and out['b'].count('stopped')==2
+    for stage in STAGES: same(tmp_path/'a', tmp_path/'b', stage)
+    assert [o['images'] for o in read_log(tmp_path/'b'/'log.jsonl') if o['stage']=='ldm' and 'loss' in o]==list(range(8, 81, 8))
