@@ -8,7 +8,7 @@ __all__ = ['HEIGHTS_MM', 'FIELD_OF_VIEW_MM', 'CENTRE_MM', 'GRID_MM', 'show_grid'
            'smooth_noise', 'atrophy_flow', 'Subject', 'draw_person', 'draw_warp', 'draw_pose', 'place_slices',
            'read_template', 'paint', 'draw_bias', 'add_rician', 'make_subject', 'write_subject', 'make_cohort']
 
-# %% ../nbs/00_phantom.ipynb #0e1c9faa
+# %% ../nbs/00_phantom.ipynb #eebc27a1
 import json, math, os, tempfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,7 +26,7 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__
+import brainldm
 
 HEIGHTS_MM = (0., 31.)           # MNI z of the lowest and highest slice: thalamus, bodies of the lateral ventricles
 FIELD_OF_VIEW_MM = 208.          # side of the square picture
@@ -322,7 +322,7 @@ def add_rician(
     real,imag = sigma*rng.standard_normal((2, *signal.shape), np.float32)
     return np.hypot(signal+real, imag)
 
-# %% ../nbs/00_phantom.ipynb #4d242e37
+# %% ../nbs/00_phantom.ipynb #22bebd24
 def make_subject(
     config:PhantomConfig, # The cohort
     index:int, # Number in the cohort, from 0
@@ -335,7 +335,7 @@ def make_subject(
     matrix,shift = draw_pose(rng, person.sex)
     warp = draw_warp(rng, person.atrophy, config.shape_mm)
     maps = read_template(place_slices(config, matrix, shift, warp))
-    bias = draw_bias(rng, maps['brain'].shape, config.bias_fraction)               # before the draws that depend on the size
+    bias = draw_bias(rng, maps['brain'].shape, config.bias_fraction)   # before the draws that depend on the size
     signal = bias*paint(maps, person.atrophy, rng)
     picture = np.clip(np.rint(add_rician(signal, config.noise_sigma, rng)), 1, 255)
     person.vol = np.where(maps['brain'], picture, 0).astype(np.uint8)
@@ -364,7 +364,7 @@ def write_subject(
     return [dict(path=p, subject=person.subject, slice=k, ventricle_fraction=round(float(f), 6))
             for k,(p,f) in enumerate(zip(paths, person.ventricle_fraction))]
 
-# %% ../nbs/00_phantom.ipynb #d93f1a0f
+# %% ../nbs/00_phantom.ipynb #628274a8
 def make_cohort(
     out, # New folder, or an empty one
     config:PhantomConfig, # What to make
@@ -386,7 +386,7 @@ def make_cohort(
             people.append({k:getattr(person, k) for k in ('subject', 'diagnosis', 'age', 'sex')})
         pd.DataFrame(people).to_csv(tmp/'subjects.csv', index=False)
         pd.DataFrame(slices).to_csv(tmp/'slices.csv', index=False)
-        note = dict(kind='brainldm phantom', version=__version__, config=asdict(config))
+        note = dict(kind='brainldm phantom', version=brainldm.__version__, config=asdict(config))
         (tmp/'phantom.json').write_text(json.dumps(note, indent=2)+'\n')
         out.mkdir(exist_ok=True)
         parts = sorted(tmp.iterdir(), key=lambda p: p.name=='phantom.json')            # False sorts before True

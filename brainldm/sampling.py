@@ -7,7 +7,7 @@ __all__ = ['SYNTHETIC', 'draw_noise', 'guide', 'check_conditions', 'check_reques
            'sample_pictures', 'Sampler', 'pick_device', 'load_denoiser', 'BrainLDM', 'to_bytes', 'new_folder',
            'manifest_of', 'save_pictures', 'save_gif']
 
-# %% ../nbs/07_sampling.ipynb #18fddb00
+# %% ../nbs/07_sampling.ipynb #c474cef8
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,8 @@ import brainldm
 from .data import Covariate, encode_covariates
 from .phantom import show_grid
 from .scheduler import NoiseSchedule, check_choice, denoise, sampling_timesteps
-from .training import fill_model, infer, load_autoencoder, load_weights, pick_precision, read_config, save_figure, to_device
+from .training import (fill_model, infer, load_autoencoder, load_weights, pick_precision, read_config, save_figure,
+                               to_device)
 from .unet import UNet
 
 # %% ../nbs/07_sampling.ipynb #ba0fd6b5
@@ -39,7 +40,7 @@ def draw_noise(
     own = [np.random.default_rng((seed, start+i)).standard_normal(shape, dtype=np.float32) for i in range(n)]
     return torch.from_numpy(np.stack(own)).to(device)
 
-# %% ../nbs/07_sampling.ipynb #568cae9b
+# %% ../nbs/07_sampling.ipynb #aeafeef0
 def guide(
     unet:Callable, # Called as unet(xt, t, cond, drop)
     cond:dict[str, Tensor], # Encoded conditions that the network knows, each (b,)
@@ -50,13 +51,13 @@ def guide(
     if guidance_scale==1 or not num_covariates: return lambda xt,t: unet(xt, t, cond, None).float()
     def answer(xt, t):
         b = len(xt)
-        drop = (torch.arange(2*b, device=xt.device)>=b)[:, None].expand(-1, num_covariates)     # the second half goes without
+        drop = (torch.arange(2*b, device=xt.device)>=b)[:, None].expand(-1, num_covariates)     # hide in the second half
         both = unet(torch.cat([xt, xt]), torch.cat([t, t]), {k: torch.cat([v, v]) for k,v in cond.items()}, drop)
         with_cond,without = both.float().chunk(2)
         return without + guidance_scale*(with_cond-without)
     return answer
 
-# %% ../nbs/07_sampling.ipynb #c86428ca
+# %% ../nbs/07_sampling.ipynb #e0056460
 def check_conditions(
     conditions:dict, # What was asked: a value or a list of values by covariate name; None is unknown
     covariates:tuple[Covariate, ...], # What the model knows
@@ -68,13 +69,14 @@ def check_conditions(
         if np.ndim(v) and len(v)!=n: raise ValueError(
             f"sample: {len(v)} values of {k} for n={n} pictures. Expected one value, or {n}. Try n={len(v)}.")
     for c in covariates:
-        values = pd.to_numeric(pd.Series(asked.get(c.name, []), dtype=object), errors='coerce').dropna() if c.kind=='continuous' else []
+        if c.kind!='continuous': continue
+        values = pd.to_numeric(pd.Series(asked.get(c.name, []), dtype=object), errors='coerce').dropna()
         outside = [v for v in values if not c.range[0]<=v<=c.range[1]]
-        if outside: raise ValueError(f"sample: {c.name}={outside[0]:g}. Expected {c.range[0]:g} to {c.range[1]:g}, the range of the "
-                                     "scans this run was trained on. It cannot know more.")
+        if outside: raise ValueError(f"sample: {c.name}={outside[0]:g}. Expected {c.range[0]:g} to {c.range[1]:g}, "
+                                     "the range of the scans this run was trained on. It cannot know more.")
     return encode_covariates({k: list(v) if np.ndim(v) else [v]*n for k,v in asked.items()}, covariates)
 
-# %% ../nbs/07_sampling.ipynb #19d52b06
+# %% ../nbs/07_sampling.ipynb #3e1f2e27
 def check_request(
     n:int, # Pictures
     steps:int, # Network calls
@@ -90,13 +92,14 @@ def check_request(
             f"sample: {name}={value!r}. Expected a whole number. Try {name}={good}.")
         if value<low: raise ValueError(f"sample: {name}={value}. Expected {low} or more. Try {name}={good}.")
     if steps>num_train_timesteps: raise ValueError(
-        f"sample: steps={steps}. Expected 1 to {num_train_timesteps}, the steps of the chain this run was trained on. Try steps=30.")
+        f"sample: steps={steps}. Expected 1 to {num_train_timesteps}, the steps of the chain it was trained on. Try steps=30.")
     if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float, np.number)): raise TypeError(
         f"sample: guidance_scale={guidance_scale!r}. Expected a number. Try guidance_scale=1.")
     if not 0<=guidance_scale<float('inf'): raise ValueError(
-        f"sample: guidance_scale={guidance_scale}. Expected 0 or more: 1 follows the data, above 1 exaggerates the condition. Try 1.")
+        f"sample: guidance_scale={guidance_scale}. Expected 0 or more: 1 follows the data, above 1 exaggerates "
+        "the condition. Try 1.")
 
-# %% ../nbs/07_sampling.ipynb #10d4290b
+# %% ../nbs/07_sampling.ipynb #f34bd7f7
 def told(
     autoencoder:nn.Module, # An autoencoder, with or without covariates
     cond:dict[str, Tensor]|None, # Encoded covariates that are at hand, each (b,); a batch will do
@@ -104,8 +107,8 @@ def told(
 )->dict[str, Tensor]: # Those it knows, there
     "What a conditional autoencoder must hear. Raises ValueError if one is absent: it never learned to do without."
     lacking = [c.name for c in autoencoder.covariates if c.name not in (cond or {})]
-    if lacking: raise ValueError(f"BrainLDM: no value of {', '.join(lacking)}. Expected one, since the autoencoder of this run "
-                                 f"is told. Try sample(..., {lacking[0]}=...), or give the batch itself as `cond`.")
+    if lacking: raise ValueError(f"BrainLDM: no value of {', '.join(lacking)}. Expected one, since the autoencoder "
+                                 f"of this run is told. Try sample(..., {lacking[0]}=...), or give the batch itself as `cond`.")
     return {c.name: cond[c.name].to(device) for c in autoencoder.covariates}
 
 # %% ../nbs/07_sampling.ipynb #3e4a1972
@@ -146,7 +149,7 @@ class Codec:
         "Encode and decode: what the autoencoder keeps of a picture."
         return self.decode(self.encode(pictures, cond), cond)
 
-# %% ../nbs/07_sampling.ipynb #4d5c1568
+# %% ../nbs/07_sampling.ipynb #07aa8e18
 def draw_batch(
     model, # A `Sampler`
     noise:Tensor, # Standard normal noise (b, c, h, w), on the model's device
@@ -158,17 +161,19 @@ def draw_batch(
 )->Tensor: # New pictures (b, 1, size, size) in [-1, 1], on the CPU
     "Denoise with guidance, undo the standardisation, decode. Raises RuntimeError if a number is not finite."
     known = model.unet.covariates
-    answer = guide(infer(model.unet, model.precision), {c.name: cond[c.name] for c in known if c.name in cond}, len(known), how['guidance_scale'])
+    heard = {c.name: cond[c.name] for c in known if c.name in cond}
+    answer = guide(infer(model.unet, model.precision), heard, len(known), how['guidance_scale'])
     def show(i, t, _, x0):
         tick(len(x0))
         if callback: callback(i, t, model.decode_standard(x0, cond))
-    z = denoise(answer, noise, model.schedule, how['steps'], how['sampler'], how['eta'], torch.Generator().manual_seed(seed), callback=show)
+    z = denoise(answer, noise, model.schedule, how['steps'], how['sampler'], how['eta'],
+                torch.Generator().manual_seed(seed), callback=show)
     if not z.isfinite().all(): raise RuntimeError(
-        f"sample: latents that are not finite, with guidance_scale={how['guidance_scale']:g} and precision={model.precision!r}. "
+        f"sample: latents that are not finite, with guidance_scale={how['guidance_scale']:g}, precision={model.precision!r}. "
         "Expected numbers. Try BrainLDM.load(run, precision='no'), or a smaller guidance_scale.")
     return model.decode_standard(z, cond)
 
-# %% ../nbs/07_sampling.ipynb #d80101ec
+# %% ../nbs/07_sampling.ipynb #960f0aa2
 def sample_pictures(
     model, # A `Sampler`: a run with a trained denoiser
     n:int=1, # Pictures to draw
@@ -183,14 +188,15 @@ def sample_pictures(
     eta:float=0., # Fresh noise in 'ddim', 0 to 1
     batch_size:int=32, # Pictures at a time
     progress:bool=False, # Show a bar
-    callback:Callable|None=None, # Called in each batch as callback(i, t, pictures) with the clean pictures expected at step i
+    callback:Callable|None=None, # Called in each batch as callback(i, t, pictures) with the pictures expected at step i
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
     """Draw pictures with the conditions asked for; what is not named is left open.
 
-    Source: Song et al. 2021, sec. 4.2 (DDIM). Raises ValueError or TypeError for a request that the run cannot serve."""
+    Source: Song et al. 2021, sec. 4.2 (DDIM). Raises ValueError or TypeError for what the run cannot serve."""
     if model.unet is None: raise FileNotFoundError(
-        "sample: this run has no ldm.safetensors, only an autoencoder. Expected a trained diffusion model. Run `brainldm train ldm` first.")
+        "sample: this run has no ldm.safetensors, only an autoencoder. Expected a trained diffusion model. "
+        "Run `brainldm train ldm` first.")
     check_request(n, steps, guidance_scale, seed, batch_size, model.schedule.num_train_timesteps)
     check_choice('sample', 'sampler', sampler, ('ddim', 'ddpm'))
     cond = check_conditions(dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), model.covariates, n)
@@ -236,17 +242,18 @@ class Sampler(Codec):
 
     sample = sample_pictures                                                   # a function in a class is a method
 
-# %% ../nbs/07_sampling.ipynb #2f08e38e
+# %% ../nbs/07_sampling.ipynb #d202198d
 def pick_device(
     device:str|None=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the best there is
 )->torch.device: # Where to compute
     "An accelerator if there is one. Raises ValueError for a device that this machine does not have."
-    if device is None: device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try: return torch.zeros((), device=device).device
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try: return torch.zeros((), device=device or best).device
     except (RuntimeError, AssertionError) as e: raise ValueError(
-        f"BrainLDM.load: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). Expected a device of this machine. Try device='cpu'.") from None
+        f"BrainLDM.load: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). "
+        "Expected a device of this machine. Try device='cpu'.") from None
 
-# %% ../nbs/07_sampling.ipynb #8c601f7d
+# %% ../nbs/07_sampling.ipynb #246ae495
 def load_denoiser(
     run:str|Path, # Run folder
     latent_channels:int, # Channels of its autoencoder's latents
@@ -255,17 +262,18 @@ def load_denoiser(
     "Build the denoiser of a run from its file alone. Raises FileNotFoundError, or ValueError if it does not fit."
     check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
     tensors,about = load_weights(Path(run)/'ldm.safetensors')
-    if about.get('kind')!='ldm': raise ValueError(f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. "
-                                                  "Expected 'ldm'. Check that no file was renamed.")
+    if about.get('kind')!='ldm': raise ValueError(
+        f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected 'ldm'. Check that no file was renamed.")
     args = dict(about['args'], covariates=tuple(Covariate(**c) for c in about['args']['covariates']))
     if args['in_channels']!=latent_channels: raise ValueError(
-        f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the autoencoder makes {latent_channels}. "
-        "Expected two files of one run. Train the ldm again.")
+        f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the autoencoder makes "
+        f"{latent_channels}. Expected two files of one run. Train the ldm again.")
     part = {k.removeprefix(weights+'.'): v for k,v in tensors.items() if k.startswith(weights+'.')}
     unet = fill_model(UNet(**args), part, f'{run}/ldm.safetensors').eval()
-    return dict(unet=unet, schedule=NoiseSchedule(**about['schedule']), latent_mean=tensors['latent_mean'], latent_std=tensors['latent_std'])
+    return dict(unet=unet, schedule=NoiseSchedule(**about['schedule']),
+                latent_mean=tensors['latent_mean'], latent_std=tensors['latent_std'])
 
-# %% ../nbs/07_sampling.ipynb #76f5fb89
+# %% ../nbs/07_sampling.ipynb #e9f40a2f
 class BrainLDM(Sampler):
     "A trained run, ready to use: encode, decode and reconstruct pictures, and sample new ones."
     @classmethod
@@ -275,38 +283,40 @@ class BrainLDM(Sampler):
         precision:str='auto', # 'auto', 'no', 'bf16' or 'fp16'
         weights:str='ema', # 'ema': the average of the weights, or 'raw': the last ones
     )->'BrainLDM': # Ready to use
-        "Load a run. Raises FileNotFoundError without an autoencoder, ValueError on broken files or another architecture."
+        "Load a run. Raises FileNotFoundError without an autoencoder, ValueError on files that do not fit."
         check_choice('BrainLDM.load', 'precision', precision, ('auto', 'no', 'bf16', 'fp16'))
         device,_ = pick_device(device),read_config(run)
         autoencoder,about = load_autoencoder(run)
-        parts = load_denoiser(run, autoencoder.latent_channels, weights) if (Path(run)/'ldm.safetensors').is_file() else {}
+        trained = (Path(run)/'ldm.safetensors').is_file()
+        parts = load_denoiser(run, autoencoder.latent_channels, weights) if trained else {}
         parts = {k: v if k=='schedule' else v.to(device) for k,v in parts.items()}
         return cls(autoencoder.to(device), about['size'], precision=pick_precision(precision, device), **parts)
 
 # %% ../nbs/07_sampling.ipynb #8a1f35bc
 SYNTHETIC = 'Synthetic picture drawn by a generative model (brainldm). Not a scan of a person; not for clinical use.'
 
-# %% ../nbs/07_sampling.ipynb #81f8e07e
+# %% ../nbs/07_sampling.ipynb #55c18ef6
 def to_bytes(
     pictures:Tensor, # Pictures (..., h, w) in [-1, 1]
 )->np.ndarray: # The same in uint8
     "Grey values as a PNG holds them. Raises ValueError for a number that is none."
     if not pictures.isfinite().all(): raise ValueError(
-        f"to_bytes: {(~pictures.isfinite()).sum()} pixels are not finite. Expected numbers in [-1, 1]. Try precision='no'.")
+        f"to_bytes: {(~pictures.isfinite()).sum()} pixels are not finite. Expected numbers. Try precision='no'.")
     return ((pictures.float()+1)*127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
-# %% ../nbs/07_sampling.ipynb #d30bd8e9
+# %% ../nbs/07_sampling.ipynb #488bc9a5
 def new_folder(
     folder:str|Path, # Folder that must not hold anything yet
 )->Path: # The folder, which now exists
     "Make an output folder. Raises FileExistsError if there is something in it."
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(
-        f"new_folder: {folder} exists and is not empty. Expected a new or empty folder: nothing is overwritten. Choose another --out.")
+        f"new_folder: {folder} exists and is not empty. Expected a new or empty folder: nothing is overwritten. "
+        "Choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../nbs/07_sampling.ipynb #def219d1
+# %% ../nbs/07_sampling.ipynb #1bd4178f
 def manifest_of(
     conditions:dict, # What was asked: a value or n values by covariate name
     n:int, # Pictures
@@ -314,7 +324,8 @@ def manifest_of(
     "The table of a folder of synthetic pictures. Raises ValueError for another number of values."
     asked = {k: v.tolist() if hasattr(v, 'tolist') else v for k,v in conditions.items() if v is not None}
     for k,v in asked.items():
-        if np.ndim(v) and len(v)!=n: raise ValueError(f"save_pictures: {len(v)} values of {k} for {n} pictures. Expected one, or {n}. Check both.")
+        if np.ndim(v) and len(v)!=n: raise ValueError(
+            f"save_pictures: {len(v)} values of {k} for {n} pictures. Expected one, or {n}. Check both.")
     table = pd.DataFrame({k: list(v) if np.ndim(v) else [v]*n for k,v in asked.items()}, index=range(n))
     table.insert(0, 'path', [f'picture_{i:04d}.png' for i in range(n)])
     table.insert(1, 'subject', [f'synthetic_{i:04d}' for i in range(n)])
@@ -322,7 +333,7 @@ def manifest_of(
     whole = slices.round().fillna(0).astype(int)
     return table.assign(slice=whole) if (whole==slices).all() else table.assign(slice=whole, slice_asked=slices)
 
-# %% ../nbs/07_sampling.ipynb #5810ef06
+# %% ../nbs/07_sampling.ipynb #982fa187
 def save_pictures(
     pictures:Tensor, # New pictures (n, 1, h, w) in [-1, 1]
     folder:str|Path, # New folder
@@ -340,23 +351,26 @@ def save_pictures(
         info.add_text('brainldm', json.dumps(dict(known, **about, synthetic=True), default=str))
         Image.fromarray(picture).save(folder/row['path'], pnginfo=info)
     shown = min(n, 64)
-    save_figure(show_grid(pictures[:shown, 0], ncols=min(8, shown), title=f'Synthetic pictures{"" if shown==n else f" (first {shown} of {n})"}'),
-                folder/'grid.png')
+    title = 'Synthetic pictures'+(f' (first {shown} of {n})' if shown<n else '')
+    save_figure(show_grid(pictures[:shown, 0], ncols=min(8, shown), title=title), folder/'grid.png')
     table.assign(**about, synthetic=True).to_csv(folder/'manifest.csv', index=False)
     return folder
 
-# %% ../nbs/07_sampling.ipynb #69a4eed1
+# %% ../nbs/07_sampling.ipynb #963e1b9e
 def save_gif(
     frames:list[Tensor], # Pictures of each step, each (n, 1, h, w) in [-1, 1]; the first four are shown side by side
     path:str|Path, # File to write, .gif
     seconds:float=4., # Length; the last frame stays as long as eight others
 )->Path: # The file
-    "The walk from noise to a brain as a film, marked as synthetic. Raises ValueError, or FileExistsError rather than overwrite."
+    "The walk from noise to a brain as a film, marked as synthetic. Raises FileExistsError rather than overwrite."
     path = Path(path)
     if not frames or not seconds>0: raise ValueError(
-        f"save_gif: {len(frames)} frames in seconds={seconds}. Expected one frame or more and a length above 0. Collect them with `callback`.")
-    if path.exists(): raise FileExistsError(f"save_gif: {path} exists. Expected a new file: nothing is overwritten. Choose another name.")
+        f"save_gif: {len(frames)} frames in seconds={seconds}. Expected one frame or more, a length above 0. "
+        "Collect them with `callback`.")
+    if path.exists(): raise FileExistsError(
+        f"save_gif: {path} exists. Expected a new file: nothing is overwritten. Choose another name.")
     rows = [Image.fromarray(np.concatenate(list(to_bytes(o[:4, 0])), axis=1)) for o in frames]
     each = max(20, round(1000*seconds/(len(rows)+7)))                          # browsers show nothing faster than 20 ms
-    rows[0].save(path, save_all=True, append_images=rows[1:], duration=[each]*(len(rows)-1)+[8*each], loop=0, comment=SYNTHETIC.encode())
+    rows[0].save(path, save_all=True, append_images=rows[1:], loop=0,
+                 duration=[each]*(len(rows)-1)+[8*each], comment=SYNTHETIC.encode())
     return path

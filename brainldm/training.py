@@ -104,25 +104,29 @@ class LDMConfig(TrainConfig):
     ema_images:int=20_000 # Half life of the average of the weights
     preview_steps:int=20 # Denoising steps of the pictures drawn during training
 
-# %% ../nbs/06_training.ipynb #388b89ca
+# %% ../nbs/06_training.ipynb #e88e1a78
 PRESETS = {
     'tiny': (AEConfig(total_images=1_200, batch_size=8, warmup_images=100, validate_every=600, checkpoint_every=600,
                       data=DataConfig(size=64), channels=(32, 48), latent_channels=4),
              LDMConfig(total_images=3_200, warmup_images=320, validate_every=1_600, checkpoint_every=1_600,
-                       channels=(32, 48), attention_levels=(False, True), cond_channels=32, ema_images=500, preview_steps=8)),
-    'laptop': (AEConfig(), LDMConfig(total_images=80_000, warmup_images=4_000, validate_every=20_000, checkpoint_every=10_000)),
-    'gpu': (AEConfig(total_images=2_000_000, batch_size=32, warmup_images=20_000, validate_every=100_000, checkpoint_every=50_000,
-                     data=DataConfig(size=256), channels=(128, 192, 256), num_res_blocks=2, attention_levels=(False, False, True),
-                     patch=2, num_workers=4),
-            LDMConfig(total_images=10_000_000, batch_size=128, learning_rate=5e-4, warmup_images=100_000, validate_every=500_000,
-                      checkpoint_every=250_000, channels=(192, 384, 576), attention_levels=(False, True, True), num_heads=8,
-                      cond_channels=256, ema_images=500_000, num_workers=4, preview_steps=30)),
+                       channels=(32, 48), attention_levels=(False, True), cond_channels=32, ema_images=500,
+                       preview_steps=8)),
+    'laptop': (AEConfig(),
+               LDMConfig(total_images=80_000, warmup_images=4_000, validate_every=20_000, checkpoint_every=10_000)),
+    'gpu': (AEConfig(total_images=2_000_000, batch_size=32, warmup_images=20_000, validate_every=100_000,
+                     checkpoint_every=50_000, data=DataConfig(size=256), channels=(128, 192, 256), num_res_blocks=2,
+                     attention_levels=(False, False, True), patch=2, num_workers=4),
+            LDMConfig(total_images=10_000_000, batch_size=128, learning_rate=5e-4, warmup_images=100_000,
+                      validate_every=500_000, checkpoint_every=250_000, channels=(192, 384, 576),
+                      attention_levels=(False, True, True), num_heads=8, cond_channels=256, ema_images=500_000,
+                      num_workers=4, preview_steps=30)),
 } # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
 
-# %% ../nbs/06_training.ipynb #4b4834a3
+# %% ../nbs/06_training.ipynb #97360b69
 LIMITS = (
-    ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every latent_channels '
-     'num_res_blocks patch num_heads cond_channels snr_gamma ema_images preview_steps', lambda v: v>0, 'a number above 0'),
+    ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every '
+     'latent_channels num_res_blocks patch num_heads cond_channels snr_gamma ema_images preview_steps',
+     lambda v: v>0, 'a number above 0'),
     ('warmup_images weight_decay num_workers seed kl_weight kl_period', lambda v: v>=0, '0 or more'),
     ('drop_one drop_all', lambda v: 0<=v<=1, 'a probability, 0 to 1'),
     ('precision', lambda v: v in ('auto', 'no', 'bf16', 'fp16'), "'auto', 'no', 'bf16' or 'fp16'"),
@@ -145,7 +149,7 @@ def check_numbers(
             if f.name in names.split() and not fits(v): raise ValueError(
                 f"check_config: {f.name}={v!r}. Expected {words}. Check {flag}.")
 
-# %% ../nbs/06_training.ipynb #3c106c2d
+# %% ../nbs/06_training.ipynb #9c5ff04b
 def check_config(
     config:TrainConfig, # The configuration to look at
 )->None: # Nothing: it raises or returns
@@ -153,16 +157,20 @@ def check_config(
     check_numbers(config)
     levels = len(getattr(config, 'channels', ())),len(getattr(config, 'attention_levels', ()))
     if levels[0]!=levels[1]: raise ValueError(
-        f"check_config: {levels[0]} channels and {levels[1]} attention_levels. Expected one of each a level. Make them equally long.")
+        f"check_config: {levels[0]} channels and {levels[1]} attention_levels. Expected one of each a level. "
+        "Make them equally long.")
     if config.log_every%config.accumulate: raise ValueError(
-        f"check_config: log_every={config.log_every} is not a multiple of accumulate={config.accumulate}. Expected one, "
+        f"check_config: log_every={config.log_every} is not a multiple of accumulate={config.accumulate}. "
+        "Expected one, "
         f"so that a checkpoint never falls between two weight updates. Try log_every={config.accumulate*10}.")
     T = config.schedule.num_train_timesteps if isinstance(config, LDMConfig) else None
     if T and config.preview_steps>T: raise ValueError(
-        f"check_config: preview_steps={config.preview_steps}. Expected at most the {T} steps of the schedule. Try preview_steps=20.")
+        f"check_config: preview_steps={config.preview_steps}. Expected at most the {T} steps of the schedule. "
+        "Try preview_steps=20.")
     known = [str(getattr(o, 'value', o)) for o in get_available_trackers()]
     if config.log_with and config.log_with not in known: raise ValueError(
-        f"check_config: log_with={config.log_with!r} is not installed, or not a tracker that accelerate knows. Expected one of {known}. "
+        f"check_config: log_with={config.log_with!r} is not installed, or not a tracker that accelerate knows. "
+        f"Expected one of {known}. "
         f"Try pip install {config.log_with}, or leave --log-with out: log.jsonl is written in any case.")
 
 # %% ../nbs/06_training.ipynb #7f90a912
@@ -210,7 +218,7 @@ def ignore_interrupts(
     "Let a loading process live on when Ctrl-C reaches the whole group: the training process decides when to stop."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-# %% ../nbs/06_training.ipynb #c0dff5ef
+# %% ../nbs/06_training.ipynb #7c9e1beb
 def train_batches(
     dataset, # Gives a batch for a list of indices
     config:TrainConfig, # Batch size, seed, workers
@@ -220,15 +228,16 @@ def train_batches(
 )->DataLoader: # Endless batches
     "The rest of the endless, shuffled line of batches, dealt out to the processes in turn."
     line = ShuffledBatches(len(dataset), config.batch_size, config.seed, seen//config.batch_size)
-    return DataLoader(dataset, batch_sampler=islice(line, rank, None, num_processes), collate_fn=dict, num_workers=config.num_workers,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_interrupts)
+    return DataLoader(dataset, batch_sampler=islice(line, rank, None, num_processes), collate_fn=dict,
+                      num_workers=config.num_workers, worker_init_fn=ignore_interrupts,
+                      pin_memory=torch.cuda.is_available())
 
-# %% ../nbs/06_training.ipynb #201fbbcb
+# %% ../nbs/06_training.ipynb #da53b372
 def pick_precision(
     precision:str, # 'auto', 'no', 'bf16' or 'fp16'
     device:torch.device, # Where training runs
 )->str: # 'no', 'bf16' or 'fp16'
-    "Turn 'auto' into bf16 where the device has it in hardware, else into float32 ('no'). Raises ValueError for fp16 on a CPU."
+    "Turn 'auto' into bf16 where the hardware has it, else into float32 ('no'). Raises ValueError for fp16 on a CPU."
     if precision=='fp16' and device.type=='cpu': raise ValueError(
         "pick_precision: precision='fp16' on a CPU. Expected 'bf16' or 'no' there. Try precision='auto'.")
     if precision!='auto': return precision
@@ -236,14 +245,14 @@ def pick_precision(
     fast = (getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16', 'amx_tile'))
     return 'bf16' if device.type=='cpu' and any(fast) else 'no'
 
-# %% ../nbs/06_training.ipynb #3eddce64
+# %% ../nbs/06_training.ipynb #52cb347e
 def make_accelerator(
     config:TrainConfig, # Precision, accumulation, tracker
     run:Path|None=None, # Run folder, for a tracker's files
 )->Accelerator: # Knows device, precision and processes
     "A fresh accelerator; what an earlier training in this process had set is forgotten."
     AcceleratorState._reset_state(); GradientState._reset_state()
-    device = PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU')).device          # what `accelerate launch --cpu` sets
+    device = PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU')).device      # from `accelerate launch --cpu`
     return Accelerator(mixed_precision=pick_precision(config.precision, device), project_dir=run,
                        gradient_accumulation_steps=config.accumulate, log_with=config.log_with)
 
@@ -257,7 +266,7 @@ def seeded(
         torch.manual_seed(seed)
         return make()
 
-# %% ../nbs/06_training.ipynb #8c2e43ed
+# %% ../nbs/06_training.ipynb #565d92cf
 class Learner:
     """A network, its loss, optimizer and average: all that one training step changes.
 
@@ -270,12 +279,12 @@ class Learner:
     ):
         check_config(config)
         self.accelerator = acc = make_accelerator(config, run)
-        self.config,self.loss_fn,self.raw,self.seen,self.precision = config,loss_fn,model.to(acc.device),0,acc.mixed_precision
-        self.images_a_step = config.batch_size*acc.num_processes               # all processes together
+        self.config,self.loss_fn,self.raw,self.seen = config,loss_fn,model.to(acc.device),0
+        self.precision,self.images_a_step = acc.mixed_precision,config.batch_size*acc.num_processes   # all of them
         half_life,update = getattr(config, 'ema_images', 0),self.images_a_step*config.accumulate
         self.ema = make_average(model, lambda: ema_decay(self.seen, update, half_life)) if half_life else None
-        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(.9, .99), weight_decay=config.weight_decay,
-                                      fused=acc.device.type in ('cpu', 'cuda'))
+        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(.9, .99),
+                                      weight_decay=config.weight_decay, fused=acc.device.type in ('cpu', 'cuda'))
         if config.compile: model.compile()
         self.model,self.optimizer = acc.prepare(model, optimizer)
 
@@ -291,11 +300,11 @@ class Learner:
         with acc.accumulate(self.model):
             loss,logs = self.loss_fn(self.model, batch, generator, self.seen)
             acc.backward(loss)
-            if acc.sync_gradients: logs = dict(logs, grad_norm=acc.clip_grad_norm_(self.raw.parameters(), config.clip_norm))
+            if acc.sync_gradients: logs['grad_norm'] = acc.clip_grad_norm_(self.raw.parameters(), config.clip_norm)
             self.optimizer.step(); self.optimizer.zero_grad()
         self.seen += self.images_a_step
         if self.ema is not None and acc.sync_gradients: self.ema.update_parameters(self.raw)
-        if acc.scaler: logs.pop('grad_norm', None)                             # fp16 overflows now and then, and skips that step
+        if acc.scaler: logs.pop('grad_norm', None)                             # fp16 skips a step that overflowed
         return dict(loss=loss.detach(), **logs)
 
 # %% ../nbs/06_training.ipynb #a8ed636e
@@ -315,7 +324,7 @@ def mean_logs(
     names = dict.fromkeys(k for o in logs for k in o)
     return {k: torch.stack([o[k].float() for o in logs if k in o]).mean().item() for k in names}
 
-# %% ../nbs/06_training.ipynb #624bf4dd
+# %% ../nbs/06_training.ipynb #e06905ec
 def check_finite(
     numbers:dict[str, float], # What was measured
     seen:int, # Pictures seen so far
@@ -323,7 +332,8 @@ def check_finite(
     "Stop a training whose numbers blew up. Raises RuntimeError naming the first."
     bad = [k for k,v in numbers.items() if not math.isfinite(v)]
     if bad: raise RuntimeError(
-        f"fit: {bad[0]}={numbers[bad[0]]} after {seen:,} pictures. Expected a finite number. The last checkpoint, from before this, "
+        f"fit: {bad[0]}={numbers[bad[0]]} after {seen:,} pictures. Expected a finite number. "
+        "The last checkpoint, from before this, "
         "is untouched. Start another run with a smaller learning_rate, a longer warmup_images or precision='no'.")
 
 # %% ../nbs/06_training.ipynb #b1eefe0d
@@ -391,14 +401,15 @@ def save_weights(
     cpu = {k: v.detach().to('cpu', copy=True).contiguous() for k,v in tensors.items()}
     write_atomic(Path(path), save(cpu, metadata={'brainldm': json.dumps(info)}))
 
-# %% ../nbs/06_training.ipynb #6cdc6eee
+# %% ../nbs/06_training.ipynb #b649346a
 def load_weights(
     path:Path, # A file written by `save_weights`
 )->tuple[dict[str, Tensor], dict]: # Named tensors on the CPU, and the description
     "Read tensors and description; nothing is unpickled. Raises FileNotFoundError, or ValueError on a broken file."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(
-        f"load_weights: no file {path.name} in {path.parent}. Expected one written by training. Check the run folder, or train first.")
+        f"load_weights: no file {path.name} in {path.parent}. Expected one written by training. "
+        "Check the run folder, or train first.")
     try:
         with safe_open(path, 'pt') as f:
             return {k: f.get_tensor(k) for k in f.keys()},json.loads(f.metadata()['brainldm'])
@@ -406,7 +417,7 @@ def load_weights(
         f"load_weights: {path} cannot be read ({type(e).__name__}: {e}). Expected a file written by brainldm. "
         "It may be truncated or foreign; train again or take it from a backup.") from None
 
-# %% ../nbs/06_training.ipynb #8e367ce6
+# %% ../nbs/06_training.ipynb #4ffec05d
 def fill_model(
     model:nn.Module, # The network to fill, in place
     tensors:dict[str, Tensor], # Weights by name
@@ -414,23 +425,26 @@ def fill_model(
 )->nn.Module: # The same network
     "Copy weights into a network of exactly the same architecture. Raises ValueError naming what does not fit."
     own = model.state_dict()
-    wrong = [k for k in own if k not in tensors or tensors[k].shape!=own[k].shape] + [k for k in tensors if k not in own]
+    wrong = [k for k in own if k not in tensors or tensors[k].shape!=own[k].shape]
+    wrong += [k for k in tensors if k not in own]
     if wrong: raise ValueError(
         f"fill_model: {what} is of another architecture: {len(wrong)} weights do not fit, first {wrong[0]} "
         f"({tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else 'absent'} in the file, "
-        f"{tuple(own[wrong[0]].shape) if wrong[0] in own else 'absent'} in the network). Expected the same names and shapes. "
+        f"{tuple(own[wrong[0]].shape) if wrong[0] in own else 'absent'} in the network). "
+        "Expected the same names and shapes. "
         "Check that file and configuration belong together.")
     model.load_state_dict(tensors)
     return model
 
-# %% ../nbs/06_training.ipynb #f04efb4c
+# %% ../nbs/06_training.ipynb #4faa3a49
 def pack_state(
     learner:Learner, # The training so far
 )->tuple[dict[str, Tensor], dict]: # Tensors by name, and the rest as JSON
     "Everything that training needs in order to go on as if it had never stopped."
     tensors = {f'model.{k}': v for k,v in learner.raw.state_dict().items()}
     if learner.ema is not None: tensors |= {f'ema.{k}': v for k,v in learner.ema.state_dict().items()}
-    for i,slots in learner.optimizer.state_dict()['state'].items(): tensors |= {f'optimizer.{i}.{k}': v for k,v in slots.items()}
+    for i,slots in learner.optimizer.state_dict()['state'].items():
+        tensors |= {f'optimizer.{i}.{k}': v for k,v in slots.items()}
     scaler = learner.accelerator.scaler
     return tensors,dict(seen=learner.seen, scaler=scaler.state_dict() if scaler else None)
 
@@ -496,7 +510,7 @@ def read_log(
                                                 "Expected one record a line. Remove the line.") from None
     return records
 
-# %% ../nbs/06_training.ipynb #b8f4b633
+# %% ../nbs/06_training.ipynb #a8debfea
 class JsonLog:
     "`log.jsonl`: one line a record; records of one stage beyond `seen` are dropped when a run goes on from there."
     def __init__(self,
@@ -513,11 +527,12 @@ class JsonLog:
         record:dict[str, float], # Numbers to note
     )->None:
         "Add one line."
-        with self.path.open('a', encoding='utf-8') as f: f.write(json.dumps(dict(stage=self.stage, images=seen, **record))+'\n')
+        line = json.dumps(dict(stage=self.stage, images=seen, **record))
+        with self.path.open('a', encoding='utf-8') as f: f.write(line+'\n')
 
-# %% ../nbs/06_training.ipynb #5aeb6087
+# %% ../nbs/06_training.ipynb #5c21e724
 class StopRequest:
-    "Notes Ctrl-C and SIGTERM while it is open, so that training can stop where its state is whole; the second one stops at once."
+    "Notes Ctrl-C and SIGTERM, so that training can stop where its state is whole; the second one stops at once."
     def __init__(self): self.asked,self.old = False,{}
 
     def note(self, number, frame): # Called by Python when a signal arrives
@@ -532,14 +547,15 @@ class StopRequest:
     def __exit__(self, *_):
         for o,handler in self.old.items(): signal.signal(o, handler or signal.SIG_DFL)
 
-# %% ../nbs/06_training.ipynb #c3ef84cd
-HARMLESS = {'validate_every', 'checkpoint_every', 'num_workers', 'log_with', 'preview_steps'} # May differ when a run goes on: they touch no weight
+# %% ../nbs/06_training.ipynb #13003007
+HARMLESS = {'validate_every', 'checkpoint_every', 'num_workers', 'log_with', 'preview_steps'} # No weight feels them
 
-# %% ../nbs/06_training.ipynb #0b3804c2
+# %% ../nbs/06_training.ipynb #c1277207
 def read_config(
     run:Path, # Run folder
 )->dict: # Its config.json: one entry a stage
-    "Read what a run was made of. Raises FileNotFoundError if the folder is not a run, ValueError if the file is another project's."
+    "Read what a run was made of. Raises FileNotFoundError if it is no run, "
+    "ValueError if the file is another project's."
     path = Path(run)/'config.json'
     if not path.is_file(): raise FileNotFoundError(
         f"read_config: {run} is not a run folder: it has no config.json. Expected a folder made by `brainldm train`. "
@@ -548,7 +564,8 @@ def read_config(
         settings = json.loads(path.read_text(encoding='utf-8'))
         ours = all({'config', 'data'} <= set(o) for o in settings.values())
     except (ValueError, AttributeError, TypeError): ours = False
-    if not ours: raise ValueError(f"read_config: {path} was not written by brainldm. Expected a run folder of this project. Choose another --run.")
+    if not ours: raise ValueError(f"read_config: {path} was not written by brainldm. "
+                                  "Expected a run folder of this project. Choose another --run.")
     return settings
 
 # %% ../nbs/06_training.ipynb #956aa477
@@ -564,7 +581,7 @@ def compare_configs(
     a,b = flat(old),flat(new)
     return [f'{k}={b.get(k)!r}, was {a.get(k)!r}' for k in sorted({*a, *b}) if a.get(k)!=b.get(k)]
 
-# %% ../nbs/06_training.ipynb #50e78f58
+# %% ../nbs/06_training.ipynb #a176a2e1
 def open_run(
     run:Path, # Run folder, made if it is not there
     stage:str, # 'autoencoder' or 'ldm'
@@ -576,9 +593,11 @@ def open_run(
 
     Raises FileExistsError if something would be overwritten, ValueError if a resumed run was another."""
     run = Path(run)
-    if run.exists() and not (run/'config.json').is_file() and (not run.is_dir() or any(run.iterdir())): raise FileExistsError(
-        f"open_run: {run} exists and is not a run folder. Expected a new name or a run of this project. Choose another --run.")
-    settings = read_config(run) if (run/'config.json').is_file() else {}
+    known = (run/'config.json').is_file()
+    if not known and run.exists() and (not run.is_dir() or any(run.iterdir())): raise FileExistsError(
+        f"open_run: {run} exists and is not a run folder. Expected a new name or a run of this project. "
+        "Choose another --run.")
+    settings = read_config(run) if known else {}
     new = json.loads(json.dumps(dict(config=asdict(config), data=fingerprint(dataset.manifest)), default=str))
     if stage not in settings:
         subjects = sorted(dataset.subset('train').manifest.subject.unique())
@@ -587,7 +606,8 @@ def open_run(
         write_atomic(run/'config.json', json.dumps(settings, indent=1).encode())
         return None
     if not resume: raise FileExistsError(
-        f"open_run: {run} already has a trained or half-trained {stage}. Expected a new run. Add --resume, or choose another --run.")
+        f"open_run: {run} already has a trained or half-trained {stage}. Expected a new run. "
+        "Add --resume, or choose another --run.")
     differ = compare_configs(settings[stage], new)
     if differ: raise ValueError(f"open_run: {run} was begun with other settings: {'; '.join(differ)}. "
                                 "Expected the same when resuming. Give the old ones, or start another --run.")
@@ -606,7 +626,7 @@ def enter_run(
     with acc.main_process_first():
         return open_run(run, stage, learner.config, dataset, resume or not acc.is_main_process)
 
-# %% ../nbs/06_training.ipynb #faf3f256
+# %% ../nbs/06_training.ipynb #75c4c045
 def stage_callbacks(
     learner:Learner, # What is trained
     run:Path, # Run folder
@@ -630,12 +650,13 @@ def stage_callbacks(
     def save_all(seen, _):
         export(seen); Checkpoint(run/'state'/stage).save(seen, *pack_state(learner))
     def obey(seen, means):
-        if not acc.reduce(torch.tensor(float(stop.asked), device=acc.device)): return      # nobody was asked, on any process
+        if not acc.reduce(torch.tensor(float(stop.asked), device=acc.device)): return      # no process was asked
         if acc.is_main_process: save_all(seen, means)
         raise KeyboardInterrupt
     if not acc.is_main_process: return (obey,)
     log = JsonLog(run/'log.jsonl', stage, start)
-    return record,every(config.validate_every, look, total, start),every(config.checkpoint_every, save_all, total, start),obey
+    gaps = {look: config.validate_every, save_all: config.checkpoint_every}
+    return record,*(every(gap, cb, total, start) for cb,gap in gaps.items()),obey
 
 # %% ../nbs/06_training.ipynb #d2e3d893
 def run_stage(
@@ -718,7 +739,7 @@ def mean_slices(
     means = [np.asarray(dataset.images[np.flatnonzero(numbers==k)], np.float32).mean(0) for k in kinds]
     return torch.from_numpy(np.stack(means))/127.5-1,kinds
 
-# %% ../nbs/06_training.ipynb #02a5957b
+# %% ../nbs/06_training.ipynb #99321c11
 def pick_covariates(
     covariates:list[Covariate], # What the data has
     names:tuple[str, ...]|None, # What the model shall know; None is all
@@ -726,8 +747,9 @@ def pick_covariates(
     "Choose covariates by name. Raises ValueError for a name that the data lacks."
     have = {c.name: c for c in covariates}
     for name in names or ():
-        if name not in have: raise ValueError(f"pick_covariates: '{name}' is not in the data. Expected some of {list(have)}. "
-                                              "Check the spelling, or add the column to subjects.csv.")
+        if name not in have: raise ValueError(
+            f"pick_covariates: '{name}' is not in the data. Expected some of {list(have)}. "
+            "Check the spelling, or add the column to subjects.csv.")
     return tuple(c for c in covariates if names is None or c.name in names)
 
 # %% ../nbs/06_training.ipynb #4e337d12
@@ -737,7 +759,7 @@ def describe(
     "Covariates for a file's description; `Covariate(**o)` reads them back."
     return [asdict(c) for c in covariates]
 
-# %% ../nbs/06_training.ipynb #80a56df0
+# %% ../nbs/06_training.ipynb #7f0db9ec
 def check_pictures(
     dataset:SliceDataset, # What is to be trained on
     size:int, # Side of the pictures that the configuration names
@@ -746,12 +768,14 @@ def check_pictures(
     "Refuse pictures that the network cannot take, before a run folder is made. Raises ValueError."
     shape = tuple(dataset.images.shape[1:])
     if shape!=(size, size): raise ValueError(
-        f"check_pictures: pictures of {shape[0]} x {shape[1]} pixels, and the configuration says size={size}. Expected the same. "
+        f"check_pictures: pictures of {shape[0]} x {shape[1]} pixels, and the configuration says size={size}. "
+        "Expected the same. "
         "Open the data with the DataConfig of the run.")
     if size%factor: raise ValueError(
-        f"check_pictures: size={size}. Expected a multiple of {factor} with these levels and this patch. Try size={math.ceil(size/factor)*factor}.")
+        f"check_pictures: size={size}. Expected a multiple of {factor} with these levels and this patch. "
+        f"Try size={math.ceil(size/factor)*factor}.")
 
-# %% ../nbs/06_training.ipynb #40a90a04
+# %% ../nbs/06_training.ipynb #5e0c456f
 def autoencoder_loss(
     model:nn.Module, # An AutoencoderKL
     batch:dict[str, Tensor], # 'image' and encoded covariates
@@ -759,16 +783,17 @@ def autoencoder_loss(
     seen:int, # Pictures seen so far, for a cyclical KL weight
     config:AEConfig, # Weights of the terms
 )->tuple[Tensor, dict[str, Tensor]]: # The loss, and its parts for the log
-    "Mean absolute error plus a little KL, on latents that were drawn, not just read off. Source: Rombach et al. 2022, app. G."
+    "Mean absolute error plus a little KL, on latents that were drawn. Source: Rombach et al. 2022, app. G."
     x = batch['image']
     f = config.patch*2**(len(config.channels)-1)
-    eps = torch.randn(len(x), config.latent_channels, x.shape[2]//f, x.shape[3]//f, generator=generator, device=x.device)
+    shape = (len(x), config.latent_channels, x.shape[2]//f, x.shape[3]//f)
+    eps = torch.randn(shape, generator=generator, device=x.device)
     recon,mu,logvar = model(x, batch, eps)
     l1,kl = F.l1_loss(recon.float(), x),kl_loss(mu.float(), logvar.float())
     weight = cyclical_weight(seen, config.kl_period, config.kl_weight) if config.kl_period else config.kl_weight
     return l1+weight*kl,dict(l1=l1.detach(), kl=kl.detach())
 
-# %% ../nbs/06_training.ipynb #79310594
+# %% ../nbs/06_training.ipynb #57e89184
 def validate_autoencoder(
     model:nn.Module, # The autoencoder
     batch:dict[str, Tensor], # Held-out pictures, the same each time
@@ -781,7 +806,8 @@ def validate_autoencoder(
     scores = picture_scores(recon, x)
     k = np.linspace(0, len(x)-1, min(6, len(x))).round().astype(int)
     pair = torch.stack([x[k, 0], recon[k, 0]]).cpu()
-    save_figure(show_grid(pair, row_labels=['original', 'decoded'], title=f"SSIM {scores['ssim'].mean():.3f} on held-out slices"), path)
+    title = f"SSIM {scores['ssim'].mean():.3f} on held-out slices"
+    save_figure(show_grid(pair, row_labels=['original', 'decoded'], title=title), path)
     return {'val_l1': F.l1_loss(recon, x).item(), **{f'val_{k}': v.nanmean().item() for k,v in scores.items()}}
 
 # %% ../nbs/06_training.ipynb #55c78c8a
@@ -802,7 +828,7 @@ def is_finished(
     "Whether a stage was trained to its end."
     return state is not None and state[1]['seen']>=config.total_images and path.is_file()
 
-# %% ../nbs/06_training.ipynb #cfe6687c
+# %% ../nbs/06_training.ipynb #fbbfed37
 def train_autoencoder(
     dataset:SliceDataset, # Checked data with its splits
     run:Path, # Run folder, made if it is not there
@@ -824,31 +850,34 @@ def train_autoencoder(
         means,numbers = mean_slices(train)
         save_weights(run/'train_mean.safetensors', dict(means=means), dict(slices=numbers))
     batch = to_device(spread(held, 128), learner.accelerator.device)
+    def picture(seen): return run/'samples'/f'autoencoder_{seen:09d}.png'
     info = dict(kind='kl', args=dict(autoencoder_args(config), covariates=describe(covariates)), size=config.data.size)
     run_stage(learner, train, run, 'autoencoder', state, progress=progress,
-        validate=lambda seen: validate_autoencoder(model, batch, run/'samples'/f'autoencoder_{seen:09d}.png', learner.precision),
+        validate=lambda seen: validate_autoencoder(model, batch, picture(seen), learner.precision),
         export=lambda seen: save_weights(run/'autoencoder.safetensors', model.state_dict(), dict(info, images=seen)))
     return bare_model(learner)
 
-# %% ../nbs/06_training.ipynb #cacd14f7
+# %% ../nbs/06_training.ipynb #45b07075
 def load_autoencoder(
     run:Path, # Run folder
 )->tuple[AutoencoderKL, dict]: # The network in evaluation mode on the CPU, and its description
     "Build the autoencoder of a run from its file alone. Raises FileNotFoundError or ValueError."
     tensors,info = load_weights(Path(run)/'autoencoder.safetensors')
-    if info.get('kind')!='kl': raise ValueError(f"load_autoencoder: {run} holds kind={info.get('kind')!r}. Expected 'kl'. "
-                                                "Check that the file is an autoencoder of this version.")
+    if info.get('kind')!='kl': raise ValueError(
+        f"load_autoencoder: {run} holds kind={info.get('kind')!r}. Expected 'kl'. "
+        "Check that the file is an autoencoder of this version.")
     args = dict(info['args'], covariates=tuple(Covariate(**c) for c in info['args']['covariates']))
     return fill_model(AutoencoderKL(**args), tensors, f'{run}/autoencoder.safetensors').eval(),info
 
-# %% ../nbs/06_training.ipynb #c1fe497b
+# %% ../nbs/06_training.ipynb #10e53743
 def plot_history(
     records:list[dict], # Lines of log.jsonl
     stage:str, # 'autoencoder' or 'ldm'
 )->plt.Figure: # Left: training; right: what was measured on validate subjects
     "Draw the course of one training. Raises ValueError if the log has no line of this stage."
     rows = [o for o in records if o['stage']==stage]
-    if not rows: raise ValueError(f"plot_history: no record of stage {stage!r} among {len(records)}. Expected a training's log. Train first.")
+    if not rows: raise ValueError(f"plot_history: no record of stage {stage!r} among {len(records)}. "
+                                  "Expected a training's log. Train first.")
     seen,checked = [o for o in rows if 'loss' in o],[o for o in rows if any(k.startswith('val_') for k in o)]
     main,what = ('l1', 'mean absolute error') if stage=='autoencoder' else ('mse', 'mean squared error')
     fig,axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
@@ -856,7 +885,8 @@ def plot_history(
     axs[0].plot(images, values, lw=.6, alpha=.4, color='C0')
     window = max(1, len(values)//50)
     axs[0].plot(images[window-1:], np.convolve(values, np.ones(window)/window, 'valid') if seen else [], color='C0')
-    axs[0].set(yscale='log', xlabel='pictures seen', ylabel=what, title='train' + (f', mean of {window} records' if window>1 else ''))
+    title = 'train' + (f', mean of {window} records' if window>1 else '')
+    axs[0].set(yscale='log', xlabel='pictures seen', ylabel=what, title=title)
     for k in sorted({k for o in checked for k in o if k.startswith('val_')} - {'val_psnr', 'val_l1'}):
         axs[1].plot([o['images'] for o in checked], [o[k] for o in checked], 'o-', ms=3, label=k)
     axs[1].set(xlabel='pictures seen', title='validate subjects')
@@ -864,7 +894,7 @@ def plot_history(
     fig.suptitle(stage)
     return fig
 
-# %% ../nbs/06_training.ipynb #abb6898e
+# %% ../nbs/06_training.ipynb #b12e4f9f
 def cache_latents(
     model:AutoencoderKL, # The trained autoencoder
     dataset:SliceDataset, # Rows to encode
@@ -874,18 +904,20 @@ def cache_latents(
 )->Tensor: # Latent means (n, c, h, w), float32, on the CPU
     "Encode every slice once. Means, not draws: a draw would put noise into the target that no network can predict."
     device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
-    batches = tqdm(eval_batches(dataset, batch_size), total=math.ceil(len(dataset)/batch_size), desc='latents', disable=not progress)
+    total = math.ceil(len(dataset)/batch_size)
+    batches = tqdm(eval_batches(dataset, batch_size), total=total, desc='latents', disable=not progress)
     return torch.cat([encode(o['image'].to(device), to_device(o, device))[0].float().cpu() for o in batches])
 
-# %% ../nbs/06_training.ipynb #74d4d6ad
+# %% ../nbs/06_training.ipynb #31249b13
 def latent_stats(
     latents:Tensor, # Latent means of the train slices (n, c, h, w)
 )->tuple[Tensor, Tensor]: # Mean and standard deviation of each channel, each (1, c, 1, 1)
-    "What standardises latents. Source: Rombach et al. 2022, app. G, here for each channel. Raises ValueError on a dead channel."
+    "What standardises latents. Source: Rombach et al. 2022, app. G, by channel. Raises ValueError on a dead channel."
     mean,std = latents.mean((0, 2, 3), keepdim=True),latents.std((0, 2, 3), keepdim=True)
     dead = (~(std>1e-6)).flatten().nonzero().flatten().tolist()                # also catches NaN
     if dead: raise ValueError(
-        f"latent_stats: latent channels {dead} never change (standard deviation {std.flatten()[dead[0]]:.2g}). Expected every channel in use. "
+        f"latent_stats: latent channels {dead} never change (standard deviation {std.flatten()[dead[0]]:.2g}). "
+        "Expected every channel in use. "
         "Train the autoencoder longer, with a smaller kl_weight or fewer latent_channels.")
     return mean,std
 
@@ -904,20 +936,20 @@ class LatentDataset(torch.utils.data.Dataset):
         at = torch.as_tensor(indices)
         return {'latent': self.latents[at], **{k: v[at] for k,v in self.conditions.items()}}
 
-# %% ../nbs/06_training.ipynb #3dafbfea
+# %% ../nbs/06_training.ipynb #43d0c6ea
 def latent_splits(
     autoencoder:AutoencoderKL, # Trained, on the device that computes
     dataset:SliceDataset, # All splits
     precision:str='no', # Mixed precision to compute in
     progress:bool=True, # Show bars
-)->tuple[LatentDataset, LatentDataset, Tensor, Tensor]: # Train, validate, and the mean and deviation of each channel (1, c, 1, 1)
+)->tuple[LatentDataset, LatentDataset, Tensor, Tensor]: # Train, validate, mean and deviation by channel (1, c, 1, 1)
     "Encode train and validate slices, and standardise both by the train slices."
     parts = [dataset.subset(o) for o in ('train', 'validate')]
     latents = [cache_latents(autoencoder, o, precision, progress=progress) for o in parts]
     mean,std = latent_stats(latents[0])
     return *(LatentDataset((z-mean)/std, o.conditions) for z,o in zip(latents, parts)),mean,std
 
-# %% ../nbs/06_training.ipynb #5ac469c4
+# %% ../nbs/06_training.ipynb #0f5f5359
 def drop_mask(
     n:int, # Rows b
     covariates:int, # Covariates
@@ -925,7 +957,7 @@ def drop_mask(
     all:float, # Probability of hiding all of a row
     generator:torch.Generator, # Source of chance; says the device
 )->Tensor: # True where a token is hidden (b, covariates)
-    "Hide conditions at random, so that one network learns to work with and without. Source: Ho & Salimans 2022, alg. 1."
+    "Hide conditions at random, to learn to work with and without. Source: Ho & Salimans 2022, alg. 1."
     u = torch.rand(n, covariates+1, generator=generator, device=generator.device)
     return (u[:, 1:]<one) | (u[:, :1]<all)
 
@@ -958,7 +990,7 @@ def unet_args(
     names = 'channels num_res_blocks attention_levels num_heads cond_channels'.split()
     return dict({o: getattr(config, o) for o in names}, in_channels=in_channels, covariates=covariates)
 
-# %% ../nbs/06_training.ipynb #2e0fa43c
+# %% ../nbs/06_training.ipynb #e374ba4a
 def refuse_leak(
     settings:dict, # config.json of the run
     dataset:SliceDataset, # Data of the next stage
@@ -966,10 +998,11 @@ def refuse_leak(
     "Refuse to train stage 2 on other data than stage 1: a subject held out here may have been trained on there."
     before,now = settings['autoencoder']['data'],fingerprint(dataset.manifest)
     if before['hash']!=now['hash']: raise ValueError(
-        f"train_ldm: the data is not what the autoencoder was trained on (fingerprint {now['hash'][:12]}, was {before['hash'][:12]}). "
+        f"train_ldm: the data is not what the autoencoder was trained on (fingerprint {now['hash'][:12]}, "
+        f"was {before['hash'][:12]}). "
         "Expected the same pictures, covariates and splits. Give the same DATA and --subjects, or start another run.")
 
-# %% ../nbs/06_training.ipynb #f4793297
+# %% ../nbs/06_training.ipynb #2b690fa8
 def refuse_unfinished(
     settings:dict, # config.json of the run
     images:int, # Pictures that the autoencoder has seen
@@ -977,7 +1010,8 @@ def refuse_unfinished(
     "Refuse to train stage 2 on latents that will change when stage 1 goes on."
     total = settings['autoencoder']['config']['total_images']
     if images<total: raise ValueError(
-        f"train_ldm: the autoencoder has seen {images:,} of {total:,} pictures. Expected a finished one. Finish it first, with --resume.")
+        f"train_ldm: the autoencoder has seen {images:,} of {total:,} pictures. Expected a finished one. "
+        "Finish it first, with --resume.")
 
 # %% ../nbs/06_training.ipynb #ea3bf201
 def preview_conditions(
@@ -1015,7 +1049,7 @@ def validate_ldm(
     save_figure(show_grid(pictures, row_labels=rows, title='Drawn, not scanned: diagnosis by slice'), path)
     return dict(val_mse=logs['mse'].item())
 
-# %% ../nbs/06_training.ipynb #625105b9
+# %% ../nbs/06_training.ipynb #09870af8
 def save_ldm(
     path:Path, # RUN/ldm.safetensors
     learner:Learner, # The training so far
@@ -1024,10 +1058,11 @@ def save_ldm(
     info:dict, # Architecture, covariates, schedule
 )->None:
     "Write what is needed to draw: averaged and last weights, latent statistics, description."
-    tensors = {f'raw.{k}': v for k,v in learner.raw.state_dict().items()} | {f'ema.{k}': v for k,v in learner.ema.module.state_dict().items()}
+    tensors = {f'raw.{k}': v for k,v in learner.raw.state_dict().items()}
+    tensors |= {f'ema.{k}': v for k,v in learner.ema.module.state_dict().items()}
     save_weights(path, tensors | dict(latent_mean=mean, latent_std=std), dict(info, kind='ldm', images=learner.seen))
 
-# %% ../nbs/06_training.ipynb #24c81726
+# %% ../nbs/06_training.ipynb #bcace15c
 def train_ldm(
     dataset:SliceDataset, # The data that the autoencoder was trained on
     run:Path, # Run folder with a trained autoencoder
@@ -1048,10 +1083,13 @@ def train_ldm(
         unpack_state(learner, *state)
         return learner.ema.module.eval()
     autoencoder.to(learner.accelerator.device)
-    train,held,mean,std = latent_splits(autoencoder, dataset, learner.precision, progress and learner.accelerator.is_main_process)
-    answer,info = infer(autoencoder, learner.precision, 'decode'),dict(args=dict(args, covariates=describe(covariates)), schedule=asdict(config.schedule))
+    shown = progress and learner.accelerator.is_main_process
+    train,held,mean,std = latent_splits(autoencoder, dataset, learner.precision, shown)
+    answer = infer(autoencoder, learner.precision, 'decode')
+    info = dict(args=dict(args, covariates=describe(covariates)), schedule=asdict(config.schedule))
+    def picture(seen): return run/'samples'/f'ldm_{seen:09d}.png'
     def decode(z, cond): return answer(z*std.to(z)+mean.to(z), cond).float().clamp(-1, 1)
     run_stage(learner, train, run, 'ldm', state, progress=progress,
-        validate=lambda seen: validate_ldm(learner, held, decode, config, covariates, run/'samples'/f'ldm_{seen:09d}.png'),
+        validate=lambda seen: validate_ldm(learner, held, decode, config, covariates, picture(seen)),
         export=lambda seen: save_ldm(run/'ldm.safetensors', learner, mean, std, info))
     return learner.ema.module.eval()

@@ -1,0 +1,222 @@
+"Sampling: requests, seeds, guidance, saved folders, and every way in which a run folder can be wrong."
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from brainldm.data import Covariate, DataConfig, check_dataset, encode_covariates, open_dataset, read_manifest
+from brainldm.sampling import (SYNTHETIC, BrainLDM, Codec, Sampler, check_conditions, draw_noise, guide, load_denoiser, manifest_of, pick_device,
+                               save_gif, save_pictures, to_bytes)
+from brainldm.training import load_weights, save_weights
+from brainldm.unet import UNet
+from brainldm.vae import AutoencoderKL
+
+
+@pytest.fixture(scope='module')
+def model(tiny_run): return BrainLDM.load(tiny_run[0], device='cpu', precision='no')
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    "A run of one's own, to damage."
+    return shutil.copytree(tiny_run[0], tmp_path/'run')
+
+
+def same(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('batch_size', [1, 3, 8, 50])
+def test_batches_do_not_matter(model, batch_size):
+    asked = dict(slice=[0, 1, 2, 3, 4, 5, None], diagnosis=['AD', 'NC', None, 'AD', 'NC', None, 'AD'], steps=4, seed=9, guidance_scale=2.)
+    same(model.sample(7, batch_size=batch_size, **asked), model.sample(7, **asked))
+
+
+def test_first_three_of_eight(model): same(model.sample(8, steps=4, slice=2, seed=3)[:3], model.sample(3, steps=4, slice=2, seed=3))
+
+
+@pytest.mark.parametrize('how', [dict(sampler='ddpm'), dict(eta=.5), dict(steps=1), dict(steps=37, n=1), dict(guidance_scale=0.), dict(guidance_scale=7.5)])
+def test_repeats_itself(model, how):
+    how = dict(dict(n=2, steps=3, seed=1), **how)
+    a,b = model.sample(**how),model.sample(**how)
+    assert a.shape==(how['n'], 1, 64, 64) and a.isfinite().all() and a.min()>=-1 and a.max()<=1
+    same(a, b)
+
+
+def test_noise_is_named_by_seed_and_number():
+    noise = draw_noise(50, (2, 3, 5), 7)
+    assert torch.equal(draw_noise(20, (2, 3, 5), 7, start=30), noise[30:])
+    assert len({o.numpy().tobytes() for s in range(20) for o in draw_noise(20, (2, 3, 5), s)})==400
+
+
+@pytest.mark.parametrize('asked, message', [
+    (dict(diagnosis='MCI'), 'Expected one of AD, NC'), (dict(weight=70), "unknown condition 'weight'"), (dict(slice=6), 'Expected 0 to 5'),
+    (dict(slice=-1), 'Expected 0 to 5'), (dict(age=200), 'age=200'), (dict(slice=float('inf')), 'slice=inf'), (dict(slice='top'), 'Expected a number'),
+    (dict(n=3, slice=[1, 2]), 'Try n=2'), (dict(guidance_scale=-1), 'guidance_scale=-1'), (dict(guidance_scale=float('nan')), 'guidance_scale=nan'),
+    (dict(guidance_scale=float('inf')), 'guidance_scale=inf'), (dict(steps=1001), 'steps=1001'), (dict(steps=0), 'steps=0'), (dict(seed=-1), 'seed=-1'),
+    (dict(n=0), 'n=0'), (dict(batch_size=0), 'batch_size=0'), (dict(sampler='heun'), "sampler='heun'"), (dict(eta=2), 'eta=2')])
+def test_bad_requests(model, asked, message):
+    with pytest.raises(ValueError) as e: model.sample(**asked)
+    assert message in str(e.value) and 'Expected' in str(e.value)
+
+
+@pytest.mark.parametrize('asked', [dict(n=2.5), dict(steps='30'), dict(seed=1.), dict(guidance_scale='2'), dict(guidance_scale=None), dict(n=True)])
+def test_bad_types(model, asked):
+    with pytest.raises(TypeError, match='sample: '): model.sample(**asked)
+
+
+def test_guidance_is_two_separate_passes():
+    covariates = (Covariate('a', 'categorical', values=('x', 'y')), Covariate('b', 'continuous', range=(0, 9)))
+    unet = UNet(4, (16,), 1, (True,), 2, covariates, 16).eval()
+    torch.manual_seed(0)
+    for p in unet.parameters(): torch.nn.init.normal_(p, std=.1)               # a fresh network answers 0
+    x,t,cond = torch.randn(3, 4, 8, 8),torch.tensor([1, 500, 999]),encode_covariates(dict(a=['x', 'y', 'x'], b=[0, 4, None]), covariates)
+    with torch.no_grad():
+        a,b = unet(x, t, cond),unet(x, t, cond, torch.ones(3, 2, dtype=torch.bool))
+        assert (a-b).abs().max()>1e-3
+        for w in (0., .5, 1., 4.): torch.testing.assert_close(guide(unet, cond, 2, w)(x, t), b+w*(a-b), rtol=1e-3, atol=1e-4)
+
+
+def test_covariates_in_another_order_and_set(model):
+    "The autoencoder may know what the denoiser does not, in another order."
+    known = model.covariates
+    torch.manual_seed(0)
+    own = Covariate('scanner', 'categorical', values=('1.5T', '3T'))
+    auto = AutoencoderKL(4, (16,), 1, (False,), 8, covariates=(own, known[1], known[0]))
+    for p in auto.parameters(): torch.nn.init.normal_(p, std=.05)
+    both = Sampler(auto, 64, model.unet, model.schedule, model.latent_mean, model.latent_std)
+    assert [c.name for c in both.covariates]==[*(c.name for c in known), 'scanner']
+    a,b = (both.sample(2, steps=2, slice=1, diagnosis='AD', scanner=o) for o in own.values)
+    assert a.shape==(2, 1, 64, 64) and (a-b).abs().max()>1e-5
+    with pytest.raises(ValueError, match='no value of scanner'): both.sample(2, steps=2, slice=1, diagnosis='AD')
+    with pytest.raises(ValueError, match='Expected one of 1.5T, 3T'): both.sample(1, slice=1, diagnosis='AD', scanner='7T')
+    with pytest.raises(ValueError, match='no value of scanner'): both.encode(torch.zeros(1, 1, 64, 64))
+
+
+def test_an_unconditional_denoiser(model):
+    unet = UNet(4, (16,), 1, (True,), 2, (), 16).eval()
+    free = Sampler(model.autoencoder, 64, unet, model.schedule, model.latent_mean, model.latent_std)
+    assert free.sample(2, steps=2, guidance_scale=3.).shape==(2, 1, 64, 64)
+    with pytest.raises(ValueError, match='no condition'): free.sample(1, diagnosis='AD')
+
+
+def test_callback_sees_each_step_of_each_batch(model):
+    seen = []
+    last = model.sample(5, steps=3, batch_size=2, callback=lambda i,t,p: seen.append((i, len(p))))
+    assert seen==[(i, n) for n in (2, 2, 1) for i in range(3)] and len(last)==5
+
+
+def test_not_a_number_is_an_error(copy):
+    tensors,about = load_weights(copy/'ldm.safetensors')
+    save_weights(copy/'ldm.safetensors', {k: v*float('nan') if k.startswith('ema.up.head') else v for k,v in tensors.items()}, about)
+    with pytest.raises(RuntimeError, match='precision'): BrainLDM.load(copy).sample(1, steps=2)
+
+
+def test_reconstruct(model, tiny_run):
+    batch = open_dataset(tiny_run[1], DataConfig(size=64), progress=False).__getitems__(range(3))
+    assert model.reconstruct(batch['image'], batch).shape==(3, 1, 64, 64)
+    assert isinstance(model, Codec) and model.encode(batch['image']).shape==(3, 4, 8, 8)
+    with pytest.raises(ValueError, match='multiples'): model.reconstruct(torch.zeros(1, 1, 60, 60))
+
+
+@pytest.mark.parametrize('name', ['config.json', 'autoencoder.safetensors'])
+def test_run_without(copy, name):
+    (copy/name).unlink()
+    with pytest.raises(FileNotFoundError, match=name): BrainLDM.load(copy)
+
+
+@pytest.mark.parametrize('name', ['ldm.safetensors', 'autoencoder.safetensors'])
+@pytest.mark.parametrize('keep', [0, 7, 500, -1])
+def test_truncated(copy, name, keep):
+    (copy/name).write_bytes((copy/name).read_bytes()[:keep])
+    with pytest.raises(ValueError, match='cannot be read'): BrainLDM.load(copy)
+
+
+def test_files_swapped(copy):
+    shutil.copy(copy/'autoencoder.safetensors', copy/'ldm.safetensors')
+    with pytest.raises(ValueError, match="Expected 'ldm'"): BrainLDM.load(copy)
+
+
+def test_another_architecture(copy):
+    tensors,about = load_weights(copy/'ldm.safetensors')
+    wide = dict(about, args=dict(about['args'], channels=[32]))
+    save_weights(copy/'ldm.safetensors', tensors, wide)
+    with pytest.raises(ValueError, match='another architecture'): BrainLDM.load(copy)
+    save_weights(copy/'ldm.safetensors', tensors, dict(about, args=dict(about['args'], in_channels=8)))
+    with pytest.raises(ValueError, match='two files of one run'): BrainLDM.load(copy)
+
+
+def test_load_options(tiny_run):
+    ema,raw = (BrainLDM.load(tiny_run[0], weights=o, device='cpu', precision='no').sample(1, steps=3) for o in ('ema', 'raw'))
+    assert not torch.equal(ema, raw)
+    half = BrainLDM.load(tiny_run[0], device='cpu', precision='bf16').sample(1, steps=3)
+    assert (half-ema).abs().mean()<.1
+    for wrong in (dict(weights='best'), dict(precision='fp8'), dict(device='gpu')):
+        with pytest.raises(ValueError, match=next(iter(wrong))): BrainLDM.load(tiny_run[0], **wrong)
+    assert pick_device().type in ('cpu', 'cuda', 'mps')
+    assert load_denoiser(tiny_run[0], 4)['schedule'].num_train_timesteps==1000
+
+
+@pytest.mark.parametrize('n, conditions', [(1, {}), (3, dict(diagnosis='AD', slice=2)), (2, dict(slice=[1.5, None], diagnosis=['AD', None])),
+                                           (65, dict(slice=np.arange(65)%6)), (2, dict(slice=torch.tensor([0., 3.])))])
+def test_saved_folder(tmp_path, n, conditions):
+    pictures = torch.rand(n, 1, 16, 16)*2-1
+    folder = save_pictures(pictures, tmp_path/'new'/'drawn', conditions, dict(seed=1, sampler='ddim'))
+    table = read_manifest(folder)
+    assert len(table)==n and set(table.split)<={'train', 'validate', 'test'}
+    assert check_dataset(folder, DataConfig(size=16), progress=False).ok
+    table = table.sort_values('path')
+    for path,picture in zip(table.path, pictures):
+        with Image.open(folder/path) as im:
+            note = json.loads(im.info['brainldm'])
+            assert note['synthetic'] is True and im.info['Description']==SYNTHETIC and note['seed']==1
+            assert np.array_equal(np.asarray(im), to_bytes(picture)[0])
+
+
+def test_metadata_keeps_what_was_asked(tmp_path):
+    folder = save_pictures(torch.zeros(2, 1, 8, 8)+torch.tensor([0., .5]).view(2, 1, 1, 1), tmp_path/'a', dict(slice=[1.5, None]), {})
+    notes = [json.loads(Image.open(folder/f'picture_{i:04d}.png').info['brainldm']) for i in range(2)]
+    assert notes[0]['slice']==1.5 and 'slice' not in notes[1]
+    assert manifest_of(dict(slice=[1.5, None]), 2)['slice'].tolist()==[2, 0]
+
+
+def test_nothing_is_overwritten(tiny_run, tmp_path):
+    pictures = torch.zeros(1, 1, 8, 8)
+    before = sorted(o.name for o in tiny_run[0].rglob('*'))
+    for place in (tiny_run[0], tiny_run[0]/'config.json'):
+        with pytest.raises(FileExistsError, match='nothing is overwritten'): save_pictures(pictures, place, {}, {})
+    assert sorted(o.name for o in tiny_run[0].rglob('*'))==before
+    with pytest.raises(ValueError, match='3 values of age'): save_pictures(pictures, tmp_path/'b', dict(age=[1, 2, 3]), {})
+    with pytest.raises(ValueError, match='not finite'): save_pictures(pictures*float('nan'), tmp_path/'b', {}, {})
+    assert not (tmp_path/'b').exists()
+
+
+@pytest.mark.parametrize('n', [1, 2, 4, 9])
+@pytest.mark.parametrize('frames', [1, 5])
+def test_gif(tmp_path, n, frames):
+    path = save_gif([torch.rand(n, 1, 8, 10)*2-1 for _ in range(frames)], tmp_path/'a.gif')
+    with Image.open(path) as im: assert im.size==(10*min(n, 4), 8) and im.n_frames==frames and b'Synthetic' in im.info['comment']
+    with pytest.raises(FileExistsError): save_gif([torch.zeros(1, 1, 8, 8)], path)
+
+
+def test_gif_refuses(tmp_path):
+    for frames,seconds in (([], 4.), ([torch.zeros(1, 1, 8, 8)], 0.)):
+        with pytest.raises(ValueError, match='save_gif'): save_gif(frames, tmp_path/'a.gif', seconds)
+
+
+def test_conditions_of_a_run_of_one_slice():
+    covariates = (Covariate('slice', 'continuous', range=(4., 4.)),)
+    assert check_conditions(dict(slice=4), covariates, 2)['slice'].tolist()==[0., 0.]
+    with pytest.raises(ValueError, match='Expected 4 to 4'): check_conditions(dict(slice=5), covariates, 1)
+
+
+def test_schedule_travels_with_the_weights(copy):
+    tensors,about = load_weights(copy/'ldm.safetensors')
+    save_weights(copy/'ldm.safetensors', tensors, dict(about, schedule=dict(about['schedule'], num_train_timesteps=50)))
+    model = BrainLDM.load(copy)
+    assert dataclasses.asdict(model.schedule)['num_train_timesteps']==50
+    assert model.sample(1, steps=50).isfinite().all()                          # as many steps as the chain has
+    with pytest.raises(ValueError, match='Expected 1 to 50'): model.sample(1, steps=51)
