@@ -211,7 +211,7 @@ Pictures called drawn are synthetic: nobody was scanned for them.</p>
 <footer><p>{{ footer }}</p></footer></body></html>
 """, autoescape=True)
 
-# %% ../nbs/10_evaluation.ipynb #fc5791eb
+# %% ../nbs/10_evaluation.ipynb #203de52e
 def report_data(
     settings:dict, # config.json of the run
     records:list[dict], # Lines of its log.jsonl
@@ -219,21 +219,22 @@ def report_data(
 )->dict: # A section of the report
     "What was trained on what."
     if 'autoencoder' not in settings: raise ValueError(
-        f"report: config.json holds {', '.join(settings) or 'nothing'}. Expected a run with an autoencoder. Check the folder.")
+        f"report: config.json holds {', '.join(settings) or 'nothing'}. Expected a run with an autoencoder. Check it.")
     rows = [['stage', 'layout', 'train', 'validate', 'test', 'pictures seen', 'seed', 'precision', 'versions']]
     for stage,o in settings.items():
         people,slices = o['data']['subjects'],o['data']['slices']
         sizes = [f'{people.get(k, 0)} subjects, {slices.get(k, 0)} slices' for k in ('train', 'validate', 'test')]
         seen = max((r['images'] for r in records if r['stage']==stage), default=0)
         rows.append([stage, o['data']['layout'], *sizes, f"{seen:,} of {o['config']['total_images']:,}",
-                     o['config']['seed'], o['config']['precision'], ' '.join(f'{k} {v}' for k,v in o['versions'].items())])
+                     o['config']['seed'], o['config']['precision'],
+                     ' '.join(f'{k} {v}' for k,v in o['versions'].items())])
     span = lambda c: ' or '.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'
     asked = ', '.join(f'{c.name} ({span(c)})' for c in covariates)
     return dict(title='What was trained on what', table=rows, figures=[], text='Splits are by subject. '
                 + (f'The model can be asked for {asked}. ' if asked else '')
                 + f"Fingerprint of the data: {settings['autoencoder']['data']['hash']}.")
 
-# %% ../nbs/10_evaluation.ipynb #727c4324
+# %% ../nbs/10_evaluation.ipynb #8ff2af47
 def report_numbers(
     metrics:dict, # metrics.json of the run
 )->dict: # A section of the report
@@ -247,9 +248,10 @@ def report_numbers(
                      for k in ('ssim', 'ssim_brain')), [])
         rows.append([name.split(' ', 1)[-1], o['n_subjects'], o['n_slices'], *cells,
                      show_number(o['psnr'], 1), show_number(low['psnr'], 1)])
-        if o.get('n_slices_without_brain'): notes.append(f" {o['n_slices_without_brain']} of the slices of {rows[-1][0]} have no brain.")
-    text = ('SSIM: Gaussian window 11x11, sigma 1.5, data_range 1; brain: pixels of the original above 0.1; intervals by '
-            'bootstrap over subjects, too narrow with fewer than about ten; floor: the train mean of that slice position.'
+        n = o.get('n_slices_without_brain')
+        if n: notes.append(f' {n} of the slices of {rows[-1][0]} have no brain.')
+    text = ('SSIM: Gaussian window 11x11, sigma 1.5, data_range 1; brain: pixels of the original above 0.1; intervals '
+            'by bootstrap over subjects, too narrow with fewer than ten; floor: the train mean of that slice position.'
             + ''.join(notes))
     if len(rows)==1: rows,text = [],'Not measured yet: run `brainldm reconstruct RUN DATA`.'
     return dict(title='How much of a brain survives the autoencoder', text=text, table=rows, figures=[])

@@ -40,7 +40,7 @@ def draw_noise(
     own = [np.random.default_rng((seed, start+i)).standard_normal(shape, dtype=np.float32) for i in range(n)]
     return torch.from_numpy(np.stack(own)).to(device)
 
-# %% ../nbs/07_sampling.ipynb #aeafeef0
+# %% ../nbs/07_sampling.ipynb #9efb20e2
 def guide(
     unet:Callable, # Called as unet(xt, t, cond, drop)
     cond:dict[str, Tensor], # Encoded conditions that the network knows, each (b,)
@@ -51,7 +51,7 @@ def guide(
     if guidance_scale==1 or not num_covariates: return lambda xt,t: unet(xt, t, cond, None).float()
     def answer(xt, t):
         b = len(xt)
-        drop = (torch.arange(2*b, device=xt.device)>=b)[:, None].expand(-1, num_covariates)     # hide in the second half
+        drop = (torch.arange(2*b, device=xt.device)>=b)[:, None].expand(-1, num_covariates)   # second half
         both = unet(torch.cat([xt, xt]), torch.cat([t, t]), {k: torch.cat([v, v]) for k,v in cond.items()}, drop)
         with_cond,without = both.float().chunk(2)
         return without + guidance_scale*(with_cond-without)
@@ -76,7 +76,7 @@ def check_conditions(
                                      "the range of the scans this run was trained on. It cannot know more.")
     return encode_covariates({k: list(v) if np.ndim(v) else [v]*n for k,v in asked.items()}, covariates)
 
-# %% ../nbs/07_sampling.ipynb #3e1f2e27
+# %% ../nbs/07_sampling.ipynb #40c77b4c
 def check_request(
     n:int, # Pictures
     steps:int, # Network calls
@@ -92,14 +92,14 @@ def check_request(
             f"sample: {name}={value!r}. Expected a whole number. Try {name}={good}.")
         if value<low: raise ValueError(f"sample: {name}={value}. Expected {low} or more. Try {name}={good}.")
     if steps>num_train_timesteps: raise ValueError(
-        f"sample: steps={steps}. Expected 1 to {num_train_timesteps}, the steps of the chain it was trained on. Try steps=30.")
+        f"sample: steps={steps}. Expected 1 to {num_train_timesteps}, the steps of its training chain. Try steps=30.")
     if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float, np.number)): raise TypeError(
         f"sample: guidance_scale={guidance_scale!r}. Expected a number. Try guidance_scale=1.")
     if not 0<=guidance_scale<float('inf'): raise ValueError(
         f"sample: guidance_scale={guidance_scale}. Expected 0 or more: 1 follows the data, above 1 exaggerates "
         "the condition. Try 1.")
 
-# %% ../nbs/07_sampling.ipynb #f34bd7f7
+# %% ../nbs/07_sampling.ipynb #eaeae39d
 def told(
     autoencoder:nn.Module, # An autoencoder, with or without covariates
     cond:dict[str, Tensor]|None, # Encoded covariates that are at hand, each (b,); a batch will do
@@ -108,7 +108,7 @@ def told(
     "What a conditional autoencoder must hear. Raises ValueError if one is absent: it never learned to do without."
     lacking = [c.name for c in autoencoder.covariates if c.name not in (cond or {})]
     if lacking: raise ValueError(f"BrainLDM: no value of {', '.join(lacking)}. Expected one, since the autoencoder "
-                                 f"of this run is told. Try sample(..., {lacking[0]}=...), or give the batch itself as `cond`.")
+                                 f"of this run is told. Try sample(..., {lacking[0]}=...), or give a batch as `cond`.")
     return {c.name: cond[c.name].to(device) for c in autoencoder.covariates}
 
 # %% ../nbs/07_sampling.ipynb #3e4a1972
@@ -149,7 +149,7 @@ class Codec:
         "Encode and decode: what the autoencoder keeps of a picture."
         return self.decode(self.encode(pictures, cond), cond)
 
-# %% ../nbs/07_sampling.ipynb #07aa8e18
+# %% ../nbs/07_sampling.ipynb #c8c1bd95
 def draw_batch(
     model, # A `Sampler`
     noise:Tensor, # Standard normal noise (b, c, h, w), on the model's device
@@ -169,7 +169,7 @@ def draw_batch(
     z = denoise(answer, noise, model.schedule, how['steps'], how['sampler'], how['eta'],
                 torch.Generator().manual_seed(seed), callback=show)
     if not z.isfinite().all(): raise RuntimeError(
-        f"sample: latents that are not finite, with guidance_scale={how['guidance_scale']:g}, precision={model.precision!r}. "
+        f"sample: latents not finite, guidance_scale={how['guidance_scale']:g}, precision={model.precision!r}. "
         "Expected numbers. Try BrainLDM.load(run, precision='no'), or a smaller guidance_scale.")
     return model.decode_standard(z, cond)
 
@@ -253,7 +253,7 @@ def pick_device(
         f"BrainLDM.load: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). "
         "Expected a device of this machine. Try device='cpu'.") from None
 
-# %% ../nbs/07_sampling.ipynb #246ae495
+# %% ../nbs/07_sampling.ipynb #de4731a2
 def load_denoiser(
     run:str|Path, # Run folder
     latent_channels:int, # Channels of its autoencoder's latents
@@ -263,7 +263,7 @@ def load_denoiser(
     check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
     tensors,about = load_weights(Path(run)/'ldm.safetensors')
     if about.get('kind')!='ldm': raise ValueError(
-        f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected 'ldm'. Check that no file was renamed.")
+        f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected 'ldm'. Check the file names.")
     args = dict(about['args'], covariates=tuple(Covariate(**c) for c in about['args']['covariates']))
     if args['in_channels']!=latent_channels: raise ValueError(
         f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the autoencoder makes "
