@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'flags', 'Phantom', 'Check', 'TrainAutoencoder', 'data_co
            'Reconstruct', 'describe_covariates', 'read_pairs', 'next_folder', 'Sample', 'Report', 'demo_configs',
            'draw_grid', 'Demo', 'parse', 'main']
 
-# %% ../nbs/11_cli.ipynb #21d05a21
+# %% ../nbs/11_cli.ipynb #ea689832
 import dataclasses
 import json
 import os
@@ -20,7 +20,7 @@ import matplotlib
 import tyro
 
 from .data import DataConfig, check_dataset, open_dataset
-from .evaluation import draw_by_condition, merge_metrics, reconstruction_scores, report
+from .evaluation import draw_by_condition, merge_metrics, reconstruction_scores, report, show_number
 from .phantom import PhantomConfig, make_cohort
 from .sampling import BrainLDM, save_gif, save_pictures
 from .training import PRESETS, AEConfig, LDMConfig, read_config, save_figure, train_autoencoder, train_ldm
@@ -106,7 +106,7 @@ class Train:
 
     def run(self)->int: return self.stage.run()
 
-# %% ../nbs/11_cli.ipynb #44cd5212
+# %% ../nbs/11_cli.ipynb #2b71d4ac
 def describe_scores(
     scores:dict, # As from `reconstruction_scores`
     split:str, # Whose they are
@@ -114,7 +114,7 @@ def describe_scores(
     "Scores beside their floor, for a terminal."
     low,n = scores['floor_mean_slice'],scores['n_subjects_in_training']
     lines = [f"{split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices", f"{'':12}{'run':>8}  {'mean-slice floor':>16}"]
-    lines += [f'{k:12}{scores[k]:8.3f}  {low[k]:16.3f}' for k in ('ssim', 'ssim_brain', 'psnr')]
+    lines += [f'{k:12}{show_number(scores[k]):>8}  {show_number(low[k]):>16}' for k in ('ssim', 'ssim_brain', 'psnr')]
     if n and split!='train': lines.append(f'Note: {n} of these subject names also occur among the subjects the run was trained on.')
     return '\n'.join(lines)
 
@@ -205,15 +205,15 @@ class Report:
         print(report(self.run_folder, self.steps, self.guidance_scale, self.seed))
         return 0
 
-# %% ../nbs/11_cli.ipynb #05b29229
+# %% ../nbs/11_cli.ipynb #aae78cd7
 def demo_configs(
     preset:str, # 'tiny', 'laptop' or 'gpu'
 )->tuple[AEConfig, LDMConfig]: # The preset, with the laptop's trainings shortened to what phantoms need
     "Phantoms are simpler than brains: a third of the pictures is enough to recognise them."
     auto,ldm = PRESETS[preset]
     if preset!='laptop': return auto,ldm
-    return (dataclasses.replace(auto, total_images=16_000, validate_every=4_000, checkpoint_every=4_000),
-            dataclasses.replace(ldm, total_images=40_000, warmup_images=2_000, validate_every=10_000, checkpoint_every=10_000, ema_images=8_000))
+    return (dataclasses.replace(auto, total_images=12_000, validate_every=4_000, checkpoint_every=4_000),
+            dataclasses.replace(ldm, total_images=24_000, warmup_images=2_000, validate_every=6_000, checkpoint_every=6_000))
 
 # %% ../nbs/11_cli.ipynb #7ecdae60
 def draw_grid(

@@ -7,16 +7,17 @@ __all__ = ['SPLITS', 'COLUMNS', 'PICTURES', 'DataConfig', 'DataFault', 'as_fault
            'read_table', 'list_manifest', 'read_subjects', 'join_subjects', 'split_by_subject', 'assign_splits',
            'find_leaks', 'count_planes', 'scale_to_bytes', 'load_volume', 'axial_picture', 'list_volumes', 'Report',
            'list_slices', 'refuse_faults', 'read_manifest', 'decode_picture', 'decode_file', 'hash_picture',
-           'map_files', 'inspect_files', 'find_copies', 'judge_rows', 'check_dataset', 'prepare_picture',
-           'cache_folder', 'fingerprint', 'cache_is_whole', 'write_cache', 'Covariate', 'find_covariates',
-           'encode_column', 'encode_covariates', 'SliceDataset', 'build_cache', 'ShuffledBatches', 'make_loader',
-           'eval_batches', 'open_dataset']
+           'map_files', 'foreground_side', 'find_crop', 'inspect_files', 'find_copies', 'judge_rows', 'check_dataset',
+           'prepare_picture', 'cache_folder', 'fingerprint', 'cache_is_whole', 'write_cache', 'Covariate',
+           'find_covariates', 'encode_column', 'encode_covariates', 'SliceDataset', 'build_cache', 'ShuffledBatches',
+           'make_loader', 'eval_batches', 'open_dataset']
 
-# %% ../nbs/01_data.ipynb #671f4531
-import hashlib, json, os, re, shutil, tempfile
+# %% ../nbs/01_data.ipynb #3e171f37
+import hashlib, json, math, os, re, shutil, tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
@@ -35,12 +36,12 @@ PICTURES = {   # what the path of a picture says, by layout
     'oasis': r'(?:^|/)keras_png_slices_(?P<split>train|validate|test)/'
              r'case_(?P<subject>[^/]+)_slice_(?P<slice>\d+)(?:\.nii)?\.png$'}
 
-# %% ../nbs/01_data.ipynb #0b41e13c
+# %% ../nbs/01_data.ipynb #9bc50cb6
 @dataclass
 class DataConfig:
     "How a folder of scans becomes square pictures. Raises ValueError for a setting that cannot work."
     size:int=128 # Side of the square pictures that come out, pixels
-    crop:int|None=None # Centre-crop to this many pixels before resizing; None pads with zeros to a square
+    crop:int|Literal['auto']|None=None # Central square to keep before resizing, pixels; None: all, padded to a square; auto: see `find_crop`
     planes:tuple[int,int]|None=None # First and last+1 axial plane of volumes; None keeps every plane with foreground
     to_grey:bool=False # Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault
     split_seed:int=0 # Seed of the split
@@ -52,7 +53,7 @@ class DataConfig:
     def __post_init__(self):
         for name in ('size', 'crop'):
             n = getattr(self, name)
-            if n is not None and n<8: raise ValueError(
+            if n not in (None, 'auto') and n<8: raise ValueError(
                 f"DataConfig: {name}={n}. Expected 8 pixels or more. Try {name}=128.")
         fractions = self.validate_fraction, self.test_fraction
         if min(fractions)<0 or sum(fractions)>=1: raise ValueError(
@@ -368,7 +369,7 @@ def list_volumes(
     notes = [f"{len(other)} other files ignored: {', '.join(other[:3])}"] if other else []
     return pd.DataFrame(rows, columns=COLUMNS[:4]), as_faults(*(zip(*faults) if faults else [[]])), notes
 
-# %% ../nbs/01_data.ipynb #ff7f1da2
+# %% ../nbs/01_data.ipynb #4e0ae2d7
 @dataclass
 class Report:
     "What a look at the data found. Print it; `ok` is False if there are faults."
@@ -376,6 +377,7 @@ class Report:
     faults:pd.DataFrame # Columns path, fault, detail
     notes:list # Sentences about what was ignored, not found or decided
     sizes:pd.Series|None=None # Pictures by height x width, once decoded
+    crop:int|None=None # What `config.crop` comes to, in pixels
 
     @property
     def ok(self)->bool: return not len(self.faults)
@@ -511,20 +513,41 @@ def map_files(
         done = pool.map(lambda o: (o[1], work(*o)), files)
         return list(tqdm(done, total=len(files), desc=title, unit='file', disable=not progress))
 
-# %% ../nbs/01_data.ipynb #7a1401d4
+# %% ../nbs/01_data.ipynb #8c79633c
+def foreground_side(
+    picture:np.ndarray, # Picture (h, w), uint8
+    threshold:int=25, # Grey value that JPEG noise does not reach, 0 to 255
+)->int: # Side of the smallest central square that holds all brighter pixels; 0 if there are none
+    "How far the head reaches from the centre of the picture."
+    bright = picture>threshold
+    reach = [np.abs(2*np.flatnonzero(bright.any(axis))-(n-1)) for axis,n in ((1, picture.shape[0]), (0, picture.shape[1]))]
+    return int(max((o.max() for o in reach if len(o)), default=-1)+1)
+
+# %% ../nbs/01_data.ipynb #ab8a1d69
+def find_crop(
+    rows:pd.DataFrame, # Good rows with `_side`, as from `judge_rows`
+    side:int, # Longer side of the pictures
+    margin:float=.15, # Room around the largest train head, for heads not seen yet
+)->int|None: # Central square to keep, a multiple of 16 pixels; None where that would be everything
+    "Frame the heads: the largest one of the train split and a margin."
+    train = rows[rows.split=='train'] if (rows.split=='train').any() else rows
+    crop = math.ceil(train._side.max()*(1+margin)/16)*16 if len(train) else side
+    return crop if crop<side else None
+
+# %% ../nbs/01_data.ipynb #6ad05ffe
 def inspect_files(
     rows:pd.DataFrame, # Manifest
     config:DataConfig, # For `to_grey`
     progress:bool=True, # Show a bar
-)->tuple: # The rows with hash, _height, _width, _blank, _fault, _detail; share clipped of each volume
+)->tuple: # The rows with hash, _height, _width, _side, _blank, _fault, _detail; share clipped of each volume
     "Decode every file once and write down what is in it."
     root,planes = Path(rows.attrs['root']), rows.plane.to_numpy()
     def look(path, at):
         try: pictures,clipped = decode_file(root/path, planes[at], config.to_grey)
-        except DataFault as e: return [('', 0, 0, False, e.kind, str(e))]*len(at), None
-        return [(hash_picture(o), *o.shape, o.min()==o.max(), '', '') for o in pictures], clipped
+        except DataFault as e: return [('', 0, 0, 0, False, e.kind, str(e))]*len(at), None
+        return [(hash_picture(o), *o.shape, foreground_side(o), o.min()==o.max(), '', '') for o in pictures], clipped
     found = map_files(look, rows, progress, 'check')
-    names = ['hash', '_height', '_width', '_blank', '_fault', '_detail']
+    names = ['hash', '_height', '_width', '_side', '_blank', '_fault', '_detail']
     seen = pd.DataFrame([o for _,(seen,_) in found for o in seen], columns=names)
     seen = seen.astype({'_blank': bool})
     seen.index = np.concatenate([at for at,_ in found]) if found else []
@@ -543,7 +566,7 @@ def find_copies(
     bad = leak | (group.subject.transform('nunique')>1) | twice.duplicated('hash')
     return pd.DataFrame(dict(path=twice.path, fault=np.where(leak, 'leak', 'duplicate'), detail=text))[bad]
 
-# %% ../nbs/01_data.ipynb #565357dd
+# %% ../nbs/01_data.ipynb #2fc8ad57
 def judge_rows(
     rows:pd.DataFrame, # Rows with what `inspect_files` saw
 )->tuple: # Good rows, faults, sizes
@@ -560,10 +583,10 @@ def judge_rows(
     faults = [as_faults(broken.path, broken._fault, broken._detail),
               as_faults(blank.path, 'empty', 'every pixel is the same'+where),
               as_faults(odd.path, 'size', size[odd.index]+', most are '+usual), copies]
-    good = good.drop(copies.index).drop(columns=['_height', '_width', '_blank', '_fault', '_detail'])
+    good = good.drop(copies.index).drop(columns=['_height', '_width', '_blank', '_fault', '_detail'])     # `_side` stays
     return good, pd.concat(faults, ignore_index=True), sizes
 
-# %% ../nbs/01_data.ipynb #dacfcf42
+# %% ../nbs/01_data.ipynb #a9f18327
 def check_dataset(
     root:str|Path, # Data folder, or a CSV manifest
     config:DataConfig=DataConfig(), # Settings
@@ -581,22 +604,25 @@ def check_dataset(
         if outside.any(): notes.append(f'{outside.sum()} planes without foreground left out')
     good,faults,sizes = judge_rows(rows)
     side = max(map(int, sizes.index[0].split(' x '))) if len(sizes) else config.size
-    if (config.crop or side)<config.size: notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
-    good = good[~good.path.isin(listed.faults.path)].reset_index(drop=True)
+    crop = find_crop(good, side) if config.crop=='auto' else config.crop
+    if config.crop=='auto': notes.append(f'crop auto: {f"the central {crop} of {side} pixels" if crop else "nothing to crop"}')
+    if (crop or side)<config.size: notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
+    good = good[~good.path.isin(listed.faults.path)].drop(columns='_side').reset_index(drop=True)
     good.attrs = listed.manifest.attrs
-    return Report(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes)
+    return Report(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes, crop)
 
-# %% ../nbs/01_data.ipynb #297a805a
+# %% ../nbs/01_data.ipynb #352ef4bc
 def prepare_picture(
     picture:np.ndarray, # Picture (h, w), uint8
     size:int, # Side of the square that comes out
-    crop:int|None=None, # Centre-crop to this side first; None pads with zeros to a square
+    crop:int|None=None, # Central square to keep, a shorter side is padded with zeros; None keeps all
 )->np.ndarray: # Picture (size, size), uint8
     "Crop or pad to a square and resize: bicubic, antialiased, in float, then rounded. Raises ValueError if the crop "
     "is too large."
     h,w = picture.shape
-    if crop is not None and crop>min(h, w): raise ValueError(
-        f"prepare_picture: crop={crop} and a picture of {h} x {w}. Expected a crop that fits. Try crop={min(h, w)}.")
+    if crop=='auto' or crop is not None and crop>max(h, w): raise ValueError(
+        f"prepare_picture: crop={crop} and a picture of {h} x {w}. Expected a number of pixels inside. Try crop={max(h, w)}; "
+        "'auto' is worked out by open_dataset.")
     side = crop or max(h, w)
     square,(top,left) = np.zeros((side, side), np.uint8), ((h-side)//2, (w-side)//2)     # negative: padding
     part = picture[max(top,0):max(top,0)+side, max(left,0):max(left,0)+side]
@@ -746,7 +772,7 @@ def encode_covariates(
         f"encode_covariates: {len(lists[odd[0]])} values of '{odd[0]}' beside {n} of another. Expected 1 or {n}.")
     return {k:encode_column(lists[k]*(n//len(lists[k])), c) for k,c in known.items() if k in lists}
 
-# %% ../nbs/01_data.ipynb #18b41d33
+# %% ../nbs/01_data.ipynb #84d012fa
 class SliceDataset(Dataset):
     "Prepared pictures with their manifest and conditions; asked for several rows, it hands over a whole batch."
     def __init__(self,
@@ -756,7 +782,7 @@ class SliceDataset(Dataset):
     ):
         if len(images)!=len(manifest): raise ValueError(
             f"SliceDataset: {len(images)} pictures and {len(manifest)} rows. Expected one row a picture.")
-        self.images,self.manifest = images, manifest
+        self.images,self.manifest,self.config = images, manifest, None              # `open_dataset` notes its settings
         self.covariates = find_covariates(manifest) if covariates is None else list(covariates)
         self.conditions = encode_covariates(manifest, self.covariates)
 
@@ -846,7 +872,7 @@ def eval_batches(
     "Every row once, in order."
     for i in range(0, len(dataset), batch_size): yield dataset.__getitems__(range(i, min(i+batch_size, len(dataset))))
 
-# %% ../nbs/01_data.ipynb #b4320b09
+# %% ../nbs/01_data.ipynb #c25df391
 def open_dataset(
     root:str|Path, # Data folder, or a CSV manifest
     config:DataConfig=DataConfig(), # Settings
@@ -856,4 +882,7 @@ def open_dataset(
     "Check, refuse, prepare. Raises ValueError for faulty data, or prints what it left out with `config.skip_faulty`."
     report = check_dataset(root, config, progress)
     refuse_faults(report, config.skip_faulty)
-    return build_cache(report.manifest, root, config, cache_dir, progress)
+    config = replace(config, crop=report.crop)
+    dataset = build_cache(report.manifest, root, config, cache_dir, progress)
+    dataset.config = config                                                     # with `crop` settled: what a run writes down
+    return dataset

@@ -10,9 +10,9 @@ __all__ = ['PRESETS', 'LIMITS', 'HARMLESS', 'TrainConfig', 'AEConfig', 'LDMConfi
            'read_log', 'JsonLog', 'StopRequest', 'read_config', 'compare_configs', 'open_run', 'enter_run',
            'stage_callbacks', 'run_stage', 'infer', 'to_device', 'spread', 'save_figure', 'mean_slices',
            'pick_covariates', 'describe', 'check_pictures', 'autoencoder_loss', 'validate_autoencoder',
-           'autoencoder_args', 'is_finished', 'train_autoencoder', 'load_autoencoder', 'plot_history', 'cache_latents',
-           'latent_stats', 'LatentDataset', 'latent_splits', 'drop_mask', 'ldm_loss', 'unet_args', 'refuse_leak',
-           'refuse_unfinished', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
+           'autoencoder_args', 'is_finished', 'settle_crop', 'train_autoencoder', 'load_autoencoder', 'plot_history',
+           'cache_latents', 'latent_stats', 'LatentDataset', 'latent_splits', 'drop_mask', 'ldm_loss', 'unet_args',
+           'refuse_leak', 'refuse_unfinished', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
 
 # %% ../nbs/06_training.ipynb #4a3cb25e
 import json
@@ -71,13 +71,13 @@ class TrainConfig:
     seed:int=0 # Seed of the weights, the order of the pictures and the noise
     log_with:str|None=None # A tracker that accelerate knows, such as tensorboard or wandb
 
-# %% ../nbs/06_training.ipynb #4a9bf749
+# %% ../nbs/06_training.ipynb #ef534f55
 @dataclass
 class AEConfig(TrainConfig):
     "Everything that decides an autoencoder."
     data:DataConfig=field(default_factory=DataConfig) # How pictures are found, cut and split
     latent_channels:int=8 # Channels of the latent
-    channels:tuple[int, ...]=(128, 192) # Features at each level, largest picture first
+    channels:tuple[int, ...]=(96, 128) # Features at each level, largest picture first
     num_res_blocks:int=1 # Residual blocks a level
     attention_levels:tuple[bool, ...]=(False, False) # Levels with self-attention
     patch:int=4 # Side of the pixel blocks that the stem folds into channels
@@ -85,7 +85,7 @@ class AEConfig(TrainConfig):
     kl_weight:float=1e-6 # Weight of the KL term beside the mean absolute error
     kl_period:int=0 # Pictures a cycle of a rising KL weight; 0 keeps it constant
 
-# %% ../nbs/06_training.ipynb #238c5750
+# %% ../nbs/06_training.ipynb #75cdd7d5
 @dataclass
 class LDMConfig(TrainConfig):
     "Everything that decides a latent diffusion model, given its autoencoder."
@@ -100,21 +100,23 @@ class LDMConfig(TrainConfig):
     drop_one:float=.1 # Probability of hiding each covariate by itself
     drop_all:float=.1 # Probability of hiding all of them at once
     schedule:NoiseSchedule=field(default_factory=NoiseSchedule) # The noise, and what the network predicts
-    snr_gamma:float=5. # Ceiling of the min-SNR loss weight
+    snr_gamma:float|None=None # Ceiling of the min-SNR loss weight; None: every step weighs the same
     ema_images:int=20_000 # Half life of the average of the weights
     preview_steps:int=20 # Denoising steps of the pictures drawn during training
 
-# %% ../nbs/06_training.ipynb #e88e1a78
+# %% ../nbs/06_training.ipynb #edb1e6b6
 PRESETS = {
     'tiny': (AEConfig(total_images=1_200, batch_size=8, warmup_images=100, validate_every=600, checkpoint_every=600,
                       data=DataConfig(size=64), channels=(32, 48), latent_channels=4),
              LDMConfig(total_images=3_200, warmup_images=320, validate_every=1_600, checkpoint_every=1_600,
                        channels=(32, 48), attention_levels=(False, True), cond_channels=32, ema_images=500,
                        preview_steps=8)),
-    'laptop': (AEConfig(),
-               LDMConfig(total_images=80_000, warmup_images=4_000, validate_every=20_000, checkpoint_every=10_000)),
+    'laptop': (AEConfig(data=DataConfig(crop='auto'), total_images=32_000, batch_size=2, learning_rate=1e-3, log_every=50, validate_every=6_000,
+                        checkpoint_every=6_000),
+               LDMConfig(total_images=80_000, warmup_images=4_000, validate_every=20_000, checkpoint_every=10_000,
+                         num_res_blocks=1)),
     'gpu': (AEConfig(total_images=2_000_000, batch_size=32, warmup_images=20_000, validate_every=100_000,
-                     checkpoint_every=50_000, data=DataConfig(size=256), channels=(128, 192, 256), num_res_blocks=2,
+                     checkpoint_every=50_000, data=DataConfig(size=256, crop='auto'), channels=(128, 192, 256), num_res_blocks=2,
                      attention_levels=(False, False, True), patch=2, num_workers=4),
             LDMConfig(total_images=10_000_000, batch_size=128, learning_rate=5e-4, warmup_images=100_000,
                       validate_every=500_000, checkpoint_every=250_000, channels=(192, 384, 576),
@@ -122,12 +124,13 @@ PRESETS = {
                       num_workers=4, preview_steps=30)),
 } # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
 
-# %% ../nbs/06_training.ipynb #97360b69
+# %% ../nbs/06_training.ipynb #4ce41241
 LIMITS = (
     ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every '
-     'latent_channels num_res_blocks patch num_heads cond_channels snr_gamma ema_images preview_steps',
+     'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps',
      lambda v: v>0, 'a number above 0'),
     ('warmup_images weight_decay num_workers seed kl_weight kl_period', lambda v: v>=0, '0 or more'),
+    ('snr_gamma', lambda v: v is None or 0<v<math.inf, 'a number above 0, or None'),
     ('drop_one drop_all', lambda v: 0<=v<=1, 'a probability, 0 to 1'),
     ('precision', lambda v: v in ('auto', 'no', 'bf16', 'fp16'), "'auto', 'no', 'bf16' or 'fp16'"),
     ('channels', lambda v: len(v)>0 and min(v)>0, 'one number above 0 a level'),
@@ -828,7 +831,18 @@ def is_finished(
     "Whether a stage was trained to its end."
     return state is not None and state[1]['seen']>=config.total_images and path.is_file()
 
-# %% ../nbs/06_training.ipynb #fbbfed37
+# %% ../nbs/06_training.ipynb #d1b15c84
+def settle_crop(
+    config:AEConfig, # Configuration, perhaps with data.crop='auto'
+    dataset:SliceDataset, # Data as `open_dataset` gave it
+)->AEConfig: # The same with a number of pixels, or None, in its place
+    "Write down what 'auto' came to, so that data opened later is cut the same way. Raises ValueError if nobody knows."
+    if config.data.crop!='auto': return config
+    if dataset.config is None: raise ValueError("settle_crop: crop='auto' and a data set that was not made by open_dataset. "
+        "Expected one that knows its crop. Use open_dataset(root, config.data), or give a number.")
+    return replace(config, data=replace(config.data, crop=dataset.config.crop))
+
+# %% ../nbs/06_training.ipynb #9ddf8e36
 def train_autoencoder(
     dataset:SliceDataset, # Checked data with its splits
     run:Path, # Run folder, made if it is not there
@@ -841,6 +855,7 @@ def train_autoencoder(
     covariates = pick_covariates(dataset.covariates, config.covariates)
     model = seeded(config.seed, lambda: AutoencoderKL(**autoencoder_args(config, covariates)))
     check_pictures(dataset, config.data.size, model.factor)
+    config = settle_crop(config, dataset)
     learner = Learner(model, partial(autoencoder_loss, config=config), config, run)
     state = enter_run(learner, run, 'autoencoder', dataset, resume)
     if is_finished(state, config, run/'autoencoder.safetensors'):
@@ -961,7 +976,7 @@ def drop_mask(
     u = torch.rand(n, covariates+1, generator=generator, device=generator.device)
     return (u[:, 1:]<one) | (u[:, :1]<all)
 
-# %% ../nbs/06_training.ipynb #17ecdd6c
+# %% ../nbs/06_training.ipynb #f6598e1c
 def ldm_loss(
     model:nn.Module, # A UNet
     batch:dict[str, Tensor], # 'latent' and encoded covariates
@@ -977,7 +992,8 @@ def ldm_loss(
     drop = drop_mask(len(x0), len(covariates), config.drop_one, config.drop_all, generator)
     pred = model(add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop)
     mse = (pred.float()-targets(x0, eps, t, schedule.abar, schedule.prediction_type)).square().mean((1, 2, 3))
-    weight = min_snr_weight(t, schedule.abar, schedule.prediction_type, config.snr_gamma).to(mse)
+    gamma = config.snr_gamma
+    weight = min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma).to(mse) if gamma else 1.
     return (weight*mse).mean(),dict(mse=mse.detach().mean())
 
 # %% ../nbs/06_training.ipynb #36505830

@@ -497,7 +497,7 @@ def test_prepare_picture():
     padded = prepare_picture(wide, 40)
     assert (padded[:, 4:36]==wide).all() and not padded[:, :4].any() and not padded[:, 36:].any()
     assert (prepare_picture(wide, 20, crop=20)==wide[10:30, 6:26]).all()
-    with pytest.raises(ValueError, match='crop=33'): prepare_picture(wide, 32, crop=33)
+    with pytest.raises(ValueError, match='crop=41'): prepare_picture(wide, 32, crop=41)
     flat = np.full((64, 64), 77, np.uint8)
     assert (prepare_picture(flat, 16)==77).all() and (prepare_picture(flat, 100)==77).all()
     checker = (np.indices((64, 64)).sum(0)%2*255).astype(np.uint8)
