@@ -249,7 +249,7 @@ class Demo:
 # %% ../nbs/11_cli.ipynb #08e09576
 COMMANDS = dict(demo=Demo, phantom=Phantom, check=Check, train=Train, reconstruct=Reconstruct, sample=Sample, report=Report) # Name -> what it does
 
-# %% ../nbs/11_cli.ipynb #bea9be34
+# %% ../nbs/11_cli.ipynb #566050fe
 def parse(
     args:list[str], # Words after `brainldm`
 ): # The command, filled in
@@ -258,7 +258,8 @@ def parse(
     auto,ldm = PRESETS.get(preset, PRESETS['laptop'])
     named = lambda kind,name,**default: Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **default)]
     stages = Union[named(TrainAutoencoder, 'autoencoder', default=TrainAutoencoder(tyro.MISSING, auto)), named(TrainLDM, 'ldm', default=TrainLDM(tyro.MISSING, ldm))]
-    kinds = [named(v, k) for k,v in COMMANDS.items() if v is not Train] + [named(dataclasses.make_dataclass('Train', [('stage', stages)], bases=(Train,)), 'train')]
+    train = dataclasses.make_dataclass('Train', [('stage', stages)], bases=(Train,))     # Train with these defaults
+    kinds = [named(train if v is Train else v, k) for k,v in COMMANDS.items()]
     return tyro.cli(Union[tuple(kinds)], args=args, prog='brainldm', config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
                     description='Latent diffusion for brain MRI. Research and teaching, not for clinical use.')
 
@@ -277,3 +278,6 @@ def main(
         if os.environ.get('BRAINLDM_DEBUG'): raise
         print(f'brainldm: error: {e}', file=sys.stderr)
         return 1
+
+# %% ../nbs/11_cli.ipynb #5463f2ea
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main())
