@@ -205,7 +205,7 @@ class Report:
         print(report(self.run_folder, self.steps, self.guidance_scale, self.seed))
         return 0
 
-# %% ../nbs/11_cli.ipynb #aae78cd7
+# %% ../nbs/11_cli.ipynb #e47a584a
 def demo_configs(
     preset:str, # 'tiny', 'laptop' or 'gpu'
 )->tuple[AEConfig, LDMConfig]: # The preset, with the laptop's trainings shortened to what phantoms need
@@ -213,7 +213,7 @@ def demo_configs(
     auto,ldm = PRESETS[preset]
     if preset!='laptop': return auto,ldm
     return (dataclasses.replace(auto, total_images=12_000, validate_every=4_000, checkpoint_every=4_000),
-            dataclasses.replace(ldm, total_images=24_000, warmup_images=2_000, validate_every=6_000, checkpoint_every=6_000))
+            dataclasses.replace(ldm, total_images=22_000, warmup_images=1_000, validate_every=6_000, checkpoint_every=6_000))
 
 # %% ../nbs/11_cli.ipynb #7ecdae60
 def draw_grid(
