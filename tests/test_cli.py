@@ -1,6 +1,7 @@
 """The command as people use it: whole jobs, and every kind of bad input."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,11 @@ def no_traceback(monkeypatch):
 def snapshot(folder):
     "Every file below a folder with its content."
     return {p.relative_to(folder): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def copy_run(run, to):
+    "The shared run is read only; this one may be changed."
+    return Path(shutil.copytree(run, to))
 
 
 def refused(capsys, *words):
@@ -134,8 +140,8 @@ def test_a_folder_that_is_not_a_run_is_left_alone(pictures, capsys):
     assert snapshot(pictures) == before
 
 
-def test_json_is_one_object(tiny_run, capsys):
-    run, data = tiny_run
+def test_json_is_one_object(tiny_run, tmp_path, capsys):
+    run, data = copy_run(tiny_run[0], tmp_path / "run"), tiny_run[1]
     capsys.readouterr()
     assert main(["reconstruct", str(run), str(data), "--split", "test", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
@@ -160,11 +166,6 @@ def test_sample_does_not_overwrite(tiny_run, tmp_path, capsys):
     assert {"picture_0000.png", "picture_0001.png", "manifest.csv", "grid.png", "denoising.gif"} == {p.name for p in before}
     refused(capsys, *words)
     assert snapshot(tmp_path / "out") == before
-
-
-def copy_run(run, to):
-    import shutil
-    return Path(shutil.copytree(run, to))
 
 
 def test_run_without_checkpoint(tiny_run, tmp_path, capsys):
