@@ -26,7 +26,7 @@ def test_links_and_targets_exist():
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-    for target in re.findall(r"\bmake ([a-z]+)", README):
+    for target in re.findall(r"(?:^|`)make ([a-z]+)", README, re.M):
         assert target in targets
 
 
