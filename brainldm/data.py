@@ -345,12 +345,12 @@ def axial_picture(
     "Cut one axial plane out of a volume."
     return np.ascontiguousarray(np.flipud(vol[:,:,k].T))
 
-# %% ../nbs/01_data.ipynb #e18a13aa
+# %% ../nbs/01_data.ipynb #31c7564e
 def list_volumes(
     root:Path, # Folder of .nii or .nii.gz
     config:DataConfig, # For `planes`
 )->tuple: # Rows, faults, notes
-    "One row for each wanted axial plane of each volume; the subject is the sub-XXX of the name, or the name."
+    "One row for each wanted axial plane of each volume; the subject is the sub-… of the name, or the name."
     files,rows,faults = list_files(root), [], []
     paths = [o for o in files if re.search(r'\.nii(?:\.gz)?$', o, re.IGNORECASE)]
     other = [o for o in files if o not in {*paths, 'subjects.csv'}]
