@@ -104,15 +104,15 @@ class LDMConfig(TrainConfig):
     ema_images:int=20_000 # Half life of the average of the weights
     preview_steps:int=20 # Denoising steps of the pictures drawn during training
 
-# %% ../nbs/06_training.ipynb #53c2de21
+# %% ../nbs/06_training.ipynb #a7e3fe94
 PRESETS = {
     'tiny': (AEConfig(total_images=1_200, batch_size=8, warmup_images=100, validate_every=600, checkpoint_every=600,
                       data=DataConfig(size=64), channels=(32, 48), latent_channels=4),
              LDMConfig(total_images=3_200, warmup_images=320, validate_every=1_600, checkpoint_every=1_600,
                        channels=(32, 48), attention_levels=(False, True), cond_channels=32, ema_images=500,
                        preview_steps=8)),
-    'laptop': (AEConfig(data=DataConfig(crop='auto'), latent_channels=12, total_images=28_000, batch_size=2, learning_rate=1e-3, log_every=50, validate_every=6_000,
-                        checkpoint_every=6_000),
+    'laptop': (AEConfig(data=DataConfig(crop='auto'), latent_channels=12, total_images=28_000, batch_size=2,
+                        learning_rate=1e-3, log_every=50, validate_every=6_000, checkpoint_every=6_000),
                LDMConfig(total_images=60_000, batch_size=8, learning_rate=5e-4, warmup_images=2_000, log_every=40,
                          validate_every=10_000, checkpoint_every=10_000, num_res_blocks=1)),
     'gpu': (AEConfig(total_images=2_000_000, batch_size=32, warmup_images=20_000, validate_every=100_000,
