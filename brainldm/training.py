@@ -9,12 +9,13 @@ __all__ = ['PRESETS', 'LIMITS', 'HARMLESS', 'TrainConfig', 'AEConfig', 'LDMConfi
            'write_atomic', 'save_weights', 'load_weights', 'fill_model', 'pack_state', 'unpack_state', 'Checkpoint',
            'read_log', 'JsonLog', 'StopRequest', 'read_config', 'compare_configs', 'open_run', 'enter_run',
            'stage_callbacks', 'run_stage', 'infer', 'to_device', 'spread', 'save_figure', 'mean_slices',
-           'pick_covariates', 'describe', 'check_pictures', 'autoencoder_loss', 'validate_autoencoder',
-           'autoencoder_args', 'is_finished', 'settle_crop', 'train_autoencoder', 'load_autoencoder', 'plot_history',
+           'pick_covariates', 'describe', 'check_pictures', 'reconstruction_loss', 'judge_loss', 'make_critic',
+           'fool_critic', 'autoencoder_loss', 'validate_autoencoder', 'autoencoder_args', 'build_autoencoder',
+           'is_finished', 'settle_crop', 'start_from_data', 'train_autoencoder', 'load_autoencoder', 'plot_history',
            'cache_latents', 'latent_stats', 'LatentDataset', 'latent_splits', 'drop_mask', 'ldm_loss', 'unet_args',
            'refuse_leak', 'refuse_unfinished', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
 
-# %% ../nbs/06_training.ipynb #4a3cb25e
+# %% ../nbs/06_training.ipynb #bb18f6f4
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -49,7 +51,9 @@ from .data import Covariate, DataConfig, ShuffledBatches, SliceDataset, eval_bat
 from .phantom import show_grid
 from .scheduler import NoiseSchedule, add_noise, denoise, min_snr_weight, targets
 from .unet import UNet
-from .vae import AutoencoderKL, cyclical_weight, kl_loss, picture_scores
+from .vae import Autoencoder, AutoencoderKL, cyclical_weight, kl_loss, picture_scores
+from .vqgan import (FSQ, VQVAE, PatchDiscriminator, VectorQuantizer, adaptive_weight, code_scores, count_codes,
+                            critic_accuracy, critic_loss, feature_loss, generator_loss, start_codebook)
 
 # %% ../nbs/06_training.ipynb #89d26982
 @dataclass
@@ -71,7 +75,7 @@ class TrainConfig:
     seed:int=0 # Seed of the weights, the order of the pictures and the noise
     log_with:str|None=None # A tracker that accelerate knows, such as tensorboard or wandb
 
-# %% ../nbs/06_training.ipynb #ef534f55
+# %% ../nbs/06_training.ipynb #dcd94ace
 @dataclass
 class AEConfig(TrainConfig):
     "Everything that decides an autoencoder."
@@ -84,6 +88,22 @@ class AEConfig(TrainConfig):
     covariates:tuple[str, ...]=() # Covariates that encoder and decoder are told
     kl_weight:float=1e-6 # Weight of the KL term beside the mean absolute error
     kl_period:int=0 # Pictures a cycle of a rising KL weight; 0 keeps it constant
+    kind:Literal['kl', 'vq', 'fsq']='kl' # Latents: Gaussians, codes of a codebook, or codes of rounded channels
+    num_embeddings:int=1024 # (vq) Codes in the codebook; a code has latent_channels numbers
+    commitment_cost:float=.25 # (vq) Weight of the pull on the encoder towards its codes
+    codebook_ema:bool=True # (vq) Codes follow the mean of their vectors; else they learn by gradient
+    codebook_start:Literal['kmeans', 'uniform']='kmeans' # (vq) Where the codes are at first
+    restart_below:float=.1 # (vq) Codes used less than this share of an equal share start anew; 0: never
+    fsq_levels:tuple[int, ...]=(8, 5, 5, 5) # (fsq) Levels of each latent channel
+    adversary:bool=False # Train a critic beside the autoencoder, against blur
+    adversary_start:int=10_000 # Pictures seen before the critic's verdict reaches the autoencoder
+    adversary_weight:float=.5 # Share of the critic in the pull on the last layer; 1 pulls as hard as the error
+    adversary_loss:Literal['hinge', 'nonsaturating']='hinge' # How the critic is taught
+    critic_warmup:int=2_000 # Pictures from which the critic alone learns, before its verdict counts
+    critic_rate:float=5e-4 # Highest learning rate of the critic
+    critic_channels:tuple[int, ...]=(32, 64, 128) # Features of the critic after each halving
+    random_weight:float=0. # Weight of fooling the critic with decoded random latents
+    feature_weight:float=0. # Weight of the difference in the critic's features
 
 # %% ../nbs/06_training.ipynb #75cdd7d5
 @dataclass
@@ -124,16 +144,22 @@ PRESETS = {
                       num_workers=4, preview_steps=30)),
 } # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
 
-# %% ../nbs/06_training.ipynb #4ce41241
+# %% ../nbs/06_training.ipynb #578ce125
 LIMITS = (
     ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every '
-     'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps',
+     'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps num_embeddings critic_rate',
      lambda v: v>0, 'a number above 0'),
-    ('warmup_images weight_decay num_workers seed kl_weight kl_period', lambda v: v>=0, '0 or more'),
+    ('warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost adversary_start adversary_weight '
+     'critic_warmup random_weight feature_weight', lambda v: v>=0, '0 or more'),
+    ('restart_below', lambda v: 0<=v<1, 'a share, 0 or more and less than 1'),
+    ('kind', lambda v: v in ('kl', 'vq', 'fsq'), "'kl', 'vq' or 'fsq'"),
+    ('codebook_start', lambda v: v in ('kmeans', 'uniform'), "'kmeans' or 'uniform'"),
+    ('adversary_loss', lambda v: v in ('hinge', 'nonsaturating'), "'hinge' or 'nonsaturating'"),
     ('snr_gamma', lambda v: v is None or 0<v<math.inf, 'a number above 0, or None'),
     ('drop_one drop_all', lambda v: 0<=v<=1, 'a probability, 0 to 1'),
     ('precision', lambda v: v in ('auto', 'no', 'bf16', 'fp16'), "'auto', 'no', 'bf16' or 'fp16'"),
-    ('channels', lambda v: len(v)>0 and min(v)>0, 'one number above 0 a level'),
+    ('channels critic_channels', lambda v: len(v)>0 and min(v)>0, 'one number above 0 a level'),
+    ('fsq_levels', lambda v: len(v)>0 and min(v)>1, 'two levels or more for each channel'),
 ) # What the settings of a configuration may be: names, test, words
 
 # %% ../nbs/06_training.ipynb #d19347f2
@@ -269,20 +295,22 @@ def seeded(
         torch.manual_seed(seed)
         return make()
 
-# %% ../nbs/06_training.ipynb #565d92cf
+# %% ../nbs/06_training.ipynb #19830c89
 class Learner:
     """A network, its loss, optimizer and average: all that one training step changes.
 
-    `loss_fn(model, batch, generator, seen)` gives a scalar loss and a dict of detached scalars to log."""
+    `loss_fn(model, batch, generator, seen)` gives a scalar loss and a dict of detached scalars to log; `seen` counts
+    the pictures before this update of the weights."""
     def __init__(self,
         model:nn.Module, # The network to train
         loss_fn:Callable, # See above
         config:TrainConfig, # Rates, lengths and precision
         run:Path|None=None, # Run folder, for a tracker's files
+        critic:'Learner|None'=None, # An adversary that `loss_fn` lets learn; its state is kept with this one's
     ):
         check_config(config)
         self.accelerator = acc = make_accelerator(config, run)
-        self.config,self.loss_fn,self.raw,self.seen = config,loss_fn,model.to(acc.device),0
+        self.config,self.loss_fn,self.raw,self.seen,self.critic = config,loss_fn,model.to(acc.device),0,critic
         self.precision,self.images_a_step = acc.mixed_precision,config.batch_size*acc.num_processes   # all of them
         half_life,update = getattr(config, 'ema_images', 0),self.images_a_step*config.accumulate
         self.ema = make_average(model, lambda: ema_decay(self.seen, update, half_life)) if half_life else None
@@ -301,7 +329,7 @@ class Learner:
         start = self.seen - self.seen%(self.images_a_step*config.accumulate)   # of this update of the weights
         for group in self.optimizer.param_groups: group['lr'] = lr_at(start, config)
         with acc.accumulate(self.model):
-            loss,logs = self.loss_fn(self.model, batch, generator, self.seen)
+            loss,logs = self.loss_fn(self.model, batch, generator, start)
             acc.backward(loss)
             if acc.sync_gradients: logs['grad_norm'] = acc.clip_grad_norm_(self.raw.parameters(), config.clip_norm)
             self.optimizer.step(); self.optimizer.zero_grad()
@@ -439,7 +467,7 @@ def fill_model(
     model.load_state_dict(tensors)
     return model
 
-# %% ../nbs/06_training.ipynb #4faa3a49
+# %% ../nbs/06_training.ipynb #b3a22996
 def pack_state(
     learner:Learner, # The training so far
 )->tuple[dict[str, Tensor], dict]: # Tensors by name, and the rest as JSON
@@ -449,9 +477,12 @@ def pack_state(
     for i,slots in learner.optimizer.state_dict()['state'].items():
         tensors |= {f'optimizer.{i}.{k}': v for k,v in slots.items()}
     scaler = learner.accelerator.scaler
-    return tensors,dict(seen=learner.seen, scaler=scaler.state_dict() if scaler else None)
+    info = dict(seen=learner.seen, scaler=scaler.state_dict() if scaler else None)
+    if learner.critic is None: return tensors,info
+    critic,about = pack_state(learner.critic)
+    return tensors | {f'critic.{k}': v for k,v in critic.items()},dict(info, critic=about)
 
-# %% ../nbs/06_training.ipynb #9504469d
+# %% ../nbs/06_training.ipynb #b8fbd649
 def unpack_state(
     learner:Learner, # A fresh training of the same settings
     tensors:dict[str, Tensor], # As `pack_state` gave them
@@ -467,6 +498,7 @@ def unpack_state(
     learner.optimizer.load_state_dict(dict(learner.optimizer.state_dict(), state=slots))
     if info['scaler']: learner.accelerator.scaler.load_state_dict(info['scaler'])
     learner.seen = info['seen']
+    if learner.critic is not None: unpack_state(learner.critic, part('critic'), info['critic'])
 
 # %% ../nbs/06_training.ipynb #f50106dd
 class Checkpoint:
@@ -584,7 +616,7 @@ def compare_configs(
     a,b = flat(old),flat(new)
     return [f'{k}={b.get(k)!r}, was {a.get(k)!r}' for k in sorted({*a, *b}) if a.get(k)!=b.get(k)]
 
-# %% ../nbs/06_training.ipynb #a176a2e1
+# %% ../nbs/06_training.ipynb #545359ec
 def open_run(
     run:Path, # Run folder, made if it is not there
     stage:str, # 'autoencoder' or 'ldm'
@@ -611,7 +643,8 @@ def open_run(
     if not resume: raise FileExistsError(
         f"open_run: {run} already has a trained or half-trained {stage}. Expected a new run. "
         "Add --resume, or choose another --run.")
-    differ = compare_configs(settings[stage], new)
+    defaults = json.loads(json.dumps(asdict(type(config)()), default=str))     # settings that were not there at that time
+    differ = compare_configs(dict(settings[stage], config=defaults | settings[stage]['config']), new)
     if differ: raise ValueError(f"open_run: {run} was begun with other settings: {'; '.join(differ)}. "
                                 "Expected the same when resuming. Give the old ones, or start another --run.")
     return Checkpoint(run/'state'/stage).load()
@@ -778,49 +811,143 @@ def check_pictures(
         f"check_pictures: size={size}. Expected a multiple of {factor} with these levels and this patch. "
         f"Try size={math.ceil(size/factor)*factor}.")
 
-# %% ../nbs/06_training.ipynb #5e0c456f
-def autoencoder_loss(
-    model:nn.Module, # An AutoencoderKL
+# %% ../nbs/06_training.ipynb #fa67f3e8
+def reconstruction_loss(
+    model:nn.Module, # An autoencoder of config.kind
     batch:dict[str, Tensor], # 'image' and encoded covariates
     generator:torch.Generator, # Source of the latent's noise, on the batch's device
     seen:int, # Pictures seen so far, for a cyclical KL weight
     config:AEConfig, # Weights of the terms
-)->tuple[Tensor, dict[str, Tensor]]: # The loss, and its parts for the log
-    "Mean absolute error plus a little KL, on latents that were drawn. Source: Rombach et al. 2022, app. G."
-    x = batch['image']
+)->tuple[Tensor, Tensor, dict[str, Tensor]]: # Reconstruction (b, 1, h, w), the loss, and its parts for the log
+    "Mean absolute error plus the price of the latent. Source: Rombach et al. 2022, app. G; van den Oord et al. 2017, eq. 3."
+    x,chance = batch['image'],dict(generator=generator, device=batch['image'].device)
+    if config.kind!='kl':
+        recon,_,price = model(x, batch, torch.rand(config.num_embeddings, **chance))
+        l1 = F.l1_loss(recon.float(), x)
+        return recon,l1+price,dict(l1=l1.detach(), vq=price.detach())
     f = config.patch*2**(len(config.channels)-1)
-    shape = (len(x), config.latent_channels, x.shape[2]//f, x.shape[3]//f)
-    eps = torch.randn(shape, generator=generator, device=x.device)
+    eps = torch.randn(len(x), config.latent_channels, x.shape[2]//f, x.shape[3]//f, **chance)
     recon,mu,logvar = model(x, batch, eps)
     l1,kl = F.l1_loss(recon.float(), x),kl_loss(mu.float(), logvar.float())
     weight = cyclical_weight(seen, config.kl_period, config.kl_weight) if config.kl_period else config.kl_weight
-    return l1+weight*kl,dict(l1=l1.detach(), kl=kl.detach())
+    return recon,l1+weight*kl,dict(l1=l1.detach(), kl=kl.detach())
 
-# %% ../nbs/06_training.ipynb #57e89184
+# %% ../nbs/06_training.ipynb #8a9d1e1f
+def judge_loss(
+    model:nn.Module, # A PatchDiscriminator
+    batch:dict[str, Tensor], # 'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,)
+    generator:torch.Generator, # Not looked at: nothing here is drawn
+    seen:int, # Pictures seen so far; nothing here depends on it
+    config:AEConfig, # How the critic is taught
+)->tuple[Tensor, dict[str, Tensor]]: # The loss, and what to log
+    "Teach the critic to tell scans from decoded pictures. Source: as of `critic_loss`."
+    real,fake = batch['real'],batch['fake']
+    times = 1+len(fake)//len(real)
+    cond = {k: v.repeat(times) for k,v in batch.items() if k not in ('real', 'fake')}
+    logits,_ = model(torch.cat([real, fake]), cond)
+    real,fake = logits.float().split([len(real), len(fake)])
+    loss = critic_loss(real, fake, config.adversary_loss)
+    return loss,dict(critic_loss=loss.detach(), critic_accuracy=critic_accuracy(real, fake).detach())
+
+# %% ../nbs/06_training.ipynb #e84fac9d
+def make_critic(
+    config:AEConfig, # Sizes and rates
+    covariates:tuple[Covariate, ...], # What the autoencoder is told, and so the critic
+    run:Path|None=None, # Run folder
+)->Learner|None: # A training of its own; None without an adversary
+    "The second network of an adversarial training."
+    if not config.adversary: return None
+    critic = seeded(config.seed+1, lambda: PatchDiscriminator(covariates, config.critic_channels))
+    return Learner(critic, partial(judge_loss, config=config), replace(config, learning_rate=config.critic_rate, compile=False), run)
+
+# %% ../nbs/06_training.ipynb #2eb4feda
+def fool_critic(
+    critic:Learner, # Its network is used, and not changed
+    batch:dict[str, Tensor], # 'image' and encoded covariates
+    fakes:list[Tensor], # Reconstructions (b, 1, h, w), and perhaps decoded random latents
+    config:AEConfig, # Weights
+)->tuple[Tensor, Tensor]: # Loss of being recognised, and loss of looking different to the critic, scalars
+    "What the autoencoder pays to its critic."
+    frozen = {k: v.detach() for k,v in critic.raw.named_parameters()}          # no gradient reaches the critic itself
+    judge = lambda x: torch.func.functional_call(critic.raw, frozen, (x, batch))
+    logits,features = judge(fakes[0])
+    gan = generator_loss(logits.float(), config.adversary_loss)
+    for o in fakes[1:]: gan = gan+config.random_weight*generator_loss(judge(o)[0].float(), config.adversary_loss)
+    if not config.feature_weight: return gan,gan.new_zeros(())
+    with torch.no_grad(): seen = judge(batch['image'])[1]
+    return gan,feature_loss(seen, features)
+
+# %% ../nbs/06_training.ipynb #f11694bb
+def autoencoder_loss(
+    model:nn.Module, # An autoencoder of config.kind
+    batch:dict[str, Tensor], # 'image' and encoded covariates
+    generator:torch.Generator, # Source of noise, on the batch's device
+    seen:int, # Pictures seen before this update of the weights
+    config:AEConfig, # Weights of the terms
+    critic:Learner|None=None, # The adversary, which learns here before it is asked
+)->tuple[Tensor, dict[str, Tensor]]: # The loss, and its parts for the log
+    "The loss of stage 1: reconstruction, and the critic's verdict once it counts. Source: Esser et al. 2021, eq. 5-7."
+    recon,loss,logs = reconstruction_loss(model, batch, generator, seen, config)
+    if critic is None or seen<config.adversary_start-config.critic_warmup: return loss,logs
+    bare,fakes = critic.accelerator.unwrap_model(model),[recon]
+    if config.random_weight:
+        z = bare.random_latents(len(recon), recon.shape[-1]//bare.factor, generator, batch)
+        with critic.accelerator.autocast(): fakes.append(bare.decode(z, batch))
+    critic.seen,cond = seen,{k: v for k,v in batch.items() if k!='image'}
+    logs |= critic.step(dict(cond, real=batch['image'], fake=torch.cat(fakes).detach()))
+    logs.pop('loss')
+    if seen<config.adversary_start: return loss,logs
+    gan,features = fool_critic(critic, batch, fakes, config)
+    weight = config.adversary_weight*adaptive_weight(loss, gan, bare.decoder.head[-1].weight)
+    logs |= dict(gan=gan.detach(), gan_weight=weight) | ({'features': features.detach()} if config.feature_weight else {})
+    return loss+weight*gan+config.feature_weight*features,logs
+
+# %% ../nbs/06_training.ipynb #452fdc61
 def validate_autoencoder(
     model:nn.Module, # The autoencoder
     batch:dict[str, Tensor], # Held-out pictures, the same each time
     path:Path, # Where the picture goes
     precision:str='no', # Mixed precision to compute in
-)->dict[str, float]: # val_ssim, val_ssim_brain, val_psnr, val_l1: means over the pictures
+)->dict[str, float]: # val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has some
     "Look at held-out slices: numbers for the log, originals above reconstructions for the eye."
     x = batch['image']
-    recon = infer(model, precision)(x, batch)[0].clamp(-1, 1).float()
+    recon,codes,_ = infer(model, precision)(x, batch)
+    recon = recon.clamp(-1, 1).float()
     scores = picture_scores(recon, x)
     k = np.linspace(0, len(x)-1, min(6, len(x))).round().astype(int)
     pair = torch.stack([x[k, 0], recon[k, 0]]).cpu()
     title = f"SSIM {scores['ssim'].mean():.3f} on held-out slices"
     save_figure(show_grid(pair, row_labels=['original', 'decoded'], title=title), path)
-    return {'val_l1': F.l1_loss(recon, x).item(), **{f'val_{k}': v.nanmean().item() for k,v in scores.items()}}
+    used = code_scores(count_codes(codes, model.quantizer.num_embeddings)) if hasattr(model, 'quantizer') else {}
+    scores = {k: v.nanmean().item() for k,v in scores.items()} | used
+    return {'val_l1': F.l1_loss(recon, x).item(), **{f'val_{k}': v for k,v in scores.items()}}
 
-# %% ../nbs/06_training.ipynb #55c78c8a
+# %% ../nbs/06_training.ipynb #988bc002
 def autoencoder_args(
     config:AEConfig, # The configuration
     covariates:tuple[Covariate, ...]=(), # What encoder and decoder are told
-)->dict: # Arguments of `AutoencoderKL`
+)->dict: # Arguments of `build_autoencoder`, beside the kind
     "The part of a configuration that decides the architecture."
-    names = 'latent_channels channels num_res_blocks attention_levels patch'.split()
-    return dict({o: getattr(config, o) for o in names}, covariates=covariates)
+    names = 'channels num_res_blocks attention_levels patch'.split()
+    args = dict({o: getattr(config, o) for o in names}, covariates=covariates)
+    if config.kind=='kl': return dict(args, latent_channels=config.latent_channels)
+    codebook = dict(num_embeddings=config.num_embeddings, embedding_dim=config.latent_channels, ema=config.codebook_ema,
+                    commitment_cost=config.commitment_cost, restart_below=config.restart_below)
+    return dict(args, quantizer=codebook if config.kind=='vq' else dict(levels=config.fsq_levels),
+                map_side=config.data.size//(config.patch*2**(len(config.channels)-1)))
+
+# %% ../nbs/06_training.ipynb #fcf5d73d
+def build_autoencoder(
+    kind:str, # 'kl', 'vq' or 'fsq'
+    args:dict, # As from `autoencoder_args`
+)->Autoencoder: # With fresh weights
+    "Make an autoencoder of one of the three kinds. Raises ValueError for another kind."
+    if kind=='kl': return AutoencoderKL(**args)
+    quantizers = dict(vq=VectorQuantizer, fsq=FSQ)
+    if kind not in quantizers: raise ValueError(
+        f"build_autoencoder: kind={kind!r}. Expected 'kl', 'vq' or 'fsq'. "
+        "Check that the file is an autoencoder of this version.")
+    return VQVAE(quantizers[kind](**args['quantizer']), **{k: v for k,v in args.items() if k!='quantizer'})
 
 # %% ../nbs/06_training.ipynb #ec089f7c
 def is_finished(
@@ -842,21 +969,35 @@ def settle_crop(
         "Expected one that knows its crop. Use open_dataset(root, config.data), or give a number.")
     return replace(config, data=replace(config.data, crop=dataset.config.crop))
 
-# %% ../nbs/06_training.ipynb #9ddf8e36
+# %% ../nbs/06_training.ipynb #20b815f0
+def start_from_data(
+    model:VQVAE, # Fresh; its codebook is replaced
+    dataset:SliceDataset, # Train split
+    seed:int, # Of the clustering
+)->None:
+    "Put a codebook where the fresh encoder's vectors are, before the first step."
+    batch = spread(dataset, 128)
+    z,_ = infer(model, method='encode')(batch['image'], batch)
+    start_codebook(model.quantizer, rearrange(z, 'b d h w -> (b h w) d'), seed)
+
+# %% ../nbs/06_training.ipynb #eb8fda44
 def train_autoencoder(
     dataset:SliceDataset, # Checked data with its splits
     run:Path, # Run folder, made if it is not there
     config:AEConfig, # Everything else
     resume:bool=False, # Go on where a former call stopped
     progress:bool=True, # Show a bar
-)->AutoencoderKL: # The trained autoencoder
-    "Train a KL-VAE on the train subjects and look at validate subjects on the way. Writes RUN/autoencoder.safetensors."
+)->Autoencoder: # The trained autoencoder
+    "Train stage 1 on the train subjects and look at validate subjects on the way. Writes RUN/autoencoder.safetensors."
     run,train,held = Path(run),dataset.subset('train'),dataset.subset('validate')
     covariates = pick_covariates(dataset.covariates, config.covariates)
-    model = seeded(config.seed, lambda: AutoencoderKL(**autoencoder_args(config, covariates)))
+    args = autoencoder_args(config, covariates)
+    model = seeded(config.seed, lambda: build_autoencoder(config.kind, args))
     check_pictures(dataset, config.data.size, model.factor)
     config = settle_crop(config, dataset)
-    learner = Learner(model, partial(autoencoder_loss, config=config), config, run)
+    if config.kind=='vq' and config.codebook_start=='kmeans': start_from_data(model, train, config.seed)
+    critic = make_critic(config, covariates, run)
+    learner = Learner(model, partial(autoencoder_loss, config=config, critic=critic), config, run, critic)
     state = enter_run(learner, run, 'autoencoder', dataset, resume)
     if is_finished(state, config, run/'autoencoder.safetensors'):
         unpack_state(learner, *state)
@@ -866,25 +1007,26 @@ def train_autoencoder(
         save_weights(run/'train_mean.safetensors', dict(means=means), dict(slices=numbers))
     batch = to_device(spread(held, 128), learner.accelerator.device)
     def picture(seen): return run/'samples'/f'autoencoder_{seen:09d}.png'
-    info = dict(kind='kl', args=dict(autoencoder_args(config), covariates=describe(covariates)), size=config.data.size)
+    info = dict(kind=config.kind, args=dict(args, covariates=describe(covariates)), size=config.data.size)
     run_stage(learner, train, run, 'autoencoder', state, progress=progress,
         validate=lambda seen: validate_autoencoder(model, batch, picture(seen), learner.precision),
         export=lambda seen: save_weights(run/'autoencoder.safetensors', model.state_dict(), dict(info, images=seen)))
     return bare_model(learner)
 
-# %% ../nbs/06_training.ipynb #45b07075
+# %% ../nbs/06_training.ipynb #117ee93b
 def load_autoencoder(
     run:Path, # Run folder
-)->tuple[AutoencoderKL, dict]: # The network in evaluation mode on the CPU, and its description
+)->tuple[Autoencoder, dict]: # The network in evaluation mode on the CPU, and its description
     "Build the autoencoder of a run from its file alone. Raises FileNotFoundError or ValueError."
     tensors,info = load_weights(Path(run)/'autoencoder.safetensors')
-    if info.get('kind')!='kl': raise ValueError(
-        f"load_autoencoder: {run} holds kind={info.get('kind')!r}. Expected 'kl'. "
-        "Check that the file is an autoencoder of this version.")
-    args = dict(info['args'], covariates=tuple(Covariate(**c) for c in info['args']['covariates']))
-    return fill_model(AutoencoderKL(**args), tensors, f'{run}/autoencoder.safetensors').eval(),info
+    try: args = dict(info['args'], covariates=tuple(Covariate(**c) for c in info['args']['covariates']))
+    except (KeyError, TypeError) as e: raise ValueError(
+        f"load_autoencoder: {run} holds kind={info.get('kind')!r} ({type(e).__name__}: {e}). Expected an autoencoder. "
+        "Check that the file is an autoencoder of this version.") from None
+    model = build_autoencoder(info.get('kind'), args)
+    return fill_model(model, tensors, f'{run}/autoencoder.safetensors').eval(),info
 
-# %% ../nbs/06_training.ipynb #10e53743
+# %% ../nbs/06_training.ipynb #998ef4d5
 def plot_history(
     records:list[dict], # Lines of log.jsonl
     stage:str, # 'autoencoder' or 'ldm'
@@ -902,16 +1044,16 @@ def plot_history(
     axs[0].plot(images[window-1:], np.convolve(values, np.ones(window)/window, 'valid') if seen else [], color='C0')
     title = 'train' + (f', mean of {window} records' if window>1 else '')
     axs[0].set(yscale='log', xlabel='pictures seen', ylabel=what, title=title)
-    for k in sorted({k for o in checked for k in o if k.startswith('val_')} - {'val_psnr', 'val_l1'}):
+    for k in sorted({k for o in checked for k in o if k.startswith('val_')} - {'val_psnr', 'val_l1', 'val_perplexity'}):
         axs[1].plot([o['images'] for o in checked], [o[k] for o in checked], 'o-', ms=3, label=k)
     axs[1].set(xlabel='pictures seen', title='validate subjects')
     if checked: axs[1].legend(frameon=False)
     fig.suptitle(stage)
     return fig
 
-# %% ../nbs/06_training.ipynb #b12e4f9f
+# %% ../nbs/06_training.ipynb #dd70e342
 def cache_latents(
-    model:AutoencoderKL, # The trained autoencoder
+    model:Autoencoder, # The trained autoencoder
     dataset:SliceDataset, # Rows to encode
     precision:str='no', # Mixed precision to compute in
     batch_size:int=64, # Pictures at a time
@@ -951,9 +1093,9 @@ class LatentDataset(torch.utils.data.Dataset):
         at = torch.as_tensor(indices)
         return {'latent': self.latents[at], **{k: v[at] for k,v in self.conditions.items()}}
 
-# %% ../nbs/06_training.ipynb #43d0c6ea
+# %% ../nbs/06_training.ipynb #9b6a1855
 def latent_splits(
-    autoencoder:AutoencoderKL, # Trained, on the device that computes
+    autoencoder:Autoencoder, # Trained, on the device that computes
     dataset:SliceDataset, # All splits
     precision:str='no', # Mixed precision to compute in
     progress:bool=True, # Show bars
