@@ -106,7 +106,7 @@ class Train:
 
     def run(self)->int: return self.stage.run()
 
-# %% ../nbs/11_cli.ipynb #2b71d4ac
+# %% ../nbs/11_cli.ipynb #db0c32e0
 def describe_scores(
     scores:dict, # As from `reconstruction_scores`
     split:str, # Whose they are
@@ -114,7 +114,10 @@ def describe_scores(
     "Scores beside their floor, for a terminal."
     low,n = scores['floor_mean_slice'],scores['n_subjects_in_training']
     lines = [f"{split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices", f"{'':12}{'run':>8}  {'mean-slice floor':>16}"]
-    lines += [f'{k:12}{show_number(scores[k]):>8}  {show_number(low[k]):>16}' for k in ('ssim', 'ssim_brain', 'psnr')]
+    names = ('ssim', 'ssim_brain', 'psnr', 'sharpness')
+    lines += [f'{k:12}{show_number(scores[k]):>8}  {show_number(low[k]):>16}' for k in names]
+    if 'perplexity' in scores:
+        lines.append(f"codebook: {scores['codebook_usage']:.1%} of {scores['num_embeddings']:,} codes used, perplexity {scores['perplexity']:.0f}")
     if n and split!='train': lines.append(f'Note: {n} of these subject names also occur among the subjects the run was trained on.')
     return '\n'.join(lines)
 
@@ -163,7 +166,7 @@ def next_folder(
     "A name that is still free."
     return next(o for o in (stem.with_name(f'{stem.name}_{i:03d}') for i in range(1_000_000)) if not o.exists())
 
-# %% ../nbs/11_cli.ipynb #e75c8e51
+# %% ../nbs/11_cli.ipynb #0f3bfdb4
 @dataclass
 class Sample:
     "Draw new slices. Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film."
@@ -177,12 +180,18 @@ class Sample:
     steps:int=30 # Denoising steps
     guidance_scale:float=1. # 1 follows the data, above 1 exaggerates the conditions
     seed:int=0 # Same seed, same machine: same pictures
+    generator:Literal['ldm', 'stage1']='ldm' # ldm: the diffusion model; stage1: random latents of the autoencoder, a floor
     sampler:Literal['ddim', 'ddpm']='ddim' # ddim: few steps; ddpm: ancestral
     out:Path|None=None # New folder; None: RUN/samples/drawn_000 and so on
 
     def run(self)->int: # Exit status
         model = BrainLDM.load(self.run_folder)
         asked = dict(diagnosis=self.diagnosis, slice=self.slice, age=self.age, sex=self.sex, **read_pairs(self.condition))
+        if self.generator=='stage1':
+            pictures = model.sample_stage1(self.n, self.seed, **{k: v for k,v in asked.items() if v is not None})
+            folder = save_pictures(pictures, self.out or next_folder(self.run_folder/'samples'/'drawn'), asked, dict(generator='stage1', seed=self.seed))
+            print(f'{self.n} synthetic pictures of stage 1 alone in {folder}')
+            return 0
         how = dict(steps=self.steps, guidance_scale=self.guidance_scale, seed=self.seed, sampler=self.sampler)
         frames = []
         pictures = model.sample(self.n, **asked, **how, progress=True, batch_size=32,

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'mean_slice_floor', 'never_seen', 'score_slices', 'subject_interval', 'json_safe', 'show_number',
-           'reconstruction_scores', 'read_metrics', 'merge_metrics', 'picture_uri', 'middle_conditions',
-           'draw_by_condition', 'report_data', 'report_numbers', 'latest_picture', 'report']
+           'codebook_scores', 'reconstruction_scores', 'read_metrics', 'merge_metrics', 'picture_uri',
+           'middle_conditions', 'draw_by_condition', 'report_data', 'report_numbers', 'latest_picture', 'report']
 
-# %% ../nbs/10_evaluation.ipynb #64a2621d
+# %% ../nbs/10_evaluation.ipynb #52279924
 import base64
 import io
 import json
@@ -28,6 +28,7 @@ from .phantom import show_grid
 from .sampling import SYNTHETIC, BrainLDM
 from .training import load_weights, plot_history, read_config, read_log, write_atomic
 from .vae import picture_scores
+from .vqgan import code_scores, count_codes
 
 # %% ../nbs/10_evaluation.ipynb #6dfb8912
 def mean_slice_floor(
@@ -47,14 +48,14 @@ def never_seen(
     "Count slices at positions that training never saw: their floor is that of a neighbour."
     return int((~np.isin(slices, load_weights(Path(run)/'train_mean.safetensors')[1]['slices'])).sum())
 
-# %% ../nbs/10_evaluation.ipynb #0603d21c
+# %% ../nbs/10_evaluation.ipynb #e4bb69a8
 def score_slices(
     model:BrainLDM, # A run with an autoencoder
     dataset:SliceDataset, # The split to score
     run:str|Path, # Its folder, for the floor
     batch_size:int=32, # Pictures at a time
     progress:bool=False, # Show a bar
-)->pd.DataFrame: # One row a slice: subject, slice, ssim, ssim_brain, psnr, and the same of the floor as floor_*
+)->pd.DataFrame: # One row a slice: subject, slice, ssim, ssim_brain, psnr, sharpness, and floor_* of the floor
     "Score every reconstruction beside its floor. Raises ValueError if the pictures have another size than the model's."
     if dataset.images.shape[1]!=model.size: raise ValueError(
         f"score_slices: pictures of {dataset.images.shape[1]} pixels, a model for {model.size}. Expected equal sizes. "
@@ -100,23 +101,37 @@ def show_number(
     "A number, or n/a."
     return 'n/a' if value is None or not math.isfinite(value) else f'{value:.{digits}f}'
 
-# %% ../nbs/10_evaluation.ipynb #6ae9105c
+# %% ../nbs/10_evaluation.ipynb #d2df0eb8
+def codebook_scores(
+    model:BrainLDM, # A run with an autoencoder
+    dataset:SliceDataset, # The split to encode
+    batch_size:int=32, # Pictures at a time
+)->dict: # codebook_usage, perplexity, num_embeddings; empty for an autoencoder without codes
+    "How much of a codebook the slices of a split use."
+    quantizer,counts = getattr(model.autoencoder, 'quantizer', None),0
+    if quantizer is None: return {}
+    for batch in eval_batches(dataset, batch_size):
+        codes = quantizer.nearest(model.encode(batch['image'], batch))
+        counts = counts+count_codes(codes, quantizer.num_embeddings)
+    return dict(code_scores(counts), num_embeddings=quantizer.num_embeddings)
+
+# %% ../nbs/10_evaluation.ipynb #42c68ab3
 def reconstruction_scores(
     model:BrainLDM, # A run with an autoencoder
     dataset:SliceDataset, # The split to score
     run:str|Path, # Its folder, for the floor
     progress:bool=False, # Show a bar
-)->dict: # ssim, ssim_brain, psnr, interval_95, floor_mean_slice, and counts; None where a number does not exist
-    "How much of unseen brains survives the squeeze, beside the floor of predicting the mean slice."
+)->dict: # ssim, ssim_brain, psnr, sharpness, interval_95, floor_mean_slice, counts, codebook_usage and perplexity if any
+    "How much of unseen brains survives the squeeze, beside the mean slice. None where a number does not exist."
     table = score_slices(model, dataset, run, progress=progress)
     trained = set(read_config(run)['autoencoder']['train_subjects'])
-    names = ('ssim', 'ssim_brain', 'psnr')
+    names = ('ssim', 'ssim_brain', 'psnr', 'sharpness')
     return json_safe(dict({k: float(table[k].mean()) for k in names},                # pandas leaves missing values out
         interval_95={k: subject_interval(table[k], table.subject) for k in names[:2]},
         floor_mean_slice={k: float(table[f'floor_{k}'].mean()) for k in names},
         n_subjects=int(table.subject.nunique()), n_slices=len(table),
         n_slices_without_brain=int(table.ssim_brain.isna().sum()), n_slices_never_seen=never_seen(run, table['slice']),
-        n_subjects_in_training=len(trained & set(table.subject))))
+        n_subjects_in_training=len(trained & set(table.subject)), **codebook_scores(model, dataset)))
 
 # %% ../nbs/10_evaluation.ipynb #57f68919
 def read_metrics(
@@ -234,12 +249,13 @@ def report_data(
                 + (f'The model can be asked for {asked}. ' if asked else '')
                 + f"Fingerprint of the data: {settings['autoencoder']['data']['hash']}.")
 
-# %% ../nbs/10_evaluation.ipynb #8ff2af47
+# %% ../nbs/10_evaluation.ipynb #2d5a03ad
 def report_numbers(
     metrics:dict, # metrics.json of the run
 )->dict: # A section of the report
     "Reconstruction scores beside the floor of predicting the mean slice."
-    rows = [['split', 'subjects', 'slices', 'SSIM [95 %]', 'floor', 'SSIM brain [95 %]', 'floor', 'PSNR dB', 'floor']]
+    rows = [['split', 'subjects', 'slices', 'SSIM [95 %]', 'floor', 'SSIM brain [95 %]', 'floor', 'PSNR dB', 'floor',
+             'sharpness', 'floor', 'codes used', 'perplexity']]
     notes = []
     for name,o in metrics.items():
         if not name.startswith('reconstruction'): continue
@@ -247,11 +263,15 @@ def report_numbers(
         cells = sum(([f"{show_number(o[k])} [{', '.join(map(show_number, spans[k]))}]", show_number(low[k])]
                      for k in ('ssim', 'ssim_brain')), [])
         rows.append([name.split(' ', 1)[-1], o['n_subjects'], o['n_slices'], *cells,
-                     show_number(o['psnr'], 1), show_number(low['psnr'], 1)])
+                     show_number(o['psnr'], 1), show_number(low['psnr'], 1),
+                     show_number(o.get('sharpness'), 2), show_number(low.get('sharpness'), 2),
+                     show_number(o.get('codebook_usage')), show_number(o.get('perplexity'), 0)])
         n = o.get('n_slices_without_brain')
         if n: notes.append(f' {n} of the slices of {rows[-1][0]} have no brain.')
     text = ('SSIM: Gaussian window 11x11, sigma 1.5, data_range 1; brain: pixels of the original above 0.1; intervals '
-            'by bootstrap over subjects, too narrow with fewer than ten; floor: the train mean of that slice position.'
+            'by bootstrap over subjects, too narrow with fewer than ten; floor: the train mean of that slice position; '
+            'sharpness: variance of the Laplacian inside the brain, 1 is as sharp as the scan; codes used: share of the '
+            'codebook that these slices need, where there is one.'
             + ''.join(notes))
     if len(rows)==1: rows,text = [],'Not measured yet: run `brainldm reconstruct RUN DATA`.'
     return dict(title='How much of a brain survives the autoencoder', text=text, table=rows, figures=[])

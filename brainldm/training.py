@@ -124,7 +124,7 @@ class LDMConfig(TrainConfig):
     ema_images:int=20_000 # Half life of the average of the weights
     preview_steps:int=20 # Denoising steps of the pictures drawn during training
 
-# %% ../nbs/06_training.ipynb #a7e3fe94
+# %% ../nbs/06_training.ipynb #ba7b992a
 PRESETS = {
     'tiny': (AEConfig(total_images=1_200, batch_size=8, warmup_images=100, validate_every=600, checkpoint_every=600,
                       data=DataConfig(size=64), channels=(32, 48), latent_channels=4),
@@ -136,8 +136,8 @@ PRESETS = {
                LDMConfig(total_images=60_000, batch_size=8, learning_rate=5e-4, warmup_images=2_000, log_every=40,
                          validate_every=10_000, checkpoint_every=10_000, num_res_blocks=1)),
     'gpu': (AEConfig(total_images=2_000_000, batch_size=32, warmup_images=20_000, validate_every=100_000,
-                     checkpoint_every=50_000, data=DataConfig(size=256, crop='auto'), channels=(128, 192, 256), num_res_blocks=2,
-                     attention_levels=(False, False, True), patch=2, num_workers=4),
+                     checkpoint_every=50_000, data=DataConfig(size=256, crop='auto'), channels=(128, 192, 256),
+                     num_res_blocks=2, attention_levels=(False, False, True), patch=2, num_workers=4),
             LDMConfig(total_images=10_000_000, batch_size=128, learning_rate=5e-4, warmup_images=100_000,
                       validate_every=500_000, checkpoint_every=250_000, channels=(192, 384, 576),
                       attention_levels=(False, True, True), num_heads=8, cond_channels=256, ema_images=500_000,
@@ -616,7 +616,7 @@ def compare_configs(
     a,b = flat(old),flat(new)
     return [f'{k}={b.get(k)!r}, was {a.get(k)!r}' for k in sorted({*a, *b}) if a.get(k)!=b.get(k)]
 
-# %% ../nbs/06_training.ipynb #545359ec
+# %% ../nbs/06_training.ipynb #25006f03
 def open_run(
     run:Path, # Run folder, made if it is not there
     stage:str, # 'autoencoder' or 'ldm'
@@ -643,7 +643,7 @@ def open_run(
     if not resume: raise FileExistsError(
         f"open_run: {run} already has a trained or half-trained {stage}. Expected a new run. "
         "Add --resume, or choose another --run.")
-    defaults = json.loads(json.dumps(asdict(type(config)()), default=str))     # settings that were not there at that time
+    defaults = json.loads(json.dumps(asdict(type(config)()), default=str))     # of settings that did not exist then
     differ = compare_configs(dict(settings[stage], config=defaults | settings[stage]['config']), new)
     if differ: raise ValueError(f"open_run: {run} was begun with other settings: {'; '.join(differ)}. "
                                 "Expected the same when resuming. Give the old ones, or start another --run.")
@@ -811,7 +811,7 @@ def check_pictures(
         f"check_pictures: size={size}. Expected a multiple of {factor} with these levels and this patch. "
         f"Try size={math.ceil(size/factor)*factor}.")
 
-# %% ../nbs/06_training.ipynb #fa67f3e8
+# %% ../nbs/06_training.ipynb #aabfb6a2
 def reconstruction_loss(
     model:nn.Module, # An autoencoder of config.kind
     batch:dict[str, Tensor], # 'image' and encoded covariates
@@ -819,7 +819,7 @@ def reconstruction_loss(
     seen:int, # Pictures seen so far, for a cyclical KL weight
     config:AEConfig, # Weights of the terms
 )->tuple[Tensor, Tensor, dict[str, Tensor]]: # Reconstruction (b, 1, h, w), the loss, and its parts for the log
-    "Mean absolute error plus the price of the latent. Source: Rombach et al. 2022, app. G; van den Oord et al. 2017, eq. 3."
+    "Mean absolute error plus the price of the latent. Source: Rombach et al. 2022, app. G; van den Oord 2017, eq. 3."
     x,chance = batch['image'],dict(generator=generator, device=batch['image'].device)
     if config.kind!='kl':
         recon,_,price = model(x, batch, torch.rand(config.num_embeddings, **chance))
@@ -849,7 +849,7 @@ def judge_loss(
     loss = critic_loss(real, fake, config.adversary_loss)
     return loss,dict(critic_loss=loss.detach(), critic_accuracy=critic_accuracy(real, fake).detach())
 
-# %% ../nbs/06_training.ipynb #e84fac9d
+# %% ../nbs/06_training.ipynb #23755ec2
 def make_critic(
     config:AEConfig, # Sizes and rates
     covariates:tuple[Covariate, ...], # What the autoencoder is told, and so the critic
@@ -858,7 +858,8 @@ def make_critic(
     "The second network of an adversarial training."
     if not config.adversary: return None
     critic = seeded(config.seed+1, lambda: PatchDiscriminator(covariates, config.critic_channels))
-    return Learner(critic, partial(judge_loss, config=config), replace(config, learning_rate=config.critic_rate, compile=False), run)
+    config = replace(config, learning_rate=config.critic_rate, compile=False)
+    return Learner(critic, partial(judge_loss, config=config), config, run)
 
 # %% ../nbs/06_training.ipynb #2eb4feda
 def fool_critic(
@@ -877,7 +878,7 @@ def fool_critic(
     with torch.no_grad(): seen = judge(batch['image'])[1]
     return gan,feature_loss(seen, features)
 
-# %% ../nbs/06_training.ipynb #f11694bb
+# %% ../nbs/06_training.ipynb #028ded0e
 def autoencoder_loss(
     model:nn.Module, # An autoencoder of config.kind
     batch:dict[str, Tensor], # 'image' and encoded covariates
@@ -899,7 +900,8 @@ def autoencoder_loss(
     if seen<config.adversary_start: return loss,logs
     gan,features = fool_critic(critic, batch, fakes, config)
     weight = config.adversary_weight*adaptive_weight(loss, gan, bare.decoder.head[-1].weight)
-    logs |= dict(gan=gan.detach(), gan_weight=weight) | ({'features': features.detach()} if config.feature_weight else {})
+    logs |= dict(gan=gan.detach(), gan_weight=weight)
+    if config.feature_weight: logs['features'] = features.detach()
     return loss+weight*gan+config.feature_weight*features,logs
 
 # %% ../nbs/06_training.ipynb #452fdc61
@@ -958,14 +960,15 @@ def is_finished(
     "Whether a stage was trained to its end."
     return state is not None and state[1]['seen']>=config.total_images and path.is_file()
 
-# %% ../nbs/06_training.ipynb #d1b15c84
+# %% ../nbs/06_training.ipynb #a907dd2e
 def settle_crop(
     config:AEConfig, # Configuration, perhaps with data.crop='auto'
     dataset:SliceDataset, # Data as `open_dataset` gave it
 )->AEConfig: # The same with a number of pixels, or None, in its place
     "Write down what 'auto' came to, so that data opened later is cut the same way. Raises ValueError if nobody knows."
     if config.data.crop!='auto': return config
-    if dataset.config is None: raise ValueError("settle_crop: crop='auto' and a data set that was not made by open_dataset. "
+    if dataset.config is None: raise ValueError(
+        "settle_crop: crop='auto' and a data set that was not made by open_dataset. "
         "Expected one that knows its crop. Use open_dataset(root, config.data), or give a number.")
     return replace(config, data=replace(config.data, crop=dataset.config.crop))
 
@@ -980,7 +983,7 @@ def start_from_data(
     z,_ = infer(model, method='encode')(batch['image'], batch)
     start_codebook(model.quantizer, rearrange(z, 'b d h w -> (b h w) d'), seed)
 
-# %% ../nbs/06_training.ipynb #eb8fda44
+# %% ../nbs/06_training.ipynb #7b6c6359
 def train_autoencoder(
     dataset:SliceDataset, # Checked data with its splits
     run:Path, # Run folder, made if it is not there
@@ -1007,7 +1010,9 @@ def train_autoencoder(
         save_weights(run/'train_mean.safetensors', dict(means=means), dict(slices=numbers))
     batch = to_device(spread(held, 128), learner.accelerator.device)
     def picture(seen): return run/'samples'/f'autoencoder_{seen:09d}.png'
-    info = dict(kind=config.kind, args=dict(args, covariates=describe(covariates)), size=config.data.size)
+    heights = next((o for o in describe(dataset.covariates) if o['name']=='slice'), None)
+    info = dict(kind=config.kind, args=dict(args, covariates=describe(covariates)), size=config.data.size,
+                heights=heights)
     run_stage(learner, train, run, 'autoencoder', state, progress=progress,
         validate=lambda seen: validate_autoencoder(model, batch, picture(seen), learner.precision),
         export=lambda seen: save_weights(run/'autoencoder.safetensors', model.state_dict(), dict(info, images=seen)))
@@ -1026,28 +1031,34 @@ def load_autoencoder(
     model = build_autoencoder(info.get('kind'), args)
     return fill_model(model, tensors, f'{run}/autoencoder.safetensors').eval(),info
 
-# %% ../nbs/06_training.ipynb #998ef4d5
+# %% ../nbs/06_training.ipynb #b84a8809
 def plot_history(
     records:list[dict], # Lines of log.jsonl
-    stage:str, # 'autoencoder' or 'ldm'
-)->plt.Figure: # Left: training; right: what was measured on validate subjects
+    stage:str, # 'autoencoder', 'ldm' or 'prior'
+)->plt.Figure: # Training; what was measured on validate subjects; the critic's accuracy, if there is one
     "Draw the course of one training. Raises ValueError if the log has no line of this stage."
     rows = [o for o in records if o['stage']==stage]
     if not rows: raise ValueError(f"plot_history: no record of stage {stage!r} among {len(records)}. "
                                   "Expected a training's log. Train first.")
     seen,checked = [o for o in rows if 'loss' in o],[o for o in rows if any(k.startswith('val_') for k in o)]
-    main,what = ('l1', 'mean absolute error') if stage=='autoencoder' else ('mse', 'mean squared error')
-    fig,axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
+    errors = dict(l1='mean absolute error', mse='mean squared error', bits='bits per code')
+    main = next((k for k in errors if seen and k in seen[0]), 'loss')
+    judged = [o for o in seen if 'critic_accuracy' in o]
+    fig,axs = plt.subplots(1, 3 if judged else 2, figsize=(7.5, 2.6), layout='constrained')
     images,values = (np.array([o[k] for o in seen]) for k in ('images', main))
     axs[0].plot(images, values, lw=.6, alpha=.4, color='C0')
     window = max(1, len(values)//50)
     axs[0].plot(images[window-1:], np.convolve(values, np.ones(window)/window, 'valid') if seen else [], color='C0')
     title = 'train' + (f', mean of {window} records' if window>1 else '')
-    axs[0].set(yscale='log', xlabel='pictures seen', ylabel=what, title=title)
+    axs[0].set(yscale='log', xlabel='pictures seen', ylabel=errors.get(main, main), title=title)
     for k in sorted({k for o in checked for k in o if k.startswith('val_')} - {'val_psnr', 'val_l1', 'val_perplexity'}):
         axs[1].plot([o['images'] for o in checked], [o[k] for o in checked], 'o-', ms=3, label=k)
     axs[1].set(xlabel='pictures seen', title='validate subjects')
     if checked: axs[1].legend(frameon=False)
+    if judged:
+        axs[2].plot([o['images'] for o in judged], [o['critic_accuracy'] for o in judged], lw=.7, color='C2')
+        axs[2].axhline(.5, color='k', lw=.7, ls=':')
+        axs[2].set(ylim=(0, 1.02), xlabel='pictures seen', title="critic's accuracy (0.5: guessing)")
     fig.suptitle(stage)
     return fig
 

@@ -7,7 +7,7 @@ __all__ = ['nearest_codes', 'straight_through', 'everyone', 'count_codes', 'code
            'restart_dead_codes', 'start_codebook', 'FSQ', 'CodeHistogram', 'VQVAE', 'PatchDiscriminator', 'critic_loss',
            'generator_loss', 'critic_accuracy', 'feature_loss', 'adaptive_weight']
 
-# %% ../nbs/03_vqgan.ipynb #ace14a09
+# %% ../nbs/03_vqgan.ipynb #5980658d
 import math
 
 import torch
@@ -18,16 +18,18 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from .data import Covariate
-from .layers import Conditioner
+from .layers import Conditioner, check_divides
 from .vae import Autoencoder
 
-# %% ../nbs/03_vqgan.ipynb #0ed8d832
+# %% ../nbs/03_vqgan.ipynb #0af11b8c
 def nearest_codes(
     vectors:Tensor, # Vectors (n, d)
     codebook:Tensor, # Codes (k, d)
 )->tuple[Tensor, Tensor]: # Index of the nearest code (n,), int64, and its squared distance (n,)
-    "Which code is nearest to each vector. Source: van den Oord et al. 2017, eq. 1."
-    gaps = vectors.square().sum(1, keepdim=True)-2*vectors@codebook.T+codebook.square().sum(1)     # (n, k)
+    "Which code is nearest to each vector, in float32 also under autocast. Source: van den Oord et al. 2017, eq. 1."
+    vectors,codebook = vectors.float(),codebook.float()
+    with torch.autocast(vectors.device.type, enabled=False):                   # distances in bf16 confuse neighbours
+        gaps = vectors.square().sum(1, keepdim=True)-2*vectors@codebook.T+codebook.square().sum(1)     # (n, k)
     gap,indices = gaps.min(1)
     return indices,gap.clamp(min=0)                                            # rounding can fall below 0
 
@@ -69,7 +71,7 @@ def code_scores(
     p = counts.double()/counts.sum()
     return dict(codebook_usage=(p>0).double().mean().item(), perplexity=torch.special.entr(p).sum().exp().item())
 
-# %% ../nbs/03_vqgan.ipynb #2ae4003f
+# %% ../nbs/03_vqgan.ipynb #7dea1368
 class VectorQuantizer(nn.Module):
     """A codebook: each vector of a map is replaced by the nearest code.
 
@@ -91,14 +93,18 @@ class VectorQuantizer(nn.Module):
         self.register_buffer('cluster_size', torch.ones(num_embeddings))       # running number of vectors of each code
         self.register_buffer('cluster_sum', codebook.clone())                  # running sum of its vectors
 
+    def bound(self,
+        z:Tensor, # Map of vectors (b, d, h, w), as the encoder says them
+    )->Tensor: # The map that is compared to codes (b, d, h, w), float32: here the same
+        return z.float()
+
     def nearest(self,
         z:Tensor, # Map of vectors (b, d, h, w)
     )->Tensor: # Index of the nearest code at each place (b, h, w), int64
         if z.ndim!=4 or z.shape[1]!=self.embedding_dim: raise ValueError(
             f"VectorQuantizer: a map of shape {tuple(z.shape)}. Expected (b, {self.embedding_dim}, h, w). "
             "Give the encoder as many channels as a code has.")
-        with torch.autocast(z.device.type, enabled=False):                     # distances in bf16 confuse neighbours
-            indices,_ = nearest_codes(rearrange(z.float(), 'b d h w -> (b h w) d'), self.codebook.float())
+        indices,_ = nearest_codes(rearrange(z, 'b d h w -> (b h w) d'), self.codebook)
         return indices.view(len(z), *z.shape[2:])
 
     def lookup(self,
@@ -110,7 +116,8 @@ class VectorQuantizer(nn.Module):
         z:Tensor, # Map of vectors (b, d, h, w)
         u:Tensor|None=None, # Uniform numbers in [0, 1) (k,), for the restart of dead codes; None: no restart
     )->tuple[Tensor, Tensor, Tensor]: # Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codebook and encoder
-        z,indices = z.float(),self.nearest(z)
+        z = self.bound(z)
+        indices = self.nearest(z)
         zq = self.lookup(indices)
         loss = self.commitment_cost*F.mse_loss(z, zq.detach())
         if not self.ema: loss = loss+F.mse_loss(zq, z.detach())
@@ -157,7 +164,7 @@ def restart_dead_codes(
     quantizer.cluster_sum.copy_(torch.where(dead, fresh*share, quantizer.cluster_sum))
     size.copy_(torch.where(dead[:, 0], share, size))
 
-# %% ../nbs/03_vqgan.ipynb #ee366453
+# %% ../nbs/03_vqgan.ipynb #084c5946
 @torch.no_grad()
 def start_codebook(
     quantizer:VectorQuantizer, # Its codes are replaced
@@ -168,58 +175,57 @@ def start_codebook(
     k = quantizer.num_embeddings
     if len(vectors)<k: raise ValueError(f"start_codebook: {len(vectors)} vectors for {k} codes. Expected at least as many. "
                                         "Encode more pictures, or use fewer codes.")
-    found = KMeans(k, n_init=1, max_iter=20, random_state=seed).fit(vectors.cpu().float().numpy())
+    found = KMeans(k, n_init=1, max_iter=20, random_state=seed).fit(vectors.detach().cpu().float().numpy())
     quantizer.codebook.copy_(torch.from_numpy(found.cluster_centers_))
-    sizes = torch.bincount(torch.from_numpy(found.labels_).long(), minlength=k).to(quantizer.cluster_size)
-    quantizer.cluster_size.copy_(sizes.clamp(min=1))
+    sizes = torch.bincount(torch.from_numpy(found.labels_).long(), minlength=k).clamp(min=1).double()
+    quantizer.cluster_size.copy_(sizes/sizes.mean())                           # as light as a fresh codebook: soon forgotten
     quantizer.cluster_sum.copy_(quantizer.codebook*quantizer.cluster_size[:, None])
 
-# %% ../nbs/03_vqgan.ipynb #a580be60
+# %% ../nbs/03_vqgan.ipynb #7844d5b2
 class FSQ(nn.Module):
     """Codes without a codebook: each channel is squashed and rounded to a few levels.
 
-    Source: Mentzer et al. 2024, sec. 3.1 and its listing. Raises ValueError on other maps or fewer than two levels."""
+    Source: Mentzer et al. 2024, sec. 3.1 and its listing. Raises ValueError on other maps or fewer than three levels."""
     def __init__(self,
-        levels:tuple[int, ...]=(8, 5, 5, 5), # Levels of each channel; their product is the number of codes
+        levels:tuple[int, ...]=(8, 5, 5, 5), # Levels of each channel, at least 3; their product is the number of codes
     ):
         super().__init__()
-        if not levels or min(levels)<2: raise ValueError(
-            f"FSQ: levels={levels}. Expected two or more for each channel. Try (8, 5, 5, 5) for 1,000 codes.")
+        if not levels or min(levels)<3: raise ValueError(
+            f"FSQ: levels={levels}. Expected three or more for each channel. Try (8, 5, 5, 5) for 1,000 codes.")
         self.num_embeddings,self.embedding_dim = math.prod(levels),len(levels)
         sizes = torch.tensor(levels)
-        self.register_buffer('sizes', sizes, persistent=False)
-        self.register_buffer('basis', torch.cat([sizes[:1]*0+1, sizes[:-1].cumprod(0)]), persistent=False)
-        self.register_buffer('cluster_size', torch.ones(self.num_embeddings))  # running number of vectors of each code
+        self.register_buffer('sizes', sizes.view(-1, 1, 1), persistent=False)
+        self.register_buffer('basis', (sizes.cumprod(0)//sizes).view(-1, 1, 1), persistent=False)
 
-    def digits(self,
-        z:Tensor, # Map of vectors (b, d, h, w)
-    )->Tensor: # Squashed, not yet rounded: between -L/2 and L/2 for a channel of L levels (b, d, h, w), float32
+    def bound(self,
+        z:Tensor, # Map of vectors (b, d, h, w), as the encoder says them
+    )->Tensor: # Squashed to about [-1, 1], not yet rounded (b, d, h, w), float32
         if z.ndim!=4 or z.shape[1]!=self.embedding_dim: raise ValueError(
             f"FSQ: a map of shape {tuple(z.shape)}. Expected (b, {self.embedding_dim}, h, w). "
             "Give the encoder one channel for each entry of levels.")
-        half,odd = ((self.sizes-1)*(1-1e-3)/2).view(-1, 1, 1),(self.sizes%2==0).view(-1, 1, 1)*.5
-        return (z.float()+(odd/half).atanh()).tanh()*half-odd
+        half,shift = (self.sizes-1)*(1+1e-3)/2,(self.sizes%2==0)*.5            # even: as many levels below 0 as from 0 up
+        return ((z.float()+(shift/half).atanh()).tanh()*half-shift)/(self.sizes//2)
 
     def nearest(self,
-        z:Tensor, # Map of vectors (b, d, h, w)
-    )->Tensor: # Number of the code at each place (b, h, w), int64
-        digits = self.digits(z).round().long()+(self.sizes//2).view(-1, 1, 1)  # 0 to L-1
-        return (digits*self.basis.view(-1, 1, 1)).sum(1)
+        z:Tensor, # Map of squashed vectors (b, d, h, w)
+    )->Tensor: # Number of the nearest code at each place (b, h, w), int64
+        half = self.sizes//2
+        digits = (z.float()*half).round().long()+half                          # 0 to L-1, once cut off
+        return (digits.clamp(min=0).minimum(self.sizes-1)*self.basis).sum(1)
 
     def lookup(self,
         indices:Tensor, # Codes (b, h, w), int64
     )->Tensor: # Their vectors (b, d, h, w), float32, in [-1, 1]
-        half = (self.sizes//2).view(-1, 1, 1)
-        return ((indices[:, None]//self.basis.view(-1, 1, 1))%self.sizes.view(-1, 1, 1)-half)/half.float()
+        half = self.sizes//2
+        return ((indices[:, None]//self.basis)%self.sizes-half)/half.float()
 
     def forward(self,
-        z:Tensor, # Map of vectors (b, d, h, w)
+        z:Tensor, # Map of vectors (b, d, h, w), as the encoder says them
         u:Tensor|None=None, # Not looked at: no code can die
     )->tuple[Tensor, Tensor, Tensor]: # Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0
-        digits,half = self.digits(z),(self.sizes//2).view(-1, 1, 1)
+        z = self.bound(z)
         indices = self.nearest(z)
-        if self.training: self.cluster_size.lerp_(count_codes(everyone(indices), self.num_embeddings), .01)
-        return straight_through(digits/half, digits.round()/half),indices,digits.new_zeros(())
+        return straight_through(z, self.lookup(indices)),indices,z.new_zeros(())
 
 # %% ../nbs/03_vqgan.ipynb #7c707969
 class CodeHistogram(nn.Module):
@@ -265,7 +271,7 @@ class CodeHistogram(nn.Module):
         u = torch.rand(heap.shape[:3], generator=generator, device=heap.device)[..., None]
         return torch.searchsorted(heap, u*heap[..., -1:], right=True).squeeze(-1).clamp(max=heap.shape[-1]-1)
 
-# %% ../nbs/03_vqgan.ipynb #9ab8b7e6
+# %% ../nbs/03_vqgan.ipynb #1610f0b6
 class VQVAE(Autoencoder):
     """An autoencoder whose latent is a map of codes: a slice becomes a sentence.
 
@@ -283,7 +289,7 @@ class VQVAE(Autoencoder):
         x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
         cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
     )->tuple[Tensor, Tensor]: # Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f)
-        z = self.squeeze(x, cond).float()
+        z = self.quantizer.bound(self.squeeze(x, cond))
         return z,self.quantizer.nearest(z)
 
     def decode_codes(self,
@@ -312,21 +318,25 @@ class VQVAE(Autoencoder):
         side:int, # Height and width of a latent, which must be the map's
         generator:torch.Generator, # Source of chance; says the device
         cond:dict[str, Tensor]|None=None, # 'slice' (n,) says at which height; without it, any
-    )->Tensor: # Latents (n, d, side, side) of codes drawn place by place
+    )->Tensor: # Latents (n, d, side, side): codes drawn place by place
+        if side!=(own := self.histogram.counts.shape[1]): raise ValueError(
+            f"VQVAE.random_latents: side={side}. Expected {own}, the side of the maps it was trained on. Try side={own}.")
         height = (cond or {}).get('slice', torch.full((n,), math.nan, device=generator.device))
         return self.quantizer.lookup(self.histogram.draw(height, generator))
 
-# %% ../nbs/03_vqgan.ipynb #ac56faec
+# %% ../nbs/03_vqgan.ipynb #7fd9afeb
 class PatchDiscriminator(nn.Module):
     """A critic that judges patches: one logit for each, above 0 for real, given the covariates of the slice.
 
-    Source: Isola et al. 2017, sec. 3.2.2 (patches); Miyato & Koyama 2018, eq. 4 (projection of the condition)."""
+    Source: Isola et al. 2017, sec. 3.2.2 (patches); Miyato & Koyama 2018, eq. 4 (projection of the condition).
+    Raises ValueError if the channels do not divide into 8 groups."""
     def __init__(self,
         covariates:tuple[Covariate, ...]=(), # What it is told about a slice
         channels:tuple[int, ...]=(32, 64, 128), # Features after each halving
         cond_channels:int=64, # Length of a condition token
     ):
         super().__init__()
+        for c in channels: check_divides('PatchDiscriminator', 8, channels=c)
         widths = (1, *channels)
         self.levels = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 4, stride=2, padding=1),
             nn.GroupNorm(8, b) if i else nn.Identity(), nn.LeakyReLU(.2)) for i,(a,b) in enumerate(zip(widths, channels)))

@@ -32,20 +32,32 @@ def test_schedule_is_that_of_diffusers(name, zero, T):
     assert_close(ours.snr, ours.abar/(1-ours.abar))
 
 
-@pytest.mark.parametrize('spacing', ['trailing', 'leading'])
+@pytest.mark.parametrize('spacing', S.SPACINGS)
 @pytest.mark.parametrize('T', [10, 128, 1000])
 def test_timesteps_are_those_of_diffusers(T, spacing):
     theirs = diffusers.DDIMScheduler(num_train_timesteps=T, timestep_spacing=spacing)
-    for n in range(1, T+1):
+    for n in range(1+(spacing=='linspace'), T+1):
         ours = S.sampling_timesteps(n, T, spacing)
         assert len(ours)==n and all(a>b for a,b in zip(ours, ours[1:])) and 0<=ours[-1] and ours[0]<T
-        exact = [T*i/n for i in range(n, 0, -1)]
+        assert S.sampling_timesteps(n, T, spacing, n//3)==ours[n//3:]
+        exact = [(T*i/n if spacing=='trailing' else (T-1)*(i-1)/max(n-1, 1)) for i in range(n, 0, -1)]
         theirs.set_timesteps(n)
         got = theirs.timesteps.tolist()
-        if spacing=='trailing': # a half may round either way there, where the step count is not exact in binary
+        if spacing!='leading': # a half may round either way there, where the step count is not exact in binary
             assert len(got)>=n and all(a==b or abs(e%1-.5)<1e-6 for a,b,e in zip(ours, got, exact)), n
             assert ours[0]==T-1
-        else: assert ours==got and ours[-1]==0
+        else: assert ours==got
+        assert spacing=='trailing' or ours[-1]==0
+
+
+@pytest.mark.parametrize('n', [1, 7, 15, 50])
+def test_timesteps_of_their_dpm_solver(n):
+    "Its trailing list is ours. Its other two are ours of one step more without step 0, where next to no noise is left."
+    for spacing in S.SPACINGS:
+        theirs = diffusers.DPMSolverMultistepScheduler(timestep_spacing=spacing)
+        theirs.set_timesteps(n)
+        ours = S.sampling_timesteps(n, 1000) if spacing=='trailing' else S.sampling_timesteps(n+1, 1000, spacing)[:-1]
+        assert theirs.timesteps.tolist()==ours
 
 
 @pytest.mark.parametrize('n', [1, 4, 7, 50])
@@ -84,6 +96,75 @@ def test_ddim_steps_are_those_of_diffusers(name, prediction_type, zero, spacing,
             assert eta==1; want = S.ddpm_step(pred, x, t, t_prev, ours, noise)
         x = S.ddim_step(pred, x, t, t_prev, ours, eta, noise)
         assert_close(x, want, atol=1e-5, rtol=1e-5)
+
+
+def dpm_pair(name, prediction_type, zero, ts):
+    "The two, theirs with sigmas in float64 for the steps `ts`."
+    ours = S.NoiseSchedule(1000, name, zero_terminal_snr=zero, prediction_type=prediction_type)
+    theirs = diffusers.DPMSolverMultistepScheduler(beta_schedule=NAMES[name], prediction_type=prediction_type, rescale_betas_zero_snr=zero)
+    theirs.set_timesteps(timesteps=ts)
+    theirs.sigmas = torch.cat([((1-ours.abar)/ours.abar).sqrt()[ts], torch.zeros(1, dtype=torch.float64)])
+    return ours,theirs
+
+
+@pytest.mark.parametrize('n', [2, 4, 10, 14, 15, 20, 50])
+@pytest.mark.parametrize('spacing', S.SPACINGS)
+@pytest.mark.parametrize('prediction_type,zero', KINDS)
+@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+def test_dpm_solver_steps_are_those_of_diffusers(name, prediction_type, zero, spacing, n):
+    """Given the same estimates, the same steps. Where the chain ends at exact noise theirs puts a tiny signal in its place and we do not:
+    there both are begun after that first step, which needs no memory and is DDIM's."""
+    ts = S.sampling_timesteps(n, 1000, spacing)
+    skip = 1 if zero and ts[0]==999 else 0
+    if skip==n: return
+    ours,theirs = dpm_pair(name, prediction_type, zero, ts)
+    theirs.set_begin_index(skip)
+    x,before = rand(0, 3, 2, 5),None
+    for t,t_prev in list(zip(ts, ts[1:]+[-1]))[skip:]:
+        truth,eps = rand(1, 3, 2, 5)+t/1000*rand(2, 3, 2, 5),rand(3, 3, 2, 5)      # an estimate that drifts slowly
+        if prediction_type!='sample': eps = (x-ours.abar[t].sqrt()*truth)/(1-ours.abar[t]).sqrt()
+        pred = S.targets(truth, eps, t, ours.abar, prediction_type)
+        want = theirs.step(pred, t, x).prev_sample                                  # computed in float32 there
+        estimate = S.to_x0_eps(pred, x, t, ours.abar, prediction_type)[0]
+        x,before = S.dpmpp_2m_step(pred, x, t, t_prev, ours, before),(estimate, t)
+        assert_close(x, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('start', [0, 3, 9])
+@pytest.mark.parametrize('sampler', S.SAMPLERS)
+def test_the_loop_is_that_of_diffusers(sampler, start, monkeypatch):
+    "A whole walk, from noise or from half-way (image-to-image), with a network that is a formula."
+    ours = S.NoiseSchedule(zero_terminal_snr=False)
+    net,ts,x = gaussian_network(1., .5, ours),S.sampling_timesteps(10, 1000),rand(5, 3, 2)
+    if sampler=='dpmpp': theirs = dpm_pair('cosine', 'v_prediction', False, ts)[1]
+    else:
+        theirs = pair(dict(ddim=diffusers.DDIMScheduler, ddpm=diffusers.DDPMScheduler)[sampler], 'cosine', 'v_prediction', False)[1]
+        theirs.alphas_cumprod = ours.abar
+        theirs.set_timesteps(10)
+    if sampler=='dpmpp': theirs.set_begin_index(start)
+    noise = torch.Generator().manual_seed(3)
+    monkeypatch.setattr('diffusers.schedulers.scheduling_ddpm.randn_tensor', lambda s, **_: torch.randn(s, generator=noise, dtype=torch.float64))
+    got,want = S.denoise(net, x, ours, 10, sampler, start=start, generator=torch.Generator().manual_seed(3)),x
+    for t in ts[start:]: want = theirs.step(net(want, torch.full((3,), t)), t, want).prev_sample
+    assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('n', [1, 4, 50])
+@pytest.mark.parametrize('spacing', ['trailing', 'leading'])
+@pytest.mark.parametrize('prediction_type,zero', KINDS)
+def test_inversion_is_that_of_diffusers(prediction_type, zero, spacing, n):
+    """Given the same answers, the same steps upward. The first starts at clean data, of which no network knows: ours reads the answer as one about step 0,
+    theirs as one about no noise at all, where v is the noise (off by 0.6 % of x0) and an answer of type `sample` cannot be read."""
+    ours,theirs = pair(diffusers.DDIMInverseScheduler, 'cosine', prediction_type, zero, spacing=spacing)
+    theirs.alphas_cumprod = ours.abar
+    theirs.set_timesteps(n)
+    seen,preds = [],[rand(k, 3, 2, 5) for k in range(1, n+1)]
+    def net(x, t): seen.append((x, int(t[0]))); return preds[len(seen)-1]
+    last = S.invert(net, rand(0, 3, 2, 5), ours, n, spacing)
+    ts = theirs.timesteps.tolist()
+    assert [t for _,t in seen]==[0, *ts[:-1]]
+    for i,(x,goal) in enumerate(zip([x for x,_ in seen], [*[x for x,_ in seen[1:]], last])):
+        if i or prediction_type=='epsilon': assert_close(goal, theirs.step(preds[i], ts[i], x).prev_sample, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', S.BETA_SCHEDULES)
@@ -185,6 +266,53 @@ def test_gaussian_closed_form(name, prediction_type, sampler, eta, n):
     if n==1000: assert abs(want/s-1)<.02                                            # many steps: the truth itself
 
 
+def test_dpm_solver_is_of_second_order():
+    "Between two finite noise levels, steps even in lambda: double the steps, a quarter of the error (DDIM: half)."
+    T = 20_000
+    schedule = S.NoiseSchedule(T)
+    lam,z,s,m = schedule.snr.log()/2,rand(0, 50, 1),torch.tensor([2., 1., .5], dtype=torch.float64),1.
+    net = gaussian_network(m, s, schedule)
+    exact = lambda t: schedule.abar[t].sqrt()*m + (schedule.abar[t]*s*s+1-schedule.abar[t]).sqrt()*z
+    def error(n, use_memory):
+        ts = [int((lam-l).abs().argmin()) for l in torch.linspace(-2, 2, n+1)]
+        x,before = exact(ts[0]),None
+        for t,t_prev in zip(ts, ts[1:]):
+            pred = net(x, torch.full((len(x),), t))
+            estimate = S.to_x0_eps(pred, x, t, schedule.abar, 'v_prediction')[0]
+            x,before = S.dpmpp_2m_step(pred, x, t, t_prev, schedule, before if use_memory else None),(estimate, t)
+        return (x-exact(ts[-1])).abs().max().item()
+    for n in (10, 20, 40):
+        assert abs(math.log2(error(n, False)/error(2*n, False))-1)<.15
+        assert abs(math.log2(error(n, True)/error(2*n, True))-2)<.3
+
+
+@pytest.mark.parametrize('prediction_type,zero', KINDS)
+@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+def test_dpm_solver_beats_ddim_against_the_exact_answer(name, prediction_type, zero):
+    schedule = S.NoiseSchedule(1000, name, zero_terminal_snr=zero, prediction_type=prediction_type)
+    z,m,s,a = rand(0, 500, 4),3.,torch.tensor([2., 1., .5, .25], dtype=torch.float64),schedule.abar[-1]
+    net,start = gaussian_network(m, s, schedule),a.sqrt()*m+(a*s*s+1-a).sqrt()*z
+    off = {k: (S.denoise(net, start, schedule, 15, k)-(m+s*z)).pow(2).mean().sqrt() for k in ('ddim', 'dpmpp')}
+    assert off['dpmpp']<.6*off['ddim']
+    for n in (1, 2, 3):
+        if zero: assert_close(*(S.denoise(net, start, schedule, n, k) for k in ('ddim', 'dpmpp')))
+
+
+@pytest.mark.parametrize('spacing', S.SPACINGS)
+@pytest.mark.parametrize('prediction_type,zero', KINDS)
+@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+def test_there_and_back(name, prediction_type, zero, spacing):
+    "The error of the round trip falls with the steps, by one more power with each correction."
+    schedule = S.NoiseSchedule(1000, name, zero_terminal_snr=zero, prediction_type=prediction_type)
+    m,s = 1.,torch.tensor([1.5, .5], dtype=torch.float64)
+    x0,net = m+s*rand(0, 200, 2),gaussian_network(m, s, schedule)
+    def off(n, refine, start=0):
+        back = S.denoise(net, S.invert(net, x0, schedule, n, spacing, start, refine), schedule, n, spacing=spacing, start=start)
+        return (back-x0).pow(2).mean().sqrt().item()
+    assert off(100, 0)<.6*off(50, 0)<.1 and off(100, 1)<.4*off(50, 1)<.02 and off(100, 2)<1e-3
+    assert off(50, 2, start=25)<1e-3
+
+
 def test_ddim_with_all_the_noise_is_ddpm():
     schedule = S.NoiseSchedule(beta_schedule='linear')
     x,pred,noise = rand(0, 4, 3),rand(1, 4, 3),rand(2, 4, 3)
@@ -195,8 +323,9 @@ def test_ddim_with_all_the_noise_is_ddpm():
 def test_dtype_follows_the_latents_and_a_bfloat16_answer_does_not_spoil_them():
     schedule = S.NoiseSchedule()
     for dtype in (torch.float32, torch.float64):
-        x = S.denoise(lambda x,t: x.bfloat16(), rand(0, 2, 3).to(dtype), schedule, 4, 'ddpm')
-        assert x.dtype==dtype
+        for sampler in S.SAMPLERS:
+            assert S.denoise(lambda x,t: x.bfloat16(), rand(0, 2, 3).to(dtype), schedule, 6, sampler).dtype==dtype
+        assert S.invert(lambda x,t: .1*x.bfloat16(), rand(0, 2, 3).to(dtype), schedule, 6, refine=1).dtype==dtype
 
 
 def test_same_seed_same_samples_and_callback_sees_every_step():
@@ -236,6 +365,16 @@ x,T = torch.zeros(2, 3),1000
     (lambda: S.targets(x, x, 5, S.NoiseSchedule().abar, 'v'), ValueError, "'v'"),
     (lambda: S.min_snr_weight(torch.tensor([1]), S.NoiseSchedule().abar, 'v'), ValueError, "'v'"),
     (lambda: S.sampling_timesteps(0, T), ValueError, 'num_inference_steps=0'),
+    (lambda: S.sampling_timesteps(1, T, 'linspace'), ValueError, 'Expected 2 to'),
+    (lambda: S.sampling_timesteps(5, T, start=5), ValueError, 'start=5'),
+    (lambda: S.sampling_timesteps(5, T, start=-1), ValueError, 'start=-1'),
+    (lambda: S.dpmpp_2m_step(x, x, 5, 4, S.NoiseSchedule(), (x, 5)), ValueError, 'from t=5 to t_prev=5'),
+    (lambda: S.dpmpp_2m_step(x, x, 5, 5, S.NoiseSchedule()), ValueError, 't_prev=5'),
+    (lambda: S.denoise(lambda x,t: x, x, S.NoiseSchedule(), 5, start=7), ValueError, 'start=7'),
+    (lambda: S.denoise(lambda x,t: x, x, S.NoiseSchedule(), 5, 'dpmpp', eta=.5), ValueError, "sampler='dpmpp'"),
+    (lambda: S.denoise(lambda x,t: x, x, S.NoiseSchedule(), 5, 'ddpm', eta=1.), ValueError, "sampler='ddpm'"),
+    (lambda: S.invert(lambda x,t: x, x, S.NoiseSchedule(), 5, refine=-1), ValueError, 'refine=-1'),
+    (lambda: S.invert(lambda x,t: x, x, S.NoiseSchedule(), 0), ValueError, 'num_inference_steps=0'),
     (lambda: S.sampling_timesteps(T+1, T), ValueError, '1 to num_train_timesteps=1000'),
     (lambda: S.sampling_timesteps(5., T), TypeError, '5.0'),
     (lambda: S.sampling_timesteps(True, T), TypeError, 'True'),
