@@ -9,7 +9,7 @@ __all__ = ['PRIOR_PRESETS', 'neighbours', 'TransformerBlock', 'CodeTransformer',
            'BestWeights', 'prior_args', 'preview_codes', 'validate_prior', 'save_prior', 'train_prior', 'load_prior',
            'draw_uniform', 'sample_prior', 'CodeSampler']
 
-# %% ../nbs/09_prior.ipynb #3f0505e1
+# %% ../nbs/09_prior.ipynb #9f257b55
 import math
 from copy import deepcopy
 from dataclasses import dataclass,replace
@@ -25,28 +25,29 @@ from .data import Covariate,SliceDataset,eval_batches
 from .layers import Conditioner,check_divides
 from .phantom import show_grid
 from .sampling import Codec,check_conditions,check_request,pick_device,told
-from .training import (LatentDataset,Learner,TrainConfig,check_finite,check_pictures,describe,drop_mask,enter_run,fill_model,
-                               infer,is_finished,load_autoencoder,load_weights,pick_covariates,pick_precision,preview_conditions,
-                               read_config,refuse_leak,refuse_unfinished,run_stage,save_figure,save_weights,seeded,spread,
-                               to_device,unpack_state)
-from .vae import Autoencoder
+from .training import (LatentDataset,Learner,TrainConfig,check_finite,check_pictures,describe,drop_mask,enter_run,
+                               fill_model,infer,is_finished,load_autoencoder,load_weights,pick_covariates,pick_precision,
+                               preview_conditions,read_config,refuse_leak,refuse_unfinished,run_stage,save_figure,
+                               save_weights,seeded,spread,to_device)
 from .vqgan import VQVAE
 
-# %% ../nbs/09_prior.ipynb #319b3d94
+# %% ../nbs/09_prior.ipynb #5048a21d
 def neighbours(
     side:int, # Height and width of the map
-)->Tensor: # Raster numbers of the places left, above, above left and above right (side*side, 4); -1 outside
-    "The places beside each place that are written before it."
+)->Tensor: # Numbers of the places written just before, and above, above left, above right (side*side, 4); -1: none
+    "Where the codes stand that say most about each place, of those written before it."
     i,j = torch.meshgrid(torch.arange(side), torch.arange(side), indexing='ij')
-    near = []
-    for di,dj in ((0, -1), (-1, 0), (-1, -1), (-1, 1)):
-        inside = (i+di>=0) & (j+dj>=0) & (j+dj<side)
-        near.append(torch.where(inside, (i+di)*side+j+dj, -1))
+    near = [torch.arange(side**2).view(side, side)-1]
+    for dj in (0, -1, 1):
+        inside = (i>0) & (j+dj>=0) & (j+dj<side)
+        near.append(torch.where(inside, (i-1)*side+j+dj, -1))
     return torch.stack(near, dim=-1).flatten(0, 1)
 
-# %% ../nbs/09_prior.ipynb #efc044c1
+# %% ../nbs/09_prior.ipynb #5fca6332
 class TransformerBlock(nn.Module):
-    "Attention to what came before, then a small network at each place. Source: Vaswani et al. 2017; pre-norm as in Radford et al. 2019."
+    """Attention to what came before, then a small network at each place, each added to what was there.
+
+    Source: Vaswani et al. 2017, sec. 3; norms first as in Radford et al. 2019, sec. 2.3."""
     def __init__(self,
         embed_dim:int, # Length of a vector, a multiple of `num_heads`
         num_heads:int, # Attention heads
@@ -56,7 +57,7 @@ class TransformerBlock(nn.Module):
         self.num_heads,self.norm1,self.norm2 = num_heads,nn.LayerNorm(embed_dim),nn.LayerNorm(embed_dim)
         self.qkv,self.proj = nn.Linear(embed_dim, 3*embed_dim),nn.Linear(embed_dim, embed_dim)
         self.mlp = nn.Sequential(nn.Linear(embed_dim, 4*embed_dim), nn.GELU(), nn.Linear(4*embed_dim, embed_dim))
-        for last in (self.proj, self.mlp[-1]): nn.init.zeros_(last.weight); nn.init.zeros_(last.bias)   # start as the identity
+        for o in (self.proj, self.mlp[-1]): nn.init.zeros_(o.weight); nn.init.zeros_(o.bias)   # start as the identity
 
     def forward(self,
         x:Tensor, # Vectors (b, t, embed_dim): the whole sequence from its start, or the newest one alone
@@ -133,7 +134,7 @@ class CodeTransformer(nn.Module):
         return torch.empty(len(self.blocks), 2, batch_size, self.num_heads, places, w.shape[1]//self.num_heads,
                            device=w.device, dtype=torch.get_autocast_dtype(w.device.type) if low else w.dtype)
 
-# %% ../nbs/09_prior.ipynb #6bdee635
+# %% ../nbs/09_prior.ipynb #7f0749ae
 def check_codes(
     codes:Tensor, # Should be the first codes of some maps (b, m), int64
     side:int, # Height and width of the map
@@ -142,8 +143,8 @@ def check_codes(
     if codes.dtype!=torch.int64: raise TypeError(
         f"CodeTransformer: codes of {codes.dtype}. Expected torch.int64. Give what VQVAE.encode returns second.")
     if codes.ndim!=2 or codes.shape[1]>=side**2: raise ValueError(
-        f"CodeTransformer: codes of shape {tuple(codes.shape)}. Expected (b, m) with m less than {side**2}, the codes known "
-        "before the one to be predicted. Try codes.flatten(1)[:, :-1].")
+        f"CodeTransformer: codes of shape {tuple(codes.shape)}. Expected (b, m) with m less than {side**2}, the codes "
+        "known before the one to be predicted. Try codes.flatten(1)[:, :-1].")
 
 # %% ../nbs/09_prior.ipynb #f7bdc62d
 @dataclass
@@ -164,7 +165,7 @@ class PriorConfig(TrainConfig):
     drop_all:float=.1 # Probability of hiding all of them at once
     ema_images:int=5_000 # Half life of the average of the weights
 
-# %% ../nbs/09_prior.ipynb #cbf0986d
+# %% ../nbs/09_prior.ipynb #40f891e7
 def check_prior(
     config:PriorConfig, # The configuration to look at
 )->None: # Nothing: it raises or returns
@@ -173,7 +174,8 @@ def check_prior(
               if k in ('dropout', 'replace_codes', 'label_smoothing')}
     sizes = {k: (v, v>0, 'a number above 0') for k,v in vars(config).items() if k in ('embed_dim', 'num_layers')}
     for name,(v,fits,words) in {**shares, **sizes}.items():
-        if not fits: raise ValueError(f"check_config: {name}={v!r}. Expected {words}. Check --{name.replace('_', '-')}.")
+        if not fits: raise ValueError(
+            f"check_config: {name}={v!r}. Expected {words}. Check --{name.replace('_', '-')}.")
     check_divides('check_config', config.num_heads, embed_dim=config.embed_dim)
 
 # %% ../nbs/09_prior.ipynb #8d828c52
@@ -188,7 +190,7 @@ def dropout_masks(
     keep = torch.empty(2*num_layers+1, *shape, device=generator.device)
     return keep.bernoulli_(1-rate, generator=generator).div_(1-rate)
 
-# %% ../nbs/09_prior.ipynb #e7e668a4
+# %% ../nbs/09_prior.ipynb #25117516
 def prior_loss(
     model:nn.Module, # A CodeTransformer
     batch:dict[str, Tensor], # 'latent': codes (b, h, w), and encoded covariates
@@ -204,12 +206,13 @@ def prior_loss(
     drop = drop_mask(b, n, config.drop_one, config.drop_all, generator)
     keep = dropout_masks(config.num_layers, (b, n+places, config.embed_dim), config.dropout, generator)
     known = spoil(codes[:, :-1], config.replace_codes, num_embeddings, generator)              # all but the last
-    logits = model(known, {c.name: batch[c.name] for c in covariates}, drop, keep).float().transpose(1, 2)   # (b, k, places)
+    logits = model(known, {c.name: batch[c.name] for c in covariates}, drop, keep)             # (b, places, k)
+    logits = logits.float().transpose(1, 2)
     loss = F.cross_entropy(logits, codes, label_smoothing=config.label_smoothing)
     nats = F.cross_entropy(logits.detach(), codes) if config.label_smoothing else loss.detach()
     return loss,dict(bits=nats/math.log(2))
 
-# %% ../nbs/09_prior.ipynb #b344522c
+# %% ../nbs/09_prior.ipynb #ec22e0cd
 def spoil(
     codes:Tensor, # Codes, any shape
     share:float, # Share to replace
@@ -218,8 +221,9 @@ def spoil(
 )->Tensor: # The same codes, some of them replaced by random ones
     "Teach not to trust every code before. Source: Bengio et al. 2015; Esser et al. 2021, code (pkeep)."
     if not share: return codes
-    lost = torch.rand(codes.shape, generator=generator, device=codes.device)<share
-    return torch.where(lost, torch.randint(num_embeddings, codes.shape, generator=generator, device=codes.device), codes)
+    chance = dict(generator=generator, device=codes.device)
+    lost = torch.rand(codes.shape, **chance)<share
+    return torch.where(lost, torch.randint(num_embeddings, codes.shape, **chance), codes)
 
 # %% ../nbs/09_prior.ipynb #15cb26c5
 def cache_codes(
@@ -279,16 +283,16 @@ def lean(
     "A histogram that knows little leans on a coarser one. Source: MacKay & Peto 1995, eq. 18."
     return (hits+strength*coarser)/(total+strength)
 
-# %% ../nbs/09_prior.ipynb #e80ce540
+# %% ../nbs/09_prior.ipynb #03d56eab
 def code_cells(
     slices:Tensor, # Slice number of each map (n,), whole and not negative
     places:int, # Codes in a map
-)->tuple[Tensor, Tensor, Tensor]: # Number of the histogram of each code (n, places): of all, by place, by place and slice
+)->tuple[Tensor, Tensor, Tensor]: # Number of each code's histogram (n, places): of all; by place; by place and slice
     "Three ways to sort codes into histograms."
     place = torch.arange(places).expand(len(slices), -1)
     return torch.zeros_like(place),place,place+places*slices[:, None]
 
-# %% ../nbs/09_prior.ipynb #e48519a2
+# %% ../nbs/09_prior.ipynb #7d07dc84
 def code_floors(
     train:Tensor, # Code maps of the train slices (n, h, w)
     train_slices:Tensor, # Their slice numbers (n,), int64
@@ -301,7 +305,8 @@ def code_floors(
     train,held = train.flatten(1),held.flatten(1)
     names = sorted(set(train_subjects))
     aside = torch.tensor([names.index(o)%5==0 for o in train_subjects])                        # every fifth train subject
-    cells = [code_cells(o, train.shape[1]) for o in (train_slices[~aside], train_slices[aside], train_slices, held_slices)]
+    numbers = (train_slices[~aside], train_slices[aside], train_slices, held_slices)
+    cells = [code_cells(o, train.shape[1]) for o in numbers]
     trial = final = 1/num_embeddings
     floors = dict(uniform=torch.full((len(held),), math.log2(num_embeddings)))
     for name,a,b,here,there in zip(('histogram', 'place', 'place_slice'), *cells):
@@ -312,13 +317,13 @@ def code_floors(
         floors[name] = -final.log2().mean(1).float()
     return floors
 
-# %% ../nbs/09_prior.ipynb #20d39cda
+# %% ../nbs/09_prior.ipynb #ac13f04f
 def code_chances(
     logits:Tensor, # Logits of the next code (b, k)
     temperature:float=1., # Below 1: bolder about probable codes; above 1: more random
     top_k:int|None=None, # Keep only so many of the most probable codes
     top_p:float=1., # Of these, keep the fewest that together hold this share of the probability
-)->tuple[Tensor, Tensor]: # Probabilities, greatest first, 0 where a code is not allowed (b, k); which codes these are (b, k)
+)->tuple[Tensor, Tensor]: # Probabilities, greatest first, 0 where not allowed (b, k); which codes these are (b, k)
     "What the next code may be. Source: Fan et al. 2018 (top-k); Holtzman et al. 2020, sec. 3.1 (top-p)."
     chances,order = (logits.float()/temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     if top_k: chances[:, top_k:] = 0
@@ -337,7 +342,7 @@ def pick_codes(
     rank = (chances.cumsum(-1)<=u[:, None].to(chances)).sum(-1, keepdim=True).minimum(last)    # rounding can pass the end
     return order.gather(-1, rank).squeeze(-1)
 
-# %% ../nbs/09_prior.ipynb #979babf0
+# %% ../nbs/09_prior.ipynb #0d663a7a
 def check_sampling(
     temperature:float, # Of the codes
     top_k:int|None, # Codes to choose from
@@ -350,7 +355,7 @@ def check_sampling(
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer))): raise TypeError(
         f"sample: top_k={top_k!r}. Expected a whole number, or None for all codes. Try top_k=100.")
     if not 0<temperature<math.inf: raise ValueError(
-        f"sample: temperature={temperature}. Expected a number above 0. For the most probable code each time try top_k=1.")
+        f"sample: temperature={temperature}. Expected a number above 0. Try top_k=1 for the most probable code each time.")
     if top_k is not None and top_k<1: raise ValueError(
         f"sample: top_k={top_k}. Expected 1 or more, or None for all codes. Try top_k=100.")
     if not 0<top_p<=1: raise ValueError(f"sample: top_p={top_p}. Expected more than 0, up to 1. Try top_p=0.95.")
@@ -372,7 +377,7 @@ def next_logits(
     told_,not_told = both[:, -1].float().chunk(2)
     return not_told+guidance_scale*(told_-not_told)
 
-# %% ../nbs/09_prior.ipynb #f0404109
+# %% ../nbs/09_prior.ipynb #8fb8b8f1
 def sample_codes(
     prior:CodeTransformer, # The prior
     u:Tensor, # Uniform numbers in [0, 1), one a code (b, side*side), on the prior's device
@@ -394,7 +399,8 @@ def sample_codes(
     start = 0
     for i in range(codes.shape[1], side**2):
         logits = next_logits(prior, codes, cond or {}, guidance_scale, cache, start)
-        codes = torch.cat([codes, pick_codes(*code_chances(logits, temperature, top_k, top_p), u[:, i])[:, None]], dim=1)
+        new = pick_codes(*code_chances(logits, temperature, top_k, top_p), u[:, i])
+        codes = torch.cat([codes, new[:, None]], dim=1)
         start = n+i+1 if cached else 0
         tick(b)
     return codes.view(b, side, side)
@@ -438,7 +444,7 @@ class BestWeights(nn.Module):
         self.module.load_state_dict(model.state_dict())
         self.bits.fill_(bits); self.images.fill_(images)
 
-# %% ../nbs/09_prior.ipynb #d04cd264
+# %% ../nbs/09_prior.ipynb #1a6f7bb1
 def prior_args(
     config:PriorConfig, # The configuration
     autoencoder:VQVAE, # Whose codes are to be learned
@@ -447,10 +453,11 @@ def prior_args(
 )->dict: # Arguments of `CodeTransformer`
     "The part of a configuration that decides the architecture. Raises ValueError for an autoencoder without codes."
     if not isinstance(autoencoder, VQVAE): raise ValueError(
-        f"train_prior: the autoencoder of this run is a {type(autoencoder).__name__}, whose latents are no codes. Expected a "
-        "VQVAE. Train another run with `brainldm train autoencoder --kind vq`, or use `brainldm train ldm` here.")
+        f"train_prior: the autoencoder of this run is a {type(autoencoder).__name__}, whose latents are no codes. "
+        "Expected a VQVAE. Train another run with `brainldm train autoencoder --kind vq`, or use `brainldm train ldm` here.")
     sizes = {o: getattr(config, o) for o in ('embed_dim', 'num_layers', 'num_heads')}
-    return dict(sizes, num_embeddings=autoencoder.quantizer.num_embeddings, side=size//autoencoder.factor, covariates=covariates)
+    return dict(sizes, num_embeddings=autoencoder.quantizer.num_embeddings, side=size//autoencoder.factor,
+                covariates=covariates)
 
 # %% ../nbs/09_prior.ipynb #6384b8c5
 def preview_codes(
@@ -481,7 +488,7 @@ def validate_prior(
     save_figure(show_grid(pictures, row_labels=rows, title='Written code by code: diagnosis by slice'), path)
     return dict(val_bits=bits, best_bits=best.bits.item(), best_images=best.images.item())
 
-# %% ../nbs/09_prior.ipynb #b63ce284
+# %% ../nbs/09_prior.ipynb #762ad803
 def save_prior(
     path:Path, # RUN/prior.safetensors
     learner:Learner, # The training so far
@@ -490,11 +497,11 @@ def save_prior(
     "Write the weights that were best on held-out subjects, and say how good and how old they are."
     best = learner.ema.best
     measured = bool(best.bits.isfinite())                                      # not yet, if stopped before the first look
-    about = dict(images=best.images.item() if measured else learner.seen, val_bits=best.bits.item() if measured else None)
+    images,bits = (best.images.item(), best.bits.item()) if measured else (learner.seen, None)
     weights = (best if measured else learner.ema).module.state_dict()
-    save_weights(path, weights, dict(info, **about, kind='prior', images_trained=learner.seen))
+    save_weights(path, weights, dict(info, kind='prior', images=images, val_bits=bits, images_trained=learner.seen))
 
-# %% ../nbs/09_prior.ipynb #654c9b57
+# %% ../nbs/09_prior.ipynb #da81461d
 def train_prior(
     dataset:SliceDataset, # The data that the autoencoder was trained on
     run:Path, # Run folder with a trained VQVAE
@@ -519,7 +526,8 @@ def train_prior(
     shown = progress and learner.accelerator.is_main_process
     train,held = (LatentDataset(cache_codes(autoencoder, o, learner.precision, progress=shown), o.conditions)
                   for o in (dataset.subset('train'), dataset.subset('validate')))
-    info,decode = dict(args=dict(args, covariates=describe(covariates))),infer(autoencoder, learner.precision, 'decode_codes')
+    info = dict(args=dict(args, covariates=describe(covariates)))
+    decode = infer(autoencoder, learner.precision, 'decode_codes')
     def picture(seen): return run/'samples'/f'prior_{seen:09d}.png'
     run_stage(learner, train, run, 'prior', state, progress=progress,
         validate=lambda seen: validate_prior(learner, held, decode, picture(seen)),
@@ -551,7 +559,7 @@ def draw_uniform(
     own = [np.random.default_rng((seed, start+i)).random(places, dtype=np.float32) for i in range(n)]
     return torch.from_numpy(np.stack(own)).to(device)
 
-# %% ../nbs/09_prior.ipynb #ffeef936
+# %% ../nbs/09_prior.ipynb #f552de31
 def sample_prior(
     model, # A `CodeSampler`: a run with a trained prior
     n:int=1, # Pictures to draw
@@ -569,7 +577,7 @@ def sample_prior(
     progress:bool=False, # Show a bar
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-    "Write codes with the conditions asked for, and decode them. Raises ValueError or TypeError for what the run cannot serve."
+    "Write codes with the conditions asked for, and decode them. Raises ValueError or TypeError for what cannot be served."
     check_request(n, 1, guidance_scale, seed, batch_size, 1); check_sampling(temperature, top_k, top_p)
     cond = check_conditions(dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), model.covariates, n)
     told(model.autoencoder, cond, 'cpu')                                       # refuse now, not after the writing
@@ -586,9 +594,9 @@ def sample_prior(
             pictures.append(model.decode_codes(codes, part))
     return torch.cat(pictures)
 
-# %% ../nbs/09_prior.ipynb #633a0812
+# %% ../nbs/09_prior.ipynb #8e8751bf
 class CodeSampler(Codec):
-    "A trained VQVAE with its prior: writes new pictures under the conditions asked for, or goes on where one was cut off."
+    "A trained VQVAE with its prior: writes new pictures under the conditions asked for, or completes a begun one."
     def __init__(self,
         autoencoder:VQVAE, # Trained autoencoder
         size:int, # Side of its pictures, pixels
@@ -598,8 +606,8 @@ class CodeSampler(Codec):
         super().__init__(autoencoder, size, precision)
         kind = (getattr(getattr(autoencoder, 'quantizer', None), 'num_embeddings', None),size//autoencoder.factor)
         if kind!=(prior.num_embeddings, prior.side): raise ValueError(
-            f"CodeSampler: a prior of {prior.num_embeddings} codes on {prior.side} x {prior.side} places, and an autoencoder "
-            f"of {kind[0] or 'no'} codes on {kind[1]} x {kind[1]}. Expected two of one run. Train the prior again.")
+            f"CodeSampler: a prior of {prior.num_embeddings} codes on {prior.side} x {prior.side} places, an autoencoder of "
+            f"{kind[0] or 'no'} codes on {kind[1]} x {kind[1]}. Expected two of one run. Train the prior again.")
         self.prior = prior
 
     @classmethod
@@ -609,8 +617,8 @@ class CodeSampler(Codec):
         precision:str='auto', # 'auto', 'no', 'bf16' or 'fp16'
     )->'CodeSampler': # Ready to use
         "Load a run. Raises FileNotFoundError without autoencoder or prior, ValueError on files that do not fit."
-        device,(autoencoder,about) = pick_device(device),load_autoencoder(run)
-        return cls(autoencoder.to(device), about['size'], load_prior(run)[0].to(device), pick_precision(precision, device))
+        device,(autoencoder,about),(prior,_) = pick_device(device),load_autoencoder(run),load_prior(run)
+        return cls(autoencoder.to(device), about['size'], prior.to(device), pick_precision(precision, device))
 
     @property
     def covariates(self)->tuple[Covariate, ...]: # Names, kinds, values and ranges
@@ -636,11 +644,12 @@ class CodeSampler(Codec):
 
     sample = sample_prior                                                      # a function in a class is a method
 
-# %% ../nbs/09_prior.ipynb #e5024501
+# %% ../nbs/09_prior.ipynb #f6fa9fdb
 PRIOR_PRESETS = {
-    'tiny': PriorConfig(total_images=3_200, warmup_images=320, validate_every=1_600, checkpoint_every=1_600, embed_dim=32,
-                        num_layers=2, ema_images=500),
+    'tiny': PriorConfig(total_images=3_200, warmup_images=320, validate_every=1_600, checkpoint_every=1_600,
+                        embed_dim=32, num_layers=2, ema_images=500),
     'laptop': PriorConfig(),
-    'gpu': PriorConfig(total_images=2_000_000, batch_size=64, learning_rate=5e-4, warmup_images=50_000, validate_every=100_000,
-                       checkpoint_every=100_000, embed_dim=384, num_layers=8, num_heads=8, ema_images=200_000, num_workers=2),
+    'gpu': PriorConfig(total_images=2_000_000, batch_size=64, learning_rate=5e-4, warmup_images=50_000,
+                       validate_every=100_000, checkpoint_every=100_000, embed_dim=384, num_layers=8, num_heads=8,
+                       ema_images=200_000, num_workers=2),
 } # name -> prior: sizes that suit a test, two CPU cores, one GPU

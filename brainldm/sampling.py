@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['SYNTHETIC', 'draw_noise', 'spread', 'guide', 'check_conditions', 'check_request', 'check_guidance', 'told', 'Codec',
            'listen', 'draw_batch', 'take_request', 'in_batches', 'sample_pictures', 'Sampler', 'pick_device',
-           'load_denoiser', 'BrainLDM', 'to_bytes', 'new_folder', 'manifest_of', 'save_pictures', 'save_gif']
+           'load_denoiser', 'BrainLDM', 'check_pictures', 'skipped_steps', 'image_to_image', 'find_noise',
+           'counterfactual', 'slerp', 'mix_conditions', 'interpolate', 'to_bytes', 'new_folder', 'manifest_of',
+           'save_pictures', 'save_gif']
 
 # %% ../nbs/07_sampling.ipynb #71a302d7
 import json
@@ -395,6 +397,139 @@ class BrainLDM(Sampler):
         parts = {k: v if k=='schedule' else v.to(device) for k,v in parts.items()}
         heights = Covariate(**about['heights']) if about.get('heights') else None
         return cls(autoencoder.to(device), about['size'], precision=pick_precision(precision, device), heights=heights, **parts)
+
+# %% ../nbs/07_sampling.ipynb #244902fe
+def check_pictures(
+    name:str, # Function that asks, for the message
+    pictures:Tensor, # What arrived
+    size:int, # Side that the model knows, pixels
+)->int: # Number of pictures
+    "Refuse what is no batch of pictures. Raises TypeError or ValueError."
+    if not isinstance(pictures, Tensor) or not pictures.is_floating_point(): raise TypeError(
+        f"{name}: {getattr(pictures, 'dtype', type(pictures).__name__)}. Expected a float tensor of pictures in [-1, 1]. "
+        "Try dataset.__getitems__([0])['image'].")
+    if pictures.ndim!=4 or not len(pictures) or pictures.shape[1:]!=(1, size, size): raise ValueError(
+        f"{name}: pictures of shape {tuple(pictures.shape)}. Expected (n, 1, {size}, {size}). Check the size of the data.")
+    low,high = pictures.min().item(),pictures.max().item()
+    if not -1<=low<=high<=1: raise ValueError(
+        f"{name}: grey values from {low:g} to {high:g}. Expected -1 to 1. Try pictures/127.5-1 for 0 to 255.")
+    return len(pictures)
+
+# %% ../nbs/07_sampling.ipynb #d0153beb
+def skipped_steps(
+    steps:int, # Steps of the whole walk
+    strength:float, # Share of it to do, above 0 to 1
+)->int: # Steps to leave out at the noisy end, as diffusers counts them
+    "Where a walk of some strength starts. Raises ValueError if no step is left."
+    if not 0<strength<=1 or int(steps*strength)==0: raise ValueError(
+        f"skipped_steps: strength={strength} of steps={steps}. Expected above 0 to 1, and one step or more. Try 0.6.")
+    return steps-int(steps*strength)
+
+# %% ../nbs/07_sampling.ipynb #3b97a7af
+def image_to_image(
+    model, # A `Sampler`: a run with a trained denoiser
+    pictures:Tensor, # Pictures to start from (n, 1, size, size) in [-1, 1]
+    strength:float=.6, # Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left
+    steps:int=30, # Steps of the whole walk; strength*steps network calls
+    guidance_scale:float|dict[str, float]=1., # As in `sample`
+    seed:int=0, # Of the noise that is added
+    sampler:str='ddim', # 'ddim', 'ddpm' or 'dpmpp'
+    batch_size:int=32, # Pictures at a time
+    **conditions, # What the new pictures shall be: diagnosis, slice, age, sex, …
+)->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
+    "Draw the pictures anew from half-noise. Source: Meng et al. 2022, alg. 1. Raises ValueError or TypeError."
+    n = check_pictures('image_to_image', pictures, model.size)
+    how = dict(steps=steps, guidance_scale=guidance_scale, sampler=sampler, start=skipped_steps(steps, strength))
+    cond,out = take_request(model, conditions, n, how, seed, batch_size),[]
+    level = sampling_timesteps(steps, model.schedule.num_train_timesteps, start=how['start'])[0]
+    for i,stop,part in in_batches(cond, n, batch_size, model.device):
+        z = model.encode_standard(pictures[i:stop], part)
+        noise = draw_noise(stop-i, tuple(z.shape[1:]), seed, i, model.device)
+        fresh = int(np.random.SeedSequence((seed, i, 1)).generate_state(1)[0])
+        out.append(draw_batch(model, add_noise(z, noise, level, model.schedule.abar), part, how, fresh))
+    return torch.cat(out)
+
+Sampler.image_to_image = image_to_image
+
+# %% ../nbs/07_sampling.ipynb #b44ba544
+def find_noise(
+    model, # A `Sampler`
+    pictures:Tensor, # Pictures (b, 1, size, size) in [-1, 1]
+    cond:dict[str, Tensor], # Encoded conditions, what is known of them, each (b,), on the model's device
+    how:dict, # steps, start, refine
+)->Tensor: # Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the pictures
+    "Encode the pictures and read the walk backwards, without guidance. Source: Song et al. 2021, sec. 4.3."
+    z = model.encode_standard(pictures, cond)
+    return invert(listen(model, cond, {}), z, model.schedule, how['steps'], start=how['start'], refine=how['refine'])
+
+# %% ../nbs/07_sampling.ipynb #1a00dd52
+def counterfactual(
+    model, # A `Sampler`: a run with a trained denoiser
+    pictures:Tensor, # Pictures to edit (n, 1, size, size) in [-1, 1]
+    to:dict, # What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is the round trip
+    given:dict|None=None, # What is known of the pictures, in the same form; stays as it is where `to` says nothing
+    strength:float=1., # Share of the walk to undo: below 1 the coarse shape is kept
+    steps:int=50, # Steps of the whole walk, each way
+    guidance_scale:float|dict[str, float]=1., # As in `sample`, on the way back
+    refine:int=1, # Corrections of each step on the way to the noise, see `invert`
+    batch_size:int=32, # Pictures at a time
+)->Tensor: # The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU
+    "Walk to the noise of each picture, then back under changed conditions. Raises ValueError or TypeError."
+    n,given = check_pictures('counterfactual', pictures, model.size),given or {}
+    how = dict(steps=steps, guidance_scale=guidance_scale, start=skipped_steps(steps, strength), refine=refine)
+    after = take_request(model, {**given, **to}, n, how, 0, batch_size)
+    before,out = take_request(model, given, n, dict(steps=steps), 0, batch_size),[]
+    for (i,stop,old),(_,_,new) in zip(*(in_batches(o, n, batch_size, model.device) for o in (before, after))):
+        out.append(draw_batch(model, find_noise(model, pictures[i:stop], old, how), new, how))
+    return torch.cat(out)
+
+Sampler.counterfactual = counterfactual
+
+# %% ../nbs/07_sampling.ipynb #92ccc675
+def slerp(
+    a:Tensor, # One point (c, h, w)
+    b:Tensor, # Another
+    u:Tensor, # Shares of the way from a to b (n,)
+)->Tensor: # Points on the great circle between them (n, c, h, w)
+    "Spherical interpolation. Source: Shoemake 1985."
+    angle = torch.arccos((a*b).sum()/a.norm()/b.norm())
+    u = u.to(a).view(-1, *[1]*a.ndim)
+    return ((1-u)*angle).sin()/angle.sin()*a + (u*angle).sin()/angle.sin()*b
+
+# %% ../nbs/07_sampling.ipynb #d184b406
+def mix_conditions(
+    cond:dict[str, Tensor], # Encoded conditions of the two ends, each (2,)
+    u:Tensor, # Shares of the way (n,)
+)->dict[str, Tensor]: # Encoded conditions along the way, each (n,)
+    "Numbers run evenly from one end to the other. Raises ValueError for a category, or a gap, at one end only."
+    for k,v in cond.items():
+        if torch.equal(v[0].isnan(), v[1].isnan()) and (v.is_floating_point() or v[0]==v[1]): continue
+        raise ValueError(f"interpolate: {k} differs between the ends. Expected the same category, or numbers at both: "
+                         f"nothing lies between two categories. Try it without {k}, which leaves it open.")
+    return {k: v[0]+u.to(v.device)*(v[1]-v[0]) if v.is_floating_point() else v[:1].expand(len(u)) for k,v in cond.items()}
+
+# %% ../nbs/07_sampling.ipynb #80833bd6
+def interpolate(
+    model, # A `Sampler`: a run with a trained denoiser
+    a:Tensor, # One picture (1, 1, size, size) in [-1, 1]
+    b:Tensor, # Another
+    n:int=8, # Pictures, both ends included; 2 or more
+    given:dict|None=None, # What is known of them: a value, or two, by covariate name
+    steps:int=50, # Steps of the walk, each way
+    refine:int=1, # Corrections of each step on the way to the noise, see `invert`
+    batch_size:int=32, # Pictures at a time
+)->Tensor: # Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the CPU
+    "Brains between two brains: a great circle between their noises. Raises ValueError or TypeError."
+    if check_pictures('interpolate', a, model.size)!=1 or check_pictures('interpolate', b, model.size)!=1 or n<2: raise ValueError(
+        f"interpolate: {len(a)} and {len(b)} pictures, n={n}. Expected one and one, and n of 2 or more. Try a[:1], b[:1].")
+    how = dict(steps=steps, start=0, refine=refine)
+    ends = take_request(model, given or {}, 2, how, 0, batch_size)
+    u = torch.linspace(0, 1, n)
+    between = mix_conditions(ends, u)
+    noise = slerp(*find_noise(model, torch.cat([a, b]), to_device(ends, model.device), how), u)
+    return torch.cat([draw_batch(model, noise[i:stop], part, how) for i,stop,part in in_batches(between, n, batch_size, model.device)])
+
+Sampler.interpolate = interpolate
 
 # %% ../nbs/07_sampling.ipynb #8a1f35bc
 SYNTHETIC = 'Synthetic picture drawn by a generative model (brainldm). Not a scan of a person; not for clinical use.'

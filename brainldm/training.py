@@ -938,7 +938,7 @@ def autoencoder_args(
     return dict(args, quantizer=codebook if config.kind=='vq' else dict(levels=config.fsq_levels),
                 map_side=config.data.size//(config.patch*2**(len(config.channels)-1)))
 
-# %% ../nbs/06_training.ipynb #fcf5d73d
+# %% ../nbs/06_training.ipynb #67f27140
 def build_autoencoder(
     kind:str, # 'kl', 'vq' or 'fsq'
     args:dict, # As from `autoencoder_args`
@@ -948,7 +948,7 @@ def build_autoencoder(
     quantizers = dict(vq=VectorQuantizer, fsq=FSQ)
     if kind not in quantizers: raise ValueError(
         f"build_autoencoder: kind={kind!r}. Expected 'kl', 'vq' or 'fsq'. "
-        "Check that the file is an autoencoder of this version.")
+        "Check that the file was written by this version.")
     return VQVAE(quantizers[kind](**args['quantizer']), **{k: v for k,v in args.items() if k!='quantizer'})
 
 # %% ../nbs/06_training.ipynb #ec089f7c
@@ -1018,17 +1018,18 @@ def train_autoencoder(
         export=lambda seen: save_weights(run/'autoencoder.safetensors', model.state_dict(), dict(info, images=seen)))
     return bare_model(learner)
 
-# %% ../nbs/06_training.ipynb #117ee93b
+# %% ../nbs/06_training.ipynb #83a12f34
 def load_autoencoder(
     run:Path, # Run folder
 )->tuple[Autoencoder, dict]: # The network in evaluation mode on the CPU, and its description
     "Build the autoencoder of a run from its file alone. Raises FileNotFoundError or ValueError."
     tensors,info = load_weights(Path(run)/'autoencoder.safetensors')
-    try: args = dict(info['args'], covariates=tuple(Covariate(**c) for c in info['args']['covariates']))
+    try:
+        args = dict(info['args'], covariates=tuple(Covariate(**c) for c in info['args']['covariates']))
+        model = build_autoencoder(info['kind'], args)
     except (KeyError, TypeError) as e: raise ValueError(
-        f"load_autoencoder: {run} holds kind={info.get('kind')!r} ({type(e).__name__}: {e}). Expected an autoencoder. "
-        "Check that the file is an autoencoder of this version.") from None
-    model = build_autoencoder(info.get('kind'), args)
+        f"load_autoencoder: the description of {run}/autoencoder.safetensors does not describe an autoencoder "
+        f"({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it from a backup.") from None
     return fill_model(model, tensors, f'{run}/autoencoder.safetensors').eval(),info
 
 # %% ../nbs/06_training.ipynb #b84a8809

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["phantom", "data", "layers", "vae", "scheduler", "unet", "training", "sampling", "evaluation", "cli"]
+ORDER = ["phantom", "data", "layers", "vae", "vqgan", "scheduler", "unet", "training", "sampling", "prior", "evaluation", "cli"]
 MODULES = sorted(p for p in (ROOT / "brainldm").glob("*.py") if p.stem[0] != "_")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.name[0] not in "._")
 
