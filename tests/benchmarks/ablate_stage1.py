@@ -1,0 +1,99 @@
+"""What each part of stage 1 buys: one table, one command, seeds and data named.
+
+python tests/benchmarks/ablate_stage1.py                 # phantom cohort, made on the spot
+python tests/benchmarks/ablate_stage1.py --data DATA     # anybody's own pictures (nothing of them leaves OUT)
+
+Every variant starts from the same seed, sees the same pictures in the same order, and is scored on the same held-out people. Stopped, it goes on where it was."""
+import json
+import platform
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import torch
+import tyro
+
+from brainldm.data import open_dataset
+from brainldm.evaluation import reconstruction_scores
+from brainldm.phantom import PhantomConfig, make_cohort, show_grid
+from brainldm.sampling import BrainLDM
+from brainldm.training import PRESETS, AEConfig, read_log, save_figure, spread, train_autoencoder
+
+
+@dataclass
+class Ablation:
+    "Train and score every variant of stage 1."
+    data: Path | None = None  # Folder of pictures; None: 48 phantom people, 6 slices each, 128 x 128, seed 0
+    out: Path = Path("runs/ablation")  # Runs, table.json, table.md and two figures
+    images: int = 6_000  # Pictures that each variant sees
+    seed: int = 0  # Of the weights and the order of the pictures
+    split: str = "validate"  # Whose pictures are scored
+
+
+def variants(images: int, seed: int) -> dict[str, AEConfig]:
+    "The ladder: each row adds one thing to the row named in its label."
+    base = replace(PRESETS["laptop"][0], total_images=images, validate_every=images // 3, checkpoint_every=images // 3, seed=seed)
+    critic = dict(adversary=True, adversary_start=images // 2, critic_warmup=images // 6)
+    codes = replace(base, kind="vq", latent_channels=8, codebook_ema=False, codebook_start="uniform", restart_below=0.0)
+    return {
+        "KL, L1 only": base,
+        "KL + adversary": replace(base, **critic),
+        "KL + adversary + features": replace(base, **critic, feature_weight=0.05),
+        "KL + adversary + random latents": replace(base, **critic, random_weight=0.1),
+        "VQ, plain": codes,
+        "VQ + k-means": replace(codes, codebook_start="kmeans"),
+        "VQ + k-means + EMA": replace(codes, codebook_start="kmeans", codebook_ema=True),
+        "VQ + k-means + EMA + restart": replace(codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1),
+        "VQ, all of it + adversary": replace(codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1, **critic),
+        "FSQ (8, 5, 5, 5)": replace(base, kind="fsq"),
+    }
+
+
+def measure(name: str, config: AEConfig, dataset, job: Ablation) -> dict:
+    "Train one variant and score it."
+    run = job.out / name.lower().replace(" ", "_").replace(",", "").replace("(", "").replace(")", "").replace("+", "and")
+    started = time.perf_counter()
+    train_autoencoder(dataset, run, config, resume=(run / "config.json").is_file())
+    model = BrainLDM.load(run)
+    scores = reconstruction_scores(model, dataset.subset(job.split), run)
+    critic = [o["critic_accuracy"] for o in read_log(run / "log.jsonl") if "critic_accuracy" in o]
+    row = {k: scores.get(k) for k in ("ssim", "ssim_brain", "psnr", "sharpness", "codebook_usage", "perplexity")}
+    row["critic_accuracy"] = sum(critic[-10:]) / len(critic[-10:]) if critic else None
+    batch = spread(dataset.subset(job.split), 5)
+    return dict(row, floor=scores["floor_mean_slice"], minutes=(time.perf_counter() - started) / 60, recon=model.reconstruct(batch["image"], batch)[2, 0])
+
+
+def draw(rows: dict[str, dict], original: torch.Tensor, title: str, path: Path) -> None:
+    "Pictures above their errors."
+    shown = torch.stack([original, *(o["recon"] for o in rows.values())])
+    names = ["original", *(f"{k.replace(' + ', chr(10) + '+ ')}\n{o['ssim_brain']:.3f}" for k, o in rows.items())]
+    save_figure(show_grid(torch.stack([shown, (shown - original) * 2]), titles=names, row_labels=["picture", "error x 2"], title=title, size=1.3), path)
+
+
+def main(job: Ablation) -> None:
+    matplotlib.use("Agg")
+    configs = variants(job.images, job.seed)
+    data, settings = job.data, next(iter(configs.values())).data
+    if data is None:
+        data = job.out / "phantom"
+        if not (data / "phantom.json").is_file():
+            make_cohort(data, PhantomConfig(num_subjects=48, num_slices=6, size=settings.size, seed=0))
+    dataset = open_dataset(data, settings)
+    rows = {k: measure(k, v, dataset, job) for k, v in configs.items()}
+    original = spread(dataset.subset(job.split), 5)["image"][2, 0]
+    for name, title in (("KL", "The critic brings back edges that the absolute error gave away"), ("codes", "The same bits, better and better used")):
+        draw({k: o for k, o in rows.items() if k.startswith("KL") == (name == "KL")}, original, title, job.out / f"{name.lower()}.png")
+    table = pd.DataFrame({k: {n: v for n, v in o.items() if n not in ("recon", "floor")} for k, o in rows.items()}).T.astype(float).round(3)
+    floor = next(iter(rows.values()))["floor"]
+    where = dict(data=str(job.data.name) if job.data else "phantom, 48 people, 6 slices, seed 0", split=job.split, images=job.images, seed=job.seed,
+                 torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
+    print(table.to_string(na_rep=""))
+    print("floor, the mean slice:", {k: round(v, 3) for k, v in floor.items()})
+    print(where)
+    (job.out / "table.json").write_text(json.dumps(dict(where=where, floor=floor, rows=json.loads(table.T.to_json())), indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Ablation))
