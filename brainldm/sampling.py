@@ -508,7 +508,7 @@ def mix_conditions(
                          f"nothing lies between two categories. Try it without {k}, which leaves it open.")
     return {k: v[0]+u.to(v.device)*(v[1]-v[0]) if v.is_floating_point() else v[:1].expand(len(u)) for k,v in cond.items()}
 
-# %% ../nbs/07_sampling.ipynb #80833bd6
+# %% ../nbs/07_sampling.ipynb #e92719bd
 def interpolate(
     model, # A `Sampler`: a run with a trained denoiser
     a:Tensor, # One picture (1, 1, size, size) in [-1, 1]
@@ -520,11 +520,11 @@ def interpolate(
     batch_size:int=32, # Pictures at a time
 )->Tensor: # Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the CPU
     "Brains between two brains: a great circle between their noises. Raises ValueError or TypeError."
-    if check_pictures('interpolate', a, model.size)!=1 or check_pictures('interpolate', b, model.size)!=1 or n<2: raise ValueError(
+    if [check_pictures('interpolate', o, model.size) for o in (a, b)]!=[1, 1] or n<2: raise ValueError(
         f"interpolate: {len(a)} and {len(b)} pictures, n={n}. Expected one and one, and n of 2 or more. Try a[:1], b[:1].")
+    check_request(n, steps, 0, batch_size, model.schedule.num_train_timesteps)
     how = dict(steps=steps, start=0, refine=refine)
-    ends = take_request(model, given or {}, 2, how, 0, batch_size)
-    u = torch.linspace(0, 1, n)
+    ends,u = take_request(model, given or {}, 2, how, 0, batch_size),torch.linspace(0, 1, n)
     between = mix_conditions(ends, u)
     noise = slerp(*find_noise(model, torch.cat([a, b]), to_device(ends, model.device), how), u)
     return torch.cat([draw_batch(model, noise[i:stop], part, how) for i,stop,part in in_batches(between, n, batch_size, model.device)])

@@ -75,7 +75,7 @@ class TrainConfig:
     seed:int=0 # Seed of the weights, the order of the pictures and the noise
     log_with:str|None=None # A tracker that accelerate knows, such as tensorboard or wandb
 
-# %% ../nbs/06_training.ipynb #dcd94ace
+# %% ../nbs/06_training.ipynb #3be33837
 @dataclass
 class AEConfig(TrainConfig):
     "Everything that decides an autoencoder."
@@ -97,8 +97,9 @@ class AEConfig(TrainConfig):
     fsq_levels:tuple[int, ...]=(8, 5, 5, 5) # (fsq) Levels of each latent channel
     adversary:bool=False # Train a critic beside the autoencoder, against blur
     adversary_start:int=10_000 # Pictures seen before the critic's verdict reaches the autoencoder
-    adversary_weight:float=.5 # Share of the critic in the pull on the last layer; 1 pulls as hard as the error
-    adversary_loss:Literal['hinge', 'nonsaturating']='hinge' # How the critic is taught
+    adversary_weight:float=1. # Pull of the critic on the decoder's last layer; 1 pulls as hard as the reconstruction
+    adversary_max_weight:float=.01 # Largest weight of the verdict beside the mean absolute error, whatever the pull
+    adversary_loss:Literal['nonsaturating', 'hinge']='nonsaturating' # How the critic is taught
     critic_warmup:int=2_000 # Pictures from which the critic alone learns, before its verdict counts
     critic_rate:float=5e-4 # Highest learning rate of the critic
     critic_channels:tuple[int, ...]=(32, 64, 128) # Features of the critic after each halving
@@ -144,12 +145,12 @@ PRESETS = {
                       num_workers=4, preview_steps=30)),
 } # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
 
-# %% ../nbs/06_training.ipynb #578ce125
+# %% ../nbs/06_training.ipynb #d2792ef1
 LIMITS = (
     ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every '
      'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps num_embeddings critic_rate',
      lambda v: v>0, 'a number above 0'),
-    ('warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost adversary_start adversary_weight '
+    ('warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost adversary_start adversary_weight adversary_max_weight '
      'critic_warmup random_weight feature_weight', lambda v: v>=0, '0 or more'),
     ('restart_below', lambda v: 0<=v<1, 'a share, 0 or more and less than 1'),
     ('kind', lambda v: v in ('kl', 'vq', 'fsq'), "'kl', 'vq' or 'fsq'"),
@@ -878,7 +879,7 @@ def fool_critic(
     with torch.no_grad(): seen = judge(batch['image'])[1]
     return gan,feature_loss(seen, features)
 
-# %% ../nbs/06_training.ipynb #028ded0e
+# %% ../nbs/06_training.ipynb #6656e745
 def autoencoder_loss(
     model:nn.Module, # An autoencoder of config.kind
     batch:dict[str, Tensor], # 'image' and encoded covariates
@@ -900,6 +901,7 @@ def autoencoder_loss(
     if seen<config.adversary_start: return loss,logs
     gan,features = fool_critic(critic, batch, fakes, config)
     weight = config.adversary_weight*adaptive_weight(loss, gan, bare.decoder.head[-1].weight)
+    weight = weight.clamp(max=config.adversary_max_weight)
     logs |= dict(gan=gan.detach(), gan_weight=weight)
     if config.feature_weight: logs['features'] = features.detach()
     return loss+weight*gan+config.feature_weight*features,logs

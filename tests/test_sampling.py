@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from brainldm.data import Covariate, DataConfig, check_dataset, encode_covariates, open_dataset, read_manifest
-from brainldm.sampling import (SYNTHETIC, BrainLDM, Codec, Sampler, check_conditions, draw_noise, guide, load_denoiser, manifest_of, pick_device,
-                               save_gif, save_pictures, to_bytes)
+from brainldm.sampling import (SYNTHETIC, BrainLDM, Codec, Sampler, check_conditions, draw_noise, guide, load_denoiser, manifest_of, mix_conditions,
+                               pick_device, save_gif, save_pictures, skipped_steps, slerp, spread, to_bytes)
 from brainldm.training import load_weights, save_weights
 from brainldm.unet import UNet
 from brainldm.vae import AutoencoderKL
@@ -38,7 +38,8 @@ def test_batches_do_not_matter(model, batch_size):
 def test_first_three_of_eight(model): same(model.sample(8, steps=4, slice=2, seed=3)[:3], model.sample(3, steps=4, slice=2, seed=3))
 
 
-@pytest.mark.parametrize('how', [dict(sampler='ddpm'), dict(eta=.5), dict(steps=1), dict(steps=37, n=1), dict(guidance_scale=0.), dict(guidance_scale=7.5)])
+@pytest.mark.parametrize('how', [dict(sampler='ddpm'), dict(sampler='dpmpp', steps=5), dict(eta=.5), dict(guidance_scale=3., guidance_interval=(.2, .8)),
+                                 dict(guidance_scale=dict(slice=2., diagnosis=0.), slice=2, diagnosis='AD', guidance_rescale=.7), dict(steps=1), dict(steps=37, n=1), dict(guidance_scale=0.), dict(guidance_scale=7.5)])
 def test_repeats_itself(model, how):
     how = dict(dict(n=2, steps=3, seed=1), **how)
     a,b = model.sample(**how),model.sample(**how)
@@ -57,27 +58,69 @@ def test_noise_is_named_by_seed_and_number():
     (dict(slice=-1), 'Expected 0 to 5'), (dict(age=200), 'age=200'), (dict(slice=float('inf')), 'slice=inf'), (dict(slice='top'), 'Expected a number'),
     (dict(n=3, slice=[1, 2]), 'Try n=2'), (dict(guidance_scale=-1), 'guidance_scale=-1'), (dict(guidance_scale=float('nan')), 'guidance_scale=nan'),
     (dict(guidance_scale=float('inf')), 'guidance_scale=inf'), (dict(steps=1001), 'steps=1001'), (dict(steps=0), 'steps=0'), (dict(seed=-1), 'seed=-1'),
-    (dict(n=0), 'n=0'), (dict(batch_size=0), 'batch_size=0'), (dict(sampler='heun'), "sampler='heun'"), (dict(eta=2), 'eta=2')])
+    (dict(n=0), 'n=0'), (dict(batch_size=0), 'batch_size=0'), (dict(sampler='heun'), "sampler='heun'"), (dict(eta=2), 'eta=2'),
+    (dict(sampler='dpmpp', eta=.5), "sampler='dpmpp'"), (dict(guidance_interval=(.8, .2)), 'guidance_interval=(0.8, 0.2)'), (dict(guidance_interval=(0, 2)), 'shares'),
+    (dict(guidance_interval=(.5,)), 'two shares'), (dict(guidance_rescale=1.5), 'guidance_rescale=1.5'), (dict(guidance_rescale=float('nan')), 'guidance_rescale=nan'),
+    (dict(guidance_scale=dict(slice=2.)), 'Expected one of nothing'), (dict(slice=1, guidance_scale=dict(diagnosis=2.)), "'diagnosis'. Expected one of slice"),
+    (dict(slice=1, guidance_scale=dict(slice=-1.)), 'Expected 0 or more')])
 def test_bad_requests(model, asked, message):
     with pytest.raises(ValueError) as e: model.sample(**asked)
     assert message in str(e.value) and 'Expected' in str(e.value)
 
 
-@pytest.mark.parametrize('asked', [dict(n=2.5), dict(steps='30'), dict(seed=1.), dict(guidance_scale='2'), dict(guidance_scale=None), dict(n=True)])
+@pytest.mark.parametrize('asked', [dict(n=2.5), dict(steps='30'), dict(seed=1.), dict(guidance_scale='2'), dict(guidance_scale=None), dict(n=True), dict(slice=1, guidance_scale=dict(slice='2'))])
 def test_bad_types(model, asked):
     with pytest.raises(TypeError, match='sample: '): model.sample(**asked)
 
 
-def test_guidance_is_two_separate_passes():
+@pytest.fixture(scope='module')
+def network():
+    "A denoiser of two covariates with random weights, and something to ask it: (unet, x, t, cond)."
     covariates = (Covariate('a', 'categorical', values=('x', 'y')), Covariate('b', 'continuous', range=(0, 9)))
-    unet = UNet(4, (16,), 1, (True,), 2, covariates, 16).eval()
     torch.manual_seed(0)
+    unet = UNet(4, (16,), 1, (True,), 2, covariates, 16).eval().requires_grad_(False)
     for p in unet.parameters(): torch.nn.init.normal_(p, std=.1)               # a fresh network answers 0
-    x,t,cond = torch.randn(3, 4, 8, 8),torch.tensor([1, 500, 999]),encode_covariates(dict(a=['x', 'y', 'x'], b=[0, 4, None]), covariates)
-    with torch.no_grad():
-        a,b = unet(x, t, cond),unet(x, t, cond, torch.ones(3, 2, dtype=torch.bool))
-        assert (a-b).abs().max()>1e-3
-        for w in (0., .5, 1., 4.): torch.testing.assert_close(guide(unet, cond, 2, w)(x, t), b+w*(a-b), rtol=1e-3, atol=1e-4)
+    return unet,torch.randn(3, 4, 8, 8),torch.tensor([1, 500, 999]),encode_covariates(dict(a=['x', 'y', 'x'], b=[0, 4, None]), covariates)
+
+
+close = dict(rtol=1e-3, atol=1e-4)
+
+
+def test_guidance_is_two_separate_passes(network):
+    unet,x,t,cond = network
+    a,b = unet(x, t, cond),unet(x, t, cond, torch.ones(3, 2, dtype=torch.bool))
+    assert (a-b).abs().max()>1e-3
+    for w in (0., .5, 1., 4.): torch.testing.assert_close(guide(unet, cond, ['a', 'b'], w)(x, t), b+w*(a-b), **close)
+
+
+def test_guidance_by_covariate_is_one_pass_each(network):
+    unet,x,t,cond = network
+    full,no_a,no_b = unet(x, t, cond),unet(x, t, dict(b=cond['b'])),unet(x, t, dict(a=cond['a']))
+    for wa,wb in ((0., 1.), (1., 3.), (2., 5.), (1., 1.)):
+        torch.testing.assert_close(guide(unet, cond, ['a', 'b'], dict(b=wb, a=wa))(x, t), full+(wa-1)*(full-no_a)+(wb-1)*(full-no_b), **close)
+
+
+def test_guidance_in_an_interval_and_its_cost(network):
+    unet,x,t,cond = network
+    calls = []
+    def counting(x, t, cond, drop): calls.append(len(x)); return unet(x, t, cond, drop)
+    plain,full = unet(x, t, cond),guide(unet, cond, ['a', 'b'], 4.)(x, t)
+    got = guide(counting, cond, ['a', 'b'], 4., (500, 999))(x, t)                # of t = 1, 500, 999 only the second is inside
+    torch.testing.assert_close(got[[0, 2]], plain[[0, 2]], **close)
+    torch.testing.assert_close(got[1], full[1], **close)
+    guide(counting, cond, ['a', 'b'], 4., (2, 400))(x, t)                         # none inside: no second half
+    guide(counting, cond, ['a', 'b'], dict(a=2., b=1.))(x, t)                     # a scale of 1 costs nothing
+    guide(counting, cond, ['a', 'b'], dict(a=2., b=3.))(x, t)
+    assert calls==[6, 3, 6, 9]
+
+
+def test_rescale_keeps_direction_and_sets_the_spread(network):
+    unet,x,t,cond = network
+    plain,full = unet(x, t, cond),guide(unet, cond, ['a', 'b'], 6.)(x, t)
+    for share in (.3, 1.):
+        got = guide(unet, cond, ['a', 'b'], 6., rescale=share)(x, t)
+        torch.testing.assert_close(torch.cosine_similarity(got.flatten(1), full.flatten(1)), torch.ones(3), **close)
+        torch.testing.assert_close(spread(got), (1-share)*spread(full)+share*spread(plain), **close)
 
 
 def test_covariates_in_another_order_and_set(model):
@@ -107,6 +150,103 @@ def test_callback_sees_each_step_of_each_batch(model):
     seen = []
     last = model.sample(5, steps=3, batch_size=2, callback=lambda i,t,p: seen.append((i, len(p))))
     assert seen==[(i, n) for n in (2, 2, 1) for i in range(3)] and len(last)==5
+
+
+def scans(tiny_run, n):
+    return open_dataset(tiny_run[1], DataConfig(size=64), progress=False).__getitems__(range(n))['image']
+
+
+def test_samplers_agree_with_many_steps(model):
+    a,b = (model.sample(2, steps=60, sampler=o, slice=2, diagnosis='AD', seed=3) for o in ('ddim', 'dpmpp'))
+    assert (a-b).abs().mean()<.02
+
+
+def test_image_to_image(model, tiny_run):
+    pictures,asked = scans(tiny_run, 5),dict(slice=2, diagnosis='NC')
+    same(model.image_to_image(pictures, 1., steps=6, seed=4, **asked), model.sample(5, steps=6, seed=4, **asked))
+    for sampler in ('ddim', 'dpmpp'):
+        how = dict(steps=10, sampler=sampler, seed=4, **asked)
+        same(model.image_to_image(pictures, .5, batch_size=2, **how), model.image_to_image(pictures, .5, **how))
+    far = [(model.image_to_image(pictures, w, steps=20, **asked)-model.reconstruct(pictures)).abs().mean() for w in (.1, .5, 1.)]
+    assert far[0]<far[1]<far[2]
+    assert torch.equal(pictures, scans(tiny_run, 5))                           # what came in stays as it was
+
+
+def test_counterfactual(model, tiny_run):
+    pictures,known = scans(tiny_run, 3),dict(slice=[0., 1., 2.], diagnosis='NC')
+    back = {(steps, refine): (model.encode_standard(model.counterfactual(pictures, {}, known, steps=steps, refine=refine))
+                              -model.encode_standard(model.reconstruct(pictures))).abs().mean().item() for steps,refine in ((6, 0), (24, 0), (24, 2))}
+    assert back[24, 2]<back[24, 0]<back[6, 0]                                 # more steps, and corrections, come back better
+    asked = dict(steps=6, refine=1)
+    same(model.counterfactual(pictures, dict(diagnosis='AD'), known, batch_size=2, **asked), model.counterfactual(pictures, dict(diagnosis='AD'), known, **asked))
+    a,b = (model.counterfactual(pictures, o, known, **asked) for o in ({}, dict(slice=5.)))
+    assert (a-b).abs().max()>1e-6                                              # a network of a handful of steps hardly hears
+    a,b = (model.counterfactual(pictures, dict(slice=5.), known, strength=o, steps=10) for o in (.1, 1.))
+    assert (a-model.reconstruct(pictures)).abs().mean()<(b-model.reconstruct(pictures)).abs().mean()
+
+
+def test_interpolate(model, tiny_run):
+    a,b = scans(tiny_run, 2).split(1)
+    way = model.interpolate(a, b, 5, dict(slice=[0., 4.], sex='F'), steps=10, batch_size=2)
+    assert way.shape==(5, 1, 64, 64) and way.isfinite().all()
+    for end,i,k in ((a, 0, 0.), (b, -1, 4.)):
+        same(way[i:] if i else way[:1], model.counterfactual(end, {}, dict(slice=k, sex='F'), steps=10))
+    moves = (way[1:]-way[:-1]).abs().mean((1, 2, 3))
+    assert moves.min()>0
+
+
+def test_slerp_stays_on_the_sphere():
+    a,b = draw_noise(2, (3, 5, 7), 0)
+    b = b/b.norm()*a.norm()
+    arc = slerp(a, b, torch.linspace(0, 1, 9))
+    torch.testing.assert_close(arc.flatten(1).norm(dim=1), a.norm().expand(9))
+    torch.testing.assert_close(slerp(a, b, torch.tensor([.25]))[0], slerp(b, a, torch.tensor([.75]))[0])
+
+
+def test_conditions_between_two_ends():
+    u = torch.linspace(0, 1, 5)
+    got = mix_conditions(dict(slice=torch.tensor([0., 1.]), age=torch.tensor([torch.nan]*2), diagnosis=torch.tensor([1, 1])), u)
+    assert torch.equal(got['slice'], u) and got['age'].isnan().all() and got['diagnosis'].tolist()==[1]*5
+
+
+def test_edits_of_a_conditional_autoencoder(model, tiny_run):
+    "What the autoencoder must hear is asked for, encoded with the old value and decoded with the new one."
+    own = Covariate('scanner', 'categorical', values=('1.5T', '3T'))
+    torch.manual_seed(0)
+    auto = AutoencoderKL(4, (16,), 1, (False,), 8, covariates=(own,))
+    for p in auto.parameters(): torch.nn.init.normal_(p, std=.05)
+    both,pictures = Sampler(auto, 64, model.unet, model.schedule, model.latent_mean, model.latent_std),scans(tiny_run, 2)
+    one,other = (both.counterfactual(pictures, dict(scanner=o), dict(scanner='3T'), steps=3) for o in own.values)
+    assert (one-other).abs().max()>1e-5
+    assert both.image_to_image(pictures, .5, steps=3, scanner='3T').shape==both.interpolate(*pictures.split(1), 2, dict(scanner='3T'), steps=3).shape
+    for call in (lambda: both.image_to_image(pictures), lambda: both.counterfactual(pictures, {}), lambda: both.interpolate(*pictures.split(1))):
+        with pytest.raises(ValueError, match='no value of scanner'): call()
+    with pytest.raises(ValueError, match="guidance_scale for 'scanner'"): both.sample(1, scanner='3T', guidance_scale=dict(scanner=2.))
+
+
+@pytest.mark.parametrize('call, error, message', [
+    (lambda m,p: m.image_to_image(p, 0.), ValueError, 'strength=0.0'), (lambda m,p: m.image_to_image(p, 1.5), ValueError, 'strength=1.5'),
+    (lambda m,p: m.image_to_image(p, .01, steps=10), ValueError, 'one step or more'), (lambda m,p: m.image_to_image(p*127), ValueError, 'Try pictures/127.5-1'),
+    (lambda m,p: m.image_to_image(p[0]), ValueError, 'Expected (n, 1, 64, 64)'), (lambda m,p: m.image_to_image(p[..., :32]), ValueError, 'shape'),
+    (lambda m,p: m.image_to_image(p.numpy()), TypeError, 'Expected a float tensor'), (lambda m,p: m.image_to_image(p.byte()), TypeError, 'torch.uint8'),
+    (lambda m,p: m.image_to_image(p, weight=3), ValueError, 'weight'), (lambda m,p: m.image_to_image(p, seed=-1), ValueError, 'seed=-1'),
+    (lambda m,p: m.image_to_image(p, sampler='heun'), ValueError, 'heun'), (lambda m,p: m.image_to_image(p*float('nan')), ValueError, 'nan'),
+    (lambda m,p: m.counterfactual(p, dict(weight=3)), ValueError, 'weight'), (lambda m,p: m.counterfactual(p, dict(diagnosis='MCI')), ValueError, 'AD, NC'),
+    (lambda m,p: m.counterfactual(p, {}, dict(slice=[1.])), ValueError, '1 values of slice'), (lambda m,p: m.counterfactual(p, {}, strength=-1), ValueError, 'strength=-1'),
+    (lambda m,p: m.counterfactual(p, {}, refine=-1), ValueError, 'refine=-1'), (lambda m,p: m.counterfactual(p, {}, steps=0), ValueError, 'steps=0'),
+    (lambda m,p: m.counterfactual(p[:0], {}), ValueError, 'shape (0,'), (lambda m,p: m.counterfactual(p, {}, batch_size=0), ValueError, 'batch_size=0'),
+    (lambda m,p: m.interpolate(p, p[:1]), ValueError, '2 and 1 pictures'), (lambda m,p: m.interpolate(*p.split(1), 1), ValueError, 'n=1'),
+    (lambda m,p: m.interpolate(*p.split(1), 2.5), TypeError, 'n=2.5'), (lambda m,p: m.interpolate(*p.split(1), 3, dict(diagnosis=['AD', 'NC'])), ValueError, 'diagnosis differs'),
+    (lambda m,p: m.interpolate(*p.split(1), 3, dict(age=[70, None])), ValueError, 'age differs')])
+def test_bad_edits(model, tiny_run, call, error, message):
+    with pytest.raises(error) as e: call(model, scans(tiny_run, 2))
+    assert message in str(e.value) and 'Expected' in str(e.value)
+
+
+def test_skipped_steps_are_those_of_diffusers():
+    for steps in (1, 7, 30):
+        for strength in (.2, .5, .99, 1.):
+            if int(steps*strength): assert skipped_steps(steps, strength)==max(steps-min(int(steps*strength), steps), 0)
 
 
 def test_not_a_number_is_an_error(copy):

@@ -18,7 +18,7 @@ from test_training import AE, LDM, Crash, make_dataset, strike
 VQ = replace(AE, kind='vq', num_embeddings=16)
 KINDS = {'kl + critic': replace(AE, adversary=True, adversary_start=40, critic_warmup=16, critic_channels=(8, 16), random_weight=.1, feature_weight=.1),
          'vq': VQ, 'vq by gradient': replace(VQ, codebook_ema=False, codebook_start='uniform'),
-         'vq + critic, told': replace(VQ, adversary=True, adversary_start=40, critic_warmup=16, critic_channels=(8, 16), random_weight=.1, adversary_loss='nonsaturating',
+         'vq + critic, told': replace(VQ, adversary=True, adversary_start=40, critic_warmup=16, critic_channels=(8, 16), random_weight=.1, adversary_loss='hinge',
                                       covariates=('slice', 'diagnosis')),
          'fsq': replace(AE, kind='fsq', fsq_levels=(4, 3, 3))}
 
@@ -174,7 +174,7 @@ def test_resume_of_a_run_from_before_these_settings(straight, dataset, tmp_path)
     path = tmp_path/'run'/'config.json'; settings = json.loads(path.read_text())
     new = [k for k in settings['autoencoder']['config'] if k.startswith(('kind', 'num_emb', 'commit', 'codebook', 'restart', 'fsq', 'advers', 'critic', 'random', 'feature'))]
     for k in new: del settings['autoencoder']['config'][k]
-    path.write_text(json.dumps(settings)); assert len(new)==16
+    path.write_text(json.dumps(settings)); assert len(new)==17
     train_autoencoder(dataset, tmp_path/'run', replace(AE, total_images=40), resume=True, progress=False)
     with pytest.raises(ValueError, match="kind='vq', was 'kl'"): train_autoencoder(dataset, tmp_path/'run', replace(AE, total_images=40, kind='vq'), resume=True, progress=False)
 

@@ -267,7 +267,7 @@ def changed(config, f):
     if f.name=='covariates': return replace(config, covariates=('slice',))
     if f.name=='precision': return replace(config, precision='bf16' if v!='bf16' else 'no')
     if f.name=='log_with': return replace(config, log_with='wandb')
-    kinds = dict(kind='vq', codebook_start='uniform', adversary_loss='nonsaturating')
+    kinds = dict(kind='vq', codebook_start='uniform', adversary_loss='hinge')
     if f.name in kinds: return replace(config, **{f.name: kinds[f.name]})
     if f.name=='snr_gamma': return replace(config, snr_gamma=5. if v is None else None)
     if isinstance(v, bool): return replace(config, **{f.name: not v})
