@@ -1,6 +1,10 @@
 "Stage 1 of every kind, through training, files and the command line: codes, the critic, resume, stage 2 on top."
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,3 +210,26 @@ def test_the_command_refuses(phantom, tmp_path, capsys):
     run = str(tmp_path/'run')
     assert main(['train', 'autoencoder', str(phantom), '--run', run, '--preset', 'tiny', '--kind', 'vq', '--restart-below', '3'])==1
     assert 'restart_below=3' in capsys.readouterr().err and not Path(run).exists()
+
+
+LAUNCHED = '''
+import os, sys; sys.path.insert(0, {tests!r})
+import torch; torch.set_num_threads(1)
+from test_stage1 import *
+training.show_grid = lambda *args, **kwargs: __import__('matplotlib.pyplot').pyplot.figure(figsize=(1, 1))
+config = replace(KINDS['vq + critic, told'], batch_size=2, total_images=64)
+model = train_autoencoder(make_dataset(), Path({run!r}), config, progress=False)
+print('weights', os.environ['RANK'], repr(sum(v.double().sum().item() for v in model.state_dict().values())))
+'''
+
+
+def test_two_processes_end_with_one_codebook_and_one_critic(tmp_path):
+    "Codes, histogram and adaptive weight are reduced across processes, so that both end with the same network."
+    script = tmp_path/'launched.py'; script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), run=str(tmp_path/'run')))
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(port), str(script)],
+                          capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
+    assert done.returncode==0, done.stdout+done.stderr
+    found = [line.split() for line in done.stdout.splitlines() if line.startswith('weights')]
+    assert sorted(o[1] for o in found)==['0', '1'] and found[0][2]==found[1][2]
+    assert [o['images'] for o in read_log(tmp_path/'run'/'log.jsonl') if 'critic_accuracy' in o]==[32, 40, 48, 56, 64]
