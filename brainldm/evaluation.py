@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PAGE', 'mean_slice_floor', 'never_seen', 'score_slices', 'subject_interval', 'json_safe', 'show_number',
            'codebook_scores', 'reconstruction_scores', 'read_metrics', 'merge_metrics', 'picture_uri',
-           'middle_conditions', 'draw_by_condition', 'report_data', 'report_numbers', 'latest_picture', 'report']
+           'middle_conditions', 'draw_by_condition', 'report_data', 'report_numbers', 'prior_scores',
+           'draw_by_generator', 'report_prior', 'latest_picture', 'report']
 
-# %% ../nbs/10_evaluation.ipynb #52279924
+# %% ../nbs/10_evaluation.ipynb #55495ed0
 import base64
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,6 +27,7 @@ from tqdm.auto import tqdm
 import brainldm
 from .data import SliceDataset, eval_batches
 from .phantom import show_grid
+from .prior import CodeSampler, code_prices
 from .sampling import SYNTHETIC, BrainLDM
 from .training import load_weights, plot_history, read_config, read_log, write_atomic
 from .vae import picture_scores
@@ -276,6 +279,62 @@ def report_numbers(
     if len(rows)==1: rows,text = [],'Not measured yet: run `brainldm reconstruct RUN DATA`.'
     return dict(title='How much of a brain survives the autoencoder', text=text, table=rows, figures=[])
 
+# %% ../nbs/10_evaluation.ipynb #dabea93b
+def prior_scores(
+    model:CodeSampler, # A run with a trained prior
+    dataset:SliceDataset, # All splits of the data it was trained on
+    split:str='test', # Whose slices; the validate subjects have chosen the weights
+    progress:bool=False, # Show bars
+)->dict: # bits: mean bits per code of prior and floors; interval_95 of each; saving; counts
+    "What held-out codes cost the prior, beside what they cost without it."
+    prices,subjects = code_prices(model, dataset, split, progress),dataset.subset(split).manifest.subject
+    bits = {k: v.mean().item() for k,v in prices.items()}
+    return json_safe(dict(bits=bits, saving=1-bits['prior']/bits['place_slice'],
+        interval_95={k: subject_interval(pd.Series(v.numpy()), subjects) for k,v in prices.items()},
+        n_subjects=int(subjects.nunique()), n_slices=len(subjects)))
+
+# %% ../nbs/10_evaluation.ipynb #db2c37e4
+def draw_by_generator(
+    run:str|Path, # Run folder with a prior, and perhaps a diffusion model
+    columns:int=6, # Slice positions
+    steps:int=30, # Network calls of the diffusion model
+    seed:int=0, # Seed
+)->tuple[plt.Figure, dict[str, float]]: # Rows: prior, diffusion model, codes drawn by place and height; seconds a picture
+    "The same request to everybody who can draw. Diagnosis and the rest are those of the first value, or the middle."
+    ldm,prior = BrainLDM.load(run),CodeSampler.load(run)
+    span = next((c.range for c in prior.covariates if c.name=='slice'), None)
+    numbers = np.unique(np.linspace(*span, columns).round()).tolist() if span else None
+    request = middle_conditions(prior) | ({'slice': numbers} if numbers else {})
+    n = len(numbers or range(columns))
+    ways = {'prior': lambda: prior.sample(n, **request, seed=seed)}
+    if ldm.unet: ways['diffusion'] = lambda: ldm.sample(n, **request, steps=steps, seed=seed)
+    own = {k: v for k,v in request.items() if k=='slice' or k in [c.name for c in ldm.autoencoder.covariates]}
+    ways['histogram'] = lambda: ldm.sample_stage1(n, seed=seed, **own)
+    rows,seconds = [],{}
+    for name,draw in ways.items():
+        start = time.perf_counter(); rows.append(draw()[:, 0]); seconds[name] = (time.perf_counter()-start)/n
+    return show_grid(torch.stack(rows), titles=numbers and [f'slice {k:g}' for k in numbers], row_labels=list(ways),
+                     title='The same request, answered by each generator'),seconds
+
+# %% ../nbs/10_evaluation.ipynb #e8ab2264
+def report_prior(
+    run:Path, # Run folder with a prior
+    metrics:dict, # Its metrics.json
+    steps:int, # Network calls of the diffusion model
+    seed:int, # Seed
+)->dict: # A section of the report
+    "The transformer's prices beside their floors, and its pictures beside those of the other generators."
+    figure,seconds = draw_by_generator(run, steps=steps, seed=seed)
+    measured = {k.split(' ', 1)[1]: o for k,o in metrics.items() if k.startswith('bits ')}
+    names = dict(prior='prior', place_slice='histogram by place and slice', place='by place', histogram='global', uniform='uniform')
+    rows = [['split', 'subjects', 'slices', *names.values()]]
+    rows += [[k, o['n_subjects'], o['n_slices'], *(show_number(o['bits'][n], 2) for n in names)] for k,o in measured.items()]
+    text = 'Bits per code on people the prior was not trained on; the histograms are its floors. ' if measured else \
+           'Bits per code were not measured yet: run `brainldm bits RUN DATA`. '
+    text += 'Seconds a picture, all in one run: ' + ', '.join(f'{k} {v:.2f}' for k,v in seconds.items()) + '.'
+    return dict(title='Written code by code', text=text, table=rows if measured else [],
+                figures=[(picture_uri(figure), 'Prior, diffusion model and codes drawn by place, each asked for the same slices')])
+
 # %% ../nbs/10_evaluation.ipynb #d1bce1c6
 def latest_picture(
     run:Path, # Run folder
@@ -286,7 +345,7 @@ def latest_picture(
     found = sorted((Path(run)/'samples').glob(f'{stage}_*.png'))
     return [(picture_uri(found[-1].read_bytes()), caption)] if found else []
 
-# %% ../nbs/10_evaluation.ipynb #fd139de0
+# %% ../nbs/10_evaluation.ipynb #262a7350
 def report(
     run:str|Path, # Run folder
     steps:int=30, # Network calls of the pictures drawn for it
@@ -310,6 +369,7 @@ def report(
             text=f'{steps} DDIM steps, guidance scale {guidance_scale:g}, seed {seed}. '
             'Columns share their noise. Whether a picture repeats a training scan has not been audited here.'))
     else: sections.append(dict(title='What it draws', figures=[], text='Nothing: no diffusion model was trained yet.'))
+    if (run/'prior.safetensors').is_file(): sections.append(report_prior(run, metrics, steps, seed))
     footer = f'{SYNTHETIC} Written by brainldm {brainldm.__version__}.'
     page = PAGE.render(name=run.resolve().name, sections=sections, footer=footer)
     write_atomic(run/'report.html', page.encode())

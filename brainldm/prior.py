@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRIOR_PRESETS', 'lean', 'seen_before', 'code_cells', 'code_floors', 'neighbours', 'TransformerBlock', 'check_codes',
-           'CodeTransformer', 'PriorConfig', 'check_prior', 'dropout_masks', 'spoil', 'prior_loss', 'code_bits',
-           'BestWeights', 'code_chances', 'pick_codes', 'check_sampling', 'next_logits', 'check_prompt', 'sample_codes',
-           'cache_codes', 'prior_args', 'preview_codes', 'validate_prior', 'save_prior', 'load_prior', 'train_prior',
-           'draw_uniform', 'sample_prior', 'CodeSampler']
+           'check_start', 'CodeTransformer', 'PriorConfig', 'check_prior', 'dropout_masks', 'spoil', 'prior_loss',
+           'code_bits', 'BestWeights', 'code_chances', 'pick_codes', 'check_sampling', 'next_logits', 'check_prompt',
+           'sample_codes', 'cache_codes', 'prior_args', 'preview_codes', 'validate_prior', 'save_prior', 'load_prior',
+           'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler', 'code_prices']
 
-# %% ../nbs/09_prior.ipynb #9f257b55
+# %% ../nbs/09_prior.ipynb #8e239c0a
 import math
 from copy import deepcopy
 from dataclasses import dataclass,replace
@@ -25,10 +25,10 @@ from .data import Covariate,SliceDataset,eval_batches
 from .layers import Conditioner,check_divides
 from .phantom import show_grid
 from .sampling import Codec,check_conditions,check_request,pick_device,told
-from .training import (LatentDataset,Learner,TrainConfig,check_finite,check_pictures,describe,drop_mask,enter_run,
-                               fill_model,infer,is_finished,load_autoencoder,load_weights,pick_covariates,pick_precision,
-                               preview_conditions,read_config,refuse_leak,refuse_unfinished,run_stage,save_figure,
-                               save_weights,seeded,spread,to_device)
+from .training import (LatentDataset,Learner,TrainConfig,check_finite,check_pictures,describe,drop_mask,
+                               enter_run,fill_model,infer,is_finished,load_autoencoder,load_weights,pick_covariates,
+                               pick_precision,preview_conditions,read_config,refuse_leak,refuse_unfinished,run_stage,
+                               save_figure,save_weights,seeded,spread,to_device)
 from .vqgan import VQVAE
 
 # %% ../nbs/09_prior.ipynb #e638a45e
@@ -55,16 +55,16 @@ def seen_before(
     counts = counts.view(size, num_embeddings)
     return counts[there, held].double(),counts.sum(1)[there].double()
 
-# %% ../nbs/09_prior.ipynb #03d56eab
+# %% ../nbs/09_prior.ipynb #8f63f46d
 def code_cells(
-    slices:Tensor, # Slice number of each map (n,), whole and not negative
+    slices:Tensor, # Number of each map's slice position (n,), from 0
     places:int, # Codes in a map
 )->tuple[Tensor, Tensor, Tensor]: # Number of each code's histogram (n, places): of all; by place; by place and slice
     "Three ways to sort codes into histograms."
     place = torch.arange(places).expand(len(slices), -1)
     return torch.zeros_like(place),place,place+places*slices[:, None]
 
-# %% ../nbs/09_prior.ipynb #7d07dc84
+# %% ../nbs/09_prior.ipynb #1ada79ed
 def code_floors(
     train:Tensor, # Code maps of the train slices (n, h, w)
     train_slices:Tensor, # Their slice numbers (n,), int64
@@ -76,8 +76,10 @@ def code_floors(
     "What held-out codes cost without a network. How far a histogram leans on the coarser one is chosen on train alone."
     train,held = train.flatten(1),held.flatten(1)
     names = sorted(set(train_subjects))
-    aside = torch.tensor([names.index(o)%5==0 for o in train_subjects])                        # every fifth train subject
-    numbers = (train_slices[~aside], train_slices[aside], train_slices, held_slices)
+    aside = torch.tensor([names.index(o)%5==0 for o in train_subjects])      # every fifth train subject
+    heights = torch.cat([train_slices, held_slices]).unique(return_inverse=True)[1]             # 0, 1, … without gaps
+    ours,theirs = heights.split([len(train), len(held)])
+    numbers = (ours[~aside], ours[aside], ours, theirs)
     cells = [code_cells(o, train.shape[1]) for o in numbers]
     trial = final = 1/num_embeddings
     floors = dict(uniform=torch.full((len(held),), math.log2(num_embeddings)))
@@ -144,7 +146,18 @@ def check_codes(
         f"CodeTransformer: codes of shape {tuple(codes.shape)}. Expected (b, m) with m less than {side**2}, the codes "
         "known before the one to be predicted. Try codes.flatten(1)[:, :-1].")
 
-# %% ../nbs/09_prior.ipynb #50b3e737
+# %% ../nbs/09_prior.ipynb #63cb7ec3
+def check_start(
+    start:int, # Places said to be in the cache
+    newest:int, # Number of the newest place
+    cache:Tensor|None, # The cache
+)->None: # Nothing: it raises ValueError or returns
+    "Refuse to go on from a cache that lacks more than the newest place: attention would look ahead. Raises ValueError."
+    if start not in (0, newest) or start and cache is None: raise ValueError(
+        f"CodeTransformer: start={start} {'without' if cache is None else 'with'} a cache. Expected 0, or with a cache "
+        f"{newest}, the number of covariates and known codes. Try sample_codes, which counts.")
+
+# %% ../nbs/09_prior.ipynb #970c4480
 class CodeTransformer(nn.Module):
     """Predicts each code of a map from the covariates and the codes before it, row by row.
 
@@ -188,7 +201,7 @@ class CodeTransformer(nn.Module):
         cache:Tensor|None=None, # As of `new_cache`; holds the first `start` places, and all of them afterwards
         start:int=0, # Places of the sequence that are in the cache: 0, or all but the newest
     )->Tensor: # Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone (b, 1, k)
-        check_codes(codes, self.side)
+        check_codes(codes, self.side); check_start(start, len(self.covariates)+codes.shape[1], cache)
         x = self.embed(codes, cond or {}, drop, start)
         if keep is not None: x = x*keep[0]
         for i,block in enumerate(self.blocks):
@@ -335,7 +348,7 @@ def code_chances(
     if top_p<1: chances = torch.where(before<top_p*chances.sum(-1, keepdim=True), chances, 0)
     return chances/chances.sum(-1, keepdim=True),order
 
-# %% ../nbs/09_prior.ipynb #8ecde30d
+# %% ../nbs/09_prior.ipynb #bad09bb1
 def pick_codes(
     chances:Tensor, # As from `code_chances` (b, k)
     order:Tensor, # As from `code_chances` (b, k)
@@ -343,10 +356,10 @@ def pick_codes(
 )->Tensor: # A code for each row (b,)
     "Throw a dart at the line on which every allowed code has a stretch as long as its probability."
     last = (chances>0).sum(-1, keepdim=True)-1
-    rank = (chances.cumsum(-1)<=u[:, None].to(chances)).sum(-1, keepdim=True).minimum(last)    # rounding can pass the end
+    rank = (chances.cumsum(-1)<=u[:, None].to(chances)).sum(-1, keepdim=True).minimum(last)  # rounding can overshoot
     return order.gather(-1, rank).squeeze(-1)
 
-# %% ../nbs/09_prior.ipynb #6dfe6a49
+# %% ../nbs/09_prior.ipynb #3b165571
 def check_sampling(
     temperature:float, # Of the codes
     top_k:int|None, # Codes to choose from
@@ -360,7 +373,7 @@ def check_sampling(
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer))): raise TypeError(
         f"sample: top_k={top_k!r}. Expected a whole number, or None for all codes. Try top_k=100.")
     if not 0<temperature<math.inf: raise ValueError(
-        f"sample: temperature={temperature}. Expected a number above 0. Try top_k=1 for the most probable code each time.")
+        f"sample: temperature={temperature}. Expected a number above 0. Try top_k=1 for the most probable code.")
     if top_k is not None and top_k<1: raise ValueError(
         f"sample: top_k={top_k}. Expected 1 or more, or None for all codes. Try top_k=100.")
     if not 0<top_p<=1: raise ValueError(f"sample: top_p={top_p}. Expected more than 0, up to 1. Try top_p=0.95.")
@@ -401,7 +414,7 @@ def check_prompt(
         "Check that they come from the autoencoder of this run.")
     return prompt.flatten(1)
 
-# %% ../nbs/09_prior.ipynb #032f29e0
+# %% ../nbs/09_prior.ipynb #e5310385
 @torch.no_grad()
 def sample_codes(
     prior:CodeTransformer, # The prior
@@ -418,6 +431,8 @@ def sample_codes(
     "Write maps of codes, one code after the other. Source: Ho & Salimans 2022, eq. 6, on logits (guidance)."
     check_sampling(temperature, top_k, top_p, guidance_scale)
     b,side,n = len(u),prior.side,len(prior.covariates)
+    if u.shape!=(b, side**2): raise ValueError(
+        f"sample: chance of shape {tuple(u.shape)}. Expected (b, {side**2}), one number a code. Try draw_uniform.")
     codes = torch.empty(b, 0, dtype=torch.int64, device=u.device) if prompt is None else check_prompt(prompt, b, prior)
     guidance_scale = guidance_scale if n else 1
     cache = prior.new_cache(b if guidance_scale==1 else 2*b) if cached else None
@@ -429,7 +444,7 @@ def sample_codes(
         start = n+i+1 if cached else 0
         tick(b)
     return codes.view(b, side, side)
-CodeTransformer.generate = sample_codes                                        # also a method, so that `infer` can call it
+CodeTransformer.generate = sample_codes                                        # a method too, for `infer` to call
 
 # %% ../nbs/09_prior.ipynb #15cb26c5
 def cache_codes(
@@ -448,7 +463,7 @@ def cache_codes(
     batches = tqdm(eval_batches(dataset, batch_size), total=total, desc='codes', disable=not progress)
     return torch.cat([encode(o['image'].to(device), to_device(o, device))[1].cpu() for o in batches])
 
-# %% ../nbs/09_prior.ipynb #1a6f7bb1
+# %% ../nbs/09_prior.ipynb #6d6d48f4
 def prior_args(
     config:PriorConfig, # The configuration
     autoencoder:VQVAE, # Whose codes are to be learned
@@ -458,7 +473,7 @@ def prior_args(
     "The part of a configuration that decides the architecture. Raises ValueError for an autoencoder without codes."
     if not isinstance(autoencoder, VQVAE): raise ValueError(
         f"train_prior: the autoencoder of this run is a {type(autoencoder).__name__}, whose latents are no codes. "
-        "Expected a VQVAE. Train another run with `brainldm train autoencoder --kind vq`, or use `brainldm train ldm` here.")
+        "Expected a VQVAE. Train another run with `brainldm train autoencoder --kind vq`, or `train ldm` here.")
     sizes = {o: getattr(config, o) for o in ('embed_dim', 'num_layers', 'num_heads')}
     return dict(sizes, num_embeddings=autoencoder.quantizer.num_embeddings, side=size//autoencoder.factor,
                 covariates=covariates)
@@ -492,7 +507,7 @@ def validate_prior(
     save_figure(show_grid(pictures, row_labels=rows, title='Written code by code: diagnosis by slice'), path)
     return dict(val_bits=bits, best_bits=best.bits.item(), best_images=best.images.item())
 
-# %% ../nbs/09_prior.ipynb #762ad803
+# %% ../nbs/09_prior.ipynb #461ce747
 def save_prior(
     path:Path, # RUN/prior.safetensors
     learner:Learner, # The training so far
@@ -500,7 +515,7 @@ def save_prior(
 )->None:
     "Write the weights that were best on held-out subjects, and say how good and how old they are."
     best = learner.ema.best
-    measured = bool(best.bits.isfinite())                                      # not yet, if stopped before the first look
+    measured = bool(best.bits.isfinite())                                      # False before the first look
     images,bits = (best.images.item(), best.bits.item()) if measured else (learner.seen, None)
     weights = (best if measured else learner.ema).module.state_dict()
     save_weights(path, weights, dict(info, kind='prior', images=images, val_bits=bits, images_trained=learner.seen))
@@ -563,7 +578,7 @@ def draw_uniform(
     own = [np.random.default_rng((seed, start+i)).random(places, dtype=np.float32) for i in range(n)]
     return torch.from_numpy(np.stack(own)).to(device)
 
-# %% ../nbs/09_prior.ipynb #5d490f23
+# %% ../nbs/09_prior.ipynb #c6fe0e45
 def sample_prior(
     model, # A `CodeSampler`: a run with a trained prior
     n:int=1, # Pictures to draw
@@ -581,7 +596,7 @@ def sample_prior(
     progress:bool=False, # Show a bar
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-    "Write codes with the conditions asked for, and decode them. Raises ValueError or TypeError for what cannot be served."
+    "Write codes with the conditions asked for, and decode them. Raises ValueError or TypeError for what cannot be."
     check_request(n=n, steps=1, seed=seed, batch_size=batch_size, num_train_timesteps=1)
     check_sampling(temperature, top_k, top_p, guidance_scale)
     cond = check_conditions(dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), model.covariates, n)
@@ -599,7 +614,7 @@ def sample_prior(
             pictures.append(model.decode_codes(codes, part))
     return torch.cat(pictures)
 
-# %% ../nbs/09_prior.ipynb #8e8751bf
+# %% ../nbs/09_prior.ipynb #86cd7bd4
 class CodeSampler(Codec):
     "A trained VQVAE with its prior: writes new pictures under the conditions asked for, or completes a begun one."
     def __init__(self,
@@ -611,8 +626,9 @@ class CodeSampler(Codec):
         super().__init__(autoencoder, size, precision)
         kind = (getattr(getattr(autoencoder, 'quantizer', None), 'num_embeddings', None),size//autoencoder.factor)
         if kind!=(prior.num_embeddings, prior.side): raise ValueError(
-            f"CodeSampler: a prior of {prior.num_embeddings} codes on {prior.side} x {prior.side} places, an autoencoder of "
-            f"{kind[0] or 'no'} codes on {kind[1]} x {kind[1]}. Expected two of one run. Train the prior again.")
+            f"CodeSampler: a prior of {prior.num_embeddings} codes, {prior.side} x {prior.side} places, and an "
+            f"autoencoder of {kind[0] or 'no'} codes on {kind[1]} x {kind[1]}. Expected two of one run. "
+            "Train the prior again.")
         self.prior = prior
 
     @classmethod
@@ -648,6 +664,21 @@ class CodeSampler(Codec):
         return call(codes.to(self.device), told(self.autoencoder, cond, self.device)).float().clamp(-1, 1).cpu()
 
     sample = sample_prior                                                      # a function in a class is a method
+
+# %% ../nbs/09_prior.ipynb #bb7fd038
+def code_prices(
+    model:CodeSampler, # A run with a trained prior
+    dataset:SliceDataset, # All splits of the data it was trained on
+    split:str='test', # Whose slices to price; the validate subjects have chosen the weights
+    progress:bool=False, # Show bars
+)->dict[str, Tensor]: # Mean bits per code of each slice (n,): prior, and the floors of `code_floors`
+    "What slices cost the prior, beside what they cost the histograms of the train slices."
+    parts = [dataset.subset(o) for o in ('train', split)]
+    train,held = (cache_codes(model.autoencoder, o, model.precision, progress=progress) for o in parts)
+    slices = [torch.tensor(o.manifest.slice.to_numpy()) for o in parts]
+    names = parts[0].manifest.subject.tolist()
+    bits = code_bits(model.prior, held, parts[1].conditions, model.precision)
+    return dict(prior=bits, **code_floors(train, slices[0], names, held, slices[1], model.prior.num_embeddings))
 
 # %% ../nbs/09_prior.ipynb #f6fa9fdb
 PRIOR_PRESETS = {

@@ -150,8 +150,8 @@ def test_scores(name, dataset, straight):
 
 
 @pytest.mark.parametrize('change,message', [
-    (dict(kind='gan'), "kind='gan'. Expected 'kl', 'vq' or 'fsq'"), (dict(num_embeddings=0), 'num_embeddings=0'), (dict(fsq_levels=(8, 1)), 'two levels or more'),
-    (dict(fsq_levels=()), 'two levels or more'), (dict(restart_below=1.), 'less than 1'), (dict(restart_below=-.1), 'less than 1'), (dict(commitment_cost=-1.), '0 or more'),
+    (dict(kind='gan'), "kind='gan'. Expected 'kl', 'vq' or 'fsq'"), (dict(num_embeddings=0), 'num_embeddings=0'), (dict(fsq_levels=(8, 2)), 'three levels or more'),
+    (dict(fsq_levels=()), 'three levels or more'), (dict(restart_below=1.), 'less than 1'), (dict(restart_below=-.1), 'less than 1'), (dict(commitment_cost=-1.), '0 or more'),
     (dict(adversary_loss='wgan'), "Expected 'hinge' or 'nonsaturating'"), (dict(adversary_weight=-1.), '0 or more'), (dict(critic_warmup=-1), '0 or more'),
     (dict(critic_rate=0.), 'above 0'), (dict(critic_channels=()), 'one number above 0 a level'), (dict(codebook_start='zeros'), "Expected 'kmeans' or 'uniform'")])
 def test_settings_that_cannot_work(change, message):

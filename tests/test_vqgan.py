@@ -363,7 +363,7 @@ def test_random_latents_are_codes(kind):
     assert_close(model.decode(z), model.decode_codes(drawn))
     assert model.random_latents(2, 4, gen).shape==(2, 3, 4, 4)
     assert torch.equal(*(model.random_latents(5, 4, torch.Generator().manual_seed(3)) for _ in range(2)))
-    with pytest.raises(ValueError, match=r'^VQVAE\.random_latents: side=5\. Expected 4, the side of the maps it was trained on\. Try side=4\.$'): model.random_latents(1, 5, gen)
+    with pytest.raises(ValueError, match=r'^VQVAE\.random_latents: side=5\. Expected 4, the side of the maps trained on\. Try side=4\.$'): model.random_latents(1, 5, gen)
 
 
 def test_training_counts_by_height_or_without():
