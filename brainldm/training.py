@@ -145,7 +145,7 @@ PRESETS = {
                       num_workers=4, preview_steps=30)),
 } # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
 
-# %% ../nbs/06_training.ipynb #d2792ef1
+# %% ../nbs/06_training.ipynb #210f4b69
 LIMITS = (
     ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every '
      'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps num_embeddings critic_rate',
@@ -160,7 +160,7 @@ LIMITS = (
     ('drop_one drop_all', lambda v: 0<=v<=1, 'a probability, 0 to 1'),
     ('precision', lambda v: v in ('auto', 'no', 'bf16', 'fp16'), "'auto', 'no', 'bf16' or 'fp16'"),
     ('channels critic_channels', lambda v: len(v)>0 and min(v)>0, 'one number above 0 a level'),
-    ('fsq_levels', lambda v: len(v)>0 and min(v)>1, 'two levels or more for each channel'),
+    ('fsq_levels', lambda v: len(v)>0 and min(v)>2, 'three levels or more for each channel'),
 ) # What the settings of a configuration may be: names, test, words
 
 # %% ../nbs/06_training.ipynb #d19347f2
