@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRIOR_PRESETS', 'lean', 'seen_before', 'code_cells', 'code_floors', 'neighbours', 'TransformerBlock', 'check_codes',
            'check_start', 'CodeTransformer', 'PriorConfig', 'check_prior', 'dropout_masks', 'spoil', 'prior_loss',
-           'code_bits', 'BestWeights', 'code_chances', 'pick_codes', 'check_sampling', 'next_logits', 'check_prompt',
-           'sample_codes', 'cache_codes', 'prior_args', 'preview_codes', 'validate_prior', 'save_prior', 'load_prior',
-           'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler', 'code_prices']
+           'code_bits', 'code_vectors', 'BestWeights', 'code_chances', 'pick_codes', 'check_sampling', 'next_logits',
+           'check_prompt', 'sample_codes', 'cache_codes', 'prior_args', 'preview_codes', 'validate_prior', 'save_prior',
+           'load_prior', 'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler', 'code_prices']
 
 # %% ../nbs/09_prior.ipynb #8e239c0a
 import math
@@ -157,7 +157,7 @@ def check_start(
         f"CodeTransformer: start={start} {'without' if cache is None else 'with'} a cache. Expected 0, or with a cache "
         f"{newest}, the number of covariates and known codes. Try sample_codes, which counts.")
 
-# %% ../nbs/09_prior.ipynb #970c4480
+# %% ../nbs/09_prior.ipynb #f552828a
 class CodeTransformer(nn.Module):
     """Predicts each code of a map from the covariates and the codes before it, row by row.
 
@@ -169,6 +169,7 @@ class CodeTransformer(nn.Module):
         embed_dim:int=128, # Length of a vector, a multiple of `num_heads`
         num_layers:int=4, # Blocks
         num_heads:int=4, # Attention heads
+        code_dim:int=0, # Length of a code's vector in the autoencoder; 0: not known. Else fill `vectors`
     ):
         super().__init__()
         self.num_embeddings,self.side,self.covariates,self.num_heads = num_embeddings,side,tuple(covariates),num_heads
@@ -178,6 +179,9 @@ class CodeTransformer(nn.Module):
         self.rows,self.cols = (nn.Parameter(torch.randn(side, embed_dim)) for _ in range(2))
         self.blocks = nn.ModuleList(TransformerBlock(embed_dim, num_heads) for _ in range(num_layers))
         self.norm,self.head = nn.LayerNorm(embed_dim),nn.Linear(embed_dim, num_embeddings)
+        self.read = nn.Linear(code_dim, embed_dim, bias=False) if code_dim else None
+        self.write = nn.Linear(embed_dim, code_dim) if code_dim else None
+        self.register_buffer('vectors', torch.zeros(num_embeddings+1, code_dim))
         self.register_buffer('neighbours', neighbours(side), persistent=False)
 
     def embed(self,
@@ -190,7 +194,9 @@ class CodeTransformer(nn.Module):
         padded = torch.cat([codes, codes.new_full((b, 1), self.num_embeddings)], dim=1)        # neighbour -1 is here
         at = slice(max(start-n, 0), m+1)
         place = (self.rows[:, None]+self.cols).flatten(0, 1)[at]
-        x = self.near(self.codes(padded[:, self.neighbours[at]]).flatten(-2))+place
+        near = padded[:, self.neighbours[at]]                                  # (b, places, 4)
+        words = self.codes(near) if self.read is None else self.codes(near)+self.read(self.vectors[near])
+        x = self.near(words.flatten(-2))+place
         return x if start or not n else torch.cat([self.conditioner(cond, b, drop).to(x), x], dim=1)
 
     def forward(self,
@@ -206,7 +212,8 @@ class CodeTransformer(nn.Module):
         if keep is not None: x = x*keep[0]
         for i,block in enumerate(self.blocks):
             x = block(x, (1., 1.) if keep is None else keep[2*i+1:2*i+3], None if cache is None else cache[i], start)
-        return self.head(self.norm(x if start else x[:, len(self.covariates):]))
+        x = self.norm(x if start else x[:, len(self.covariates):])
+        return self.head(x) if self.write is None else self.head(x)+self.write(x)@self.vectors[:-1].T.to(x)
 
     def new_cache(self,
         batch_size:int, # Maps written at a time
@@ -312,6 +319,16 @@ def code_bits(
         logits = answer(part[:, :-1], known).float().transpose(1, 2)
         bits.append(F.cross_entropy(logits, part, reduction='none').mean(1).cpu()/math.log(2))
     return torch.cat(bits)
+
+# %% ../nbs/09_prior.ipynb #d9d20ebe
+def code_vectors(
+    autoencoder:VQVAE, # Whose codes they are
+)->Tensor: # The vector of each code, each channel standardised, and a 0 for what is outside the map (k+1, d)
+    "What the codes mean to the decoder: codes with near vectors look alike."
+    k = autoencoder.quantizer.num_embeddings
+    at = torch.arange(k, device=next(autoencoder.parameters()).device).view(1, 1, k)
+    vectors = rearrange(autoencoder.quantizer.lookup(at).detach(), '1 d 1 k -> k d')
+    return F.pad((vectors-vectors.mean(0))/vectors.std(0), (0, 0, 0, 1))
 
 # %% ../nbs/09_prior.ipynb #b7298243
 class BestWeights(nn.Module):
@@ -463,7 +480,7 @@ def cache_codes(
     batches = tqdm(eval_batches(dataset, batch_size), total=total, desc='codes', disable=not progress)
     return torch.cat([encode(o['image'].to(device), to_device(o, device))[1].cpu() for o in batches])
 
-# %% ../nbs/09_prior.ipynb #6d6d48f4
+# %% ../nbs/09_prior.ipynb #3ed02ce4
 def prior_args(
     config:PriorConfig, # The configuration
     autoencoder:VQVAE, # Whose codes are to be learned
@@ -476,7 +493,7 @@ def prior_args(
         "Expected a VQVAE. Train another run with `brainldm train autoencoder --kind vq`, or `train ldm` here.")
     sizes = {o: getattr(config, o) for o in ('embed_dim', 'num_layers', 'num_heads')}
     return dict(sizes, num_embeddings=autoencoder.quantizer.num_embeddings, side=size//autoencoder.factor,
-                covariates=covariates)
+                covariates=covariates, code_dim=autoencoder.latent_channels)
 
 # %% ../nbs/09_prior.ipynb #6384b8c5
 def preview_codes(
@@ -533,7 +550,7 @@ def load_prior(
         "Check the file names, or train it again.")
     return fill_model(CodeTransformer(**args), tensors, f'{run}/prior.safetensors').eval(),info
 
-# %% ../nbs/09_prior.ipynb #da81461d
+# %% ../nbs/09_prior.ipynb #006c220c
 def train_prior(
     dataset:SliceDataset, # The data that the autoencoder was trained on
     run:Path, # Run folder with a trained VQVAE
@@ -549,6 +566,7 @@ def train_prior(
     refuse_leak(read_config(run), dataset); refuse_unfinished(read_config(run), about['images'])
     check_pictures(dataset, about['size'], autoencoder.factor)
     model = seeded(config.seed, lambda: CodeTransformer(**args))
+    model.vectors.copy_(code_vectors(autoencoder))
     loss = partial(prior_loss, config=config, covariates=covariates, num_embeddings=args['num_embeddings'])
     learner = Learner(model, loss, config, run)
     learner.ema.best = BestWeights(learner.raw)

@@ -15,7 +15,7 @@ __all__ = ['PRESETS', 'LIMITS', 'HARMLESS', 'TrainConfig', 'AEConfig', 'LDMConfi
            'cache_latents', 'latent_stats', 'LatentDataset', 'latent_splits', 'drop_mask', 'ldm_loss', 'unet_args',
            'refuse_leak', 'refuse_unfinished', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
 
-# %% ../nbs/06_training.ipynb #bb18f6f4
+# %% ../nbs/06_training.ipynb #65009a39
 import json
 import math
 import os
@@ -33,6 +33,7 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
@@ -850,7 +851,7 @@ def judge_loss(
     loss = critic_loss(real, fake, config.adversary_loss)
     return loss,dict(critic_loss=loss.detach(), critic_accuracy=critic_accuracy(real, fake).detach())
 
-# %% ../nbs/06_training.ipynb #23755ec2
+# %% ../nbs/06_training.ipynb #9e9bb49d
 def make_critic(
     config:AEConfig, # Sizes and rates
     covariates:tuple[Covariate, ...], # What the autoencoder is told, and so the critic
@@ -858,6 +859,7 @@ def make_critic(
 )->Learner|None: # A training of its own; None without an adversary
     "The second network of an adversarial training."
     if not config.adversary: return None
+    if config.compile: torch._functorch.config.donated_buffer = False          # the weight asks a graph for gradients twice
     critic = seeded(config.seed+1, lambda: PatchDiscriminator(covariates, config.critic_channels))
     config = replace(config, learning_rate=config.critic_rate, compile=False)
     return Learner(critic, partial(judge_loss, config=config), config, run)
@@ -1034,7 +1036,7 @@ def load_autoencoder(
         f"({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it from a backup.") from None
     return fill_model(model, tensors, f'{run}/autoencoder.safetensors').eval(),info
 
-# %% ../nbs/06_training.ipynb #b84a8809
+# %% ../nbs/06_training.ipynb #8072b627
 def plot_history(
     records:list[dict], # Lines of log.jsonl
     stage:str, # 'autoencoder', 'ldm' or 'prior'
@@ -1060,8 +1062,8 @@ def plot_history(
     if checked: axs[1].legend(frameon=False)
     if judged:
         axs[2].plot([o['images'] for o in judged], [o['critic_accuracy'] for o in judged], lw=.7, color='C2')
-        axs[2].axhline(.5, color='k', lw=.7, ls=':')
-        axs[2].set(ylim=(0, 1.02), xlabel='pictures seen', title="critic's accuracy (0.5: guessing)")
+        axs[2].axhline(.5, color='k', lw=.7, ls=':', label='guessing')
+        axs[2].set(ylim=(0, 1.02), xlabel='pictures seen', title="critic's accuracy"); axs[2].legend(frameon=False)
     fig.suptitle(stage)
     return fig
 

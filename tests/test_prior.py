@@ -57,8 +57,9 @@ def awake(num_embeddings=12, side=4, covariates=COVARIATES, **sizes):
     "A transformer that listens to everything: a fresh one's layers add nothing."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = CodeTransformer(num_embeddings, side, covariates, **{'embed_dim': 16, 'num_layers': 2, 'num_heads': 2, **sizes})
+        net = CodeTransformer(num_embeddings, side, covariates, **{'embed_dim': 16, 'num_layers': 2, 'num_heads': 2, 'code_dim': 3, **sizes})
         for p in net.parameters(): torch.nn.init.normal_(p, std=.3)
+        net.vectors[:-1].normal_()
     return net.eval()
 
 
@@ -77,6 +78,18 @@ class Peeking(CodeTransformer):
         x = super().embed(codes, cond, drop, start)
         own = self.codes(torch.cat([codes, codes[:, :1]], dim=1))
         return x+torch.cat([x.new_zeros(len(x), len(self.covariates), x.shape[2]), own], dim=1)
+
+
+def test_codes_of_one_vector_are_alike_where_they_are_scored():
+    net,same = awake(),random_codes()
+    with torch.no_grad():
+        net.head.weight.zero_(); net.head.bias.zero_(); net.codes.weight.zero_()
+        net.vectors[5] = net.vectors[4]
+        same[:, 2] = 4
+        other = same.clone(); other[:, 2] = 5
+        assert torch.equal(net(same[:, :-1]), net(other[:, :-1])) and torch.equal(net(same[:, :-1])[..., 4], net(same[:, :-1])[..., 5])
+        other[:, 2] = 6
+        assert not torch.equal(net(same[:, :-1]), net(other[:, :-1]))
 
 
 def learn_random(kind, steps=120, k=8):
@@ -407,6 +420,8 @@ def test_what_a_run_says(straight, dataset):
     assert read_config(straight)['prior']['config']['embed_dim']==16
     assert len(list((straight/'samples').glob('prior_*.png')))==2
     net,info = load_prior(straight)
+    book = load_autoencoder(straight)[0].quantizer.codebook
+    torch.testing.assert_close(net.vectors, torch.cat([(book-book.mean(0))/book.std(0), torch.zeros(1, 3)]))
     held = dataset.subset('validate')
     precision = pick_precision('auto', torch.device('cpu'))
     codes = cache_codes(load_autoencoder(straight)[0], held, precision, progress=False)

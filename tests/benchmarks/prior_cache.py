@@ -17,7 +17,7 @@ REPEATS = 5
 def measure(batch_size):
     config = PRIOR_PRESETS['laptop']
     covariates = (Covariate('slice', 'continuous', range=(0, 31)),)
-    net = CodeTransformer(1024, 16, covariates, config.embed_dim, config.num_layers, config.num_heads).eval()
+    net = CodeTransformer(1024, 16, covariates, config.embed_dim, config.num_layers, config.num_heads, code_dim=8).eval()
     u,cond = draw_uniform(batch_size, 256, 0),dict(slice=torch.linspace(0, 1, batch_size))
     seconds = {True: [], False: []}
     with torch.no_grad():
