@@ -6,7 +6,6 @@ python tests/benchmarks/ablate_stage1.py --data DATA     # anybody's own picture
 Every variant starts from the same seed, sees the same pictures in the same order, and is scored on the same held-out people. Stopped, it goes on where it was."""
 import json
 import platform
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,7 +53,6 @@ def variants(images: int, seed: int) -> dict[str, AEConfig]:
 def measure(name: str, config: AEConfig, dataset, job: Ablation) -> dict:
     "Train one variant and score it."
     run = job.out / name.lower().replace(" ", "_").replace(",", "").replace("(", "").replace(")", "").replace("+", "and")
-    started = time.perf_counter()
     train_autoencoder(dataset, run, config, resume=(run / "config.json").is_file())
     model = BrainLDM.load(run)
     scores = reconstruction_scores(model, dataset.subset(job.split), run)
@@ -62,7 +60,7 @@ def measure(name: str, config: AEConfig, dataset, job: Ablation) -> dict:
     row = {k: scores.get(k) for k in ("ssim", "ssim_brain", "psnr", "sharpness", "codebook_usage", "perplexity")}
     row["critic_accuracy"] = sum(critic[-10:]) / len(critic[-10:]) if critic else None
     batch = spread(dataset.subset(job.split), 5)
-    return dict(row, floor=scores["floor_mean_slice"], minutes=(time.perf_counter() - started) / 60, recon=model.reconstruct(batch["image"], batch)[2, 0])
+    return dict(row, floor=scores["floor_mean_slice"], recon=model.reconstruct(batch["image"], batch)[2, 0])
 
 
 def draw(rows: dict[str, dict], original: torch.Tensor, title: str, path: Path) -> None:
