@@ -1164,7 +1164,7 @@ def unet_args(
     names = 'channels num_res_blocks attention_levels num_heads cond_channels'.split()
     return dict({o: getattr(config, o) for o in names}, in_channels=in_channels, covariates=covariates)
 
-# %% ../nbs/06_training.ipynb #e374ba4a
+# %% ../nbs/06_training.ipynb #47032e5d
 def refuse_leak(
     settings:dict, # config.json of the run
     dataset:SliceDataset, # Data of the next stage
@@ -1172,11 +1172,11 @@ def refuse_leak(
     "Refuse to train stage 2 on other data than stage 1: a subject held out here may have been trained on there."
     before,now = settings['autoencoder']['data'],fingerprint(dataset.manifest)
     if before['hash']!=now['hash']: raise ValueError(
-        f"train_ldm: the data is not what the autoencoder was trained on (fingerprint {now['hash'][:12]}, "
+        f"stage 2: the data is not what the autoencoder was trained on (fingerprint {now['hash'][:12]}, "
         f"was {before['hash'][:12]}). "
         "Expected the same pictures, covariates and splits. Give the same DATA and --subjects, or start another run.")
 
-# %% ../nbs/06_training.ipynb #2b690fa8
+# %% ../nbs/06_training.ipynb #936c4672
 def refuse_unfinished(
     settings:dict, # config.json of the run
     images:int, # Pictures that the autoencoder has seen
@@ -1184,7 +1184,7 @@ def refuse_unfinished(
     "Refuse to train stage 2 on latents that will change when stage 1 goes on."
     total = settings['autoencoder']['config']['total_images']
     if images<total: raise ValueError(
-        f"train_ldm: the autoencoder has seen {images:,} of {total:,} pictures. Expected a finished one. "
+        f"stage 2: the autoencoder has seen {images:,} of {total:,} pictures. Expected a finished one. "
         "Finish it first, with --resume.")
 
 # %% ../nbs/06_training.ipynb #ea3bf201
