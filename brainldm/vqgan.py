@@ -396,13 +396,13 @@ def feature_loss(
     gaps = [F.l1_loss(f.float(), r.detach().float())/r.detach().float().abs().mean() for r,f in zip(real, fake)]
     return torch.stack(gaps).mean()
 
-# %% ../nbs/03_vqgan.ipynb #035b0a51
+# %% ../nbs/03_vqgan.ipynb #114d1b5a
 def adaptive_weight(
     rec:Tensor, # Loss of the reconstruction, a scalar with a graph
     gan:Tensor, # Loss of the generator, a scalar with a graph
     last:Tensor, # Weight of the decoder's last layer
     max_weight:float=1e4, # The weight is clamped to [0, max_weight]
 )->Tensor: # Weight of the generator's loss, a scalar without a graph
-    "Let critic and reconstruction pull equally at the last layer. Source: Esser et al. 2021, eq. 6."
+    "Let critic and reconstruction pull equally at the last layer. Source: Esser et al. 2021, eq. 7."
     norms = [everyone(torch.autograd.grad(o, last, retain_graph=True)[0][None]).mean(0).norm() for o in (rec, gan)]
     return (norms[0]/(norms[1]+1e-6)).clamp(0, max_weight).detach()
