@@ -233,3 +233,20 @@ def test_two_processes_end_with_one_codebook_and_one_critic(tmp_path):
     found = [line.split() for line in done.stdout.splitlines() if line.startswith('weights')]
     assert sorted(o[1] for o in found)==['0', '1'] and found[0][2]==found[1][2]
     assert [o['images'] for o in read_log(tmp_path/'run'/'log.jsonl') if 'critic_accuracy' in o]==[32, 40, 48, 56, 64]
+
+
+def test_the_prior_on_the_command_line(phantom, tmp_path, capsys):
+    run,short = str(tmp_path/'run'),'--total-images 80 --log-every 5 --validate-every 80 --checkpoint-every 80'.split()
+    assert main(['train', 'autoencoder', str(phantom), '--run', run, '--preset', 'tiny', '--kind', 'vq', '--num-embeddings', '32', *short])==0
+    assert main(['train', 'prior', str(phantom), '--run', run, '--preset', 'tiny', *short])==0
+    assert main(['bits', run, str(phantom), '--split', 'test', '--json'])==0
+    said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert said['bits']['uniform']==5 and set(said['bits'])=={'prior', 'uniform', 'histogram', 'place', 'place_slice'}
+    assert json.loads((tmp_path/'run'/'metrics.json').read_text())['bits test']==said
+    assert main(['sample', run, '--generator', 'prior', '--n', '2', '--slice', '3', '--top-k', '8'])==0
+    assert 'Known covariates: slice' in capsys.readouterr().out
+    assert main(['report', run])==0 and 'Written code by code' in (tmp_path/'run'/'report.html').read_text()
+    for wrong,message in ((['--generator', 'prior', '--steps', '5'], '--steps does nothing'), (['--top-k', '5'], '--top-k does nothing'), (['--generator', 'prior', '--top-k', '0'], 'top_k=0'),
+                          (['--generator', 'prior', '--slice', '99'], 'slice=99'), ([], 'train ldm')):
+        assert main(['sample', run, '--n', '1', *wrong])==1 and message in capsys.readouterr().err
+    assert main(['train', 'prior', str(phantom), '--run', run, '--preset', 'tiny', *short])==1 and 'Add --resume' in capsys.readouterr().err
