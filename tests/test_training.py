@@ -136,7 +136,7 @@ def test_resume_after_several_accidents(stage, dataset, straight, tmp_path, monk
 def test_resume_with_other_settings(change, dataset, tmp_path, monkeypatch):
     config = replace(AE, **change)
     train_autoencoder(dataset, tmp_path/'a', config, progress=False)
-    strike(monkeypatch, 'autoencoder_loss', 36, 'crash')
+    strike(monkeypatch, 'autoencoder_loss', 40, 'crash')             # a loss is told where its update began
     with pytest.raises(Crash): train_autoencoder(dataset, tmp_path/'b', config, progress=False)
     train_autoencoder(dataset, tmp_path/'b', config, resume=True, progress=False)
     same(tmp_path/'a', tmp_path/'b', 'autoencoder')
