@@ -76,7 +76,7 @@ class TrainConfig:
     seed:int=0 # Seed of the weights, the order of the pictures and the noise
     log_with:str|None=None # A tracker that accelerate knows, such as tensorboard or wandb
 
-# %% ../nbs/06_training.ipynb #3be33837
+# %% ../nbs/06_training.ipynb #673f6568
 @dataclass
 class AEConfig(TrainConfig):
     "Everything that decides an autoencoder."
@@ -99,7 +99,7 @@ class AEConfig(TrainConfig):
     adversary:bool=False # Train a critic beside the autoencoder, against blur
     adversary_start:int=10_000 # Pictures seen before the critic's verdict reaches the autoencoder
     adversary_weight:float=1. # Pull of the critic on the decoder's last layer; 1 pulls as hard as the reconstruction
-    adversary_max_weight:float=.01 # Largest weight of the verdict beside the mean absolute error, whatever the pull
+    adversary_max_weight:float=.01 # Ceiling of the adaptive weight that makes both pulls equal
     adversary_loss:Literal['nonsaturating', 'hinge']='nonsaturating' # How the critic is taught
     critic_warmup:int=2_000 # Pictures from which the critic alone learns, before its verdict counts
     critic_rate:float=5e-4 # Highest learning rate of the critic
@@ -881,7 +881,7 @@ def fool_critic(
     with torch.no_grad(): seen = judge(batch['image'])[1]
     return gan,feature_loss(seen, features)
 
-# %% ../nbs/06_training.ipynb #6656e745
+# %% ../nbs/06_training.ipynb #503eeb2e
 def autoencoder_loss(
     model:nn.Module, # An autoencoder of config.kind
     batch:dict[str, Tensor], # 'image' and encoded covariates
@@ -902,8 +902,8 @@ def autoencoder_loss(
     logs.pop('loss')
     if seen<config.adversary_start: return loss,logs
     gan,features = fool_critic(critic, batch, fakes, config)
-    weight = config.adversary_weight*adaptive_weight(loss, gan, bare.decoder.head[-1].weight)
-    weight = weight.clamp(max=config.adversary_max_weight)
+    last = bare.decoder.head[-1].weight
+    weight = config.adversary_weight*adaptive_weight(loss, gan, last, config.adversary_max_weight)
     logs |= dict(gan=gan.detach(), gan_weight=weight)
     if config.feature_weight: logs['features'] = features.detach()
     return loss+weight*gan+config.feature_weight*features,logs
