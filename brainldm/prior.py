@@ -9,7 +9,7 @@ __all__ = ['PRIOR_PRESETS', 'lean', 'seen_before', 'code_cells', 'code_floors', 
            'check_prompt', 'sample_codes', 'cache_codes', 'prior_args', 'preview_codes', 'validate_prior', 'save_prior',
            'load_prior', 'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler', 'code_prices']
 
-# %% ../nbs/09_prior.ipynb #8e239c0a
+# %% ../nbs/09_prior.ipynb #105bb778
 import math
 from copy import deepcopy
 from dataclasses import dataclass,replace
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .data import Covariate,SliceDataset,eval_batches
 from .layers import Conditioner,check_divides
 from .phantom import show_grid
-from .sampling import Codec,check_conditions,check_request,pick_device,told
+from .sampling import Codec,check_conditions,check_request,in_batches,pick_device,told
 from .training import (LatentDataset,Learner,TrainConfig,check_finite,check_pictures,describe,drop_mask,
                                enter_run,fill_model,infer,is_finished,load_autoencoder,load_weights,pick_covariates,
                                pick_precision,preview_conditions,read_config,refuse_leak,refuse_unfinished,run_stage,
@@ -596,7 +596,7 @@ def draw_uniform(
     own = [np.random.default_rng((seed, start+i)).random(places, dtype=np.float32) for i in range(n)]
     return torch.from_numpy(np.stack(own)).to(device)
 
-# %% ../nbs/09_prior.ipynb #c6fe0e45
+# %% ../nbs/09_prior.ipynb #2a3b259c
 def sample_prior(
     model, # A `CodeSampler`: a run with a trained prior
     n:int=1, # Pictures to draw
@@ -623,11 +623,10 @@ def sample_prior(
     how,pictures = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale),[]
     places,known = model.prior.side**2,[c.name for c in model.prior.covariates]
     with tqdm(total=n*places, unit='code', desc='sample', disable=not progress) as bar:
-        for i in range(0, n, batch_size):
-            part = to_device({k: v[i:i+batch_size] for k,v in cond.items()}, model.device)
+        for i,stop,part in in_batches(cond, n, batch_size, model.device):
             heard = {k: v for k,v in part.items() if k in known}
-            begun = None if prompt is None else prompt[i:i+batch_size].to(model.device)
-            u = draw_uniform(min(batch_size, n-i), places, seed, i, model.device)
+            begun = None if prompt is None else prompt[i:stop].to(model.device)
+            u = draw_uniform(stop-i, places, seed, i, model.device)
             codes = infer(model.prior, model.precision, 'generate')(u, heard, prompt=begun, tick=bar.update, **how)
             pictures.append(model.decode_codes(codes, part))
     return torch.cat(pictures)
