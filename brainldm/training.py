@@ -146,13 +146,13 @@ PRESETS = {
                       num_workers=4, preview_steps=30)),
 } # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
 
-# %% ../nbs/06_training.ipynb #210f4b69
+# %% ../nbs/06_training.ipynb #5465b47e
 LIMITS = (
     ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every '
      'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps num_embeddings critic_rate',
      lambda v: v>0, 'a number above 0'),
-    ('warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost adversary_start adversary_weight adversary_max_weight '
-     'critic_warmup random_weight feature_weight', lambda v: v>=0, '0 or more'),
+    ('warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost adversary_start adversary_weight '
+     'adversary_max_weight critic_warmup random_weight feature_weight', lambda v: v>=0, '0 or more'),
     ('restart_below', lambda v: 0<=v<1, 'a share, 0 or more and less than 1'),
     ('kind', lambda v: v in ('kl', 'vq', 'fsq'), "'kl', 'vq' or 'fsq'"),
     ('codebook_start', lambda v: v in ('kmeans', 'uniform'), "'kmeans' or 'uniform'"),
