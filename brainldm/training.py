@@ -12,8 +12,9 @@ __all__ = ['PRESETS', 'LIMITS', 'HARMLESS', 'TrainConfig', 'AEConfig', 'LDMConfi
            'pick_covariates', 'describe', 'check_pictures', 'reconstruction_loss', 'judge_loss', 'make_critic',
            'fool_critic', 'autoencoder_loss', 'validate_autoencoder', 'autoencoder_args', 'build_autoencoder',
            'is_finished', 'settle_crop', 'start_from_data', 'train_autoencoder', 'load_autoencoder', 'plot_history',
-           'cache_latents', 'latent_stats', 'LatentDataset', 'latent_splits', 'drop_mask', 'ldm_loss', 'unet_args',
-           'refuse_leak', 'refuse_unfinished', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
+           'cache_latents', 'latent_stats', 'LatentDataset', 'latent_splits', 'drop_mask', 'prediction_error',
+           'ldm_loss', 'unet_args', 'refuse_leak', 'refuse_unfinished', 'preview_conditions', 'validate_ldm',
+           'save_ldm', 'train_ldm']
 
 # %% ../nbs/06_training.ipynb #65009a39
 import json
@@ -1134,7 +1135,22 @@ def drop_mask(
     u = torch.rand(n, covariates+1, generator=generator, device=generator.device)
     return (u[:, 1:]<one) | (u[:, :1]<all)
 
-# %% ../nbs/06_training.ipynb #f6598e1c
+# %% ../nbs/06_training.ipynb #c44953a1
+def prediction_error(
+    model:nn.Module, # A UNet
+    batch:dict[str, Tensor], # 'latent' (b, c, h, w) and encoded covariates, each (b,)
+    t:Tensor, # Timesteps (b,)
+    eps:Tensor, # Standard normal noise, shape of the latents
+    drop:Tensor, # True where a covariate is hidden (b, n)
+    schedule:NoiseSchedule, # The noise, and what the network predicts
+    covariates:tuple[Covariate, ...], # The covariates the network knows, in order
+)->Tensor: # Mean squared error of each row (b,)
+    "How far the prediction is from its target. Source: Ho et al. 2020, eq. 14."
+    x0 = batch['latent']
+    pred = model(add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop)
+    return (pred.float()-targets(x0, eps, t, schedule.abar, schedule.prediction_type)).square().mean((1, 2, 3))
+
+# %% ../nbs/06_training.ipynb #81ed9766
 def ldm_loss(
     model:nn.Module, # A UNet
     batch:dict[str, Tensor], # 'latent' and encoded covariates
@@ -1148,8 +1164,7 @@ def ldm_loss(
     t = torch.randint(schedule.num_train_timesteps, (len(x0),), generator=generator, device=x0.device)
     eps = torch.randn(x0.shape, generator=generator, device=x0.device)
     drop = drop_mask(len(x0), len(covariates), config.drop_one, config.drop_all, generator)
-    pred = model(add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop)
-    mse = (pred.float()-targets(x0, eps, t, schedule.abar, schedule.prediction_type)).square().mean((1, 2, 3))
+    mse = prediction_error(model, batch, t, eps, drop, schedule, covariates)
     gamma = config.snr_gamma
     weight = min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma).to(mse) if gamma else 1.
     return (weight*mse).mean(),dict(mse=mse.detach().mean())

@@ -1,0 +1,107 @@
+"Every benchmark runs with tiny settings and prints the rows it must have. No time is judged here."
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('diffusers'); pytest.importorskip('monai')
+TINY = dict(repeats=1, preset='tiny', precision='no')
+
+
+@pytest.fixture
+def load(monkeypatch):
+    "Import a benchmark as its command line would."
+    monkeypatch.syspath_prepend(str(Path(__file__).parent/'benchmarks'))
+    torch.set_num_threads(1)
+    return importlib.import_module
+
+
+def written(out, name):
+    "What a benchmark left: its rows and its circumstances, beside a plot."
+    assert (out/f'{name}.png').stat().st_size>5_000
+    found = json.loads((out/f'{name}.json').read_text())
+    assert {'date', 'machine', 'threads', 'torch', 'precision', 'clock', 'repeats', 'preset'} <= set(found['where'])
+    assert '/' not in found['where']['machine']
+    return found
+
+
+def names(found): return [o['what'] for o in found['rows']]
+
+
+def test_sampling(load, tmp_path):
+    from brainldm.scheduler import SAMPLERS
+    o = load('sampling')
+    o.main(o.Sampling(**TINY, out=tmp_path, batch_sizes=(2, 3), steps=2))
+    found = written(tmp_path, 'sampling')
+    for n in (2, 3):
+        for sampler in SAMPLERS: assert sum(k.startswith(sampler) and k.endswith(f'batch {n}') for k in names(found))==2
+        assert sum(k.startswith('images a second') and k.endswith(f'batch {n}') for k in names(found))==2
+    assert {k['target'] for k in found['rows']}=={'', '<= 1.05', '>= 1.0'}
+    a,b = (found['where']['parameters'][k] for k in ('brainldm', 'diffusers'))
+    assert abs(a/b-1)<=.03
+
+
+def test_training_step(load, tmp_path):
+    o = load('training_step')
+    table = o.main(o.Steps(**TINY, out=tmp_path, steps=2))
+    found = written(tmp_path, 'training_step')
+    for stage in ('autoencoder', 'ldm', 'prior'):
+        assert f'{stage}: fit / bare' in names(found) and f'{stage}: load a batch' in names(found)
+        assert (f'{stage}: average of the weights' in names(found))==(stage!='autoencoder')
+    assert (table.ratio>0).all() and set(table.target)=={'', '<= 1.10'}
+
+
+@pytest.mark.slow
+def test_networks(load, tmp_path):
+    o = load('networks')
+    table = o.main(o.Networks(repeats=1, preset='tiny', out=tmp_path, size=64, batch_size=2, unet_batch_size=2, precisions=('no',), memory=False))
+    found = written(tmp_path, 'networks')
+    for kind,peers in dict(autoencoder=2, codes=1, unet=2).items():
+        for what in ('training', 'inference'): assert sum(k.startswith(f'{kind} {what}') for k in names(found))==peers+1
+        sizes = table.parameters[table.what.str.startswith(kind)]
+        assert sizes.max()/sizes.min()<1.05                                    # each within 3 % of ours
+    assert (table.gflop_an_image>0).all() and (table.share_of_peak>0).all()
+    job = o.Networks(preset='tiny', size=64, batch_size=2, unet_batch_size=2)
+    assert o.in_fresh_process(o.memory_of, 'autoencoder', 'brainldm', job, 'no')>0
+
+
+@pytest.mark.slow
+def test_scaling(load, tmp_path):
+    o = load('scaling')
+    table = o.main(o.Scaling(**TINY, out=tmp_path, sizes=(32, 64), batch_size=2, counts=(64, 256), files=(8,), batches=4))
+    found = written(tmp_path, 'scaling')
+    assert {'autoencoder, 64 pixels / 32', 'unet, 64 pixels / 32', 'open_dataset, 8 files', 'loader / training, 256 pictures'} <= set(names(found))
+    rows = table[table.what.str.startswith('loader')]
+    assert list(rows.data_mb)==[64*64*64/1e6, 256*64*64/1e6] and rows[['own_mb', 'latents_mb']].notna().all(None)
+
+
+def test_time_to_ssim(load, tmp_path, tiny_run):
+    o = load('time_to_ssim')
+    table = o.main(o.Race(**TINY, out=tmp_path, data=tiny_run[1], limit=.3, lap=.1, held_out=2, rates=(1e-3,)))
+    found = written(tmp_path, 'time_to_ssim')
+    assert names(found)==['brainldm', 'brainldm / MONAI, rate 0.001'] and found['where']['data']=='phantom'
+    assert set(table.arrived)=={'0 of 1'} and (table.seconds>=.3).all()
+    assert all(len(c)>1 for c in found['curves'][0].values())
+
+
+def test_a_peer_of_another_size_is_refused(load, monkeypatch):
+    o = load('peers')
+    monkeypatch.setitem(o.WIDTHS['MONAI DiffusionModelUNet'], 'tiny', (64, 64))
+    with pytest.raises(ValueError, match='Change its entry in WIDTHS'): o.unets('tiny')
+
+
+def test_own_seconds_need_one_thread(load):
+    o = load('timing')
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match='OMP_NUM_THREADS=1'): o.device_and_precision(o.Job(clock='cpu'))
+    finally: torch.set_num_threads(1)
+
+
+def test_interleave_takes_turns(load):
+    o,calls = load('timing'),[]
+    table = o.interleave(dict(a=lambda: calls.append('a'), b=lambda: calls.append('b')), o.Job(repeats=3), torch.device('cpu'))
+    assert ''.join(calls)=='ab'*4 and table.shape==(3, 2)                      # one round is not counted
+    assert o.quartiles([4., 1., 3., 2., 5.])==[2., 3., 4.]
