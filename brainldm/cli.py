@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KNOBS', 'COMMANDS', 'flags', 'Phantom', 'Check', 'TrainAutoencoder', 'data_config', 'Stage2', 'TrainLDM',
-           'TrainPrior', 'Train', 'describe_scores', 'Reconstruct', 'Bits', 'describe_covariates', 'read_pairs',
-           'next_folder', 'pick_knobs', 'Sample', 'Report', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
+           'TrainPrior', 'TrainVolume', 'Train', 'describe_scores', 'Reconstruct', 'Bits', 'describe_covariates',
+           'read_pairs', 'next_folder', 'Drawing', 'pick_knobs', 'Sample', 'Edit', 'Volume', 'Evaluate', 'Explore',
+           'Report', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
 
-# %% ../nbs/11_cli.ipynb #4e32f691
+# %% ../nbs/11_cli.ipynb #32ec6178
 import dataclasses
 import json
 import os
@@ -18,15 +19,19 @@ from typing import Annotated, Literal, Union
 
 import matplotlib
 import numpy as np
+import torch
 import tyro
 
 from .data import DataConfig, SliceDataset, check_dataset, open_dataset
-from .evaluation import (draw_by_condition, merge_metrics, prior_scores, reconstruction_scores, report,
-                                 show_number)
-from .phantom import PhantomConfig, make_cohort
+from .evaluation import json_safe, merge_metrics, reconstruction_scores, show_number
+from .explore import explore
+from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
+from .report import check_targets, draw_by_condition, evaluate, prior_scores, report
 from .sampling import BrainLDM, save_gif, save_pictures
-from .training import PRESETS, AEConfig, LDMConfig, TrainConfig, read_config, save_figure, train_autoencoder, train_ldm
+from .training import (PRESETS, AEConfig, LDMConfig, TrainConfig, read_config, save_figure, train_autoencoder,
+                               train_ldm)
+from .volume import VOLUME_PRESETS, BrainVolumes, VolumeConfig, guess_spacing, save_volumes, train_volume
 
 # %% ../nbs/11_cli.ipynb #fec1f560
 def flags(
@@ -121,11 +126,22 @@ class TrainPrior(Stage2):
               f'brainldm sample {self.run_folder} --generator prior')
         return 0
 
-# %% ../nbs/11_cli.ipynb #20f98f59
+# %% ../nbs/11_cli.ipynb #77a783ea
+@dataclass
+class TrainVolume(Stage2):
+    "After ldm: teach each slice to follow its neighbours, for whole brains. Needs the diffusion model of the same run folder."
+    config:Annotated[VolumeConfig, flags()]
+
+    def run(self)->int: # Exit status
+        train_volume(self.open(), self.run_folder, self.config, self.resume)
+        print(f'{self.run_folder/"volume.safetensors"}\nNext: brainldm volume {self.run_folder}')
+        return 0
+
+# %% ../nbs/11_cli.ipynb #d32c54e9
 @dataclass
 class Train:
-    "Train stage 1 (autoencoder), or a stage 2: the diffusion model (ldm), or the transformer over codes (prior)."
-    stage:Union[TrainAutoencoder, TrainLDM, TrainPrior]
+    "Train stage 1 (autoencoder), a stage 2 (ldm: diffusion model; prior: transformer over codes), or whole brains (volume)."
+    stage:Union[TrainAutoencoder, TrainLDM, TrainPrior, TrainVolume]
 
     def run(self)->int: return self.stage.run()
 
@@ -188,15 +204,16 @@ def describe_covariates(
     "What can be asked for, in words."
     return ', '.join(f"{c.name} ({'|'.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'})" for c in covariates)
 
-# %% ../nbs/11_cli.ipynb #2b005c90
+# %% ../nbs/11_cli.ipynb #18e35dda
 def read_pairs(
     pairs:tuple[str, ...], # Texts of the form name=value
 )->dict: # Values by name; numbers where they read as numbers
-    "Read name=value. Raises ValueError for anything else."
+    "Read name=value. Raises ValueError for anything else, or for a name that comes twice."
     out = {}
     for pair in pairs:
         name,sign,value = pair.partition('=')
-        if not (name and sign and value): raise ValueError(f"sample: condition {pair!r}. Expected name=value. Try apoe=e4.")
+        if not (name and sign and value) or name in out: raise ValueError(
+            f"brainldm: condition {pair!r}. Expected name=value, each name once. Try apoe=e4.")
         try: out[name] = float(value)
         except ValueError: out[name] = value
     return out
@@ -208,34 +225,13 @@ def next_folder(
     "A name that is still free."
     return next(o for o in (stem.with_name(f'{stem.name}_{i:03d}') for i in range(1_000_000)) if not o.exists())
 
-# %% ../nbs/11_cli.ipynb #0b5e82af
-KNOBS = dict(ldm=('guidance_scale', 'guidance_interval', 'guidance_rescale', 'steps', 'sampler'),
-             prior=('guidance_scale', 'temperature', 'top_k', 'top_p'), stage1=()) # Generator -> its knobs
-
-# %% ../nbs/11_cli.ipynb #d396b840
-def pick_knobs(
-    command, # A `Sample`
-)->dict: # The knobs of its generator, by name
-    "Take what the generator listens to. Raises ValueError for a knob that was turned in vain."
-    default = {f.name: f.default for f in dataclasses.fields(command)}
-    vain = [k for k in dict.fromkeys(sum(KNOBS.values(), ())) if k not in KNOBS[command.generator] and getattr(command, k)!=default[k]]
-    if vain: raise ValueError(f"sample: --{vain[0].replace('_', '-')} does nothing with --generator {command.generator}. "
-                              f"Expected only {', '.join(KNOBS[command.generator]) or 'no knobs'}. Leave it out.")
-    return {k: getattr(command, k) for k in KNOBS[command.generator]}
-
-# %% ../nbs/11_cli.ipynb #66a1f56e
-@dataclass
-class Sample:
-    "Draw new slices. Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
-    n:int=8 # Pictures
-    diagnosis:str|None=None # AD or NC, or whatever the data calls it; leave out: open
-    slice:float|None=None # Slice number as in the training data
-    age:float|None=None # Years
-    sex:str|None=None # As written in the training data
-    condition:tuple[str, ...]=() # Other covariates, each as name=value
+# %% ../nbs/11_cli.ipynb #03e10b78
+@dataclass(kw_only=True)
+class Drawing:
+    "Who draws, and how."
     generator:Literal['ldm', 'prior', 'stage1']='ldm' # Diffusion model; transformer over codes; or random latents, a floor
     guidance_scale:float=1. # (ldm, prior) 1 follows the data, above 1 exaggerates the conditions
+    scale:tuple[str, ...]=() # (ldm) In its place, a scale for single covariates, each as name=number
     guidance_interval:tuple[float, float]=(0., 1.) # (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise
     guidance_rescale:float=0. # (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1
     steps:int=30 # (ldm) Denoising steps
@@ -244,6 +240,37 @@ class Sample:
     top_k:int|None=None # (prior) Choose among so many codes only
     top_p:float=1. # (prior) Choose among the codes that hold this share of the probability
     seed:int=0 # Same seed, same machine: same pictures
+
+# %% ../nbs/11_cli.ipynb #51795b21
+KNOBS = dict(ldm=('guidance_scale', 'scale', 'guidance_interval', 'guidance_rescale', 'steps', 'sampler'),
+             prior=('guidance_scale', 'temperature', 'top_k', 'top_p'), stage1=()) # Generator -> its knobs
+
+# %% ../nbs/11_cli.ipynb #de2c8605
+def pick_knobs(
+    command, # A `Drawing`
+)->dict: # The knobs of its generator, by name
+    "Take what the generator listens to. Raises ValueError for a knob that was turned in vain."
+    default = {f.name: f.default for f in dataclasses.fields(command)}
+    vain = [k for k in dict.fromkeys(sum(KNOBS.values(), ())) if k not in KNOBS[command.generator] and getattr(command, k)!=default[k]]
+    if vain: raise ValueError(f"sample: --{vain[0].replace('_', '-')} does nothing with --generator {command.generator}. "
+                              f"Expected only {', '.join(KNOBS[command.generator]) or 'no knobs'}. Leave it out.")
+    knobs = {k: getattr(command, k) for k in KNOBS[command.generator]}
+    scales = read_pairs(knobs.pop('scale', ()))
+    if scales and command.guidance_scale!=1: raise ValueError(
+        "sample: --scale and --guidance-scale. Expected one of them: a scale for each covariate, or one for all. Leave one out.")
+    return dict(knobs, guidance_scale=scales) if scales else knobs
+
+# %% ../nbs/11_cli.ipynb #7a9ece70
+@dataclass
+class Sample(Drawing):
+    "Draw new slices. Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film."
+    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
+    n:int=8 # Pictures
+    diagnosis:str|None=None # AD or NC, or whatever the data calls it; leave out: open
+    slice:float|None=None # Slice number as in the training data
+    age:float|None=None # Years
+    sex:str|None=None # As written in the training data
+    condition:tuple[str, ...]=() # Other covariates, each as name=value
     out:Path|None=None # New folder; None: RUN/samples/drawn_000 and so on
 
     def run(self)->int: # Exit status
@@ -260,6 +287,101 @@ class Sample:
                                dict(generator=self.generator, **about, seed=self.seed))
         if frames: save_gif([*frames, pictures[:4]], folder/'denoising.gif')
         print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}', sep='\n')
+        return 0
+
+# %% ../nbs/11_cli.ipynb #2fb4395c
+@dataclass
+class Edit:
+    "Show scans under changed conditions: the same heads with another diagnosis, age or sex. The result is as private as the scans."
+    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
+    data:tyro.conf.Positional[Path] # The data that it was trained on
+    to:tuple[str, ...] # What shall be otherwise, each as name=value: diagnosis=AD age=80
+    split:Literal['train', 'validate', 'test']='test' # Whose scans
+    n:int=8 # Scans, spread over the split
+    strength:float=1. # Share of the walk to undo: below 1 the coarse shape is kept
+    steps:int=50 # Steps of the whole walk, each way
+    refine:int=1 # Corrections of each step on the way to the noise
+    guidance_scale:float=1. # Above 1 exaggerates the change
+    subjects:Path|None=None # Table with one row a subject; None: the one of the run
+    out:Path|None=None # New folder; None: RUN/samples/edited_000 and so on
+
+    def run(self)->int: # Exit status
+        if self.n<1 or not self.to: raise ValueError(f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to diagnosis=AD.")
+        dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects)).subset(self.split)
+        at = np.unique(np.linspace(0, len(dataset)-1, min(self.n, len(dataset))).round().astype(int))
+        model,scans,rows = BrainLDM.load(self.run_folder),dataset.__getitems__(at)['image'],dataset.manifest.iloc[at]
+        given = {c.name: rows[c.name].astype(object).where(rows[c.name].notna(), None).tolist() for c in model.covariates}
+        to,how = read_pairs(self.to),dict(strength=self.strength, steps=self.steps, refine=self.refine)
+        same,new = (model.counterfactual(scans, o, given, guidance_scale=w, **how) for o,w in (({}, 1.), (to, self.guidance_scale)))
+        asked = {**given, **{k: [v]*len(at) for k,v in to.items()}}
+        folder = save_pictures(new, self.out or next_folder(self.run_folder/'samples'/'edited'), asked,
+                               dict(how, guidance_scale=self.guidance_scale, changed=' '.join(self.to)), owners=rows.subject.astype(str).tolist())
+        shown = torch.stack([scans, same, new, (new-same)*2])[:, :8, 0]
+        save_figure(show_grid(shown, row_labels=['scan', 'round trip', ' '.join(self.to), 'difference x 2'], title='The same heads, one thing changed'), folder/'before_and_after.png')
+        print(f'{len(at)} changed scans in {folder}; a picture of all steps: {folder/"before_and_after.png"}')
+        return 0
+
+# %% ../nbs/11_cli.ipynb #2ddf5acb
+@dataclass
+class Volume:
+    "Draw whole brains. Saved as NIfTI marked as synthetic, with a film through the slices and three cuts."
+    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder, after `brainldm train volume`
+    n:int=1 # Brains
+    diagnosis:str|None=None # AD or NC, or whatever the data calls it; leave out: open
+    age:float|None=None # Years
+    sex:str|None=None # As written in the training data
+    condition:tuple[str, ...]=() # Other covariates, each as name=value
+    steps:int=20 # Denoising steps a slice
+    guidance_scale:float=1. # 1 follows the data, above 1 exaggerates the conditions
+    sampler:Literal['ddim', 'dpmpp']='ddim' # Both walk without fresh noise
+    shared_noise:float|None=None # In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1
+    voxel_mm:tuple[float, float]=(1., 1.) # Size of a pixel and distance of slices of the training data, mm
+    spacing_mm:tuple[float, float]|None=None # The same of the drawn brains; None: worked out from voxel_mm and the run's crop
+    seed:int=0 # Same seed, same machine: same brains
+    out:Path|None=None # New folder; None: RUN/samples/brains_000 and so on
+
+    def run(self)->int: # Exit status
+        asked = dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex, **read_pairs(self.condition))
+        how = dict(steps=self.steps, guidance_scale=self.guidance_scale, sampler=self.sampler, seed=self.seed)
+        spacing = self.spacing_mm or guess_spacing(self.run_folder, self.voxel_mm)
+        if self.shared_noise is None: brains = BrainVolumes.load(self.run_folder).sample_volume(self.n, **asked, **how, progress=True)
+        else: brains = BrainLDM.load(self.run_folder).sample_shared_noise(self.n, self.shared_noise, **asked, **how)
+        folder = save_volumes(brains, self.out or next_folder(self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise))
+        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}, voxels of {spacing[0]:g} x {spacing[0]:g} x {spacing[1]:g} mm')
+        return 0
+
+# %% ../nbs/11_cli.ipynb #9a8c81bc
+@dataclass
+class Evaluate(Drawing):
+    "Draw, judge and report: fidelity, variety, conditions, use and privacy, each beside its floor. Writes RUN/metrics.json, RUN/evaluation and RUN/report.html."
+    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
+    data:tyro.conf.Positional[Path] # The data that it was trained on
+    split:Literal['validate', 'test']='validate' # Which unseen people to compare with
+    utility:bool=True # Train classifiers on real and on drawn slices too; takes longest
+    subjects:Path|None=None # Table with one row a subject; None: the one of the run
+    as_json:Annotated[bool, tyro.conf.arg(name='json')]=False # Print one JSON object and nothing else
+
+    def run(self)->int: # Exit status
+        how,shown = pick_knobs(self),not self.as_json
+        dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects), progress=shown)
+        scores = evaluate(self.run_folder, dataset, self.generator, self.split, self.seed, progress=shown,
+                          **({} if self.utility else dict(utility=None)), **how)
+        page = report(self.run_folder)
+        lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {'reached' if ok else 'missed'}"
+                 for name,drawn,real,target,ok,_ in check_targets(scores)]
+        print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
+        return 0
+
+# %% ../nbs/11_cli.ipynb #eab616f9
+@dataclass
+class Explore:
+    "Open a web page on this machine with sliders: ask a run for a brain, and walk from one brain to another. Ctrl-C ends it."
+    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder with a diffusion model
+    port:int=8866 # Port on 127.0.0.1; 0: any that is free
+    browser:bool=True # Open it in the browser
+
+    def run(self)->int: # Exit status
+        explore(self.run_folder, self.port, self.browser)
         return 0
 
 # %% ../nbs/11_cli.ipynb #fac18753
@@ -316,21 +438,23 @@ class Demo:
         print(describe_scores(scores, 'test'), f'grid    {draw_grid(run)}', f'report  {report(run)}', sep='\n')
         return 0
 
-# %% ../nbs/11_cli.ipynb #42486db0
-COMMANDS = dict(demo=Demo, phantom=Phantom, check=Check, train=Train, reconstruct=Reconstruct, bits=Bits, sample=Sample, report=Report) # Name -> what it does
+# %% ../nbs/11_cli.ipynb #bfaf4399
+COMMANDS = dict(demo=Demo, phantom=Phantom, check=Check, train=Train, reconstruct=Reconstruct, bits=Bits, sample=Sample,
+                edit=Edit, volume=Volume, evaluate=Evaluate, explore=Explore, report=Report) # Name -> what it does
 
-# %% ../nbs/11_cli.ipynb #acba57d1
+# %% ../nbs/11_cli.ipynb #5e588986
 def parse(
     args:list[str], # Words after `brainldm`
 ): # The command, filled in
     "Read the command line. A preset is looked up first, since it decides the defaults of everything else."
     preset = next((b for a,b in zip(args, args[1:]) if a=='--preset'), next((a.partition('=')[2] for a in args if a.startswith('--preset=')), 'laptop'))
     preset = preset if preset in PRESETS else 'laptop'                         # tyro will refuse the name
-    (auto,ldm),prior = PRESETS[preset],PRIOR_PRESETS[preset]
+    (auto,ldm),prior,volume = PRESETS[preset],PRIOR_PRESETS[preset],VOLUME_PRESETS[preset]
     named = lambda kind,name,**default: Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **default)]
     stages = Union[tuple(named(kind, name, default=kind(tyro.MISSING, config)) for kind,name,config in
-                         ((TrainAutoencoder, 'autoencoder', auto), (TrainLDM, 'ldm', ldm), (TrainPrior, 'prior', prior)))]
-    train = dataclasses.make_dataclass('Train', [('stage', stages)], bases=(Train,))     # Train with these defaults
+                         ((TrainAutoencoder, 'autoencoder', auto), (TrainLDM, 'ldm', ldm), (TrainPrior, 'prior', prior), (TrainVolume, 'volume', volume)))]
+    train = dataclasses.make_dataclass('Train', [('stage', stages)], bases=(Train,),
+                                       namespace=dict(__doc__=Train.__doc__))            # Train with these defaults
     kinds = [named(train if v is Train else v, k) for k,v in COMMANDS.items()]
     return tyro.cli(Union[tuple(kinds)], args=args, prog='brainldm', config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
                     description='Latent diffusion for brain MRI. Research and teaching, not for clinical use.')

@@ -67,14 +67,14 @@ def test_networks(load, tmp_path):
     assert o.in_fresh_process(o.memory_of, 'autoencoder', 'brainldm', job, 'no')>0
 
 
-@pytest.mark.slow
-def test_scaling(load, tmp_path):
+def test_scaling(load, tmp_path, monkeypatch):
     o = load('scaling')
+    monkeypatch.setattr(o, 'in_fresh_process', lambda call, *args: call(*args))        # a process takes seconds to start
     table = o.main(o.Scaling(**TINY, out=tmp_path, sizes=(32, 64), batch_size=2, counts=(64, 256), files=(8,), batches=4))
     found = written(tmp_path, 'scaling')
     assert {'autoencoder, 64 pixels / 32', 'unet, 64 pixels / 32', 'open_dataset, 8 files', 'loader / training, 256 pictures'} <= set(names(found))
     rows = table[table.what.str.startswith('loader')]
-    assert list(rows.data_mb)==[64*64*64/1e6, 256*64*64/1e6] and rows[['own_mb', 'latents_mb']].notna().all(None)
+    assert list(rows.data_mb)==[64*64*64/1e6, 256*64*64/1e6] and rows[['own_mb', 'latents_mb']].notna().all(axis=None)
 
 
 def test_time_to_ssim(load, tmp_path, tiny_run):
@@ -83,7 +83,7 @@ def test_time_to_ssim(load, tmp_path, tiny_run):
     found = written(tmp_path, 'time_to_ssim')
     assert names(found)==['brainldm', 'brainldm / MONAI, rate 0.001'] and found['where']['data']=='phantom'
     assert set(table.arrived)=={'0 of 1'} and (table.seconds>=.3).all()
-    assert all(len(c)>1 for c in found['curves'][0].values())
+    assert all(0<k[0] and 0<k[1] and k[2]<1 for c in found['curves'][0].values() for k in c)
 
 
 def test_a_peer_of_another_size_is_refused(load, monkeypatch):

@@ -123,7 +123,7 @@ def main(job: Networks):
     table = table[columns+[o for o in table if o not in columns]].fillna({'target': ''})
     where = dict(machine(job, device, ' and '.join(job.precisions)), preset=job.preset, size=job.size, batch_size=job.batch_size,
                  unet_batch_size=job.unet_batch_size, matrix_peak_gflops={k: round(v/1e9, 1) for k,v in peaks.items()})
-    return publish('networks', table, job, where, draw_ratios('How many times as many pictures a second as its peers', 'our images a second / theirs'))
+    return publish('networks', table, job, where, draw_ratios('The same work beside MONAI and diffusers', 'our images a second / theirs'))
 
 
 if __name__ == '__main__':

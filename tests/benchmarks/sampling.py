@@ -102,7 +102,7 @@ def main(job: Sampling):
         rows += more
     where = dict(machine(job, device, precision), preset=job.preset, steps=job.steps,
                  parameters={'brainldm': count(ours.net), 'diffusers': count(theirs.net), 'brainldm autoencoder': count(model.autoencoder)})
-    return publish('sampling', pd.DataFrame(rows), job, where, draw_ratios('A sampler costs what its network costs', 'ratio, median and quartiles'),
+    return publish('sampling', pd.DataFrame(rows), job, where, draw_ratios('Sampling beside the bare network and beside diffusers', 'ratio, median and quartiles'),
                    seconds=seconds)
 
 

@@ -1,0 +1,124 @@
+"""What each choice of stage 2 buys: one table, one command, seeds and data named.
+
+python tests/benchmarks/ablate_unet.py DATA RUN [RUN ...]        # RUN: folders with a trained autoencoder, such as 4, 8 and 16 channels
+python tests/benchmarks/ablate_unet.py DATA RUN --only base,wide
+
+Every variant starts from the same seed, sees the same latents in the same order, and is judged by samples that are asked for exactly what the held-out
+people are. Stopped, it goes on where it was. Nothing of the data leaves OUT."""
+import json
+import platform
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import torch
+import tyro
+
+from brainldm.cli import data_config
+from brainldm.data import open_dataset
+from brainldm.evaluation import draw_like, feature_net, judge_pictures, json_safe, match_rows
+from brainldm.phantom import show_grid
+from brainldm.sampling import BrainLDM
+from brainldm.scheduler import NoiseSchedule
+from brainldm.training import PRESETS, LDMConfig, read_config, read_log, save_figure, train_ldm
+
+
+@dataclass
+class Ablation:
+    "Train and judge every variant of stage 2."
+    data: tyro.conf.Positional[Path]  # The data that the autoencoders were trained on
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # Run folders with an autoencoder each; the first also takes every variant
+    out: Path = Path("runs/ablation_unet")  # Runs, table.json and a figure
+    only: str = ""  # Names of variants, with commas between; none: all
+    images: int = 20_000  # Latents that each variant sees
+    steps: int = 20  # Denoising steps (DPM-Solver++)
+    seed: int = 0  # Of weights, order, noise and samples
+
+
+def variants(images: int, seed: int) -> dict[str, LDMConfig]:
+    "One thing changed at a time, from the laptop's preset."
+    base = replace(PRESETS["laptop"][1], total_images=images, validate_every=images, checkpoint_every=images // 4, seed=seed)
+    return {
+        "base": base,
+        "attention at 8 x 8 only": replace(base, attention_levels=(False, True)),
+        "no attention": replace(base, attention_levels=(False, False)),
+        "two blocks": replace(base, num_res_blocks=2),
+        "narrow (64, 96)": replace(base, channels=(64, 96)),
+        "wide (128, 192)": replace(base, channels=(128, 192)),
+        "three levels": replace(base, channels=(96, 128, 160), attention_levels=(True, True, True)),
+        "epsilon": replace(base, schedule=NoiseSchedule(prediction_type="epsilon", zero_terminal_snr=False)),
+        "min-SNR 5": replace(base, snr_gamma=5.0),
+        "short EMA": replace(base, ema_images=1_000),
+        "batch 32": replace(base, batch_size=32, learning_rate=1e-3),
+    }
+
+
+def measure(source: Path, name: str, config: LDMConfig, dataset, job: Ablation) -> dict:
+    "Train one variant on the latents of one run, draw, and judge."
+    run = job.out / f"{source.name} {name}".replace(" ", "_").replace("(", "").replace(")", "").replace(",", "")
+    if not (run / "config.json").is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        for part in ("autoencoder.safetensors", "train_mean.safetensors"):
+            shutil.copy(source / part, run / part)
+        (run / "config.json").write_text(json.dumps({"autoencoder": read_config(source)["autoencoder"]}))
+    if (run / "judged.json").is_file():
+        return json.loads((run / "judged.json").read_text())
+    begin = time.time()
+    train_ldm(dataset, run, config, resume=True)
+    took, train, held = time.time() - begin, dataset.subset("train"), dataset.subset("validate")
+    (job.out / "judge").mkdir(exist_ok=True)
+    net = feature_net(job.out / "judge", dataset)
+    rows, model = match_rows(held.manifest, train.manifest, seed=job.seed), BrainLDM.load(run)
+    pictures = draw_like(model, train.manifest.iloc[rows], generator="ldm", seed=job.seed, steps=job.steps, sampler="dpmpp")
+    scores = json_safe(judge_pictures(net, pictures, rows, train, held, utility=None)[0])
+    save_figure(show_grid(pictures[:64, 0], ncols=16, title=f"{source.name}: {name}", size=0.5), run / "drawn.png")
+    row = summarise(scores, [o["val_mse"] for o in read_log(run / "log.jsonl") if o["stage"] == "ldm" and "val_mse" in o][-1], model)
+    row["seconds"] = took
+    (run / "judged.json").write_text(json.dumps(row))
+    return row
+
+
+def summarise(scores: dict, val_mse: float, model) -> dict:
+    "The numbers that decide, beside their floors."
+    drawn, real = scores["conditioning"]["drawn"], scores["conditioning"]["train"]
+    fidelity, floor = scores["fidelity"]["drawn"], scores["fidelity"]["floor"]
+    return {
+        "parameters, M": sum(p.numel() for p in model.unet.parameters()) / 1e6,
+        "val_mse": val_mse,
+        "Frechet": fidelity["frechet"],
+        "(floor)": floor["frechet"],
+        "KID": fidelity["kid"],
+        "(floor) ": floor["kid"],
+        "recall": fidelity["recall"],
+        "slice error": drawn["slice_error"]["value"],
+        "(held)": scores["conditioning"]["held"]["slice_error"]["value"],
+        "CSF d": drawn["diagnosis_effect"]["value"],
+        "(train)": real["diagnosis_effect"]["value"],
+        "MS-SSIM": scores["diversity"]["drawn"]["ms_ssim"],
+        "(held) ": scores["diversity"]["held"]["ms_ssim"],
+    }
+
+
+def main(job: Ablation) -> None:
+    matplotlib.use("Agg")
+    dataset = open_dataset(job.data, data_config(job.runs[0], None))
+    names = variants(job.images, job.seed)
+    unknown = set(filter(None, job.only.split(","))) - set(names)
+    if unknown:
+        raise SystemExit(f"ablate_unet: unknown variant {sorted(unknown)}. Expected some of {list(names)}.")
+    chosen = {k: v for k, v in names.items() if not job.only or k in job.only.split(",")}
+    todo = [(job.runs[0], k) for k in chosen] + [(run, "base") for run in job.runs[1:]]
+    rows = {f"{run.name}: {k}": measure(run, k, names[k], dataset, job) for run, k in todo}
+    table = pd.DataFrame(rows).T.astype(float).round(3)
+    where = dict(data=job.data.name, images=job.images, steps=job.steps, seed=job.seed, torch=torch.__version__.split("+")[0],
+                 threads=torch.get_num_threads(), machine=platform.machine())
+    print(table.to_string())
+    print(where)
+    (job.out / "table.json").write_text(json.dumps(dict(where=where, rows=rows), indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Ablation))

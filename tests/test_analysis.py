@@ -1,0 +1,246 @@
+"Analysis: probes that are right about nothing, folds that keep people together, shares that add up, codes of every kind."
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brainldm.analysis import (as_table, auc, bottleneck_features, codebook_usage, deal_folds, decode_told, describe_probe, embed, flat_codes,
+                               fold_predictions, neighbours_kept, plot_codebook_usage, plot_embedding, probe, shuffle_target, subject_retrieval,
+                               swap_shares, variance_shares)
+from brainldm.data import Covariate, SliceDataset
+from brainldm.sampling import Codec
+from brainldm.scheduler import NoiseSchedule
+from brainldm.unet import UNet
+from brainldm.vae import AutoencoderKL
+from brainldm.vqgan import FSQ, VQVAE, VectorQuantizer
+
+seeds = st.integers(0, 2**31)
+HEIGHT = Covariate('slice', 'continuous', range=(0, 5))
+SEX = Covariate('sex', 'categorical', ('F', 'M'))
+
+
+def cohort(rng, people=30, looks=6, d=20):
+    return np.repeat(np.arange(people), looks),rng.normal(size=(people*looks, d))
+
+
+def test_umap_is_imported_when_it_is_needed():
+    code = "import brainldm.analysis, sys; assert 'umap' not in sys.modules"
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+# -- maps
+
+@pytest.mark.parametrize('method', ['pca', 'tsne'])
+def test_a_seed_names_a_map(method):
+    v = np.random.default_rng(0).normal(size=(40, 8))
+    a,b = (embed(v, method, seed=3, n_neighbors=5) for _ in range(2))
+    assert a.shape==(40, 2) and np.isfinite(a).all()
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('shape', [(5, 1), (5, 2), (4, 300)])
+def test_small_tables_have_a_pca(shape):
+    if min(shape)<2:
+        assert embed(np.random.default_rng(0).normal(size=shape), 'pca', n_neighbors=2).shape==(5, 1)
+    else: assert embed(np.random.default_rng(0).normal(size=shape), 'pca', n_neighbors=2).shape==(shape[0], 2)
+
+
+def test_tensors_of_any_kind():
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(np.abs(embed(x, 'pca')), np.abs(embed(x.bfloat16().requires_grad_(), 'pca')), atol=.1)
+
+
+@pytest.mark.parametrize('bad, match', [(np.zeros(5), 'Expected'), (np.zeros((2, 3)), 'three rows'), (np.full((5, 3), np.inf), '5 of 5 rows')])
+def test_bad_vectors(bad, match):
+    with pytest.raises(ValueError, match=match): embed(bad, 'pca')
+
+
+@pytest.mark.parametrize('k', [0, 1, 20, 100])
+def test_bad_neighbours(k):
+    with pytest.raises(ValueError, match=f'n_neighbors={k}'): embed(np.eye(20), 'tsne', n_neighbors=k)
+
+
+def test_neighbours_survive_a_rotation():
+    rng = np.random.default_rng(0); v = rng.normal(size=(50, 4))
+    assert neighbours_kept(v, v@np.linalg.qr(rng.normal(size=(4, 4)))[0], 7)==1
+
+
+def test_embedding_of_many_kinds():
+    table = pd.DataFrame(dict(sub=[f's{i}' for i in range(30)], sex=['F', None, 'M']*10, age=np.arange(30.), flag=[True, False]*15))
+    fig = plot_embedding(np.random.default_rng(0).normal(size=(30, 2)), table, tuple(table), 'title')
+    panels = {ax.get_title(): ax for ax in fig.axes if ax.get_title()}
+    assert panels['sub'].get_legend() is None and len(panels['sex'].get_legend().texts)==2
+    assert fig.get_size_inches()[0]<=7.5
+    plt.close(fig)
+
+
+# -- probes
+
+@given(seeds, st.integers(2, 5), st.integers(10, 25), st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_people_are_dealt_whole(seed, folds, people, looks):
+    rng = np.random.default_rng(seed)
+    who = rng.permutation(np.repeat(np.arange(people), looks)); y = rng.integers(2, size=people).astype(float)[who]
+    fold = deal_folds(y, who, folds, rng)
+    table = pd.DataFrame(dict(who=who, fold=fold, y=y))
+    assert (table.groupby('who').fold.nunique()==1).all() and set(fold)==set(range(folds))
+    by = table.drop_duplicates('who').groupby('fold')
+    assert by.size().max()-by.size().min()<=1 and by.y.sum().max()-by.y.sum().min()<=1
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_shuffles_keep_what_they_must(seed):
+    rng = np.random.default_rng(seed); who = rng.permutation(np.repeat(np.arange(12), 4)); fold = (who*7)%12%3
+    label,height = rng.integers(2, size=12).astype(float)[who],rng.normal(size=48)
+    a,b = (shuffle_target(o, who, fold, rng) for o in (label, height))
+    assert all(len(set(a[who==i]))==1 for i in range(12)) and all(a[fold==i].sum()==label[fold==i].sum() for i in range(3))
+    assert all(sorted(b[who==i])==sorted(height[who==i]) for i in range(12))
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_auc_turns_over(seed):
+    rng = np.random.default_rng(seed); p,y = rng.normal(size=20).round(1),rng.permutation([0]*8+[1]*12)
+    assert abs(auc(p, y)+auc(-p, y)-1)<1e-12 and abs(auc(p, y)-auc(np.exp(p), y))<1e-12
+
+
+def test_probe_of_nothing_is_right_about_nothing():
+    "Of 60 questions without an answer, some 5 % should fall outside the floor; at most 8 of 60 is 3.0 standard deviations off."
+    rng = np.random.default_rng(0); outside,scores = 0,[]
+    for seed in range(60):
+        who,v = cohort(rng); v = v+2*rng.normal(size=(30, 20))[who]                             # brains differ
+        o = probe(v, rng.permutation([0, 1]*15)[who], who, seed=seed, shuffles=60)
+        outside += not o['floor_95'][0]<=o['score']<=o['floor_95'][1]; scores.append(o['score'])
+    assert outside<=8 and abs(np.mean(scores)-.5)<.06                                           # AUC of 30: standard error .11/sqrt(60)=.014
+
+
+def test_rows_as_groups_cheat():
+    rng = np.random.default_rng(1); who,v = cohort(rng); v = .3*v+rng.normal(size=(30, 20))[who]; y = rng.permutation([0, 1]*15)[who]
+    assert probe(v, y, who, shuffles=5)['score']<.75<.9<probe(v, y, np.arange(len(v)), shuffles=5)['score']
+
+
+def test_probe_does_not_mind_order_names_or_units():
+    rng = np.random.default_rng(2); who,v = cohort(rng); y = rng.permutation([0, 1]*15)[who]; v[:, 0] += y
+    a = probe(v, y, who, shuffles=5)
+    assert a==probe(torch.from_numpy(v*5+3), pd.Series(np.where(y, 'b', 'a')), [f'sub-{i:02d}' for i in who], shuffles=5)|dict() or \
+        abs(a['score']-probe(v*5+3, np.where(y, 'b', 'a'), who, shuffles=5)['score'])<1e-9
+    assert describe_probe(a).startswith(f"AUC {a['score']:.2f} [") and describe_probe(a).endswith('30 people')
+
+
+def test_a_number_about_people_is_scored_by_people():
+    rng = np.random.default_rng(3); who,v = cohort(rng, 40); age = rng.uniform(50, 90, size=40)[who]; v[:, 2] += (age-70)/10
+    o = probe(v, age, who)
+    assert o['metric']=='R2' and o['num_people']==40 and o['score']>.4 and o['floor']<.05
+
+
+def test_a_dead_feature_says_nothing():
+    rng = np.random.default_rng(4); x,y = rng.normal(size=(20, 3)),rng.normal(size=(20, 1)); fold = np.arange(20)%4
+    dead = np.concatenate([x, np.ones((20, 3))], 1)
+    np.testing.assert_allclose(fold_predictions(dead, y, fold, .5), fold_predictions(x, y, fold, 1.), atol=1e-10)   # d doubles, so the penalty halves
+
+
+@pytest.mark.parametrize('target, match', [(np.array(['a', 'b', None]*20, dtype=object), '20 rows without'), (np.array([0, 1, -1]*20), '20 rows without'),
+                                           (np.zeros(60), '1 categories'), (np.array(list('abc')*20), '3 categories'), (np.zeros(59), '59 targets')])
+def test_probe_refuses(target, match):
+    with pytest.raises(ValueError, match=match): probe(np.random.default_rng(0).normal(size=(60, 3)), target, np.repeat(np.arange(20), 3))
+
+
+# -- who and where
+
+@given(seeds, st.integers(2, 6), st.integers(2, 5))
+@settings(max_examples=30, deadline=None)
+def test_shares_add_up_and_do_not_mind_a_rotation(seed, people, heights):
+    rng = np.random.default_rng(seed); v = rng.normal(size=(people*heights, 7))
+    s,k = np.divmod(np.arange(people*heights), heights)
+    if len(v)<3: return
+    a,b = (variance_shares(o, s, k) for o in (v, v@np.linalg.qr(rng.normal(size=(7, 7)))[0]*3+1))
+    assert abs(a['subject']+a['slice']+a['rest']-1)<1e-9 and min(a.values())>-1e-9
+    assert all(abs(a[o]-b[o])<1e-9 for o in a)
+    swapped = variance_shares(v, k, s)
+    assert abs(swapped['subject']-a['slice'])<1e-9
+
+
+def test_retrieval_does_not_mind_the_height():
+    rng = np.random.default_rng(0); s,k = np.divmod(np.arange(60), 6); v = rng.normal(size=(60, 9))
+    a,b = subject_retrieval(v, s, k),subject_retrieval(v+50*rng.normal(size=(6, 9))[k], s, k)
+    np.testing.assert_array_equal(a, b); assert np.isnan(np.diagonal(a)).all() and a.shape==(6, 6)
+
+
+@pytest.mark.parametrize('drop', [slice(1, None), slice(0, -1)])
+def test_a_missing_slice_is_refused(drop):
+    s,k = np.divmod(np.arange(12), 4)
+    with pytest.raises(ValueError, match='everybody at every height'): as_table('f', np.eye(12)[drop], s[drop], k[drop])
+    with pytest.raises(ValueError, match='everybody at every height'): as_table('f', np.eye(12), s, np.where(k==3, 2, k))
+
+
+def test_swap_needs_two_values():
+    for own,told in ((np.ones(3), np.arange(2)), (np.arange(3), np.ones(2))):
+        with pytest.raises(ValueError, match='two values'): swap_shares(np.zeros((3, 2)), own, told)
+
+
+# -- networks
+
+@pytest.fixture(scope='module')
+def unet():
+    torch.manual_seed(0)
+    return UNet(3, (16, 32), 1, (False, True), 2, (HEIGHT, SEX), 16).eval()
+
+
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+@pytest.mark.parametrize('batch_size', [1, 3, 64])
+def test_bottleneck_does_not_depend_on_batches(unet, precision, batch_size):
+    z,cond = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)),dict(slice=torch.rand(5), sex=torch.arange(5)%2)
+    for c in (cond, None, {'sex': cond['sex']}):
+        a,b = (bottleneck_features(unet, z, NoiseSchedule(), 200, c, precision=precision, batch_size=n) for n in (batch_size, 5))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if precision=='no' else .1)
+        assert a.shape==(5, 32) and a.dtype==torch.float32 and not a.requires_grad
+
+
+def test_bottleneck_at_the_last_step_sees_noise_alone(unet):
+    a,b = (bottleneck_features(unet, o*torch.ones(4, 3, 8, 8), NoiseSchedule(), 999) for o in (-5., 5.))
+    torch.testing.assert_close(a, b)
+    assert not torch.equal(a, bottleneck_features(unet, torch.ones(4, 3, 8, 8), NoiseSchedule(), 999, seed=1))
+
+
+@pytest.mark.parametrize('t', [-1, 1000, 2.5])
+def test_bottleneck_refuses_a_step(unet, t):
+    with pytest.raises(ValueError, match='t='): bottleneck_features(unet, torch.zeros(2, 3, 8, 8), NoiseSchedule(), t)
+
+
+def pictures(n=7, size=32):
+    images = np.random.default_rng(0).integers(0, 256, size=(n, size, size)).astype(np.uint8)
+    table = pd.DataFrame(dict(subject=[f's{i}' for i in range(n)], slice=np.arange(n)%6, sex=['F', 'M', 'F', None, 'M', 'F', 'M'][:n], split='train'))
+    return SliceDataset(images, table, [HEIGHT, SEX])
+
+
+@pytest.mark.parametrize('quantizer', [lambda: VectorQuantizer(12, 4), lambda: FSQ((3, 4))])
+@pytest.mark.parametrize('covariates', [(), (HEIGHT, SEX)])
+def test_codes_are_counted_with_their_pixels(quantizer, covariates):
+    torch.manual_seed(0); q = quantizer()
+    model,data = VQVAE(q, 8, channels=(8,), attention_levels=(False,), patch=4, covariates=covariates, cond_channels=8).eval(),pictures()
+    counts,patches = codebook_usage(model, data, batch_size=3)
+    assert counts.sum()==7*64 and patches.shape==(12, 4, 4)
+    total = (patches.nan_to_num()*counts[:, None, None]).sum()/16/counts.sum()                    # means of means are the mean
+    torch.testing.assert_close(total, data.__getitems__(range(7))['image'].mean(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(patches.isnan().all((1, 2)), counts==0)
+    flat = flat_codes(model, torch.arange(5), 3, dict(slice=torch.rand(5), sex=torch.arange(5)%2) if covariates else None)
+    assert flat.shape==(5, 1, 12, 12) and flat.abs().max()<=1
+    plt.close(plot_codebook_usage(dict(a=counts, b=torch.ones(30))))
+
+
+def test_told_values_go_where_they_should():
+    torch.manual_seed(0); model = AutoencoderKL(2, channels=(8,), attention_levels=(False,), patch=4, covariates=(HEIGHT, SEX), cond_channels=8)
+    codec,z,sex = Codec(model.eval(), 32),torch.randn(3, 2, 8, 8),torch.tensor([0, 1, 1])
+    out = decode_told(codec, z, 'slice', torch.tensor([0., .5, 1., float('nan')]), dict(sex=sex))
+    assert out.shape==(3, 4, 1, 32, 32)
+    torch.testing.assert_close(out[1:2, 1], codec.decode(z[1:2], dict(slice=torch.tensor([.5]), sex=sex[1:2])), rtol=1e-4, atol=1e-5)
+    assert decode_told(codec, z, 'sex', torch.tensor([0, 1]), dict(slice=torch.rand(3))).shape==(3, 2, 1, 32, 32)
+    plain = Codec(AutoencoderKL(2, channels=(8,), attention_levels=(False,), patch=4), 32)
+    with pytest.raises(ValueError, match="not told 'slice'"): decode_told(plain, z, 'slice', torch.zeros(2))

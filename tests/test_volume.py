@@ -1,0 +1,202 @@
+"""Whole brains: batches and seeds do not matter, a stopped training goes on bit for bit, what is given comes back, and bad input is refused."""
+import json
+import shutil
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from brainldm import volume as module
+from brainldm.cli import data_config, main
+from brainldm.data import check_dataset, open_dataset
+from brainldm.sampling import SYNTHETIC, BrainLDM
+from brainldm.training import load_weights, read_log, save_weights
+from brainldm.volume import (BrainVolumes, NeighbourUNet, VolumeConfig, check_stack, correlate, drawing_order, find_neighbours,
+                             lay_beside, look_beside, to_nifti, train_volume)
+
+SHORT = VolumeConfig(total_images=96, batch_size=8, warmup_images=16, validate_every=48, checkpoint_every=16, log_every=1, ema_images=32, preview_steps=2)
+
+
+@pytest.fixture(scope='module')
+def dataset(tiny_run): return open_dataset(tiny_run[1], data_config(tiny_run[0]), progress=False)
+
+
+@pytest.fixture(scope='module')
+def trained(tiny_run, dataset, tmp_path_factory):
+    "A run whose slices have learned to follow their neighbours, a little."
+    run = shutil.copytree(tiny_run[0], tmp_path_factory.mktemp('volume')/'run')
+    train_volume(dataset, run, SHORT, progress=False)
+    return run
+
+
+@pytest.fixture(scope='module')
+def model(trained):
+    "Weights shaken up, so that neighbours matter: after a hundred pictures they hardly do."
+    model = BrainVolumes.load(trained, device='cpu', precision='no')
+    torch.manual_seed(0); torch.nn.init.normal_(model.unet.unet.down.conv_in.neighbours.weight, std=.3)
+    return model
+
+
+def same(a, b): torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+def test_batches_do_not_matter(model, batch_size):
+    asked = dict(n=3, diagnosis=['AD', 'NC', 'AD'], steps=3, seed=4, guidance_scale=2.)
+    same(model.sample_volume(batch_size=batch_size, **asked), model.sample_volume(**asked))
+
+
+def test_a_brain_is_named_by_seed_and_number(model):
+    three = model.sample_volume(3, steps=2, seed=1)
+    same(model.sample_volume(1, steps=2, seed=1), three[:1])
+    assert len({o.numpy().tobytes() for o in three})==3
+    assert not torch.equal(model.sample_volume(1, steps=2, seed=2), three[:1])
+
+
+def test_every_slice_hears_its_neighbour_and_nobody_further(model):
+    "Change one given slice: what follows it changes; without the chain nothing would."
+    pictures = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))*2-1
+    a,b = (model.sample_volume(1, steps=2, slices=range(1, 6), given={3: o[None]}) for o in pictures)
+    assert all((a[0, k]-b[0, k]).abs().max()>1e-3 for k in (1, 2, 3))
+    both = model.sample_volume(1, steps=2, slices=range(1, 6), given={3: pictures[:1], 2: pictures[1:], 4: pictures[1:]})
+    one = model.sample_volume(1, steps=2, slices=range(1, 6), given={2: pictures[1:], 4: pictures[1:]})
+    same(both[0, [0, 1, 3, 4]], one[0, [0, 1, 3, 4]])                          # slice 3 is walled in: slices 1 and 5 cannot hear it
+
+
+def test_what_is_given_comes_back(model):
+    pictures = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))*2-1
+    brains = model.sample_volume(2, steps=2, given={2: pictures})
+    same(brains[:, 2], model.reconstruct(pictures)[:, 0])
+
+
+def test_before_training_it_is_the_plain_model(tiny_run):
+    flat = BrainLDM.load(tiny_run[0], device='cpu', precision='no')
+    fresh = BrainVolumes(flat.autoencoder, flat.size, NeighbourUNet(flat.unet), flat.schedule, flat.latent_mean, flat.latent_std)
+    same(fresh.sample_volume(1, steps=3, diagnosis='AD', seed=2), flat.sample_shared_noise(1, 0., steps=3, diagnosis='AD', seed=2))
+
+
+@pytest.mark.parametrize('sampler', ['ddim', 'dpmpp'])
+def test_slices_can_be_chosen(model, sampler):
+    assert model.sample_volume(1, slices=range(2, 5), steps=2, sampler=sampler).shape==(1, 3, 64, 64)
+
+
+@pytest.mark.parametrize('asked, message', [
+    (dict(slices=[0, 2, 4]), 'rise by 1'), (dict(slices=[3]), '2 or more'), (dict(slices=range(4, 9)), 'slice=6'), (dict(sampler='ddpm'), 'no fresh noise'),
+    (dict(n=0), 'n=0'), (dict(steps=0), 'steps=0'), (dict(batch_size=0), 'batch_size=0'), (dict(seed=-1), 'seed=-1'), (dict(diagnosis='MCI'), 'AD, NC'),
+    (dict(n=2, age=[70, 71, 72]), '3 values of age for n=2'), (dict(age=300), 'age=300'), (dict(weight=3), 'weight'), (dict(guidance_scale=-1), 'guidance_scale'),
+    (dict(given={9: torch.zeros(1, 1, 64, 64)}), 'slice 9'), (dict(given={2: torch.zeros(2, 1, 64, 64)}), 'Expected 1'), (dict(given={2: torch.full((1, 1, 64, 64), 255.)}), 'grey values'),
+    (dict(given={2: torch.zeros(1, 1, 32, 32)}), 'shape')])
+def test_bad_requests(model, asked, message):
+    with pytest.raises((ValueError, TypeError)) as e: model.sample_volume(**{'n': 1, **asked})
+    assert message in str(e.value) and 'Expected' in str(e.value)
+
+
+def test_needs_a_denoiser(model):
+    bare = BrainVolumes(model.autoencoder, model.size)
+    with pytest.raises(FileNotFoundError, match='train ldm'): bare.sample_shared_noise(1, slices=range(3))
+
+
+class Crash(Exception): pass
+
+
+@pytest.mark.parametrize('at', [8, 40, 72])
+def test_resumed_is_the_same_as_never_stopped(at, tiny_run, dataset, trained, tmp_path, monkeypatch):
+    run,loss = shutil.copytree(tiny_run[0], tmp_path/'run'),module.volume_loss
+    def struck(model, batch, generator, seen, *args, **kwargs):
+        if seen>=at and getattr(model, 'training', False): raise Crash
+        return loss(model, batch, generator, seen, *args, **kwargs)
+    monkeypatch.setattr(module, 'volume_loss', struck)
+    with pytest.raises(Crash): train_volume(dataset, run, SHORT, progress=False)
+    monkeypatch.undo()
+    train_volume(dataset, run, SHORT, resume=True, progress=False)
+    a,b = (load_weights(o/'volume.safetensors')[0] for o in (run, trained))
+    assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert [o['images'] for o in read_log(run/'log.jsonl') if o['stage']=='volume' and 'loss' in o]==list(range(8, 97, 8))
+
+
+def test_finished_run_is_left_alone(trained, dataset):
+    before = (trained/'volume.safetensors').read_bytes()
+    train_volume(dataset, trained, SHORT, resume=True, progress=False)
+    assert (trained/'volume.safetensors').read_bytes()==before
+
+
+@pytest.mark.parametrize('change, message', [(dict(hide_neighbour=1.), 'hide_neighbour'), (dict(neighbour_noise=-.1), 'neighbour_noise'), (dict(batch_size=0), 'batch_size')])
+def test_bad_settings(change, message, tiny_run, dataset, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path/'run')
+    with pytest.raises(ValueError, match=message): train_volume(dataset, run, replace(SHORT, **change), progress=False)
+    assert not (run/'volume.safetensors').exists() and 'volume' not in json.loads((run/'config.json').read_text())
+
+
+def test_layers_of_another_network_are_refused(trained, tmp_path):
+    "A newly trained ldm beside old neighbours would draw nonsense."
+    run = shutil.copytree(trained, tmp_path/'run')
+    tensors,about = load_weights(run/'ldm.safetensors')
+    save_weights(run/'ldm.safetensors', {k: v+1e-3 for k,v in tensors.items()}, about)
+    with pytest.raises(ValueError, match='not trained on the diffusion model beside it'): BrainVolumes.load(run)
+    (run/'ldm.safetensors').unlink()
+    with pytest.raises(ValueError, match='two files of one run'): BrainVolumes.load(run)
+
+
+def test_other_data_is_refused(trained, dataset, tmp_path):
+    other = shutil.copytree(trained, tmp_path/'run')
+    moved = dataset.manifest.copy(); moved.loc[moved.index[0], 'slice'] += 100
+    part = type(dataset)(dataset.images, moved, dataset.covariates); part.config = dataset.config
+    with pytest.raises(ValueError, match='not what the autoencoder was trained on'): train_volume(part, other, SHORT, resume=True, progress=False)
+
+
+@pytest.mark.parametrize('depth', [2, 3, 8, 33])
+@pytest.mark.parametrize('given', [(), (0,), (1, 0)])
+def test_each_place_is_drawn_once_beside_a_known_one(depth, given):
+    rounds,drawn = drawing_order(depth, given),[k in given for k in range(depth)]
+    assert sorted([*sum(rounds, []), *given])==list(range(depth))
+    for i,places in enumerate(rounds):
+        seen = look_beside(torch.zeros(1, depth, 1, 1, 1), drawn, places)
+        if i or given: assert (seen.sum((1, 2, 3))>0).all()                   # somebody stands beside it
+        for k in places: drawn[k] = True
+
+
+def test_neighbours_are_of_the_same_person():
+    rows = pd.DataFrame([(p, k) for p in 'abc' for k in range(7)], columns=['subject', 'slice']).sample(frac=.8, random_state=1)
+    for (i,row),(low,high) in zip(rows.reset_index(drop=True).iterrows(), find_neighbours(rows)):
+        for at,step in ((low, -1), (high, 1)):
+            there = ((rows.subject==row.subject) & (rows.slice==row.slice+step)).any()
+            assert (at>=0)==there
+            if there: assert (rows.iloc[at].subject, rows.iloc[at].slice)==(row.subject, row.slice+step)
+
+
+def test_hidden_neighbours_leave_no_trace():
+    nan = torch.full((2, 3, 4, 4), 5.)
+    assert lay_beside(nan, nan, torch.zeros(2, 2, dtype=torch.bool)).abs().sum()==0
+
+
+def test_correlation_keeps_every_slice_standard_normal():
+    noise = correlate(torch.randn(40_000*4, generator=torch.Generator().manual_seed(0)), 4, .7).view(-1, 4)
+    torch.testing.assert_close(noise.T.cov().diag(), torch.ones(4), atol=5*(2/40_000)**.5, rtol=0)
+
+
+def test_a_turned_head_is_found(tmp_path):
+    "A mark in front on the left lands in front on the left, whatever the number of slices."
+    for s,h,w in ((3, 5, 7), (4, 8, 6)):
+        volume = -torch.ones(s, h, w); volume[0, 0, 0] = 1.                    # lowest, front, left
+        image = to_nifti(volume, (2., 3.), {})
+        place = nib.affines.apply_affine(image.affine, np.argwhere(np.asanyarray(image.dataobj)==255)[0])
+        assert place[0]<0<place[1] and place[2]<0
+
+
+def test_command_line(trained, tiny_run, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path/'run')
+    assert main(['volume', str(run), '--n', '2', '--diagnosis', 'AD', '--steps', '2', '--spacing-mm', '3', '4', '--out', str(tmp_path/'out')])==0
+    image = nib.load(tmp_path/'out'/'brain_0001.nii.gz')
+    assert image.shape==(64, 64, 6) and image.header.get_zooms()==(3., 3., 4.) and SYNTHETIC.encode() in image.header.extensions[0].get_content()
+    assert check_dataset(tmp_path/'out', data_config(run), progress=False).manifest.diagnosis.tolist()==['AD']*12
+    assert main(['volume', str(run), '--steps', '2', '--shared-noise', '1', '--spacing-mm', '3', '4'])==0
+    assert main(['edit', str(run), str(tiny_run[1]), '--to', 'diagnosis=AD', '--n', '2', '--steps', '2', '--refine', '0', '--out', str(tmp_path/'edited')])==0
+    table = pd.read_csv(tmp_path/'edited'/'manifest.csv')
+    assert set(table.diagnosis)=={'AD'} and set(table.subject)<=set(pd.read_csv(tiny_run[1]/'subjects.csv').subject.astype(str))
+    capsys.readouterr()
+    for words,message in ((['volume', str(tiny_run[0])], 'does not know their size'), (['volume', str(tiny_run[0]), '--spacing-mm', '1', '1'], 'volume.safetensors'),
+                          (['edit', str(run), str(tiny_run[1]), '--to', 'diagnosis=AD', '--n', '0'], 'n=0'), (['edit', str(run), str(tiny_run[1]), '--to', 'AD'], 'name=value')):
+        assert main(words)==1 and message in capsys.readouterr().err
