@@ -27,7 +27,7 @@ from .training import infer, to_device
 from .unet import UNet
 from .vqgan import VQVAE, code_scores, count_codes
 
-# %% ../nbs/08_analysis.ipynb #07698ba1
+# %% ../nbs/08_analysis.ipynb #5979d364
 def check_vectors(
     where:str, # Function that asks, for the message
     vectors, # What arrived: array or tensor
@@ -38,11 +38,11 @@ def check_vectors(
         f"{where}: vectors of shape {v.shape}. Expected (n, d), three rows or more. Try latents.flatten(1).")
     bad = ~np.isfinite(v).all(1)
     if bad.any(): raise ValueError(
-        f"{where}: {bad.sum()} of {len(v)} rows hold NaN or infinity, first row {bad.argmax()}. Expected finite numbers. "
-        "Leave those rows out, or check the network.")
+        f"{where}: {bad.sum()} of {len(v)} rows hold NaN or infinity, first row {bad.argmax()}. "
+        "Expected finite numbers. Leave those rows out, or check the network.")
     return v.astype(np.float64)
 
-# %% ../nbs/08_analysis.ipynb #4a32894a
+# %% ../nbs/08_analysis.ipynb #b01b6307
 def embed(
     vectors, # A row a slice (n, d)
     method:str='umap', # 'umap', 'tsne' or 'pca'
@@ -51,9 +51,11 @@ def embed(
 )->np.ndarray: # Points of the map (n, 2)
     """Put rows on a map. Source: McInnes et al. 2018; van der Maaten & Hinton 2008.
 
-    Raises ValueError for another method, or as many neighbours as rows."""
+    Raises ValueError for another method, one column, or as many neighbours as rows."""
     v = check_vectors('embed', vectors)
     check_choice('embed', 'method', method, ('umap', 'tsne', 'pca'))
+    if v.shape[1]<2: raise ValueError(f"embed: vectors of shape {v.shape}. Expected two columns or more. "
+                                      "Draw a histogram of one.")
     if not 2<=n_neighbors<len(v): raise ValueError(f"embed: n_neighbors={n_neighbors} for {len(v)} rows. "
                                                    f"Expected 2 to {len(v)-1}. Try {min(15, len(v)-1)}.")
     v = PCA(min(50, *v.shape), random_state=seed).fit_transform(v)
@@ -197,7 +199,7 @@ def bootstrap(
     scores = [score(predicted[i], target[i]) for i in picks]
     return tuple(np.nanquantile(scores, [.025, .975]).tolist())                # NaN: a draw of one class alone
 
-# %% ../nbs/08_analysis.ipynb #3cfbb68b
+# %% ../nbs/08_analysis.ipynb #b258e932
 def check_probe(
     vectors, # Rows (n, d)
     target, # What to predict (n,)
@@ -209,9 +211,9 @@ def check_probe(
     y = pd.Series(target.cpu().numpy() if isinstance(target, Tensor) else np.asarray(target))
     if not len(v)==len(y)==len(who): raise ValueError(
         f"probe: {len(v)} vectors, {len(y)} targets, {len(who)} groups. Expected as many of each. Check the rows.")
-    unknown = y.isna()|(y==-1 if pd.api.types.is_integer_dtype(y) else False)
+    unknown = y.isna()|(who<0)|(y==-1 if pd.api.types.is_integer_dtype(y) else False)
     if unknown.any(): raise ValueError(
-        f"probe: {unknown.sum()} rows without a target. Expected all known. Leave those rows out of all arguments.")
+        f"probe: {unknown.sum()} rows without a target or a group. Expected all known. Leave those rows out.")
     kinds = sorted(y.unique())
     if len(kinds)<2 or len(kinds)>2 and not pd.api.types.is_numeric_dtype(y): raise ValueError(
         f"probe: {len(kinds)} categories, {kinds[:4]}. Expected two, or numbers. Choose two, or one against the rest.")
@@ -373,7 +375,7 @@ def subject_retrieval(
             found[a, b] = (gap.argmin(1)==np.arange(s)).mean()
     return found
 
-# %% ../nbs/08_analysis.ipynb #ce687b4c
+# %% ../nbs/08_analysis.ipynb #fea2b807
 def decode_told(
     codec:Codec, # With an autoencoder that is told covariates
     latents:Tensor, # Latents (n, c, h, w)
@@ -384,7 +386,8 @@ def decode_told(
     "Decode the same latents told other things. Raises ValueError if the autoencoder is not told `name`."
     known = [c.name for c in codec.autoencoder.covariates]
     if name not in known: raise ValueError(
-        f"decode_told: the autoencoder is not told {name!r}. Expected one of {known}. Train one with --covariates {name}.")
+        f"decode_told: the autoencoder is not told {name!r}. Expected one of {known}. "
+        f"Train one with --covariates {name}.")
     n = len(latents)
     return torch.stack([codec.decode(latents, {**(cond or {}), name: v.expand(n)}) for v in values], 1)
 

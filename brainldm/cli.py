@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['KNOBS', 'COMMANDS', 'flags', 'Phantom', 'Check', 'TrainAutoencoder', 'data_config', 'Stage2', 'TrainLDM',
            'TrainPrior', 'TrainVolume', 'Train', 'describe_scores', 'Reconstruct', 'Bits', 'describe_covariates',
-           'read_pairs', 'next_folder', 'Drawing', 'pick_knobs', 'Sample', 'Edit', 'Volume', 'Evaluate', 'Explore',
-           'Report', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
+           'read_pairs', 'next_folder', 'Drawing', 'pick_knobs', 'Sample', 'known_values', 'Edit', 'Volume', 'Evaluate',
+           'Explore', 'Report', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
 
-# %% ../nbs/11_cli.ipynb #32ec6178
+# %% ../nbs/11_cli.ipynb #aeb9856c
 import dataclasses
 import json
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 
 from .data import DataConfig, SliceDataset, check_dataset, open_dataset
-from .evaluation import json_safe, merge_metrics, reconstruction_scores, show_number
+from .evaluation import audit_line, json_safe, merge_metrics, reconstruction_scores, show_number
 from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
@@ -260,7 +262,7 @@ def pick_knobs(
         "sample: --scale and --guidance-scale. Expected one of them: a scale for each covariate, or one for all. Leave one out.")
     return dict(knobs, guidance_scale=scales) if scales else knobs
 
-# %% ../nbs/11_cli.ipynb #7a9ece70
+# %% ../nbs/11_cli.ipynb #26c74fe0
 @dataclass
 class Sample(Drawing):
     "Draw new slices. Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film."
@@ -286,10 +288,26 @@ class Sample(Drawing):
         folder = save_pictures(pictures, self.out or next_folder(self.run_folder/'samples'/'drawn'), asked,
                                dict(generator=self.generator, **about, seed=self.seed))
         if frames: save_gif([*frames, pictures[:4]], folder/'denoising.gif')
-        print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}', sep='\n')
+        print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}',
+              audit_line(self.run_folder, self.generator), sep='\n')
         return 0
 
-# %% ../nbs/11_cli.ipynb #2fb4395c
+# %% ../nbs/11_cli.ipynb #325f6257
+def known_values(
+    rows:pd.DataFrame, # Rows of a manifest
+    covariates:tuple, # What a model knows
+)->dict: # A list of values by name; None where there is none, or one outside the range that the model knows
+    "What the data says of some people, as far as a model can understand it; what it cannot is said aloud."
+    out = {}
+    for c in covariates:
+        values = rows[c.name].astype(object).where(rows[c.name].notna(), None) if c.name in rows else [None]*len(rows)
+        fits = [v is None or c.kind=='categorical' or c.range[0]<=v<=c.range[1] for v in values]
+        out[c.name] = [v if fit else None for v,fit in zip(values, fits)]
+        if not all(fits): print(f'Note: {c.name} of {fits.count(False)} rows lies outside {c.range[0]:g} to {c.range[1]:g}, '
+                                'which this run knows: left open there.')
+    return out
+
+# %% ../nbs/11_cli.ipynb #d65c9a9a
 @dataclass
 class Edit:
     "Show scans under changed conditions: the same heads with another diagnosis, age or sex. The result is as private as the scans."
@@ -306,22 +324,26 @@ class Edit:
     out:Path|None=None # New folder; None: RUN/samples/edited_000 and so on
 
     def run(self)->int: # Exit status
-        if self.n<1 or not self.to: raise ValueError(f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to diagnosis=AD.")
+        if self.n<1 or not self.to: raise ValueError(
+            f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to diagnosis=AD.")
         dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects)).subset(self.split)
         at = np.unique(np.linspace(0, len(dataset)-1, min(self.n, len(dataset))).round().astype(int))
         model,scans,rows = BrainLDM.load(self.run_folder),dataset.__getitems__(at)['image'],dataset.manifest.iloc[at]
-        given = {c.name: rows[c.name].astype(object).where(rows[c.name].notna(), None).tolist() for c in model.covariates}
+        given = known_values(rows, model.covariates)
         to,how = read_pairs(self.to),dict(strength=self.strength, steps=self.steps, refine=self.refine)
-        same,new = (model.counterfactual(scans, o, given, guidance_scale=w, **how) for o,w in (({}, 1.), (to, self.guidance_scale)))
+        same = model.counterfactual(scans, {}, given, **how)
+        new = model.counterfactual(scans, to, given, guidance_scale=self.guidance_scale, **how)
         asked = {**given, **{k: [v]*len(at) for k,v in to.items()}}
-        folder = save_pictures(new, self.out or next_folder(self.run_folder/'samples'/'edited'), asked,
-                               dict(how, guidance_scale=self.guidance_scale, changed=' '.join(self.to)), owners=rows.subject.astype(str).tolist())
+        about = dict(how, guidance_scale=self.guidance_scale, changed=' '.join(self.to))
+        folder = save_pictures(new, self.out or next_folder(self.run_folder/'samples'/'edited'), asked, about,
+                               owners=rows.subject.astype(str).tolist())
         shown = torch.stack([scans, same, new, (new-same)*2])[:, :8, 0]
-        save_figure(show_grid(shown, row_labels=['scan', 'round trip', ' '.join(self.to), 'difference x 2'], title='The same heads, one thing changed'), folder/'before_and_after.png')
+        names = ['scan', 'round trip', ' '.join(self.to), 'difference x 2']
+        save_figure(show_grid(shown, row_labels=names, title='The same heads, one thing changed'), folder/'before_and_after.png')
         print(f'{len(at)} changed scans in {folder}; a picture of all steps: {folder/"before_and_after.png"}')
         return 0
 
-# %% ../nbs/11_cli.ipynb #2ddf5acb
+# %% ../nbs/11_cli.ipynb #3a32b5cc
 @dataclass
 class Volume:
     "Draw whole brains. Saved as NIfTI marked as synthetic, with a film through the slices and three cuts."
@@ -344,10 +366,13 @@ class Volume:
         asked = dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex, **read_pairs(self.condition))
         how = dict(steps=self.steps, guidance_scale=self.guidance_scale, sampler=self.sampler, seed=self.seed)
         spacing = self.spacing_mm or guess_spacing(self.run_folder, self.voxel_mm)
-        if self.shared_noise is None: brains = BrainVolumes.load(self.run_folder).sample_volume(self.n, **asked, **how, progress=True)
-        else: brains = BrainLDM.load(self.run_folder).sample_shared_noise(self.n, self.shared_noise, **asked, **how)
-        folder = save_volumes(brains, self.out or next_folder(self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise))
-        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}, voxels of {spacing[0]:g} x {spacing[0]:g} x {spacing[1]:g} mm')
+        if self.shared_noise is None: draw = partial(BrainVolumes.load(self.run_folder).sample_volume, progress=True)
+        else: draw = partial(BrainLDM.load(self.run_folder).sample_shared_noise, noise_correlation=self.shared_noise)
+        brains = draw(self.n, **asked, **how)
+        folder = save_volumes(brains, self.out or next_folder(self.run_folder/'samples'/'brains'), asked, spacing,
+                              dict(how, shared_noise=self.shared_noise))
+        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}, '
+              f'voxels of {spacing[0]:g} x {spacing[0]:g} x {spacing[1]:g} mm')
         return 0
 
 # %% ../nbs/11_cli.ipynb #9a8c81bc

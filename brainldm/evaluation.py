@@ -12,7 +12,7 @@ __all__ = ['FEATURES', 'UTILITY', 'mean_slice_floor', 'never_seen', 'score_slice
            'pair_similarity', 'diversity_scores', 'as_dataset', 'utility_scores', 'nearest_rows', 'nearest_slices',
            'memorization_audit', 'audit_line']
 
-# %% ../nbs/10_evaluation.ipynb #daf99f71
+# %% ../nbs/10_evaluation.ipynb #ecb134e8
 import json
 import math
 import warnings
@@ -35,13 +35,13 @@ from tqdm.auto import tqdm
 
 from .data import Covariate, SliceDataset, eval_batches, fingerprint
 from .sampling import BrainLDM, to_bytes
-from .training import (Learner, TrainConfig, bare_model, describe, fill_model, fit, infer, load_weights, read_config,
-                               save_weights, seeded, train_batches, write_atomic)
+from .training import (Learner, TrainConfig, bare_model, describe, fill_model, fit, infer, load_weights,
+                               read_config, save_weights, seeded, train_batches, write_atomic)
 from .vae import picture_scores
 from .vqgan import code_scores, count_codes
 
-FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=.05)   # of the network that judges
-UTILITY = TrainConfig(total_images=6_000, batch_size=16, warmup_images=600, weight_decay=.05)       # of each classifier
+FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=.05)   # of the judge
+UTILITY = TrainConfig(total_images=6_000, batch_size=16, warmup_images=600, weight_decay=.05)       # of classifiers
 
 # %% ../nbs/10_evaluation.ipynb #6dfb8912
 def mean_slice_floor(
@@ -128,13 +128,13 @@ def codebook_scores(
         counts = counts+count_codes(codes, quantizer.num_embeddings)
     return dict(code_scores(counts), num_embeddings=quantizer.num_embeddings)
 
-# %% ../nbs/10_evaluation.ipynb #42c68ab3
+# %% ../nbs/10_evaluation.ipynb #6a64cd29
 def reconstruction_scores(
     model:BrainLDM, # A run with an autoencoder
     dataset:SliceDataset, # The split to score
     run:str|Path, # Its folder, for the floor
     progress:bool=False, # Show a bar
-)->dict: # ssim, ssim_brain, psnr, sharpness, interval_95, floor_mean_slice, counts, codebook_usage and perplexity if any
+)->dict: # ssim, ssim_brain, psnr, sharpness, interval_95, floor_mean_slice, counts; codebook_usage, perplexity if any
     "How much of unseen brains survives the squeeze, beside the mean slice. None where a number does not exist."
     table = score_slices(model, dataset, run, progress=progress)
     trained = set(read_config(run)['autoencoder']['train_subjects'])
@@ -187,14 +187,14 @@ def match_rows(
         out[rows] = rng.permutation(found)[:len(rows)]
     return out
 
-# %% ../nbs/10_evaluation.ipynb #bd8f541c
+# %% ../nbs/10_evaluation.ipynb #19ed0202
 class FeatureNet(nn.Module):
     """A small network that reads covariates off a picture; what it computes just before is the picture's features.
 
     Raises ValueError without a covariate to learn from."""
     def __init__(self,
         covariates:tuple[Covariate, ...], # What it learns to read
-        channels:tuple[int, ...]=(64, 96, 128), # Channels of each level, the finest first; the last is the number of features
+        channels:tuple[int, ...]=(64, 96, 128), # Channels of each level, the finest first; the last: features
         patch:int=4, # Side of the pixel blocks that are folded into channels first
         norm_num_groups:int=8, # Groups in each GroupNorm
     ):
@@ -245,7 +245,7 @@ def augment(
     grey = (moved+1)*(1+contrast*(2*gain-1))-1
     return grey+noise*level*torch.randn(pictures.shape, **chance)
 
-# %% ../nbs/10_evaluation.ipynb #b866b61f
+# %% ../nbs/10_evaluation.ipynb #d694216b
 def reading_loss(
     model:nn.Module, # A `FeatureNet`
     batch:dict[str, Tensor], # 'image' and encoded covariates
@@ -253,7 +253,7 @@ def reading_loss(
     seen:int, # Pictures seen so far; nothing here depends on it
     covariates:tuple[Covariate, ...], # What the network reads
 )->tuple[Tensor, dict[str, Tensor]]: # Mean over the covariates, and each for the log
-    "Cross-entropy of categories, squared error of numbers as a share of a uniform number's variance; gaps are left out."
+    "Cross-entropy of categories, squared error of numbers over a uniform number's variance; gaps are left out."
     answers,losses = model(augment(batch['image'], generator)),{}
     for c in covariates:
         truth,answer = batch[c.name],answers[c.name].float()
@@ -281,24 +281,25 @@ def picture_features(
     call,device = infer(net, method='features'),next(net.parameters()).device
     return torch.cat([call(o.to(device)).cpu() for o in picture_batches(pictures)]).double()
 
-# %% ../nbs/10_evaluation.ipynb #b11c3e82
+# %% ../nbs/10_evaluation.ipynb #7f20dbd4
 def train_feature_net(
     train:SliceDataset, # Slices of train people; or drawn ones in their place, as in `utility_scores`
     config:TrainConfig=FEATURES, # Length, rates, seed
     channels:tuple[int, ...]=(64, 96, 128), # As in `FeatureNet`
     progress:bool=False, # Show a bar
 )->FeatureNet: # In evaluation mode
-    "Train the network by whose features pictures are compared. Raises ValueError for rows that are not of the train split."
+    "Train the network by whose features pictures are compared. Raises ValueError for rows of another split."
     others = sorted(set(train.manifest.split)-{'train'})
     if others: raise ValueError(
-        f"train_feature_net: rows of split {', '.join(others)}. Expected train rows alone: the others are to be judged. "
-        "Try dataset.subset('train').")
+        f"train_feature_net: rows of split {', '.join(others)}. Expected train rows alone: the others are to be "
+        "judged. Try dataset.subset('train').")
     covariates = tuple(train.covariates)
     model = seeded(config.seed, lambda: FeatureNet(covariates, channels))
     learner = Learner(model, partial(reading_loss, covariates=covariates), config)
     with tqdm(total=config.total_images, unit='img', desc='feature network', disable=not progress) as bar:
         def tell(seen, means): bar.update(seen-bar.n)
-        fit(learner.step, train_batches(train, config), config.total_images, log_every=config.log_every, callbacks=(tell,))
+        batches = train_batches(train, config)
+        fit(learner.step, batches, config.total_images, log_every=config.log_every, callbacks=(tell,))
     net = bare_model(learner)
     found = picture_features(net, train)
     net.mean.copy_(found.mean(0)); net.std.copy_(found.std(0).clamp(min=1e-6))  # a feature that never changes stays 0
@@ -342,15 +343,15 @@ def read_pictures(
         out[c.name] = a[:, 0].numpy()
     return pd.DataFrame(out)
 
-# %% ../nbs/10_evaluation.ipynb #5b3435e5
+# %% ../nbs/10_evaluation.ipynb #780aab7a
 def subject_auc(
     scores:np.ndarray, # Numbers a slice, larger where the answer is more likely yes (n,), or of several judges (n, m)
     positive:np.ndarray, # The truth, True or False a slice (n,)
     subjects:np.ndarray, # Whose slice it is (n,)
     seed:int=0, # Of the resampling
     draws:int=500, # Resamples
-)->tuple[float, tuple[float, float]|None]: # Area under the ROC curve over people, the mean of the judges, and its 95 % interval
-    "One score a person, the mean of the slices; then the share of pairs in the right order. Source: Hanley & McNeil 1982."
+)->tuple[float, tuple[float, float]|None]: # Area under the ROC curve over people, mean of the judges; 95 % interval
+    "A score a person, the mean of the slices; the share of pairs in the right order. Source: Hanley & McNeil 1982."
     table = np.column_stack([np.asarray(positive, float), np.asarray(scores, float)])
     people = pd.DataFrame(table).groupby(np.asarray(subjects)).mean().to_numpy()
     truth,scores = people[:, 0]>.5,people[:, 1:]
@@ -391,23 +392,24 @@ def frechet_distance(
     metric.update(real, real=True); metric.update(other, real=False)
     return metric.compute().item()
 
-# %% ../nbs/10_evaluation.ipynb #df246d52
+# %% ../nbs/10_evaluation.ipynb #8e5b76c4
 def kernel_distance(
     real:Tensor, # Features (n, d)
     other:Tensor, # Features (n, d)
 )->float: # Squared distance; 0 on average for two samples of one distribution, so it may fall below
     "Squared maximum mean discrepancy with a cubic kernel, unbiased. Source: Bińkowski et al. 2018, sec. 3."
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):         # all rows at once: their order does not matter
+    n = min(len(real), len(other))                                             # all at once: their order is no matter
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter('ignore', UserWarning)
-        metric = KernelInceptionDistance(nn.Identity(), subsets=1, subset_size=min(len(real), len(other))).to(real.device)
+        metric = KernelInceptionDistance(nn.Identity(), subsets=1, subset_size=n).to(real.device)
         metric.update(real, real=True); metric.update(other, real=False)
         return metric.compute()[0].item()
 
-# %% ../nbs/10_evaluation.ipynb #f581c3cf
+# %% ../nbs/10_evaluation.ipynb #ef59e936
 def coverage_scores(
     real:Tensor, # Features (n, d)
     other:Tensor, # Features (m, d)
-    subjects:np.ndarray|None=None, # Whose the real rows are (n,): no neighbours of each other; None: each of another person
+    subjects:np.ndarray|None=None, # Whose the real rows are (n,), no neighbours of each other; None: nobody's
     neighbours:int=5, # k: a ball reaches to the k-th nearest neighbour of its centre
 )->dict[str, float]: # precision, recall, density, coverage
     "Who lies in whose balls. Source: Kynkäänniemi et al. 2019, eq. 1, 2; Naeem et al. 2020, eq. 3, 4."
@@ -439,26 +441,26 @@ def leave_out_interval(
     spans = scale*(drawn-drawn.mean()).quantile([.025, .975])
     return {k: tuple(float(whole[k]+o) for o in spans[k]) for k in drawn}
 
-# %% ../nbs/10_evaluation.ipynb #1fd120ac
+# %% ../nbs/10_evaluation.ipynb #1d3b24f7
 def fidelity_scores(
     real:Tensor, # Features of real slices (n, d)
     other:Tensor, # Features of as many others (n, d), row for row with the same conditions
     subjects:np.ndarray, # Whose the real rows are (n,)
     draws:int=100, # Times that people are left out
 )->dict: # frechet, kid, precision, recall, density, coverage, n, interval_95
-    "How near two sets of pictures are. Raises ValueError below 50 pictures; warns where the Fréchet distance is unsteady."
+    "How near two sets are. Raises ValueError below 50 pictures; warns where the Fréchet distance is unsteady."
     n,d = real.shape
     if n!=len(other) or n<50: raise ValueError(
-        f"fidelity_scores: {n} real and {len(other)} other pictures. Expected as many of each, and 50 or more: all these "
-        "scores change with n. Draw more, or hold back more people.")
-    if n<2*d: warnings.warn(f"fidelity_scores: {n} pictures for {d} features. A covariance needs {2*d} or more: read the "
-                            "Fréchet distance beside its floor only.", stacklevel=2)
+        f"fidelity_scores: {n} real and {len(other)} other pictures. Expected as many of each, and 50 or more: all "
+        "these scores change with n. Draw more, or hold back more people.")
+    if n<2*d: warnings.warn(f"fidelity_scores: {n} pictures for {d} features. A covariance needs {2*d} or more: "
+                            "read the Fréchet distance beside its floor only.", stacklevel=2)
     who = np.asarray(subjects)
     def score(at): return dict(frechet=frechet_distance(real[at], other[at]), kid=kernel_distance(real[at], other[at]),
                                **coverage_scores(real[at], other[at], who[at]))
     return dict(score(np.arange(n)), n=n, interval_95=leave_out_interval(score, who, draws))
 
-# %% ../nbs/10_evaluation.ipynb #c1d02fef
+# %% ../nbs/10_evaluation.ipynb #9a7762c6
 def fine_detail(
     pictures:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1]
     outline:float=.1, # Grey, 0 to 1, above which a pixel is brain
@@ -468,7 +470,7 @@ def fine_detail(
     for part in picture_batches(pictures):
         grey = (part.float()+1)/2
         kernel = grey.new_tensor([[0, -.25, 0], [-.25, 1, -.25], [0, -.25, 0]]).view(1, 1, 3, 3)
-        dark = F.pad((grey<=outline).to(grey), [1]*4, value=1.)                # what lies outside the picture is no brain
+        dark = F.pad((grey<=outline).to(grey), [1]*4, value=1.)                # outside the picture is no brain
         inner = F.max_pool2d(dark, 3, 1)==0                                    # all eight neighbours are
         edges = F.conv2d(grey, kernel, padding=1).masked_fill(~inner, math.nan).flatten(1).double()
         out.append((edges-edges.nanmean(1, keepdim=True)).square().nanmean(1).cpu().numpy())
@@ -533,11 +535,11 @@ def age_slope(
     known = np.isfinite(x*y)
     return float(10*(x*y)[known].sum()/(x*x)[known].sum()) if (x[known]**2).sum()>0 else math.nan
 
-# %% ../nbs/10_evaluation.ipynb #5130fa8d
+# %% ../nbs/10_evaluation.ipynb #5d934189
 def condition_effects(
     net:FeatureNet, # Trained to read slices
     pictures:Tensor|SliceDataset, # Pictures (n, 1, h, w)
-    table:pd.DataFrame, # What they should show: slice, and diagnosis and age where known; and subject, who is left out together
+    table:pd.DataFrame, # What they should show: slice; diagnosis, age where known; and subject
     middle:np.ndarray, # Slice numbers at which to look for fluid
 )->dict[str, dict]: # slice_error, diagnosis_effect, fine_detail, and age_slope where ages are known: value, interval_95
     "What pictures say about position, disease and age, and how much detail they have."
@@ -568,25 +570,26 @@ def same_condition_pairs(
         "Hold back more people.")
     return pairs[np.random.default_rng(seed).permutation(len(pairs))[:most]]
 
-# %% ../nbs/10_evaluation.ipynb #36821dc3
+# %% ../nbs/10_evaluation.ipynb #4f1966f9
 def pair_similarity(
     pictures:Tensor, # Pictures (n, 1, h, w) in [-1, 1]
     pairs:np.ndarray, # Positions of two pictures each (m, 2)
 )->np.ndarray: # MS-SSIM of each pair (m,), 1 for equal pictures
     "Similarity at as many scales as the size allows. Source: Wang et al. 2003, eq. 7, with the weights of sec. 3.2."
     side,weights = min(pictures.shape[-2:]),(.0448, .2856, .3001, .2363, .1333)
-    scales = min(5, int(math.log2(side/16))+1)                                 # the last one must hold a window of 11 pixels
+    scales = min(5, int(math.log2(side/16))+1)                                 # the last must hold 11 pixels
     betas = tuple(o/sum(weights[:scales]) for o in weights[:scales])
     grey,out = (pictures.float()+1)/2,[]
     for part in torch.as_tensor(pairs).split(64):
-        metric = MultiScaleStructuralSimilarityIndexMeasure(data_range=1., betas=betas, reduction='none').to(grey.device)
+        metric = MultiScaleStructuralSimilarityIndexMeasure(data_range=1., betas=betas, reduction='none')
+        metric = metric.to(grey.device)
         out.append(metric(grey[part[:, 0]], grey[part[:, 1]]).reshape(-1).cpu())
     return torch.cat(out).double().numpy()
 
-# %% ../nbs/10_evaluation.ipynb #c2adde4a
+# %% ../nbs/10_evaluation.ipynb #29a4093e
 def diversity_scores(
     sets:dict[str, Tensor], # Sets of pictures, each (n, 1, h, w), row for row with the same conditions
-    table:pd.DataFrame, # Their conditions: slice, and diagnosis where known; and subject, the person each row stands for
+    table:pd.DataFrame, # Their conditions: slice, diagnosis where known; and subject
     most:int=500, # Pairs to compare
 )->dict[str, dict]: # By set: ms_ssim, interval_95, n_pairs
     "How alike pictures with the same conditions are; the same pairs of rows in each set."
@@ -607,7 +610,7 @@ def as_dataset(
     "Let drawn pictures stand where scanned ones stood."
     return SliceDataset(to_bytes(pictures[:, 0]), table.reset_index(drop=True).assign(split='train'), covariates)
 
-# %% ../nbs/10_evaluation.ipynb #cb3ad22f
+# %% ../nbs/10_evaluation.ipynb #1ccc17b1
 def utility_scores(
     sources:dict[str, SliceDataset], # What to learn from: rows of a train split
     held:SliceDataset, # Real slices of unseen people
@@ -616,7 +619,7 @@ def utility_scores(
     seeds:int=3, # Trainings from each source
     progress:bool=False, # Show a bar
 )->dict[str, dict]: # By source: auc, the mean over seeds; auc_by_seed; interval_95 over people
-    "How well a diagnosis is learned from each source. Source: Esteban et al. 2017, sec. 4.2. Raises ValueError without one."
+    "How well a diagnosis is learned from each. Source: Esteban et al. 2017, sec. 4.2. Raises ValueError without one."
     found = [c for c in held.covariates if c.name=='diagnosis' and len(c.values or ())==2]
     if not found: raise ValueError(
         "utility_scores: no diagnosis of two values. Expected one to learn, such as AD and NC. Leave this measure out.")
@@ -627,38 +630,41 @@ def utility_scores(
         nets = [train_feature_net(source, replace(config, seed=config.seed+i), channels) for i in range(seeds)]
         scores = np.stack([read_pictures(o, held).diagnosis.to_numpy()[known] for o in nets], axis=1)
         auc,span = subject_auc(scores, truth, who)
-        out[name] = dict(auc=auc, auc_by_seed=[subject_auc(o, truth, who, draws=2)[0] for o in scores.T], interval_95=span)
+        each = [subject_auc(o, truth, who, draws=2)[0] for o in scores.T]
+        out[name] = dict(auc=auc, auc_by_seed=each, interval_95=span)
     return out
 
-# %% ../nbs/10_evaluation.ipynb #4b355f23
+# %% ../nbs/10_evaluation.ipynb #0c976828
 def nearest_rows(
     queries:Tensor, # Points (n, d)
     pool:Iterable[Tensor], # Points to search, in parts (m, d)
 )->tuple[Tensor, Tensor]: # Distance of the nearest (n,), and its number in the pool (n,)
     "The nearest neighbour of each point, one part of the pool at a time; on the device of `queries`."
-    best,where,start = queries.new_full((len(queries),), math.inf),torch.zeros(len(queries), dtype=torch.long, device=queries.device),0
+    best,start = queries.new_full((len(queries),), math.inf),0
+    where = torch.zeros_like(best, dtype=torch.long)
     for part in pool:
         distance,at = torch.cdist(queries, part.to(queries)).min(1)
         where,best,start = torch.where(distance<best, at+start, where),torch.minimum(best, distance),start+len(part)
     return best,where
 
-# %% ../nbs/10_evaluation.ipynb #cfc9d471
+# %% ../nbs/10_evaluation.ipynb #a745f3d5
 def nearest_slices(
     net:FeatureNet, # Trained
     pictures:Tensor|SliceDataset, # Pictures to look up (n, 1, h, w)
     train:SliceDataset, # Real slices of train people
 )->pd.DataFrame: # pixel, feature: distance of the nearest train slice; pixel_row, feature_row: which it is
-    "Who in the training set looks most like this? Root mean square difference of grey values (0 to 1), and of features."
+    "Which train slice is most like this? Root mean square difference of grey values (0 to 1), and of features."
     device = next(net.parameters()).device
     flat = torch.cat([o.flatten(1) for o in picture_batches(pictures)]).to(device)/2
-    known = picture_features(net, train).split(512)
+    ways = dict(pixel=(flat, (o.flatten(1)/2 for o in picture_batches(train))),
+                feature=(picture_features(net, pictures), picture_features(net, train).split(512)))
     out = {}
-    for name,queries,pool in (('pixel', flat, (o.flatten(1)/2 for o in picture_batches(train))), ('feature', picture_features(net, pictures), known)):
+    for name,(queries,pool) in ways.items():
         distance,row = nearest_rows(queries, pool)
         out |= {name: distance.double().cpu().numpy()/queries.shape[1]**.5, f'{name}_row': row.cpu().numpy()}
     return pd.DataFrame(out)
 
-# %% ../nbs/10_evaluation.ipynb #147e2aec
+# %% ../nbs/10_evaluation.ipynb #e1b2b83e
 def memorization_audit(
     drawn:pd.DataFrame, # As from `nearest_slices`, of drawn pictures
     unseen:pd.DataFrame, # The same of as many slices of unseen people, as sharp as the drawn ones
@@ -666,20 +672,21 @@ def memorization_audit(
 )->dict: # pixel, feature: share, p_value, threshold, nearest; the worse share; allowed, verdict, n
     """Are drawn pictures nearer to training than unseen people are? Raises ValueError for sets of different size.
 
-    The verdict is passed, failed, or unclear: more than allowed, but that may be chance (Fisher's exact test, p >= 0.01)."""
+    Verdict: passed, failed, or unclear: more than allowed, but that may be chance (Fisher's exact test, p >= 0.01)."""
     if len(drawn)!=len(unseen): raise ValueError(
         f"memorization_audit: {len(drawn)} drawn and {len(unseen)} unseen slices. Expected as many. Draw one for each.")
     out,n = {},len(drawn)
     for name in ('pixel', 'feature'):
         threshold = np.quantile(unseen[name], .01)
         ours,theirs = (int((o[name]<threshold).sum()) for o in (drawn, unseen))
-        chance = hypergeom.sf(ours-1, 2*n, ours+theirs, n)                     # of so many or more, were both of one kind
-        out[name] = dict(share=ours/n, p_value=float(chance), threshold=float(threshold), nearest=float(drawn[name].min()))
+        chance = hypergeom.sf(ours-1, 2*n, ours+theirs, n)                     # of so many, were both of one kind
+        out[name] = dict(share=ours/n, p_value=float(chance), threshold=float(threshold),
+                         nearest=float(drawn[name].min()))
     worse = max(out.values(), key=lambda o: o['share'])
     verdict = 'passed' if worse['share']<=allowed else 'failed' if worse['p_value']<.01 else 'unclear'
     return dict(out, share=worse['share'], allowed=allowed, verdict=verdict, n=n)
 
-# %% ../nbs/10_evaluation.ipynb #68327454
+# %% ../nbs/10_evaluation.ipynb #9a27af6c
 def audit_line(
     run:str|Path, # Run folder
     generator:str='ldm', # Who drew: 'ldm', 'prior' or 'stage1'
@@ -688,5 +695,6 @@ def audit_line(
     audit = read_metrics(run).get(f'samples {generator}', {}).get('memorization')
     if not audit: return (f'Memorisation by {generator}: not audited. A picture may repeat a training scan. '
                           'Run `brainldm evaluate RUN DATA`.')
-    return (f"Memorisation by {generator}: audit {audit['verdict']}. {audit['share']:.1%} of {audit['n']} pictures lie nearer to a training "
-            f"slice than 99 of 100 slices of unseen people do; {audit['allowed']:.0%} are allowed.")
+    return (f"Memorisation by {generator}: audit {audit['verdict']}. {audit['share']:.1%} of {audit['n']} pictures lie "
+            "nearer to a training slice than 99 of 100 slices of unseen people do; "
+            f"{audit['allowed']:.0%} are allowed.")

@@ -165,8 +165,8 @@ def find_stops(
     whole = list(range(math.ceil(low), math.floor(high)+1))
     return whole if 5<=len(whole)<=300 else np.linspace(low, high, 50 if high>low else 1).tolist()
 
-# %% ../nbs/08b_explore.ipynb #08f410fc
-OPEN = object()                                                                # value of a control that leaves its covariate open
+# %% ../nbs/08b_explore.ipynb #e61e3e50
+OPEN = object()                                                                # left to the model
 
 # %% ../nbs/08b_explore.ipynb #445ffcc6
 def covariate_control(
@@ -208,7 +208,7 @@ def as_call(
     "The Python that draws the same picture."
     return call.format(', '.join(f'{k}={v!r}' for k,v in state.items() if v is not None))
 
-# %% ../nbs/08b_explore.ipynb #ca334166
+# %% ../nbs/08b_explore.ipynb #2891d540
 STYLE = """<style>
 .brainldm { display: flex; flex-flow: row wrap; gap: 4px 28px; max-width: 960px; overflow: hidden; }
 .brainldm > * { flex: 1 1 290px; min-width: 0; }
@@ -217,9 +217,9 @@ STYLE = """<style>
 .brainldm .stale { opacity: .35; transition: opacity .2s .2s; }
 .brainldm code, .brainldm .message { white-space: normal; overflow-wrap: anywhere; line-height: 1.4; }
 .brainldm .message { color: #b00020; }
-</style>"""                                                                    # two columns, or one where the page is narrow
+</style>"""                                                                    # two columns; one where it is narrow
 
-# %% ../nbs/08b_explore.ipynb #f1e54575
+# %% ../nbs/08b_explore.ipynb #9c0e777f
 class Explorer(widgets.Box):
     "Controls beside the picture that a pure function makes of their values."
     def __init__(self,
@@ -248,7 +248,7 @@ class Explorer(widgets.Box):
         "Draw the present state, or say why not."
         self.picture.add_class('stale'); self.note.value = 'drawing …'
         try: self.frames = self.draw(**self.state)
-        except Exception as e:                                                 # the page is the caller: it gets the message
+        except Exception as e:                                                 # the caller is the page: tell it
             self.note.value = f'<div class="message" role="alert">{html.escape(str(e) or type(e).__name__)}</div>'
             return
         share = self.share                                                     # moving the ends moves the handle
@@ -306,7 +306,7 @@ def explore_noise(
     def draw(t, **state): return [figure_png(plot_noising(x0, NoiseSchedule(**state), t))]
     return Explorer(draw, controls, 'plot_noising(x0, {})')
 
-# %% ../nbs/08b_explore.ipynb #201d7118
+# %% ../nbs/08b_explore.ipynb #92f1288b
 def explore_codes(
     model, # A `Codec` of a run with codes
     pictures:Tensor, # Pictures to find them in (n, 1, size, size) in [-1, 1]
@@ -316,7 +316,8 @@ def explore_codes(
     book = read_codebook(model, pictures, cond)
     order = book['patches'].mean((1, 2)).nan_to_num(math.inf).argsort().tolist()
     stops = [(str(i), code) for i,code in enumerate(order, 1)]
-    word = widgets.SelectionSlider(options=stops, value=order[len(order)//2], description='word', continuous_update=False)
+    start = order[len(order)//2]
+    word = widgets.SelectionSlider(options=stops, value=start, description='word', continuous_update=False)
     controls = dict(code=word, picture=number_control('picture', 0, 0, len(pictures)-1))
     def draw(**state): return [figure_png(plot_code(book, **state))]
     return Explorer(draw, controls, 'plot_code(book, {})')
@@ -367,7 +368,7 @@ def check_run(
         f"explore: {run} has no ldm.safetensors, only an autoencoder. Expected a trained diffusion model. "
         "Run `brainldm train ldm` first.")
 
-# %% ../nbs/08b_explore.ipynb #bfa72e44
+# %% ../nbs/08b_explore.ipynb #32566767
 def free_port(
     port:int, # Port wished for; 0: any
 )->int: # A port that is free on 127.0.0.1
@@ -376,10 +377,11 @@ def free_port(
         if os.name=='posix': s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)   # it may just be cooling down
         try: s.bind(('127.0.0.1', port))
         except (OSError, OverflowError) as e: raise ValueError(
-            f"explore: port {port} cannot be used ({e}). Expected a free one, 1024 to 65535. Try port=0, any that is free.") from None
+            f"explore: port {port} cannot be used ({e}). Expected a free one, 1024 to 65535. "
+            "Try port=0, any that is free.") from None
         return s.getsockname()[1]
 
-# %% ../nbs/08b_explore.ipynb #1e36aef6
+# %% ../nbs/08b_explore.ipynb #2cfd8c36
 def start_server(
     notebook:Path, # From `write_page`
     port:int, # Port to listen to
@@ -387,9 +389,9 @@ def start_server(
 )->subprocess.Popen: # Voilà, starting
     "Serve the notebook on 127.0.0.1, to this machine alone, with the template beside it."
     home = os.pathsep.join([str(notebook.parent), *filter(None, [os.environ.get('JUPYTER_PATH')])])
-    options = [f'--port={port}', '--Voila.ip=127.0.0.1', '--Voila.port_retries=0', '--template=brainldm', '--no-browser']
-    return subprocess.Popen([sys.executable, '-m', 'voila', notebook, *options], env=dict(os.environ, JUPYTER_PATH=home),
-                            stdout=log, stderr=subprocess.STDOUT)
+    command = [sys.executable, '-m', 'voila', notebook, f'--port={port}', '--Voila.ip=127.0.0.1',
+               '--Voila.port_retries=0', '--template=brainldm', '--no-browser']
+    return subprocess.Popen(command, env=dict(os.environ, JUPYTER_PATH=home), stdout=log, stderr=subprocess.STDOUT)
 
 # %% ../nbs/08b_explore.ipynb #ba8a974d
 def await_server(
@@ -407,7 +409,7 @@ def await_server(
                                                     "Expected Voilà to start. Try again, or another port.")
     return False
 
-# %% ../nbs/08b_explore.ipynb #c38d97ef
+# %% ../nbs/08b_explore.ipynb #02ab3baa
 def explore(
     run:str|Path, # Run folder
     port:int=8866, # Port on this machine; 0: any that is free
@@ -428,5 +430,5 @@ def explore(
                     server.wait()
             except KeyboardInterrupt: return
             finally: server.terminate()
-        raise RuntimeError(f"explore: the page's server ended with status {server.poll()}. Expected it to run until Ctrl-C. "
-                           f"Its last words: {log.read_text(errors='replace')[-300:]}")
+        raise RuntimeError(f"explore: the page's server ended with status {server.poll()}. "
+                           f"Expected it to run until Ctrl-C. Its last words: {log.read_text(errors='replace')[-300:]}")

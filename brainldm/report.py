@@ -7,7 +7,7 @@ __all__ = ['PAGE', 'ACKNOWLEDGE', 'middle_conditions', 'draw_by_condition', 'pic
            'report_prior', 'draw_like', 'judge_pictures', 'draw_audit', 'draw_pairs', 'evaluate', 'check_targets',
            'report_samples', 'report_data', 'report_numbers', 'judged_pictures', 'latest_picture', 'report']
 
-# %% ../nbs/10b_report.ipynb #8cd5bc5a
+# %% ../nbs/10b_report.ipynb #9dec5114
 import base64
 import io
 import time
@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 import brainldm
 from .data import SliceDataset
-from .evaluation import (FEATURES, UTILITY, FeatureNet, as_dataset, audit_line, condition_effects, csf_share, diversity_scores, feature_net,
-                                 fidelity_scores, json_safe, match_rows, memorization_audit, merge_metrics, nearest_slices,
-                                 picture_features, read_metrics, reading_scores, show_number, subject_interval, utility_scores,
-                                 ventricle_slices)
+from .evaluation import (FEATURES, UTILITY, FeatureNet, as_dataset, audit_line, condition_effects, csf_share,
+                                 diversity_scores, feature_net, fidelity_scores, json_safe, match_rows,
+                                 memorization_audit, merge_metrics, nearest_slices, picture_features, read_metrics,
+                                 reading_scores, show_number, subject_interval, utility_scores, ventricle_slices)
 from .phantom import show_grid
 from .prior import CodeSampler, code_prices
 from .sampling import SYNTHETIC, BrainLDM
@@ -88,13 +88,13 @@ def prior_scores(
         interval_95={k: subject_interval(pd.Series(v.numpy()), subjects) for k,v in prices.items()},
         n_subjects=int(subjects.nunique()), n_slices=len(subjects)))
 
-# %% ../nbs/10b_report.ipynb #db2c37e4
+# %% ../nbs/10b_report.ipynb #4a6be5d0
 def draw_by_generator(
     run:str|Path, # Run folder with a prior, and perhaps a diffusion model
     columns:int=6, # Slice positions
     steps:int=30, # Network calls of the diffusion model
     seed:int=0, # Seed
-)->tuple[plt.Figure, dict[str, float]]: # Rows: prior, diffusion model, codes drawn by place and height; seconds a picture
+)->tuple[plt.Figure, dict[str, float]]: # Rows: prior, diffusion model, codes by place and height; seconds a picture
     "The same request to everybody who can draw. Diagnosis and the rest are those of the first value, or the middle."
     ldm,prior = BrainLDM.load(run),CodeSampler.load(run)
     span = next((c.range for c in prior.covariates if c.name=='slice'), None)
@@ -111,7 +111,7 @@ def draw_by_generator(
     return show_grid(torch.stack(rows), titles=numbers and [f'slice {k:g}' for k in numbers], row_labels=list(ways),
                      title='The same request, answered by each generator'),seconds
 
-# %% ../nbs/10b_report.ipynb #e8ab2264
+# %% ../nbs/10b_report.ipynb #199fb0c2
 def report_prior(
     run:Path, # Run folder with a prior
     metrics:dict, # Its metrics.json
@@ -121,16 +121,18 @@ def report_prior(
     "The transformer's prices beside their floors, and its pictures beside those of the other generators."
     figure,seconds = draw_by_generator(run, steps=steps, seed=seed)
     measured = {k.split(' ', 1)[1]: o for k,o in metrics.items() if k.startswith('bits ')}
-    names = dict(prior='prior', place_slice='histogram by place and slice', place='by place', histogram='global', uniform='uniform')
+    names = dict(prior='prior', place_slice='histogram by place and slice', place='by place', histogram='global',
+                 uniform='uniform')
     rows = [['split', 'subjects', 'slices', *names.values()]]
-    rows += [[k, o['n_subjects'], o['n_slices'], *(show_number(o['bits'][n], 2) for n in names)] for k,o in measured.items()]
+    rows += [[k, o['n_subjects'], o['n_slices'], *(show_number(o['bits'][n], 2) for n in names)]
+             for k,o in measured.items()]
     text = 'Bits per code on people the prior was not trained on; the histograms are its floors. ' if measured else \
            'Bits per code were not measured yet: run `brainldm bits RUN DATA`. '
     text += 'Seconds a picture, all in one run: ' + ', '.join(f'{k} {v:.2f}' for k,v in seconds.items()) + '.'
     return dict(title='Written code by code', text=text, table=rows if measured else [],
-                figures=[(picture_uri(figure), 'Prior, diffusion model and codes drawn by place, each asked for the same slices')])
+                figures=[(picture_uri(figure), 'Prior, diffusion model and codes by place, asked for the same slices')])
 
-# %% ../nbs/10b_report.ipynb #690c9c4c
+# %% ../nbs/10b_report.ipynb #1214d037
 def draw_like(
     model, # `BrainLDM` or `CodeSampler`
     table:pd.DataFrame, # Rows whose conditions to draw with
@@ -139,38 +141,42 @@ def draw_like(
     **how, # What `sample` takes: steps, guidance_scale, temperature, progress …; nothing for 'stage1'
 )->Tensor: # Pictures (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`
     "Draw one picture for each row."
-    auto = model.autoencoder
-    if generator=='stage1': names = [c.name for c in auto.covariates]+['slice']*(hasattr(auto, 'histogram') and not auto.covariates)
-    else: names = [c.name for c in model.covariates]
-    asked = {k: table[k].tolist() for k in names}
-    return model.sample_stage1(len(table), seed, **asked) if generator=='stage1' else model.sample(len(table), **asked, seed=seed, **how)
+    random = generator=='stage1'
+    names = [c.name for c in (model.autoencoder if random else model).covariates]
+    if random and hasattr(model.autoencoder, 'histogram') and not names: names = ['slice']     # codes drawn by height
+    asked = dict({k: table[k].tolist() for k in names}, seed=seed)
+    return model.sample_stage1(len(table), **asked) if random else model.sample(len(table), **asked, **how)
 
-# %% ../nbs/10b_report.ipynb #91b7f16c
+# %% ../nbs/10b_report.ipynb #3fb0617f
 def judge_pictures(
     net:FeatureNet, # Trained on the train slices
     pictures:Tensor, # Drawn pictures (n, 1, h, w), row for row with the conditions of `rows`
     rows:np.ndarray, # Rows of `train` that they were drawn after, from `match_rows(held, train)`
     train:SliceDataset, # Real slices of train people
     held:SliceDataset, # Real slices of unseen people, n rows
-    rebuilt:Tensor, # Those, as the run's autoencoder gives them back (n, 1, h, w)
     utility:TrainConfig|None=UTILITY, # Length of the classifiers' trainings; None: leave them out
+    rebuilt:Tensor|None=None, # The unseen slices as the run's autoencoder gives them back; None: as they are
     progress:bool=False, # Show a bar
-)->tuple[dict, pd.DataFrame, pd.DataFrame]: # All scores; nearest train slices of drawn, and of rebuilt pictures
+)->tuple[dict, pd.DataFrame, pd.DataFrame]: # All scores; nearest train slices of drawn, and of unseen pictures
     "Every measure of notebook 10, each beside what real pictures get."
     who,asked = held.manifest.subject,train.manifest.iloc[rows].reset_index(drop=True)
     real,drawn = SliceDataset(train.images[rows], asked, train.covariates),as_dataset(pictures, asked, train.covariates)
-    both = SliceDataset(np.concatenate([real.images, drawn.images]), pd.concat([asked, asked], ignore_index=True), train.covariates)
+    both = SliceDataset(np.concatenate([real.images, drawn.images]), pd.concat([asked, asked], ignore_index=True),
+                        train.covariates)
     seen,ours,theirs = (picture_features(net, o) for o in (held, pictures, real))
     middle = ventricle_slices(csf_share(train), train.manifest['slice'])
-    sets = dict(drawn=(pictures, asked.assign(subject=range(len(asked)))), train=(train, train.manifest), held=(held, held.manifest))
+    sets = dict(drawn=(pictures, asked.assign(subject=range(len(asked)))), train=(train, train.manifest),
+                held=(held, held.manifest))
     whole = {k: o.__getitems__(range(len(o)))['image'] for k,o in (('train', real), ('held', held))}
-    near = [nearest_slices(net, o, train) for o in (pictures, rebuilt)]
+    near = [nearest_slices(net, o, train) for o in (pictures, held if rebuilt is None else rebuilt)]
     measures = dict(reading=lambda: reading_scores(net, held),
         fidelity=lambda: {k: fidelity_scores(seen, o, who) for k,o in (('drawn', ours), ('floor', theirs))},
-        conditioning=lambda: dict({k: condition_effects(net, *o, middle) for k,o in sets.items()}, slices=middle.tolist()),
+        conditioning=lambda: dict({k: condition_effects(net, *o, middle) for k,o in sets.items()},
+                                  slices=middle.tolist()),
         diversity=lambda: diversity_scores(dict(drawn=pictures, **whole), held.manifest),
         memorization=lambda: memorization_audit(*near),
-        utility=lambda: utility_scores(dict(real=real, drawn=drawn, both=both), held, utility, net.channels, progress=progress))
+        utility=lambda: utility_scores(dict(real=real, drawn=drawn, both=both), held, utility, net.channels,
+                                       progress=progress))
     if utility is None: measures.pop('utility')
     bar = tqdm(measures.items(), desc='measures', disable=not progress)
     out = {k: measure() for k,measure in bar}
@@ -191,22 +197,22 @@ def draw_audit(
     axs[0].legend(frameon=False)
     return fig
 
-# %% ../nbs/10b_report.ipynb #528bde31
+# %% ../nbs/10b_report.ipynb #9c677d79
 def draw_pairs(
     pictures:Tensor, # Drawn pictures (n, 1, h, w)
     train:SliceDataset, # Real slices of train people
     near:pd.DataFrame, # As from `nearest_slices(net, pictures, train)`
     number:int=6, # Pairs of each space
-)->plt.Figure: # Drawn above, its nearest train slice below; first by pixels, then by features. Real slices: handle as such
+)->plt.Figure: # Drawn above, nearest train slice below; by pixels, then by features. Real slices: handle as such
     "The pictures that lie nearest to training, with what they resemble."
     rows,labels = [],[]
     for space in ('pixel', 'feature'):
-        first = near[space].sort_values(kind='stable').index[:number]
-        rows += [pictures[first.to_numpy(), 0], train.__getitems__(near[f'{space}_row'][first].tolist())['image'][:, 0]]
+        first = near[space].sort_values(kind='stable').index[:number].tolist()
+        rows += [pictures[first, 0], train.__getitems__(near[f'{space}_row'][first].tolist())['image'][:, 0]]
         labels += [f'drawn, by {space}s', 'its nearest']
-    return show_grid(torch.stack(rows), row_labels=labels, title='The nearest pairs: would you call them the same brain?')
+    return show_grid(torch.stack(rows), row_labels=labels, title='The nearest pairs: is it the same brain?')
 
-# %% ../nbs/10b_report.ipynb #30c73e2e
+# %% ../nbs/10b_report.ipynb #5b9a6640
 def evaluate(
     run:str|Path, # Run folder
     dataset:SliceDataset, # The data it was trained on, all splits
@@ -222,42 +228,53 @@ def evaluate(
     "Draw, judge, and write RUN/metrics.json and RUN/evaluation. Raises ValueError for other data than the run's."
     run = Path(run); refuse_leak(read_config(run), dataset)
     train,held = dataset.subset('train'),dataset.subset(split)
+    if len(held)<50: raise ValueError(
+        f"evaluate: {len(held)} unseen slices in {split}. Expected 50 or more: no score can be told from chance. "
+        "Hold back more people.")
     rows = match_rows(held.manifest, train.manifest)
     model = (CodeSampler if generator=='prior' else BrainLDM).load(run)
     net = feature_net(run, dataset, features, channels, progress).to(model.device)
     pictures = draw_like(model, train.manifest.iloc[rows], generator, seed, progress=progress, **how)
     batches = (held.__getitems__(range(i, min(i+32, len(held)))) for i in range(0, len(held), 32))
     rebuilt = torch.cat([model.reconstruct(o['image'], o) for o in batches])
-    scores,near,away = judge_pictures(net, pictures, rows, train, held, rebuilt, utility, progress)
+    scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, rebuilt, progress)
     scores = dict(split=split, seed=seed, how=how, **scores)
     merge_metrics(run, f'samples {generator}', scores)
     shown = np.linspace(0, len(pictures)-1, 24).round().astype(int)
-    figures = dict(drawn=show_grid(pictures[shown, 0], ncols=8, title='Drawn, not scanned'), audit=draw_audit(near, away), pairs=draw_pairs(pictures, train, near))
+    figures = dict(drawn=show_grid(pictures[shown, 0], ncols=8, title='Drawn, not scanned'),
+                   audit=draw_audit(near, away), pairs=draw_pairs(pictures, train, near))
     for name,figure in figures.items(): save_figure(figure, run/'evaluation'/f'{generator}_{name}.png')
     return scores
 
-# %% ../nbs/10b_report.ipynb #5fc1dd12
+# %% ../nbs/10b_report.ipynb #21a5c247
 def check_targets(
     scores:dict, # As from `evaluate`
 )->list[tuple]: # Measure, drawn, real, target, reached (True, False), what it means if not
     "The five targets beside what was reached."
     drawn,floor = (scores['fidelity'][k] for k in ('drawn', 'floor'))
-    alike,audit,use = ({k: o['ms_ssim'] for k,o in scores['diversity'].items()},scores['memorization'],scores.get('utility'))
+    alike = {k: o['ms_ssim'] for k,o in scores['diversity'].items()}
+    audit,use = scores['memorization'],scores.get('utility')
     limit = 3*floor['kid'] if floor['kid']>0 else floor['interval_95'].get('kid', [0, 0])[1]
     out = [('kernel distance (KID)', drawn['kid'], floor['kid'], f'at most {limit:.3f}, 3 x real', drawn['kid']<=limit,
-            'Drawn pictures differ from real ones more than people differ from each other: blur, too short a training, or too few steps.'),
+            'Drawn pictures differ from real ones more than people differ from each other: blur, too short a '
+            'training, or too few steps.'),
            ('recall', drawn['recall'], floor['recall'], 'at least 0.5', drawn['recall']>=.5,
             'Many real people are like nothing that it draws.'),
-           ('MS-SSIM, same conditions', alike['drawn'], alike['train'], 'within 0.03 of real', abs(alike['drawn']-alike['train'])<=.03,
+           ('MS-SSIM, same conditions', alike['drawn'], alike['train'], 'within 0.03 of real',
+            abs(alike['drawn']-alike['train'])<=.03,
             'Answers to the same request are more alike, or less, than real people are.'),
-           ('nearer to training than 99 of 100 unseen', audit['share'], .01, f"at most {audit['allowed']:g}", audit['share']<=audit['allowed'],
-            'Pictures may repeat training scans. Look at the nearest pairs, and do not share them before.' if audit['verdict']=='failed' else
+           ('nearer to training than 99 of 100 unseen', audit['share'], .01, f"at most {audit['allowed']:g}",
+            audit['share']<=audit['allowed'],
+            'Pictures may repeat training scans. Look at the nearest pairs, and do not share them before.'
+            if audit['verdict']=='failed' else
             'So few unseen people cannot tell whether pictures repeat training scans. Hold back more people.')]
-    if use: out.append(('AUC of a classifier trained on them', use['drawn']['auc'], use['real']['auc'], f"at least {.9*use['real']['auc']:.2f}, 0.9 x real",
-        use['drawn']['auc']>=.9*use['real']['auc'], 'Disease is drawn weaker, or otherwise, than it is: a classifier learns less from these pictures than from real ones.'))
-    return out
+    if not use: return out
+    real,ours = use['real']['auc'],use['drawn']['auc']
+    return [*out, ('AUC of a classifier trained on them', ours, real, f'at least {.9*real:.2f}, 0.9 x real',
+                   ours>=.9*real, 'Disease is drawn weaker, or otherwise, than it is: a classifier learns less from '
+                   'these pictures than from real ones.')]
 
-# %% ../nbs/10b_report.ipynb #f45b0a74
+# %% ../nbs/10b_report.ipynb #b742481f
 def report_samples(
     generator:str, # 'ldm', 'prior' or 'stage1'
     scores:dict, # As from `evaluate`
@@ -267,16 +284,19 @@ def report_samples(
     rows = [['measure', 'drawn', 'real, as a floor', 'target', 'reached']]
     rows += [[name, show_number(a), show_number(b), goal, 'yes' if ok else 'NO'] for name,a,b,goal,ok,_ in targets]
     def cell(o): return f"{show_number(o['value'])} [{', '.join(map(show_number, o['interval_95'] or (None, None)))}]"
-    effects,names = scores['conditioning'],dict(slice_error='distance from the slice asked for, slices', diagnosis_effect='fluid, AD minus NC (Cohen d)',
-                                                age_slope='fluid, change in ten years of age', fine_detail='fine detail')
-    rows += [[label, cell(effects['drawn'][k]), f"train {cell(effects['train'][k])}, unseen {cell(effects['held'][k])}", '', '']
-             for k,label in names.items() if k in effects['drawn']]
-    read = ', '.join(f"{k} {'AUC' if 'auc' in o else 'to within'} {show_number(o.get('auc', o.get('error')), 2)} (knowing nothing: {show_number(o['floor'], 2)})"
-                     for k,o in scores['reading'].items())
-    text = ' '.join(f'{name}: not reached. {why}' for name,*_,ok,why in targets if not ok) or 'All targets that were measured are reached.'
+    names = dict(slice_error='distance from the slice asked for', diagnosis_effect='fluid, AD minus NC (Cohen d)',
+                 age_slope='fluid, change in ten years of age', fine_detail='fine detail')
+    ours,train,held = (scores['conditioning'][k] for k in ('drawn', 'train', 'held'))
+    rows += [[label, cell(ours[k]), f'train {cell(train[k])}, unseen {cell(held[k])}', '', '']
+             for k,label in names.items() if k in ours]
+    read = ', '.join(f"{k} {'AUC' if 'auc' in o else 'to within'} {show_number(o.get('auc', o.get('error')), 2)} "
+                     f"(knowing nothing: {show_number(o['floor'], 2)})" for k,o in scores['reading'].items())
+    text = ' '.join(f'{name}: not reached. {why}' for name,*_,ok,why in targets if not ok)
+    text = text or 'All targets that were measured are reached.'
     if not scores.get('utility'): text += ' Whether a classifier can learn from the pictures was not measured.'
-    text += (f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people whom no part was trained on; with so few people every number is "
-             f"uncertain. The network that compares them reads of unseen people: {read}.")
+    text += (f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people whom no part "
+             "was trained on; with so few people every number is uncertain. The network that compares them reads of "
+             f"unseen people: {read}.")
     return dict(title=f'Can its pictures be trusted? ({generator})', text=text, table=rows, figures=[])
 
 # %% ../nbs/10b_report.ipynb #dfe48654
@@ -307,15 +327,17 @@ Pictures called drawn are synthetic: nobody was scanned for them.</p>
 <footer><p>{{ footer }}</p></footer></body></html>
 """, autoescape=True)
 
-# %% ../nbs/10b_report.ipynb #9d235150
+# %% ../nbs/10b_report.ipynb #cdccdb50
 ACKNOWLEDGE = dict( # What the page of a run says about its data, by layout
-    phantom='Synthetic people, warped from the MNI152 template and tissue maps that ship in nilearn. Nobody was scanned for them.',
-    oasis='If these are scans of OASIS-1, its data use agreement governs, and this must be said: OASIS: Cross-Sectional: Principal Investigators: '
-          'D. Marcus, R. Buckner, J. Csernansky, J. Morris; P50 AG05681, P01 AG03991, P01 AG026276, R01 AG021910, P20 MH071616, U24 RR021382 '
-          '(Marcus et al. 2007, J Cogn Neurosci 19:1498-1507).',
-    adni='If these are scans of ADNI, its data use agreement governs: scans and their derivatives may not be passed on, and ADNI must be acknowledged.')
+    phantom='Synthetic people, warped from the MNI152 template and tissue maps that ship in nilearn. '
+            'Nobody was scanned for them.',
+    oasis='If these are scans of OASIS-1, its data use agreement governs, and this must be said: OASIS: Cross-Sectional'
+          ': D. Marcus, R. Buckner, J. Csernansky, J. Morris; P50 AG05681, P01 AG03991, P01 AG026276, R01 AG021910, '
+          'P20 MH071616, U24 RR021382 (Marcus et al. 2007, J Cogn Neurosci 19:1498-1507).',
+    adni='If these are scans of ADNI, its data use agreement governs: scans and their derivatives may not be passed '
+         'on, and ADNI must be acknowledged.')
 
-# %% ../nbs/10b_report.ipynb #d75ebcad
+# %% ../nbs/10b_report.ipynb #70e1426f
 def report_data(
     settings:dict, # config.json of the run
     records:list[dict], # Lines of its log.jsonl
@@ -337,9 +359,10 @@ def report_data(
     return dict(title='What was trained on what', table=rows, figures=[], text='Splits are by subject. '
                 + (f'The model can be asked for {asked}. ' if asked else '')
                 + f"Fingerprint of the data: {settings['autoencoder']['data']['hash']}. "
-                + ACKNOWLEDGE.get(settings['autoencoder']['data']['layout'], 'Ask who made the scans for their terms, and name them.'))
+                + ACKNOWLEDGE.get(settings['autoencoder']['data']['layout'],
+                                  'Ask who made the scans for their terms, and name them.'))
 
-# %% ../nbs/10b_report.ipynb #2d5a03ad
+# %% ../nbs/10b_report.ipynb #3fab16ef
 def report_numbers(
     metrics:dict, # metrics.json of the run
 )->dict: # A section of the report
@@ -360,21 +383,24 @@ def report_numbers(
         if n: notes.append(f' {n} of the slices of {rows[-1][0]} have no brain.')
     text = ('SSIM: Gaussian window 11x11, sigma 1.5, data_range 1; brain: pixels of the original above 0.1; intervals '
             'by bootstrap over subjects, too narrow with fewer than ten; floor: the train mean of that slice position; '
-            'sharpness: variance of the Laplacian inside the brain, 1 is as sharp as the scan; codes used: share of the '
-            'codebook that these slices need, where there is one.'
+            'sharpness: variance of the Laplacian inside the brain, 1 is as sharp as the scan; codes used: share of '
+            'the codebook that these slices need, where there is one.'
             + ''.join(notes))
     if len(rows)==1: rows,text = [],'Not measured yet: run `brainldm reconstruct RUN DATA`.'
     return dict(title='How much of a brain survives the autoencoder', text=text, table=rows, figures=[])
 
-# %% ../nbs/10b_report.ipynb #f74a372b
+# %% ../nbs/10b_report.ipynb #833a8375
 def judged_pictures(
     run:Path, # Run folder
     generator:str, # 'ldm', 'prior' or 'stage1'
     real_pictures:bool, # Whether real slices may be shown
 )->list[tuple[str, str]]: # (address, caption) of what `evaluate` has left
     "The figures of an evaluation."
-    names = dict(drawn='One picture for each unseen slice, some of them', audit='Distance of the nearest train slice. Left of the dotted line: nearer than 99 of 100 unseen slices. '
-                 'Drawn pictures should lie where unseen people do', pairs='The drawn pictures nearest to training, each above the REAL train slice that it resembles. Do not pass this page on')
+    names = dict(drawn='One picture for each unseen slice, some of them',
+                 audit='Distance of the nearest train slice. Left of the dotted line: nearer than 99 of 100 unseen '
+                       'slices. Drawn pictures should lie where unseen people do',
+                 pairs='The drawn pictures nearest to training, each above the REAL train slice that it resembles. '
+                       'Do not pass this page on')
     found = {k: Path(run)/'evaluation'/f'{generator}_{k}.png' for k in names if k!='pairs' or real_pictures}
     return [(picture_uri(o.read_bytes()), names[k]) for k,o in found.items() if o.is_file()]
 
@@ -388,7 +414,7 @@ def latest_picture(
     found = sorted((Path(run)/'samples').glob(f'{stage}_*.png'))
     return [(picture_uri(found[-1].read_bytes()), caption)] if found else []
 
-# %% ../nbs/10b_report.ipynb #001532f6
+# %% ../nbs/10b_report.ipynb #cac788f4
 def report(
     run:str|Path, # Run folder
     steps:int=30, # Network calls of the pictures drawn for it
@@ -402,19 +428,23 @@ def report(
     logged = [o for o in settings if any('loss' in r and r['stage']==o for r in records)]
     curves = [(picture_uri(plot_history(records, o)), f'Course of the {o} training') for o in logged]
     sections = [report_data(settings, records, model.covariates),
-                dict(title='How training went', text='' if curves else 'Nothing was logged.', figures=curves), report_numbers(metrics)]
+                dict(title='How training went', text='' if curves else 'Nothing was logged.', figures=curves),
+                report_numbers(metrics)]
     real = settings['autoencoder']['data']['layout']=='phantom' if real_pictures is None else real_pictures
-    if real: sections[2]['figures'] = latest_picture(run, 'autoencoder', 'Held-out slices above, encoded and decoded below')
-    else: sections[2]['text'] += ' Pictures of real people are left out of this page; they lie in the run folder, under samples and evaluation.'
+    caption = 'Held-out slices above, encoded and decoded below'
+    if real: sections[2]['figures'] = latest_picture(run, 'autoencoder', caption)
+    else: sections[2]['text'] += (' Pictures of real people are left out of this page; they lie in the run folder, '
+                                  'under samples and evaluation.')
     if model.unet:
         drawn,walk = draw_by_condition(model, steps=steps, guidance_scale=guidance_scale, seed=seed)
         figures = [(picture_uri(drawn), 'Drawn slices by diagnosis and position'),
                    (picture_uri(walk), 'Denoising, first step to last')]
-        sections.append(dict(title='What it draws', figures=figures, text=f'{steps} DDIM steps, guidance scale {guidance_scale:g}, seed {seed}. '
-            f'Columns share their noise. {audit_line(run)}'))
+        sections.append(dict(title='What it draws', figures=figures, text=f'{steps} DDIM steps, guidance scale '
+            f'{guidance_scale:g}, seed {seed}. Columns share their noise. {audit_line(run)}'))
     else: sections.append(dict(title='What it draws', figures=[], text='Nothing: no diffusion model was trained yet.'))
     for name in (o.removeprefix('samples ') for o in metrics if o.startswith('samples ')):
-        sections.append(dict(report_samples(name, metrics[f'samples {name}']), figures=judged_pictures(run, name, real)))
+        section = report_samples(name, metrics[f'samples {name}'])
+        sections.append(dict(section, figures=judged_pictures(run, name, real)))
     if (run/'prior.safetensors').is_file(): sections.append(report_prior(run, metrics, steps, seed))
     footer = f'{SYNTHETIC} Written by brainldm {brainldm.__version__}.'
     page = PAGE.render(name=run.resolve().name, sections=sections, footer=footer)

@@ -9,7 +9,7 @@ __all__ = ['SYNTHETIC', 'EDITED', 'draw_noise', 'spread', 'guide', 'check_condit
            'counterfactual', 'slerp', 'mix_conditions', 'interpolate', 'to_bytes', 'new_folder', 'manifest_of',
            'save_pictures', 'save_gif']
 
-# %% ../nbs/07_sampling.ipynb #71a302d7
+# %% ../nbs/07_sampling.ipynb #26e5617c
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ import brainldm
 from .data import Covariate, encode_covariates
 from .phantom import show_grid
 from .scheduler import SAMPLERS, NoiseSchedule, add_noise, check_choice, denoise, invert, sampling_timesteps
-from .training import (fill_model, infer, load_autoencoder, load_weights, pick_precision, read_config, save_figure,
-                               to_device)
+from .training import (fill_model, infer, load_autoencoder, load_weights, mixed, pick_precision, read_config,
+                               save_figure, to_device)
 from .unet import UNet
 
 # %% ../nbs/07_sampling.ipynb #ba0fd6b5
@@ -220,7 +220,7 @@ def listen(
     return guide(infer(model.unet, model.precision), heard, names, how.get('guidance_scale', 1.), (T*start, T*stop),
                  how.get('guidance_rescale', 0.))
 
-# %% ../nbs/07_sampling.ipynb #a73c35ef
+# %% ../nbs/07_sampling.ipynb #48648dab
 def draw_batch(
     model, # A `Sampler`
     noise:Tensor, # Standard normal noise (b, c, h, w), or latents at the noise of step `start`, on the model's device
@@ -234,8 +234,9 @@ def draw_batch(
     def show(i, t, _, x0):
         tick(len(x0))
         if callback: callback(i, t, model.decode_standard(x0, cond))
-    z = denoise(listen(model, cond, how), noise, model.schedule, how['steps'], how.get('sampler', 'ddim'), how.get('eta', 0.),
-                torch.Generator().manual_seed(seed), callback=show, start=how.get('start', 0))
+    with mixed(model.device, model.precision):                                 # cast the weights once, not at each step
+        z = denoise(listen(model, cond, how), noise, model.schedule, how['steps'], how.get('sampler', 'ddim'), how.get('eta', 0.),
+                    torch.Generator().manual_seed(seed), callback=show, start=how.get('start', 0))
     if not z.isfinite().all(): raise RuntimeError(
         f"sample: latents not finite, guidance_scale={how.get('guidance_scale', 1.)}, precision={model.precision!r}. "
         "Expected numbers. Try BrainLDM.load(run, precision='no'), or a smaller guidance_scale.")
@@ -451,7 +452,7 @@ def image_to_image(
 
 Sampler.image_to_image = image_to_image
 
-# %% ../nbs/07_sampling.ipynb #b44ba544
+# %% ../nbs/07_sampling.ipynb #337ef416
 def find_noise(
     model, # A `Sampler`
     pictures:Tensor, # Pictures (b, 1, size, size) in [-1, 1]
@@ -460,7 +461,8 @@ def find_noise(
 )->Tensor: # Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the pictures
     "Encode the pictures and read the walk backwards, without guidance. Source: Song et al. 2021, sec. 4.3."
     z = model.encode_standard(pictures, cond)
-    return invert(listen(model, cond, {}), z, model.schedule, how['steps'], start=how['start'], refine=how['refine'])
+    with mixed(model.device, model.precision):
+        return invert(listen(model, cond, {}), z, model.schedule, how['steps'], start=how['start'], refine=how['refine'])
 
 # %% ../nbs/07_sampling.ipynb #1a00dd52
 def counterfactual(

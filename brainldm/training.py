@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'LIMITS', 'HARMLESS', 'TrainConfig', 'AEConfig', 'LDMConfi
            'make_accelerator', 'seeded', 'Learner', 'bare_model', 'mean_logs', 'check_finite', 'fit', 'every',
            'write_atomic', 'save_weights', 'load_weights', 'fill_model', 'pack_state', 'unpack_state', 'Checkpoint',
            'read_log', 'JsonLog', 'StopRequest', 'read_config', 'compare_configs', 'open_run', 'enter_run',
-           'stage_callbacks', 'run_stage', 'infer', 'to_device', 'spread', 'save_figure', 'mean_slices',
+           'stage_callbacks', 'run_stage', 'mixed', 'infer', 'to_device', 'spread', 'save_figure', 'mean_slices',
            'pick_covariates', 'describe', 'check_pictures', 'reconstruction_loss', 'judge_loss', 'make_critic',
            'fool_critic', 'autoencoder_loss', 'validate_autoencoder', 'autoencoder_args', 'build_autoencoder',
            'is_finished', 'settle_crop', 'start_from_data', 'train_autoencoder', 'load_autoencoder', 'plot_history',
@@ -726,7 +726,16 @@ def run_stage(
         for tracker in acc.trackers: tracker.finish()
     acc.wait_for_everyone()                                                    # the first process may still be writing
 
-# %% ../nbs/06_training.ipynb #9426cae2
+# %% ../nbs/06_training.ipynb #18ae4b32
+def mixed(
+    device:torch.device, # Where a network computes
+    precision:str, # 'no', 'bf16' or 'fp16'
+)->torch.autocast: # A context in which it computes so
+    "Mixed precision as a context. Weights are cast once inside the outermost one, so put one around a whole walk."
+    dtype = {'no': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=precision!='no')
+
+# %% ../nbs/06_training.ipynb #cb1c017f
 def infer(
     model:nn.Module, # A network
     precision:str='no', # 'no', 'bf16' or 'fp16'
@@ -734,11 +743,10 @@ def infer(
 )->Callable: # That method: in evaluation mode, without gradient, in that precision; the mode is put back after
     "Call a network for its answer alone."
     def call(*args, **kwargs):
-        mode,device = model.training,next(model.parameters()).device.type
-        dtype = {'no': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
+        mode = model.training
         model.eval()
         try:
-            with torch.no_grad(), torch.autocast(device, dtype, enabled=precision!='no'):
+            with torch.no_grad(), mixed(next(model.parameters()).device, precision):
                 return getattr(model, method)(*args, **kwargs)
         finally: model.train(mode)
     return call
@@ -1110,7 +1118,7 @@ class LatentDataset(torch.utils.data.Dataset):
         at = torch.as_tensor(indices)
         return {'latent': self.latents[at], **{k: v[at] for k,v in self.conditions.items()}}
 
-# %% ../nbs/06_training.ipynb #9b6a1855
+# %% ../nbs/06_training.ipynb #178b05fc
 def latent_splits(
     autoencoder:Autoencoder, # Trained, on the device that computes
     dataset:SliceDataset, # All splits
@@ -1121,7 +1129,7 @@ def latent_splits(
     parts = [dataset.subset(o) for o in ('train', 'validate')]
     latents = [cache_latents(autoencoder, o, precision, progress=progress) for o in parts]
     mean,std = latent_stats(latents[0])
-    return *(LatentDataset((z-mean)/std, o.conditions) for z,o in zip(latents, parts)),mean,std
+    return *(LatentDataset(z.sub_(mean).div_(std), o.conditions) for z,o in zip(latents, parts)),mean,std
 
 # %% ../nbs/06_training.ipynb #0f5f5359
 def drop_mask(

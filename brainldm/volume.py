@@ -10,7 +10,7 @@ __all__ = ['VOLUME_PRESETS', 'neighbour_scores', 'full_range', 'check_stack', 'r
            'validate_volume', 'check_volume', 'train_volume', 'BrainVolumes', 'to_nifti', 'guess_spacing',
            'save_volumes']
 
-# %% ../nbs/07b_volume.ipynb #f897965c
+# %% ../nbs/07b_volume.ipynb #66212c1f
 import hashlib
 import json
 from collections.abc import Callable
@@ -35,15 +35,15 @@ from .sampling import (SYNTHETIC, BrainLDM, Sampler, check_pictures, check_reque
                                in_batches, new_folder, save_gif, take_request, to_bytes)
 from .scheduler import NoiseSchedule, denoise
 from .training import (LatentDataset, Learner, TrainConfig, cache_latents, drop_mask, enter_run, fill_model, infer,
-                               is_finished, load_weights, prediction_error, read_config, refuse_leak, run_stage, save_figure,
-                               save_weights, spread, to_device)
+                               is_finished, load_weights, mixed, prediction_error, read_config, refuse_leak, run_stage,
+                               save_figure, save_weights, spread, to_device)
 from .unet import UNet
 from .vae import picture_scores
 
-# %% ../nbs/07b_volume.ipynb #4a10b429
+# %% ../nbs/07b_volume.ipynb #23237c46
 def neighbour_scores(
     volumes:Tensor, # Brains (n, s, h, w) in [-1, 1]
-)->dict[str, Tensor]: # ssim of neighbouring slices, and roughness: mean size of the second difference along the stack, each (n,)
+)->dict[str, Tensor]: # Each (n,): ssim of neighbouring slices; roughness, the mean size of second differences
     "How alike neighbouring slices are, and how much they jump: what tells a head from a pack of pictures."
     n = len(volumes)
     below,above = (o.flatten(0, 1)[:, None] for o in (volumes[:, :-1], volumes[:, 1:]))
@@ -62,7 +62,7 @@ def full_range(
     low,high = known['slice'].range
     return np.arange(round(low), round(high)+1)
 
-# %% ../nbs/07b_volume.ipynb #ba226a12
+# %% ../nbs/07b_volume.ipynb #27578f97
 def check_stack(
     slices, # Slice numbers asked for
     least:int=2, # How many there must be
@@ -71,7 +71,8 @@ def check_stack(
     k = np.asarray(slices, dtype=float)
     steps = np.diff(k)
     if k.ndim!=1 or len(k)<least or not (steps==1).all(): raise ValueError(
-        f"sample_volume: slices={slices}. Expected {least} or more numbers that rise by 1, as the run was trained. Try range(0, 32).")
+        f"sample_volume: slices={slices}. Expected {least} or more numbers that rise by 1, as the run was trained. "
+        "Try range(0, 32).")
     return k.tolist()
 
 # %% ../nbs/07b_volume.ipynb #33e4d299
@@ -89,7 +90,7 @@ def repeat_request(
         out[k] = np.repeat(np.asarray(v, dtype=object), len(slices)).tolist() if np.ndim(v) else v
     return dict(out, slice=slices*n)
 
-# %% ../nbs/07b_volume.ipynb #55960189
+# %% ../nbs/07b_volume.ipynb #c3df908c
 def plan_brains(
     model, # A `Sampler`
     n:int, # Brains
@@ -101,7 +102,8 @@ def plan_brains(
     "Check a request for brains before anything is computed. Raises ValueError, TypeError or FileNotFoundError."
     if model.unet is None: take_request(model, {}, n, how, seed, 1)            # raises, and says what to do
     if how['sampler'] not in ('ddim', 'dpmpp'): raise ValueError(
-        f"sample_volume: sampler={how['sampler']!r}. Expected 'ddim' or 'dpmpp', which need no fresh noise. Try 'ddim'.")
+        f"sample_volume: sampler={how['sampler']!r}. Expected 'ddim' or 'dpmpp', which need no fresh noise. "
+        "Try 'ddim'.")
     slices = check_stack(full_range(model.covariates) if slices is None else slices)
     return take_request(model, repeat_request(asked, n, slices), n*len(slices), how, seed, 1),slices
 
@@ -117,13 +119,13 @@ def volume_noise(
     side = model.size//model.autoencoder.factor
     return draw_noise(n, (depth, model.autoencoder.latent_channels, side, side), seed, start, model.device)
 
-# %% ../nbs/07b_volume.ipynb #42c86f77
+# %% ../nbs/07b_volume.ipynb #7edf4cd5
 def correlate(
     noise:Tensor, # Standard normal noise, brain after brain (b*depth, ...)
     depth:int, # Slices of a brain
     correlation:float, # Of neighbouring slices, 0 to 1; 0: independent, 1: one field for all
 )->Tensor: # Noise of the same shape, each slice standard normal, slices i and j correlated by correlation**|i-j|
-    "Noise that changes slowly along the stack. Source: first-order autoregression; Ge et al. 2023, sec. 4.1, by its mixed noise."
+    "Noise that changes slowly along the stack. Source: an autoregression; compare Ge et al. 2023, sec. 4.1."
     own = (1-correlation**2)**.5
     rows = noise.unflatten(0, (-1, depth)).unbind(1)
     out = [rows[0]]
@@ -155,12 +157,12 @@ def sample_shared_noise(
 
 Sampler.sample_shared_noise = sample_shared_noise
 
-# %% ../nbs/07b_volume.ipynb #2bebae57
+# %% ../nbs/07b_volume.ipynb #de3df933
 def lay_beside(
     below:Tensor, # Clean latents of the slice below (b, c, h, w); anything where there is none
     above:Tensor, # Of the slice above, same shape
     known:Tensor, # Whether there is one below, and one above (b, 2), bool
-)->Tensor: # What `NeighbourUNet` is told of them (b, 2*(c+1), h, w): each with a channel of ones, zeros where there is none
+)->Tensor: # (b, 2*(c+1), h, w): both with a channel of ones, or zeros where there is none
     "Put the neighbours of each slice into channels."
     known = known.to(below)[..., None, None, None]                             # (b, 2, 1, 1, 1)
     both = torch.stack([below, above], 1)
@@ -182,9 +184,9 @@ class Beside(nn.Module):
     )->Tensor: # Features (b, channels, h, w)
         return self.own(x[:, :self.c]) + self.neighbours(x[:, self.c:])
 
-# %% ../nbs/07b_volume.ipynb #a4e29be7
+# %% ../nbs/07b_volume.ipynb #6a9a9e45
 class NeighbourUNet(nn.Module):
-    """A trained 2-D denoiser that learns to look at the clean neighbours of its slice; without them it begins as it was.
+    """A trained 2-D denoiser that learns to look at the clean neighbours of its slice; it begins as it was.
 
     Source: Ho et al. 2022 (cascades), sec. 2, condition by concatenation; Harvey et al. 2022, sec. 3."""
     def __init__(self,
@@ -200,7 +202,7 @@ class NeighbourUNet(nn.Module):
         t:Tensor, # Timesteps (b,)
         cond:dict[str, Tensor]|None=None, # Encoded covariates by name, each (b,)
         drop:Tensor|None=None, # True where a token is to be dropped (b, n)
-        beside:Tensor|None=None, # From `lay_beside`, for each row or for each of the last rows in turn; None: nothing known
+        beside:Tensor|None=None, # From `lay_beside`, for all rows or in turn; None: nothing is known
     )->Tensor: # Answer, same shape as `x`
         if beside is None: beside = x.new_zeros(1, 2*(x.shape[1]+1), *x.shape[2:])
         told = self.unet.told(x, t, cond, drop)
@@ -231,7 +233,7 @@ class NeighbourDataset(torch.utils.data.Dataset):
         below,above = (self.slices.latents[o] for o in beside.T)               # row -1 is some row: `known` says so
         return dict(batch, below=below, above=above, known=beside>=0)
 
-# %% ../nbs/07b_volume.ipynb #36543ccb
+# %% ../nbs/07b_volume.ipynb #b8808a18
 def neighbour_splits(
     model:BrainLDM, # The run so far
     dataset:SliceDataset, # All splits
@@ -241,9 +243,10 @@ def neighbour_splits(
     out = []
     for part in (dataset.subset('train'), dataset.subset('validate')):
         z = cache_latents(model.autoencoder, part, model.precision, progress=progress)
-        z,beside = (z-model.latent_mean.cpu())/model.latent_std.cpu(),find_neighbours(part.manifest)
-        if (beside<0).all(): raise ValueError("train_volume: no slice has a neighbour. Expected slice numbers that rise by 1. "
-                                              "Check the column slice.")
+        z.sub_(model.latent_mean.cpu()).div_(model.latent_std.cpu())
+        beside = find_neighbours(part.manifest)
+        if (beside<0).all(): raise ValueError(
+            "train_volume: no slice has a neighbour. Expected slice numbers that rise by 1. Check the column slice.")
         out.append(NeighbourDataset(LatentDataset(z, part.conditions), beside))
     return out
 
@@ -265,7 +268,7 @@ class VolumeConfig(TrainConfig):
     ema_images:int=10_000 # Half life of the average of the weights
     preview_steps:int=20 # Denoising steps of the brains drawn during training
 
-# %% ../nbs/07b_volume.ipynb #698d9cd0
+# %% ../nbs/07b_volume.ipynb #75cdeb33
 def volume_loss(
     model:nn.Module, # A NeighbourUNet
     batch:dict[str, Tensor], # 'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates
@@ -275,7 +278,7 @@ def volume_loss(
     schedule:NoiseSchedule, # The chain that the 2-D model was trained on
     covariates:tuple[Covariate, ...], # The covariates the network knows, in order
 )->tuple[Tensor, dict[str, Tensor]]: # The loss, and its parts for the log
-    "The error of stage 2, with neighbours that are noised a little and often hidden. Source: Ho et al. 2022 (cascades), sec. 4."
+    "The error of stage 2, given neighbours a little noised and often hidden. Source: Ho et al. 2022, sec. 4."
     x0,chance = batch['latent'],dict(generator=generator, device=batch['latent'].device)
     t = torch.randint(schedule.num_train_timesteps, (len(x0),), **chance)
     eps = torch.randn(x0.shape, **chance)
@@ -287,13 +290,13 @@ def volume_loss(
     mse = prediction_error(partial(model, beside=beside), batch, t, eps, drop, schedule, covariates)
     return mse.mean(),dict(mse=mse.detach().mean())
 
-# %% ../nbs/07b_volume.ipynb #3c114b0e
+# %% ../nbs/07b_volume.ipynb #fb3c1e5c
 def unet_hash(
     unet:nn.Module, # A 2-D network
 )->str: # 32 hexadecimal digits
     "A fingerprint of weights, so that the layers of one network are not put into another."
     digest = hashlib.blake2b(digest_size=16)
-    for k,v in unet.state_dict().items(): digest.update(k.encode()); digest.update(v.detach().cpu().float().numpy().tobytes())
+    for k,v in unet.state_dict().items(): digest.update(k.encode()+v.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/07b_volume.ipynb #b6ace459
@@ -319,7 +322,7 @@ def look_beside(
     below,above = (z[:, o].flatten(0, 1) for o in sides)
     return lay_beside(below, above, torch.tensor(inside, device=z.device).repeat(len(z), 1))
 
-# %% ../nbs/07b_volume.ipynb #f5556976
+# %% ../nbs/07b_volume.ipynb #bdfd1930
 def draw_brains(
     model, # A `BrainVolumes`
     noise:Tensor, # Standard normal noise (n, depth, c, h, w)
@@ -336,13 +339,14 @@ def draw_brains(
         heard = {k: v.unflatten(0, noise.shape[:2])[:, places].flatten() for k,v in cond.items() if k in names}
         answer = partial(infer(model.unet, model.precision), beside=look_beside(z, drawn, places))
         fn = guide(answer, heard, names, how['guidance_scale'])
-        own = denoise(fn, noise[:, places].flatten(0, 1), model.schedule, how['steps'], how['sampler'],
-                      callback=lambda i,t,x,x0: tick(len(x)))
+        with mixed(model.device, model.precision):
+            own = denoise(fn, noise[:, places].flatten(0, 1), model.schedule, how['steps'], how['sampler'],
+                          callback=lambda i,t,x,x0: tick(len(x)))
         z[:, places] = own.unflatten(0, (len(noise), len(places)))
         for k in places: drawn[k] = True
     return z
 
-# %% ../nbs/07b_volume.ipynb #77745095
+# %% ../nbs/07b_volume.ipynb #46829e7b
 def encode_given(
     model, # A `BrainVolumes`
     given:dict[float, Tensor], # Pictures (n, 1, size, size) by slice number
@@ -354,8 +358,8 @@ def encode_given(
     out = {}
     for number,pictures in given.items():
         if number not in slices or check_pictures('sample_volume', pictures, model.size)!=n: raise ValueError(
-            f"sample_volume: given holds {len(pictures)} pictures for slice {number}. Expected {n}, one a brain, for one of the slices "
-            f"{slices[0]:g} to {slices[-1]:g}. Check both.")
+            f"sample_volume: given holds {len(pictures)} pictures for slice {number}. Expected {n}, one a brain, "
+            f"for one of the slices {slices[0]:g} to {slices[-1]:g}. Check both.")
         k = slices.index(number)
         out[k] = model.encode_standard(pictures, {o: v[k::len(slices)] for o,v in cond.items()})
     return out
@@ -369,7 +373,7 @@ def split_brains(
     n = len(next(iter(cond.values())))//depth
     return [{k: v[i*depth:(i+1)*depth] for k,v in cond.items()} for i in range(n)]
 
-# %% ../nbs/07b_volume.ipynb #5401ec0d
+# %% ../nbs/07b_volume.ipynb #1f87f6e1
 def sample_volume(
     model, # A `BrainVolumes`
     n:int=1, # Brains to draw
@@ -387,7 +391,8 @@ def sample_volume(
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
     "Draw whole brains, or what is missing of some: each slice follows its neighbours. Raises ValueError or TypeError."
-    how,asked = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale),dict(diagnosis=diagnosis, age=age, sex=sex, **others)
+    how = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
+    asked = dict(diagnosis=diagnosis, age=age, sex=sex, **others)
     cond,slices = plan_brains(model, n, asked, slices, how, seed)
     check_request(n, steps, seed, batch_size, model.schedule.num_train_timesteps)
     depth,brains = len(slices),[]
@@ -402,7 +407,7 @@ def sample_volume(
             brains += [model.decode_standard(o, c)[:, 0] for o,c in zip(z, split_brains(part, depth))]
     return torch.stack(brains)
 
-# %% ../nbs/07b_volume.ipynb #952136f9
+# %% ../nbs/07b_volume.ipynb #ca8548d9
 def show_planes(
     volumes:Tensor, # Brains (n, s, h, w) in [-1, 1]
     labels:list[str], # A name each
@@ -412,36 +417,41 @@ def show_planes(
     "Cut each brain three ways: two of the cuts show whether slices belong together."
     n,s,h,w = volumes.shape
     flat = s*ratio/h
-    fig,axs = plt.subplots(3, n, figsize=(1.45*n, 1.45*(1+2*flat)+.5), squeeze=False, layout='constrained', height_ratios=[1, flat, flat])
+    fig,axs = plt.subplots(3, n, figsize=(1.45*n, 1.45*(1+2*flat)+.5), squeeze=False, layout='constrained',
+                           height_ratios=[1, flat, flat])
     for column,v,label in zip(axs.T, volumes.numpy(), labels):
         cuts = (v[s//2], 1.),(v[::-1, h//2], ratio),(v[::-1, :, w//2], ratio)
         for ax,(cut,aspect) in zip(column, cuts):
-            ax.imshow(cut, cmap='gray', vmin=-1, vmax=1, aspect=aspect, interpolation='nearest'); ax.set(xticks=[], yticks=[])
+            ax.imshow(cut, cmap='gray', vmin=-1, vmax=1, aspect=aspect, interpolation='nearest')
+            ax.set(xticks=[], yticks=[])
         column[0].set_title(label, fontsize=8)
     for ax,name in zip(axs[:, 0], ('axial', 'coronal', 'sagittal')): ax.set_ylabel(name, fontsize=8)
     fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/07b_volume.ipynb #29752715
+# %% ../nbs/07b_volume.ipynb #1e644ec1
 def validate_volume(
     learner:Learner, # The training so far
     held:NeighbourDataset, # Latents of validate subjects
     model, # A `BrainLDM`, of which the denoiser is replaced
     config:VolumeConfig, # Noise and preview
     path:Path, # Where the picture goes
-)->dict[str, float]: # val_mse, val_mse_alone without neighbours; val_ssim and val_roughness of neighbouring drawn slices
+)->dict[str, float]: # val_mse; val_mse_alone, without neighbours; val_ssim, val_roughness of drawn brains
     "Look at whole brains on the way: error on held-out subjects with and without neighbours, and two drawn brains."
     model = copy(model)
     model.unet = unet = learner.ema.module
-    device,calm = learner.accelerator.device,replace(config, drop_one=0., drop_all=0., hide_neighbour=0., neighbour_noise=0.)
+    device = learner.accelerator.device
+    calm = replace(config, drop_one=0., drop_all=0., hide_neighbour=0., neighbour_noise=0.)
     batch,call = to_device(spread(held, 512), device),infer(unet, learner.precision)
-    def error(c): return volume_loss(call, batch, torch.Generator(device).manual_seed(0), learner.seen, c, model.schedule, unet.covariates)[0].item()
+    def error(config):
+        gen = torch.Generator(device).manual_seed(0)
+        return volume_loss(call, batch, gen, learner.seen, config, model.schedule, unet.covariates)[0].item()
     brains = sample_volume(model, 2, steps=config.preview_steps)
     save_figure(show_planes(brains, ['brain 0', 'brain 1'], title='Drawn, not scanned'), path)
     scores = {f'val_{k}': v.mean().item() for k,v in neighbour_scores(brains).items()}
     return dict(val_mse=error(calm), val_mse_alone=error(replace(calm, hide_neighbour=1.)), **scores)
 
-# %% ../nbs/07b_volume.ipynb #981611fb
+# %% ../nbs/07b_volume.ipynb #29d9a760
 def check_volume(
     config:VolumeConfig, # The configuration to look at
     model:BrainLDM, # The run so far
@@ -449,7 +459,8 @@ def check_volume(
 )->None: # Nothing: it raises or returns
     "Refuse what no stack can be learned from. Raises ValueError, or FileNotFoundError without a diffusion model."
     if model.unet is None: raise FileNotFoundError(
-        f"train_volume: {run} has no ldm.safetensors. Expected a trained diffusion model. Run `brainldm train ldm` first.")
+        f"train_volume: {run} has no ldm.safetensors. Expected a trained diffusion model. "
+        "Run `brainldm train ldm` first.")
     full_range(model.unet.covariates)
     if not 0<=config.hide_neighbour<1 or config.neighbour_noise<0: raise ValueError(
         f"check_config: hide_neighbour={config.hide_neighbour}, neighbour_noise={config.neighbour_noise}. "
@@ -480,7 +491,7 @@ def train_volume(
               validate=lambda seen: validate_volume(learner, held, model, config, picture(seen)))
     return learner.ema.module.eval()
 
-# %% ../nbs/07b_volume.ipynb #0617317f
+# %% ../nbs/07b_volume.ipynb #6d38fa2c
 class BrainVolumes(BrainLDM):
     "A trained run whose slices follow their neighbours: `sample_volume` draws whole brains, or what is missing of one."
     @classmethod
@@ -493,8 +504,8 @@ class BrainVolumes(BrainLDM):
         model = super().load(run, device, precision)
         tensors,about = load_weights(Path(run)/'volume.safetensors')
         if about.get('kind')!='volume' or model.unet is None or about['unet']!=unet_hash(model.unet): raise ValueError(
-            f"BrainVolumes.load: {run}/volume.safetensors was not trained on the diffusion model beside it. Expected two files of "
-            "one run. Run `brainldm train volume` again.")
+            f"BrainVolumes.load: {run}/volume.safetensors was not trained on the diffusion model beside it. "
+            "Expected two files of one run. Run `brainldm train volume` again.")
         model.unet = fill_model(NeighbourUNet(model.unet), tensors, f'{run}/volume.safetensors').to(model.device).eval()
         return model
 
@@ -509,7 +520,7 @@ VOLUME_PRESETS = {
                         validate_every=250_000, checkpoint_every=250_000, ema_images=200_000, num_workers=4),
 } # name -> how slices learn to follow their neighbours
 
-# %% ../nbs/07b_volume.ipynb #aa927f6f
+# %% ../nbs/07b_volume.ipynb #0e33c0dc
 def to_nifti(
     volume:Tensor, # One brain (s, h, w) in [-1, 1]; rows from front to back, columns from left to right, slices upwards
     spacing:tuple[float, float], # Size of a pixel and distance of slices, mm
@@ -523,7 +534,8 @@ def to_nifti(
     affine[:3, 3] = -affine[:3, :3]@(np.array(data.shape)-1)/2
     image = nib.Nifti1Image(data, affine)
     image.set_sform(affine, 'aligned'); image.set_qform(affine, 'aligned')
-    image.header.set_xyzt_units('mm'); image.header['descrip'] = b'SYNTHETIC (brainldm), not a scan; not for clinical use'
+    image.header.set_xyzt_units('mm')
+    image.header['descrip'] = b'SYNTHETIC (brainldm), not a scan; not for clinical use'
     note = json.dumps(dict(about, synthetic=True, note=SYNTHETIC), default=str).encode()
     image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', note))
     return image
@@ -540,7 +552,7 @@ def guess_spacing(
         "Give the spacing of drawn pictures yourself: --spacing-mm PIXEL SLICE.")
     return voxel_mm[0]*data['crop']/data['size'],float(voxel_mm[1])
 
-# %% ../nbs/07b_volume.ipynb #680e6263
+# %% ../nbs/07b_volume.ipynb #ce9ff7af
 def save_volumes(
     volumes:Tensor, # Drawn brains (n, s, h, w) in [-1, 1]
     folder:str|Path, # New folder
@@ -548,7 +560,7 @@ def save_volumes(
     spacing:tuple[float, float], # Size of a pixel and distance of slices, mm
     about:dict, # Seed, steps and the like, for the record
 )->Path: # The folder: brain_0000.nii.gz …, planes.png, scroll.gif, and subjects.csv; `brainldm check` reads it
-    "Save drawn brains as NIfTI, each marked as synthetic, with a film through them. Raises FileExistsError rather than overwrite."
+    "Save drawn brains as NIfTI, marked as synthetic, with a film. Raises FileExistsError rather than overwrite."
     n,asked = len(volumes),{k: v for k,v in conditions.items() if v is not None}
     table = pd.DataFrame({k: list(v) if np.ndim(v) else [v]*n for k,v in asked.items()}, index=range(n))
     table.insert(0, 'subject', [f'brain_{i:04d}' for i in range(n)])
@@ -556,7 +568,8 @@ def save_volumes(
     folder = new_folder(folder)
     for name,image in zip(table.subject, images): image.to_filename(folder/f'{name}.nii.gz')
     shown = volumes[:6]
-    save_figure(show_planes(shown, [f'brain {i}' for i in range(len(shown))], spacing[1]/spacing[0], 'Synthetic brains'), folder/'planes.png')
+    names,ratio = [f'brain {i}' for i in range(len(shown))],spacing[1]/spacing[0]
+    save_figure(show_planes(shown, names, ratio, 'Synthetic brains'), folder/'planes.png')
     save_gif([volumes[:4, k, None] for k in range(volumes.shape[1])], folder/'scroll.gif', seconds=5.)
     table.to_csv(folder/'subjects.csv', index=False)
     return folder

@@ -77,7 +77,6 @@ class Page:
 
     def pixels(self):
         "What is painted, without the file around it."
-        self.page.wait_for_function("() => { const i = document.querySelector('.jp-OutputArea .brainldm img, .brainldm img'); return i && i.complete; }")
         return self.explorer.locator("img").evaluate("""async i => { await i.decode(); const c = document.createElement('canvas');
             c.width = i.naturalWidth; c.height = i.naturalHeight; const x = c.getContext('2d'); x.drawImage(i, 0, 0);
             return Array.from(x.getImageData(0, 0, c.width, c.height).data).join(); }""")
@@ -174,11 +173,14 @@ def test_on_a_phone(browser, url):
     phone = Page(browser, url, 390, 844)
     phone.shot("phone")
     assert phone.page.evaluate("document.documentElement.scrollWidth") <= 390
-    for control in phone.explorer.locator(".widget-inline-hbox, img").all():
+    phone.pixels()                                                         # painted by now
+    for control in phone.explorer.locator(".widget-inline-hbox:has([role=slider]), select, img").all():
         box = control.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["height"] >= 24
-    track = phone.explorer.get_by_role("slider").first.locator("xpath=ancestor::*[contains(@class,'slider-container')]")
-    assert track.bounding_box()["width"] >= 120                            # room for a thumb
+    tracks = phone.explorer.locator(".noUi-target").all()
+    assert len(tracks) == 6                                                # slice, age, guidance, steps, seed, and the scrubber
+    for track in tracks:
+        assert track.bounding_box()["width"] >= 120                        # room for a thumb
     assert changes(phone, lambda: phone.press("seed", "ArrowRight"), "seed=1)")
     assert not phone.complaints and not phone.outside
     phone.page.close()

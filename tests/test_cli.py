@@ -210,3 +210,23 @@ def test_the_command_itself(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert out.returncode == 1 and out.stdout == ""
     assert out.stderr.startswith("brainldm: error: ") and "Traceback" not in out.stderr and "nowhere" in out.stderr
+
+
+def test_evaluate_says_that_so_few_slices_prove_nothing(tiny_run, tmp_path, capsys):
+    run = copy_run(tiny_run[0], tmp_path / "run")
+    assert "50 or more" in refused(capsys, "evaluate", run, tiny_run[1], "--no-utility", "--steps", "2")
+    assert not (run / "report.html").exists() and not (run / "metrics.json").exists()
+
+
+def test_explore_wants_a_run(tmp_path, capsys):
+    refused(capsys, "explore", tmp_path / "nowhere", "--no-browser")
+
+
+def test_scales_of_single_covariates(tiny_run, tmp_path, capsys):
+    run = copy_run(tiny_run[0], tmp_path / "run")
+    words = ["sample", str(run), "--n", "1", "--diagnosis", "AD", "--slice", "3", "--steps", "2", "--scale", "diagnosis=2", "slice=1.5"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "diagnosis" in (tmp_path / "out" / "manifest.csv").read_text()
+    assert "Expected one of them" in refused(capsys, *words, "--guidance-scale", "3")
+    assert "name=value" in refused(capsys, *words[:-2], "diagnosis")
+    assert "asked for" in refused(capsys, *words[:-2], "age=2")

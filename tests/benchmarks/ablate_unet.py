@@ -19,8 +19,9 @@ import tyro
 
 from brainldm.cli import data_config
 from brainldm.data import open_dataset
-from brainldm.evaluation import draw_like, feature_net, judge_pictures, json_safe, match_rows
+from brainldm.evaluation import feature_net, json_safe, match_rows
 from brainldm.phantom import show_grid
+from brainldm.report import draw_like, judge_pictures
 from brainldm.sampling import BrainLDM
 from brainldm.scheduler import NoiseSchedule
 from brainldm.training import PRESETS, LDMConfig, read_config, read_log, save_figure, train_ldm

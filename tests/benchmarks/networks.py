@@ -68,7 +68,7 @@ def flops(call: Callable) -> int:
 
 def matrix_peak(device, precision: str, clock: str, tries: int = 5) -> float:
     "The fastest product of two square matrices, in operations a second: what this machine can do here and now."
-    n = 1024 if device.type=='cpu' else 8192
+    n = 2048 if device.type=='cpu' else 8192
     a,b = (torch.randn(n, n, device=device, dtype=DTYPES[precision]) for _ in range(2))
     a@b
     return 2*n**3/min(seconds(lambda: a@b, clock, device) for _ in range(tries))

@@ -150,6 +150,7 @@ def draw(table: pd.DataFrame):
         sizes = part.what.str.extract(r', (\d+) pixels')[0].astype(int)
         order = sizes.argsort()
         axs[0].loglog(sizes.iloc[order], part.milliseconds_an_image.iloc[order], 'o-', label=kind)
+    axs[0].set_xticks(sorted(sizes), sorted(sizes)); axs[0].minorticks_off()
     axs[0].set(title='Training step', xlabel='pixels a side', ylabel='ms an image'); axs[0].legend(frameon=False, fontsize=7)
     part = table[table.what.str.startswith('loader')]
     counts = part.what.str.extract(r', ([\d,]+) pictures')[0].str.replace(',', '').astype(int)
@@ -157,7 +158,7 @@ def draw(table: pd.DataFrame):
     axs[1].set(title='Loader / training', xlabel='pictures', ylim=(0, None))
     for name,label in (('data_mb', 'the data'), ('own_mb', 'held by training'), ('latents_mb', 'latents of stage 2')):
         axs[2].loglog(counts, part[name].clip(lower=1), 'o-', label=label)
-    axs[2].set(title='Memory', xlabel='pictures', ylabel='MB'); axs[2].legend(frameon=False, fontsize=7)
+    axs[2].set(title='Memory', xlabel='pictures', ylabel='MB', ylim=(.8, 40*part.latents_mb.max())); axs[2].legend(loc='upper left', frameon=False, fontsize=7)
     return fig
 
 

@@ -1,0 +1,149 @@
+"Reports of whole, half and odd runs; a run that judges itself; nobody's scan on a page that travels."
+import json
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from brainldm.data import Covariate, DataConfig, open_dataset
+from brainldm.evaluation import merge_metrics, reconstruction_scores, show_number
+from brainldm.report import check_targets, draw_by_condition, draw_like, evaluate, middle_conditions, picture_uri, report, report_numbers, report_samples
+from brainldm.sampling import BrainLDM, Sampler
+from brainldm.unet import UNet
+from brainldm.vae import AutoencoderKL
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__(); self.tags,self.addresses,self.text = [],[],''; self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag); self.addresses += [v for k,v in attrs if k in ('src', 'href', 'srcset', 'action', 'poster')]
+
+    def handle_data(self, data): self.text += data
+
+
+@pytest.fixture(scope='module')
+def model(tiny_run): return BrainLDM.load(tiny_run[0], device='cpu', precision='no')
+
+
+@pytest.fixture(scope='module')
+def dataset(tiny_run): return open_dataset(tiny_run[1], DataConfig(size=64, validate_fraction=.2, test_fraction=.2), progress=False)
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path): return shutil.copytree(tiny_run[0], tmp_path/'run')
+
+
+@pytest.mark.parametrize('name', ['<b>x', 'a & b', '"quoted"', 'ünï'])
+def test_report_stands_alone(tiny_run, tmp_path, name):
+    run = shutil.copytree(tiny_run[0], tmp_path/name)
+    page = Page(report(run, steps=3).read_text(encoding='utf-8'))
+    assert name in page.text and 'b' not in page.tags and 'script' not in page.tags and 'link' not in page.tags
+    assert page.addresses and all(o.startswith('data:image/') for o in page.addresses)
+    assert 'url(' not in page.text and 'http' not in page.text
+
+
+def test_markup_in_conditions_is_escaped(copy):
+    settings = json.loads((copy/'config.json').read_text())
+    settings['autoencoder']['data']['layout'] = '<script>alert(1)</script>'
+    (copy/'config.json').write_text(json.dumps(settings))
+    assert 'script' not in Page(report(copy, steps=2).read_text()).tags
+
+
+@pytest.mark.parametrize('gone', [['ldm.safetensors'], ['metrics.json'], ['log.jsonl'], ['samples'], ['ldm.safetensors', 'log.jsonl', 'samples', 'train_mean.safetensors']])
+def test_report_of_what_is_there(copy, gone):
+    merge_metrics(copy, 'other', dict(a=float('nan')))
+    for name in gone: shutil.rmtree(copy/name) if (copy/name).is_dir() else (copy/name).unlink()
+    page = Page(report(copy, steps=2).read_text())
+    assert ('no diffusion model' in page.text)==('ldm.safetensors' in gone) and ('Nothing was logged' in page.text)==('log.jsonl' in gone)
+    assert 'Not measured yet' in page.text
+
+
+def test_report_with_numbers(copy, model, dataset):
+    scores = reconstruction_scores(model, dataset.subset('test'), copy)
+    merge_metrics(copy, 'reconstruction test', scores)
+    text = Page(report(copy, steps=2).read_text()).text
+    assert show_number(scores['ssim']) in text and show_number(scores['floor_mean_slice']['ssim_brain']) in text and 'n/a' in text     # one test person
+
+
+def test_report_refuses(tiny_run, tmp_path):
+    for place in (tmp_path/'nowhere', tmp_path, tiny_run[1]):
+        with pytest.raises(FileNotFoundError, match='not a run folder'): report(place)
+    (tmp_path/'config.json').write_text('{}')
+    with pytest.raises((FileNotFoundError, ValueError)): report(tmp_path)
+    assert not (tmp_path/'report.html').exists()
+
+
+def test_grids_of_odd_runs(model):
+    "No conditions; one slice position; an autoencoder with covariates of its own."
+    parts = dict(schedule=model.schedule, latent_mean=model.latent_mean, latent_std=model.latent_std)
+    free = Sampler(model.autoencoder, 64, UNet(4, (16,), 1, (True,), 2, (), 16).eval(), **parts)
+    assert len(draw_by_condition(free, columns=3, steps=2)[0].axes)==3
+    flat = (Covariate('slice', 'continuous', range=(4., 4.)), Covariate('diagnosis', 'categorical', values=('AD', 'NC', 'MCI')))
+    one = Sampler(model.autoencoder, 64, UNet(4, (16,), 1, (True,), 2, flat, 16).eval(), **parts)
+    assert len(draw_by_condition(one, columns=3, steps=2)[0].axes)==3
+    auto = AutoencoderKL(4, (16,), 1, (False,), 8, covariates=(Covariate('site', 'categorical', values=('a', 'b')), Covariate('age', 'continuous', range=(50., 90.))))
+    told = Sampler(auto, 64, model.unet, **parts)
+    assert middle_conditions(told)==dict(site='a', age=70.)
+    grid,walk = draw_by_condition(told, columns=40, steps=1)
+    assert len(grid.axes)==2*6 and len(walk.axes)==2*8
+
+
+def test_slices_without_brain_are_named():
+    scores = dict(ssim=.5, ssim_brain=None, psnr=20., sharpness=None, interval_95=dict(ssim=None, ssim_brain=None), n_subjects=1, n_slices=2, n_slices_without_brain=1,
+                  floor_mean_slice=dict(ssim=.4, ssim_brain=None, psnr=None, sharpness=None))
+    section = report_numbers({'reconstruction test': scores})
+    assert section['table'][1][5]=='n/a [n/a, n/a]' and '1 of the slices of test have no brain' in section['text']
+
+
+def judged(**change):
+    fidelity = {k: dict(frechet=2., kid=.01, precision=.9, recall=.9, density=1., coverage=.9, n=640, interval_95=dict(kid=[-.1, .2])) for k in ('drawn', 'floor')}
+    effect = {k: dict(value=1., interval_95=None) for k in ('slice_error', 'diagnosis_effect', 'fine_detail')}
+    scores = dict(n=640, n_subjects=20, split='validate', seed=0, how={}, reading=dict(slice=dict(error=.9, interval_95=None, floor=8.), sex=dict(auc=None, interval_95=None, floor=.5)),
+                  fidelity=fidelity, conditioning=dict(drawn=effect, train=effect, held=effect, slices=[1]), diversity={k: dict(ms_ssim=.7) for k in ('drawn', 'train', 'held')},
+                  memorization=dict(share=.01, allowed=.02, verdict='passed', n=640, pixel=dict(share=.01)), utility={k: dict(auc=.8) for k in ('real', 'drawn', 'both')})
+    return {**json.loads(json.dumps(scores)), **change}
+
+
+def test_targets():
+    assert [o[4] for o in check_targets(judged())]==[True]*5 and 'not reached' not in report_samples('ldm', judged())['text']
+    scores = judged(); scores['fidelity']['drawn']['kid'] = .031
+    assert [o[4] for o in check_targets(scores)]==[False]+[True]*4 and 'differ from real ones' in report_samples('ldm', scores)['text']
+    scores['fidelity']['floor']['kid'] = -.01                                              # a floor that chance has put below 0
+    assert check_targets(scores)[0][4]
+    scores['fidelity']['floor']['interval_95'] = {}
+    assert not check_targets(scores)[0][4]
+    assert len(check_targets({k: v for k,v in judged().items() if k!='utility'}))==4
+
+
+def test_scores_are_on_the_page(copy):
+    merge_metrics(copy, 'samples ldm', judged(memorization=dict(share=.4, allowed=.02, verdict='failed', n=640, pixel=dict(share=.4))))
+    text = Page(report(copy, steps=2).read_text()).text
+    for part in ('audit failed', 'Look at the nearest pairs', '40.0%', 'NO', 'MNI152'): assert part in text, part
+    assert 'has not been audited' not in text
+
+
+@pytest.mark.parametrize('layout, shown', [('phantom', True), ('oasis', False), ('manifest', False)])
+def test_real_pictures_stay_home(copy, layout, shown):
+    settings = json.loads((copy/'config.json').read_text()); settings['autoencoder']['data']['layout'] = layout
+    (copy/'config.json').write_text(json.dumps(settings)); merge_metrics(copy, 'samples ldm', judged())
+    (copy/'evaluation').mkdir()
+    for name in ('drawn', 'audit', 'pairs'): (copy/'evaluation'/f'ldm_{name}.png').write_bytes(name.encode())
+    real = {picture_uri(o.read_bytes()) for o in (copy/'samples').glob('autoencoder_*.png')} | {picture_uri(b'pairs')}
+    assert bool(real & set(Page(report(copy, steps=2).read_text()).addresses))==shown
+    assert picture_uri(b'pairs') in Page(report(copy, steps=2, real_pictures=True).read_text()).addresses
+    assert not real & set(Page(report(copy, steps=2, real_pictures=False).read_text()).addresses)
+
+
+def test_draw_like_asks_what_the_rows_say(model, dataset):
+    rows = dataset.manifest.iloc[[3, 20]]
+    asked = {c.name: rows[c.name].tolist() for c in model.covariates}
+    torch.testing.assert_close(draw_like(model, rows, steps=2, seed=5), model.sample(2, **asked, steps=2, seed=5))
+    assert draw_like(model, rows, 'stage1').shape==(2, 1, 64, 64)
+
+
+def test_evaluate_refuses(copy, dataset, tmp_path):
+    with pytest.raises(ValueError, match='fingerprint'): evaluate(copy, type(dataset)(dataset.images, dataset.manifest.assign(hash='0'*32), dataset.covariates))
+    with pytest.raises(FileNotFoundError): evaluate(tmp_path/'nowhere', dataset)
