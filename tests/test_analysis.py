@@ -14,8 +14,8 @@ from brainldm.analysis import (as_table, auc, bottleneck_features, codebook_usag
                                fold_predictions, neighbours_kept, plot_codebook_usage, plot_embedding, probe, shuffle_target, subject_retrieval,
                                swap_shares, variance_shares)
 from brainldm.data import Covariate, SliceDataset
-from brainldm.sampling import Codec
-from brainldm.scheduler import NoiseSchedule
+from brainldm.sampling import Codec, draw_noise
+from brainldm.scheduler import NoiseSchedule, add_noise
 from brainldm.unet import UNet
 from brainldm.vae import AutoencoderKL
 from brainldm.vqgan import FSQ, VQVAE, VectorQuantizer
@@ -99,7 +99,7 @@ def test_shuffles_keep_what_they_must(seed):
     label,height = rng.integers(2, size=12).astype(float)[who],rng.normal(size=48)
     a,b = (shuffle_target(o, who, fold, rng) for o in (label, height))
     assert all(len(set(a[who==i]))==1 for i in range(12)) and all(a[fold==i].sum()==label[fold==i].sum() for i in range(3))
-    assert all(sorted(b[who==i])==sorted(height[who==i]) for i in range(12))
+    assert all(sorted(b[who==i])==sorted(height[who==i]) for i in range(12)) and (b!=height).any()
 
 
 @given(seeds)
@@ -183,6 +183,11 @@ def test_a_missing_slice_is_refused(drop):
     with pytest.raises(ValueError, match='everybody at every height'): as_table('f', np.eye(12), s, np.where(k==3, 2, k))
 
 
+def test_swap_tells_latent_from_told():
+    own,told = np.arange(4.),np.arange(3.)
+    assert swap_shares(own[:, None]+0*told, own, told)==dict(latent=1, told=0) and swap_shares(0*own[:, None]+told, own, told)==dict(latent=0, told=1)
+
+
 def test_swap_needs_two_values():
     for own,told in ((np.ones(3), np.arange(2)), (np.arange(3), np.ones(2))):
         with pytest.raises(ValueError, match='two values'): swap_shares(np.zeros((3, 2)), own, told)
@@ -196,6 +201,12 @@ def unet():
     return UNet(3, (16, 32), 1, (False, True), 2, (HEIGHT, SEX), 16).eval()
 
 
+@torch.no_grad()
+def deepest(unet, z, cond):
+    t,abar = torch.full((5,), 200),NoiseSchedule().abar
+    return unet.bottleneck(add_noise(z, draw_noise(5, tuple(z.shape[1:]), 0), t, abar), t, cond).mean((2, 3))
+
+
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
 @pytest.mark.parametrize('batch_size', [1, 3, 64])
 def test_bottleneck_does_not_depend_on_batches(unet, precision, batch_size):
@@ -203,6 +214,7 @@ def test_bottleneck_does_not_depend_on_batches(unet, precision, batch_size):
     for c in (cond, None, {'sex': cond['sex']}):
         a,b = (bottleneck_features(unet, z, NoiseSchedule(), 200, c, precision=precision, batch_size=n) for n in (batch_size, 5))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if precision=='no' else .1)
+        if c is cond and precision=='no': torch.testing.assert_close(a, deepest(unet, z, c), rtol=1e-3, atol=1e-4)
         assert a.shape==(5, 32) and a.dtype==torch.float32 and not a.requires_grad
 
 

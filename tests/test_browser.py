@@ -46,9 +46,12 @@ def url(run, tmp_path_factory):
     for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
         env[k] = str(tmp_path_factory.mktemp("jupyter") / k.lower())
     server = subprocess.Popen([sys.executable, "-c", SERVE, run], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = server.stdout.readline()
-    found = re.match(r"http://127\.0\.0\.1:(\d+)", said)
-    assert found, said + server.stdout.read()
+    said, found = "", None
+    for line in server.stdout:                                             # a library may have a word to say before it
+        said, found = said + line, re.match(r"http://127\.0\.0\.1:(\d+)", line)
+        if found:
+            break
+    assert found, said
     yield found[0]
     server.send_signal(signal.SIGINT)
     assert server.wait(60) == 0 and "Traceback" not in server.stdout.read()
