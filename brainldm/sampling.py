@@ -9,7 +9,7 @@ __all__ = ['SYNTHETIC', 'EDITED', 'draw_noise', 'spread', 'guide', 'check_condit
            'counterfactual', 'slerp', 'mix_conditions', 'interpolate', 'to_bytes', 'new_folder', 'manifest_of',
            'save_pictures', 'save_gif']
 
-# %% ../nbs/07_sampling.ipynb #26e5617c
+# %% ../nbs/07_sampling.ipynb #d88541af
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ import brainldm
 from .data import Covariate, encode_covariates
 from .phantom import show_grid
 from .scheduler import SAMPLERS, NoiseSchedule, add_noise, check_choice, denoise, invert, sampling_timesteps
-from .training import (fill_model, infer, load_autoencoder, load_weights, mixed, pick_precision, read_config,
+from .training import (fill_model, infer, load_autoencoder, load_weights, mixed_precision, pick_precision, read_config,
                                save_figure, to_device)
 from .unet import UNet
 
@@ -220,7 +220,7 @@ def listen(
     return guide(infer(model.unet, model.precision), heard, names, how.get('guidance_scale', 1.), (T*start, T*stop),
                  how.get('guidance_rescale', 0.))
 
-# %% ../nbs/07_sampling.ipynb #48648dab
+# %% ../nbs/07_sampling.ipynb #49870c02
 def draw_batch(
     model, # A `Sampler`
     noise:Tensor, # Standard normal noise (b, c, h, w), or latents at the noise of step `start`, on the model's device
@@ -234,7 +234,7 @@ def draw_batch(
     def show(i, t, _, x0):
         tick(len(x0))
         if callback: callback(i, t, model.decode_standard(x0, cond))
-    with mixed(model.device, model.precision):                                 # cast the weights once, not at each step
+    with mixed_precision(model.device, model.precision):                       # cast the weights once, not at each step
         z = denoise(listen(model, cond, how), noise, model.schedule, how['steps'], how.get('sampler', 'ddim'), how.get('eta', 0.),
                     torch.Generator().manual_seed(seed), callback=show, start=how.get('start', 0))
     if not z.isfinite().all(): raise RuntimeError(
@@ -452,7 +452,7 @@ def image_to_image(
 
 Sampler.image_to_image = image_to_image
 
-# %% ../nbs/07_sampling.ipynb #337ef416
+# %% ../nbs/07_sampling.ipynb #f6d96590
 def find_noise(
     model, # A `Sampler`
     pictures:Tensor, # Pictures (b, 1, size, size) in [-1, 1]
@@ -461,7 +461,7 @@ def find_noise(
 )->Tensor: # Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the pictures
     "Encode the pictures and read the walk backwards, without guidance. Source: Song et al. 2021, sec. 4.3."
     z = model.encode_standard(pictures, cond)
-    with mixed(model.device, model.precision):
+    with mixed_precision(model.device, model.precision):
         return invert(listen(model, cond, {}), z, model.schedule, how['steps'], start=how['start'], refine=how['refine'])
 
 # %% ../nbs/07_sampling.ipynb #1a00dd52

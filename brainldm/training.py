@@ -8,13 +8,13 @@ __all__ = ['PRESETS', 'LIMITS', 'HARMLESS', 'TrainConfig', 'AEConfig', 'LDMConfi
            'make_accelerator', 'seeded', 'Learner', 'bare_model', 'mean_logs', 'check_finite', 'fit', 'every',
            'write_atomic', 'save_weights', 'load_weights', 'fill_model', 'pack_state', 'unpack_state', 'Checkpoint',
            'read_log', 'JsonLog', 'StopRequest', 'read_config', 'compare_configs', 'open_run', 'enter_run',
-           'stage_callbacks', 'run_stage', 'mixed', 'infer', 'to_device', 'spread', 'save_figure', 'mean_slices',
-           'pick_covariates', 'describe', 'check_pictures', 'reconstruction_loss', 'judge_loss', 'make_critic',
-           'fool_critic', 'autoencoder_loss', 'validate_autoencoder', 'autoencoder_args', 'build_autoencoder',
-           'is_finished', 'settle_crop', 'start_from_data', 'train_autoencoder', 'load_autoencoder', 'plot_history',
-           'cache_latents', 'latent_stats', 'LatentDataset', 'latent_splits', 'drop_mask', 'prediction_error',
-           'ldm_loss', 'unet_args', 'refuse_leak', 'refuse_unfinished', 'preview_conditions', 'validate_ldm',
-           'save_ldm', 'train_ldm']
+           'stage_callbacks', 'run_stage', 'mixed_precision', 'infer', 'to_device', 'spread', 'save_figure',
+           'mean_slices', 'pick_covariates', 'describe', 'check_pictures', 'reconstruction_loss', 'judge_loss',
+           'make_critic', 'fool_critic', 'autoencoder_loss', 'validate_autoencoder', 'autoencoder_args',
+           'build_autoencoder', 'is_finished', 'settle_crop', 'start_from_data', 'train_autoencoder',
+           'load_autoencoder', 'plot_history', 'cache_latents', 'latent_stats', 'LatentDataset', 'latent_splits',
+           'drop_mask', 'prediction_error', 'ldm_loss', 'unet_args', 'refuse_leak', 'refuse_unfinished',
+           'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
 
 # %% ../nbs/06_training.ipynb #65009a39
 import json
@@ -726,8 +726,8 @@ def run_stage(
         for tracker in acc.trackers: tracker.finish()
     acc.wait_for_everyone()                                                    # the first process may still be writing
 
-# %% ../nbs/06_training.ipynb #18ae4b32
-def mixed(
+# %% ../nbs/06_training.ipynb #77d0ae84
+def mixed_precision(
     device:torch.device, # Where a network computes
     precision:str, # 'no', 'bf16' or 'fp16'
 )->torch.autocast: # A context in which it computes so
@@ -735,7 +735,7 @@ def mixed(
     dtype = {'no': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=precision!='no')
 
-# %% ../nbs/06_training.ipynb #cb1c017f
+# %% ../nbs/06_training.ipynb #039c8ff6
 def infer(
     model:nn.Module, # A network
     precision:str='no', # 'no', 'bf16' or 'fp16'
@@ -746,7 +746,7 @@ def infer(
         mode = model.training
         model.eval()
         try:
-            with torch.no_grad(), mixed(next(model.parameters()).device, precision):
+            with torch.no_grad(), mixed_precision(next(model.parameters()).device, precision):
                 return getattr(model, method)(*args, **kwargs)
         finally: model.train(mode)
     return call

@@ -10,7 +10,7 @@ __all__ = ['VOLUME_PRESETS', 'neighbour_scores', 'full_range', 'check_stack', 'r
            'validate_volume', 'check_volume', 'train_volume', 'BrainVolumes', 'to_nifti', 'guess_spacing',
            'save_volumes']
 
-# %% ../nbs/07b_volume.ipynb #66212c1f
+# %% ../nbs/07b_volume.ipynb #68359fa2
 import hashlib
 import json
 from collections.abc import Callable
@@ -35,8 +35,8 @@ from .sampling import (SYNTHETIC, BrainLDM, Sampler, check_pictures, check_reque
                                in_batches, new_folder, save_gif, take_request, to_bytes)
 from .scheduler import NoiseSchedule, denoise
 from .training import (LatentDataset, Learner, TrainConfig, cache_latents, drop_mask, enter_run, fill_model, infer,
-                               is_finished, load_weights, mixed, prediction_error, read_config, refuse_leak, run_stage,
-                               save_figure, save_weights, spread, to_device)
+                               is_finished, load_weights, mixed_precision, prediction_error, read_config, refuse_leak,
+                               run_stage, save_figure, save_weights, spread, to_device)
 from .unet import UNet
 from .vae import picture_scores
 
@@ -322,7 +322,7 @@ def look_beside(
     below,above = (z[:, o].flatten(0, 1) for o in sides)
     return lay_beside(below, above, torch.tensor(inside, device=z.device).repeat(len(z), 1))
 
-# %% ../nbs/07b_volume.ipynb #bdfd1930
+# %% ../nbs/07b_volume.ipynb #56880649
 def draw_brains(
     model, # A `BrainVolumes`
     noise:Tensor, # Standard normal noise (n, depth, c, h, w)
@@ -339,7 +339,7 @@ def draw_brains(
         heard = {k: v.unflatten(0, noise.shape[:2])[:, places].flatten() for k,v in cond.items() if k in names}
         answer = partial(infer(model.unet, model.precision), beside=look_beside(z, drawn, places))
         fn = guide(answer, heard, names, how['guidance_scale'])
-        with mixed(model.device, model.precision):
+        with mixed_precision(model.device, model.precision):
             own = denoise(fn, noise[:, places].flatten(0, 1), model.schedule, how['steps'], how['sampler'],
                           callback=lambda i,t,x,x0: tick(len(x)))
         z[:, places] = own.unflatten(0, (len(noise), len(places)))
