@@ -62,16 +62,15 @@ def full_range(
     low,high = known['slice'].range
     return np.arange(round(low), round(high)+1)
 
-# %% ../nbs/07b_volume.ipynb #27578f97
+# %% ../nbs/07b_volume.ipynb #e20e56ad
 def check_stack(
     slices, # Slice numbers asked for
-    least:int=2, # How many there must be
 )->list[float]: # The same as numbers
     "Refuse slices that are no stack. Raises ValueError."
     k = np.asarray(slices, dtype=float)
     steps = np.diff(k)
-    if k.ndim!=1 or len(k)<least or not (steps==1).all(): raise ValueError(
-        f"sample_volume: slices={slices}. Expected {least} or more numbers that rise by 1, as the run was trained. "
+    if k.ndim!=1 or len(k)<2 or not (steps==1).all(): raise ValueError(
+        f"sample_volume: slices={slices}. Expected 2 or more numbers that rise by 1, as the run was trained. "
         "Try range(0, 32).")
     return k.tolist()
 
