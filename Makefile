@@ -5,7 +5,7 @@ BIN  := $(VENV)/bin
 DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab export check test slow
+.PHONY: help setup demo lab export check test slow docs pretrain
 
 help: ## Show this text
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -15,7 +15,7 @@ setup: $(VENV)/.ok ## Create .venv and install the package with its tools (once)
 $(VENV)/.ok: settings.ini setup.py constraints.txt
 	$(PY) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'brainldm: Python 3.10 or newer is needed; try make PY=python3.11')"
 	$(PY) -m venv $(VENV)
-	$(BIN)/pip install $$($(PY) tools/constraints.py) -e '.[dev]'
+	$(BIN)/pip install $$($(PY) tools/constraints.py) -e '.[dev,docs]'
 	touch $@
 
 demo: $(VENV)/.ok ## The whole job on synthetic brains: train, score, draw, report
@@ -37,3 +37,9 @@ test: check ## Everything CI runs: check, every notebook, pytest
 
 slow: $(VENV)/.ok ## The notebooks with their long cells (and a GPU, if there is one)
 	NB_FLAGS="slow gpu" $(BIN)/pytest tests/test_notebooks.py
+
+docs: $(VENV)/.ok ## Build the site in _site/html, offline
+	$(BIN)/python tools/docs.py
+
+pretrain: $(VENV)/.ok ## Train, judge and pack the runs that ship with the package (two hours)
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/pretrain.sh runs/pretrain

@@ -23,7 +23,7 @@ from torch import Tensor
 from .data import SliceDataset, eval_batches
 from .sampling import Codec, draw_noise
 from .scheduler import NoiseSchedule, add_noise, check_choice
-from .training import infer, to_device
+from .loop import infer, to_device
 from .unet import UNet
 from .vqgan import VQVAE, code_scores, count_codes
 

@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['KNOBS', 'COMMANDS', 'flags', 'Phantom', 'Check', 'TrainAutoencoder', 'data_config', 'Stage2', 'TrainLDM',
            'TrainPrior', 'TrainVolume', 'Train', 'describe_scores', 'Reconstruct', 'Bits', 'describe_covariates',
-           'read_pairs', 'next_folder', 'Drawing', 'pick_knobs', 'Sample', 'known_values', 'Edit', 'Volume', 'Evaluate',
-           'Explore', 'Report', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
+           'read_pairs', 'next_folder', 'Drawing', 'pick_knobs', 'crew', 'draw_together', 'Sample', 'known_values',
+           'Edit', 'Volume', 'Evaluate', 'Explore', 'Report', 'Fetch', 'Share', 'demo_configs', 'draw_grid', 'Demo',
+           'parse', 'main']
 
 # %% ../nbs/11_cli.ipynb #aeb9856c
 import dataclasses
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,9 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from torch import Tensor
 
 from .data import DataConfig, SliceDataset, check_dataset, open_dataset
 from .evaluation import audit_line, json_safe, merge_metrics, reconstruction_scores, show_number
@@ -31,8 +37,10 @@ from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
 from .report import check_targets, draw_by_condition, evaluate, prior_scores, report
 from .sampling import BrainLDM, save_gif, save_pictures
-from .training import (PRESETS, AEConfig, LDMConfig, TrainConfig, read_config, save_figure, train_autoencoder,
-                               train_ldm)
+from .sharing import fetch_run, pack_run, push_run
+from .loop import TrainConfig
+from .runs import read_config
+from .training import PRESETS, AEConfig, LDMConfig, save_figure, train_autoencoder, train_ldm
 from .volume import VOLUME_PRESETS, BrainVolumes, VolumeConfig, guess_spacing, save_volumes, train_volume
 
 # %% ../nbs/11_cli.ipynb #fec1f560
@@ -159,6 +167,7 @@ def describe_scores(
     lines += [f'{k:12}{show_number(scores[k]):>8}  {show_number(low[k]):>16}' for k in names]
     if 'perplexity' in scores:
         lines.append(f"codebook: {scores['codebook_usage']:.1%} of {scores['num_embeddings']:,} codes used, perplexity {scores['perplexity']:.0f}")
+    if n is None: lines.append('Note: the run was packed for others and does not say whom it was trained on.')
     if n and split!='train': lines.append(f'Note: {n} of these subject names also occur among the subjects the run was trained on.')
     return '\n'.join(lines)
 
@@ -262,6 +271,22 @@ def pick_knobs(
         "sample: --scale and --guidance-scale. Expected one of them: a scale for each covariate, or one for all. Leave one out.")
     return dict(knobs, guidance_scale=scales) if scales else knobs
 
+# %% ../nbs/11_cli.ipynb #e4c4f524
+def crew()->PartialState: # Number of this process, how many there are, and whether it is the first
+    "The processes that were started together. Without a GPU the environment must say so: ACCELERATE_USE_CPU=true."
+    return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
+
+# %% ../nbs/11_cli.ipynb #76c942b5
+def draw_together(
+    draw:Callable[[int, int], Tensor], # Called as draw(n, first): pictures first, first+1, …
+    n:int, # Pictures in all
+)->Tensor|None: # All pictures (n, 1, h, w) in the first process, None in the others
+    "Share a drawing among the processes of `accelerate launch`; a single process draws it all."
+    state = crew()
+    start,stop = (n*(state.process_index+k)//state.num_processes for k in (0, 1))
+    parts = gather_object([draw(stop-start, start)] if stop>start or n<1 else [])           # draw refuses less than 1
+    return torch.cat(parts) if state.is_main_process else None
+
 # %% ../nbs/11_cli.ipynb #26c74fe0
 @dataclass
 class Sample(Drawing):
@@ -280,11 +305,12 @@ class Sample(Drawing):
         asked = dict(diagnosis=self.diagnosis, slice=self.slice, age=self.age, sex=self.sex, **read_pairs(self.condition))
         asked,frames = {k: v for k,v in asked.items() if v is not None},[]
         model = (CodeSampler if self.generator=='prior' else BrainLDM).load(self.run_folder)
-        if self.generator=='stage1': pictures = model.sample_stage1(self.n, self.seed, **asked)
-        else:
-            if self.generator=='ldm': how['callback'] = lambda i,t,p: frames.append(p[:4]) if len(frames)<self.steps else None
-            pictures = model.sample(self.n, **asked, **how, seed=self.seed, progress=True)
-        about = {k: v if np.isscalar(v) else str(v) for k,v in how.items() if k!='callback'}
+        draw = partial(model.sample_stage1, **asked, seed=self.seed)
+        if self.generator!='stage1': draw = partial(model.sample, **asked, **how, seed=self.seed, progress=crew().is_main_process)
+        if self.generator=='ldm': draw = partial(draw, callback=lambda i,t,p: frames.append(p[:4]) if len(frames)<self.steps else None)
+        pictures = draw_together(lambda n, first: draw(n, first=first), self.n)
+        if pictures is None: return 0                                          # the first process saves
+        about = {k: v if np.isscalar(v) else str(v) for k,v in how.items()}
         folder = save_pictures(pictures, self.out or next_folder(self.run_folder/'samples'/'drawn'), asked,
                                dict(generator=self.generator, **about, seed=self.seed))
         if frames: save_gif([*frames, pictures[:4]], folder/'denoising.gif')
@@ -406,6 +432,7 @@ class Explore:
     browser:bool=True # Open it in the browser
 
     def run(self)->int: # Exit status
+        signal.signal(signal.SIGTERM, signal.default_int_handler)              # whoever ends this process ends its server, too
         explore(self.run_folder, self.port, self.browser)
         return 0
 
@@ -420,6 +447,35 @@ class Report:
 
     def run(self)->int: # Exit status
         print(report(self.run_folder, self.steps, self.guidance_scale, self.seed))
+        return 0
+
+# %% ../nbs/11_cli.ipynb #411f0d9f
+@dataclass
+class Fetch:
+    "Copy a run that others trained into a run folder of yours: one that ships with brainldm, or one from the Hugging Face hub."
+    source:tyro.conf.Positional[str] # phantom-128, phantom-128-codes, or user/name on the hub
+    run_folder:Annotated[Path, tyro.conf.arg(name='run')]=Path('runs/fetched') # Run folder to make
+    revision:str|None=None # Branch, tag or commit on the hub; none: the newest
+
+    def run(self)->int: # Exit status
+        print(fetch_run(self.source, self.run_folder, self.revision))
+        return 0
+
+# %% ../nbs/11_cli.ipynb #d248c29f
+@dataclass
+class Share:
+    "Pack a run for others: 16-bit weights, numbers and card, without names, paths or pictures. To a folder, or to the hub."
+    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder, reported
+    out:Path|None=None # New folder to pack into
+    repo:str|None=None # user/name on the hub, in place of a folder
+    public:bool=False # Let everybody see it there
+    half:bool=True # Round weights to 16 bits
+
+    def run(self)->int: # Exit status
+        if (self.out is None)==(self.repo is None): raise ValueError(
+            f'share: out={self.out}, repo={self.repo}. Expected one of them. Try --out FOLDER, or --repo USER/NAME.')
+        if self.out: print(pack_run(self.run_folder, self.out, self.half))
+        else: print(push_run(self.run_folder, self.repo, not self.public, self.half))
         return 0
 
 # %% ../nbs/11_cli.ipynb #e47a584a
@@ -465,7 +521,7 @@ class Demo:
 
 # %% ../nbs/11_cli.ipynb #bfaf4399
 COMMANDS = dict(demo=Demo, phantom=Phantom, check=Check, train=Train, reconstruct=Reconstruct, bits=Bits, sample=Sample,
-                edit=Edit, volume=Volume, evaluate=Evaluate, explore=Explore, report=Report) # Name -> what it does
+                edit=Edit, volume=Volume, evaluate=Evaluate, explore=Explore, report=Report, fetch=Fetch, share=Share) # Name -> what it does
 
 # %% ../nbs/11_cli.ipynb #5e588986
 def parse(
@@ -492,8 +548,8 @@ def main(
     matplotlib.use('Agg')
     command = parse(sys.argv[1:] if args is None else args)
     try: return command.run()
-    except KeyboardInterrupt:
-        print('\nbrainldm: stopped. Training is saved: the same command with --resume goes on.', file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print('\nbrainldm: stopped.'+(f' {e} The same command with --resume goes on.' if str(e) else ''), file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as e:
         if os.environ.get('BRAINLDM_DEBUG'): raise

@@ -12,7 +12,7 @@ __all__ = ['FEATURES', 'UTILITY', 'mean_slice_floor', 'never_seen', 'score_slice
            'pair_similarity', 'diversity_scores', 'as_dataset', 'utility_scores', 'nearest_rows', 'nearest_slices',
            'memorization_audit', 'audit_line']
 
-# %% ../nbs/10_evaluation.ipynb #ecb134e8
+# %% ../nbs/10_evaluation.ipynb #7d3cfc14
 import json
 import math
 import warnings
@@ -35,21 +35,25 @@ from tqdm.auto import tqdm
 
 from .data import Covariate, SliceDataset, eval_batches, fingerprint
 from .sampling import BrainLDM, to_bytes
-from .training import (Learner, TrainConfig, bare_model, describe, fill_model, fit, infer, load_weights,
-                               read_config, save_weights, seeded, train_batches, write_atomic)
+from .loop import Learner, TrainConfig, bare_model, fit, infer, seeded, train_batches
+from .runs import fill_model, load_weights, read_config, save_weights, write_atomic
+from .training import describe
 from .vae import picture_scores
 from .vqgan import code_scores, count_codes
 
 FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=.05)   # of the judge
 UTILITY = TrainConfig(total_images=6_000, batch_size=16, warmup_images=600, weight_decay=.05)       # of classifiers
 
-# %% ../nbs/10_evaluation.ipynb #6dfb8912
+# %% ../nbs/10_evaluation.ipynb #ca89640b
 def mean_slice_floor(
     run:str|Path, # Run folder, which keeps the mean train picture of each slice position
     slices:np.ndarray, # Slice numbers (b,)
 )->Tensor: # Predictions (b, 1, h, w) in [-1, 1]
     "Predict the train mean of each slice position, of the nearest one if it was never seen: the floor of every score."
     tensors,about = load_weights(Path(run)/'train_mean.safetensors')
+    if 'means' not in tensors or len(about.get('slices', ()))!=len(tensors['means']): raise ValueError(
+        f"mean_slice_floor: {run}/train_mean.safetensors does not hold a mean picture for each slice. Expected what training wrote. "
+        "Take it from a backup, or train again.")
     nearest = np.abs(np.asarray(slices)[:, None]-np.asarray(about['slices'])).argmin(1)
     return tensors['means'][nearest][:, None]
 
@@ -128,7 +132,7 @@ def codebook_scores(
         counts = counts+count_codes(codes, quantizer.num_embeddings)
     return dict(code_scores(counts), num_embeddings=quantizer.num_embeddings)
 
-# %% ../nbs/10_evaluation.ipynb #6a64cd29
+# %% ../nbs/10_evaluation.ipynb #6d649a36
 def reconstruction_scores(
     model:BrainLDM, # A run with an autoencoder
     dataset:SliceDataset, # The split to score
@@ -137,26 +141,28 @@ def reconstruction_scores(
 )->dict: # ssim, ssim_brain, psnr, sharpness, interval_95, floor_mean_slice, counts; codebook_usage, perplexity if any
     "How much of unseen brains survives the squeeze, beside the mean slice. None where a number does not exist."
     table = score_slices(model, dataset, run, progress=progress)
-    trained = set(read_config(run)['autoencoder']['train_subjects'])
+    trained = read_config(run)['autoencoder']['train_subjects']                     # None in a run that was packed for others
     names = ('ssim', 'ssim_brain', 'psnr', 'sharpness')
     return json_safe(dict({k: float(table[k].mean()) for k in names},                # pandas leaves missing values out
         interval_95={k: subject_interval(table[k], table.subject) for k in names[:2]},
         floor_mean_slice={k: float(table[f'floor_{k}'].mean()) for k in names},
         n_subjects=int(table.subject.nunique()), n_slices=len(table),
         n_slices_without_brain=int(table.ssim_brain.isna().sum()), n_slices_never_seen=never_seen(run, table['slice']),
-        n_subjects_in_training=len(trained & set(table.subject)), **codebook_scores(model, dataset)))
+        n_subjects_in_training=None if trained is None else len({*trained} & {*table.subject}),
+        **codebook_scores(model, dataset)))
 
-# %% ../nbs/10_evaluation.ipynb #57f68919
+# %% ../nbs/10_evaluation.ipynb #e177c510
 def read_metrics(
     run:str|Path, # Run folder
 )->dict: # Numbers by the name of the measurement; none yet: empty
     "Read RUN/metrics.json. Raises ValueError if it is broken."
     path = Path(run)/'metrics.json'
-    try: metrics = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as e: raise ValueError(
+    try: metrics = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    except (ValueError, RecursionError) as e: raise ValueError(
         f"read_metrics: {path} is not JSON ({e}). Expected what brainldm wrote. Remove it and measure again.") from None
-    if not isinstance(metrics, dict): raise ValueError(
-        f"read_metrics: {path} holds a {type(metrics).__name__}. Expected names and numbers. Remove it.")
+    if not isinstance(metrics, dict) or not all(isinstance(o, dict) for o in metrics.values()): raise ValueError(
+        f"read_metrics: {path} holds something else than measurements. Expected numbers by name, under the name of what was "
+        "measured. Remove it and measure again.")
     return metrics
 
 # %% ../nbs/10_evaluation.ipynb #3c26eb2e
@@ -305,7 +311,7 @@ def train_feature_net(
     net.mean.copy_(found.mean(0)); net.std.copy_(found.std(0).clamp(min=1e-6))  # a feature that never changes stays 0
     return net
 
-# %% ../nbs/10_evaluation.ipynb #4dde3844
+# %% ../nbs/10_evaluation.ipynb #558281f2
 def feature_net(
     run:str|Path, # Run folder, which keeps it
     dataset:SliceDataset, # All splits of the run's data
@@ -322,11 +328,14 @@ def feature_net(
                                                   covariates=describe(net.covariates), training=asdict(config)))
         return net
     tensors,about = load_weights(path)
-    if about.get('kind')!='feature_net' or any(about[k]!=v for k,v in data.items()): raise ValueError(
+    if about.get('kind')!='feature_net' or any(about.get(k)!=v for k,v in data.items()): raise ValueError(
         f"feature_net: {path} is of kind {about.get('kind')!r}, data {about.get('data')}, size {about.get('size')}; "
         f"the data at hand is {data['data']}, size {data['size']}. Expected the same: scores by two networks do not "
         "compare. Give the data of this run, or remove the file and score everything anew.")
-    net = FeatureNet(tuple(Covariate(**c) for c in about['covariates']), tuple(about['channels']))
+    try: net = FeatureNet(tuple(Covariate(**c) for c in about['covariates']), tuple(about['channels']))
+    except (KeyError, TypeError, ValueError, RuntimeError) as e: raise ValueError(
+        f"feature_net: {path} does not describe a network ({type(e).__name__}: {e}). Expected a file of this version. "
+        "Remove it and score everything anew.") from None
     return fill_model(net, tensors, str(path)).eval()
 
 # %% ../nbs/10_evaluation.ipynb #8d191093
@@ -686,14 +695,14 @@ def memorization_audit(
     verdict = 'passed' if worse['share']<=allowed else 'failed' if worse['p_value']<.01 else 'unclear'
     return dict(out, share=worse['share'], allowed=allowed, verdict=verdict, n=n)
 
-# %% ../nbs/10_evaluation.ipynb #9a27af6c
+# %% ../nbs/10_evaluation.ipynb #78fa33bc
 def audit_line(
     run:str|Path, # Run folder
     generator:str='ldm', # Who drew: 'ldm', 'prior' or 'stage1'
 )->str: # One line for a terminal or a caption
     "What the memorisation audit of a run said."
     audit = read_metrics(run).get(f'samples {generator}', {}).get('memorization')
-    if not audit: return (f'Memorisation by {generator}: not audited. A picture may repeat a training scan. '
+    if not {'verdict', 'share', 'n', 'allowed'} <= set(audit or ()): return (f'Memorisation by {generator}: not audited. A picture may repeat a training scan. '
                           'Run `brainldm evaluate RUN DATA`.')
     return (f"Memorisation by {generator}: audit {audit['verdict']}. {audit['share']:.1%} of {audit['n']} pictures lie "
             "nearer to a training slice than 99 of 100 slices of unseen people do; "

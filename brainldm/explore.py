@@ -40,7 +40,7 @@ from .data import Covariate
 from .sampling import (SYNTHETIC, BrainLDM, check_pictures, draw_batch, draw_noise, slerp, take_request,
                                to_bytes)
 from .scheduler import BETA_SCHEDULES, NoiseSchedule, add_noise
-from .training import to_device
+from .loop import to_device
 
 # %% ../nbs/08b_explore.ipynb #fd7dc3d0
 def draw_frames(

@@ -33,7 +33,7 @@ FIELD_OF_VIEW_MM = 208.          # side of the square picture
 CENTRE_MM = (0., -17.)           # x and y in MNI space of the middle of the picture
 GRID_MM = 4.                     # spacing of the grid that carries the displacement
 
-# %% ../nbs/00_phantom.ipynb #1917a9ef
+# %% ../nbs/00_phantom.ipynb #b9a64704
 def show_grid(
     images, # Pictures: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h, w)
     titles:list|None=None, # One per picture, or one per column of a (rows, cols) grid
@@ -59,8 +59,8 @@ def show_grid(
         figsize=(min(7.5, max(w*ncols+.4*bool(row_labels), 2.5)), tall*nrows+.35*bool(title)+.22*bool(titles)))
     for ax in axs.flat: ax.set(xticks=[], yticks=[]); ax.set_frame_on(False)
     for ax,p in zip(axs.flat, pics): im = ax.imshow(p, cmap=cmap, vmin=vlim[0], vmax=vlim[1])
-    for ax,s in zip(axs.flat, titles or []): ax.set_title(s, fontsize=8)
-    for ax,s in zip(axs[:, 0], row_labels or []): ax.set_ylabel(s, fontsize=8)
+    for ax,s in zip(axs.flat, titles or []): ax.set_title(s, fontsize=8, parse_math=False)          # names of others: $ is no formula
+    for ax,s in zip(axs[:, 0], row_labels or []): ax.set_ylabel(s, fontsize=8, parse_math=False)
     if cbar: fig.colorbar(im, ax=axs, shrink=.8)
     fig.suptitle(title, fontsize=10)
     return fig

@@ -6,11 +6,13 @@
 __all__ = ['PRIOR_PRESETS', 'lean', 'seen_before', 'code_cells', 'code_floors', 'neighbours', 'TransformerBlock', 'check_codes',
            'check_start', 'CodeTransformer', 'PriorConfig', 'check_prior', 'dropout_masks', 'spoil', 'prior_loss',
            'code_bits', 'code_vectors', 'BestWeights', 'code_chances', 'pick_codes', 'check_sampling', 'next_logits',
-           'check_prompt', 'sample_codes', 'cache_codes', 'prior_args', 'preview_codes', 'validate_prior', 'save_prior',
-           'load_prior', 'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler', 'code_prices']
+           'check_prompt', 'sample_codes', 'code_encoder', 'cache_codes', 'prior_args', 'preview_codes',
+           'validate_prior', 'save_prior', 'load_prior', 'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler',
+           'code_prices']
 
-# %% ../nbs/09_prior.ipynb #105bb778
+# %% ../nbs/09_prior.ipynb #1eac48f3
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass,replace
 from functools import partial
@@ -25,10 +27,10 @@ from .data import Covariate,SliceDataset,eval_batches
 from .layers import Conditioner,check_divides
 from .phantom import show_grid
 from .sampling import Codec,check_conditions,check_request,in_batches,pick_device,told
-from .training import (LatentDataset,Learner,TrainConfig,check_finite,check_pictures,describe,drop_mask,
-                               enter_run,fill_model,infer,is_finished,load_autoencoder,load_weights,pick_covariates,
-                               pick_precision,preview_conditions,read_config,refuse_leak,refuse_unfinished,run_stage,
-                               save_figure,save_weights,seeded,spread,to_device)
+from .loop import Learner, TrainConfig, check_finite, infer, pick_precision, seeded, to_device
+from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights
+from .training import (LatentDataset, check_pictures, describe, drop_folder, drop_mask, encode_rows, load_autoencoder,
+                               pick_covariates, preview_conditions, refuse_leak, refuse_unfinished, save_figure, spread)
 from .vqgan import VQVAE
 
 # %% ../nbs/09_prior.ipynb #e638a45e
@@ -463,6 +465,18 @@ def sample_codes(
     return codes.view(b, side, side)
 CodeTransformer.generate = sample_codes                                        # a method too, for `infer` to call
 
+# %% ../nbs/09_prior.ipynb #bc2a7b61
+def code_encoder(
+    model:VQVAE, # The trained autoencoder, on the device that computes
+    precision:str='no', # Mixed precision to compute in
+)->Callable[[dict], Tensor]: # A batch of pictures and conditions in, codes (b, h, w) out, int64, on the CPU
+    "What the prior sees of a slice. Raises TypeError for an autoencoder without codes."
+    if not isinstance(model, VQVAE): raise TypeError(
+        f"cache_codes: a {type(model).__name__}, whose latents are no codes. Expected a VQVAE. "
+        "Train the autoencoder with --kind vq or --kind fsq.")
+    device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
+    return lambda batch: encode(batch['image'].to(device), to_device(batch, device))[1].cpu()
+
 # %% ../nbs/09_prior.ipynb #15cb26c5
 def cache_codes(
     model:VQVAE, # The trained autoencoder
@@ -471,14 +485,10 @@ def cache_codes(
     batch_size:int=64, # Pictures at a time
     progress:bool=True, # Show a bar
 )->Tensor: # Codes (n, h, w), int64, on the CPU
-    "Write every slice as codes, once. Raises TypeError for an autoencoder without codes."
-    if not isinstance(model, VQVAE): raise TypeError(
-        f"cache_codes: a {type(model).__name__}, whose latents are no codes. Expected a VQVAE. "
-        "Train the autoencoder with --kind vq or --kind fsq.")
-    device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
-    total = math.ceil(len(dataset)/batch_size)
+    "Write every slice as codes, once, in memory. Raises TypeError for an autoencoder without codes."
+    encode,total = code_encoder(model, precision),math.ceil(len(dataset)/batch_size)
     batches = tqdm(eval_batches(dataset, batch_size), total=total, desc='codes', disable=not progress)
-    return torch.cat([encode(o['image'].to(device), to_device(o, device))[1].cpu() for o in batches])
+    return torch.cat([encode(o) for o in batches])
 
 # %% ../nbs/09_prior.ipynb #3ed02ce4
 def prior_args(
@@ -537,18 +547,18 @@ def save_prior(
     weights = (best if measured else learner.ema).module.state_dict()
     save_weights(path, weights, dict(info, kind='prior', images=images, val_bits=bits, images_trained=learner.seen))
 
-# %% ../nbs/09_prior.ipynb #2db985e3
+# %% ../nbs/09_prior.ipynb #138c1780
 def load_prior(
     run:str|Path, # Run folder
 )->tuple[CodeTransformer, dict]: # The network in evaluation mode on the CPU, and its description
     "Build the prior of a run from its file alone. Raises FileNotFoundError or ValueError."
     tensors,info = load_weights(Path(run)/'prior.safetensors')
-    try: args = dict(info['args'], covariates=tuple(Covariate(**c) for c in info['args']['covariates']))
-    except (KeyError, TypeError): args = {}
-    if info.get('kind')!='prior' or not args: raise ValueError(
+    try: model = CodeTransformer(**dict(info['args'], covariates=tuple(Covariate(**c) for c in info['args']['covariates'])))
+    except (KeyError, TypeError, ValueError, RuntimeError): model = None
+    if info.get('kind')!='prior' or model is None: raise ValueError(
         f"load_prior: {run}/prior.safetensors is of kind {info.get('kind')!r}. Expected a prior of this version. "
         "Check the file names, or train it again.")
-    return fill_model(CodeTransformer(**args), tensors, f'{run}/prior.safetensors').eval(),info
+    return fill_model(model, tensors, f'{run}/prior.safetensors').eval(),info
 
 # %% ../nbs/09_prior.ipynb #006c220c
 def train_prior(
@@ -573,15 +583,16 @@ def train_prior(
     state,device = enter_run(learner, run, 'prior', dataset, resume),learner.accelerator.device
     if is_finished(state, config, run/'prior.safetensors'): return load_prior(run)[0].to(device)
     autoencoder.to(device)
-    shown = progress and learner.accelerator.is_main_process
-    train,held = (LatentDataset(cache_codes(autoencoder, o, learner.precision, progress=shown), o.conditions)
-                  for o in (dataset.subset('train'), dataset.subset('validate')))
+    encode,parts = code_encoder(autoencoder, learner.precision),{o: dataset.subset(o) for o in ('train', 'validate')}
+    train,held = (LatentDataset(encode_rows(encode, o, run/'state'/'latents'/f'{k}.npy', learner.accelerator, desc='codes',
+                                            progress=progress), o.conditions) for k,o in parts.items())
     info = dict(args=dict(args, covariates=describe(covariates)))
     decode = infer(autoencoder, learner.precision, 'decode_codes')
     def picture(seen): return run/'samples'/f'prior_{seen:09d}.png'
     run_stage(learner, train, run, 'prior', state, progress=progress,
         validate=lambda seen: validate_prior(learner, held, decode, picture(seen)),
         export=lambda seen: save_prior(run/'prior.safetensors', learner, info))
+    drop_folder(run/'state'/'latents', learner.accelerator)
     return load_prior(run)[0].to(device)
 
 # %% ../nbs/09_prior.ipynb #d8ca8a7b
@@ -596,7 +607,7 @@ def draw_uniform(
     own = [np.random.default_rng((seed, start+i)).random(places, dtype=np.float32) for i in range(n)]
     return torch.from_numpy(np.stack(own)).to(device)
 
-# %% ../nbs/09_prior.ipynb #2a3b259c
+# %% ../nbs/09_prior.ipynb #6663885d
 def sample_prior(
     model, # A `CodeSampler`: a run with a trained prior
     n:int=1, # Pictures to draw
@@ -611,11 +622,12 @@ def sample_prior(
     seed:int=0, # Same seed, same machine: same pictures
     prompt:Tensor|None=None, # First rows of codes that are known already (n, rows, side), as from `model.codes`
     batch_size:int=32, # Pictures at a time
+    first:int=0, # Number of the first picture: a long drawing may be made in parts
     progress:bool=False, # Show a bar
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
     "Write codes with the conditions asked for, and decode them. Raises ValueError or TypeError for what cannot be."
-    check_request(n=n, steps=1, seed=seed, batch_size=batch_size, num_train_timesteps=1)
+    check_request(n=n, steps=1, seed=seed, batch_size=batch_size, num_train_timesteps=1, first=first)
     check_sampling(temperature, top_k, top_p, guidance_scale)
     cond = check_conditions(dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), model.covariates, n)
     told(model.autoencoder, cond, 'cpu')                                       # refuse now, not after the writing
@@ -626,12 +638,12 @@ def sample_prior(
         for i,stop,part in in_batches(cond, n, batch_size, model.device):
             heard = {k: v for k,v in part.items() if k in known}
             begun = None if prompt is None else prompt[i:stop].to(model.device)
-            u = draw_uniform(stop-i, places, seed, i, model.device)
+            u = draw_uniform(stop-i, places, seed, first+i, model.device)
             codes = infer(model.prior, model.precision, 'generate')(u, heard, prompt=begun, tick=bar.update, **how)
             pictures.append(model.decode_codes(codes, part))
     return torch.cat(pictures)
 
-# %% ../nbs/09_prior.ipynb #86cd7bd4
+# %% ../nbs/09_prior.ipynb #9fff6320
 class CodeSampler(Codec):
     "A trained VQVAE with its prior: writes new pictures under the conditions asked for, or completes a begun one."
     def __init__(self,
@@ -656,7 +668,9 @@ class CodeSampler(Codec):
     )->'CodeSampler': # Ready to use
         "Load a run. Raises FileNotFoundError without autoencoder or prior, ValueError on files that do not fit."
         device,(autoencoder,about),(prior,_) = pick_device(device),load_autoencoder(run),load_prior(run)
-        return cls(autoencoder.to(device), about['size'], prior.to(device), pick_precision(precision, device))
+        model = cls(autoencoder.to(device), about['size'], prior.to(device), pick_precision(precision, device))
+        model.run = Path(run)
+        return model
 
     @property
     def covariates(self)->tuple[Covariate, ...]: # Names, kinds, values and ranges

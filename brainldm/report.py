@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = ['PAGE', 'ACKNOWLEDGE', 'middle_conditions', 'draw_by_condition', 'picture_uri', 'prior_scores', 'draw_by_generator',
            'report_prior', 'draw_like', 'judge_pictures', 'draw_audit', 'draw_pairs', 'evaluate', 'check_targets',
-           'report_samples', 'report_data', 'report_numbers', 'judged_pictures', 'latest_picture', 'report']
+           'report_samples', 'report_data', 'report_numbers', 'judged_pictures', 'latest_picture', 'plain',
+           'model_card', 'from_metrics', 'report']
 
-# %% ../nbs/10b_report.ipynb #9dec5114
+# %% ../nbs/10b_report.ipynb #396d9c49
 import base64
+import html
 import io
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,7 +34,9 @@ from .evaluation import (FEATURES, UTILITY, FeatureNet, as_dataset, audit_line, 
 from .phantom import show_grid
 from .prior import CodeSampler, code_prices
 from .sampling import SYNTHETIC, BrainLDM
-from .training import TrainConfig, plot_history, read_config, read_log, refuse_leak, save_figure, write_atomic
+from .loop import TrainConfig
+from .runs import read_config, read_log, write_atomic
+from .training import plot_history, refuse_leak, save_figure
 
 # %% ../nbs/10b_report.ipynb #386627e8
 def middle_conditions(
@@ -414,22 +420,63 @@ def latest_picture(
     found = sorted((Path(run)/'samples').glob(f'{stage}_*.png'))
     return [(picture_uri(found[-1].read_bytes()), caption)] if found else []
 
-# %% ../nbs/10b_report.ipynb #cac788f4
+# %% ../nbs/10b_report.ipynb #e286eafb
+def plain(
+    text, # Anything that can be printed
+)->str: # One line that stays text
+    "Escape what Markdown or HTML would read as more than letters."
+    return re.sub(r'([\[\]|])', r'\\\1', html.escape(' '.join(str(text).split()), quote=False))
+
+# %% ../nbs/10b_report.ipynb #a2d539d0
+def model_card(
+    name:str, # Name of the run
+    model:BrainLDM, # The run
+    sections:list[dict], # As on the page
+    has_prior:bool, # Whether there is a transformer over its codes
+    layout:str, # Where its data are from, as config.json has it
+)->str: # Markdown with a head for the hub
+    "What a run is, what it reached and how to use it, in words and numbers."
+    kind = 'prior.CodeSampler' if has_prior and not model.unet else 'sampling.BrainLDM'
+    module,cls = kind.split('.')
+    asked = ', '.join(f'{c.name}={c.values[0] if c.values else round(sum(c.range)/2)!r}' for c in model.covariates)
+    head = ['---', f"license: {'apache-2.0' if layout=='phantom' else 'other'}", 'library_name: brainldm',
+            'tags: [mri, brain, latent-diffusion, synthetic]', '---', f'# {plain(name)}', '', '**Research and teaching, not for clinical use.** What it draws is synthetic: nobody was scanned for it.', '',
+            '```python', f'from brainldm.{module} import {cls}', '', f"model = {cls}.from_pretrained('FOLDER OR USER/NAME')",
+            *([f'pictures = model.sample(4{", "*bool(asked)}{asked})'] if model.unet or has_prior else []), '```']
+    for part in sections:
+        rows = ['| '+' | '.join(map(plain, row))+' |' for row in part.get('table') or ()]
+        rows[1:1] = ['|'+' --- |'*len(part['table'][0])] if rows else []
+        if rows or part['text']: head += ['', f"## {plain(part['title'])}", '', plain(part['text']), '', *rows]
+    return '\n'.join(head)+'\n'
+
+# %% ../nbs/10b_report.ipynb #86d7d9e2
+def from_metrics(
+    run:Path, # Run folder, for the message
+    build:Callable, # `report_numbers` or `report_samples`
+    *args, # What it takes
+)->dict: # The section it builds
+    "Build a section of numbers. Raises ValueError if metrics.json holds others than brainldm writes."
+    try: return build(*args)
+    except (KeyError, TypeError, AttributeError, IndexError) as e: raise ValueError(
+        f"report: {run}/metrics.json does not hold what it should ({type(e).__name__}: {e}). Expected what brainldm wrote. "
+        "Remove the file and measure again.") from None
+
+# %% ../nbs/10b_report.ipynb #5b3505b7
 def report(
     run:str|Path, # Run folder
     steps:int=30, # Network calls of the pictures drawn for it
     guidance_scale:float=1., # Strength of the conditions of those pictures
     seed:int=0, # Their seed
     real_pictures:bool|None=None, # Show real slices: reconstructions and nearest pairs; None: only if they are phantoms
-)->Path: # RUN/report.html, one file that needs nothing else
-    "Write what a run is, what it reached and what it draws into one page. Raises FileNotFoundError if it is not a run."
+)->Path: # RUN/report.html, one file that needs nothing else; RUN/README.md is the card
+    "Write what a run is, what it reached and what it draws into one page, and its card. Raises FileNotFoundError without a run."
     run,settings = Path(run),read_config(run)
     metrics,records,model = read_metrics(run),read_log(run/'log.jsonl'),BrainLDM.load(run)
     logged = [o for o in settings if any('loss' in r and r['stage']==o for r in records)]
     curves = [(picture_uri(plot_history(records, o)), f'Course of the {o} training') for o in logged]
     sections = [report_data(settings, records, model.covariates),
                 dict(title='How training went', text='' if curves else 'Nothing was logged.', figures=curves),
-                report_numbers(metrics)]
+                from_metrics(run, report_numbers, metrics)]
     real = settings['autoencoder']['data']['layout']=='phantom' if real_pictures is None else real_pictures
     caption = 'Held-out slices above, encoded and decoded below'
     if real: sections[2]['figures'] = latest_picture(run, 'autoencoder', caption)
@@ -443,10 +490,12 @@ def report(
             f'{guidance_scale:g}, seed {seed}. Columns share their noise. {audit_line(run)}'))
     else: sections.append(dict(title='What it draws', figures=[], text='Nothing: no diffusion model was trained yet.'))
     for name in (o.removeprefix('samples ') for o in metrics if o.startswith('samples ')):
-        section = report_samples(name, metrics[f'samples {name}'])
+        section = from_metrics(run, report_samples, name, metrics[f'samples {name}'])
         sections.append(dict(section, figures=judged_pictures(run, name, real)))
     if (run/'prior.safetensors').is_file(): sections.append(report_prior(run, metrics, steps, seed))
     footer = f'{SYNTHETIC} Written by brainldm {brainldm.__version__}.'
     page = PAGE.render(name=run.resolve().name, sections=sections, footer=footer)
     write_atomic(run/'report.html', page.encode())
+    card = model_card(run.resolve().name, model, sections, (run/'prior.safetensors').is_file(), settings['autoencoder']['data']['layout'])
+    write_atomic(run/'README.md', card.encode())
     return run/'report.html'

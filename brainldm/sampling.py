@@ -27,8 +27,10 @@ import brainldm
 from .data import Covariate, encode_covariates
 from .phantom import show_grid
 from .scheduler import SAMPLERS, NoiseSchedule, add_noise, check_choice, denoise, invert, sampling_timesteps
-from .training import (fill_model, infer, load_autoencoder, load_weights, mixed_precision, pick_precision, read_config,
-                               save_figure, to_device)
+from .sharing import Shared
+from .loop import infer, mixed_precision, pick_precision, to_device
+from .runs import fill_model, load_weights, read_config
+from .training import load_autoencoder, save_figure
 from .unet import UNet
 
 # %% ../nbs/07_sampling.ipynb #ba0fd6b5
@@ -101,9 +103,10 @@ def check_request(
     seed:int, # Seed
     batch_size:int, # Pictures at a time
     num_train_timesteps:int, # T of the chain
+    first:int=0, # Number of the first picture
 )->None: # Nothing: it raises or returns
     "Refuse numbers with which nothing can be drawn. Raises ValueError, or TypeError for a number that is not whole."
-    least = dict(n=(n, 1, 8), steps=(steps, 1, 30), seed=(seed, 0, 0), batch_size=(batch_size, 1, 32))
+    least = dict(n=(n, 1, 8), steps=(steps, 1, 30), seed=(seed, 0, 0), batch_size=(batch_size, 1, 32), first=(first, 0, 0))
     for name,(value,low,good) in least.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)): raise TypeError(
             f"sample: {name}={value!r}. Expected a whole number. Try {name}={good}.")
@@ -147,7 +150,7 @@ def told(
     return {c.name: cond[c.name].to(device) for c in autoencoder.covariates}
 
 # %% ../nbs/07_sampling.ipynb #bf2ea696
-class Codec:
+class Codec(Shared):
     "A trained autoencoder, ready to use: pictures to latents and back, in any precision, on any device."
     def __init__(self,
         autoencoder:nn.Module, # Trained autoencoder
@@ -189,18 +192,19 @@ class Codec:
         n:int=1, # Pictures to draw
         seed:int=0, # Same seed, same machine: same pictures
         batch_size:int=32, # Pictures at a time
+        first:int=0, # Number of the first picture: a long drawing may be made in parts
         **conditions, # slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by name
     )->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
         "Decode random latents: what stage 1 can draw by itself, a floor for every sampler. Raises ValueError."
         own = self.autoencoder.covariates
         by_height = hasattr(self.autoencoder, 'histogram') and self.heights and 'slice' not in [c.name for c in own]
         known = (*own, self.heights) if by_height else own
-        check_request(n, 1, seed, batch_size, 1)
+        check_request(n, 1, seed, batch_size, 1, first)
         cond = check_conditions(conditions, known, n)
         told(self.autoencoder, cond, 'cpu')
         side,cond,drawn = self.size//self.autoencoder.factor,to_device(cond, self.device),[]
         for i in range(n):                                                     # each with chance of its own
-            chance = int(np.random.SeedSequence((seed, i, 2)).generate_state(1)[0])
+            chance = int(np.random.SeedSequence((seed, first+i, 2)).generate_state(1)[0])
             generator = torch.Generator(self.device).manual_seed(chance)
             drawn.append(self.autoencoder.random_latents(1, side, generator, {k: v[i:i+1] for k,v in cond.items()}))
         parts = [(torch.cat(drawn[i:i+batch_size]), {k: v[i:i+batch_size] for k,v in cond.items()})
@@ -250,12 +254,13 @@ def take_request(
     how:dict, # As `draw_batch` takes it
     seed:int, # Seed
     batch_size:int, # Pictures at a time
+    first:int=0, # Number of the first picture
 )->dict[str, Tensor]: # Encoded conditions, each (n,)
     "Check a whole request before anything is computed. Raises ValueError, TypeError, or FileNotFoundError without a denoiser."
     if model.unet is None: raise FileNotFoundError(
         "sample: this run has no ldm.safetensors, only an autoencoder. Expected a trained diffusion model. "
         "Run `brainldm train ldm` first.")
-    check_request(n, how['steps'], seed, batch_size, model.schedule.num_train_timesteps)
+    check_request(n, how['steps'], seed, batch_size, model.schedule.num_train_timesteps, first)
     check_choice('sample', 'sampler', how.get('sampler', 'ddim'), SAMPLERS)
     cond = check_conditions(conditions, model.covariates, n)
     asked = [c.name for c in model.unet.covariates if c.name in cond]
@@ -291,6 +296,7 @@ def sample_pictures(
     sampler:str='ddim', # 'ddim', 'ddpm' or 'dpmpp'
     eta:float=0., # Fresh noise in 'ddim', 0 to 1
     batch_size:int=32, # Pictures at a time
+    first:int=0, # Number of the first picture: a long drawing may be made in parts
     progress:bool=False, # Show a bar
     callback:Callable|None=None, # Called in each batch as callback(i, t, pictures) with the pictures expected at step i
     **others, # Any other covariate that the run knows, by name
@@ -300,12 +306,12 @@ def sample_pictures(
     Source: Song et al. 2021, sec. 4.2 (DDIM). Raises ValueError or TypeError for what the run cannot serve."""
     how = dict(steps=steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
                guidance_rescale=guidance_rescale, sampler=sampler, eta=eta)
-    cond = take_request(model, dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), n, how, seed, batch_size)
+    cond = take_request(model, dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), n, how, seed, batch_size, first)
     shape,pictures = (model.autoencoder.latent_channels, *[model.size//model.autoencoder.factor]*2),[]
     with tqdm(total=n*steps, unit='step', desc='sample', disable=not progress) as bar:
         for i,stop,part in in_batches(cond, n, batch_size, model.device):
-            noise = draw_noise(stop-i, shape, seed, i, model.device)
-            fresh = int(np.random.SeedSequence((seed, i, 1)).generate_state(1)[0])
+            noise = draw_noise(stop-i, shape, seed, first+i, model.device)
+            fresh = int(np.random.SeedSequence((seed, first+i, 1)).generate_state(1)[0])
             pictures.append(draw_batch(model, noise, part, how, fresh, callback, bar.update))
     return torch.cat(pictures)
 
@@ -375,6 +381,9 @@ def load_denoiser(
         f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the autoencoder makes "
         f"{latent_channels}. Expected two files of one run. Train the ldm again.")
     part = {k.removeprefix(weights+'.'): v for k,v in tensors.items() if k.startswith(weights+'.')}
+    if not part: raise ValueError(
+        f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a training; a run that was packed for "
+        "others holds the averaged ones only. Try weights='ema'.")
     unet = fill_model(UNet(**args), part, f'{run}/ldm.safetensors').eval()
     return dict(unet=unet, schedule=NoiseSchedule(**about['schedule']),
                 latent_mean=tensors['latent_mean'], latent_std=tensors['latent_std'])
@@ -397,7 +406,9 @@ class BrainLDM(Sampler):
         parts = load_denoiser(run, autoencoder.latent_channels, weights) if trained else {}
         parts = {k: v if k=='schedule' else v.to(device) for k,v in parts.items()}
         heights = Covariate(**about['heights']) if about.get('heights') else None
-        return cls(autoencoder.to(device), about['size'], precision=pick_precision(precision, device), heights=heights, **parts)
+        model = cls(autoencoder.to(device), about['size'], precision=pick_precision(precision, device), heights=heights, **parts)
+        model.run = Path(run)
+        return model
 
 # %% ../nbs/07_sampling.ipynb #244902fe
 def check_pictures(

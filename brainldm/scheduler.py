@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_TYPES', 'BETA_SCHEDULES', 'SAMPLERS', 'SPACINGS', 'linear_betas', 'scaled_linear_betas', 'cosine_betas',
-           'rescale_zero_terminal_snr', 'check_choice', 'check_schedule', 'NoiseSchedule', 'at_timesteps', 'add_noise',
-           'targets', 'to_x0_eps', 'min_snr_weight', 'sampling_timesteps', 'step_abar', 'ddpm_step', 'ddim_step',
-           'dpmpp_2m_step', 'denoise', 'invert']
+           'flow_betas', 'rescale_zero_terminal_snr', 'check_choice', 'check_schedule', 'NoiseSchedule', 'at_timesteps',
+           'add_noise', 'targets', 'flow_weight', 'to_x0_eps', 'min_snr_weight', 'sampling_timesteps', 'step_abar',
+           'ddpm_step', 'ddim_step', 'dpmpp_2m_step', 'denoise', 'invert']
 
 # %% ../nbs/04_scheduler.ipynb #177e4e42
 import math
@@ -17,7 +17,7 @@ from functools import cached_property
 from torch import Tensor
 
 PREDICTION_TYPES = 'epsilon','v_prediction','sample'
-BETA_SCHEDULES = 'linear','scaled_linear','cosine'
+BETA_SCHEDULES = 'linear','scaled_linear','cosine','flow'
 SAMPLERS = 'ddim','ddpm','dpmpp'
 SPACINGS = 'trailing','leading','linspace'
 
@@ -46,6 +46,15 @@ def cosine_betas(
     "Variances that make `abar` fall like a squared cosine. Source: Nichol & Dhariwal 2021, eq. 17."
     u = torch.arange(num_train_timesteps+1, dtype=torch.float64)/num_train_timesteps
     abar = torch.cos((u+0.008)/1.008*math.pi/2)**2
+    return (1-abar[1:]/abar[:-1]).clamp(max=0.999)
+
+# %% ../nbs/04_scheduler.ipynb #b0f6e848
+def flow_betas(
+    num_train_timesteps:int, # Steps T of the chain
+)->Tensor: # Noise variances (T,), float64, none above 0.999
+    "Variances that lead from picture to noise on a straight line, once its length is divided out. Source: Liu et al. 2023, eq. 1."
+    s = torch.arange(num_train_timesteps+1, dtype=torch.float64)/num_train_timesteps
+    abar = (1-s)**2/((1-s)**2+s**2)
     return (1-abar[1:]/abar[:-1]).clamp(max=0.999)
 
 # %% ../nbs/04_scheduler.ipynb #ca5512b8
@@ -93,9 +102,9 @@ def check_schedule(
 class NoiseSchedule:
     "How much noise each of T steps carries, and what the network is asked. Raises as `check_schedule` does."
     num_train_timesteps:int=1000 # Steps T of the chain
-    beta_schedule:str='cosine' # 'linear', 'scaled_linear' or 'cosine'
-    beta_start:float=1e-4 # First noise variance; the cosine has no use for it
-    beta_end:float=0.02 # Last noise variance; the cosine has no use for it
+    beta_schedule:str='cosine' # 'linear', 'scaled_linear', 'cosine' or 'flow'
+    beta_start:float=1e-4 # First noise variance of the linear two; the others have no use for it
+    beta_end:float=0.02 # Last noise variance of the linear two; the others have no use for it
     zero_terminal_snr:bool=True # End at exactly no signal
     prediction_type:str='v_prediction' # 'epsilon', 'v_prediction' or 'sample'
 
@@ -104,8 +113,8 @@ class NoiseSchedule:
     @cached_property
     def betas(self)->Tensor: # Noise variances (T,), float64
         "Noise variance that each step adds."
-        make = dict(linear=linear_betas, scaled_linear=scaled_linear_betas, cosine=cosine_betas)[self.beta_schedule]
-        ends = () if self.beta_schedule=='cosine' else (self.beta_start, self.beta_end)
+        make = dict(linear=linear_betas, scaled_linear=scaled_linear_betas, cosine=cosine_betas, flow=flow_betas)[self.beta_schedule]
+        ends = (self.beta_start, self.beta_end) if 'linear' in self.beta_schedule else ()
         betas = make(self.num_train_timesteps, *ends)
         return rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
 
@@ -135,7 +144,7 @@ def at_timesteps(
     if t.shape!=x.shape[:1] or t.dtype!=torch.int64: raise ValueError(
         f"at_timesteps: t of shape {tuple(t.shape)} and {t.dtype} for a batch {tuple(x.shape)}. "
         f"Expected ({len(x)},) and torch.int64. Try torch.full(({len(x)},), step).")
-    return values.to(x).index_select(0, t).view(-1, *[1]*(x.ndim-1))
+    return values.to(x, non_blocking=True).index_select(0, t).view(-1, *[1]*(x.ndim-1))  # a plain copy waits for a GPU
 
 # %% ../nbs/04_scheduler.ipynb #ce87e911
 def add_noise(
@@ -160,6 +169,14 @@ def targets(
     if prediction_type=='epsilon': return eps
     if prediction_type=='sample': return x0
     return at_timesteps(abar.sqrt(), t, x0)*eps - at_timesteps((1-abar).sqrt(), t, x0)*x0
+
+# %% ../nbs/04_scheduler.ipynb #451fa25b
+def flow_weight(
+    t:Tensor, # Timesteps (b,), int64
+    abar:Tensor, # Signal variance left at each step (T,)
+)->Tensor: # Weights (b,), float32, 1 to 2
+    "Weight for the squared error of `v_prediction` that makes it the error of a straight road's speed. Source: Esser et al. 2024, sec. 2."
+    return (abar.sqrt()+(1-abar).sqrt()).square().float().to(t.device, non_blocking=True).index_select(0, t)
 
 # %% ../nbs/04_scheduler.ipynb #68cdbfc2
 def to_x0_eps(
@@ -191,7 +208,7 @@ def min_snr_weight(
     snr = abar/(1-abar)
     weight = dict(sample=snr.clamp(max=gamma), v_prediction=snr.clamp(max=gamma)/(snr+1),
                   epsilon=gamma/snr.clamp(min=gamma))[prediction_type]               # the last is min(snr,gamma)/snr
-    return weight.float().to(t.device).index_select(0, t)
+    return weight.float().to(t.device, non_blocking=True).index_select(0, t)
 
 # %% ../nbs/04_scheduler.ipynb #b9392400
 def sampling_timesteps(

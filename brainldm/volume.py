@@ -10,7 +10,7 @@ __all__ = ['VOLUME_PRESETS', 'neighbour_scores', 'full_range', 'check_stack', 'r
            'validate_volume', 'check_volume', 'train_volume', 'BrainVolumes', 'to_nifti', 'guess_spacing',
            'save_volumes']
 
-# %% ../nbs/07b_volume.ipynb #68359fa2
+# %% ../nbs/07b_volume.ipynb #2abe956a
 import hashlib
 import json
 from collections.abc import Callable
@@ -24,6 +24,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -34,9 +35,10 @@ from .phantom import show_grid
 from .sampling import (SYNTHETIC, BrainLDM, Sampler, check_pictures, check_request, draw_batch, draw_noise, guide,
                                in_batches, new_folder, save_gif, take_request, to_bytes)
 from .scheduler import NoiseSchedule, denoise
-from .training import (LatentDataset, Learner, TrainConfig, cache_latents, drop_mask, enter_run, fill_model, infer,
-                               is_finished, load_weights, mixed_precision, prediction_error, read_config, refuse_leak,
-                               run_stage, save_figure, save_weights, spread, to_device)
+from .loop import Learner, TrainConfig, infer, mixed_precision, to_device
+from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights
+from .training import (LatentDataset, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error,
+                               refuse_leak, save_figure, spread)
 from .unet import UNet
 from .vae import picture_scores
 
@@ -229,24 +231,25 @@ class NeighbourDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices):
         batch,beside = self.slices.__getitems__(indices),self.neighbours[torch.as_tensor(indices)]
-        below,above = (self.slices.latents[o] for o in beside.T)               # row -1 is some row: `known` says so
+        below,above = (self.slices.rows(o) for o in beside.T)               # row -1 is some row: `known` says so
         return dict(batch, below=below, above=above, known=beside>=0)
 
 # %% ../nbs/07b_volume.ipynb #b8808a18
 def neighbour_splits(
     model:BrainLDM, # The run so far
     dataset:SliceDataset, # All splits
+    folder:Path, # Where the latents are kept while they are needed
+    acc:Accelerator, # Whose processes share the work
     progress:bool=True, # Show bars
 )->list[NeighbourDataset]: # Train and validate
     "Encode every slice once, and find its neighbours. Raises ValueError if nobody has any."
-    out = []
-    for part in (dataset.subset('train'), dataset.subset('validate')):
-        z = cache_latents(model.autoencoder, part, model.precision, progress=progress)
-        z.sub_(model.latent_mean.cpu()).div_(model.latent_std.cpu())
-        beside = find_neighbours(part.manifest)
+    encode,stats,out = mean_encoder(model.autoencoder, acc.mixed_precision),(model.latent_mean.cpu(), model.latent_std.cpu()),[]
+    for name in ('train', 'validate'):
+        part = dataset.subset(name)
+        z,beside = encode_rows(encode, part, folder/f'{name}.npy', acc, progress=progress),find_neighbours(part.manifest)
         if (beside<0).all(): raise ValueError(
             "train_volume: no slice has a neighbour. Expected slice numbers that rise by 1. Check the column slice.")
-        out.append(NeighbourDataset(LatentDataset(z, part.conditions), beside))
+        out.append(NeighbourDataset(LatentDataset(z, part.conditions, *stats), beside))
     return out
 
 # %% ../nbs/07b_volume.ipynb #f561fca6
@@ -287,15 +290,15 @@ def volume_loss(
     seen_beside = batch['known'] & (torch.rand(len(x0), 2, **chance)>=config.hide_neighbour)
     beside = lay_beside(below, above, seen_beside)
     mse = prediction_error(partial(model, beside=beside), batch, t, eps, drop, schedule, covariates)
-    return mse.mean(),dict(mse=mse.detach().mean())
+    return (loss_weight(t, schedule)*mse).mean(),dict(mse=mse.detach().mean())
 
-# %% ../nbs/07b_volume.ipynb #fb3c1e5c
+# %% ../nbs/07b_volume.ipynb #dc69064a
 def unet_hash(
     unet:nn.Module, # A 2-D network
 )->str: # 32 hexadecimal digits
-    "A fingerprint of weights, so that the layers of one network are not put into another."
+    "A fingerprint of weights to 16 bits, as they travel, so that the layers of one network are not put into another."
     digest = hashlib.blake2b(digest_size=16)
-    for k,v in unet.state_dict().items(): digest.update(k.encode()+v.detach().cpu().float().numpy().tobytes())
+    for k,v in unet.state_dict().items(): digest.update(k.encode()+v.detach().cpu().half().numpy().tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/07b_volume.ipynb #b6ace459
@@ -482,15 +485,16 @@ def train_volume(
     learner = Learner(net, loss, config, run)
     state = enter_run(learner, run, 'volume', dataset, resume)
     if is_finished(state, config, run/'volume.safetensors'): return BrainVolumes.load(run).unet
-    train,held = neighbour_splits(model, dataset, progress and learner.accelerator.is_main_process)
+    train,held = neighbour_splits(model, dataset, run/'state'/'latents', learner.accelerator, progress)
     info = dict(kind='volume', unet=base)
     def picture(seen): return run/'samples'/f'volume_{seen:09d}.png'
     def export(seen): save_weights(run/'volume.safetensors', learner.ema.module.state_dict(), dict(info, images=seen))
     run_stage(learner, train, run, 'volume', state, progress=progress, export=export,
               validate=lambda seen: validate_volume(learner, held, model, config, picture(seen)))
+    drop_folder(run/'state'/'latents', learner.accelerator)
     return learner.ema.module.eval()
 
-# %% ../nbs/07b_volume.ipynb #6d38fa2c
+# %% ../nbs/07b_volume.ipynb #53525685
 class BrainVolumes(BrainLDM):
     "A trained run whose slices follow their neighbours: `sample_volume` draws whole brains, or what is missing of one."
     @classmethod
@@ -502,7 +506,7 @@ class BrainVolumes(BrainLDM):
         "Load a run. Raises FileNotFoundError without volume.safetensors, ValueError on files that do not fit."
         model = super().load(run, device, precision)
         tensors,about = load_weights(Path(run)/'volume.safetensors')
-        if about.get('kind')!='volume' or model.unet is None or about['unet']!=unet_hash(model.unet): raise ValueError(
+        if about.get('kind')!='volume' or model.unet is None or about.get('unet')!=unet_hash(model.unet): raise ValueError(
             f"BrainVolumes.load: {run}/volume.safetensors was not trained on the diffusion model beside it. "
             "Expected two files of one run. Run `brainldm train volume` again.")
         model.unet = fill_model(NeighbourUNet(model.unet), tensors, f'{run}/volume.safetensors').to(model.device).eval()
@@ -539,14 +543,14 @@ def to_nifti(
     image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', note))
     return image
 
-# %% ../nbs/07b_volume.ipynb #a461d1b9
+# %% ../nbs/07b_volume.ipynb #07c85fbc
 def guess_spacing(
     run:str|Path, # Run folder
     voxel_mm:tuple[float, float]=(1., 1.), # Size of a pixel and distance of slices of the training data, mm
 )->tuple[float, float]: # The same after cropping and resizing
     "How large a pixel of a drawn picture is. Raises ValueError if the run does not know how pictures were cut."
-    data = read_config(run)['autoencoder']['config']['data']
-    if not data['crop']: raise ValueError(
+    data = read_config(run).get('autoencoder', {}).get('config', {}).get('data', {})
+    if not (data.get('crop') and data.get('size')): raise ValueError(
         f"guess_spacing: {run} was trained on whole pictures and does not know their size. Expected a run with a crop. "
         "Give the spacing of drawn pictures yourself: --spacing-mm PIXEL SLICE.")
     return voxel_mm[0]*data['crop']/data['size'],float(voxel_mm[1])

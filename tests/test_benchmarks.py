@@ -1,6 +1,8 @@
 "Every benchmark runs with tiny settings and prints the rows it must have. No time is judged here."
+import dataclasses
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,25 @@ def test_time_to_ssim(load, tmp_path, tiny_run):
     assert names(found)==['brainldm', 'brainldm / MONAI, rate 0.001'] and found['where']['data']=='phantom'
     assert set(table.arrived)=={'0 of 1'} and (table.seconds>=.3).all()
     assert all(0<k[0] and 0<k[1] and k[2]<1 for c in found['curves'][0].values() for k in c)
+
+
+def test_volumes(load, tmp_path, tiny_run, monkeypatch):
+    from brainldm.cli import data_config
+    from brainldm.data import open_dataset
+    from brainldm.evaluation import FEATURES
+    from brainldm.volume import VOLUME_PRESETS, train_volume
+    o,run = load('volumes'),tmp_path/'run'
+    shutil.copytree(tiny_run[0], run)
+    config = dataclasses.replace(VOLUME_PRESETS['tiny'], total_images=32, warmup_images=8, validate_every=10**6, checkpoint_every=10**6)
+    train_volume(open_dataset(tiny_run[1], data_config(run)), run, config, progress=False)
+    short = dataclasses.replace(FEATURES, total_images=64, warmup_images=8)
+    judge = o.feature_net
+    monkeypatch.setattr(o, 'feature_net', lambda run, data: judge(run, data, short, (16, 32), False))
+    table = o.main(o.Volumes(tiny_run[1], run, tmp_path/'out', brains=1, steps=2, correlations=(0., 1.)))
+    assert list(table.index)==['scans', 'neighbours', 'noise correlated 0', 'noise correlated 1']
+    assert table.loc['scans', 'SSIM of neighbours']>table.loc['noise correlated 0', 'SSIM of neighbours']
+    found = json.loads((tmp_path/'out'/'table.json').read_text())
+    assert set(found['rows'])==set(table.index) and found['where']['brains']==1
 
 
 def test_a_peer_of_another_size_is_refused(load, monkeypatch):

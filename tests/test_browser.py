@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from brainldm.training import load_weights, save_weights
+from brainldm.runs import load_weights, save_weights
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from brainldm.cli import main
-from brainldm.training import load_weights, save_weights
+from brainldm.runs import load_weights, save_weights
 
 TINY = "--preset tiny --total-images 80 --log-every 5 --validate-every 40 --checkpoint-every 40".split()
 

@@ -12,7 +12,7 @@ from brainldm.evaluation import (FeatureNet, age_slope, audit_line, augment, con
                                  memorization_audit, merge_metrics, nearest_rows, nearest_slices, never_seen, pair_similarity, picture_features, read_metrics, read_pictures,
                                  reading_scores, reconstruction_scores, same_condition_pairs, score_slices, show_number, subject_auc, subject_interval, train_feature_net,
                                  utility_scores, ventricle_slices, without_means)
-from brainldm.training import TrainConfig
+from brainldm.loop import TrainConfig
 from brainldm.sampling import BrainLDM
 
 

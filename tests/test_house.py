@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["phantom", "data", "layers", "vae", "vqgan", "scheduler", "unet", "training", "sampling", "volume", "analysis", "explore", "prior", "evaluation", "report", "cli"]
+ORDER = ["phantom", "data", "layers", "vae", "vqgan", "scheduler", "unet", "loop", "runs", "training", "sharing", "sampling", "volume", "analysis", "explore", "prior", "evaluation", "report", "cli"]
 MODULES = sorted(p for p in (ROOT / "brainldm").glob("*.py") if p.stem[0] != "_")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.name[0] not in "._")
 

@@ -15,8 +15,9 @@ from brainldm import prior as module
 from brainldm.data import Covariate, DataConfig
 from brainldm.prior import (PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, check_prior, code_bits, code_cells, code_chances,
                             code_floors, code_prices, draw_uniform, load_prior, neighbours, next_logits, pick_codes, prior_loss, sample_codes, train_prior)
-from brainldm.training import (AEConfig, Checkpoint, check_config, infer, load_autoencoder, load_weights, pick_precision, read_config, read_log,
-                               train_autoencoder)
+from brainldm.loop import check_config, infer, pick_precision
+from brainldm.runs import Checkpoint, load_weights, read_config, read_log
+from brainldm.training import AEConfig, load_autoencoder, train_autoencoder
 
 AE = AEConfig(total_images=40, batch_size=4, log_every=2, warmup_images=8, validate_every=1_000, checkpoint_every=1_000, data=DataConfig(size=32),
               channels=(8, 16), latent_channels=3, attention_levels=(False, False), patch=4, kind='vq', num_embeddings=12)

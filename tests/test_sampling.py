@@ -11,7 +11,7 @@ from PIL import Image
 from brainldm.data import Covariate, DataConfig, check_dataset, encode_covariates, open_dataset, read_manifest
 from brainldm.sampling import (SYNTHETIC, BrainLDM, Codec, Sampler, check_conditions, draw_noise, guide, load_denoiser, manifest_of, mix_conditions,
                                pick_device, save_gif, save_pictures, skipped_steps, slerp, spread, to_bytes)
-from brainldm.training import load_weights, save_weights
+from brainldm.runs import load_weights, save_weights
 from brainldm.unet import UNet
 from brainldm.vae import AutoencoderKL
 

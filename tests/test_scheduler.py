@@ -22,7 +22,7 @@ def rand(seed, *shape): return torch.randn(*shape, generator=torch.Generator().m
 
 @pytest.mark.parametrize('T', [2, 10, 100, 1000])
 @pytest.mark.parametrize('zero', [False, True])
-@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+@pytest.mark.parametrize('name', list(NAMES))
 def test_schedule_is_that_of_diffusers(name, zero, T):
     ours,theirs = pair(diffusers.DDPMScheduler, name, 'v_prediction', zero, T)
     assert_close(ours.abar.float(), theirs.alphas_cumprod, atol=1e-5, rtol=0)       # theirs is a float32 product of T terms
@@ -63,7 +63,7 @@ def test_timesteps_of_their_dpm_solver(n):
 @pytest.mark.parametrize('n', [1, 4, 7, 50])
 @pytest.mark.parametrize('spacing', ['trailing', 'leading'])
 @pytest.mark.parametrize('prediction_type,zero', KINDS)
-@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+@pytest.mark.parametrize('name', list(NAMES))
 def test_ddpm_steps_are_those_of_diffusers(name, prediction_type, zero, spacing, n, monkeypatch):
     ours,theirs = pair(diffusers.DDPMScheduler, name, prediction_type, zero, spacing=spacing)
     theirs.alphas_cumprod = ours.abar                                               # their rules, our precision
@@ -83,7 +83,7 @@ def test_ddpm_steps_are_those_of_diffusers(name, prediction_type, zero, spacing,
 @pytest.mark.parametrize('n', [1, 4, 50])
 @pytest.mark.parametrize('spacing', ['trailing', 'leading'])
 @pytest.mark.parametrize('prediction_type,zero', KINDS)
-@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+@pytest.mark.parametrize('name', list(NAMES))
 def test_ddim_steps_are_those_of_diffusers(name, prediction_type, zero, spacing, n, eta):
     ours,theirs = pair(diffusers.DDIMScheduler, name, prediction_type, zero, spacing=spacing)
     theirs.alphas_cumprod = ours.abar
@@ -110,7 +110,7 @@ def dpm_pair(name, prediction_type, zero, ts):
 @pytest.mark.parametrize('n', [2, 4, 10, 14, 15, 20, 50])
 @pytest.mark.parametrize('spacing', S.SPACINGS)
 @pytest.mark.parametrize('prediction_type,zero', KINDS)
-@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+@pytest.mark.parametrize('name', list(NAMES))
 def test_dpm_solver_steps_are_those_of_diffusers(name, prediction_type, zero, spacing, n):
     """Given the same estimates, the same steps. Where the chain ends at exact noise theirs puts a tiny signal in its place and we do not:
     there both are begun after that first step, which needs no memory and is DDIM's."""
@@ -167,7 +167,7 @@ def test_inversion_is_that_of_diffusers(prediction_type, zero, spacing, n):
         if i or prediction_type=='epsilon': assert_close(goal, theirs.step(preds[i], ts[i], x).prev_sample, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+@pytest.mark.parametrize('name', list(NAMES))
 def test_noise_and_velocity_are_those_of_diffusers(name):
     ours,theirs = pair(diffusers.DDPMScheduler, name, 'v_prediction', True)
     theirs.alphas_cumprod = ours.abar
@@ -287,7 +287,7 @@ def test_dpm_solver_is_of_second_order():
 
 
 @pytest.mark.parametrize('prediction_type,zero', KINDS)
-@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+@pytest.mark.parametrize('name', list(NAMES))
 def test_dpm_solver_beats_ddim_against_the_exact_answer(name, prediction_type, zero):
     schedule = S.NoiseSchedule(1000, name, zero_terminal_snr=zero, prediction_type=prediction_type)
     z,m,s,a = rand(0, 500, 4),3.,torch.tensor([2., 1., .5, .25], dtype=torch.float64),schedule.abar[-1]
@@ -393,3 +393,26 @@ def test_bad_input_is_refused_by_name(call, error, says):
 
 def test_a_negative_step_in_a_tensor_is_not_read_from_the_end():
     with pytest.raises(IndexError): S.add_noise(x, x, torch.tensor([0, -1]), S.NoiseSchedule().abar)
+
+
+@pytest.mark.parametrize('steps', [4, 10, 25])
+def test_flow_is_rectified_flow_as_diffusers_has_it(steps):
+    "DDIM on the schedule 'flow' takes the Euler steps of a flow-matching scheduler, for any network."
+    diffusers = pytest.importorskip('diffusers')
+    schedule = S.NoiseSchedule(beta_schedule='flow')
+    a,b = schedule.abar.sqrt(),(1-schedule.abar).sqrt()
+    gen = torch.Generator().manual_seed(0)
+    noise,pull = torch.randn(3, 2, 5, 7, generator=gen, dtype=torch.float64),torch.randn(3, 2, 5, 7, generator=gen, dtype=torch.float64)
+    def speed(y, s): return torch.tanh(y)*(1-s)+pull*s                          # any function of place and time on the straight road
+    def network(xt, t):                                                         # the same, asked for v on the circle
+        s = (t.flatten()[0].item()+1)/1000
+        y = xt*((1-s)**2+s**2)**.5
+        i = int(t.flatten()[0])
+        return (speed(y, s)-(b[i]-a[i])*xt)/(a[i]+b[i])
+    ours = S.denoise(network, noise, schedule, steps, 'ddim')
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    times = [(t+1)/1000 for t in S.sampling_timesteps(steps, 1000)]
+    theirs.set_timesteps(sigmas=times)
+    y = noise.clone()
+    for s,t in zip(times, theirs.timesteps): y = theirs.step(speed(y, s), t, y).prev_sample
+    torch.testing.assert_close(ours, y, rtol=2e-4, atol=2e-4)                   # theirs keeps its times in float32; our last step keeps 1e-6 of the signal

@@ -15,8 +15,10 @@ from brainldm import training
 from brainldm.cli import main
 from brainldm.evaluation import codebook_scores, reconstruction_scores
 from brainldm.sampling import BrainLDM
-from brainldm.training import (Checkpoint, autoencoder_loss, check_config, load_autoencoder, load_weights, make_critic, plot_history, read_config, read_log,
-                               save_weights, train_autoencoder, train_ldm)
+from brainldm.loop import check_config
+from brainldm.runs import Checkpoint, load_weights, read_config, read_log, save_weights
+from brainldm.training import (autoencoder_loss, load_autoencoder, make_critic, plot_history, train_autoencoder,
+                               train_ldm)
 from test_training import AE, LDM, Crash, make_dataset, strike
 
 VQ = replace(AE, kind='vq', num_embeddings=16)

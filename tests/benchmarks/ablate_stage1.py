@@ -18,7 +18,8 @@ from brainldm.data import open_dataset
 from brainldm.evaluation import reconstruction_scores
 from brainldm.phantom import PhantomConfig, make_cohort, show_grid
 from brainldm.sampling import BrainLDM
-from brainldm.training import PRESETS, AEConfig, read_log, save_figure, spread, train_autoencoder
+from brainldm.runs import read_log
+from brainldm.training import PRESETS, AEConfig, save_figure, spread, train_autoencoder
 
 
 @dataclass

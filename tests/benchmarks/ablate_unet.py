@@ -24,7 +24,8 @@ from brainldm.phantom import show_grid
 from brainldm.report import draw_like, judge_pictures
 from brainldm.sampling import BrainLDM
 from brainldm.scheduler import NoiseSchedule
-from brainldm.training import PRESETS, LDMConfig, read_config, read_log, save_figure, train_ldm
+from brainldm.runs import read_config, read_log
+from brainldm.training import PRESETS, LDMConfig, save_figure, train_ldm
 
 
 @dataclass

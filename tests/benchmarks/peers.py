@@ -8,7 +8,8 @@ from timing import count
 from torch import Tensor, nn
 
 from brainldm.data import Covariate
-from brainldm.training import PRESETS, autoencoder_args, build_autoencoder, seeded, unet_args
+from brainldm.loop import seeded
+from brainldm.training import PRESETS, autoencoder_args, build_autoencoder, unet_args
 from brainldm.unet import UNet
 from brainldm.vae import kl_loss
 

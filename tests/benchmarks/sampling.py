@@ -17,7 +17,8 @@ from timing import DTYPES, Job, autocast, count, device_and_precision, draw_rati
 
 from brainldm.sampling import BrainLDM, listen
 from brainldm.scheduler import SAMPLERS, NoiseSchedule, denoise
-from brainldm.training import PRESETS, infer
+from brainldm.loop import infer
+from brainldm.training import PRESETS
 
 TARGET = '<= 1.05'
 

@@ -24,7 +24,8 @@ from torch import nn
 from training_step import manifest
 
 from brainldm.data import DataConfig, SliceDataset, open_dataset
-from brainldm.training import PRESETS, latent_splits, train_batches
+from brainldm.loop import TrainConfig, make_accelerator, train_batches
+from brainldm.training import PRESETS, latent_splits
 
 
 @dataclass
@@ -89,7 +90,7 @@ def latent_memory(path: Path, shape: tuple[int, ...]) -> float:
     data = open_memmap(path)
     data.manifest.loc[data.manifest.index[-len(data)//20:], 'split'] = 'validate'
     before = own_memory()
-    kept = latent_splits(Blind(shape), data, progress=False)
+    kept = latent_splits(Blind(shape), data, path.parent/f'{path.stem}_latents', make_accelerator(TrainConfig(precision='no')), progress=False)
     return own_memory()-before if kept else 0.
 
 

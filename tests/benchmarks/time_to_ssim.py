@@ -25,7 +25,8 @@ from torch import nn
 
 from brainldm.data import open_dataset
 from brainldm.phantom import PhantomConfig, make_cohort
-from brainldm.training import PRESETS, Learner, autoencoder_loss, to_device, train_batches
+from brainldm.loop import Learner, to_device, train_batches
+from brainldm.training import PRESETS, autoencoder_loss
 from brainldm.training import spread as spread_rows
 from brainldm.vae import picture_scores
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from brainldm.sampling import pick_device
-from brainldm.training import pick_precision, save_figure
+from brainldm.loop import pick_precision
+from brainldm.training import save_figure
 
 DTYPES = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 

@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from brainldm.data import SliceDataset
 from brainldm.prior import PRIOR_PRESETS, CodeTransformer, dropout_masks, prior_loss
-from brainldm.training import (PRESETS, LatentDataset, Learner, StopRequest, TrainConfig, autoencoder_args, autoencoder_loss, build_autoencoder, drop_mask,
-                               fit, ldm_loss, seeded, stage_callbacks, step_seed, to_device, train_batches, unet_args)
+from brainldm.loop import Learner, TrainConfig, fit, seeded, step_seed, to_device, train_batches
+from brainldm.runs import StopRequest, stage_callbacks
+from brainldm.training import (PRESETS, LatentDataset, autoencoder_args, autoencoder_loss, build_autoencoder,
+                               drop_mask, ldm_loss, unet_args)
 from brainldm.unet import UNet
 from brainldm.vae import kl_loss
 

@@ -1,0 +1,59 @@
+"Files and run folders for maintainers: whole or not there, readable, complete."
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from brainldm import runs
+from brainldm.loop import Learner
+from brainldm.runs import Checkpoint, load_weights, pack_state, save_weights, unpack_state, write_atomic
+from test_loop import AveragedConfig, line, line_data, line_loss
+
+CONFIG = AveragedConfig(batch_size=8, precision='no')
+
+
+def test_state_goes_through_a_file_unchanged(tmp_path):
+    x,y = line_data()
+    learner = Learner(line(), line_loss, CONFIG); learner.step(dict(x=x[:8], y=y[:8]))
+    tensors,info = pack_state(learner)
+    save_weights(tmp_path/'s.safetensors', tensors, info)
+    fresh = Learner(nn.Linear(3, 1), line_loss, CONFIG); unpack_state(fresh, *load_weights(tmp_path/'s.safetensors'))
+    again,_ = pack_state(fresh)
+    assert set(again)==set(tensors) and all(torch.equal(again[k], tensors[k]) and again[k].dtype==tensors[k].dtype for k in tensors)
+
+
+@pytest.mark.skipif(os.name=='nt', reason='limits of POSIX')
+def test_no_space_left(tmp_path):
+    "A real limit on the size of files: the write fails half way, the old file stays, nothing else does."
+    import resource
+    write_atomic(tmp_path/'f', b'old')
+    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError): save_weights(tmp_path/'f', dict(w=torch.zeros(100_000)), {})
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path/'f').read_bytes()==b'old' and os.listdir(tmp_path)==['f']
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_killed_while_writing(tmp_path):
+    "kill -9 between writing and renaming: the old state stays, and the next save clears away what was left."
+    states = Checkpoint(tmp_path); states.save(8, dict(w=torch.ones(5)), {})
+    child = os.fork()
+    if not child:
+        runs.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        try: states.save(16, dict(w=torch.zeros(5)), {})
+        finally: os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1])==signal.SIGKILL
+    assert len(list(tmp_path.glob('.*.part')))==1
+    assert states.load()[1]['seen']==8
+    states.save(16, dict(w=torch.zeros(5)), {})
+    assert sorted(os.listdir(tmp_path))==['000000000008.safetensors', '000000000016.safetensors']
+
+
+@pytest.mark.skipif(os.name=='nt', reason='modes of POSIX')
+def test_files_can_be_read_by_whom_the_umask_says(tmp_path):
+    write_atomic(tmp_path/'atomic', b'x'); (tmp_path/'plain').write_bytes(b'x')
+    assert (tmp_path/'atomic').stat().st_mode==(tmp_path/'plain').stat().st_mode

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Trains, judges and packs the two runs that ship with the package: brainldm/pretrained. About two hours on two CPU cores.
+# Usage: tools/pretrain.sh FOLDER      (a new folder; stopped, it goes on where it was)
+set -euo pipefail
+out=${1:?"usage: tools/pretrain.sh FOLDER"}
+shelf=$(cd "$(dirname "$0")/../brainldm" && pwd)/pretrained
+mkdir -p "$out" && cd "$out"
+[ -f phantom/phantom.json ] || brainldm phantom phantom --num-subjects 200 --seed 0
+
+brainldm train autoencoder phantom --run phantom-128 --latent-channels 8 --total-images 32000 --resume
+brainldm train ldm phantom --run phantom-128 --total-images 60000 --resume
+brainldm reconstruct phantom-128 phantom --split test
+brainldm evaluate phantom-128 phantom --steps 15 --sampler dpmpp
+
+brainldm train autoencoder phantom --run phantom-128-codes --kind vq --num-embeddings 256 --latent-channels 8 --total-images 24000 --resume
+brainldm train prior phantom --run phantom-128-codes --total-images 40000 --resume
+brainldm reconstruct phantom-128-codes phantom --split test
+brainldm bits phantom-128-codes phantom
+brainldm evaluate phantom-128-codes phantom --generator prior
+
+for name in phantom-128 phantom-128-codes; do
+    rm -rf "$shelf/$name"
+    brainldm share "$name" --out "$shelf/$name"
+done
