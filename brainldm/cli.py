@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KNOBS', 'COMMANDS', 'flags', 'Phantom', 'Check', 'TrainAutoencoder', 'data_config', 'Stage2', 'TrainLDM',
            'TrainPrior', 'TrainVolume', 'Train', 'describe_scores', 'Reconstruct', 'Bits', 'describe_covariates',
-           'read_pairs', 'next_folder', 'Drawing', 'pick_knobs', 'crew', 'draw_together', 'Sample', 'known_values',
-           'Edit', 'Volume', 'Evaluate', 'Explore', 'Report', 'Fetch', 'Share', 'demo_configs', 'draw_grid', 'Demo',
-           'parse', 'main']
+           'read_pairs', 'read_request', 'next_folder', 'pick_place', 'Drawing', 'pick_knobs', 'crew', 'draw_together',
+           'Sample', 'known_values', 'Edit', 'Volume', 'Evaluate', 'Explore', 'Report', 'Fetch', 'Share',
+           'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
 
-# %% ../nbs/11_cli.ipynb #aeb9856c
+# %% ../nbs/11_cli.ipynb #7b047058
 import dataclasses
 import json
 import os
@@ -36,7 +36,7 @@ from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
 from .report import check_targets, draw_by_condition, evaluate, prior_scores, report
-from .sampling import BrainLDM, save_gif, save_pictures
+from .sampling import BrainLDM, refuse_taken, save_gif, save_pictures
 from .sharing import fetch_run, pack_run, push_run
 from .loop import TrainConfig
 from .runs import read_config
@@ -89,15 +89,19 @@ class TrainAutoencoder:
               f'brainldm train ldm {self.data} --run {self.run_folder}')
         return 0
 
-# %% ../nbs/11_cli.ipynb #362a16a8
+# %% ../nbs/11_cli.ipynb #732f20ad
 def data_config(
     run:Path, # Run folder
     subjects:Path|None=None, # Table of subjects, in place of the one of the run
 )->DataConfig: # How the run's pictures were found, cut and split
     "Read the data settings of a run, so that later steps see the data as training did."
-    known = read_config(run)['autoencoder']['config']['data']
-    known = dict(known, planes=known['planes'] and tuple(known['planes']), subjects=known['subjects'] and Path(known['subjects']))
-    return DataConfig(**dict(known, subjects=subjects or known['subjects']))
+    settings = read_config(run)
+    try:
+        known = settings['autoencoder']['config']['data']
+        return DataConfig(**dict(known, subjects=subjects or known['subjects']))
+    except (KeyError, TypeError) as e: raise ValueError(
+        f"data_config: {run}/config.json does not say how the data were read ({type(e).__name__}: {e}). Expected what "
+        "`brainldm train autoencoder` wrote. Take it from a backup, or train again.") from None
 
 # %% ../nbs/11_cli.ipynb #cfb07590
 @dataclass
@@ -155,7 +159,7 @@ class Train:
 
     def run(self)->int: return self.stage.run()
 
-# %% ../nbs/11_cli.ipynb #db0c32e0
+# %% ../nbs/11_cli.ipynb #5a40036f
 def describe_scores(
     scores:dict, # As from `reconstruction_scores`
     split:str, # Whose they are
@@ -229,12 +233,37 @@ def read_pairs(
         except ValueError: out[name] = value
     return out
 
+# %% ../nbs/11_cli.ipynb #3d58572c
+def read_request(
+    own:dict, # Covariates that have a flag of their own, None where it was not given
+    pairs:tuple[str, ...], # Other covariates, each as name=value
+    covariates:tuple, # What the model knows
+)->dict: # What is asked for, by name
+    "Join flags and conditions. Raises ValueError for a name that has a flag or that nobody knows, and for NaN."
+    asked,known = {k: v for k,v in own.items() if v is not None},[c.name for c in covariates]
+    for name,value in read_pairs(pairs).items():
+        if name in own: raise ValueError(f"brainldm: --condition {name}={value}. Expected a flag. Try --{name} {value}.")
+        if name not in known: raise ValueError(f"brainldm: --condition {name}={value}. Expected one of {', '.join(known) or 'nothing'}, "
+                                               "what the run knows. Check the spelling, or leave it out.")
+        asked[name] = value
+    for name in [k for k,v in asked.items() if v!=v]: raise ValueError(
+        f"brainldm: {name}=nan. Expected a number. Leave it out where it is not known.")
+    return asked
+
 # %% ../nbs/11_cli.ipynb #eb3e0b9e
 def next_folder(
     stem:Path, # What the name begins with
 )->Path: # STEM_000, or the first number not taken
     "A name that is still free."
     return next(o for o in (stem.with_name(f'{stem.name}_{i:03d}') for i in range(1_000_000)) if not o.exists())
+
+# %% ../nbs/11_cli.ipynb #7c3da53b
+def pick_place(
+    out:Path|None, # Folder that was asked for
+    stem:Path, # What a name of our own begins with
+)->Path: # Where the result will go
+    "The folder that was asked for, if it is free, or the next one of a row. Raises FileExistsError."
+    return refuse_taken(out) if out else next_folder(stem)
 
 # %% ../nbs/11_cli.ipynb #03e10b78
 @dataclass(kw_only=True)
@@ -271,12 +300,12 @@ def pick_knobs(
         "sample: --scale and --guidance-scale. Expected one of them: a scale for each covariate, or one for all. Leave one out.")
     return dict(knobs, guidance_scale=scales) if scales else knobs
 
-# %% ../nbs/11_cli.ipynb #e4c4f524
+# %% ../nbs/11_cli.ipynb #78dece24
 def crew()->PartialState: # Number of this process, how many there are, and whether it is the first
     "The processes that were started together. Without a GPU the environment must say so: ACCELERATE_USE_CPU=true."
     return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
 
-# %% ../nbs/11_cli.ipynb #76c942b5
+# %% ../nbs/11_cli.ipynb #e1cca9c3
 def draw_together(
     draw:Callable[[int, int], Tensor], # Called as draw(n, first): pictures first, first+1, …
     n:int, # Pictures in all
@@ -287,7 +316,7 @@ def draw_together(
     parts = gather_object([draw(stop-start, start)] if stop>start or n<1 else [])           # draw refuses less than 1
     return torch.cat(parts) if state.is_main_process else None
 
-# %% ../nbs/11_cli.ipynb #26c74fe0
+# %% ../nbs/11_cli.ipynb #1a429a01
 @dataclass
 class Sample(Drawing):
     "Draw new slices. Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film."
@@ -301,18 +330,18 @@ class Sample(Drawing):
     out:Path|None=None # New folder; None: RUN/samples/drawn_000 and so on
 
     def run(self)->int: # Exit status
-        how = pick_knobs(self)
-        asked = dict(diagnosis=self.diagnosis, slice=self.slice, age=self.age, sex=self.sex, **read_pairs(self.condition))
-        asked,frames = {k: v for k,v in asked.items() if v is not None},[]
+        how,frames = pick_knobs(self),[]
+        place = pick_place(self.out, self.run_folder/'samples'/'drawn')
         model = (CodeSampler if self.generator=='prior' else BrainLDM).load(self.run_folder)
+        asked = read_request(dict(diagnosis=self.diagnosis, slice=self.slice, age=self.age, sex=self.sex), self.condition,
+                             (*model.covariates, *model.autoencoder.covariates))
         draw = partial(model.sample_stage1, **asked, seed=self.seed)
         if self.generator!='stage1': draw = partial(model.sample, **asked, **how, seed=self.seed, progress=crew().is_main_process)
         if self.generator=='ldm': draw = partial(draw, callback=lambda i,t,p: frames.append(p[:4]) if len(frames)<self.steps else None)
         pictures = draw_together(lambda n, first: draw(n, first=first), self.n)
         if pictures is None: return 0                                          # the first process saves
         about = {k: v if np.isscalar(v) else str(v) for k,v in how.items()}
-        folder = save_pictures(pictures, self.out or next_folder(self.run_folder/'samples'/'drawn'), asked,
-                               dict(generator=self.generator, **about, seed=self.seed))
+        folder = save_pictures(pictures, place, asked, dict(generator=self.generator, **about, seed=self.seed))
         if frames: save_gif([*frames, pictures[:4]], folder/'denoising.gif')
         print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}',
               audit_line(self.run_folder, self.generator), sep='\n')
@@ -352,6 +381,7 @@ class Edit:
     def run(self)->int: # Exit status
         if self.n<1 or not self.to: raise ValueError(
             f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to diagnosis=AD.")
+        place = pick_place(self.out, self.run_folder/'samples'/'edited')
         dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects)).subset(self.split)
         at = np.unique(np.linspace(0, len(dataset)-1, min(self.n, len(dataset))).round().astype(int))
         model,scans,rows = BrainLDM.load(self.run_folder),dataset.__getitems__(at)['image'],dataset.manifest.iloc[at]
@@ -361,15 +391,14 @@ class Edit:
         new = model.counterfactual(scans, to, given, guidance_scale=self.guidance_scale, **how)
         asked = {**given, **{k: [v]*len(at) for k,v in to.items()}}
         about = dict(how, guidance_scale=self.guidance_scale, changed=' '.join(self.to))
-        folder = save_pictures(new, self.out or next_folder(self.run_folder/'samples'/'edited'), asked, about,
-                               owners=rows.subject.astype(str).tolist())
+        folder = save_pictures(new, place, asked, about, owners=rows.subject.astype(str).tolist())
         shown = torch.stack([scans, same, new, (new-same)*2])[:, :8, 0]
         names = ['scan', 'round trip', ' '.join(self.to), 'difference x 2']
         save_figure(show_grid(shown, row_labels=names, title='The same heads, one thing changed'), folder/'before_and_after.png')
         print(f'{len(at)} changed scans in {folder}; a picture of all steps: {folder/"before_and_after.png"}')
         return 0
 
-# %% ../nbs/11_cli.ipynb #3a32b5cc
+# %% ../nbs/11_cli.ipynb #b47493e8
 @dataclass
 class Volume:
     "Draw whole brains. Saved as NIfTI marked as synthetic, with a film through the slices and three cuts."
@@ -389,14 +418,16 @@ class Volume:
     out:Path|None=None # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self)->int: # Exit status
-        asked = dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex, **read_pairs(self.condition))
         how = dict(steps=self.steps, guidance_scale=self.guidance_scale, sampler=self.sampler, seed=self.seed)
         spacing = self.spacing_mm or guess_spacing(self.run_folder, self.voxel_mm)
-        if self.shared_noise is None: draw = partial(BrainVolumes.load(self.run_folder).sample_volume, progress=True)
-        else: draw = partial(BrainLDM.load(self.run_folder).sample_shared_noise, noise_correlation=self.shared_noise)
+        place = pick_place(self.out, self.run_folder/'samples'/'brains')
+        model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
+        asked = read_request(dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex), self.condition,
+                             (*model.covariates, *model.autoencoder.covariates))
+        draw = partial(model.sample_volume, progress=True) if self.shared_noise is None else \
+               partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
         brains = draw(self.n, **asked, **how)
-        folder = save_volumes(brains, self.out or next_folder(self.run_folder/'samples'/'brains'), asked, spacing,
-                              dict(how, shared_noise=self.shared_noise))
+        folder = save_volumes(brains, place, asked, spacing, dict(how, shared_noise=self.shared_noise))
         print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}, '
               f'voxels of {spacing[0]:g} x {spacing[0]:g} x {spacing[1]:g} mm')
         return 0
@@ -423,7 +454,7 @@ class Evaluate(Drawing):
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
         return 0
 
-# %% ../nbs/11_cli.ipynb #eab616f9
+# %% ../nbs/11_cli.ipynb #68cb6d78
 @dataclass
 class Explore:
     "Open a web page on this machine with sliders: ask a run for a brain, and walk from one brain to another. Ctrl-C ends it."
@@ -449,7 +480,7 @@ class Report:
         print(report(self.run_folder, self.steps, self.guidance_scale, self.seed))
         return 0
 
-# %% ../nbs/11_cli.ipynb #411f0d9f
+# %% ../nbs/11_cli.ipynb #80189753
 @dataclass
 class Fetch:
     "Copy a run that others trained into a run folder of yours: one that ships with brainldm, or one from the Hugging Face hub."
@@ -461,7 +492,7 @@ class Fetch:
         print(fetch_run(self.source, self.run_folder, self.revision))
         return 0
 
-# %% ../nbs/11_cli.ipynb #d248c29f
+# %% ../nbs/11_cli.ipynb #f22e2866
 @dataclass
 class Share:
     "Pack a run for others: 16-bit weights, numbers and card, without names, paths or pictures. To a folder, or to the hub."
@@ -519,7 +550,7 @@ class Demo:
         print(describe_scores(scores, 'test'), f'grid    {draw_grid(run)}', f'report  {report(run)}', sep='\n')
         return 0
 
-# %% ../nbs/11_cli.ipynb #bfaf4399
+# %% ../nbs/11_cli.ipynb #db8bf4bc
 COMMANDS = dict(demo=Demo, phantom=Phantom, check=Check, train=Train, reconstruct=Reconstruct, bits=Bits, sample=Sample,
                 edit=Edit, volume=Volume, evaluate=Evaluate, explore=Explore, report=Report, fetch=Fetch, share=Share) # Name -> what it does
 
@@ -540,14 +571,13 @@ def parse(
     return tyro.cli(Union[tuple(kinds)], args=args, prog='brainldm', config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
                     description='Latent diffusion for brain MRI. Research and teaching, not for clinical use.')
 
-# %% ../nbs/11_cli.ipynb #7838d01f
+# %% ../nbs/11_cli.ipynb #538a5f5e
 def main(
     args:list[str]|None=None, # Words after `brainldm`; None reads them from the terminal
 )->int: # Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C
     "The `brainldm` command. Errors are one message without a traceback; BRAINLDM_DEBUG=1 shows where they arose."
     matplotlib.use('Agg')
-    command = parse(sys.argv[1:] if args is None else args)
-    try: return command.run()
+    try: return parse(sys.argv[1:] if args is None else args).run()
     except KeyboardInterrupt as e:
         print('\nbrainldm: stopped.'+(f' {e} The same command with --resume goes on.' if str(e) else ''), file=sys.stderr)
         return 130

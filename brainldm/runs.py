@@ -63,7 +63,7 @@ def save_weights(
     cpu = {k: v.detach().to('cpu', copy=True).contiguous() for k,v in tensors.items()}
     write_atomic(Path(path), save(cpu, metadata={'brainldm': json.dumps(info)}))
 
-# %% ../nbs/05c_runs.ipynb #b649346a
+# %% ../nbs/05c_runs.ipynb #5e0dc9e1
 def load_weights(
     path:Path, # A file written by `save_weights`
 )->tuple[dict[str, Tensor], dict]: # Named tensors on the CPU, and the description
@@ -73,13 +73,14 @@ def load_weights(
         f"load_weights: no file {path.name} in {path.parent}. Expected one written by training. "
         "Check the run folder, or train first.")
     try:
-        with safe_open(path, 'pt') as f:
-            return {k: f.get_tensor(k) for k in f.keys()},json.loads(f.metadata()['brainldm'])
-    except (SafetensorError, KeyError, TypeError, ValueError) as e: raise ValueError(
+        with safe_open(path, 'pt') as f: tensors,info = {k: f.get_tensor(k) for k in f.keys()},json.loads(f.metadata()['brainldm'])
+        if not isinstance(info, dict): raise TypeError(f'its description is a {type(info).__name__}')
+        return tensors,info
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e: raise ValueError(
         f"load_weights: {path} cannot be read ({type(e).__name__}: {e}). Expected a file written by brainldm. "
         "It may be truncated or foreign; train again or take it from a backup.") from None
 
-# %% ../nbs/05c_runs.ipynb #4ffec05d
+# %% ../nbs/05c_runs.ipynb #4e719d93
 def fill_model(
     model:nn.Module, # The network to fill, in place
     tensors:dict[str, Tensor], # Weights by name
@@ -95,6 +96,9 @@ def fill_model(
         f"{tuple(own[wrong[0]].shape) if wrong[0] in own else 'absent'} in the network). "
         "Expected the same names and shapes. "
         "Check that file and configuration belong together.")
+    broken = [k for k,v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken: raise ValueError(f"fill_model: {what} holds numbers that are not finite, first in {broken[0]}. "
+                                "Expected a trained network. Take an earlier checkpoint, or train again.")
     model.load_state_dict(tensors)
     return model
 
@@ -162,17 +166,17 @@ class Checkpoint:
             except ValueError as e: warnings.warn(f'Checkpoint: going back to an older state. {e}'); last = e
         if self.files(): raise last
 
-# %% ../nbs/05c_runs.ipynb #eff9ba0b
+# %% ../nbs/05c_runs.ipynb #b8b1d534
 def read_log(
     path:Path, # A log.jsonl
 )->list[dict]: # Its records, oldest first; none if there is no file
     "Read a log. A last line cut short by a crash is left out; any other broken line raises ValueError."
-    lines = Path(path).read_text(encoding='utf-8').splitlines() if Path(path).is_file() else []
+    lines = Path(path).read_bytes().decode('utf-8', 'replace').splitlines() if Path(path).is_file() else []
     records = []
     for i,line in enumerate(lines):
-        try: records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if i<len(lines)-1: raise ValueError(f"read_log: line {i+1} of {path} is not JSON: {line[:60]!r}. "
+        try: record = json.loads(line); record['stage'],record['images']; records.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if i<len(lines)-1: raise ValueError(f"read_log: line {i+1} of {path} is not JSON with stage and images: {line[:60]!r}. "
                                                 "Expected one record a line. Remove the line.") from None
     return records
 
@@ -218,7 +222,7 @@ class StopRequest:
 # %% ../nbs/05c_runs.ipynb #13003007
 HARMLESS = {'validate_every', 'checkpoint_every', 'num_workers', 'log_with', 'preview_steps'} # No weight feels them
 
-# %% ../nbs/05c_runs.ipynb #c1277207
+# %% ../nbs/05c_runs.ipynb #31d86cd2
 def read_config(
     run:Path, # Run folder
 )->dict: # Its config.json: one entry a stage
@@ -230,8 +234,8 @@ def read_config(
         "Check the path, or train first.")
     try:
         settings = json.loads(path.read_text(encoding='utf-8'))
-        ours = all({'config', 'data'} <= set(o) for o in settings.values())
-    except (ValueError, AttributeError, TypeError): ours = False
+        ours = all(isinstance(o.get(k), dict) for o in settings.values() for k in ('config', 'data'))
+    except (ValueError, AttributeError, TypeError, RecursionError): ours = False
     if not ours: raise ValueError(f"read_config: {path} was not written by brainldm. "
                                   "Expected a run folder of this project. Choose another --run.")
     return settings
@@ -349,7 +353,7 @@ def enter_run(
     if state and state[1]['seen']>=learner.config.total_images: free_run(run)  # nothing left to train
     return state
 
-# %% ../nbs/05c_runs.ipynb #ecddcee2
+# %% ../nbs/05c_runs.ipynb #085151e3
 def stage_callbacks(
     learner:Learner, # What is trained
     run:Path, # Run folder

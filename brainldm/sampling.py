@@ -6,10 +6,10 @@
 __all__ = ['SYNTHETIC', 'EDITED', 'draw_noise', 'spread', 'guide', 'check_conditions', 'check_request', 'check_guidance', 'told',
            'Codec', 'listen', 'draw_batch', 'take_request', 'in_batches', 'sample_pictures', 'Sampler', 'pick_device',
            'load_denoiser', 'BrainLDM', 'check_pictures', 'skipped_steps', 'image_to_image', 'find_noise',
-           'counterfactual', 'slerp', 'mix_conditions', 'interpolate', 'to_bytes', 'new_folder', 'manifest_of',
-           'save_pictures', 'save_gif']
+           'counterfactual', 'slerp', 'mix_conditions', 'interpolate', 'to_bytes', 'refuse_taken', 'new_folder',
+           'manifest_of', 'save_pictures', 'save_gif']
 
-# %% ../nbs/07_sampling.ipynb #d88541af
+# %% ../nbs/07_sampling.ipynb #ece23166
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -96,7 +96,7 @@ def check_conditions(
                                      "the range of the scans this run was trained on. It cannot know more.")
     return encode_covariates({k: list(v) if np.ndim(v) else [v]*n for k,v in asked.items()}, covariates)
 
-# %% ../nbs/07_sampling.ipynb #11dc4a32
+# %% ../nbs/07_sampling.ipynb #644ae5a3
 def check_request(
     n:int, # Pictures
     steps:int, # Network calls
@@ -149,7 +149,7 @@ def told(
                                  f"of this run is told. Try sample(..., {lacking[0]}=...), or give a batch as `cond`.")
     return {c.name: cond[c.name].to(device) for c in autoencoder.covariates}
 
-# %% ../nbs/07_sampling.ipynb #bf2ea696
+# %% ../nbs/07_sampling.ipynb #eb134226
 class Codec(Shared):
     "A trained autoencoder, ready to use: pictures to latents and back, in any precision, on any device."
     def __init__(self,
@@ -246,7 +246,7 @@ def draw_batch(
         "Expected numbers. Try BrainLDM.load(run, precision='no'), or a smaller guidance_scale.")
     return model.decode_standard(z, cond)
 
-# %% ../nbs/07_sampling.ipynb #c315fe20
+# %% ../nbs/07_sampling.ipynb #5aadedc2
 def take_request(
     model, # A `Sampler`
     conditions:dict, # What was asked: a value or a list of values by covariate name; None is unknown
@@ -280,7 +280,7 @@ def in_batches(
         stop = min(i+batch_size, n)
         yield i,stop,to_device({k: v[i:stop] for k,v in cond.items()}, device)
 
-# %% ../nbs/07_sampling.ipynb #e15451ce
+# %% ../nbs/07_sampling.ipynb #aa140a99
 def sample_pictures(
     model, # A `Sampler`: a run with a trained denoiser
     n:int=1, # Pictures to draw
@@ -365,7 +365,7 @@ def pick_device(
         f"BrainLDM.load: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). "
         "Expected a device of this machine. Try device='cpu'.") from None
 
-# %% ../nbs/07_sampling.ipynb #de4731a2
+# %% ../nbs/07_sampling.ipynb #939b4edc
 def load_denoiser(
     run:str|Path, # Run folder
     latent_channels:int, # Channels of its autoencoder's latents
@@ -376,7 +376,13 @@ def load_denoiser(
     tensors,about = load_weights(Path(run)/'ldm.safetensors')
     if about.get('kind')!='ldm': raise ValueError(
         f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected 'ldm'. Check the file names.")
-    args = dict(about['args'], covariates=tuple(Covariate(**c) for c in about['args']['covariates']))
+    try:
+        args = dict(about['args'], covariates=tuple(Covariate(**c) for c in about['args']['covariates']))
+        parts = dict(unet=UNet(**args), schedule=NoiseSchedule(**about['schedule']), latent_mean=tensors['latent_mean'],
+                     latent_std=tensors['latent_std'])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e: raise ValueError(
+        f"BrainLDM.load: {run}/ldm.safetensors does not describe a denoiser ({type(e).__name__}: {e}). "
+        "Expected a file of this version. Train again, or take it from a backup.") from None
     if args['in_channels']!=latent_channels: raise ValueError(
         f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the autoencoder makes "
         f"{latent_channels}. Expected two files of one run. Train the ldm again.")
@@ -384,11 +390,10 @@ def load_denoiser(
     if not part: raise ValueError(
         f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a training; a run that was packed for "
         "others holds the averaged ones only. Try weights='ema'.")
-    unet = fill_model(UNet(**args), part, f'{run}/ldm.safetensors').eval()
-    return dict(unet=unet, schedule=NoiseSchedule(**about['schedule']),
-                latent_mean=tensors['latent_mean'], latent_std=tensors['latent_std'])
+    fill_model(parts['unet'], part, f'{run}/ldm.safetensors').eval()
+    return parts
 
-# %% ../nbs/07_sampling.ipynb #37adf37f
+# %% ../nbs/07_sampling.ipynb #310e18a0
 class BrainLDM(Sampler):
     "A trained run, ready to use: encode, decode and reconstruct pictures, and sample new ones."
     @classmethod
@@ -559,16 +564,26 @@ def to_bytes(
         f"to_bytes: {(~pictures.isfinite()).sum()} pixels are not finite. Expected numbers. Try precision='no'.")
     return ((pictures.float()+1)*127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
-# %% ../nbs/07_sampling.ipynb #488bc9a5
-def new_folder(
+# %% ../nbs/07_sampling.ipynb #552d51cd
+def refuse_taken(
     folder:str|Path, # Folder that must not hold anything yet
-)->Path: # The folder, which now exists
-    "Make an output folder. Raises FileExistsError if there is something in it."
+)->Path: # The same
+    "Say at once, before anything is drawn, that a result would have no place. Raises FileExistsError."
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(
         f"new_folder: {folder} exists and is not empty. Expected a new or empty folder: nothing is overwritten. "
         "Choose another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+# %% ../nbs/07_sampling.ipynb #a9fdcc21
+def new_folder(
+    folder:str|Path, # Folder that must not hold anything yet
+)->Path: # The folder, which now exists
+    "Make an output folder. Raises FileExistsError if there is something in it."
+    folder = refuse_taken(folder)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise type(e)(f"new_folder: {folder} cannot be made ({e.strerror}). Expected a place where folders "
+                                       "can be made. Choose another --out.") from e
     return folder
 
 # %% ../nbs/07_sampling.ipynb #1bd4178f

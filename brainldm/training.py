@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'mean_slices', 'AEConfig', 'LDMConfig', 'spread', 'save_fi
            'loss_weight', 'ldm_loss', 'unet_args', 'refuse_leak', 'refuse_unfinished', 'preview_conditions',
            'validate_ldm', 'save_ldm', 'train_ldm']
 
-# %% ../nbs/06_training.ipynb #653761e4
+# %% ../nbs/06_training.ipynb #0ca8d26a
 import math
 import shutil
 from collections.abc import Callable
@@ -376,7 +376,7 @@ def train_autoencoder(
         export=lambda seen: save_weights(run/'autoencoder.safetensors', model.state_dict(), dict(info, images=seen)))
     return bare_model(learner)
 
-# %% ../nbs/06_training.ipynb #83a12f34
+# %% ../nbs/06_training.ipynb #38e614a5
 def load_autoencoder(
     run:Path, # Run folder
 )->tuple[Autoencoder, dict]: # The network in evaluation mode on the CPU, and its description
@@ -384,8 +384,8 @@ def load_autoencoder(
     tensors,info = load_weights(Path(run)/'autoencoder.safetensors')
     try:
         args = dict(info['args'], covariates=tuple(Covariate(**c) for c in info['args']['covariates']))
-        model = build_autoencoder(info['kind'], args)
-    except (KeyError, TypeError) as e: raise ValueError(
+        model,_ = build_autoencoder(info['kind'], args),info['size']
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e: raise ValueError(
         f"load_autoencoder: the description of {run}/autoencoder.safetensors does not describe an autoencoder "
         f"({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it from a backup.") from None
     return fill_model(model, tensors, f'{run}/autoencoder.safetensors').eval(),info
@@ -421,7 +421,7 @@ def plot_history(
     fig.suptitle(stage)
     return fig
 
-# %% ../nbs/06_training.ipynb #04c5d028
+# %% ../nbs/06_training.ipynb #c504f576
 def mean_encoder(
     model:Autoencoder, # The trained autoencoder, on the device that computes
     precision:str='no', # Mixed precision to compute in
@@ -430,7 +430,7 @@ def mean_encoder(
     device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
     return lambda batch: encode(batch['image'].to(device), to_device(batch, device))[0].float().cpu()
 
-# %% ../nbs/06_training.ipynb #dd70e342
+# %% ../nbs/06_training.ipynb #05bcbc3f
 def cache_latents(
     model:Autoencoder, # The trained autoencoder
     dataset:SliceDataset, # Rows to encode
@@ -443,7 +443,7 @@ def cache_latents(
     batches = tqdm(eval_batches(dataset, batch_size), total=total, desc='latents', disable=not progress)
     return torch.cat([encode(o) for o in batches])
 
-# %% ../nbs/06_training.ipynb #7818a99e
+# %% ../nbs/06_training.ipynb #e8229896
 def encode_rows(
     encode:Callable[[dict], Tensor], # A batch of pictures and conditions in, a row for each out, on the CPU
     dataset:SliceDataset, # Rows to encode
@@ -480,7 +480,7 @@ def latent_stats(
         "Train the autoencoder longer, with a smaller kl_weight or fewer latent_channels.")
     return mean,std
 
-# %% ../nbs/06_training.ipynb #63723ecc
+# %% ../nbs/06_training.ipynb #c1191cf1
 class LatentDataset(torch.utils.data.Dataset):
     "Latents with their conditions: batches as from `SliceDataset`, with 'latent' in place of 'image'."
     def __init__(self,
@@ -503,7 +503,7 @@ class LatentDataset(torch.utils.data.Dataset):
         at = torch.as_tensor(indices)
         return {'latent': self.rows(at), **{k: v[at] for k,v in self.conditions.items()}}
 
-# %% ../nbs/06_training.ipynb #7c9efc8f
+# %% ../nbs/06_training.ipynb #fd749e1d
 def drop_folder(
     folder:Path, # Folder of files that nobody needs any more
     acc:Accelerator, # Whose first process does it, once all have come so far
@@ -512,7 +512,7 @@ def drop_folder(
     acc.wait_for_everyone()
     if acc.is_main_process: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/06_training.ipynb #178b05fc
+# %% ../nbs/06_training.ipynb #3fefff46
 def latent_splits(
     autoencoder:Autoencoder, # Trained, on the device that computes
     dataset:SliceDataset, # All splits
@@ -553,7 +553,7 @@ def prediction_error(
     pred = model(add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop)
     return (pred.float()-targets(x0, eps, t, schedule.abar, schedule.prediction_type)).square().mean((1, 2, 3))
 
-# %% ../nbs/06_training.ipynb #9de5bb41
+# %% ../nbs/06_training.ipynb #035b4ae3
 def loss_weight(
     t:Tensor, # Timesteps (b,)
     schedule:NoiseSchedule, # The noise, and what the network predicts
@@ -564,7 +564,7 @@ def loss_weight(
     straight = schedule.beta_schedule=='flow' and schedule.prediction_type=='v_prediction'
     return flow_weight(t, schedule.abar) if straight else torch.ones(len(t), device=t.device)
 
-# %% ../nbs/06_training.ipynb #81ed9766
+# %% ../nbs/06_training.ipynb #fb02dde9
 def ldm_loss(
     model:nn.Module, # A UNet
     batch:dict[str, Tensor], # 'latent' and encoded covariates
@@ -663,7 +663,7 @@ def save_ldm(
     tensors |= {f'ema.{k}': v for k,v in learner.ema.module.state_dict().items()}
     save_weights(path, tensors | dict(latent_mean=mean, latent_std=std), dict(info, kind='ldm', images=learner.seen))
 
-# %% ../nbs/06_training.ipynb #bcace15c
+# %% ../nbs/06_training.ipynb #014fb833
 def train_ldm(
     dataset:SliceDataset, # The data that the autoencoder was trained on
     run:Path, # Run folder with a trained autoencoder
