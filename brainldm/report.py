@@ -430,19 +430,17 @@ def plain(
 # %% ../nbs/10b_report.ipynb #a2d539d0
 def model_card(
     name:str, # Name of the run
-    model:BrainLDM, # The run
+    drawer, # The run: a `BrainLDM` or `CodeSampler`
     sections:list[dict], # As on the page
-    has_prior:bool, # Whether there is a transformer over its codes
     layout:str, # Where its data are from, as config.json has it
 )->str: # Markdown with a head for the hub
     "What a run is, what it reached and how to use it, in words and numbers."
-    kind = 'prior.CodeSampler' if has_prior and not model.unet else 'sampling.BrainLDM'
-    module,cls = kind.split('.')
-    asked = ', '.join(f'{c.name}={c.values[0] if c.values else round(sum(c.range)/2)!r}' for c in model.covariates)
+    module,cls = type(drawer).__module__,type(drawer).__name__
+    asked = ', '.join(f'{c.name}={c.values[0] if c.values else round(sum(c.range)/2)!r}' for c in drawer.covariates)
     head = ['---', f"license: {'apache-2.0' if layout=='phantom' else 'other'}", 'library_name: brainldm',
             'tags: [mri, brain, latent-diffusion, synthetic]', '---', f'# {plain(name)}', '', '**Research and teaching, not for clinical use.** What it draws is synthetic: nobody was scanned for it.', '',
-            '```python', f'from brainldm.{module} import {cls}', '', f"model = {cls}.from_pretrained('FOLDER OR USER/NAME')",
-            *([f'pictures = model.sample(4{", "*bool(asked)}{asked})'] if model.unet or has_prior else []), '```']
+            '```python', f'from {module} import {cls}', '', f"model = {cls}.from_pretrained('FOLDER OR USER/NAME')",
+            *([f'pictures = model.sample(4, {asked})'] if asked else []), '```']
     for part in sections:
         rows = ['| '+' | '.join(map(plain, row))+' |' for row in part.get('table') or ()]
         rows[1:1] = ['|'+' --- |'*len(part['table'][0])] if rows else []
@@ -472,9 +470,10 @@ def report(
     "Write what a run is, what it reached and what it draws into one page, and its card. Raises FileNotFoundError without a run."
     run,settings = Path(run),read_config(run)
     metrics,records,model = read_metrics(run),read_log(run/'log.jsonl'),BrainLDM.load(run)
+    drawer = CodeSampler.load(run) if not model.unet and (run/'prior.safetensors').is_file() else model
     logged = [o for o in settings if any('loss' in r and r['stage']==o for r in records)]
     curves = [(picture_uri(plot_history(records, o)), f'Course of the {o} training') for o in logged]
-    sections = [report_data(settings, records, model.covariates),
+    sections = [report_data(settings, records, drawer.covariates),
                 dict(title='How training went', text='' if curves else 'Nothing was logged.', figures=curves),
                 from_metrics(run, report_numbers, metrics)]
     real = settings['autoencoder']['data']['layout']=='phantom' if real_pictures is None else real_pictures
@@ -496,6 +495,6 @@ def report(
     footer = f'{SYNTHETIC} Written by brainldm {brainldm.__version__}.'
     page = PAGE.render(name=run.resolve().name, sections=sections, footer=footer)
     write_atomic(run/'report.html', page.encode())
-    card = model_card(run.resolve().name, model, sections, (run/'prior.safetensors').is_file(), settings['autoencoder']['data']['layout'])
+    card = model_card(run.resolve().name, drawer, sections, settings['autoencoder']['data']['layout'])
     write_atomic(run/'README.md', card.encode())
     return run/'report.html'
