@@ -289,7 +289,9 @@ def report_samples(
     targets = check_targets(scores)
     rows = [['measure', 'drawn', 'real, as a floor', 'target', 'reached']]
     rows += [[name, show_number(a), show_number(b), goal, 'yes' if ok else 'NO'] for name,a,b,goal,ok,_ in targets]
-    def cell(o): return f"{show_number(o['value'])} [{', '.join(map(show_number, o['interval_95'] or (None, None)))}]"
+    def cell(o):
+        digits = 3 if o['value'] is None or abs(o['value'])>=.02 else 5             # an age slope is small
+        return f"{show_number(o['value'], digits)} [{', '.join(show_number(v, digits) for v in o['interval_95'] or (None, None))}]"
     names = dict(slice_error='distance from the slice asked for', diagnosis_effect='fluid, AD minus NC (Cohen d)',
                  age_slope='fluid, change in ten years of age', fine_detail='fine detail')
     ours,train,held = (scores['conditioning'][k] for k in ('drawn', 'train', 'held'))
