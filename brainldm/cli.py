@@ -36,8 +36,8 @@ from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
 from .report import check_targets, draw_by_condition, evaluate, prior_scores, report
-from .sampling import BrainLDM, refuse_taken, save_gif, save_pictures
-from .sharing import fetch_run, pack_run, push_run
+from .sampling import BrainLDM, save_gif, save_pictures
+from .sharing import fetch_run, pack_run, push_run, refuse_taken
 from .loop import TrainConfig
 from .runs import read_config
 from .training import PRESETS, AEConfig, LDMConfig, save_figure, train_autoencoder, train_ldm

@@ -6,8 +6,8 @@
 __all__ = ['SYNTHETIC', 'EDITED', 'draw_noise', 'spread', 'guide', 'check_conditions', 'check_request', 'check_guidance', 'told',
            'Codec', 'listen', 'draw_batch', 'take_request', 'in_batches', 'sample_pictures', 'Sampler', 'pick_device',
            'load_denoiser', 'BrainLDM', 'check_pictures', 'skipped_steps', 'image_to_image', 'find_noise',
-           'counterfactual', 'slerp', 'mix_conditions', 'interpolate', 'to_bytes', 'refuse_taken', 'new_folder',
-           'manifest_of', 'save_pictures', 'save_gif']
+           'counterfactual', 'slerp', 'mix_conditions', 'interpolate', 'to_bytes', 'new_folder', 'manifest_of',
+           'save_pictures', 'save_gif']
 
 # %% ../nbs/07_sampling.ipynb #ece23166
 import json
@@ -27,7 +27,7 @@ import brainldm
 from .data import Covariate, encode_covariates
 from .phantom import show_grid
 from .scheduler import SAMPLERS, NoiseSchedule, add_noise, check_choice, denoise, invert, sampling_timesteps
-from .sharing import Shared
+from .sharing import Shared, refuse_taken
 from .loop import infer, mixed_precision, pick_precision, to_device
 from .runs import fill_model, load_weights, read_config
 from .training import load_autoencoder, save_figure
@@ -563,17 +563,6 @@ def to_bytes(
     if not pictures.isfinite().all(): raise ValueError(
         f"to_bytes: {(~pictures.isfinite()).sum()} pixels are not finite. Expected numbers. Try precision='no'.")
     return ((pictures.float()+1)*127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-
-# %% ../nbs/07_sampling.ipynb #552d51cd
-def refuse_taken(
-    folder:str|Path, # Folder that must not hold anything yet
-)->Path: # The same
-    "Say at once, before anything is drawn, that a result would have no place. Raises FileExistsError."
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(
-        f"new_folder: {folder} exists and is not empty. Expected a new or empty folder: nothing is overwritten. "
-        "Choose another --out.")
-    return folder
 
 # %% ../nbs/07_sampling.ipynb #a9fdcc21
 def new_folder(
