@@ -52,6 +52,7 @@ def variants(images: int, seed: int) -> dict[str, LDMConfig]:
         "wide (128, 192)": replace(base, channels=(128, 192)),
         "three levels": replace(base, channels=(96, 128, 160), attention_levels=(True, True, True)),
         "epsilon": replace(base, schedule=NoiseSchedule(prediction_type="epsilon", zero_terminal_snr=False)),
+        "rectified flow": replace(base, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")),
         "min-SNR 5": replace(base, snr_gamma=5.0),
         "short EMA": replace(base, ema_images=1_000),
         "batch 32": replace(base, batch_size=32, learning_rate=1e-3),
