@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['LIMITS', 'TrainConfig', 'check_numbers', 'check_config', 'lr_at', 'ema_decay', 'Average', 'step_seed',
            'ignore_interrupts', 'train_batches', 'pick_precision', 'make_accelerator', 'seeded', 'Learner',
-           'bare_model', 'mixed_precision', 'infer', 'to_device', 'mean_logs', 'check_finite', 'fit', 'every']
+           'smaller_batch', 'bare_model', 'mixed_precision', 'infer', 'to_device', 'mean_logs', 'check_finite', 'fit',
+           'every']
 
 # %% ../nbs/05b_loop.ipynb #26d4c6a1
 import math
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,7 @@ class TrainConfig:
     total_images:int=20_000 # Pictures to see before training ends
     batch_size:int=8 # Pictures a step, on each process
     accumulate:int=1 # Steps whose gradients are added up before the weights move
+    auto_find_batch_size:bool=False # When memory runs out: a smaller batch, more steps added up, and on
     learning_rate:float=2e-3 # Highest learning rate of AdamW
     warmup_images:int=1_000 # Pictures over which the learning rate rises from 0
     weight_decay:float=0. # Pull of AdamW on the weights towards 0
@@ -251,6 +253,17 @@ class Learner:
         if self.ema is not None and acc.sync_gradients: self.ema.update_parameters(self.raw)
         if acc.scaler: logs.pop('grad_norm', None)                             # fp16 skips a step that overflowed
         return dict(loss=loss.detach(), **logs)
+
+# %% ../nbs/05b_loop.ipynb #24515b1a
+def smaller_batch(
+    config:TrainConfig, # A configuration whose batch does not fit in memory
+)->TrainConfig: # The same with smaller batches, of which more are added up: an update of the weights stays what it was
+    "Cut a batch into its fewest equal parts. Raises ValueError if it holds one picture only."
+    b = config.batch_size
+    if b<2: raise ValueError(
+        f"smaller_batch: batch_size={b}. Expected 2 or more: one picture cannot be divided. Try a smaller network or size.")
+    parts = next(n for n in range(2, b+1) if b%n==0)
+    return replace(config, batch_size=b//parts, accumulate=config.accumulate*parts, log_every=config.log_every*parts)
 
 # %% ../nbs/05b_loop.ipynb #a8ed636e
 def bare_model(

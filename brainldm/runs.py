@@ -6,7 +6,7 @@
 __all__ = ['HARMLESS', 'HELD', 'explain_disk', 'write_atomic', 'save_weights', 'load_weights', 'fill_model', 'pack_state',
            'unpack_state', 'Checkpoint', 'read_log', 'JsonLog', 'StopRequest', 'read_config', 'compare_configs',
            'find_run', 'open_run', 'lock_file', 'lock_run', 'free_run', 'enter_run', 'stage_callbacks', 'run_stage',
-           'is_finished']
+           'is_finished', 'cut_batch', 'within_memory']
 
 # %% ../nbs/05c_runs.ipynb #114296a1
 import json
@@ -17,9 +17,12 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -27,7 +30,7 @@ from tqdm.auto import tqdm
 
 import brainldm
 from .data import SliceDataset, fingerprint
-from .loop import Learner, TrainConfig, check_finite, every, fit, lr_at, train_batches
+from .loop import Learner, TrainConfig, check_finite, every, fit, lr_at, smaller_batch, train_batches
 
 # %% ../nbs/05c_runs.ipynb #b8aca5ab
 def explain_disk(
@@ -220,7 +223,8 @@ class StopRequest:
         for o,handler in self.old.items(): signal.signal(o, handler or signal.SIG_DFL)
 
 # %% ../nbs/05c_runs.ipynb #13003007
-HARMLESS = {'validate_every', 'checkpoint_every', 'num_workers', 'log_with', 'preview_steps'} # No weight feels them
+HARMLESS = {'validate_every', 'checkpoint_every', 'num_workers', 'log_with', 'preview_steps',
+            'auto_find_batch_size'} # No weight feels them
 
 # %% ../nbs/05c_runs.ipynb #31d86cd2
 def read_config(
@@ -246,9 +250,12 @@ def compare_configs(
     new:dict, # What is asked for now
 )->list[str]: # One phrase a difference that matters
     "Name the settings in which two trainings differ, besides those that touch no weight."
+    free_cut = new['config'].get('auto_find_batch_size')                       # only the pictures of an update count
     def flat(o):
-        nested = {f'{k}.{kk}': vv for k,v in o['config'].items() if isinstance(v, dict) for kk,vv in v.items()}
-        plain = {k: v for k,v in o['config'].items() if k not in HARMLESS and not isinstance(v, dict)}
+        c = o['config']
+        if free_cut: c = c | dict(batch_size=c['batch_size']*c['accumulate'], accumulate=None, log_every=None)
+        nested = {f'{k}.{kk}': vv for k,v in c.items() if isinstance(v, dict) for kk,vv in v.items()}
+        plain = {k: v for k,v in c.items() if k not in HARMLESS and not isinstance(v, dict)}
         return plain | nested | {'data fingerprint': o['data']['hash']}
     a,b = flat(old),flat(new)
     return [f'{k}={b.get(k)!r}, was {a.get(k)!r}' for k in sorted({*a, *b}) if a.get(k)!=b.get(k)]
@@ -291,6 +298,9 @@ def open_run(
     differ = compare_configs(dict(settings[stage], config=defaults | settings[stage]['config']), new)
     if differ: raise ValueError(f"open_run: {run} was begun with other settings: {'; '.join(differ)}. "
                                 "Expected the same when resuming. Give the old ones, or start another --run.")
+    if config.auto_find_batch_size:                                            # note how the batch is cut now
+        settings[stage]['config'] = new['config']
+        write_atomic(run/'config.json', json.dumps(settings, indent=1).encode())
     return Checkpoint(run/'state'/stage).load()
 
 # %% ../nbs/05c_runs.ipynb #2ab78e56
@@ -423,3 +433,34 @@ def is_finished(
 )->bool: # True if there is nothing left to do
     "Whether a stage was trained to its end."
     return state is not None and state[1]['seen']>=config.total_images and path.is_file()
+
+# %% ../nbs/05c_runs.ipynb #478eb114
+def cut_batch(
+    name:str, # Training that ran out of memory, for the message
+    config:TrainConfig, # Its configuration
+    error:RuntimeError, # What was raised
+)->TrainConfig: # With a smaller batch and the same update
+    "Answer a full memory. Raises RuntimeError if the batch may not or cannot be cut."
+    smaller = smaller_batch(config) if config.batch_size>1 else None
+    words = f'batch_size={smaller.batch_size}, accumulate={smaller.accumulate}' if smaller else ''
+    if not smaller or not config.auto_find_batch_size or PartialState().num_processes>1: raise RuntimeError(
+        f"{name}: out of memory at batch_size={config.batch_size}. Expected a step that fits. Try "
+        +(f"{words} (the same update), or auto_find_batch_size on one process." if smaller else "a smaller network or size.")
+    ) from error
+    warnings.warn(f'{name}: out of memory at batch_size={config.batch_size}. Going on with {words}: the same update.')
+    return smaller
+
+# %% ../nbs/05c_runs.ipynb #c1a0ddf9
+def within_memory(
+    train:Callable, # A training, called as train(dataset, run, config, resume, progress)
+)->Callable: # The same; a full memory makes it go on with a smaller batch, or say what to try
+    "Let a training answer a full memory, as `cut_batch` says."
+    @wraps(train)
+    def call(dataset, run, config, resume=False, progress=True):
+        while True:
+            try: return train(dataset, run, config, resume, progress)
+            except RuntimeError as e:
+                if not should_reduce_batch_size(e): raise
+                config,resume = cut_batch(train.__name__, config, e),True
+            clear_device_cache(garbage_collection=True)
+    return call
