@@ -5,7 +5,7 @@ BIN  := $(VENV)/bin
 DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab export check test slow docs pretrain
+.PHONY: help setup demo lab export course mirror check test slow docs pretrain
 
 help: ## Show this text
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,9 +27,17 @@ lab: $(VENV)/.ok ## Open the course in JupyterLab
 export: $(VENV)/.ok ## Clean the notebooks and write brainldm/ from them
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/symbols.py
+
+course: $(VENV)/.ok ## Run every notebook with its long cells and store what it shows; says how long each took
+	$(BIN)/python tools/course.py
+
+mirror: $(VENV)/.ok ## Prose, function length, tests, docments and figures of each notebook, in numbers
+	$(BIN)/python tools/mirror.py
 
 check: $(VENV)/.ok ## Notebooks clean and in step with the package, lint
 	$(BIN)/python tools/in_step.py
+	$(BIN)/python tools/symbols.py --check
 	$(BIN)/ruff check --select E9,F --ignore F401,F811 brainldm tests tools setup.py
 
 test: check ## Everything CI runs: check, every notebook, pytest

@@ -361,6 +361,15 @@ def map_page(found):
         "| module | lesson | imports |", "|---|---|---|", *rows, ""])
 
 
+def course_page():
+    "How long each lesson takes with its long cells, as the last `make course` measured it."
+    known = json.loads((ROOT / "docs" / "course.json").read_text(encoding="utf-8"))
+    rows = [f"| [{p.stem.replace('_', ' ')}](nbs/{p.name}) | {known[n]['seconds'] / 60:.1f} | {known[n]['where']} |"
+            for p in notebooks() if (n := p.stem.split("_")[0]) in known]
+    return "\n".join(["# How long the lessons take", "", "Minutes for a whole lesson, the long cells (`#| slow`) included; measured by `make course`.", "",
+                      "| lesson | minutes | on |", "|---|---|---|", *rows, ""])
+
+
 # The site
 
 def contents(caption, *entries):
@@ -379,13 +388,14 @@ def write_sources(src):
     for module in found:
         (src / "api" / f"{module.name}.md").write_text(api_page(module), encoding="utf-8")
     (src / "modules.md").write_text(map_page(found), encoding="utf-8")
+    (src / "course.md").write_text(course_page(), encoding="utf-8")
     pages = sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))
     for page in (*PAGES, *pages):
         text = (ROOT / page).read_text(encoding="utf-8")
         (src / page).parent.mkdir(parents=True, exist_ok=True)
         (src / page).write_text(re.sub(r"(\]\((?:\.\./)*)README\.md", r"\1index.md", text), encoding="utf-8")
     (src / "README.md").rename(src / "index.md")
-    toc = [*contents("Lessons", *(f"nbs/{p.stem}" for p in notebooks())), *contents("Use it", *(p.removesuffix(".md") for p in pages), "modules"),
+    toc = [*contents("Lessons", *(f"nbs/{p.stem}" for p in notebooks())), *contents("Use it", *(p.removesuffix(".md") for p in pages), "modules", "course"),
            *contents("Modules", *(f"api/{m.name}" for m in sorted(found, key=lambda m: m.lessons()))),
            *contents("Project", "tests/benchmarks/README", "CONTRIBUTING", "CHANGELOG")]
     with (src / "index.md").open("a", encoding="utf-8") as front:

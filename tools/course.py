@@ -1,0 +1,83 @@
+"""Run the lessons in order with their long cells and store what they print and draw; say how long each took.
+
+    python tools/course.py            every lesson
+    python tools/course.py 07 08a     these lessons
+
+Cells marked `#| gpu` run where there is one; elsewhere their stored outputs stay. A lesson that fails is left as it was, and the
+exit status is 1. Times go to docs/course.json, from which the site tells them."""
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+TIMES = ROOT / "docs" / "course.json"
+
+
+def number(path):
+    "The number of a lesson: 08a of 08a_factors.ipynb."
+    return path.stem.split("_")[0]
+
+
+def chosen(numbers):
+    "Notebooks to run, in order."
+    found = sorted(p for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+    unknown = sorted(set(numbers) - {number(p) for p in found})
+    if unknown:
+        raise SystemExit(f"course: no lesson {', '.join(unknown)}. Expected some of {' '.join(number(p) for p in found)}.")
+    return [p for p in found if not numbers or number(p) in numbers]
+
+
+def set_aside(cells, gpu):
+    "Empty the cells that need a GPU, if there is none; what they held, by id."
+    found = {} if gpu else {c["id"]: (c.source, c.outputs) for c in cells if c.cell_type == "code" and re.match(r"#\|\s*gpu", c.source)}
+    for cell in cells:
+        if cell["id"] in found:
+            cell.source = "pass"
+    return found
+
+
+def run(path):
+    "Execute a notebook, write it back with its outputs, clean. Seconds that it took."
+    doc, start = nbformat.read(path, 4), time.time()
+    aside = set_aside(doc.cells, torch.cuda.is_available())
+    NotebookClient(doc, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    for cell in (c for c in doc.cells if c.cell_type == "code"):
+        cell.source, cell.outputs = aside.get(cell["id"], (cell.source, cell.outputs))
+        cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    took = time.time() - start
+    nbformat.write(doc, path)
+    subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
+    return took
+
+
+def main(numbers):
+    "Run what was asked for. Exit status."
+    known = json.loads(TIMES.read_text()) if TIMES.is_file() else {}
+    where = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}, {torch.get_num_threads()} threads"
+    paths, failed = chosen(numbers), []
+    for path in (bar := tqdm(paths, unit="lesson")):
+        bar.set_description(path.stem)
+        try:
+            known[number(path)] = dict(seconds=round(run(path)), where=where)
+        except CellExecutionError as e:
+            failed.append(path.stem)
+            bar.write(f"{path.stem}: {e}")
+        TIMES.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    for path in paths:
+        print(f"{path.stem:15} {'failed' if path.stem in failed else '%5.1f min' % (known[number(path)]['seconds'] / 60)}")
+    print(f"together {sum(known[number(p)]['seconds'] for p in paths if number(p) in known) / 60:.0f} minutes on {where}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
