@@ -5,27 +5,23 @@
 # %% auto #0
 __all__ = ['check_vectors', 'embed', 'draw_points', 'plot_embedding', 'nearest', 'neighbours_kept', 'fold_predictions',
            'deal_folds', 'auc', 'r2', 'shuffle_target', 'bootstrap', 'check_probe', 'probe', 'describe_probe',
-           'bottleneck_features', 'codebook_usage', 'plot_codebook_usage', 'flat_codes', 'as_table', 'variance_shares',
-           'subject_retrieval', 'decode_told', 'swap_shares']
+           'bottleneck_features']
 
 # %% ../nbs/08_analysis.ipynb #45ac5aa4
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from einops import rearrange
 from scipy.stats import rankdata
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from .data import SliceDataset, eval_batches
-from .sampling import Codec, draw_noise
+from .loop import infer
+from .sampling import draw_noise
 from .scheduler import NoiseSchedule, add_noise, check_choice
-from .loop import infer, to_device
 from .unet import UNet
-from .vqgan import VQVAE, code_scores, count_codes
 
 # %% ../nbs/08_analysis.ipynb #5979d364
 def check_vectors(
@@ -279,129 +275,3 @@ def bottleneck_features(
         noised = add_noise(x, draw_noise(len(x), tuple(x.shape[1:]), seed, i, device), ts, schedule.abar)
         out.append(call(noised, ts, told).float().mean((2, 3)).cpu())
     return torch.cat(out)
-
-# %% ../nbs/08_analysis.ipynb #e4cd38b0
-@torch.no_grad()
-def codebook_usage(
-    model:VQVAE, # Trained autoencoder with codes, from `kind` 'vq' or 'fsq'
-    dataset:SliceDataset, # Slices to write
-    precision:str='no', # Mixed precision to compute in
-    batch_size:int=64, # Pictures at a time
-)->tuple[Tensor, Tensor]: # How often each code occurs (k,), and its mean patch (k, f, f), NaN if it never does
-    "Read a vocabulary: how often is each word used, and for which pixels? Raises TypeError for a model without codes."
-    if not isinstance(model, VQVAE): raise TypeError(
-        f"codebook_usage: a {type(model).__name__}, which has no codes. Expected a VQVAE. "
-        "Train one with `brainldm train autoencoder --kind vq`.")
-    device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
-    k,f = model.quantizer.num_embeddings,model.factor
-    counts,sums = torch.zeros(k),torch.zeros(k, f*f)
-    for batch in eval_batches(dataset, batch_size):
-        codes = encode(batch['image'].to(device), to_device(batch, device))[1].cpu()
-        counts += count_codes(codes, k)
-        sums.index_add_(0, codes.flatten(), rearrange(batch['image'], 'b 1 (h p) (w q) -> (b h w) (p q)', p=f, q=f))
-    return counts,(sums/counts[:, None]).view(k, f, f)
-
-# %% ../nbs/08_analysis.ipynb #1c1c178b
-def plot_codebook_usage(
-    usage:dict[str, Tensor], # Counts (k,) by name, from `codebook_usage`
-)->plt.Figure: # Shares, most used code first
-    "Draw how evenly codebooks are used, with usage and perplexity in the legend."
-    fig,ax = plt.subplots(figsize=(6, 2.6), layout='constrained')
-    for i,(name,counts) in enumerate(usage.items()):
-        o = code_scores(counts)
-        share = (counts/counts.sum()).sort(descending=True).values
-        ax.plot(range(1, len(share)+1), share.where(share>0, torch.nan), color=f'C{i}',
-                label=f"{name}: {o['codebook_usage']:.0%} used, perplexity {o['perplexity']:.0f} of {len(counts)}")
-        ax.axhline(1/len(counts), color=f'C{i}', ls=':', lw=.8)
-    ax.set(yscale='log', xlabel='code, most used first (dotted: all alike)', ylabel='share of all places')
-    ax.legend(frameon=False, fontsize=8)
-    return fig
-
-# %% ../nbs/08_analysis.ipynb #867abbd3
-def flat_codes(
-    model:VQVAE, # Trained autoencoder with codes
-    codes:Tensor, # Codes to draw (n,), int64
-    side:int=8, # Height and width of the map filled with one code
-    cond:dict[str, Tensor]|None=None, # Encoded covariates (n,), for a conditional model
-)->Tensor: # Pictures (n, 1, side*f, side*f), clipped to [-1, 1], on the CPU
-    "What the decoder makes of one code repeated everywhere."
-    device = next(model.parameters()).device
-    maps = codes.to(device).view(-1, 1, 1).expand(-1, side, side)
-    return infer(model, 'no', 'decode_codes')(maps, to_device(cond or {}, device)).float().clamp(-1, 1).cpu()
-
-# %% ../nbs/08_analysis.ipynb #5f1b3256
-def as_table(
-    where:str, # Function that asks, for the message
-    vectors, # A row a slice (n, d)
-    subjects, # Whose slice it is (n,)
-    slices, # At which height (n,)
-)->np.ndarray: # The same rows as (people, heights, d)
-    "Sort rows by person and height. Raises ValueError unless everybody has every height once."
-    v = check_vectors(where, vectors)
-    (s,people),(k,heights) = (pd.factorize(np.asarray(o), sort=True) for o in (subjects, slices))
-    if not len(v)==len(s)==len(k): raise ValueError(
-        f"{where}: {len(v)} vectors, {len(s)} subjects, {len(k)} slices. Expected as many of each. Check the rows.")
-    if (np.bincount(s*len(heights)+k, minlength=len(people)*len(heights))!=1).any(): raise ValueError(
-        f"{where}: {len(v)} rows of {len(people)} people at {len(heights)} heights. Expected everybody at every height "
-        "once. Leave out people who lack one.")
-    return v[np.lexsort((k, s))].reshape(len(people), len(heights), -1)
-
-# %% ../nbs/08_analysis.ipynb #62296df6
-def variance_shares(
-    vectors, # A row a slice (n, d)
-    subjects, # Whose slice it is (n,)
-    slices, # At which height (n,)
-)->dict[str, float]: # Shares: subject, slice, rest; and floor_subject, floor_slice, those of pure noise
-    "How much of the variance is who, where, and both together. Source: Fisher 1925 (analysis of variance, two ways)."
-    v = as_table('variance_shares', vectors, subjects, slices)
-    s,k,_ = v.shape; v = v-v.mean((0, 1))
-    total,who,where = (v**2).sum(),k*(v.mean(1)**2).sum(),s*(v.mean(0)**2).sum()
-    return dict(subject=float(who/total), slice=float(where/total), rest=float(1-(who+where)/total),
-                floor_subject=(s-1)/(s*k-1), floor_slice=(k-1)/(s*k-1))
-
-# %% ../nbs/08_analysis.ipynb #8574248f
-def subject_retrieval(
-    vectors, # A row a slice (n, d)
-    subjects, # Whose slice it is (n,)
-    slices, # At which height (n,)
-)->np.ndarray: # Share of people found from height a (row) at height b (column); NaN on the diagonal; by chance 1/people
-    "Find the same person at another height by the nearest vector."
-    v = as_table('subject_retrieval', vectors, subjects, slices)
-    v = v-v.mean(0)
-    s,k,_ = v.shape; found = np.full((k, k), np.nan)
-    for a in range(k):
-        for b in set(range(k))-{a}:
-            gap = (v[:, b]**2).sum(1)-2*v[:, a]@v[:, b].T        # squared distance, less |v_a|^2
-            found[a, b] = (gap.argmin(1)==np.arange(s)).mean()
-    return found
-
-# %% ../nbs/08_analysis.ipynb #fea2b807
-def decode_told(
-    codec:Codec, # With an autoencoder that is told covariates
-    latents:Tensor, # Latents (n, c, h, w)
-    name:str, # The covariate to change
-    values:Tensor, # Its values, encoded (m,): heights in [0, 1], or indices
-    cond:dict[str, Tensor]|None=None, # The other covariates that the autoencoder is told, each (n,)
-)->Tensor: # Pictures (n, m, 1, h, w): each latent told each value
-    "Decode the same latents told other things. Raises ValueError if the autoencoder is not told `name`."
-    known = [c.name for c in codec.autoencoder.covariates]
-    if name not in known: raise ValueError(
-        f"decode_told: the autoencoder is not told {name!r}. Expected one of {known}. "
-        f"Train one with --covariates {name}.")
-    n = len(latents)
-    return torch.stack([codec.decode(latents, {**(cond or {}), name: v.expand(n)}) for v in values], 1)
-
-# %% ../nbs/08_analysis.ipynb #dbfe9a5c
-def swap_shares(
-    read:np.ndarray, # What a reader said of each decoded picture (n, m)
-    own:np.ndarray, # Value of the slice that the latent came from (n,)
-    told:np.ndarray, # Value that the decoder was told (m,)
-)->dict[str, float]: # latent: a, told: b; 1 and 0 if the latent decides, 0 and 1 if what is told does
-    "Who decides, the latent or what the decoder is told? Least squares. Raises ValueError if either never changes."
-    read,own,told = (np.asarray(o, float) for o in (read, own, told))
-    if read.shape!=(len(own), len(told)) or own.std()==0 or told.std()==0: raise ValueError(
-        f"swap_shares: read of shape {read.shape} for {len(own)} latents and {len(told)} told values. Expected (n, m), "
-        "with two values or more of each. Check the order of the axes.")
-    a,b = (((o-o.mean())*(read-read.mean())).sum()/((o-o.mean())**2).sum()
-           for o in np.broadcast_arrays(own[:, None], told[None]))
-    return dict(latent=float(a), told=float(b))

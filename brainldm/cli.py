@@ -30,17 +30,21 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 
-from .data import DataConfig, SliceDataset, check_dataset, open_dataset
-from .evaluation import audit_line, json_safe, merge_metrics, reconstruction_scores, show_number
+from .data import DataConfig, check_dataset
+from .batches import SliceDataset, open_dataset
+from .evaluation import json_safe, merge_metrics, reconstruction_scores, show_number
+from .audit import audit_line
 from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
 from .report import check_targets, draw_by_condition, evaluate, prior_scores, report
-from .sampling import BrainLDM, save_gif, save_pictures
+from .sampling import BrainLDM
+from .codec import save_gif, save_pictures
 from .sharing import fetch_run, pack_run, push_run, refuse_taken
 from .loop import TrainConfig
 from .runs import read_config
-from .training import PRESETS, AEConfig, LDMConfig, save_figure, train_autoencoder, train_ldm
+from .training import AEConfig, save_figure, train_autoencoder
+from .diffusion import PRESETS, LDMConfig, train_ldm
 from .volume import VOLUME_PRESETS, BrainVolumes, VolumeConfig, guess_spacing, save_volumes, train_volume
 
 # %% ../nbs/11_cli.ipynb #fec1f560

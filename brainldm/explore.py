@@ -36,9 +36,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .data import Covariate
-from .sampling import (SYNTHETIC, BrainLDM, check_pictures, draw_batch, draw_noise, slerp, take_request,
-                               to_bytes)
+from .batches import Covariate
+from .sampling import BrainLDM, draw_batch, draw_noise, slerp, take_request
+from .codec import SYNTHETIC, check_pictures, to_bytes
 from .scheduler import BETA_SCHEDULES, NoiseSchedule, add_noise
 from .loop import to_device
 
@@ -165,10 +165,9 @@ def find_stops(
     whole = list(range(math.ceil(low), math.floor(high)+1))
     return whole if 5<=len(whole)<=300 else np.linspace(low, high, 50 if high>low else 1).tolist()
 
-# %% ../nbs/08b_explore.ipynb #e61e3e50
+# %% ../nbs/08b_explore.ipynb #445ffcc6
 OPEN = object()                                                                # left to the model
 
-# %% ../nbs/08b_explore.ipynb #445ffcc6
 def covariate_control(
     covariate:Covariate, # What can be asked
     may_be_open:bool=True, # Offer 'open', which leaves it to the model
@@ -208,7 +207,7 @@ def as_call(
     "The Python that draws the same picture."
     return call.format(', '.join(f'{k}={v!r}' for k,v in state.items() if v is not None))
 
-# %% ../nbs/08b_explore.ipynb #2891d540
+# %% ../nbs/08b_explore.ipynb #9c0e777f
 STYLE = """<style>
 .brainldm { display: flex; flex-flow: row wrap; gap: 4px 28px; max-width: 960px; overflow: hidden; }
 .brainldm > * { flex: 1 1 290px; min-width: 0; }
@@ -219,7 +218,6 @@ STYLE = """<style>
 .brainldm .message { color: #b00020; }
 </style>"""                                                                    # two columns; one where it is narrow
 
-# %% ../nbs/08b_explore.ipynb #9c0e777f
 class Explorer(widgets.Box):
     "Controls beside the picture that a pure function makes of their values."
     def __init__(self,
@@ -336,13 +334,12 @@ def page(
     tabs.observe(fill, 'selected_index'); fill()
     return widgets.VBox([widgets.HTML(f'<h2>brainldm: {html.escape(Path(run).name)}</h2><p>{SYNTHETIC}</p>'), tabs])
 
-# %% ../nbs/08b_explore.ipynb #a941951e
+# %% ../nbs/08b_explore.ipynb #008cb8e1
 OFFLINE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 {%- block notebook_css -%}
 {{ super() | replace('<link rel="stylesheet" href="https:', '<link rel="none" href="https:') }}
 {%- endblock -%}"""                                                            # Jinja, for Voilà
 
-# %% ../nbs/08b_explore.ipynb #008cb8e1
 def write_page(
     run:str|Path, # Run folder
     folder:Path, # Where to write

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .data import Covariate
+from .batches import Covariate
 
 # %% ../nbs/01b_layers.ipynb #de72e4e5
 def check_divides(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from .data import ShuffledBatches
+from .batches import ShuffledBatches
 
 # %% ../nbs/05b_loop.ipynb #89d26982
 @dataclass

@@ -23,14 +23,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor,nn
 from tqdm.auto import tqdm
-from .data import Covariate,SliceDataset,eval_batches
+from .batches import Covariate, SliceDataset, eval_batches
 from .layers import Conditioner,check_divides
 from .phantom import show_grid
-from .sampling import Codec,check_conditions,check_request,in_batches,pick_device,told
+from .codec import Codec, check_conditions, check_request, in_batches, pick_device, told
 from .loop import Learner, TrainConfig, check_finite, infer, pick_precision, seeded, to_device
 from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights
-from .training import (LatentDataset, check_pictures, describe, drop_folder, drop_mask, encode_rows, load_autoencoder,
-                               pick_covariates, preview_conditions, refuse_leak, refuse_unfinished, save_figure, spread)
+from .training import check_pictures, describe, load_autoencoder, pick_covariates, save_figure, spread
+from .diffusion import (
+    LatentDataset, drop_folder, drop_mask, encode_rows, preview_conditions, refuse_leak, refuse_unfinished)
 from .vqgan import VQVAE
 
 # %% ../nbs/09_prior.ipynb #e638a45e

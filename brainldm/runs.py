@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import brainldm
-from .data import SliceDataset, fingerprint
+from .batches import SliceDataset, fingerprint
 from .loop import Learner, TrainConfig, check_finite, every, fit, lr_at, smaller_batch, train_batches
 
 # %% ../nbs/05c_runs.ipynb #b8aca5ab

@@ -10,7 +10,7 @@ __all__ = ['timestep_embedding', 'ConditionEmbedding', 'check_told', 'UNetBlock'
 import math
 import torch
 from torch import Tensor,nn
-from .data import Covariate
+from .batches import Covariate
 from .layers import AttentionBlock,Conditioner,CrossAttention,Downsample,ResBlock,Upsample,check_divides
 
 # %% ../nbs/05_unet.ipynb #d471593e

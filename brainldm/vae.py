@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from .data import Covariate
+from .batches import Covariate
 from .layers import AttentionBlock, Conditioner, Downsample, ResBlock, Upsample
 
 # %% ../nbs/02_vae.ipynb #42417f8d
@@ -171,7 +171,7 @@ class Autoencoder(nn.Module):
     )->Tensor: # What the encoder says (b, code_channels, h/f, w/f)
         if x.ndim!=4 or x.shape[1]!=1 or x.shape[2]%self.factor or x.shape[3]%self.factor: raise ValueError(
             f"{type(self).__name__}.encode: pictures of shape {tuple(x.shape)}. Expected (b, 1, h, w) with h and w "
-            f"multiples of {self.factor}. Load them with brainldm.data, or pad them.")
+            f"multiples of {self.factor}. Load them with brainldm.batches, or pad them.")
         return self.encoder(x, self.embed(cond, len(x)))
 
     def decode(self,

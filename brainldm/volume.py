@@ -30,15 +30,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import brainldm
-from .data import Covariate, SliceDataset
+from .batches import Covariate, SliceDataset
 from .phantom import show_grid
-from .sampling import (SYNTHETIC, BrainLDM, Sampler, check_pictures, check_request, draw_batch, draw_noise, guide,
-                               in_batches, new_folder, save_gif, take_request, to_bytes)
-from .scheduler import NoiseSchedule, denoise
+from .sampling import BrainLDM, Sampler, draw_batch, draw_noise, guide, take_request
+from .codec import SYNTHETIC, check_pictures, check_request, in_batches, new_folder, save_gif, to_bytes
+from .scheduler import NoiseSchedule
+from .samplers import denoise
 from .loop import Learner, TrainConfig, infer, mixed_precision, to_device
 from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights
-from .training import (LatentDataset, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error,
-                               refuse_leak, save_figure, spread)
+from .training import save_figure, spread
+from .diffusion import (
+    LatentDataset, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error, refuse_leak)
 from .unet import UNet
 from .vae import picture_scores
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from .data import Covariate
+from .batches import Covariate
 from .layers import Conditioner, check_divides
 from .vae import Autoencoder
 

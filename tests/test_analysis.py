@@ -1,4 +1,4 @@
-"Analysis: probes that are right about nothing, folds that keep people together, shares that add up, codes of every kind."
+"Analysis: probes that are right about nothing, folds that keep people together, a bottleneck that depends on nothing else."
 import subprocess
 import sys
 
@@ -10,15 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainldm.analysis import (as_table, auc, bottleneck_features, codebook_usage, deal_folds, decode_told, describe_probe, embed, flat_codes,
-                               fold_predictions, neighbours_kept, plot_codebook_usage, plot_embedding, probe, shuffle_target, subject_retrieval,
-                               swap_shares, variance_shares)
-from brainldm.data import Covariate, SliceDataset
-from brainldm.sampling import Codec, draw_noise
+from brainldm.analysis import (
+    auc, bottleneck_features, deal_folds, describe_probe, embed, fold_predictions, neighbours_kept, plot_embedding,
+    probe, shuffle_target)
+from brainldm.batches import Covariate
+from brainldm.sampling import draw_noise
 from brainldm.scheduler import NoiseSchedule, add_noise
 from brainldm.unet import UNet
-from brainldm.vae import AutoencoderKL
-from brainldm.vqgan import FSQ, VQVAE, VectorQuantizer
 
 seeds = st.integers(0, 2**31)
 HEIGHT = Covariate('slice', 'continuous', range=(0, 5))
@@ -155,44 +153,6 @@ def test_probe_refuses(target, match):
     with pytest.raises(ValueError, match=match): probe(np.random.default_rng(0).normal(size=(60, 3)), target, np.repeat(np.arange(20), 3))
 
 
-# -- who and where
-
-@given(seeds, st.integers(2, 6), st.integers(2, 5))
-@settings(max_examples=30, deadline=None)
-def test_shares_add_up_and_do_not_mind_a_rotation(seed, people, heights):
-    rng = np.random.default_rng(seed); v = rng.normal(size=(people*heights, 7))
-    s,k = np.divmod(np.arange(people*heights), heights)
-    if len(v)<3: return
-    a,b = (variance_shares(o, s, k) for o in (v, v@np.linalg.qr(rng.normal(size=(7, 7)))[0]*3+1))
-    assert abs(a['subject']+a['slice']+a['rest']-1)<1e-9 and min(a.values())>-1e-9
-    assert all(abs(a[o]-b[o])<1e-9 for o in a)
-    swapped = variance_shares(v, k, s)
-    assert abs(swapped['subject']-a['slice'])<1e-9
-
-
-def test_retrieval_does_not_mind_the_height():
-    rng = np.random.default_rng(0); s,k = np.divmod(np.arange(60), 6); v = rng.normal(size=(60, 9))
-    a,b = subject_retrieval(v, s, k),subject_retrieval(v+50*rng.normal(size=(6, 9))[k], s, k)
-    np.testing.assert_array_equal(a, b); assert np.isnan(np.diagonal(a)).all() and a.shape==(6, 6)
-
-
-@pytest.mark.parametrize('drop', [slice(1, None), slice(0, -1)])
-def test_a_missing_slice_is_refused(drop):
-    s,k = np.divmod(np.arange(12), 4)
-    with pytest.raises(ValueError, match='everybody at every height'): as_table('f', np.eye(12)[drop], s[drop], k[drop])
-    with pytest.raises(ValueError, match='everybody at every height'): as_table('f', np.eye(12), s, np.where(k==3, 2, k))
-
-
-def test_swap_tells_latent_from_told():
-    own,told = np.arange(4.),np.arange(3.)
-    assert swap_shares(own[:, None]+0*told, own, told)==dict(latent=1, told=0) and swap_shares(0*own[:, None]+told, own, told)==dict(latent=0, told=1)
-
-
-def test_swap_needs_two_values():
-    for own,told in ((np.ones(3), np.arange(2)), (np.arange(3), np.ones(2))):
-        with pytest.raises(ValueError, match='two values'): swap_shares(np.zeros((3, 2)), own, told)
-
-
 # -- networks
 
 @pytest.fixture(scope='module')
@@ -227,35 +187,3 @@ def test_bottleneck_at_the_last_step_sees_noise_alone(unet):
 @pytest.mark.parametrize('t', [-1, 1000, 2.5])
 def test_bottleneck_refuses_a_step(unet, t):
     with pytest.raises(ValueError, match='t='): bottleneck_features(unet, torch.zeros(2, 3, 8, 8), NoiseSchedule(), t)
-
-
-def pictures(n=7, size=32):
-    images = np.random.default_rng(0).integers(0, 256, size=(n, size, size)).astype(np.uint8)
-    table = pd.DataFrame(dict(subject=[f's{i}' for i in range(n)], slice=np.arange(n)%6, sex=['F', 'M', 'F', None, 'M', 'F', 'M'][:n], split='train'))
-    return SliceDataset(images, table, [HEIGHT, SEX])
-
-
-@pytest.mark.parametrize('quantizer', [lambda: VectorQuantizer(12, 4), lambda: FSQ((3, 4))])
-@pytest.mark.parametrize('covariates', [(), (HEIGHT, SEX)])
-def test_codes_are_counted_with_their_pixels(quantizer, covariates):
-    torch.manual_seed(0); q = quantizer()
-    model,data = VQVAE(q, 8, channels=(8,), attention_levels=(False,), patch=4, covariates=covariates, cond_channels=8).eval(),pictures()
-    counts,patches = codebook_usage(model, data, batch_size=3)
-    assert counts.sum()==7*64 and patches.shape==(12, 4, 4)
-    total = (patches.nan_to_num()*counts[:, None, None]).sum()/16/counts.sum()                    # means of means are the mean
-    torch.testing.assert_close(total, data.__getitems__(range(7))['image'].mean(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(patches.isnan().all((1, 2)), counts==0)
-    flat = flat_codes(model, torch.arange(5), 3, dict(slice=torch.rand(5), sex=torch.arange(5)%2) if covariates else None)
-    assert flat.shape==(5, 1, 12, 12) and flat.abs().max()<=1
-    plt.close(plot_codebook_usage(dict(a=counts, b=torch.ones(30))))
-
-
-def test_told_values_go_where_they_should():
-    torch.manual_seed(0); model = AutoencoderKL(2, channels=(8,), attention_levels=(False,), patch=4, covariates=(HEIGHT, SEX), cond_channels=8)
-    codec,z,sex = Codec(model.eval(), 32),torch.randn(3, 2, 8, 8),torch.tensor([0, 1, 1])
-    out = decode_told(codec, z, 'slice', torch.tensor([0., .5, 1., float('nan')]), dict(sex=sex))
-    assert out.shape==(3, 4, 1, 32, 32)
-    torch.testing.assert_close(out[1:2, 1], codec.decode(z[1:2], dict(slice=torch.tensor([.5]), sex=sex[1:2])), rtol=1e-4, atol=1e-5)
-    assert decode_told(codec, z, 'sex', torch.tensor([0, 1]), dict(slice=torch.rand(3))).shape==(3, 2, 1, 32, 32)
-    plain = Codec(AutoencoderKL(2, channels=(8,), attention_levels=(False,), patch=4), 32)
-    with pytest.raises(ValueError, match="not told 'slice'"): decode_told(plain, z, 'slice', torch.zeros(2))

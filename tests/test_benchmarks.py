@@ -33,7 +33,7 @@ def names(found): return [o['what'] for o in found['rows']]
 
 
 def test_sampling(load, tmp_path):
-    from brainldm.scheduler import SAMPLERS
+    from brainldm.samplers import SAMPLERS
     o = load('sampling')
     o.main(o.Sampling(**TINY, out=tmp_path, batch_sizes=(2, 3), steps=2))
     found = written(tmp_path, 'sampling')
@@ -90,8 +90,8 @@ def test_time_to_ssim(load, tmp_path, tiny_run):
 
 def test_volumes(load, tmp_path, tiny_run, monkeypatch):
     from brainldm.cli import data_config
-    from brainldm.data import open_dataset
-    from brainldm.evaluation import FEATURES
+    from brainldm.batches import open_dataset
+    from brainldm.fidelity import FEATURES
     from brainldm.volume import VOLUME_PRESETS, train_volume
     o,run = load('volumes'),tmp_path/'run'
     shutil.copytree(tiny_run[0], run)
@@ -105,6 +105,38 @@ def test_volumes(load, tmp_path, tiny_run, monkeypatch):
     assert table.loc['scans', 'SSIM of neighbours']>table.loc['noise correlated 0', 'SSIM of neighbours']
     found = json.loads((tmp_path/'out'/'table.json').read_text())
     assert set(found['rows'])==set(table.index) and found['where']['brains']==1
+
+
+def test_ablate_prior(load, tmp_path, tiny_run, monkeypatch):
+    from brainldm.data import DataConfig
+    from brainldm.batches import open_dataset
+    from brainldm.training import AEConfig, train_autoencoder
+    o,config = load('ablate_prior'),DataConfig(size=64, validate_fraction=.2, test_fraction=.2)
+    train_autoencoder(open_dataset(tiny_run[1], config, progress=False), tmp_path/'run', AEConfig(data=config, total_images=16, warmup_images=8, kind='vq',
+                      num_embeddings=12, channels=(8,), attention_levels=(False,), patch=8, latent_channels=4), progress=False)
+    job = o.Ablation(tiny_run[1], tmp_path/'run', tmp_path/'out', maps=64, preset='tiny')
+    before = sorted(k.name for k in (tmp_path/'run').rglob('*'))
+    table = o.main(job)
+    assert list(table.index)==list(o.variants(job)) and sorted(k.name for k in (tmp_path/'run').rglob('*'))==before
+    size = (1e6*table['parameters, M']).round().astype(int)
+    assert size['base']-size['rotary']==2*8*32 and size['rotary and learned']==size['base'] and size['base']-size['tied']==12*32
+    assert size['no vectors']<size['base']<size['half as deep again']<size['half as wide again']
+    assert (table['held-out bits']>0).all() and (table.drop('base')['held-out bits']!=table.loc['base', 'held-out bits']).all()
+    found = json.loads((tmp_path/'out'/'table.json').read_text())
+    assert set(found['rows'])==set(table.index) and set(found['floors'])=={'uniform', 'histogram', 'place', 'place_slice'} and found['where']['maps']==64
+    monkeypatch.setattr(o, 'Learner', None)                                    # whatever is finished is not trained again
+    assert o.main(job).equals(table)
+    with pytest.raises(SystemExit, match='Give another --out'): o.main(dataclasses.replace(job, maps=80))
+    with pytest.raises(SystemExit, match='unknown variant'): o.main(dataclasses.replace(job, only='base,taller'))
+
+
+def test_rotary_attention_knows_distances_alone(load, monkeypatch):
+    o = load('ablate_prior')
+    o.check_relative()
+    angles = o.place_angles
+    for fault in (lambda *a, **k: angles(*a, **k)**2, lambda *a, **k: angles(*a, **k)*0):      # places bent; places forgotten
+        monkeypatch.setattr(o, 'place_angles', fault)
+        with pytest.raises(AssertionError): o.check_relative()
 
 
 def test_a_peer_of_another_size_is_refused(load, monkeypatch):

@@ -1,24 +1,19 @@
-"brainldm.data: every layout, every fault, leaks, volumes turned every way, cache, batches."
-import json
+"brainldm.data: every layout, every fault, leaks, splits."
 import shutil
 import subprocess
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
-from torch.testing import assert_close
 
 from brainldm import data
-from brainldm.data import (Covariate, DataConfig, SliceDataset, ShuffledBatches, build_cache, check_dataset, encode_covariates, eval_batches,
-                           find_covariates, find_layout, fingerprint, list_slices, make_loader, open_dataset, prepare_picture,
-                           read_manifest, split_by_subject)
+from brainldm.batches import open_dataset
+from brainldm.data import DataConfig, check_dataset, find_layout, read_manifest, split_by_subject
 
 OASIS = Path(__file__).parents[1]/'../shared/data/oasis1'
 CONFIG = DataConfig(size=32, validate_fraction=.25, test_fraction=.25)
@@ -395,29 +390,6 @@ def test_bad_config(kw):
 
 # ---- volumes
 
-def flipped(vol, affine, flips, order):
-    "The same head in another storage order: axes reversed and permuted, affine changed to match."
-    ornt = np.array([[order.index(i), -1 if i in flips else 1] for i in range(3)])
-    out = nib.orientations.apply_orientation(vol, ornt)
-    return out, affine @ nib.orientations.inv_ornt_aff(ornt, vol.shape)
-
-
-@pytest.mark.parametrize('flips,order', [((), (0, 1, 2)), ((0,), (0, 1, 2)), ((1,), (0, 1, 2)), ((0, 1, 2), (0, 1, 2)), ((2,), (2, 0, 1)), ((0,), (1, 0, 2))])
-def test_orientation_comes_from_the_affine(tmp_path, flips, order):
-    vol = np.zeros((12, 14, 5), np.uint8)
-    vol[2, 11] = 200                                            # left, front
-    vol[2:10, 4:9] = np.arange(5)*10+50                         # height
-    affine = np.diag([1.5, 1.5, 3, 1.])
-    moved, moved_affine = flipped(vol, affine, flips, order)
-    make_volume(tmp_path/'sub-01_T1w.nii.gz', moved, moved_affine)
-    report = look(tmp_path)
-    assert report.ok and set(report.manifest.subject)=={'sub-01'}, str(report)
-    pictures, _ = data.decode_file(tmp_path/'sub-01_T1w.nii.gz', [0, 4])
-    assert pictures[0].shape==(14, 12)
-    assert np.argwhere(pictures[0]==200).tolist()==[[2, 2]]    # front at the top, left on the left
-    assert pictures[0][7, 5]==50 and pictures[1][7, 5]==90
-
-
 def test_planes_and_foreground(tmp_path):
     vol = np.stack([picture(7+k).T for k in range(6)], -1); vol[..., [0, 5]] = 0
     make_volume(tmp_path/'a.nii.gz', vol)
@@ -452,11 +424,6 @@ def test_faulty_volume(tmp_path, kind, vol, affine):
     assert faults(report)==[kind] and len(report.faults)==1, str(report)
 
 
-def test_slightly_oblique_is_read(tmp_path):
-    make_volume(tmp_path/'a.nii', affine=turned(8))
-    assert look(tmp_path).ok
-
-
 def test_volume_without_orientation_and_broken_files(tmp_path):
     img = nib.Nifti1Image(float_head(), None)
     img.header['sform_code'] = img.header['qform_code'] = 0
@@ -475,199 +442,7 @@ def test_two_volumes_of_a_subject(tmp_path):
     assert (report.faults.fault=='two volumes').sum()==2 and set(report.manifest.subject)=={'sub-02'}
 
 
-def test_intensities(tmp_path):
-    vol = float_head()*7.3
-    make_volume(tmp_path/'a.nii.gz', vol, dtype=np.float32)
-    report = look(tmp_path)
-    assert any('99.9th percentile' in o for o in report.notes) or report.ok
-    got, clipped = data.load_volume(tmp_path/'a.nii.gz')
-    top = np.percentile(vol[vol>0], 99.9)
-    assert got.dtype==np.uint8 and np.abs(got-np.clip(vol/top, 0, 1)*255).max()<=.5+1e-3 and clipped<=.001
-    raw = float_head().astype(np.uint8)
-    make_volume(tmp_path/'b.nii.gz', raw)
-    assert (data.load_volume(tmp_path/'b.nii.gz')[0]==raw).all()
-
-
-# ---- transforms and cache
-
-def test_prepare_picture():
-    p = picture(3, 32, 32)
-    assert (prepare_picture(p, 32)==p).all()                    # nothing to do: bytes unchanged
-    wide = picture(3, 40, 32)
-    padded = prepare_picture(wide, 40)
-    assert (padded[:, 4:36]==wide).all() and not padded[:, :4].any() and not padded[:, 36:].any()
-    assert (prepare_picture(wide, 20, crop=20)==wide[10:30, 6:26]).all()
-    with pytest.raises(ValueError, match='crop=41'): prepare_picture(wide, 32, crop=41)
-    flat = np.full((64, 64), 77, np.uint8)
-    assert (prepare_picture(flat, 16)==77).all() and (prepare_picture(flat, 100)==77).all()
-    checker = (np.indices((64, 64)).sum(0)%2*255).astype(np.uint8)
-    assert np.abs(prepare_picture(checker, 16).astype(int)-127).max()<=8     # antialiased: not one of the two colours
-
-
-def test_crop_too_large_is_said(tmp_path):
-    with pytest.raises(ValueError, match='crop=64'):
-        open_dataset(make_oasis(tmp_path), DataConfig(size=32, crop=64), progress=False, cache_dir=tmp_path/'cache')
-    assert not list((tmp_path/'cache').iterdir())               # no half cache is left
-
-
 def test_enlarging_is_noted(tmp_path):
     root = make_oasis(tmp_path)
     assert any('enlarged to 64' in o for o in look(root, DataConfig(size=64)).notes)
     assert not any('enlarged' in o for o in look(root).notes)
-
-
-@pytest.fixture
-def cohort(tmp_path): return make_oasis(tmp_path/'in'), tmp_path/'cache'
-
-
-def cached(cohort, **kw): return open_dataset(cohort[0], DataConfig(**{'size': 32, **kw}), progress=False, cache_dir=cohort[1])
-
-
-def test_cache_is_reused_and_keyed(cohort, monkeypatch):
-    first = cached(cohort)
-    assert isinstance(first.images, np.memmap) and first.images.dtype==np.uint8
-    folder = next(cohort[1].iterdir())
-    assert sorted(o.name for o in folder.iterdir())==['images.npy', 'manifest.csv', 'meta.json']
-    assert json.loads((folder/'meta.json').read_text())['data']==fingerprint(first.manifest)
-    with monkeypatch.context() as m:
-        m.setattr(data, 'write_cache', lambda *a: pytest.fail('written again'))
-        assert (cached(cohort).images==first.images).all()
-    cached(cohort, size=16); cached(cohort, crop=24)
-    assert len(list(cohort[1].iterdir()))==3
-    save(cohort[0]/'keras_png_slices_train/case_001_slice_0.nii.png', picture(5555))
-    assert fingerprint(cached(cohort).manifest)!=fingerprint(first.manifest) and len(list(cohort[1].iterdir()))==4
-
-
-def test_cache_moves_with_the_data(cohort, monkeypatch):
-    cached(cohort)
-    moved = cohort[0].rename(cohort[0].with_name('elsewhere'))
-    monkeypatch.setattr(data, 'write_cache', lambda *a: pytest.fail('written again'))
-    open_dataset(moved, DataConfig(size=32), progress=False, cache_dir=cohort[1])
-
-
-@pytest.mark.parametrize('damage', ['flip', 'cut', 'no meta', 'bad meta', 'no images', 'pickle'])
-def test_damaged_cache_is_made_anew(cohort, damage):
-    first = np.array(cached(cohort).images)
-    folder = next(cohort[1].iterdir())
-    images, meta = folder/'images.npy', folder/'meta.json'
-    raw = images.read_bytes()
-    if damage=='flip': images.write_bytes(raw[:-9]+bytes([raw[-9]^255])+raw[-8:])
-    if damage=='cut': images.write_bytes(raw[:-100])
-    if damage=='no meta': meta.unlink()
-    if damage=='bad meta': meta.write_text('[1')
-    if damage=='no images': images.unlink()
-    if damage=='pickle': np.save(images, np.array([{}], dtype=object), allow_pickle=True)
-    assert (cached(cohort).images==first).all() and images.read_bytes()==raw
-
-
-def test_interrupted_cache_leaves_nothing(cohort, monkeypatch):
-    count = iter(range(10**6))
-    def stop(*a):
-        if next(count)==12: raise KeyboardInterrupt
-        return prepare_picture(*a)
-    with monkeypatch.context() as m:
-        m.setattr(data, 'prepare_picture', stop)
-        with pytest.raises(KeyboardInterrupt): cached(cohort)
-    assert not list(cohort[1].iterdir())
-    assert len(cached(cohort))==30
-
-
-def test_processes_that_build_at_once(cohort):
-    code = ("import sys; from brainldm.data import DataConfig, open_dataset; "
-            "print(open_dataset(sys.argv[1], DataConfig(size=32), False, sys.argv[2]).images[:].sum())")
-    runs = [subprocess.Popen([sys.executable, '-c', code, *map(str, cohort)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    a, b = (o.communicate(timeout=60)[0] for o in runs)
-    assert [o.returncode for o in runs]==[0, 0] and a==b and len(list(cohort[1].iterdir()))==1
-
-
-def test_lost_race_for_the_cache(cohort, monkeypatch):
-    first = np.array(cached(cohort).images)
-    folder = next(cohort[1].iterdir())
-    answers = iter([False, False, True])                        # not there, still not there, then another process was faster
-    monkeypatch.setattr(data, 'cache_is_whole', lambda o: next(answers))
-    monkeypatch.setattr(data.shutil, 'rmtree', lambda o, **kw: None)
-    assert (cached(cohort).images==first).all() and (folder/'meta.json').exists() and next(answers, None) is None
-
-
-def test_file_changed_after_the_check(cohort):
-    report = look(cohort[0])
-    save(cohort[0]/'keras_png_slices_train/case_001_slice_0.nii.png', picture(5555))
-    with pytest.raises(RuntimeError, match='changed since'): build_cache(report.manifest, cohort[0], CONFIG, cohort[1], False)
-    with pytest.raises(ValueError, match='check_dataset'): build_cache(list_slices(cohort[0], CONFIG).manifest, cohort[0], CONFIG, cohort[1])
-
-
-def test_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'x')); monkeypatch.delenv('BRAINLDM_CACHE', raising=False)
-    assert data.cache_folder()==tmp_path/'x/brainldm'
-    monkeypatch.setenv('BRAINLDM_CACHE', str(tmp_path/'y'))
-    assert data.cache_folder()==tmp_path/'y' and data.cache_folder(tmp_path)==tmp_path
-
-
-def test_two_runs_agree(cohort, tmp_path):
-    a, b = (open_dataset(cohort[0], CONFIG, progress=False, cache_dir=tmp_path/o) for o in 'ab')
-    assert fingerprint(a.manifest)==fingerprint(b.manifest) and (a.images==b.images).all()
-
-
-# ---- covariates, data set and batches
-
-def test_covariates():
-    m = pd.DataFrame(dict(slice=[0, 31, 40], diagnosis=['NC', 'AD', 'AD'], age=[60., 80., 95.], sex=['F', None, 'M'], split=['train', 'train', 'test']))
-    covs = find_covariates(m)
-    assert covs==[Covariate('slice', 'continuous', range=(0, 31)), Covariate('diagnosis', 'categorical', values=('AD', 'NC')),
-                  Covariate('age', 'continuous', range=(60, 80)), Covariate('sex', 'categorical', values=('F',))]
-    assert [Covariate(**json.loads(json.dumps(vars(o)))) for o in covs]==covs
-    assert [o.name for o in find_covariates(m, ['age'])]==['age']
-    with pytest.raises(ValueError, match="'height'"): find_covariates(m, ['height'])
-    got = encode_covariates(dict(slice=[0, 31, 15.5], diagnosis='AD', age=[None, 70, 60], sex=[None, 'F', 'F']), covs)
-    assert_close(got['slice'], torch.tensor([0, 1, .5])); assert_close(got['diagnosis'], torch.tensor([0, 0, 0]))
-    assert_close(got['age'], torch.tensor([np.nan, .5, 0], dtype=torch.float32), equal_nan=True); assert_close(got['sex'], torch.tensor([-1, 0, 0]))
-    with pytest.raises(ValueError, match='one of AD, NC'): encode_covariates(dict(diagnosis='MCI'), covs)
-    with pytest.raises(ValueError, match="unknown condition 'weight'"): encode_covariates(dict(weight=3), covs)
-    with pytest.raises(ValueError, match='Expected a number'): encode_covariates(dict(age='old'), covs)
-    with pytest.raises(ValueError, match='sex='): encode_covariates(m, covs)      # M was never seen in train
-    with pytest.raises(ValueError, match='2 values'): encode_covariates(dict(age=[1, 2], slice=[1, 2, 3]), covs)
-    one = Covariate('slice', 'continuous', range=(5, 5))
-    assert encode_covariates(dict(slice=5), [one])['slice'].item()==0
-    for bad in (dict(kind='x'), dict(kind='continuous'), dict(kind='categorical', values=()), dict(kind='continuous', range=(2, 1))):
-        with pytest.raises(ValueError): Covariate('a', **bad)
-
-
-def test_dataset(cohort):
-    (cohort[0]/'subjects.csv').write_text('subject,diagnosis\n'+''.join(f'{i:03d},{"AD" if i%2 else "NC"}\n' for i in range(1, 10)))
-    ds = cached(cohort)
-    batch = ds.__getitems__([3, 0])
-    assert batch['image'].shape==(2, 1, 32, 32) and batch['image'].dtype==torch.float32
-    assert_close(batch['image'][1, 0], torch.from_numpy(np.array(ds.images[0])).float()/127.5-1)
-    assert ds[3]['image'].equal(batch['image'][0]) and ds[3]['slice']==batch['slice'][0]
-    test = ds.subset('test')
-    assert set(test.manifest.split)=={'test'} and test.covariates==ds.covariates and isinstance(test.images, np.memmap)
-    assert test.conditions['diagnosis'][-1]==-1                 # subject 010 has no row
-    full = torch.cat([o['image'] for o in eval_batches(ds, 7)])
-    assert full.shape==(30, 1, 32, 32) and full[11].equal(ds[11]['image'])
-    with pytest.raises(ValueError, match='no row of split'): test.subset('train')
-    with pytest.raises(ValueError, match='one row a picture'): SliceDataset(ds.images[:3], ds.manifest)
-    with pytest.raises(IndexError): ds[30]
-
-
-@pytest.mark.parametrize('n,batch_size', [(10, 3), (7, 7), (3, 8), (1, 4), (64, 16)])
-def test_shuffled_batches(n, batch_size):
-    flat = [i for b in islice(ShuffledBatches(n, batch_size, seed=1), n*2) for i in b]
-    for epoch in range(len(flat)//n): assert sorted(flat[epoch*n:(epoch+1)*n])==list(range(n))
-    for start in (0, 1, 5):                                     # batch k does not depend on where we start
-        assert list(islice(ShuffledBatches(n, batch_size, 1, start), 3))==list(islice(ShuffledBatches(n, batch_size, 1), start, start+3))
-    if n>9: assert next(iter(ShuffledBatches(n, batch_size, 2)))!=next(iter(ShuffledBatches(n, batch_size, 1)))
-
-
-def test_bad_batches():
-    with pytest.raises(ValueError): ShuffledBatches(0, 4, 0)
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-def test_loader(cohort, workers):
-    ds = cached(cohort).subset('train')
-    batches = list(islice(make_loader(ds, 4, seed=0, num_workers=workers), 6))
-    expected = [ds.__getitems__(o) for o in islice(ShuffledBatches(len(ds), 4, 0), 6)]
-    for a, b in zip(batches, expected):
-        assert a.keys()==b.keys()
-        for k in a: assert_close(a[k], b[k], equal_nan=True)
-    assert_close(next(iter(make_loader(ds, 4, seed=0, start=3)))['image'], expected[3]['image'])

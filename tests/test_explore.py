@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 import brainldm.explore as explore
-from brainldm.data import Covariate, DataConfig
+from brainldm.data import DataConfig
+from brainldm.batches import Covariate
 from brainldm.explore import OPEN, Explorer, to_png
-from brainldm.sampling import SYNTHETIC, BrainLDM, Codec
+from brainldm.sampling import BrainLDM
+from brainldm.codec import SYNTHETIC, Codec
 from brainldm.training import AEConfig, autoencoder_args, build_autoencoder
 
 ROOT = Path(__file__).parents[1]

@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from brainldm import loop
-from brainldm.data import Covariate
-from brainldm.evaluation import FeatureNet
+from brainldm.batches import Covariate
+from brainldm.fidelity import FeatureNet
 from brainldm.loop import Learner, TrainConfig, train_batches
 from brainldm.prior import CodeTransformer, PriorConfig, prior_loss
 from brainldm.runs import pack_state, unpack_state
 from brainldm.scheduler import NoiseSchedule
-from brainldm.training import AEConfig, LDMConfig, autoencoder_args, autoencoder_loss, build_autoencoder, ldm_loss, make_critic, unet_args
+from brainldm.training import AEConfig, autoencoder_args, autoencoder_loss, build_autoencoder, make_critic
+from brainldm.diffusion import LDMConfig, ldm_loss, unet_args
 from brainldm.unet import UNet
 from brainldm.volume import NeighbourUNet, VolumeConfig, volume_loss
 from brainldm.vqgan import PatchDiscriminator

@@ -23,8 +23,9 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm import cli, data
-from brainldm.data import Covariate, DataConfig
+from brainldm import batches, cli, data
+from brainldm.data import DataConfig
+from brainldm.batches import Covariate
 from brainldm.runs import load_weights, save_weights
 
 FORM = re.compile(r"\S.*?: .+?[.\n] ?Expected .+?\.\s+\S.+", re.DOTALL)     # what: what arrived. Expected what. Try what.
@@ -367,7 +368,7 @@ COLUMNS = {                                              # name: values of a col
 def test_covariate_of_ones_own(name, listed, capsys):
     values, said = COLUMNS[name]
     (listed / "subjects.csv").write_text("subject,mmse\n" + "".join(f"{i},{v}\n" for i, v in enumerate(values, 1)))
-    with pytest.raises(ValueError, match=said) as e: data.find_covariates(data.read_manifest(listed), ["mmse"])
+    with pytest.raises(ValueError, match=said) as e: batches.find_covariates(data.read_manifest(listed), ["mmse"])
     assert FORM.match(str(e.value))
 
 
@@ -471,10 +472,10 @@ def test_sound_archive_is_unpacked_once_and_trained_on(suffix, oasis, tmp_path, 
         assert cli.main(["check", str(archive)]) == 0
         out = capsys.readouterr().out
         assert "layout oasis: 4 subjects, 8 slices" in out and str(archive.name) in out
-    dataset = data.open_dataset(archive, DataConfig(size=32), progress=False)
+    dataset = batches.open_dataset(archive, DataConfig(size=32), progress=False)
     assert len(dataset) == 8
     first = snapshot(tmp_path / "cache")
-    data.open_dataset(archive, DataConfig(size=32), progress=False)
+    batches.open_dataset(archive, DataConfig(size=32), progress=False)
     assert snapshot(tmp_path / "cache") == first
 
 
@@ -654,8 +655,8 @@ def test_other_files_of_a_run(name, content, run, tiny_run, tmp_path, capsys):
              "feature_net.safetensors": ("evaluate", run, tiny_run[1], "--no-utility", "--steps", 1)}[name]
     if name == "log.jsonl" and content.count(b"\n") < 1: pytest.skip("one line, cut short by a crash: that is no fault")
     if name == "feature_net.safetensors":
-        from brainldm.evaluation import feature_net
-        with pytest.raises(ValueError) as e: feature_net(run, data.open_dataset(tiny_run[1], cli.data_config(run), progress=False))
+        from brainldm.fidelity import feature_net
+        with pytest.raises(ValueError) as e: feature_net(run, batches.open_dataset(tiny_run[1], cli.data_config(run), progress=False))
         assert FORM.match(str(e.value)) and name in str(e.value)
     else: assert name.partition(".")[0] in refused(capsys, *words)
     assert snapshot(tmp_path) == before

@@ -2,7 +2,7 @@
 import pytest, torch
 from torch import nn
 from torch.testing import assert_close
-from brainldm.data import Covariate, encode_covariates
+from brainldm.batches import Covariate, encode_covariates
 from brainldm.layers import (AttentionBlock, Conditioner, CrossAttention, Downsample, ResBlock, ScalarEmbedding, Upsample,
                              check_divides)
 

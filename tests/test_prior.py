@@ -12,7 +12,8 @@ import torch
 from test_training import Crash, make_dataset
 
 from brainldm import prior as module
-from brainldm.data import Covariate, DataConfig
+from brainldm.data import DataConfig
+from brainldm.batches import Covariate
 from brainldm.prior import (PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, check_prior, code_bits, code_cells, code_chances,
                             code_floors, code_prices, draw_uniform, load_prior, neighbours, next_logits, pick_codes, prior_loss, sample_codes, train_prior)
 from brainldm.loop import check_config, infer, pick_precision

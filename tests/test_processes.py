@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from brainldm.data import DataConfig, open_dataset
+from brainldm.data import DataConfig
+from brainldm.batches import open_dataset
 from brainldm.phantom import PhantomConfig, make_cohort
 from brainldm.prior import PriorConfig, train_prior
-from brainldm.training import AEConfig, LDMConfig, train_autoencoder, train_ldm
+from brainldm.training import AEConfig, train_autoencoder
+from brainldm.diffusion import LDMConfig, train_ldm
 
 pytestmark = pytest.mark.skipif(os.name=='nt', reason='gloo on POSIX')
 # What `accelerate launch` starts on GPUs; with --cpu it starts one process only, whatever it is told.

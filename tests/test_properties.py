@@ -17,11 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm import data
-from brainldm.data import Covariate, DataConfig, DataFault
+from brainldm import batches, data, files
+from brainldm.data import DataConfig
+from brainldm.batches import Covariate
+from brainldm.files import DataFault
 from brainldm.sampling import BrainLDM
-from brainldm.scheduler import PREDICTION_TYPES, NoiseSchedule, add_noise, sampling_timesteps, targets, to_x0_eps
-from brainldm.training import AEConfig, LDMConfig, load_weights, save_weights
+from brainldm.scheduler import PREDICTION_TYPES, NoiseSchedule, add_noise, targets, to_x0_eps
+from brainldm.samplers import sampling_timesteps
+from brainldm.training import AEConfig, load_weights, save_weights
+from brainldm.diffusion import LDMConfig
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings
@@ -179,7 +183,7 @@ def test_mutated_picture(kind, edits, more, cut):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.png"
         path.write_bytes(mutate(picture_bytes(kind), edits + more, cut))
-        try: picture = data.decode_picture(path)
+        try: picture = files.decode_picture(path)
         except DataFault as e: assert e.kind and str(e)
         else: assert picture.dtype == np.uint8 and picture.ndim == 2
 
@@ -197,20 +201,20 @@ def test_mutated_volume(suffix, edits, more, cut, packed):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"a{suffix}"
         path.write_bytes(content)
-        try: vol, clipped = data.load_volume(path)
+        try: vol, clipped = files.load_volume(path)
         except DataFault as e: assert e.kind and str(e)
         else: assert vol.dtype == np.uint8 and vol.ndim == 3 and 0 <= clipped <= 1
 
 
 def archive_bytes(suffix):
-    files = {"AD_NC/train/AD/1_0.png": picture_bytes("png"), "AD_NC/read me.txt": b"words " * 50}
+    members = {"AD_NC/train/AD/1_0.png": picture_bytes("png"), "AD_NC/read me.txt": b"words " * 50}
     out = io.BytesIO()
     if suffix == ".zip":
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
-            for name, content in files.items(): z.writestr(name, content)
+            for name, content in members.items(): z.writestr(name, content)
     else:
         with tarfile.open(fileobj=out, mode="w" if suffix == ".tar" else "w:gz") as tar:
-            for name, content in files.items():
+            for name, content in members.items():
                 info = tarfile.TarInfo(name); info.size = len(content); tar.addfile(info, io.BytesIO(content))
     return out.getvalue()
 
@@ -223,7 +227,7 @@ def test_mutated_archive(suffix, edits, more, cut):
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / f"a{suffix}", Path(folder) / "in" / "out"
         path.write_bytes(mutate(archive_bytes(suffix), edits + more, cut)); out.mkdir(parents=True)
-        try: data.unpack_into(path, out)
+        try: files.unpack_into(path, out)
         except ValueError as e: assert FORM.match(str(e)), str(e)
         assert sorted(o.name for o in Path(folder).iterdir()) == sorted([path.name, "in"]) and [o.name for o in out.parent.iterdir()] == ["out"]
         assert not any(o.is_symlink() for o in out.rglob("*"))
@@ -270,10 +274,10 @@ def test_mutated_checkpoint(tiny_run, edits, cut, stage, share):
 def test_categories_come_back(values, source):
     c = Covariate("kind", "categorical", values=tuple(values))
     asked = source.draw(st.lists(st.one_of(st.none(), st.sampled_from(values)), min_size=1, max_size=10))
-    codes = data.encode_column(asked, c)
+    codes = batches.encode_column(asked, c)
     assert codes.dtype == torch.int64 and [None if k < 0 else values[k] for k in codes.tolist()] == asked
     stranger = "".join(values) + "x"
-    with pytest.raises(ValueError) as e: data.encode_column([*asked, stranger], c)
+    with pytest.raises(ValueError) as e: batches.encode_column([*asked, stranger], c)
     assert FORM.match(str(e.value)) and repr(stranger) in str(e.value)
 
 
@@ -282,17 +286,17 @@ def test_categories_come_back(values, source):
 def test_numbers_come_back(low, width, shares):
     c = Covariate("age", "continuous", range=(low, low + width))
     asked = [None if u is None else low + u * width for u in shares]
-    codes = data.encode_column(asked, c)
+    codes = batches.encode_column(asked, c)
     assert codes.dtype == torch.float32 and [bool(o) for o in codes.isnan()] == [o is None for o in asked]
     for v, k in zip(asked, codes.tolist()):
         if v is not None: assert abs(low + k * width - v) <= 1e-6 * width + 1e-9 * abs(low)     # float32 shares
     for bad in (float("inf"), "text"):
-        with pytest.raises(ValueError): data.encode_column([bad], c)
+        with pytest.raises(ValueError): batches.encode_column([bad], c)
     assert Covariate(**json.loads(json.dumps(dataclasses.asdict(c)))) == c
 
 
 @settings(max_examples=50, **QUICK)
 @given(st.text(max_size=30))
 def test_printable(text):
-    out = data.printable(text)
+    out = files.printable(text)
     assert out.isprintable() and (out == text or not text.isprintable())

@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from brainldm.data import Covariate, DataConfig, open_dataset
+from brainldm.data import DataConfig
+from brainldm.batches import Covariate, open_dataset
 from brainldm.evaluation import merge_metrics, reconstruction_scores, show_number
 from brainldm.report import check_targets, draw_by_condition, draw_like, evaluate, middle_conditions, picture_uri, report, report_numbers, report_samples
 from brainldm.sampling import BrainLDM, Sampler

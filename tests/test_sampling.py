@@ -1,17 +1,15 @@
-"Sampling: requests, seeds, guidance, saved folders, and every way in which a run folder can be wrong."
+"Sampling: requests, seeds, guidance, edits, and every way in which a run folder can be wrong."
 import dataclasses
-import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from brainldm.data import Covariate, DataConfig, check_dataset, encode_covariates, open_dataset, read_manifest
-from brainldm.sampling import (SYNTHETIC, BrainLDM, Codec, Sampler, check_conditions, draw_noise, guide, load_denoiser, manifest_of, mix_conditions,
-                               pick_device, save_gif, save_pictures, skipped_steps, slerp, spread, to_bytes)
+from brainldm.data import DataConfig
+from brainldm.batches import Covariate, encode_covariates, open_dataset
 from brainldm.runs import load_weights, save_weights
+from brainldm.sampling import (BrainLDM, Sampler, draw_noise, guide, load_denoiser, mix_conditions, skipped_steps, slerp,
+                               spread)
 from brainldm.unet import UNet
 from brainldm.vae import AutoencoderKL
 
@@ -259,13 +257,6 @@ def test_not_a_number_is_an_error(copy):
     with pytest.raises(RuntimeError, match='precision'): model.sample(1, steps=2)
 
 
-def test_reconstruct(model, tiny_run):
-    batch = open_dataset(tiny_run[1], DataConfig(size=64), progress=False).__getitems__(range(3))
-    assert model.reconstruct(batch['image'], batch).shape==(3, 1, 64, 64)
-    assert isinstance(model, Codec) and model.encode(batch['image']).shape==(3, 4, 8, 8)
-    with pytest.raises(ValueError, match='multiples'): model.reconstruct(torch.zeros(1, 1, 60, 60))
-
-
 @pytest.mark.parametrize('name', ['config.json', 'autoencoder.safetensors'])
 def test_run_without(copy, name):
     (copy/name).unlink()
@@ -300,61 +291,7 @@ def test_load_options(tiny_run):
     assert (half-ema).abs().mean()<.1
     for wrong in (dict(weights='best'), dict(precision='fp8'), dict(device='gpu')):
         with pytest.raises(ValueError, match=next(iter(wrong))): BrainLDM.load(tiny_run[0], **wrong)
-    assert pick_device().type in ('cpu', 'cuda', 'mps')
     assert load_denoiser(tiny_run[0], 4)['schedule'].num_train_timesteps==1000
-
-
-@pytest.mark.parametrize('n, conditions', [(1, {}), (3, dict(diagnosis='AD', slice=2)), (2, dict(slice=[1.5, None], diagnosis=['AD', None])),
-                                           (65, dict(slice=np.arange(65)%6)), (2, dict(slice=torch.tensor([0., 3.])))])
-def test_saved_folder(tmp_path, n, conditions):
-    pictures = torch.rand(n, 1, 16, 16)*2-1
-    folder = save_pictures(pictures, tmp_path/'new'/'drawn', conditions, dict(seed=1, sampler='ddim'))
-    table = read_manifest(folder)
-    assert len(table)==n and set(table.split)<={'train', 'validate', 'test'}
-    assert check_dataset(folder, DataConfig(size=16), progress=False).ok
-    table = table.sort_values('path')
-    for path,picture in zip(table.path, pictures):
-        with Image.open(folder/path) as im:
-            note = json.loads(im.info['brainldm'])
-            assert note['synthetic'] is True and im.info['Description']==SYNTHETIC and note['seed']==1
-            assert np.array_equal(np.asarray(im), to_bytes(picture)[0])
-
-
-def test_metadata_keeps_what_was_asked(tmp_path):
-    folder = save_pictures(torch.zeros(2, 1, 8, 8)+torch.tensor([0., .5]).view(2, 1, 1, 1), tmp_path/'a', dict(slice=[1.5, None]), {})
-    notes = [json.loads(Image.open(folder/f'picture_{i:04d}.png').info['brainldm']) for i in range(2)]
-    assert notes[0]['slice']==1.5 and 'slice' not in notes[1]
-    assert manifest_of(dict(slice=[1.5, None]), 2)['slice'].tolist()==[2, 0]
-
-
-def test_nothing_is_overwritten(tiny_run, tmp_path):
-    pictures = torch.zeros(1, 1, 8, 8)
-    before = sorted(o.name for o in tiny_run[0].rglob('*'))
-    for place in (tiny_run[0], tiny_run[0]/'config.json'):
-        with pytest.raises(FileExistsError, match='nothing is overwritten'): save_pictures(pictures, place, {}, {})
-    assert sorted(o.name for o in tiny_run[0].rglob('*'))==before
-    with pytest.raises(ValueError, match='3 values of age'): save_pictures(pictures, tmp_path/'b', dict(age=[1, 2, 3]), {})
-    with pytest.raises(ValueError, match='not finite'): save_pictures(pictures*float('nan'), tmp_path/'b', {}, {})
-    assert not (tmp_path/'b').exists()
-
-
-@pytest.mark.parametrize('n', [1, 2, 4, 9])
-@pytest.mark.parametrize('frames', [1, 5])
-def test_gif(tmp_path, n, frames):
-    path = save_gif([torch.rand(n, 1, 8, 10)*2-1 for _ in range(frames)], tmp_path/'a.gif')
-    with Image.open(path) as im: assert im.size==(10*min(n, 4), 8) and im.n_frames==frames and b'Synthetic' in im.info['comment']
-    with pytest.raises(FileExistsError): save_gif([torch.zeros(1, 1, 8, 8)], path)
-
-
-def test_gif_refuses(tmp_path):
-    for frames,seconds in (([], 4.), ([torch.zeros(1, 1, 8, 8)], 0.)):
-        with pytest.raises(ValueError, match='save_gif'): save_gif(frames, tmp_path/'a.gif', seconds)
-
-
-def test_conditions_of_a_run_of_one_slice():
-    covariates = (Covariate('slice', 'continuous', range=(4., 4.)),)
-    assert check_conditions(dict(slice=4), covariates, 2)['slice'].tolist()==[0., 0.]
-    with pytest.raises(ValueError, match='Expected 4 to 4'): check_conditions(dict(slice=5), covariates, 1)
 
 
 def test_schedule_travels_with_the_weights(copy):

@@ -17,8 +17,8 @@ from brainldm.evaluation import codebook_scores, reconstruction_scores
 from brainldm.sampling import BrainLDM
 from brainldm.loop import check_config
 from brainldm.runs import Checkpoint, load_weights, read_config, read_log, save_weights
-from brainldm.training import (autoencoder_loss, load_autoencoder, make_critic, plot_history, train_autoencoder,
-                               train_ldm)
+from brainldm.training import autoencoder_loss, load_autoencoder, make_critic, plot_history, train_autoencoder
+from brainldm.diffusion import train_ldm
 from test_training import AE, LDM, Crash, make_dataset, strike
 
 VQ = replace(AE, kind='vq', num_embeddings=16)

@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,26 +18,27 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm import loop, runs, training
-from brainldm.data import DataConfig, SliceDataset
+from brainldm import diffusion, runs, training
+from brainldm.data import DataConfig
+from brainldm.batches import SliceDataset
 from brainldm.scheduler import NoiseSchedule
-from brainldm.loop import check_config, infer
+from brainldm.diffusion import LDMConfig, train_ldm
+from brainldm.loop import check_config
 from brainldm.runs import HARMLESS, Checkpoint, load_weights, open_run, read_config, read_log
-from brainldm.training import PRESETS, AEConfig, LDMConfig, cache_latents, load_autoencoder, plot_history, train_autoencoder, train_ldm
-from brainldm.unet import UNet
-from brainldm.vae import AutoencoderKL
+from brainldm.training import AEConfig, load_autoencoder, plot_history, train_autoencoder
 
 AE = AEConfig(total_images=80, batch_size=4, log_every=2, warmup_images=16, validate_every=40, checkpoint_every=24, data=DataConfig(size=32),
               channels=(8, 16), latent_channels=2, attention_levels=(False, False), patch=2)
 LDM = LDMConfig(total_images=80, batch_size=4, log_every=2, warmup_images=16, validate_every=40, checkpoint_every=24, channels=(8, 16), num_res_blocks=1,
                 attention_levels=(False, True), num_heads=2, cond_channels=8, ema_images=20, preview_steps=1)
 STAGES = {'autoencoder': (train_autoencoder, AE, 'autoencoder_loss'), 'ldm': (train_ldm, LDM, 'ldm_loss')}
+HOME = {'autoencoder_loss': training, 'ldm_loss': diffusion} # the module in which a training looks for its loss
 
 
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
     "Drawing takes most of the time of a tiny run; `straight` draws."
-    monkeypatch.setattr(training, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
+    for home in (training, diffusion): monkeypatch.setattr(home, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
 
 class Crash(BaseException):
@@ -91,7 +91,7 @@ def begin(stage, straight, run):
 
 def strike(monkeypatch, name, at, what):
     "Let the loss called `name` meet an accident after `at` pictures, once."
-    loss,left = getattr(training, name),[1]
+    loss,left = getattr(HOME[name], name),[1]
     def struck(model, batch, generator, seen, *args, **kwargs):
         if seen==at and left and torch.is_grad_enabled():                     # not in validation
             left.pop()
@@ -99,7 +99,7 @@ def strike(monkeypatch, name, at, what):
             elif what=='sigterm': signal.raise_signal(signal.SIGTERM)
             else: raise Crash
         return loss(model, batch, generator, seen, *args, **kwargs)
-    monkeypatch.setattr(training, name, struck)
+    monkeypatch.setattr(HOME[name], name, struck)
 
 
 # ------------------------------------------------------------------ stop and resume
@@ -290,12 +290,8 @@ def test_existing_stage_needs_resume(stage, dataset, straight):
     with pytest.raises(FileExistsError, match='Add --resume'): STAGES[stage][0](dataset, straight, STAGES[stage][1], progress=False)
 
 
-def test_other_data_is_refused(straight, tmp_path):
-    other = make_dataset(1)
-    with pytest.raises(ValueError, match='data fingerprint='): train_autoencoder(other, straight, AE, resume=True, progress=False)
-    begin('ldm', straight, tmp_path/'run')
-    with pytest.raises(ValueError, match='not what the autoencoder was trained on'): train_ldm(other, tmp_path/'run', LDM, progress=False)
-    assert not (tmp_path/'run'/'state').exists() and 'ldm' not in read_config(tmp_path/'run')
+def test_other_data_is_refused(straight):
+    with pytest.raises(ValueError, match='data fingerprint='): train_autoencoder(make_dataset(1), straight, AE, resume=True, progress=False)
 
 
 @pytest.mark.parametrize('content', [{'note.txt': 'mine'}, {'config.json': '{"model_type": "bert"}'}, {'config.json': '[1, 2]'}, {'config.json': 'not json'}])
@@ -311,20 +307,12 @@ def test_a_file_in_the_place_of_a_run(dataset, tmp_path):
     with pytest.raises(FileExistsError, match='is not a run folder'): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
 
 
-def test_half_trained_autoencoder_is_refused(dataset, tmp_path, monkeypatch):
-    strike(monkeypatch, 'autoencoder_loss', 60, 'ctrl-c')
-    with pytest.raises(KeyboardInterrupt): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
-    with pytest.raises(ValueError, match='has seen 64 of 80 pictures'): train_ldm(dataset, tmp_path/'run', LDM, progress=False)
-
-
 def test_nothing_is_left_by_a_refused_start(dataset, tmp_path):
     for config,match in ((replace(AE, batch_size=0), 'batch_size=0'), (replace(AE, data=DataConfig(size=64)), 'size=64'), (replace(AE, covariates=('weight',)), "'weight'"),
                          (replace(AE, patch=5), 'multiple of 10'), (replace(AE, precision='fp16'), 'fp16')):
         if config.precision=='fp16' and torch.cuda.is_available(): continue
         with pytest.raises(ValueError, match=match): train_autoencoder(dataset, tmp_path/'run', config, progress=False)
         assert not (tmp_path/'run').exists()
-    with pytest.raises(FileNotFoundError, match='autoencoder.safetensors'): train_ldm(dataset, tmp_path/'run', LDM, progress=False)
-    assert not (tmp_path/'run').exists()
 
 
 def test_a_state_of_another_architecture(dataset, straight, tmp_path, monkeypatch):
@@ -334,24 +322,14 @@ def test_a_state_of_another_architecture(dataset, straight, tmp_path, monkeypatc
     with pytest.raises(ValueError, match='another architecture'): train_autoencoder(dataset, tmp_path/'run', replace(AE, channels=(16, 24)), resume=True, progress=False)
 
 
-NUMBERS = [(c, f.name) for c in (AEConfig, LDMConfig) for f in fields(c) if f.type in (int, float)]
-
-
-@pytest.mark.parametrize('kind,name', NUMBERS)
-def test_no_number_goes_unchecked(kind, name):
+def refuses(kind, name):
+    "Whether a configuration with a bad number is refused by name."
     for bad,error in ((-1, ValueError), (math.nan, (ValueError, TypeError)), (math.inf, (ValueError, TypeError)), ('8', TypeError), (None, TypeError), (True, TypeError)):
         with pytest.raises(error, match=f'check_config: {name}='): check_config(replace(kind(), **{name: bad}))
 
 
-@pytest.mark.parametrize('name', PRESETS)
-def test_presets_can_be_built(name):
-    auto,ldm = PRESETS[name]
-    check_config(auto); check_config(ldm)
-    with torch.device('meta'):
-        net = AutoencoderKL(**training.autoencoder_args(auto))
-        unet = UNet(**training.unet_args(ldm, auto.latent_channels, ()))
-        z,_ = net.encode(torch.empty(1, 1, auto.data.size, auto.data.size))
-        assert unet(z, torch.zeros(1, dtype=torch.int64)).shape==z.shape
+@pytest.mark.parametrize('name', [f.name for f in fields(AEConfig) if f.type in (int, float)])
+def test_no_number_goes_unchecked(name): refuses(AEConfig, name)
 
 
 # ------------------------------------------------------------------ when it blows up
@@ -359,11 +337,11 @@ def test_presets_can_be_built(name):
 @pytest.mark.parametrize('stage', STAGES)
 def test_nan_stops_and_keeps_the_last_good_state(stage, dataset, straight, tmp_path, monkeypatch):
     function,config,name = STAGES[stage]
-    run,loss = tmp_path/'run',getattr(training, name); begin(stage, straight, run)
+    run,loss = tmp_path/'run',getattr(HOME[name], name); begin(stage, straight, run)
     def poisoned(model, batch, generator, seen, *args, **kwargs):
         value,logs = loss(model, batch, generator, seen, *args, **kwargs)
         return (value*math.nan if seen>=36 and torch.is_grad_enabled() else value),logs
-    monkeypatch.setattr(training, name, poisoned)
+    monkeypatch.setattr(HOME[name], name, poisoned)
     with pytest.raises(RuntimeError, match='Expected a finite number.*smaller learning_rate'): function(dataset, run, config, progress=False)
     tensors,info = Checkpoint(run/'state'/stage).load()
     assert info['seen']==24 and all(v.isfinite().all() for v in tensors.values())
@@ -384,15 +362,6 @@ def test_returned_and_stored_networks_are_the_same(dataset, straight):
     assert torch.equal(a, b) and 'forward' not in vars(model)
 
 
-def test_latents_are_standard_means(dataset, straight):
-    auto,_ = load_autoencoder(straight); file = weights(straight, 'ldm'); precision = loop.pick_precision('auto', torch.device('cpu'))
-    z = cache_latents(auto, dataset.subset('train'), precision, batch_size=7, progress=False)
-    whole = infer(auto, precision, 'encode')(dataset.subset('train').__getitems__(range(20))['image'])[0].float()
-    torch.testing.assert_close(z, whole, rtol=.02, atol=.02)
-    z = (cache_latents(auto, dataset.subset('train'), precision, progress=False)-file['latent_mean'])/file['latent_std']
-    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(2), atol=1e-4, rtol=0); torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2), atol=1e-4, rtol=0)
-
-
 def test_run_folder(straight, dataset):
     assert {o.name for o in straight.iterdir()}=={'.lock', 'autoencoder.safetensors', 'ldm.safetensors', 'config.json', 'log.jsonl', 'samples', 'state', 'train_mean.safetensors'}
     for stage in STAGES:
@@ -403,11 +372,9 @@ def test_run_folder(straight, dataset):
         plot_history(read_log(straight/'log.jsonl'), stage); plot_history([rows[0]], stage)
 
 
-def test_conditional_autoencoder_and_no_covariates(dataset, tmp_path):
+def test_conditional_autoencoder(dataset, tmp_path):
     train_autoencoder(dataset, tmp_path/'run', replace(AE, covariates=('slice', 'diagnosis'), total_images=16), progress=False)
     assert [c.name for c in load_autoencoder(tmp_path/'run')[0].covariates]==['slice', 'diagnosis']
-    unet = train_ldm(dataset, tmp_path/'run', replace(LDM, covariates=(), total_images=16), progress=False)
-    assert unet.covariates==()
 
 
 # ------------------------------------------------------------------ files
@@ -424,42 +391,3 @@ def test_all_states_broken(dataset, straight, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with pytest.raises(ValueError, match='cannot be read'): train_autoencoder(dataset, tmp_path/'run', AE, resume=True, progress=False)
-
-
-# ------------------------------------------------------------------ several processes
-
-LAUNCHED = '''
-import sys; sys.path.insert(0, {tests!r})
-import torch; torch.set_num_threads(1)
-from pathlib import Path
-from test_training import *
-run,stop = Path({run!r}),signal.SIGTERM
-loss = training.ldm_loss
-def struck(model, batch, generator, seen, *args, **kwargs):
-    if run.name=='b' and seen==36 and torch.is_grad_enabled() and os.environ['RANK']=='1': signal.raise_signal(stop)
-    return loss(model, batch, generator, seen, *args, **kwargs)
-training.ldm_loss = struck
-train_autoencoder(make_dataset(), run, replace(AE, batch_size=2, total_images=40), progress=False)
-try: unet = train_ldm(make_dataset(), run, replace(LDM, batch_size=2), progress=False)
-except KeyboardInterrupt:
-    print('stopped', os.environ['RANK'])
-    unet = train_ldm(make_dataset(), run, replace(LDM, batch_size=2), resume=True, progress=False)
-total = sum(v.double().sum().item() for v in unet.state_dict().values())
-print('weights', os.environ['RANK'], repr(total))
-'''
-
-
-@pytest.mark.skipif(not os.environ.get('BRAINLDM_SLOW'), reason='half a minute; set BRAINLDM_SLOW=1')
-def test_two_processes(tmp_path):
-    "Both processes end with the same weights, one writes, and a stop that reaches only one of them stops both."
-    out = {}
-    for name in 'ab':
-        script = tmp_path/f'{name}.py'; script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), run=str(tmp_path/name)))
-        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29511', str(script)],   # what accelerate launch
-                              capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))   # starts on GPUs
-        assert done.returncode==0, done.stdout+done.stderr
-        out[name] = done.stdout
-        assert len(set(re.findall(r'weights \d (\S+)', done.stdout)))==1 and done.stdout.count('weights')==2, done.stdout
-    assert 'stopped' not in out['a'] and out['b'].count('stopped')==2
-    for stage in STAGES: same(tmp_path/'a', tmp_path/'b', stage)
-    assert [o['images'] for o in read_log(tmp_path/'b'/'log.jsonl') if o['stage']=='ldm' and 'loss' in o]==list(range(8, 81, 8))

@@ -2,7 +2,7 @@
 import pytest, torch
 from torch import nn
 from torch.testing import assert_close
-from brainldm.data import Covariate
+from brainldm.batches import Covariate
 from brainldm.layers import ResBlock
 from brainldm.unet import UNet, timestep_embedding
 

@@ -3,7 +3,7 @@ import math
 import numpy as np, pytest, torch
 from scipy.ndimage import gaussian_filter
 from torch.testing import assert_close
-from brainldm.data import Covariate, encode_covariates
+from brainldm.batches import Covariate, encode_covariates
 from brainldm.layers import ResBlock
 from brainldm.vae import (AutoencoderKL, Decoder, Encoder, check_levels, cyclical_weight, kl_loss, picture_scores,
                           reparameterize, run_levels)

@@ -11,8 +11,10 @@ import torch
 
 from brainldm import volume as module
 from brainldm.cli import data_config, main
-from brainldm.data import check_dataset, open_dataset
-from brainldm.sampling import SYNTHETIC, BrainLDM
+from brainldm.data import check_dataset
+from brainldm.batches import open_dataset
+from brainldm.sampling import BrainLDM
+from brainldm.codec import SYNTHETIC
 from brainldm.runs import load_weights, read_log, save_weights
 from brainldm.volume import (BrainVolumes, NeighbourUNet, VolumeConfig, check_stack, correlate, drawing_order, find_neighbours,
                              lay_beside, look_beside, to_nifti, train_volume)

@@ -20,11 +20,12 @@ import tyro
 from einops import rearrange
 from torch import nn
 
+from brainldm.batches import open_dataset
 from brainldm.cli import data_config
-from brainldm.data import open_dataset
+from brainldm.diffusion import LatentDataset
 from brainldm.loop import Learner, fit, pick_precision, seeded, train_batches
 from brainldm.prior import PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_floors, code_vectors, prior_args, prior_loss
-from brainldm.training import LatentDataset, load_autoencoder, pick_covariates, spread
+from brainldm.training import load_autoencoder, pick_covariates, spread
 
 
 @dataclass

@@ -14,12 +14,13 @@ import pandas as pd
 import torch
 import tyro
 
-from brainldm.data import open_dataset
+from brainldm.batches import open_dataset
 from brainldm.evaluation import reconstruction_scores
 from brainldm.phantom import PhantomConfig, make_cohort, show_grid
 from brainldm.sampling import BrainLDM
 from brainldm.runs import read_log
-from brainldm.training import PRESETS, AEConfig, save_figure, spread, train_autoencoder
+from brainldm.training import AEConfig, save_figure, spread, train_autoencoder
+from brainldm.diffusion import PRESETS
 
 
 @dataclass

@@ -18,14 +18,16 @@ import torch
 import tyro
 
 from brainldm.cli import data_config
-from brainldm.data import open_dataset
-from brainldm.evaluation import feature_net, json_safe, match_rows
+from brainldm.batches import open_dataset
+from brainldm.evaluation import json_safe
+from brainldm.fidelity import feature_net, match_rows
 from brainldm.phantom import show_grid
 from brainldm.report import draw_like, judge_pictures
 from brainldm.sampling import BrainLDM
 from brainldm.scheduler import NoiseSchedule
 from brainldm.runs import read_config, read_log
-from brainldm.training import PRESETS, LDMConfig, save_figure, train_ldm
+from brainldm.training import save_figure
+from brainldm.diffusion import PRESETS, LDMConfig, train_ldm
 
 
 @dataclass

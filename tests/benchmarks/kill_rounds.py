@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from brainldm import prior, runs, training, volume
+from brainldm import diffusion, prior, runs, training, volume
 from brainldm.runs import Checkpoint, load_weights, read_log
 from test_training import AE, LDM, make_dataset
 
@@ -32,7 +32,7 @@ PRIOR = prior.PriorConfig(total_images=80, batch_size=4, log_every=2, warmup_ima
 VOLUME = volume.VolumeConfig(total_images=80, batch_size=4, log_every=2, warmup_images=16, validate_every=40, checkpoint_every=24, ema_images=20,
                              preview_steps=1)
 JOBS = {'autoencoder': ('autoencoder', training.train_autoencoder, AE, None), 'codes and critic': ('autoencoder', training.train_autoencoder, VQ, None),
-        'ldm': ('ldm', training.train_ldm, LDM, 'autoencoder'), 'prior': ('prior', prior.train_prior, PRIOR, 'codes and critic'),
+        'ldm': ('ldm', diffusion.train_ldm, LDM, 'autoencoder'), 'prior': ('prior', prior.train_prior, PRIOR, 'codes and critic'),
         'volume': ('volume', volume.train_volume, VOLUME, 'ldm')}  # name -> stage, training, settings, the job before it in its run folder
 
 

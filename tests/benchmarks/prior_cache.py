@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from brainldm.data import Covariate
+from brainldm.batches import Covariate
 from brainldm.prior import PRIOR_PRESETS, CodeTransformer, draw_uniform, sample_codes
 
 REPEATS = 5

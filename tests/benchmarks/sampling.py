@@ -16,9 +16,10 @@ from peers import COVARIATES, Side, diffusers_unet, latents, our_autoencoder, ou
 from timing import DTYPES, Job, autocast, count, device_and_precision, draw_ratios, interleave, machine, publish, quartiles, ratio
 
 from brainldm.sampling import BrainLDM, listen
-from brainldm.scheduler import SAMPLERS, NoiseSchedule, denoise
+from brainldm.scheduler import NoiseSchedule
+from brainldm.samplers import SAMPLERS, denoise
 from brainldm.loop import infer
-from brainldm.training import PRESETS
+from brainldm.diffusion import PRESETS
 
 TARGET = '<= 1.05'
 

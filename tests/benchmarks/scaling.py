@@ -23,9 +23,10 @@ from timing import Job, device_and_precision, interleave, machine, publish, rati
 from torch import nn
 from training_step import manifest
 
-from brainldm.data import DataConfig, SliceDataset, open_dataset
+from brainldm.data import DataConfig
+from brainldm.batches import SliceDataset, open_dataset
 from brainldm.loop import TrainConfig, make_accelerator, train_batches
-from brainldm.training import PRESETS, latent_splits
+from brainldm.diffusion import PRESETS, latent_splits
 
 
 @dataclass

@@ -23,10 +23,11 @@ from peers import monai_autoencoder, our_autoencoder
 from timing import Job, autocast, count, device_and_precision, machine, publish, seconds
 from torch import nn
 
-from brainldm.data import open_dataset
+from brainldm.batches import open_dataset
 from brainldm.phantom import PhantomConfig, make_cohort
 from brainldm.loop import Learner, to_device, train_batches
-from brainldm.training import PRESETS, autoencoder_loss
+from brainldm.training import autoencoder_loss
+from brainldm.diffusion import PRESETS
 from brainldm.training import spread as spread_rows
 from brainldm.vae import picture_scores
 

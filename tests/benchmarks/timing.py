@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from brainldm.sampling import pick_device
+from brainldm.codec import pick_device
 from brainldm.loop import pick_precision
 from brainldm.training import save_figure
 

@@ -23,12 +23,12 @@ from torch import nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from brainldm.data import SliceDataset
+from brainldm.batches import SliceDataset
 from brainldm.prior import PRIOR_PRESETS, CodeTransformer, dropout_masks, prior_loss
 from brainldm.loop import Learner, TrainConfig, fit, seeded, step_seed, to_device, train_batches
 from brainldm.runs import StopRequest, stage_callbacks
-from brainldm.training import (PRESETS, LatentDataset, autoencoder_args, autoencoder_loss, build_autoencoder,
-                               drop_mask, ldm_loss, unet_args)
+from brainldm.training import autoencoder_args, autoencoder_loss, build_autoencoder
+from brainldm.diffusion import PRESETS, LatentDataset, drop_mask, ldm_loss, unet_args
 from brainldm.unet import UNet
 from brainldm.vae import kl_loss
 

@@ -15,8 +15,9 @@ import torch
 import tyro
 
 from brainldm.cli import data_config
-from brainldm.data import open_dataset
-from brainldm.evaluation import feature_net, json_safe, read_pictures, subject_interval
+from brainldm.batches import open_dataset
+from brainldm.evaluation import json_safe, subject_interval
+from brainldm.fidelity import feature_net, read_pictures
 from brainldm.sampling import BrainLDM
 from brainldm.training import save_figure
 from brainldm.vae import picture_scores

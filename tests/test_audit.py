@@ -1,0 +1,85 @@
+"The audit: effects, pairs and copies beside closed forms, loops and other libraries."
+import numpy as np
+import pytest
+import torch
+
+from brainldm.audit import (age_slope, audit_line, condition_effects, csf_share, diagnosis_effect, diversity_scores, memorization_audit,
+                            nearest_rows, nearest_slices, pair_similarity, same_condition_pairs, utility_scores, ventricle_slices, without_means)
+from brainldm.batches import SliceDataset
+from brainldm.evaluation import merge_metrics
+from brainldm.fidelity import fine_detail, match_rows
+from test_fidelity import SHORT, held, net, train                              # fixtures: discs with a dark hole
+
+
+@pytest.mark.parametrize('size', [64, 128, 256])
+def test_fluid_of_discs(size):
+    yy,xx = np.mgrid[:size, :size]-size/2+.5; radius = np.hypot(yy, xx)/size
+    grey = np.where(radius<.1, .05, np.where(radius<.4, .7, 0.))
+    x = torch.tensor(grey*2-1, dtype=torch.float32)[None, None].repeat(2, 1, 1, 1); x[1] = -1
+    share = csf_share(x)
+    assert share[0]==pytest.approx(1/16, abs=.006) and np.isnan(share[1]) and np.isnan(fine_detail(x)[1]) and fine_detail(x)[0]<1e-3
+    assert csf_share(x.to(torch.bfloat16))[0]==pytest.approx(share[0], abs=1e-3)
+
+
+def test_effects(train, held, net):
+    share,table = csf_share(train),train.manifest
+    assert diagnosis_effect(share, table.diagnosis, table['slice'])>1.5 and diagnosis_effect(share, table.diagnosis, table['slice'], ('NC', 'AD'))<-1.5
+    assert age_slope(share, table.age, table['slice'], table.diagnosis)>0
+    assert np.isnan(without_means([1., 2., 3.], ['a', 'a', None])[2]) and without_means([1., 2., 3.], ['a', 'a', 'b']).tolist()==[-.5, .5, 0.]
+    assert ventricle_slices([1., 1., 3., 2.], [0, 0, 1, 2], .5).tolist()==[1, 2]
+    out = condition_effects(net, held, held.manifest, np.arange(8))
+    assert out['diagnosis_effect']['value']>1 and out['diagnosis_effect']['interval_95'][0]<out['diagnosis_effect']['value']<out['diagnosis_effect']['interval_95'][1]
+    alone = condition_effects(net, held.__getitems__(range(8))['image'], held.manifest[:8], np.arange(8))      # one person: no groups, no interval
+    assert np.isnan(alone['diagnosis_effect']['value']) and alone['slice_error']['interval_95'] is None
+
+
+@pytest.mark.parametrize('size, scales', [(32, 2), (64, 3), (128, 4), (256, 5)])
+def test_ms_ssim_beside_torchmetrics(size, scales):
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
+    x = torch.rand(4, 1, size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.avg_pool2d(x, 5, 1, 2)
+    weights = np.array([.0448, .2856, .3001, .2363, .1333])[:scales]
+    want = ms_ssim(x[1:2], x[3:4], data_range=1., betas=tuple(weights/weights.sum())).item()
+    assert pair_similarity(x*2-1, np.array([[1, 3], [2, 2]])).tolist()==pytest.approx([want, 1.], abs=1e-5)
+
+
+def test_diversity(held):
+    pairs = same_condition_pairs(held.manifest, most=10_000)
+    assert len(pairs)==8*2*6 and (held.manifest.subject.to_numpy()[pairs[:, 0]]!=held.manifest.subject.to_numpy()[pairs[:, 1]]).all()
+    real = held.__getitems__(range(len(held)))['image']
+    scores = diversity_scores(dict(real=real, same=real[:8].repeat(8, 1, 1, 1)), held.manifest)
+    assert scores['same']['ms_ssim']>.999>scores['real']['ms_ssim'] and scores['real']['n_pairs']==96
+    with pytest.raises(ValueError, match='no two'): same_condition_pairs(held.manifest[:8])
+
+
+def test_utility_refuses_without_diagnosis(train, held):
+    with pytest.raises(ValueError, match='Leave this measure out'): utility_scores(dict(real=train), SliceDataset(held.images, held.manifest, held.covariates[:1]), SHORT)
+    scores = utility_scores(dict(real=train), held, SHORT, channels=(8, 8), seeds=2)['real']
+    assert scores['auc']==pytest.approx(np.mean(scores['auc_by_seed'])) and len(scores['auc_by_seed'])==2
+
+
+@pytest.mark.parametrize('part', [1, 7, 100])
+def test_nearest_rows_beside_a_loop(part):
+    rng = torch.Generator().manual_seed(0)
+    a,b = torch.randn(13, 5, generator=rng),torch.randn(40, 5, generator=rng)
+    distance,row = nearest_rows(a, b.split(part))
+    loop = torch.stack([(b-o).norm(dim=1) for o in a]).min(1)
+    torch.testing.assert_close(distance, loop.values, rtol=1e-4, atol=1e-5); torch.testing.assert_close(row, loop.indices)
+
+
+@pytest.mark.parametrize('noise', [0., .01, .02])                                        # discs differ by little else than their own noise, 0.02
+def test_planted_copies_are_found(train, held, net, noise):
+    rows = match_rows(held.manifest, train.manifest)
+    copies = train.__getitems__(rows)['image']
+    copies = (copies+noise*torch.randn(copies.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    away = nearest_slices(net, held, train)
+    audit = memorization_audit(nearest_slices(net, copies, train), away)
+    assert audit['verdict']=='failed' and audit['pixel']['share']>.5
+    assert nearest_slices(net, copies, train).pixel_row.tolist()==rows.tolist()
+    assert memorization_audit(away, away)['verdict']=='passed'
+
+
+def test_audit_line(tmp_path):
+    assert 'not audited' in audit_line(tmp_path)
+    merge_metrics(tmp_path, 'samples prior', dict(memorization=dict(share=.015, allowed=.02, verdict='passed', n=640)))
+    assert 'audit passed. 1.5% of 640' in audit_line(tmp_path, 'prior') and 'not audited' in audit_line(tmp_path, 'ldm')
