@@ -123,16 +123,16 @@ class Covariate:
 # %% ../nbs/01a_batches.ipynb #6f65c039
 def find_covariates(
     manifest:pd.DataFrame, # Manifest
-    names:list|None=None, # Columns to use; None takes slice, diagnosis, age and sex where known
+    columns:tuple=(), # Further columns, besides slice, diagnosis, age and sex where they are known
 )->list[Covariate]: # One a column
     "Describe the conditions from the train rows alone (from all rows where there is no train)."
     rows = manifest[manifest.split=='train'] if (manifest.split=='train').any() else manifest
     usual = [o for o in ('slice', 'diagnosis', 'age', 'sex') if o in rows and rows[o].notna().any()]
-    out = []
-    for name in usual if names is None else names:
-        if name not in rows or not rows[name].notna().any(): raise ValueError(
+    fixed,out = ['path', 'plane', 'subject', 'split', 'hash'],[]                 # these are no facts to be told
+    for name in dict.fromkeys([*usual, *columns]):
+        if name in fixed or name not in rows or not rows[name].notna().any(): raise ValueError(
             f"find_covariates: '{name}' is not known for any train row. Expected one of "
-            f"{', '.join(rows.columns[rows.notna().any()].difference(['path', 'plane', 'subject', 'split', 'hash']))}. "
+            f"{', '.join(rows.columns[rows.notna().any()].difference(fixed))}. "
             "Check the spelling.")
         known = rows[name].dropna()
         every = manifest[name].dropna()
@@ -236,7 +236,8 @@ def build_cache(
     settings = f"1 {config.size} {config.crop} {config.to_grey} {fingerprint(manifest)['hash']}"
     folder = cache_folder(cache_dir)/hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
     if not cache_is_whole(folder): write_cache(folder, manifest, root, config, progress)
-    return SliceDataset(np.load(folder/'images.npy', mmap_mode='r', allow_pickle=False), manifest)
+    images = np.load(folder/'images.npy', mmap_mode='r', allow_pickle=False)
+    return SliceDataset(images, manifest, find_covariates(manifest, config.columns))
 
 # %% ../nbs/01a_batches.ipynb #b6a126a8
 class ShuffledBatches:

@@ -40,6 +40,7 @@ class DataConfig:
     validate_fraction:float=.1 # Share of subjects for validation where the folders give none
     test_fraction:float=.1 # Share of subjects for testing where the folders give no split at all
     subjects:Path|None=None # Table with one row a subject; None reads subjects.csv in the data folder if there is one
+    columns:tuple[str, ...]=() # Further columns to learn, besides slice, diagnosis, age and sex, such as apoe
     skip_faulty:bool=False # Train without the faulty files instead of refusing
 
     def __post_init__(self):
@@ -58,11 +59,13 @@ class DataConfig:
             if len(self.planes)!=2 or not 0<=self.planes[0]<self.planes[1]: raise ValueError(
                 f"DataConfig: planes={self.planes}. Expected first and last+1, as in range(). Try planes=(60, 92).")
         if self.subjects is not None: self.subjects = Path(self.subjects)
+        self.columns = tuple(self.columns)
 
     def check_types(self): # What a hand-written config.json may get wrong
         whole = lambda v: isinstance(v, (int, np.integer)) and not isinstance(v, bool)
         fits = dict(size=whole(self.size), crop=self.crop in (None, 'auto') or whole(self.crop),
                     planes=self.planes is None or isinstance(self.planes, (tuple, list)) and all(map(whole, self.planes)),
+                    columns=isinstance(self.columns, (tuple, list)) and all(isinstance(o, str) for o in self.columns),
                     split_seed=whole(self.split_seed), subjects=isinstance(self.subjects, (type(None), str, Path)),
                     **{k: isinstance(getattr(self, k), (int, float)) for k in ('validate_fraction', 'test_fraction')},
                     **{k: isinstance(getattr(self, k), bool) for k in ('to_grey', 'skip_faulty')})

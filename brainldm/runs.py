@@ -295,7 +295,9 @@ def open_run(
         f"open_run: {run} already has a trained or half-trained {stage}. Expected a new run. "
         "Add --resume, or choose another --run.")
     defaults = json.loads(json.dumps(asdict(type(config)()), default=str))     # of settings that did not exist then
-    differ = compare_configs(dict(settings[stage], config=defaults | settings[stage]['config']), new)
+    known = defaults | settings[stage]['config']
+    known = {k: defaults[k] | v if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v for k,v in known.items()}
+    differ = compare_configs(dict(settings[stage], config=known), new)
     if differ: raise ValueError(f"open_run: {run} was begun with other settings: {'; '.join(differ)}. "
                                 "Expected the same when resuming. Give the old ones, or start another --run.")
     if config.auto_find_batch_size:                                            # note how the batch is cut now
