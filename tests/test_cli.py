@@ -230,3 +230,17 @@ def test_scales_of_single_covariates(tiny_run, tmp_path, capsys):
     assert "Expected one of them" in refused(capsys, *words, "--guidance-scale", "3")
     assert "name=value" in refused(capsys, *words[:-2], "diagnosis")
     assert "asked for" in refused(capsys, *words[:-2], "age=2")
+
+
+def test_a_column_of_ones_own_is_learned_and_asked_for(pictures, tmp_path, capsys):
+    (pictures / "subjects.csv").write_text("subject,apoe,mmse\n001,e3,29\n002,e4,21\n003,e4,\n004,,25\n")
+    run = tmp_path / "run"
+    said = refused(capsys, "train", "autoencoder", pictures, "--run", run, *TINY, "--columns", "apeo")
+    assert "apeo" in said and "apoe" in said and not run.exists()
+    assert main(["train", "autoencoder", str(pictures), "--run", str(run), *TINY, "--columns", "apoe", "mmse"]) == 0
+    assert main(["train", "ldm", str(pictures), "--run", str(run), *TINY]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(run), "--n", "2", "--steps", "2", "--condition", "apoe=e4", "mmse=25"]) == 0
+    assert "apoe (e3|e4), mmse (21 to 29)" in capsys.readouterr().out
+    assert "apoe='e2'" in refused(capsys, "sample", run, "--condition", "apoe=e2")
+    assert "mmse=40" in refused(capsys, "sample", run, "--condition", "mmse=40")

@@ -1,4 +1,5 @@
 "Files and run folders for maintainers: whole or not there, readable, complete."
+import json
 import os
 import signal
 
@@ -7,8 +8,12 @@ import torch
 from torch import nn
 
 from brainldm import runs
+from brainldm.batches import open_dataset
+from brainldm.data import DataConfig
 from brainldm.loop import Learner
-from brainldm.runs import Checkpoint, load_weights, pack_state, save_weights, unpack_state, write_atomic
+from brainldm.phantom import PhantomConfig, make_cohort
+from brainldm.training import AEConfig
+from brainldm.runs import Checkpoint, load_weights, open_run, pack_state, save_weights, unpack_state, write_atomic
 from test_loop import AveragedConfig, line, line_data, line_loss
 
 CONFIG = AveragedConfig(batch_size=8, precision='no')
@@ -57,3 +62,16 @@ def test_killed_while_writing(tmp_path):
 def test_files_can_be_read_by_whom_the_umask_says(tmp_path):
     write_atomic(tmp_path/'atomic', b'x'); (tmp_path/'plain').write_bytes(b'x')
     assert (tmp_path/'atomic').stat().st_mode==(tmp_path/'plain').stat().st_mode
+
+
+def test_a_run_from_before_a_setting_was_invented_is_resumed(tmp_path):
+    make_cohort(tmp_path / "cohort", PhantomConfig(num_subjects=12, num_slices=2, size=32), progress=False)
+    config, dataset = AEConfig(data=DataConfig(size=32)), open_dataset(tmp_path / "cohort", DataConfig(size=32), progress=False)
+    open_run(tmp_path / "run", "autoencoder", config, dataset)
+    note = json.loads((tmp_path / "run" / "config.json").read_text())
+    del note["autoencoder"]["config"]["data"]["columns"], note["autoencoder"]["config"]["auto_find_batch_size"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(note))
+    assert open_run(tmp_path / "run", "autoencoder", config, dataset, resume=True) is None
+    changed = AEConfig(data=DataConfig(size=32, columns=("apoe",)))
+    with pytest.raises(ValueError, match="data.columns=.*apoe"):
+        open_run(tmp_path / "run", "autoencoder", changed, dataset, resume=True)
