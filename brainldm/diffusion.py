@@ -25,7 +25,7 @@ from .data import DataConfig
 from .batches import Covariate, SliceDataset, eval_batches, fingerprint
 from .loop import Learner, TrainConfig, infer, seeded, to_device
 from .phantom import show_grid
-from .runs import enter_run, is_finished, read_config, run_stage, save_weights, unpack_state
+from .runs import enter_run, is_finished, read_config, run_stage, save_weights, unpack_state, within_memory
 from .scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
 from .samplers import denoise
 from .training import (AEConfig, check_pictures, describe, load_autoencoder, pick_covariates, save_figure,
@@ -315,6 +315,7 @@ def save_ldm(
     save_weights(path, tensors | dict(latent_mean=mean, latent_std=std), dict(info, kind='ldm', images=learner.seen))
 
 # %% ../nbs/06a_diffusion.ipynb #014fb833
+@within_memory
 def train_ldm(
     dataset:SliceDataset, # The data that the autoencoder was trained on
     run:Path, # Run folder with a trained autoencoder

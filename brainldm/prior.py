@@ -28,7 +28,7 @@ from .layers import Conditioner,check_divides
 from .phantom import show_grid
 from .codec import Codec, check_conditions, check_request, in_batches, pick_device, told
 from .loop import Learner, TrainConfig, check_finite, infer, pick_precision, seeded, to_device
-from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights
+from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
 from .training import check_pictures, describe, load_autoencoder, pick_covariates, save_figure, spread
 from .diffusion import (
     LatentDataset, drop_folder, drop_mask, encode_rows, preview_conditions, refuse_leak, refuse_unfinished)
@@ -562,6 +562,7 @@ def load_prior(
     return fill_model(model, tensors, f'{run}/prior.safetensors').eval(),info
 
 # %% ../nbs/09_prior.ipynb #006c220c
+@within_memory
 def train_prior(
     dataset:SliceDataset, # The data that the autoencoder was trained on
     run:Path, # Run folder with a trained VQVAE

@@ -29,7 +29,7 @@ from .batches import Covariate, SliceDataset
 from .loop import Learner, TrainConfig, bare_model, infer, seeded, to_device
 from .phantom import show_grid
 from .runs import (enter_run, fill_model, is_finished, load_weights, run_stage, save_weights, unpack_state,
-                           write_atomic)
+                           within_memory, write_atomic)
 from .vae import Autoencoder, AutoencoderKL, cyclical_weight, kl_loss, picture_scores
 from .vqgan import (FSQ, VQVAE, PatchDiscriminator, VectorQuantizer, adaptive_weight, code_scores, count_codes,
                             critic_accuracy, critic_loss, feature_loss, generator_loss, start_codebook)
@@ -103,7 +103,7 @@ def pick_covariates(
     for name in names or ():
         if name not in have: raise ValueError(
             f"pick_covariates: '{name}' is not in the data. Expected some of {list(have)}. "
-            "Check the spelling, or add the column to subjects.csv.")
+            "Check the spelling; further columns of the table are learned with --columns NAME.")
     return tuple(c for c in covariates if names is None or c.name in names)
 
 # %% ../nbs/06_training.ipynb #4e337d12
@@ -295,6 +295,7 @@ def start_from_data(
     start_codebook(model.quantizer, rearrange(z, 'b d h w -> (b h w) d'), seed)
 
 # %% ../nbs/06_training.ipynb #7b6c6359
+@within_memory
 def train_autoencoder(
     dataset:SliceDataset, # Checked data with its splits
     run:Path, # Run folder, made if it is not there

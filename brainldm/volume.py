@@ -37,7 +37,7 @@ from .codec import SYNTHETIC, check_pictures, check_request, in_batches, new_fol
 from .scheduler import NoiseSchedule
 from .samplers import denoise
 from .loop import Learner, TrainConfig, infer, mixed_precision, to_device
-from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights
+from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
 from .training import save_figure, spread
 from .diffusion import (
     LatentDataset, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error, refuse_leak)
@@ -471,6 +471,7 @@ def check_volume(
         "Expected a share below 1, and 0 or more. Check --hide-neighbour and --neighbour-noise.")
 
 # %% ../nbs/07b_volume.ipynb #69595a66
+@within_memory
 def train_volume(
     dataset:SliceDataset, # The data that the run was trained on
     run:Path, # Run folder with a trained autoencoder and ldm

@@ -2,17 +2,18 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from brainldm import runs
+from brainldm import runs, training
 from brainldm.batches import open_dataset
 from brainldm.data import DataConfig
 from brainldm.loop import Learner
 from brainldm.phantom import PhantomConfig, make_cohort
-from brainldm.training import AEConfig
+from brainldm.training import AEConfig, train_autoencoder
 from brainldm.runs import Checkpoint, load_weights, open_run, pack_state, save_weights, unpack_state, write_atomic
 from test_loop import AveragedConfig, line, line_data, line_loss
 
@@ -75,3 +76,30 @@ def test_a_run_from_before_a_setting_was_invented_is_resumed(tmp_path):
     changed = AEConfig(data=DataConfig(size=32, columns=("apoe",)))
     with pytest.raises(ValueError, match="data.columns=.*apoe"):
         open_run(tmp_path / "run", "autoencoder", changed, dataset, resume=True)
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_full_memory_cuts_the_batch_of_a_real_training(tmp_path, auto):
+    "Memory for four pictures a step: the training says what to try, or ends with the weights that batch 4 with two steps added up gives."
+    make_cohort(tmp_path / "cohort", PhantomConfig(num_subjects=12, num_slices=2, size=32), progress=False)
+    dataset = open_dataset(tmp_path / "cohort", DataConfig(size=32), progress=False)
+    config = AEConfig(data=DataConfig(size=32), total_images=64, batch_size=8, channels=(8,), attention_levels=(False,), patch=4, latent_channels=2,
+                      warmup_images=8, validate_every=64, checkpoint_every=16, log_every=2, precision="no")
+    plain, room = training.autoencoder_loss, 4
+
+    def hungry(model, batch, *args, **kwargs):
+        if len(batch["image"]) > room:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        return plain(model, batch, *args, **kwargs)
+
+    cut = replace(config, batch_size=4, accumulate=2, log_every=4)
+    wanted = train_autoencoder(dataset, tmp_path / "cut", cut, progress=False).state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "autoencoder_loss", hungry)
+        if not auto:
+            with pytest.raises(RuntimeError, match=r"train_autoencoder: out of memory at batch_size=8.*batch_size=4, accumulate=2"):
+                train_autoencoder(dataset, tmp_path / "run", config, progress=False)
+            return
+        with pytest.warns(UserWarning, match="Going on with batch_size=4, accumulate=2"):
+            got = train_autoencoder(dataset, tmp_path / "run", replace(config, auto_find_batch_size=True), progress=False).state_dict()
+    assert set(got) == set(wanted) and all(torch.equal(got[k], wanted[k]) for k in got)
