@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC', 'EDITED', 'pick_device', 'check_pictures', 'check_conditions', 'check_request', 'told', 'in_batches',
-           'Codec', 'to_bytes', 'new_folder', 'manifest_of', 'save_pictures', 'save_gif']
+           'Codec', 'sample_stage1', 'to_bytes', 'new_folder', 'manifest_of', 'save_pictures', 'save_gif']
 
 # %% ../nbs/06c_codec.ipynb #755ea6f6
 import json
@@ -153,28 +153,32 @@ class Codec(Shared):
         "Encode and decode: what the autoencoder keeps of a picture."
         return self.decode(self.encode(pictures, cond), cond)
 
-    def sample_stage1(self,
-        n:int=1, # Pictures to draw
-        seed:int=0, # Same seed, same machine: same pictures
-        batch_size:int=32, # Pictures at a time
-        first:int=0, # Number of the first picture: a long drawing may be made in parts
-        **conditions, # slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by name
-    )->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-        "Decode random latents: what stage 1 can draw by itself, a floor for every sampler. Raises ValueError."
-        own = self.autoencoder.covariates
-        by_height = hasattr(self.autoencoder, 'histogram') and self.heights and 'slice' not in [c.name for c in own]
-        known = (*own, self.heights) if by_height else own
-        check_request(n, 1, seed, batch_size, 1, first)
-        cond = check_conditions(conditions, known, n)
-        told(self.autoencoder, cond, 'cpu')
-        side,cond,drawn = self.size//self.autoencoder.factor,to_device(cond, self.device),[]
-        for i in range(n):                                                     # each with chance of its own
-            chance = int(np.random.SeedSequence((seed, first+i, 2)).generate_state(1)[0])
-            generator = torch.Generator(self.device).manual_seed(chance)
-            drawn.append(self.autoencoder.random_latents(1, side, generator, {k: v[i:i+1] for k,v in cond.items()}))
-        parts = [(torch.cat(drawn[i:i+batch_size]), {k: v[i:i+batch_size] for k,v in cond.items()})
-                 for i in range(0, n, batch_size)]
-        return torch.cat([self.decode(z, part) for z,part in parts])
+# %% ../nbs/06c_codec.ipynb #14bbe7f5
+def sample_stage1(
+    model, # A `Codec`
+    n:int=1, # Pictures to draw
+    seed:int=0, # Same seed, same machine: same pictures
+    batch_size:int=32, # Pictures at a time
+    first:int=0, # Number of the first picture: a long drawing may be made in parts
+    **conditions, # slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by name
+)->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
+    "Decode random latents: what stage 1 can draw by itself, a floor for every sampler. Raises ValueError."
+    own = model.autoencoder.covariates
+    by_height = hasattr(model.autoencoder, 'histogram') and model.heights and 'slice' not in [c.name for c in own]
+    known = (*own, model.heights) if by_height else own
+    check_request(n, 1, seed, batch_size, 1, first)
+    cond = check_conditions(conditions, known, n)
+    told(model.autoencoder, cond, 'cpu')
+    side,cond,drawn = model.size//model.autoencoder.factor,to_device(cond, model.device),[]
+    for i in range(n):                                                     # each with chance of its own
+        chance = int(np.random.SeedSequence((seed, first+i, 2)).generate_state(1)[0])
+        generator = torch.Generator(model.device).manual_seed(chance)
+        drawn.append(model.autoencoder.random_latents(1, side, generator, {k: v[i:i+1] for k,v in cond.items()}))
+    parts = [(torch.cat(drawn[i:i+batch_size]), {k: v[i:i+batch_size] for k,v in cond.items()})
+             for i in range(0, n, batch_size)]
+    return torch.cat([model.decode(z, part) for z,part in parts])
+
+Codec.sample_stage1 = sample_stage1                                           # a function in a class is a method
 
 # %% ../nbs/06c_codec.ipynb #27bb8140
 SYNTHETIC = 'Synthetic picture drawn by a generative model (brainldm). Not a scan of a person; not for clinical use.'

@@ -218,6 +218,7 @@ STYLE = """<style>
 .brainldm .message { color: #b00020; }
 </style>"""                                                                    # two columns; one where it is narrow
 
+# %% ../nbs/08b_explore.ipynb #6d9b8701
 class Explorer(widgets.Box):
     "Controls beside the picture that a pure function makes of their values."
     def __init__(self,

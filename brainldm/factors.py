@@ -94,10 +94,10 @@ def variance_shares(
 )->dict[str, float]: # Shares: subject, slice, rest; and floor_subject, floor_slice, those of pure noise
     "How much of the variance is who, where, and both together. Source: Fisher 1925 (analysis of variance, two ways)."
     v = as_table('variance_shares', vectors, subjects, slices)
-    s,k,_ = v.shape; v = v-v.mean((0, 1))
-    total,who,where = (v**2).sum(),k*(v.mean(1)**2).sum(),s*(v.mean(0)**2).sum()
+    s,j,_ = v.shape; v = v-v.mean((0, 1))
+    total,who,where = (v**2).sum(),j*(v.mean(1)**2).sum(),s*(v.mean(0)**2).sum()
     return dict(subject=float(who/total), slice=float(where/total), rest=float(1-(who+where)/total),
-                floor_subject=(s-1)/(s*k-1), floor_slice=(k-1)/(s*k-1))
+                floor_subject=(s-1)/(s*j-1), floor_slice=(j-1)/(s*j-1))
 
 # %% ../nbs/08a_factors.ipynb #8574248f
 def subject_retrieval(
@@ -108,9 +108,9 @@ def subject_retrieval(
     "Find the same person at another height by the nearest vector."
     v = as_table('subject_retrieval', vectors, subjects, slices)
     v = v-v.mean(0)
-    s,k,_ = v.shape; found = np.full((k, k), np.nan)
-    for a in range(k):
-        for b in set(range(k))-{a}:
+    s,j,_ = v.shape; found = np.full((j, j), np.nan)
+    for a in range(j):
+        for b in set(range(j))-{a}:
             gap = (v[:, b]**2).sum(1)-2*v[:, a]@v[:, b].T        # squared distance, less |v_a|^2
             found[a, b] = (gap.argmin(1)==np.arange(s)).mean()
     return found

@@ -146,17 +146,17 @@ class ScalarEmbedding(nn.Module):
     "A number in [0, 1] as a vector: waves of several lengths, then a small network. Source: Tancik et al. 2020, eq. 5."
     def __init__(self,
         channels:int, # Length of the vector
-        num_waves:int=4, # Wave k has 2**k half periods in [0, 1]
+        num_waves:int=4, # Wave m has 2**m half periods in [0, 1]
     ):
         super().__init__()
         self.register_buffer('freqs', math.pi*2.**torch.arange(num_waves), persistent=False)
         self.net = nn.Sequential(nn.Linear(2*num_waves+1, channels), nn.SiLU(), nn.Linear(channels, channels))
 
     def forward(self,
-        v:Tensor, # Numbers (b,), mostly in [0, 1]
+        r:Tensor, # Numbers (b,), mostly in [0, 1]
     )->Tensor: # Vectors (b, channels)
-        v = v[:, None]
-        return self.net(torch.cat([v, (v*self.freqs).sin(), (v*self.freqs).cos()], dim=1))
+        r = r[:, None]
+        return self.net(torch.cat([r, (r*self.freqs).sin(), (r*self.freqs).cos()], dim=1))
 
 # %% ../nbs/01b_layers.ipynb #ca6389f4
 class Conditioner(nn.Module):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRIOR_PRESETS', 'lean', 'seen_before', 'code_cells', 'code_floors', 'neighbours', 'TransformerBlock', 'check_codes',
-           'check_start', 'CodeTransformer', 'PriorConfig', 'check_prior', 'dropout_masks', 'spoil', 'prior_loss',
-           'code_bits', 'code_vectors', 'BestWeights', 'code_chances', 'pick_codes', 'check_sampling', 'next_logits',
-           'check_prompt', 'sample_codes', 'code_encoder', 'cache_codes', 'prior_args', 'preview_codes',
-           'validate_prior', 'save_prior', 'load_prior', 'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler',
-           'code_prices']
+           'check_start', 'embed_codes', 'new_cache', 'CodeTransformer', 'PriorConfig', 'check_prior', 'dropout_masks',
+           'spoil', 'prior_loss', 'code_bits', 'code_vectors', 'BestWeights', 'code_chances', 'pick_codes',
+           'check_sampling', 'next_logits', 'check_prompt', 'sample_codes', 'code_encoder', 'cache_codes', 'prior_args',
+           'preview_codes', 'validate_prior', 'save_prior', 'load_prior', 'train_prior', 'draw_uniform', 'sample_prior',
+           'CodeSampler', 'code_prices']
 
 # %% ../nbs/09_prior.ipynb #1eac48f3
 import math
@@ -160,6 +160,35 @@ def check_start(
         f"CodeTransformer: start={start} {'without' if cache is None else 'with'} a cache. Expected 0, or with a cache "
         f"{newest}, the number of covariates and known codes. Try sample_codes, which counts.")
 
+# %% ../nbs/09_prior.ipynb #b3050083
+def embed_codes(
+    prior, # A `CodeTransformer`
+    codes:Tensor, # Codes known so far (b, m), int64
+    cond:dict[str, Tensor], # Encoded covariates
+    drop:Tensor|None, # True where a covariate is hidden (b, n)
+    start:int, # First place of the sequence that is wanted
+)->Tensor: # A vector for each covariate, known code and the next one (b, n+m+1-start, embed_dim)
+    "What the blocks get: a vector is made of the place and the four codes before it."
+    n,(b,m) = len(prior.covariates),codes.shape
+    padded = torch.cat([codes, codes.new_full((b, 1), prior.num_embeddings)], dim=1)        # neighbour -1 is here
+    at = slice(max(start-n, 0), m+1)
+    place = (prior.rows[:, None]+prior.cols).flatten(0, 1)[at]
+    near = padded[:, prior.neighbours[at]]                                  # (b, places, 4)
+    words = prior.codes(near) if prior.read is None else prior.codes(near)+prior.read(prior.vectors[near])
+    x = prior.near(words.flatten(-2))+place
+    return x if start or not n else torch.cat([prior.conditioner(cond, b, drop).to(x), x], dim=1)
+
+# %% ../nbs/09_prior.ipynb #20c90a86
+def new_cache(
+    prior, # A `CodeTransformer`
+    batch_size:int, # Maps written at a time
+)->Tensor: # Room for keys and values (layers, 2, b, heads, places, c)
+    "An empty memory, in the precision that attention computes in."
+    w,places = prior.head.weight,len(prior.covariates)+prior.side**2
+    low = torch.is_autocast_enabled(w.device.type)
+    return torch.empty(len(prior.blocks), 2, batch_size, prior.num_heads, places, w.shape[1]//prior.num_heads,
+                       device=w.device, dtype=torch.get_autocast_dtype(w.device.type) if low else w.dtype)
+
 # %% ../nbs/09_prior.ipynb #f552828a
 class CodeTransformer(nn.Module):
     """Predicts each code of a map from the covariates and the codes before it, row by row.
@@ -187,21 +216,6 @@ class CodeTransformer(nn.Module):
         self.register_buffer('vectors', torch.zeros(num_embeddings+1, code_dim))
         self.register_buffer('neighbours', neighbours(side), persistent=False)
 
-    def embed(self,
-        codes:Tensor, # Codes known so far (b, m), int64
-        cond:dict[str, Tensor], # Encoded covariates
-        drop:Tensor|None, # True where a covariate is hidden (b, n)
-        start:int, # First place of the sequence that is wanted
-    )->Tensor: # A vector for each covariate, known code and the next one (b, n+m+1-start, embed_dim)
-        n,(b,m) = len(self.covariates),codes.shape
-        padded = torch.cat([codes, codes.new_full((b, 1), self.num_embeddings)], dim=1)        # neighbour -1 is here
-        at = slice(max(start-n, 0), m+1)
-        place = (self.rows[:, None]+self.cols).flatten(0, 1)[at]
-        near = padded[:, self.neighbours[at]]                                  # (b, places, 4)
-        words = self.codes(near) if self.read is None else self.codes(near)+self.read(self.vectors[near])
-        x = self.near(words.flatten(-2))+place
-        return x if start or not n else torch.cat([self.conditioner(cond, b, drop).to(x), x], dim=1)
-
     def forward(self,
         codes:Tensor, # The first m codes of each map (b, m), int64, m less than side*side
         cond:dict[str, Tensor]|None=None, # Encoded covariates by name, each (b,)
@@ -218,14 +232,7 @@ class CodeTransformer(nn.Module):
         x = self.norm(x if start else x[:, len(self.covariates):])
         return self.head(x) if self.write is None else self.head(x)+self.write(x)@self.vectors[:-1].T.to(x)
 
-    def new_cache(self,
-        batch_size:int, # Maps written at a time
-    )->Tensor: # Room for keys and values (layers, 2, b, heads, places, c)
-        "An empty memory, in the precision that attention computes in."
-        w,places = self.head.weight,len(self.covariates)+self.side**2
-        low = torch.is_autocast_enabled(w.device.type)
-        return torch.empty(len(self.blocks), 2, batch_size, self.num_heads, places, w.shape[1]//self.num_heads,
-                           device=w.device, dtype=torch.get_autocast_dtype(w.device.type) if low else w.dtype)
+    embed,new_cache = embed_codes,new_cache                                    # a function in a class is a method
 
 # %% ../nbs/09_prior.ipynb #f7bdc62d
 @dataclass

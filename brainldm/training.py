@@ -367,7 +367,7 @@ def plot_history(
     for k in sorted({k for o in checked for k in o if k.startswith('val_')} - {'val_psnr', 'val_l1', 'val_perplexity'}):
         axs[1].plot([o['images'] for o in checked], [o[k] for o in checked], 'o-', ms=3, label=k)
     axs[1].set(xlabel='pictures seen', title='validate subjects')
-    if checked: axs[1].legend(frameon=False)
+    if checked: axs[1].legend(frameon=False, fontsize=7)
     if judged:
         axs[2].plot([o['images'] for o in judged], [o['critic_accuracy'] for o in judged], lw=.7, color='C2')
         axs[2].axhline(.5, color='k', lw=.7, ls=':', label='guessing')
