@@ -1,10 +1,11 @@
 """Run the lessons in order with their long cells and store what they print and draw; say how long each took.
 
-    python tools/course.py            every lesson
-    python tools/course.py 07 08a     these lessons
+    python tools/course.py                    every lesson
+    python tools/course.py 07 08a             these lessons
+    python tools/course.py --short 07 08a     without their long cells, whose stored outputs stay
 
-Cells marked `#| gpu` run where there is one; elsewhere their stored outputs stay. A lesson that fails is left as it was, and the
-exit status is 1. Times go to docs/course.json, from which the site tells them."""
+Cells marked `#| gpu` run where there is one; elsewhere their stored outputs stay. What progress bars drew is not stored. A lesson that
+fails is left as it was, and the exit status is 1. Times of whole lessons go to docs/course.json, from which the site tells them."""
 import json
 import platform
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import torch
+from docs import shown_output, streams_joined
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
@@ -37,23 +39,30 @@ def chosen(numbers):
     return [p for p in found if not numbers or number(p) in numbers]
 
 
-def set_aside(cells, gpu):
-    "Empty the cells that need a GPU, if there is none; what they held, by id."
-    found = {} if gpu else {c["id"]: (c.source, c.outputs) for c in cells if c.cell_type == "code" and re.match(r"#\|\s*gpu", c.source)}
+def set_aside(cells, marks):
+    "Empty the cells that shall not run; what they held, by id."
+    found = {c["id"]: (c.source, c.outputs) for c in cells if c.cell_type == "code" and re.match(rf"#\|\s*({'|'.join(marks)})\b", c.source)}
     for cell in cells:
         if cell["id"] in found:
             cell.source = "pass"
     return found
 
 
-def run(path):
+def stored(outputs):
+    "Outputs as a reader shall find them: no widgets, no passed states of progress bars, one text where there were several."
+    kept = [shown_output(o) for o in outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    return [nbformat.from_dict(o) for o in streams_joined([o for o in kept if o is not None])]
+
+
+def run(path, marks):
     "Execute a notebook, write it back with its outputs, clean. Seconds that it took."
     doc, start = nbformat.read(path, 4), time.time()
-    aside = set_aside(doc.cells, torch.cuda.is_available())
+    aside = set_aside(doc.cells, marks)
     NotebookClient(doc, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in (c for c in doc.cells if c.cell_type == "code"):
         cell.source, cell.outputs = aside.get(cell["id"], (cell.source, cell.outputs))
-        cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+        cell.outputs = stored(cell.outputs)
+    doc.metadata.pop("widgets", None)
     took = time.time() - start
     nbformat.write(doc, path)
     subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
@@ -62,21 +71,24 @@ def run(path):
 
 def main(numbers):
     "Run what was asked for. Exit status."
+    short = "--short" in numbers
+    numbers, marks = [n for n in numbers if n != "--short"], ["slow"] * short + ["gpu"] * (not torch.cuda.is_available())
     known = json.loads(TIMES.read_text()) if TIMES.is_file() else {}
     where = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}, {torch.get_num_threads()} threads"
-    paths, failed = chosen(numbers), []
+    paths, times = chosen(numbers), {}
     for path in (bar := tqdm(paths, unit="lesson")):
         bar.set_description(path.stem)
         try:
-            known[number(path)] = dict(seconds=round(run(path)), where=where)
+            times[path.stem] = run(path, marks or ["none"])
+            if not short:
+                known[number(path)] = dict(seconds=round(times[path.stem]), where=where)
         except CellExecutionError as e:
-            failed.append(path.stem)
             bar.write(f"{path.stem}: {e}")
         TIMES.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     for path in paths:
-        print(f"{path.stem:15} {'failed' if path.stem in failed else '%5.1f min' % (known[number(path)]['seconds'] / 60)}")
-    print(f"together {sum(known[number(p)]['seconds'] for p in paths if number(p) in known) / 60:.0f} minutes on {where}")
-    return bool(failed)
+        print(f"{path.stem:15} {'%5.1f min' % (times[path.stem] / 60) if path.stem in times else 'failed'}")
+    print(f"together {sum(times.values()) / 60:.0f} minutes on {where}")
+    return len(times) < len(paths)
 
 
 if __name__ == "__main__":
