@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KNOBS', 'COMMANDS', 'flags', 'Phantom', 'Check', 'TrainAutoencoder', 'data_config', 'Stage2', 'TrainLDM',
            'TrainPrior', 'TrainVolume', 'Train', 'describe_scores', 'Reconstruct', 'Bits', 'describe_covariates',
-           'read_pairs', 'read_request', 'next_folder', 'pick_place', 'Drawing', 'pick_knobs', 'crew', 'draw_together',
-           'Sample', 'known_values', 'Edit', 'Volume', 'Evaluate', 'Explore', 'Report', 'Fetch', 'Share',
-           'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
+           'read_pairs', 'read_request', 'next_folder', 'pick_place', 'Drawing', 'pick_generator', 'pick_knobs', 'crew',
+           'draw_together', 'Sample', 'known_values', 'Edit', 'Volume', 'Evaluate', 'Explore', 'Report', 'Fetch',
+           'Share', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
 
 # %% ../nbs/11_cli.ipynb #7b047058
 import dataclasses
@@ -273,7 +273,7 @@ def pick_place(
 @dataclass(kw_only=True)
 class Drawing:
     "Who draws, and how."
-    generator:Literal['ldm', 'prior', 'stage1']='ldm' # Diffusion model; transformer over codes; or random latents, a floor
+    generator:Literal['auto', 'ldm', 'prior', 'stage1']='auto' # Diffusion model; transformer over codes; random latents, a floor; auto: what the run has
     guidance_scale:float=1. # (ldm, prior) 1 follows the data, above 1 exaggerates the conditions
     scale:tuple[str, ...]=() # (ldm) In its place, a scale for single covariates, each as name=number
     guidance_interval:tuple[float, float]=(0., 1.) # (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise
@@ -284,6 +284,16 @@ class Drawing:
     top_k:int|None=None # (prior) Choose among so many codes only
     top_p:float=1. # (prior) Choose among the codes that hold this share of the probability
     seed:int=0 # Same seed, same machine: same pictures
+
+# %% ../nbs/11_cli.ipynb #3e50b51b
+def pick_generator(
+    run:Path, # Run folder
+    asked:str, # 'ldm', 'prior', 'stage1', or 'auto' to leave it to the run
+)->str: # What shall draw
+    "The diffusion model, or the prior of a run that has nothing else."
+    if asked!='auto': return asked
+    has = {k: (Path(run)/f'{k}.safetensors').is_file() for k in ('ldm', 'prior')}
+    return 'prior' if has['prior'] and not has['ldm'] else 'ldm'
 
 # %% ../nbs/11_cli.ipynb #51795b21
 KNOBS = dict(ldm=('guidance_scale', 'scale', 'guidance_interval', 'guidance_rescale', 'steps', 'sampler'),
@@ -334,6 +344,7 @@ class Sample(Drawing):
     out:Path|None=None # New folder; None: RUN/samples/drawn_000 and so on
 
     def run(self)->int: # Exit status
+        self.generator = pick_generator(self.run_folder, self.generator)
         how,frames = pick_knobs(self),[]
         place = pick_place(self.out, self.run_folder/'samples'/'drawn')
         model = (CodeSampler if self.generator=='prior' else BrainLDM).load(self.run_folder)
@@ -448,6 +459,7 @@ class Evaluate(Drawing):
     as_json:Annotated[bool, tyro.conf.arg(name='json')]=False # Print one JSON object and nothing else
 
     def run(self)->int: # Exit status
+        self.generator = pick_generator(self.run_folder, self.generator)
         how,shown = pick_knobs(self),not self.as_json
         dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects), progress=shown)
         scores = evaluate(self.run_folder, dataset, self.generator, self.split, self.seed, progress=shown,
