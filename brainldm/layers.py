@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_divides', 'ResBlock', 'Downsample', 'Upsample', 'AttentionBlock', 'CrossAttention', 'ScalarEmbedding',
-           'Conditioner']
+           'Conditioner', 'pick_device', 'pick_precision', 'where']
 
 # %% ../nbs/01b_layers.ipynb #544033f8
 import math
@@ -195,3 +195,35 @@ class Conditioner(nn.Module):
         missing = value<0 if covariate.kind=='categorical' else value.isnan()
         known = self.embed[covariate.name](value.masked_fill(missing, 0))
         return torch.where(missing[:, None], self.null[i].to(known), known)
+
+# %% ../nbs/01b_layers.ipynb #fc7e1a1c
+def pick_device(
+    device:str|None=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the best there is
+)->torch.device: # Where to compute
+    "An accelerator if there is one. Raises ValueError for a device that this machine does not have."
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try: return torch.zeros((), device=device or best).device
+    except (RuntimeError, AssertionError) as e: raise ValueError(
+        f"BrainLDM.load: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). "
+        "Expected a device of this machine. Try device='cpu'.") from None
+
+# %% ../nbs/01b_layers.ipynb #2829c572
+def pick_precision(
+    precision:str, # 'auto', 'no', 'bf16' or 'fp16'
+    device:torch.device, # Where training runs
+)->str: # 'no', 'bf16' or 'fp16'
+    "Turn 'auto' into bf16 where the hardware has it, else into float32 ('no'). Raises ValueError for fp16 on a CPU."
+    if precision=='fp16' and device.type=='cpu': raise ValueError(
+        "pick_precision: precision='fp16' on a CPU. Expected 'bf16' or 'no' there. Try precision='auto'.")
+    if precision!='auto': return precision
+    if device.type=='cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
+    fast = (getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16', 'amx_tile'))
+    return 'bf16' if device.type=='cpu' and any(fast) else 'no'
+
+# %% ../nbs/01b_layers.ipynb #44068149
+def where()->str: # One line, such as 'cpu, 2 threads, bf16'
+    "Say on what networks compute here, and in which precision if nobody asks for another."
+    device = pick_device()
+    name = torch.cuda.get_device_name(device) if device.type=='cuda' else device.type
+    threads = f', {torch.get_num_threads()} threads' if device.type=='cpu' else ''
+    return f"{name}{threads}, {pick_precision('auto', device).replace('no', 'float32')}"

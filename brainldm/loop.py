@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'TrainConfig', 'check_numbers', 'check_config', 'lr_at', 'ema_decay', 'Average', 'step_seed',
-           'ignore_interrupts', 'train_batches', 'pick_precision', 'make_accelerator', 'seeded', 'Learner',
-           'smaller_batch', 'bare_model', 'mixed_precision', 'infer', 'to_device', 'mean_logs', 'check_finite', 'fit',
-           'every']
+           'ignore_interrupts', 'train_batches', 'make_accelerator', 'seeded', 'Learner', 'smaller_batch', 'bare_model',
+           'mixed_precision', 'infer', 'to_device', 'mean_logs', 'check_finite', 'fit', 'every']
 
 # %% ../nbs/05b_loop.ipynb #26d4c6a1
 import math
@@ -28,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from .batches import ShuffledBatches
+from .layers import pick_precision
 
 # %% ../nbs/05b_loop.ipynb #89d26982
 @dataclass
@@ -176,19 +176,6 @@ def train_batches(
     return DataLoader(dataset, batch_sampler=islice(line, rank, None, num_processes), collate_fn=dict,
                       num_workers=config.num_workers, worker_init_fn=ignore_interrupts,
                       pin_memory=torch.cuda.is_available())
-
-# %% ../nbs/05b_loop.ipynb #da53b372
-def pick_precision(
-    precision:str, # 'auto', 'no', 'bf16' or 'fp16'
-    device:torch.device, # Where training runs
-)->str: # 'no', 'bf16' or 'fp16'
-    "Turn 'auto' into bf16 where the hardware has it, else into float32 ('no'). Raises ValueError for fp16 on a CPU."
-    if precision=='fp16' and device.type=='cpu': raise ValueError(
-        "pick_precision: precision='fp16' on a CPU. Expected 'bf16' or 'no' there. Try precision='auto'.")
-    if precision!='auto': return precision
-    if device.type=='cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
-    fast = (getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16', 'amx_tile'))
-    return 'bf16' if device.type=='cpu' and any(fast) else 'no'
 
 # %% ../nbs/05b_loop.ipynb #52cb347e
 def make_accelerator(

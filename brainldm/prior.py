@@ -14,7 +14,7 @@ __all__ = ['PRIOR_PRESETS', 'lean', 'seen_before', 'code_cells', 'code_floors', 
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass,replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -26,8 +26,10 @@ from tqdm.auto import tqdm
 from .batches import Covariate, SliceDataset, eval_batches
 from .layers import Conditioner,check_divides
 from .phantom import show_grid
-from .codec import Codec, check_conditions, check_request, in_batches, pick_device, told
-from .loop import Learner, TrainConfig, check_finite, infer, pick_precision, seeded, to_device
+from .codec import Codec, check_conditions, check_request, in_batches, told
+from .layers import pick_device
+from .loop import Learner, TrainConfig, check_finite, infer, seeded, to_device
+from .layers import pick_precision
 from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
 from .training import check_pictures, describe, load_autoencoder, pick_covariates, save_figure, spread
 from .diffusion import (

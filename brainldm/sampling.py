@@ -20,8 +20,10 @@ from tqdm.auto import tqdm
 from .batches import Covariate
 from .scheduler import NoiseSchedule, add_noise, check_choice
 from .samplers import SAMPLERS, denoise, invert, sampling_timesteps
-from .codec import Codec, check_conditions, check_pictures, check_request, in_batches, pick_device, told
-from .loop import infer, mixed_precision, pick_precision, to_device
+from .codec import Codec, check_conditions, check_pictures, check_request, in_batches, told
+from .layers import pick_device
+from .loop import infer, mixed_precision, to_device
+from .layers import pick_precision
 from .runs import fill_model, load_weights, read_config
 from .training import load_autoencoder
 from .unet import UNet

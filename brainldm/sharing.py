@@ -8,7 +8,6 @@ __all__ = ['WEIGHTS', 'strip_settings', 'to_half', 'refuse_memory', 'pack_weight
 
 # %% ../nbs/06b_sharing.ipynb #7a548283
 import json
-import math
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory

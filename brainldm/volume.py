@@ -29,9 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-import brainldm
 from .batches import Covariate, SliceDataset
-from .phantom import show_grid
 from .sampling import BrainLDM, Sampler, draw_batch, draw_noise, guide, take_request
 from .codec import SYNTHETIC, check_pictures, check_request, in_batches, new_folder, save_gif, to_bytes
 from .scheduler import NoiseSchedule

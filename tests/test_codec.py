@@ -6,8 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm.codec import (SYNTHETIC, Codec, check_conditions, check_pictures, in_batches, manifest_of, pick_device, save_gif,
-                            save_pictures, to_bytes, told)
+from brainldm.codec import (
+    SYNTHETIC, Codec, check_conditions, check_pictures, in_batches, manifest_of, save_gif, save_pictures, to_bytes,
+    told)
+from brainldm.layers import pick_device
 from brainldm.data import DataConfig, check_dataset, read_manifest
 from brainldm.batches import Covariate, open_dataset
 from brainldm.training import load_autoencoder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainldm import loop
+from brainldm import layers
 from brainldm.diffusion import PRESETS, LDMConfig, cache_latents, train_ldm, unet_args
 from brainldm.loop import check_config, infer
 from brainldm.runs import read_config, read_log
@@ -57,7 +57,7 @@ def test_presets_can_be_built(name):
 # ------------------------------------------------------------------ what a run leaves behind
 
 def test_latents_are_standard_means(dataset, straight):
-    auto,_ = load_autoencoder(straight); file = weights(straight, 'ldm'); precision = loop.pick_precision('auto', torch.device('cpu'))
+    auto,_ = load_autoencoder(straight); file = weights(straight, 'ldm'); precision = layers.pick_precision('auto', torch.device('cpu'))
     z = cache_latents(auto, dataset.subset('train'), precision, batch_size=7, progress=False)
     whole = infer(auto, precision, 'encode')(dataset.subset('train').__getitems__(range(20))['image'])[0].float()
     torch.testing.assert_close(z, whole, rtol=.02, atol=.02)

@@ -16,7 +16,8 @@ from brainldm.data import DataConfig
 from brainldm.batches import Covariate
 from brainldm.prior import (PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, check_prior, code_bits, code_cells, code_chances,
                             code_floors, code_prices, draw_uniform, load_prior, neighbours, next_logits, pick_codes, prior_loss, sample_codes, train_prior)
-from brainldm.loop import check_config, infer, pick_precision
+from brainldm.loop import check_config, infer
+from brainldm.layers import pick_precision
 from brainldm.runs import Checkpoint, load_weights, read_config, read_log
 from brainldm.training import AEConfig, load_autoencoder, train_autoencoder
 

@@ -24,8 +24,7 @@ from brainldm.files import DataFault
 from brainldm.sampling import BrainLDM
 from brainldm.scheduler import PREDICTION_TYPES, NoiseSchedule, add_noise, targets, to_x0_eps
 from brainldm.samplers import sampling_timesteps
-from brainldm.training import AEConfig, load_weights, save_weights
-from brainldm.diffusion import LDMConfig
+from brainldm.training import AEConfig, load_weights
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings

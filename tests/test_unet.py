@@ -3,7 +3,6 @@ import pytest, torch
 from torch import nn
 from torch.testing import assert_close
 from brainldm.batches import Covariate
-from brainldm.layers import ResBlock
 from brainldm.unet import UNet, timestep_embedding
 
 COVARIATES = (Covariate('diagnosis', 'categorical', values=('NC', 'AD')), Covariate('slice', 'continuous', range=(0, 31)),

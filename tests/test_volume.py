@@ -16,7 +16,7 @@ from brainldm.batches import open_dataset
 from brainldm.sampling import BrainLDM
 from brainldm.codec import SYNTHETIC
 from brainldm.runs import load_weights, read_log, save_weights
-from brainldm.volume import (BrainVolumes, NeighbourUNet, VolumeConfig, check_stack, correlate, drawing_order, find_neighbours,
+from brainldm.volume import (BrainVolumes, NeighbourUNet, VolumeConfig, correlate, drawing_order, find_neighbours,
                              lay_beside, look_beside, to_nifti, train_volume)
 
 SHORT = VolumeConfig(total_images=96, batch_size=8, warmup_images=16, validate_every=48, checkpoint_every=16, log_every=1, ema_images=32, preview_steps=2)

@@ -24,7 +24,8 @@ from torch import nn
 from brainldm.batches import open_dataset
 from brainldm.cli import data_config
 from brainldm.diffusion import LatentDataset
-from brainldm.loop import Learner, fit, pick_precision, seeded, train_batches
+from brainldm.loop import Learner, fit, seeded, train_batches
+from brainldm.layers import pick_precision
 from brainldm.prior import PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_floors, code_vectors, prior_args, prior_loss
 from brainldm.training import load_autoencoder, pick_covariates, spread
 
