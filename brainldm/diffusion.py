@@ -28,8 +28,8 @@ from .phantom import show_grid
 from .runs import enter_run, is_finished, read_config, run_stage, save_weights, unpack_state, within_memory
 from .scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
 from .samplers import denoise
-from .training import (AEConfig, check_pictures, describe, load_autoencoder, pick_covariates, save_figure,
-                               spread)
+from .training import (AEConfig, check_size, describe, load_autoencoder, pick_covariates, save_figure,
+                               spread_rows)
 from .unet import UNet
 from .vae import Autoencoder
 
@@ -290,7 +290,7 @@ def validate_ldm(
 )->dict[str, float]: # val_mse of the averaged network, on times and noise that are the same each time
     "Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye."
     device,unet = learner.accelerator.device,infer(learner.ema.module, learner.precision)
-    batch,gen = to_device(spread(held, 512), device),torch.Generator(device).manual_seed(0)
+    batch,gen = to_device(spread_rows(held, 512), device),torch.Generator(device).manual_seed(0)
     _,logs = ldm_loss(unet, batch, gen, learner.seen, replace(config, drop_one=0., drop_all=0.), covariates)
     cond,rows = preview_conditions(covariates)
     columns = len(next(iter(cond.values())))//len(rows) if cond else 6
@@ -329,7 +329,7 @@ def train_ldm(
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = unet_args(config, autoencoder.latent_channels, covariates)
     model = seeded(config.seed, lambda: UNet(**args))
-    check_pictures(dataset, about['size'], autoencoder.factor*model.factor)
+    check_size(dataset, about['size'], autoencoder.factor*model.factor)
     learner = Learner(model, partial(ldm_loss, config=config, covariates=covariates), config, run)
     state = enter_run(learner, run, 'ldm', dataset, resume)
     if is_finished(state, config, run/'ldm.safetensors'):

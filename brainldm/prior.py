@@ -31,7 +31,7 @@ from .layers import pick_device
 from .loop import Learner, TrainConfig, check_finite, infer, seeded, to_device
 from .layers import pick_precision
 from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
-from .training import check_pictures, describe, load_autoencoder, pick_covariates, save_figure, spread
+from .training import check_size, describe, load_autoencoder, pick_covariates, save_figure, spread_rows
 from .diffusion import (
     LatentDataset, drop_folder, drop_mask, encode_rows, preview_conditions, refuse_leak, refuse_unfinished)
 from .vqgan import VQVAE
@@ -535,7 +535,7 @@ def validate_prior(
     path:Path, # Where the picture goes
 )->dict[str, float]: # val_bits of the averaged network now; best_bits, and the code maps seen when that was
     "Look at the prior on the way: its price on held-out subjects, and drawn pictures for the eye."
-    prior,best,part = learner.ema.module,learner.ema.best,spread(held, 256)
+    prior,best,part = learner.ema.module,learner.ema.best,spread_rows(held, 256)
     bits = code_bits(prior, part['latent'], part, learner.precision).mean().item()
     check_finite(dict(val_bits=bits), learner.seen)
     best.offer(prior, bits, learner.seen)
@@ -585,7 +585,7 @@ def train_prior(
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = prior_args(config, autoencoder, about['size'], covariates)
     refuse_leak(read_config(run), dataset); refuse_unfinished(read_config(run), about['images'])
-    check_pictures(dataset, about['size'], autoencoder.factor)
+    check_size(dataset, about['size'], autoencoder.factor)
     model = seeded(config.seed, lambda: CodeTransformer(**args))
     model.vectors.copy_(code_vectors(autoencoder))
     loss = partial(prior_loss, config=config, covariates=covariates, num_embeddings=args['num_embeddings'])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['timestep_embedding', 'ConditionEmbedding', 'check_told', 'UNetBlock', 'down_level', 'up_level', 'UNetDown', 'UNetUp',
-           'check_levels', 'check_input', 'UNet']
+           'check_unet', 'check_input', 'UNet']
 
 # %% ../nbs/05_unet.ipynb #b41acfae
 import math
@@ -177,7 +177,7 @@ class UNetUp(nn.Module):
         return self.head(x)
 
 # %% ../nbs/05_unet.ipynb #930e634a
-def check_levels(
+def check_unet(
     channels:tuple[int, ...], # Features at each level
     attention_levels:tuple[bool, ...], # Levels with attention
     num_res_blocks:int, # Blocks a level
@@ -225,7 +225,7 @@ class UNet(nn.Module):
         norm_num_groups:int=8, # Groups in each GroupNorm
     ):
         super().__init__()
-        check_levels(channels, attention_levels, num_res_blocks, num_heads, norm_num_groups)
+        check_unet(channels, attention_levels, num_res_blocks, num_heads, norm_num_groups)
         self.in_channels,self.factor,self.covariates = in_channels,2**(len(channels)-1),tuple(covariates)
         emb_channels = 4*channels[0]
         shape = dict(channels=channels, num_res_blocks=num_res_blocks, attention_levels=attention_levels,

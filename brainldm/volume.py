@@ -36,7 +36,7 @@ from .scheduler import NoiseSchedule
 from .samplers import denoise
 from .loop import Learner, TrainConfig, infer, mixed_precision, to_device
 from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
-from .training import save_figure, spread
+from .training import save_figure, spread_rows
 from .diffusion import (
     LatentDataset, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error, refuse_leak)
 from .unet import UNet
@@ -444,7 +444,7 @@ def validate_volume(
     model.unet = unet = learner.ema.module
     device = learner.accelerator.device
     calm = replace(config, drop_one=0., drop_all=0., hide_neighbour=0., neighbour_noise=0.)
-    batch,call = to_device(spread(held, 512), device),infer(unet, learner.precision)
+    batch,call = to_device(spread_rows(held, 512), device),infer(unet, learner.precision)
     def error(config):
         gen = torch.Generator(device).manual_seed(0)
         return volume_loss(call, batch, gen, learner.seen, config, model.schedule, unet.covariates)[0].item()

@@ -27,7 +27,7 @@ from brainldm.diffusion import LatentDataset
 from brainldm.loop import Learner, fit, seeded, train_batches
 from brainldm.layers import pick_precision
 from brainldm.prior import PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_floors, code_vectors, prior_args, prior_loss
-from brainldm.training import load_autoencoder, pick_covariates, spread
+from brainldm.training import load_autoencoder, pick_covariates, spread_rows
 
 
 @dataclass
@@ -165,7 +165,7 @@ def measure(name: str, variant: Variant, codes: dict, dataset, args: dict, vecto
     begin = clock()
     seen = fit(learner.step, train_batches(parts["train"], config), config.total_images)
     took = clock() - begin
-    looks = (spread(parts[o], len(parts["validate"])) for o in ("train", "validate"))  # as many train rows as held-out ones
+    looks = (spread_rows(parts[o], len(parts["validate"])) for o in ("train", "validate"))  # as many train rows as held-out ones
     train, held = (code_bits(learner.ema.module, o["latent"], o, learner.precision) for o in looks)
     row = dict(parameters=sum(p.numel() for p in net.parameters()), train_bits=train.mean().item(), seconds=1000 * took / seen, held=held.tolist())
     file.write_text(json.dumps(row))

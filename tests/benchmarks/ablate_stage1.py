@@ -19,7 +19,7 @@ from brainldm.evaluation import reconstruction_scores
 from brainldm.phantom import PhantomConfig, make_cohort, show_grid
 from brainldm.sampling import BrainLDM
 from brainldm.runs import read_log
-from brainldm.training import AEConfig, save_figure, spread, train_autoencoder
+from brainldm.training import AEConfig, save_figure, spread_rows, train_autoencoder
 from brainldm.diffusion import PRESETS
 
 
@@ -61,7 +61,7 @@ def measure(name: str, config: AEConfig, dataset, job: Ablation) -> dict:
     critic = [o["critic_accuracy"] for o in read_log(run / "log.jsonl") if "critic_accuracy" in o]
     row = {k: scores.get(k) for k in ("ssim", "ssim_brain", "psnr", "sharpness", "codebook_usage", "perplexity")}
     row["critic_accuracy"] = sum(critic[-10:]) / len(critic[-10:]) if critic else None
-    batch = spread(dataset.subset(job.split), 5)
+    batch = spread_rows(dataset.subset(job.split), 5)
     return dict(row, floor=scores["floor_mean_slice"], recon=model.reconstruct(batch["image"], batch)[2, 0])
 
 
@@ -82,7 +82,7 @@ def main(job: Ablation) -> None:
             make_cohort(data, PhantomConfig(num_subjects=48, num_slices=6, size=settings.size, seed=0))
     dataset = open_dataset(data, settings)
     rows = {k: measure(k, v, dataset, job) for k, v in configs.items()}
-    original = spread(dataset.subset(job.split), 5)["image"][2, 0]
+    original = spread_rows(dataset.subset(job.split), 5)["image"][2, 0]
     for name, title in (("KL", "The critic brings back edges that the absolute error gave away"), ("codes", "The same bits, better and better used")):
         draw({k: o for k, o in rows.items() if k.startswith("KL") == (name == "KL")}, original, title, job.out / f"{name.lower()}.png")
     table = pd.DataFrame({k: {n: v for n, v in o.items() if n not in ("recon", "floor")} for k, o in rows.items()}).T.astype(float).round(3)

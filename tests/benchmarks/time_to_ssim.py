@@ -26,9 +26,8 @@ from torch import nn
 from brainldm.batches import open_dataset
 from brainldm.phantom import PhantomConfig, make_cohort
 from brainldm.loop import Learner, to_device, train_batches
-from brainldm.training import autoencoder_loss
+from brainldm.training import autoencoder_loss, spread_rows
 from brainldm.diffusion import PRESETS
-from brainldm.training import spread as spread_rows
 from brainldm.vae import picture_scores
 
 BATCH = 13                                                                     # of the recipe
