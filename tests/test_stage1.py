@@ -247,7 +247,7 @@ def test_the_prior_on_the_command_line(phantom, tmp_path, capsys):
     assert main(['sample', run, '--generator', 'prior', '--n', '2', '--slice', '3', '--top-k', '8'])==0
     assert 'Known covariates: slice' in capsys.readouterr().out
     assert main(['report', run])==0 and 'Written code by code' in (tmp_path/'run'/'report.html').read_text()
-    for wrong,message in ((['--generator', 'prior', '--steps', '5'], '--steps does nothing'), (['--top-k', '5'], '--top-k does nothing'), (['--generator', 'prior', '--top-k', '0'], 'top_k=0'),
-                          (['--generator', 'prior', '--slice', '99'], 'slice=99'), ([], 'train ldm')):
+    for wrong,message in ((['--generator', 'prior', '--steps', '5'], '--steps does nothing'), (['--generator', 'ldm', '--top-k', '5'], '--top-k does nothing'), (['--top-k', '0'], 'top_k=0'),
+                          (['--slice', '99'], 'slice=99'), (['--generator', 'ldm'], 'train ldm')):
         assert main(['sample', run, '--n', '1', *wrong])==1 and message in capsys.readouterr().err
     assert main(['train', 'prior', str(phantom), '--run', run, '--preset', 'tiny', *short])==1 and 'Add --resume' in capsys.readouterr().err
