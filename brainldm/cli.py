@@ -373,7 +373,7 @@ def known_values(
         values = rows[c.name].astype(object).where(rows[c.name].notna(), None) if c.name in rows else [None]*len(rows)
         fits = [v is None or c.kind=='categorical' or c.range[0]<=v<=c.range[1] for v in values]
         out[c.name] = [v if fit else None for v,fit in zip(values, fits)]
-        if not all(fits): print(f'Note: {c.name} of {fits.count(False)} rows lies outside {c.range[0]:g} to {c.range[1]:g}, '
+        if not all(fits): print(f'Note: {c.name} of {fits.count(False)} row(s) lies outside {c.range[0]:g} to {c.range[1]:g}, '
                                 'which this run knows: left open there.')
     return out
 

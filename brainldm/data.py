@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'COLUMNS', 'PICTURES', 'DataConfig', 'find_layout', 'list_pictures', 'list_volumes', 'check_columns',
            'read_table', 'list_manifest', 'read_subjects', 'join_subjects', 'split_by_subject', 'assign_splits',
-           'find_leaks', 'Report', 'list_slices', 'refuse_faults', 'read_manifest', 'inspect_files', 'find_copies',
+           'find_leaks', 'Findings', 'list_slices', 'refuse_faults', 'read_manifest', 'inspect_files', 'find_copies',
            'judge_rows', 'find_crop', 'check_dataset']
 
 # %% ../nbs/01_data.ipynb #2f75f52c
@@ -317,7 +317,7 @@ def find_leaks(
 
 # %% ../nbs/01_data.ipynb #5220f832
 @dataclass
-class Report:
+class Findings:
     "What a look at the data found. Print it; `ok` is False if there are faults."
     manifest:pd.DataFrame # The good rows, one a slice
     faults:pd.DataFrame # Columns path, fault, detail
@@ -341,13 +341,13 @@ class Report:
             lines = (part.path+': '+part.detail).map(printable).tolist()
             out += ['', f'fault: {kind} ({len(lines)})'] + [f'  {o}' for o in lines[:50]]
             out += [f'  ... and {len(lines)-50} more, all of them in report.faults'] if len(lines)>50 else []
-        return '\n'.join(out + ['', 'no fault found' if self.ok else f'{len(self.faults)} faults found'])
+        return '\n'.join(out + ['', 'no fault found' if self.ok else f'{len(self.faults)} fault{"s"*(len(self.faults)>1)} found'])
 
 # %% ../nbs/01_data.ipynb #cd35b365
 def list_slices(
     root:str|Path, # Data folder, CSV manifest or archive
     config:DataConfig, # Planes, seed and table of subjects
-)->Report: # Rows that parse, faults of names, headers and splits; no pixel is read
+)->Findings: # Rows that parse, faults of names, headers and splits; no pixel is read
     "List every slice with its subject, split and covariates. Raises ValueError if there is none."
     given,root = Path(root),unpack(root)
     layout = find_layout(root)
@@ -376,11 +376,11 @@ def list_slices(
     rank = lambda o: o.map(SPLITS.index) if o.name=='split' else o
     rows = rows.sort_values(['split', 'subject', 'slice', 'path'], key=rank, ignore_index=True)
     rows.attrs = dict(layout=layout, root=str(root))
-    return Report(rows, pd.concat([faults, leaks], ignore_index=True), notes+more)
+    return Findings(rows, pd.concat([faults, leaks], ignore_index=True), notes+more)
 
 # %% ../nbs/01_data.ipynb #6e46a91f
 def refuse_faults(
-    report:Report, # What was found
+    report:Findings, # What was found
     skip_faulty:bool=False, # Go on without the faulty files; a leak is refused all the same
 )->None:
     "Raise ValueError if the data should not be trained on; print what is left out with `skip_faulty`."
@@ -478,7 +478,7 @@ def check_dataset(
     root:str|Path, # Data folder, CSV manifest or archive
     config:DataConfig=DataConfig(), # Settings
     progress:bool=True, # Show a bar with the time left
-)->Report: # Good rows (with a `hash` of the pixels), faults, notes, sizes
+)->Findings: # Good rows (with a `hash` of the pixels), faults, notes, sizes
     "Look at every file of a data set and write down all that is wrong with it. Nothing is changed."
     listed = list_slices(root, config)
     rows,clipped = inspect_files(listed.manifest, config, progress)
@@ -496,4 +496,4 @@ def check_dataset(
     if (crop or side)<config.size: notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
     good = good[~good.path.isin(listed.faults.path)].drop(columns='_side').reset_index(drop=True)
     good.attrs = listed.manifest.attrs
-    return Report(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes, crop)
+    return Findings(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes, crop)

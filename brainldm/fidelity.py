@@ -24,11 +24,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm.auto import tqdm
 
+from .analysis import auc
 from .batches import Covariate, SliceDataset, eval_batches, fingerprint
 from .evaluation import json_safe, subject_interval
 from .loop import Learner, TrainConfig, bare_model, fit, infer, seeded, train_batches
 from .runs import fill_model, load_weights, save_weights
 from .training import describe
+from .vae import laplacian_variance
 
 FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=.05)   # of the judge
 
@@ -222,12 +224,10 @@ def subject_auc(
     people = pd.DataFrame(table).groupby(np.asarray(subjects)).mean().to_numpy()
     truth,scores = people[:, 0]>.5,people[:, 1:]
     if truth.all() or not truth.any(): return math.nan,None
-    def auc(at):
-        ahead = scores[at][truth[at], None]-scores[at][~truth[at]]             # (yes, no, m)
-        return ((ahead>0)+.5*(ahead==0)).mean()
+    def area(at): return float(np.mean([auc(o[at], truth[at]) for o in scores.T]))
     pick = np.random.default_rng(seed).integers(len(people), size=(draws, len(people)))
-    drawn = [auc(at) for at in pick if 0<truth[at].sum()<len(at)]              # a draw of one group alone has no AUC
-    return float(auc(np.arange(len(people)))),tuple(float(o) for o in np.quantile(drawn, [.025, .975]))
+    drawn = [area(at) for at in pick if 0<truth[at].sum()<len(at)]             # a draw of one group alone has no AUC
+    return area(slice(None)),tuple(np.quantile(drawn, [.025, .975]).tolist())
 
 # %% ../nbs/10a_fidelity.ipynb #d37500a8
 def reading_scores(
@@ -243,8 +243,8 @@ def reading_scores(
             truth = truth.astype(float); error,middle = np.abs(answer-truth),np.abs(truth-np.median(truth))
             out[c.name] = dict(error=error.mean(), interval_95=subject_interval(error, who), floor=middle.mean())
         elif len(c.values)==2:
-            auc,interval = subject_auc(answer, truth==c.values[0], who)
-            out[c.name] = dict(auc=auc, interval_95=interval, floor=.5)
+            area,interval = subject_auc(answer, truth==c.values[0], who)
+            out[c.name] = dict(auc=area, interval_95=interval, floor=.5)
     return json_safe({k: {m: float(v) if np.isscalar(v) else v for m,v in o.items()} for k,o in out.items()})
 
 # %% ../nbs/10a_fidelity.ipynb #087d97ec
@@ -331,13 +331,6 @@ def fine_detail(
     pictures:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1]
     outline:float=.1, # Grey, 0 to 1, above which a pixel is brain
 )->np.ndarray: # Variance of the Laplacian of grey values inside the brain (n,); NaN without brain
-    "How much detail a picture has: low is blurred, high is noisy. Source: Pech-Pacheco et al. 2000, eq. 7."
-    out = []
-    for part in picture_batches(pictures):
-        grey = (part.float()+1)/2
-        kernel = grey.new_tensor([[0, -.25, 0], [-.25, 1, -.25], [0, -.25, 0]]).view(1, 1, 3, 3)
-        dark = F.pad((grey<=outline).to(grey), [1]*4, value=1.)                # outside the picture is no brain
-        inner = F.max_pool2d(dark, 3, 1)==0                                    # all eight neighbours are
-        edges = F.conv2d(grey, kernel, padding=1).masked_fill(~inner, math.nan).flatten(1).double()
-        out.append((edges-edges.nanmean(1, keepdim=True)).square().nanmean(1).cpu().numpy())
-    return np.concatenate(out)
+    "How much detail a picture has (notebook 02): low is blurred, high is noisy."
+    greys = ((part.float()+1)/2 for part in picture_batches(pictures))
+    return np.concatenate([laplacian_variance(o, o>outline).double().cpu().numpy() for o in greys])

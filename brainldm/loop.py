@@ -98,10 +98,14 @@ def check_config(
         f"check_config: log_every={config.log_every} is not a multiple of accumulate={config.accumulate}. "
         "Expected one, "
         f"so that a checkpoint never falls between two weight updates. Try log_every={config.accumulate*10}.")
-    T = config.schedule.num_train_timesteps if hasattr(config, 'schedule') else math.inf
+    schedule = getattr(config, 'schedule', None)
+    T = schedule.num_train_timesteps if schedule else math.inf
     if getattr(config, 'preview_steps', 0)>T: raise ValueError(
         f"check_config: preview_steps={config.preview_steps}. Expected at most the {T} steps of the schedule. "
         "Try preview_steps=20.")
+    if schedule and schedule.prediction_type=='epsilon' and schedule.abar[-1]<1e-5: raise ValueError(
+        f"check_config: prediction_type='epsilon', and {schedule.abar[-1].sqrt():.0e} of the signal is left at the end. "
+        "Expected 3e-3 or more, for sampling divides by it. Try prediction_type='v_prediction', or beta_schedule='linear'.")
     known = [str(getattr(o, 'value', o)) for o in get_available_trackers()]
     if config.log_with and config.log_with not in known: raise ValueError(
         f"check_config: log_with={config.log_with!r} is not installed, or not a tracker that accelerate knows. "

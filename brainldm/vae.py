@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['run_levels', 'check_levels', 'Encoder', 'Decoder', 'reparameterize', 'kl_loss', 'cyclical_weight', 'Autoencoder',
-           'AutoencoderKL', 'sharpness', 'picture_scores']
+           'AutoencoderKL', 'laplacian_variance', 'sharpness', 'picture_scores']
 
 # %% ../nbs/02_vae.ipynb #e13513be
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -215,20 +217,25 @@ class AutoencoderKL(Autoencoder):
     )->Tensor: # Draws of N(0, 1) (n, latent_channels, side, side)
         return torch.randn(n, self.latent_channels, side, side, generator=generator, device=generator.device)
 
+# %% ../nbs/02_vae.ipynb #c9a20b34
+def laplacian_variance(
+    grey:Tensor, # Pictures (b, 1, h, w)
+    brain:Tensor, # True inside the brain, same shape
+)->Tensor: # Variance of the Laplacian where all eight neighbours are brain, too (b,); NaN without brain
+    "How much fine detail a picture has. Source: Pech-Pacheco et al. 2000, eq. 7."
+    kernel = grey.new_tensor([[0, -.25, 0], [-.25, 1, -.25], [0, -.25, 0]]).view(1, 1, 3, 3)
+    air = F.pad((~brain).to(grey), [1]*4, value=1.)                            # outside the picture is no brain
+    edges = F.conv2d(grey, kernel, padding=1).masked_fill(F.max_pool2d(air, 3, 1)>0, math.nan).flatten(1)
+    return (edges-edges.nanmean(1, keepdim=True)).square().nanmean(1)
+
 # %% ../nbs/02_vae.ipynb #ffde05b5
 def sharpness(
     recon:Tensor, # Reconstructions (b, 1, h, w)
     real:Tensor, # Originals, same shape and range
     brain:Tensor, # True inside the brain of the original, same shape
 )->Tensor: # Variance of the Laplacian inside the brain, reconstruction over original (b,); NaN without brain
-    "How much of the fine detail is left: below 1 is blurred, above 1 is noisy. Source: Pech-Pacheco et al. 2000, eq. 7."
-    inner = F.max_pool2d((~brain).to(real), 3, 1, 1)==0                        # all eight neighbours are brain
-    kernel = real.new_tensor([[0, -.25, 0], [-.25, 1, -.25], [0, -.25, 0]]).view(1, 1, 3, 3)
-    def variance(x):
-        edges,n = F.conv2d(x, kernel, padding=1),inner.sum((1, 2, 3))
-        mean = (edges*inner).sum((1, 2, 3), keepdim=True)/n.view(-1, 1, 1, 1)
-        return ((edges-mean)*inner).square().sum((1, 2, 3))/n
-    return variance(recon)/variance(real)
+    "How much of the fine detail is left: below 1 is blurred, above 1 is noisy."
+    return laplacian_variance(recon, brain)/laplacian_variance(real, brain)
 
 # %% ../nbs/02_vae.ipynb #6c7b7e49
 def picture_scores(

@@ -12,6 +12,7 @@ import torch
 from brainldm import layers
 from brainldm.diffusion import PRESETS, LDMConfig, cache_latents, train_ldm, unet_args
 from brainldm.loop import check_config, infer
+from brainldm.scheduler import NoiseSchedule
 from brainldm.runs import read_config, read_log
 from brainldm.training import autoencoder_args, load_autoencoder, train_autoencoder
 from brainldm.unet import UNet
@@ -41,6 +42,13 @@ def test_half_trained_autoencoder_is_refused(dataset, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', [f.name for f in fields(LDMConfig) if f.type in (int, float)])
 def test_no_number_goes_unchecked(name): refuses(LDMConfig, name)
+
+
+@pytest.mark.parametrize('kind,fits', [('linear', True), ('scaled_linear', True), ('cosine', False), ('flow', False)])
+def test_noise_is_asked_for_only_where_a_picture_can_be_made_of_it(kind, fits):
+    config = LDMConfig(schedule=NoiseSchedule(beta_schedule=kind, prediction_type='epsilon', zero_terminal_snr=False))
+    if fits: return check_config(config)
+    with pytest.raises(ValueError, match="prediction_type='epsilon', and .e-05 of the signal"): check_config(config)
 
 
 @pytest.mark.parametrize('name', PRESETS)

@@ -53,7 +53,7 @@ def variants(images: int, seed: int) -> dict[str, LDMConfig]:
         "narrow (64, 96)": replace(base, channels=(64, 96)),
         "wide (128, 192)": replace(base, channels=(128, 192)),
         "three levels": replace(base, channels=(96, 128, 160), attention_levels=(True, True, True)),
-        "epsilon": replace(base, schedule=NoiseSchedule(prediction_type="epsilon", zero_terminal_snr=False)),
+        "epsilon": replace(base, schedule=NoiseSchedule(1000, "scaled_linear", 0.00085, 0.012, False, "epsilon")),
         "rectified flow": replace(base, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")),
         "min-SNR 5": replace(base, snr_gamma=5.0),
         "short EMA": replace(base, ema_images=1_000),
