@@ -23,7 +23,7 @@ from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
 from tqdm.auto import tqdm
 
 from .batches import Covariate, SliceDataset
-from .evaluation import read_metrics
+from .runs import read_metrics
 from .fidelity import (FeatureNet, fine_detail, leave_out_interval, picture_batches, picture_features,
                                read_pictures, subject_auc, train_feature_net)
 from .loop import TrainConfig
@@ -185,7 +185,7 @@ def utility_scores(
         nets = [train_feature_net(source, replace(config, seed=config.seed+i), channels) for i in range(seeds)]
         scores = np.stack([read_pictures(o, held).diagnosis.to_numpy()[known] for o in nets], axis=1)
         auc,span = subject_auc(scores, truth, who)
-        each = [subject_auc(o, truth, who, draws=2)[0] for o in scores.T]
+        each = [subject_auc(o, truth, who, draws=0)[0] for o in scores.T]
         out[name] = dict(auc=auc, auc_by_seed=each, interval_95=span)
     return out
 

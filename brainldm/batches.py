@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['prepare_picture', 'fingerprint', 'cache_is_whole', 'write_cache', 'Covariate', 'find_covariates', 'encode_column',
-           'encode_covariates', 'SliceDataset', 'build_cache', 'ShuffledBatches', 'make_loader', 'eval_batches',
-           'open_dataset']
+           'encode_covariates', 'SliceDataset', 'build_cache', 'ShuffledBatches', 'eval_batches', 'open_dataset']
 
 # %% ../nbs/01a_batches.ipynb #a0a178eb
 import hashlib, json, math, shutil, tempfile
@@ -17,7 +16,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .data import DataConfig, check_dataset, refuse_faults
 from .files import cache_folder, decode_file, hash_picture, map_files, unpack
@@ -89,6 +88,7 @@ def write_cache(
         images.flush()
         manifest.to_csv(tmp/'manifest.csv', index=False)
         digest = hashlib.blake2b(images).hexdigest()
+        images = None                                                            # Windows renames no folder with an open file in it
         meta = dict(digest=digest, size=config.size, crop=config.crop, data=fingerprint(manifest))
         (tmp/'meta.json').write_text(json.dumps(meta, indent=1))
         if cache_is_whole(folder): return                                        # another process was faster
@@ -179,10 +179,10 @@ def encode_covariates(
         f"encode_covariates: unknown condition '{strange[0]}'. Expected one of "
         f"{', '.join(known) or 'none: this model has no condition'}. Check the spelling, or leave it out.")
     lists = {k:[v] if np.ndim(v)==0 else list(v) for k,v in table.items()}
-    n = max(map(len, lists.values()), default=1)
+    n = max([1, *map(len, lists.values())])
     odd = [k for k,v in lists.items() if len(v) not in (1, n)]
     if odd: raise ValueError(
-        f"encode_covariates: {len(lists[odd[0]])} values of '{odd[0]}' beside {n} of another. Expected 1 or {n}. Count them.")
+        f"encode_covariates: {len(lists[odd[0]])} values of '{odd[0]}' for {n} rows. Expected 1 or {n}. Count them.")
     return {k:encode_column(lists[k]*(n//len(lists[k])), c) for k,c in known.items() if k in lists}
 
 # %% ../nbs/01a_batches.ipynb #d7cd01ef
@@ -210,7 +210,8 @@ class SliceDataset(Dataset):
 
     def subset(self,
         split:str, # 'train', 'validate' or 'test'
-    ): # The rows of one split, as a view where they lie together
+    )->'SliceDataset': # As a view where the rows lie together
+        "The rows of one split. Raises ValueError if there is none."
         at = np.flatnonzero(self.manifest.split==split)
         if not len(at): raise ValueError(
             f"SliceDataset.subset: no row of split '{split}'. Expected one of "
@@ -253,31 +254,23 @@ class ShuffledBatches:
             "more, start from 0. Try batch_size=8.")
         self.n,self.batch_size,self.seed,self.start,self._epoch = n, batch_size, seed, start, (-1, None)
 
-    def order(self, epoch): # The permutation of one epoch; the last one is remembered
+    def order(self,
+        epoch:int, # Number of the epoch, from 0
+    )->np.ndarray: # Rows (n,)
+        "The permutation of one epoch; the last one is remembered."
         if self._epoch[0]!=epoch: self._epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
         return self._epoch[1]
 
-    def batch(self, k): # Indices of batch number k
+    def batch(self,
+        k:int, # Number of the batch, from 0
+    )->list[int]: # Rows
+        "The indices of one batch."
         at = np.arange(k*self.batch_size, (k+1)*self.batch_size)
         return [int(i) for e in range(at[0]//self.n, at[-1]//self.n+1) for i in self.order(e)[at[at//self.n==e]%self.n]]
 
     def __iter__(self):
         k = self.start
         while True: yield self.batch(k); k += 1
-
-# %% ../nbs/01a_batches.ipynb #9b6317ce
-def make_loader(
-    dataset:SliceDataset, # Rows to train on
-    batch_size:int, # Pictures in a batch
-    seed:int, # Order
-    start:int=0, # First batch, to resume
-    num_workers:int=0, # Processes that read ahead; 0 reads in this one
-    pin_memory:bool=False, # Faster copies to a GPU
-)->DataLoader: # Endless
-    "Endless shuffled batches for training."
-    batches = ShuffledBatches(len(dataset), batch_size, seed, start)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory,
-                      collate_fn=dict)                                       # the data set made a batch already
 
 # %% ../nbs/01a_batches.ipynb #bc6ab68f
 def eval_batches(

@@ -61,7 +61,8 @@ class DataConfig:
         if self.subjects is not None: self.subjects = Path(self.subjects)
         self.columns = tuple(self.columns)
 
-    def check_types(self): # What a hand-written config.json may get wrong
+    def check_types(self)->None: # Nothing: it raises or returns
+        "Refuse what a hand-written config.json may get wrong. Raises TypeError."
         whole = lambda v: isinstance(v, (int, np.integer)) and not isinstance(v, bool)
         fits = dict(size=whole(self.size), crop=self.crop in (None, 'auto') or whole(self.crop),
                     planes=self.planes is None or isinstance(self.planes, (tuple, list)) and all(map(whole, self.planes)),
@@ -91,7 +92,7 @@ def find_layout(
     def has(names): return any(next(root.glob(up+o), None) for o in names for up in ('', '*/'))
     if has(f'keras_png_slices_{s}' for s in SPLITS): return 'oasis'
     if has(f'{s}/{d}' for s in SPLITS for d in ('AD', 'NC')): return 'adni'
-    if any(next(root.rglob(o), None) for o in ('*.nii', '*.nii.gz')): return 'nifti'
+    if any(next(root.rglob(o), None) for o in ('*.[nN][iI][iI]', '*.[nN][iI][iI].[gG][zZ]')): return 'nifti'
     found = sorted(o.name for o in root.iterdir())
     raise ValueError(
         f"find_layout: '{root}' holds {', '.join(found[:5]) or 'nothing'}{' ...' if len(found)>5 else ''}. Expected "
@@ -117,7 +118,7 @@ def list_pictures(
     lost = rows.subject.isna()
     expected = 'train/AD/218391_78.jpeg' if layout=='adni' else 'keras_png_slices_train/case_001_slice_0.nii.png'
     faults = as_faults(rows.path[lost], 'name', f'does not parse; expected a name like {expected}')
-    return rows[~lost].assign(slice=lambda o: o.slice.astype(int)), faults, notes
+    return rows[~lost].assign(slice=lambda o: o.slice.astype(int), split=lambda o: o.split.str.lower()), faults, notes
 
 # %% ../nbs/01_data.ipynb #31c7564e
 def list_volumes(
@@ -209,7 +210,7 @@ def list_manifest(
             f"list_manifest: {col} {rows[col].min():g} to {rows[col].max():g} in '{path}'. Expected whole numbers "
             "from 0. Check the column.")
         rows[col] = rows[col].astype(int)
-    away = [o for o in rows.path if os.path.isabs(o) or os.path.normpath(o).startswith('..')]
+    away = [o for o in rows.path if os.path.isabs(o) or Path(os.path.normpath(o)).parts[:1]==('..',)]
     if away: raise ValueError(
         f"list_manifest: path {away[0]!r} in '{path}' leads out of its folder. Expected files below '{path.parent}', so "
         "that data and manifest move together. Put the manifest above the pictures, and write paths from there.")
@@ -326,7 +327,9 @@ class Findings:
     crop:int|None=None # What `config.crop` comes to, in pixels
 
     @property
-    def ok(self)->bool: return not len(self.faults)
+    def ok(self)->bool: # True if nothing is wrong
+        "Whether there is no fault."
+        return not len(self.faults)
 
     def __str__(self):
         rows = self.manifest.fillna({'diagnosis': 'unknown'})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'LDMConfig', 'mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'LatentDataset', 'drop_folder',
            'latent_splits', 'drop_mask', 'prediction_error', 'loss_weight', 'ldm_loss', 'unet_args', 'refuse_leak',
-           'refuse_unfinished', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
+           'refuse_unfinished', 'check_stage2', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
 
 # %% ../nbs/06a_diffusion.ipynb #4a4780d2
 import math
@@ -28,7 +28,7 @@ from .phantom import show_grid
 from .runs import enter_run, is_finished, read_config, run_stage, save_weights, unpack_state, within_memory
 from .scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
 from .samplers import denoise
-from .training import (AEConfig, check_size, describe, load_autoencoder, pick_covariates, save_figure,
+from .training import (AEConfig, check_size, describe, load_autoencoder, opened_otherwise, pick_covariates, save_figure,
                                spread_rows)
 from .unet import UNet
 from .vae import Autoencoder
@@ -49,6 +49,7 @@ class LDMConfig(TrainConfig):
     drop_all:float=.1 # Probability of hiding all of them at once
     schedule:NoiseSchedule=field(default_factory=NoiseSchedule) # The noise, and what the network predicts
     snr_gamma:float|None=None # Ceiling of the min-SNR loss weight; None: every step weighs the same
+    snr_offset:float=0. # Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise
     ema_images:int=20_000 # Half life of the average of the weights
     preview_steps:int=20 # Denoising steps of the pictures drawn during training
 
@@ -209,9 +210,10 @@ def loss_weight(
     t:Tensor, # Timesteps (b,)
     schedule:NoiseSchedule, # The noise, and what the network predicts
     gamma:float|None=None, # Limit of min-SNR weighting; None: every step counts alike, on a straight road by its speed
+    offset:float=0., # Added to the SNR below that limit
 )->Tensor: # Weights of the squared errors (b,), float32
     "How much the error at each step counts. Source: Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2."
-    if gamma: return min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma)
+    if gamma: return min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma, offset)
     straight = schedule.beta_schedule=='flow' and schedule.prediction_type=='v_prediction'
     return flow_weight(t, schedule.abar) if straight else torch.ones(len(t), device=t.device)
 
@@ -230,7 +232,7 @@ def ldm_loss(
     eps = torch.randn(x0.shape, generator=generator, device=x0.device)
     drop = drop_mask(len(x0), len(covariates), config.drop_one, config.drop_all, generator)
     mse = prediction_error(model, batch, t, eps, drop, schedule, covariates)
-    return (loss_weight(t, schedule, config.snr_gamma)*mse).mean(),dict(mse=mse.detach().mean())
+    return (loss_weight(t, schedule, config.snr_gamma, config.snr_offset)*mse).mean(),dict(mse=mse.detach().mean())
 
 # %% ../nbs/06a_diffusion.ipynb #36505830
 def unet_args(
@@ -247,23 +249,38 @@ def refuse_leak(
     settings:dict, # config.json of the run
     dataset:SliceDataset, # Data of the next stage
 )->None: # Nothing: it raises ValueError or returns
-    "Refuse to train stage 2 on other data than stage 1: a subject held out here may have been trained on there."
+    "Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have been trained on there."
     before,now = settings['autoencoder']['data'],fingerprint(dataset.manifest)
     if before['hash']!=now['hash']: raise ValueError(
-        f"stage 2: the data is not what the autoencoder was trained on (fingerprint {now['hash'][:12]}, "
+        f"refuse_leak: the data is not what the autoencoder was trained on (fingerprint {now['hash'][:12]}, "
         f"was {before['hash'][:12]}). "
         "Expected the same pictures, covariates and splits. Give the same DATA and --subjects, or start another run.")
+    odd = opened_otherwise(dataset, DataConfig(**settings['autoencoder']['config']['data']))
+    if odd: raise ValueError(f"refuse_leak: the data was opened with {odd}. Expected it as the autoencoder saw it. "
+                             "Open it with the DataConfig of the run.")
 
 # %% ../nbs/06a_diffusion.ipynb #936c4672
 def refuse_unfinished(
     settings:dict, # config.json of the run
-    images:int, # Pictures that the autoencoder has seen
+    images:int, # Pictures that the stage has seen
+    stage:str='autoencoder', # 'autoencoder' or 'ldm'
 )->None: # Nothing: it raises ValueError or returns
-    "Refuse to train stage 2 on latents that will change when stage 1 goes on."
-    total = settings['autoencoder']['config']['total_images']
+    "Refuse to train on what will change when an earlier stage goes on."
+    total = settings[stage]['config']['total_images']
     if images<total: raise ValueError(
-        f"stage 2: the autoencoder has seen {images:,} of {total:,} pictures. Expected a finished one. "
+        f"refuse_unfinished: the {stage} has seen {images:,} of {total:,} pictures. Expected a finished one. "
         "Finish it first, with --resume.")
+
+# %% ../nbs/06a_diffusion.ipynb #51af403d
+def check_stage2(
+    run:Path, # Run folder with a trained autoencoder
+    dataset:SliceDataset, # Data of the next stage
+    about:dict, # Description of the autoencoder, as from `load_autoencoder`
+    factor:int, # The side of the pictures must be a multiple of this
+)->None: # Nothing: it raises ValueError or returns
+    "Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures of another size."
+    settings = read_config(run)
+    refuse_leak(settings, dataset); refuse_unfinished(settings, about['images']); check_size(dataset, about['size'], factor)
 
 # %% ../nbs/06a_diffusion.ipynb #ea3bf201
 def preview_conditions(
@@ -325,11 +342,10 @@ def train_ldm(
 )->UNet: # The averaged network
     "Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors."
     run,(autoencoder,about) = Path(run),load_autoencoder(run)
-    refuse_leak(read_config(run), dataset); refuse_unfinished(read_config(run), about['images'])
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = unet_args(config, autoencoder.latent_channels, covariates)
     model = seeded(config.seed, lambda: UNet(**args))
-    check_size(dataset, about['size'], autoencoder.factor*model.factor)
+    check_stage2(run, dataset, about, autoencoder.factor*model.factor)
     learner = Learner(model, partial(ldm_loss, config=config, covariates=covariates), config, run)
     state = enter_run(learner, run, 'ldm', dataset, resume)
     if is_finished(state, config, run/'ldm.safetensors'):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_slice_floor', 'never_seen', 'score_slices', 'subject_interval', 'json_safe', 'show_number', 'codebook_scores',
-           'reconstruction_scores', 'read_metrics', 'merge_metrics']
+           'reconstruction_scores', 'merge_metrics']
 
 # %% ../nbs/10_evaluation.ipynb #7d3cfc14
 import json
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .batches import SliceDataset, eval_batches
 from .sampling import BrainLDM
-from .runs import load_weights, read_config, write_atomic
+from .runs import load_weights, read_config, read_metrics, write_atomic
 from .vae import picture_scores
 from .vqgan import code_scores, count_codes
 
@@ -119,6 +119,7 @@ def reconstruction_scores(
     progress:bool=False, # Show a bar
 )->dict: # ssim, ssim_brain, psnr, sharpness, interval_95, floor_mean_slice, counts; codebook_usage, perplexity if any
     "How much of unseen brains survives the squeeze, beside the mean slice. None where a number does not exist."
+    dataset = SliceDataset(dataset.images, dataset.manifest, model.autoencoder.covariates)      # in the words of the run
     table = score_slices(model, dataset, run, progress=progress)
     trained = read_config(run)['autoencoder']['train_subjects']                     # None in a run packed for others
     names = ('ssim', 'ssim_brain', 'psnr', 'sharpness')
@@ -129,20 +130,6 @@ def reconstruction_scores(
         n_slices_without_brain=int(table.ssim_brain.isna().sum()), n_slices_never_seen=never_seen(run, table['slice']),
         n_subjects_in_training=None if trained is None else len({*trained} & {*table.subject}),
         **codebook_scores(model, dataset)))
-
-# %% ../nbs/10_evaluation.ipynb #e177c510
-def read_metrics(
-    run:str|Path, # Run folder
-)->dict: # Numbers by the name of the measurement; none yet: empty
-    "Read RUN/metrics.json. Raises ValueError if it is broken."
-    path = Path(run)/'metrics.json'
-    try: metrics = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-    except (ValueError, RecursionError) as e: raise ValueError(
-        f"read_metrics: {path} is not JSON ({e}). Expected what brainldm wrote. Remove it and measure again.") from None
-    if not isinstance(metrics, dict) or not all(isinstance(o, dict) for o in metrics.values()): raise ValueError(
-        f"read_metrics: {path} holds something else than measurements. Expected numbers by name, under the name of "
-        "what was measured. Remove it and measure again.")
-    return metrics
 
 # %% ../nbs/10_evaluation.ipynb #3c26eb2e
 def merge_metrics(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'STYLE', 'OFFLINE', 'draw_frames', 'draw_between', 'plot_noising', 'code_patches', 'read_codebook',
-           'plot_code', 'to_png', 'figure_png', 'find_stops', 'covariate_control', 'request_controls', 'number_control',
-           'as_call', 'Explorer', 'explore_sample', 'explore_between', 'explore_noise', 'explore_codes', 'page',
-           'write_page', 'check_run', 'free_port', 'start_server', 'await_server', 'explore']
+           'plot_code', 'to_png', 'find_stops', 'covariate_control', 'request_controls', 'number_control', 'as_call',
+           'Explorer', 'explore_sample', 'explore_between', 'explore_noise', 'explore_codes', 'page', 'write_page',
+           'check_run', 'free_port', 'start_server', 'await_server', 'explore']
 
 # %% ../nbs/08b_explore.ipynb #236f1dc8
 import html
@@ -41,6 +41,7 @@ from .sampling import BrainLDM, draw_batch, draw_noise, slerp, take_request
 from .codec import SYNTHETIC, check_pictures, to_bytes
 from .scheduler import BETA_SCHEDULES, NoiseSchedule, add_noise
 from .loop import to_device
+from .training import figure_png
 
 # %% ../nbs/08b_explore.ipynb #fd7dc3d0
 def draw_frames(
@@ -145,15 +146,6 @@ def to_png(
     info,file = PngInfo(),BytesIO()
     info.add_text('Description', SYNTHETIC)
     Image.fromarray(to_bytes(picture)).save(file, 'png', pnginfo=info)
-    return file.getvalue()
-
-# %% ../nbs/08b_explore.ipynb #d836178a
-def figure_png(
-    fig:plt.Figure, # A figure, which is closed
-)->bytes: # PNG file
-    "A figure as a browser takes it."
-    file = BytesIO()
-    fig.savefig(file, format='png', dpi=110); plt.close(fig)
     return file.getvalue()
 
 # %% ../nbs/08b_explore.ipynb #2851a406

@@ -29,7 +29,7 @@ from .batches import Covariate, SliceDataset, eval_batches, fingerprint
 from .evaluation import json_safe, subject_interval
 from .loop import Learner, TrainConfig, bare_model, fit, infer, seeded, train_batches
 from .runs import fill_model, load_weights, save_weights
-from .training import describe
+from .training import MISFITS, describe, recall
 from .vae import laplacian_variance
 
 FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=.05)   # of the judge
@@ -191,8 +191,8 @@ def feature_net(
         f"feature_net: {path} is of kind {about.get('kind')!r}, data {about.get('data')}, size {about.get('size')}; "
         f"the data at hand is {data['data']}, size {data['size']}. Expected the same: scores by two networks do not "
         "compare. Give the data of this run, or remove the file and score everything anew.")
-    try: net = FeatureNet(tuple(Covariate(**c) for c in about['covariates']), tuple(about['channels']))
-    except (KeyError, TypeError, ValueError, RuntimeError) as e: raise ValueError(
+    try: net = FeatureNet(recall(about['covariates']), tuple(about['channels']))
+    except MISFITS as e: raise ValueError(
         f"feature_net: {path} does not describe a network ({type(e).__name__}: {e}). Expected a file of this version. "
         "Remove it and score everything anew.") from None
     return fill_model(net, tensors, str(path)).eval()
@@ -218,7 +218,7 @@ def subject_auc(
     subjects:np.ndarray, # Whose slice it is (n,)
     seed:int=0, # Of the resampling
     draws:int=500, # Resamples
-)->tuple[float, tuple[float, float]|None]: # Area under the ROC curve over people, mean of the judges; 95 % interval
+)->tuple[float, tuple[float, float]|None]: # Area under the ROC curve over people, mean of the judges; 95 % interval, if draws hold both groups
     "A score a person, the mean of the slices; the share of pairs in the right order. Source: Hanley & McNeil 1982."
     table = np.column_stack([np.asarray(positive, float), np.asarray(scores, float)])
     people = pd.DataFrame(table).groupby(np.asarray(subjects)).mean().to_numpy()
@@ -227,7 +227,7 @@ def subject_auc(
     def area(at): return float(np.mean([auc(o[at], truth[at]) for o in scores.T]))
     pick = np.random.default_rng(seed).integers(len(people), size=(draws, len(people)))
     drawn = [area(at) for at in pick if 0<truth[at].sum()<len(at)]             # a draw of one group alone has no AUC
-    return area(slice(None)),tuple(np.quantile(drawn, [.025, .975]).tolist())
+    return area(slice(None)),tuple(np.quantile(drawn, [.025, .975]).tolist()) if drawn else None
 
 # %% ../nbs/10a_fidelity.ipynb #d37500a8
 def reading_scores(

@@ -189,7 +189,10 @@ def cache_folder(
 class StrictHeader(tarfile.TarInfo):
     "The header of a file in a tar: a broken one is an error, not the end of the archive."
     @classmethod
-    def fromtarfile(cls, archive):
+    def fromtarfile(cls,
+        archive:tarfile.TarFile, # Open for reading
+    )->tarfile.TarInfo: # The next header
+        "Read a header. Raises tarfile.ReadError for a broken one."
         try: return super().fromtarfile(archive)
         except tarfile.EOFHeaderError: raise                                   # blocks of zeros: the true end
         except tarfile.HeaderError as e: raise tarfile.ReadError(f'broken or missing header: {e}') from e
@@ -203,7 +206,10 @@ class Metered:
     ):
         self.stream,self.left = stream,limit
 
-    def read(self, n): # The next n bytes
+    def read(self,
+        n:int, # Bytes
+    )->bytes: # The next n, or what is left
+        "Read on. Raises OverflowError beyond the limit."
         part = self.stream.read(min(n, self.left+1))
         self.left -= len(part)
         if self.left<0: raise OverflowError

@@ -190,7 +190,8 @@ class Conditioner(nn.Module):
     def token(self,
         i:int, # Number of the covariate
         value:Tensor, # Encoded values (b,)
-    )->Tensor: # Its token in each row (b, channels), null where the value is missing
+    )->Tensor: # (b, channels), null where the value is missing
+        "The token of one covariate in each row."
         covariate = self.covariates[i]
         missing = value<0 if covariate.kind=='categorical' else value.isnan()
         known = self.embed[covariate.name](value.masked_fill(missing, 0))
@@ -204,7 +205,7 @@ def pick_device(
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: return torch.zeros((), device=device or best).device
     except (RuntimeError, AssertionError) as e: raise ValueError(
-        f"BrainLDM.load: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). "
+        f"pick_device: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). "
         "Expected a device of this machine. Try device='cpu'.") from None
 
 # %% ../nbs/01b_layers.ipynb #2829c572
@@ -213,6 +214,8 @@ def pick_precision(
     device:torch.device, # Where training runs
 )->str: # 'no', 'bf16' or 'fp16'
     "Turn 'auto' into bf16 where the hardware has it, else into float32 ('no'). Raises ValueError for fp16 on a CPU."
+    if precision not in ('auto', 'no', 'bf16', 'fp16'): raise ValueError(
+        f"pick_precision: precision={precision!r}. Expected 'auto', 'no', 'bf16' or 'fp16'. Try precision='auto'.")
     if precision=='fp16' and device.type=='cpu': raise ValueError(
         "pick_precision: precision='fp16' on a CPU. Expected 'bf16' or 'no' there. Try precision='auto'.")
     if precision!='auto': return precision

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRIOR_PRESETS', 'lean', 'seen_before', 'code_cells', 'code_floors', 'neighbours', 'TransformerBlock', 'check_codes',
-           'check_start', 'embed_codes', 'new_cache', 'CodeTransformer', 'PriorConfig', 'check_prior', 'dropout_masks',
-           'spoil', 'prior_loss', 'code_bits', 'code_vectors', 'BestWeights', 'code_chances', 'pick_codes',
-           'check_sampling', 'next_logits', 'check_prompt', 'sample_codes', 'code_encoder', 'cache_codes', 'prior_args',
-           'preview_codes', 'validate_prior', 'save_prior', 'load_prior', 'train_prior', 'draw_uniform', 'sample_prior',
-           'CodeSampler', 'code_prices']
+           'check_start', 'embed_codes', 'new_cache', 'CodeTransformer', 'PriorConfig', 'dropout_masks', 'spoil',
+           'prior_loss', 'code_bits', 'code_vectors', 'BestWeights', 'code_chances', 'pick_codes', 'check_sampling',
+           'next_logits', 'check_prompt', 'sample_codes', 'code_encoder', 'cache_codes', 'prior_args', 'preview_codes',
+           'validate_prior', 'save_prior', 'load_prior', 'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler',
+           'code_prices']
 
 # %% ../nbs/09_prior.ipynb #1eac48f3
 import math
@@ -28,12 +28,12 @@ from .layers import Conditioner,check_divides
 from .phantom import show_grid
 from .codec import Codec, check_conditions, check_request, in_batches, told
 from .layers import pick_device
-from .loop import Learner, TrainConfig, check_finite, infer, seeded, to_device
+from .loop import Learner, TrainConfig, check_config, check_finite, infer, seeded, to_device
 from .layers import pick_precision
-from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
-from .training import check_size, describe, load_autoencoder, pick_covariates, save_figure, spread_rows
+from .runs import enter_run, fill_model, is_finished, load_weights, run_stage, save_weights, within_memory
+from .training import MISFITS, describe, load_autoencoder, pick_covariates, recall, save_figure, spread_rows
 from .diffusion import (
-    LatentDataset, drop_folder, drop_mask, encode_rows, preview_conditions, refuse_leak, refuse_unfinished)
+    LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, preview_conditions)
 from .vqgan import VQVAE
 
 # %% ../nbs/09_prior.ipynb #e638a45e
@@ -81,6 +81,8 @@ def code_floors(
     "What held-out codes cost without a network. How far a histogram leans on the coarser one is chosen on train alone."
     train,held = train.flatten(1),held.flatten(1)
     names = sorted(set(train_subjects))
+    if len(names)<2: raise ValueError(f"code_floors: {len(names)} train subject. Expected 2 or more: one is set aside, the others "
+                                      "fill the histograms. Train on more people.")
     aside = torch.tensor([names.index(o)%5==0 for o in train_subjects])      # every fifth train subject
     heights = torch.cat([train_slices, held_slices]).unique(return_inverse=True)[1]             # 0, 1, … without gaps
     ours,theirs = heights.split([len(train), len(held)])
@@ -254,19 +256,6 @@ class PriorConfig(TrainConfig):
     drop_one:float=.1 # Probability of hiding each covariate by itself
     drop_all:float=.1 # Probability of hiding all of them at once
     ema_images:int=5_000 # Half life of the average of the weights
-
-# %% ../nbs/09_prior.ipynb #40f891e7
-def check_prior(
-    config:PriorConfig, # The configuration to look at
-)->None: # Nothing: it raises or returns
-    "Refuse sizes and shares with which a prior cannot be trained. Raises ValueError."
-    shares = {k: (v, 0<=v<1, '0 or more and less than 1') for k,v in vars(config).items()
-              if k in ('dropout', 'replace_codes', 'label_smoothing')}
-    sizes = {k: (v, v>0, 'a number above 0') for k,v in vars(config).items() if k in ('embed_dim', 'num_layers')}
-    for name,(v,fits,words) in {**shares, **sizes}.items():
-        if not fits: raise ValueError(
-            f"check_config: {name}={v!r}. Expected {words}. Check --{name.replace('_', '-')}.")
-    check_divides('check_config', config.num_heads, embed_dim=config.embed_dim)
 
 # %% ../nbs/09_prior.ipynb #8d828c52
 def dropout_masks(
@@ -563,8 +552,8 @@ def load_prior(
 )->tuple[CodeTransformer, dict]: # The network in evaluation mode on the CPU, and its description
     "Build the prior of a run from its file alone. Raises FileNotFoundError or ValueError."
     tensors,info = load_weights(Path(run)/'prior.safetensors')
-    try: model = CodeTransformer(**dict(info['args'], covariates=tuple(Covariate(**c) for c in info['args']['covariates'])))
-    except (KeyError, TypeError, ValueError, RuntimeError): model = None
+    try: model = CodeTransformer(**dict(info['args'], covariates=recall(info['args']['covariates'])))
+    except MISFITS: model = None
     if info.get('kind')!='prior' or model is None: raise ValueError(
         f"load_prior: {run}/prior.safetensors is of kind {info.get('kind')!r}. Expected a prior of this version. "
         "Check the file names, or train it again.")
@@ -581,11 +570,10 @@ def train_prior(
 )->CodeTransformer: # With the weights that were best on validate subjects
     "Train a transformer to write the codes of the train subjects. Writes RUN/prior.safetensors."
     run,(autoencoder,about) = Path(run),load_autoencoder(run)
-    check_prior(config)
+    check_config(config)
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = prior_args(config, autoencoder, about['size'], covariates)
-    refuse_leak(read_config(run), dataset); refuse_unfinished(read_config(run), about['images'])
-    check_size(dataset, about['size'], autoencoder.factor)
+    check_stage2(run, dataset, about, autoencoder.factor)
     model = seeded(config.seed, lambda: CodeTransformer(**args))
     model.vectors.copy_(code_vectors(autoencoder))
     loss = partial(prior_loss, config=config, covariates=covariates, num_embeddings=args['num_embeddings'])
@@ -638,7 +626,7 @@ def sample_prior(
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
     "Write codes with the conditions asked for, and decode them. Raises ValueError or TypeError for what cannot be."
-    check_request(n=n, steps=1, seed=seed, batch_size=batch_size, num_train_timesteps=1, first=first)
+    check_request(n, seed, batch_size, first)
     check_sampling(temperature, top_k, top_p, guidance_scale)
     cond = check_conditions(dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), model.covariates, n)
     told(model.autoencoder, cond, 'cpu')                                       # refuse now, not after the writing
@@ -662,8 +650,9 @@ class CodeSampler(Codec):
         size:int, # Side of its pictures, pixels
         prior:CodeTransformer, # Trained prior of its codes
         precision:str='no', # Mixed precision to compute in: 'no', 'bf16' or 'fp16'
+        heights:Covariate|None=None, # The covariate 'slice' of the data, by which random codes are drawn
     ):
-        super().__init__(autoencoder, size, precision)
+        super().__init__(autoencoder, size, precision, heights)
         kind = (getattr(getattr(autoencoder, 'quantizer', None), 'num_embeddings', None),size//autoencoder.factor)
         if kind!=(prior.num_embeddings, prior.side): raise ValueError(
             f"CodeSampler: a prior of {prior.num_embeddings} codes, {prior.side} x {prior.side} places, and an "
@@ -679,31 +668,29 @@ class CodeSampler(Codec):
     )->'CodeSampler': # Ready to use
         "Load a run. Raises FileNotFoundError without autoencoder or prior, ValueError on files that do not fit."
         device,(autoencoder,about),(prior,_) = pick_device(device),load_autoencoder(run),load_prior(run)
-        model = cls(autoencoder.to(device), about['size'], prior.to(device), pick_precision(precision, device))
+        heights = Covariate(**about['heights']) if about.get('heights') else None
+        model = cls(autoencoder.to(device), about['size'], prior.to(device), pick_precision(precision, device), heights)
         model.run = Path(run)
         return model
 
     @property
     def covariates(self)->tuple[Covariate, ...]: # Names, kinds, values and ranges
         "What `sample` can be asked for: the prior's covariates, then those that only the autoencoder knows."
-        names = [c.name for c in self.prior.covariates]
-        return (*self.prior.covariates, *(c for c in self.autoencoder.covariates if c.name not in names))
+        return self._joined(self.prior.covariates)
 
     def codes(self,
         pictures:Tensor, # Pictures (b, 1, size, size) in [-1, 1]
         cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
     )->Tensor: # Codes (b, side, side), on the model's device
         "Write pictures as codes."
-        call = infer(self.autoencoder, self.precision, 'encode')
-        return call(pictures.to(self.device), told(self.autoencoder, cond, self.device))[1]
+        return self._ask('encode', pictures, cond)[1]
 
     def decode_codes(self,
         codes:Tensor, # Codes (b, side, side)
         cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
     )->Tensor: # Pictures (b, 1, size, size), clipped to [-1, 1] as a screen would, on the CPU
         "Turn codes into pictures."
-        call = infer(self.autoencoder, self.precision, 'decode_codes')
-        return call(codes.to(self.device), told(self.autoencoder, cond, self.device)).float().clamp(-1, 1).cpu()
+        return self._ask('decode_codes', codes, cond).float().clamp(-1, 1).cpu()
 
     sample = sample_prior                                                      # a function in a class is a method
 
@@ -715,6 +702,7 @@ def code_prices(
     progress:bool=False, # Show bars
 )->dict[str, Tensor]: # Mean bits per code of each slice (n,): prior, and the floors of `code_floors`
     "What slices cost the prior, beside what they cost the histograms of the train slices."
+    dataset = SliceDataset(dataset.images, dataset.manifest, model.covariates)  # in the words of the run
     parts = [dataset.subset(o) for o in ('train', split)]
     train,held = (cache_codes(model.autoencoder, o, model.precision, progress=progress) for o in parts)
     slices = [torch.tensor(o.manifest.slice.to_numpy()) for o in parts]

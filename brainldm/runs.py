@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HARMLESS', 'HELD', 'explain_disk', 'write_atomic', 'save_weights', 'load_weights', 'fill_model', 'pack_state',
-           'unpack_state', 'Checkpoint', 'read_log', 'JsonLog', 'StopRequest', 'read_config', 'compare_configs',
-           'find_run', 'open_run', 'lock_file', 'lock_run', 'free_run', 'enter_run', 'stage_callbacks', 'run_stage',
-           'is_finished', 'cut_batch', 'within_memory']
+           'unpack_state', 'Checkpoint', 'read_log', 'JsonLog', 'read_metrics', 'StopRequest', 'read_config',
+           'compare_configs', 'find_run', 'open_run', 'lock_file', 'lock_run', 'free_run', 'enter_run',
+           'stage_callbacks', 'run_stage', 'is_finished', 'cut_batch', 'within_memory']
 
 # %% ../nbs/05c_runs.ipynb #114296a1
 import json
@@ -76,7 +76,8 @@ def load_weights(
         f"load_weights: no file {path.name} in {path.parent}. Expected one written by training. "
         "Check the run folder, or train first.")
     try:
-        with safe_open(path, 'pt') as f: tensors,info = {k: f.get_tensor(k) for k in f.keys()},json.loads(f.metadata()['brainldm'])
+        with safe_open(path, 'pt') as f:                                       # copies: a mapped file cannot be removed on Windows
+            tensors,info = {k: f.get_tensor(k).clone() for k in f.keys()},json.loads(f.metadata()['brainldm'])
         if not isinstance(info, dict): raise TypeError(f'its description is a {type(info).__name__}')
         return tensors,info
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e: raise ValueError(
@@ -205,12 +206,30 @@ class JsonLog:
             with self.path.open('a', encoding='utf-8') as f: f.write(line+'\n')
         except OSError as e: raise explain_disk(e, self.path) from None
 
+# %% ../nbs/05c_runs.ipynb #7fb8d35d
+def read_metrics(
+    run:str|Path, # Run folder
+)->dict: # Numbers by the name of the measurement; none yet: empty
+    "Read RUN/metrics.json. Raises ValueError if it is broken."
+    path = Path(run)/'metrics.json'
+    try: metrics = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    except (ValueError, RecursionError) as e: raise ValueError(
+        f"read_metrics: {path} is not JSON ({e}). Expected what brainldm wrote. Remove it and measure again.") from None
+    if not isinstance(metrics, dict) or not all(isinstance(o, dict) for o in metrics.values()): raise ValueError(
+        f"read_metrics: {path} holds something else than measurements. Expected numbers by name, under the name of "
+        "what was measured. Remove it and measure again.")
+    return metrics
+
 # %% ../nbs/05c_runs.ipynb #5c21e724
 class StopRequest:
     "Notes Ctrl-C and SIGTERM, so that training can stop where its state is whole; the second one stops at once."
     def __init__(self): self.asked,self.old = False,{}
 
-    def note(self, number, frame): # Called by Python when a signal arrives
+    def note(self,
+        number:int, # Of the signal
+        frame, # Where the program was
+    )->None:
+        "Called by Python when a signal arrives."
         if self.asked: raise KeyboardInterrupt
         self.asked = True
 
@@ -223,7 +242,7 @@ class StopRequest:
         for o,handler in self.old.items(): signal.signal(o, handler or signal.SIG_DFL)
 
 # %% ../nbs/05c_runs.ipynb #13003007
-HARMLESS = {'validate_every', 'checkpoint_every', 'num_workers', 'log_with', 'preview_steps',
+HARMLESS = {'validate_every', 'checkpoint_every', 'log_every', 'num_workers', 'log_with', 'preview_steps',
             'auto_find_batch_size'} # No weight feels them
 
 # %% ../nbs/05c_runs.ipynb #31d86cd2
@@ -253,7 +272,7 @@ def compare_configs(
     free_cut = new['config'].get('auto_find_batch_size')                       # only the pictures of an update count
     def flat(o):
         c = o['config']
-        if free_cut: c = c | dict(batch_size=c['batch_size']*c['accumulate'], accumulate=None, log_every=None)
+        if free_cut: c = c | dict(batch_size=c['batch_size']*c['accumulate'], accumulate=None)
         nested = {f'{k}.{kk}': vv for k,v in c.items() if isinstance(v, dict) for kk,vv in v.items()}
         plain = {k: v for k,v in c.items() if k not in HARMLESS and not isinstance(v, dict)}
         return plain | nested | {'data fingerprint': o['data']['hash']}
@@ -356,14 +375,11 @@ def enter_run(
     resume:bool, # Go on where the stage stopped
 )->tuple[dict[str, Tensor], dict]|None: # The state to go on from, None at a start
     "Lock and open the run folder, the first process before the others. Raises as `lock_run` and `open_run` do."
-    acc,state = learner.accelerator,None
+    acc = learner.accelerator
     with acc.main_process_first():
         find_run(run)                                                          # leave a folder alone that is no run
         if acc.is_main_process: lock_run(run)
-        try: state = open_run(run, stage, learner.config, dataset, resume or not acc.is_main_process)
-        except BaseException: free_run(run); raise
-    if state and state[1]['seen']>=learner.config.total_images: free_run(run)  # nothing left to train
-    return state
+        return open_run(run, stage, learner.config, dataset, resume or not acc.is_main_process)
 
 # %% ../nbs/05c_runs.ipynb #085151e3
 def stage_callbacks(
@@ -423,7 +439,7 @@ def run_stage(
             callbacks = stage_callbacks(learner, run, stage, validate, export, bar, stop)
             fit(learner.step, batches, total, start, learner.images_a_step, config.log_every, callbacks)
     finally:
-        bar.close(); free_run(run)
+        bar.close()
         for tracker in acc.trackers: tracker.finish()
     acc.wait_for_everyone()                                                    # the first process may still be writing
 
@@ -455,8 +471,8 @@ def cut_batch(
 # %% ../nbs/05c_runs.ipynb #c1a0ddf9
 def within_memory(
     train:Callable, # A training, called as train(dataset, run, config, resume, progress)
-)->Callable: # The same; a full memory makes it go on with a smaller batch, or say what to try
-    "Let a training answer a full memory, as `cut_batch` says."
+)->Callable: # The same; a full memory makes it go on with a smaller batch, or say what to try; its run is free afterwards
+    "Let a training answer a full memory, as `cut_batch` says, and let go of the run folder however it ends."
     @wraps(train)
     def call(dataset, run, config, resume=False, progress=True):
         while True:
@@ -464,5 +480,6 @@ def within_memory(
             except RuntimeError as e:
                 if not should_reduce_batch_size(e): raise
                 config,resume = cut_batch(train.__name__, config, e),True
+            finally: free_run(run)
             clear_device_cache(garbage_collection=True)
     return call

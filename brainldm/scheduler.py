@@ -198,10 +198,11 @@ def min_snr_weight(
     abar:Tensor, # Signal variance left at each step (T,)
     prediction_type:str, # What the squared error is measured on
     gamma:float=5., # Largest weight, in units of SNR
+    offset:float=0., # Added to the SNR first: 0 as in the paper; with 1, steps of pure noise count, too
 )->Tensor: # Weights (b,), float32
-    "Weight for the squared error so that, measured on x0, it is min(SNR, gamma). Source: Hang et al. 2023, sec. 3.4."
+    "Weight for the squared error so that, measured on x0, it is min(SNR+offset, gamma). Source: Hang et al. 2023, sec. 3.4."
     check_choice('min_snr_weight', 'prediction_type', prediction_type, PREDICTION_TYPES)
     snr = abar/(1-abar)
-    weight = dict(sample=snr.clamp(max=gamma), v_prediction=snr.clamp(max=gamma)/(snr+1),
-                  epsilon=gamma/snr.clamp(min=gamma))[prediction_type]               # the last is min(snr,gamma)/snr
+    plain = dict(sample=torch.ones_like(snr), v_prediction=snr+1, epsilon=snr)[prediction_type]  # of the answer's error, on x0
+    weight = (snr+offset).clamp(max=gamma)/plain
     return weight.float().to(t.device, non_blocking=True).index_select(0, t)

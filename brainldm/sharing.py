@@ -18,19 +18,16 @@ from torch import Tensor
 
 import brainldm
 from .scheduler import check_choice
-from .runs import load_weights, read_config, save_weights, write_atomic
+from .runs import load_weights, read_config, read_metrics, save_weights, write_atomic
 
 # %% ../nbs/06b_sharing.ipynb #4b874588
 def strip_settings(
     settings:dict, # As from `read_config`
 )->dict: # The same without names of people and without paths
     "Take out of a run's settings what is about people. A phantom is nobody: its numbers stay."
-    def bare(o):
-        if o['data'].get('layout')=='phantom': return o['config'].get('data')
-        return o['config'].get('data') and dict(o['config']['data'], subjects=None)
+    def bare(o): return {k: dict(v, subjects=None) if k=='data' and v else v for k,v in o['config'].items()}
     def names(o): return o.get('train_subjects') if o['data'].get('layout')=='phantom' else None
-    return {stage: dict(o, config={k: bare(o) if k=='data' else v for k,v in o['config'].items()}, train_subjects=names(o))
-            for stage,o in settings.items()}
+    return {stage: dict(o, config=bare(o), train_subjects=names(o)) for stage,o in settings.items()}
 
 # %% ../nbs/06b_sharing.ipynb #8b23344e
 def to_half(
@@ -54,7 +51,7 @@ def refuse_memory(
     metrics:dict, # metrics.json of a run
 )->None: # Nothing: it raises or returns
     "Refuse to pass on weights that repeat training scans. Raises ValueError."
-    verdicts = {k.removeprefix('samples '): o.get('memorization', {}).get('verdict') for k,o in metrics.items() if k.startswith('samples ')}
+    verdicts = {k.removeprefix('samples '): (o.get('memorization') or {}).get('verdict') for k,o in metrics.items() if k.startswith('samples ')}
     failed = [k for k,o in verdicts.items() if o=='failed']
     if failed: raise ValueError(
         f"pack_run: the memorisation audit of {', '.join(failed)} failed. Expected passed: pictures lie as near to training scans as "
@@ -90,13 +87,13 @@ def pack_run(
 )->Path: # The new folder, itself a run folder: small, without names, paths or pictures
     """Copy what others need to draw.
 
-    Raises FileNotFoundError without a card, FileExistsError for a folder in use, ValueError after a failed audit."""
+    Raises FileNotFoundError without a card, FileExistsError for a folder in use, ValueError after a failed audit or for broken metrics."""
     run,out = Path(run),refuse_taken(out)
     settings,card = read_config(run),run/'README.md'
     if not card.is_file(): raise FileNotFoundError(
         f"pack_run: {run} has no README.md, the card that says what was measured. Expected one. Run `brainldm report {run}` first.")
     numbers = run/'metrics.json'
-    if numbers.is_file(): refuse_memory(json.loads(numbers.read_text(encoding='utf-8')))
+    refuse_memory(read_metrics(run))
     out.mkdir(parents=True, exist_ok=True)
     for name in WEIGHTS:
         if (run/f'{name}.safetensors').is_file(): pack_weights(run/f'{name}.safetensors', out/f'{name}.safetensors', half)

@@ -163,6 +163,7 @@ class Autoencoder(nn.Module):
         cond:dict[str, Tensor]|None, # Encoded covariates by name, each (b,); others than the model's are not looked at
         batch_size:int, # b
     )->Tensor|None: # Mean of the condition tokens (b, cond_channels), or None in an unconditional model
+        "What the residual blocks hear of the covariates."
         if self.conditioner is None: return None
         known = {c.name: cond[c.name] for c in self.covariates if cond and c.name in cond}
         return self.conditioner(known, batch_size).mean(1)
@@ -171,6 +172,7 @@ class Autoencoder(nn.Module):
         x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
         cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
     )->Tensor: # What the encoder says (b, code_channels, h/f, w/f)
+        "Run the encoder. Raises ValueError on a picture of another shape."
         if x.ndim!=4 or x.shape[1]!=1 or x.shape[2]%self.factor or x.shape[3]%self.factor: raise ValueError(
             f"{type(self).__name__}.encode: pictures of shape {tuple(x.shape)}. Expected (b, 1, h, w) with h and w "
             f"multiples of {self.factor}. Load them with brainldm.batches, or pad them.")
@@ -180,6 +182,7 @@ class Autoencoder(nn.Module):
         z:Tensor, # Latents (b, latent_channels, h, w)
         cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
     )->Tensor: # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
+        "Turn latents into pictures."
         return self.decoder(z, self.embed(cond, len(z)))
 
 # %% ../nbs/02_vae.ipynb #040596bd
@@ -198,6 +201,7 @@ class AutoencoderKL(Autoencoder):
         x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
         cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
     )->tuple[Tensor, Tensor]: # Mean and log-variance of the latents, each (b, latent_channels, h/f, w/f)
+        "Turn pictures into Gaussians over latents. Raises ValueError on a picture of another shape."
         return self.squeeze(x, cond).chunk(2, dim=1)
 
     def forward(self,
@@ -215,6 +219,7 @@ class AutoencoderKL(Autoencoder):
         generator:torch.Generator, # Source of chance; says the device
         cond:dict[str, Tensor]|None=None, # Not looked at: the prior is the same for everybody
     )->Tensor: # Draws of N(0, 1) (n, latent_channels, side, side)
+        "Draw latents from the prior that the KL term pulls towards."
         return torch.randn(n, self.latent_channels, side, side, generator=generator, device=generator.device)
 
 # %% ../nbs/02_vae.ipynb #c9a20b34

@@ -31,14 +31,15 @@ from tqdm.auto import tqdm
 
 from .batches import Covariate, SliceDataset
 from .sampling import BrainLDM, Sampler, draw_batch, draw_noise, guide, take_request
-from .codec import SYNTHETIC, check_pictures, check_request, in_batches, new_folder, save_gif, to_bytes
+from .codec import SYNTHETIC, check_pictures, check_request, in_batches, middle_conditions, new_folder, save_gif, to_bytes
 from .scheduler import NoiseSchedule
 from .samplers import denoise
-from .loop import Learner, TrainConfig, infer, mixed_precision, to_device
+from .loop import Learner, TrainConfig, crew, infer, mixed_precision, to_device
 from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
 from .training import save_figure, spread_rows
-from .diffusion import (
-    LatentDataset, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error, refuse_leak)
+from brainldm.diffusion import (
+    LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error,
+    refuse_unfinished)
 from .unet import UNet
 from .vae import picture_scores
 
@@ -82,7 +83,10 @@ def repeat_request(
     n:int, # Brains
     slices:list[float], # Slice numbers of each
 )->dict: # One value a slice, brain after brain
-    "Turn a request for brains into a request for slices. Raises ValueError for another number of values."
+    "Turn a request for brains into a request for slices. Raises ValueError for another number of values, or a slice."
+    if conditions.get('slice') is not None: raise ValueError(
+        f"sample_volume: slice={conditions['slice']}. Expected slices=..., a whole stack. "
+        "Try slices=range(0, 32), or sample a single slice.")
     out = {}
     for k,v in conditions.items():
         if v is None: continue
@@ -148,6 +152,7 @@ def sample_shared_noise(
     "Draw the slices of a brain one by one from noise that they share: all that a 2-D model can do. Raises ValueError."
     if not 0<=noise_correlation<=1: raise ValueError(
         f"sample_shared_noise: noise_correlation={noise_correlation}. Expected 0 to 1. Try 1.")
+    check_request(n, seed, 1)
     how = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     cond,slices = plan_brains(model, n, conditions, slices, how, seed)
     depth,brains = len(slices),[]
@@ -393,10 +398,10 @@ def sample_volume(
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
     "Draw whole brains, or what is missing of some: each slice follows its neighbours. Raises ValueError or TypeError."
+    check_request(n, seed, batch_size)
     how = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     asked = dict(diagnosis=diagnosis, age=age, sex=sex, **others)
     cond,slices = plan_brains(model, n, asked, slices, how, seed)
-    check_request(n, steps, seed, batch_size, model.schedule.num_train_timesteps)
     depth,brains = len(slices),[]
     known = encode_given(model, given or {}, slices, cond, n)
     with tqdm(total=n*(depth-len(known))*steps, unit='step', desc='sample', disable=not progress) as bar:
@@ -448,14 +453,13 @@ def validate_volume(
     def error(config):
         gen = torch.Generator(device).manual_seed(0)
         return volume_loss(call, batch, gen, learner.seen, config, model.schedule, unet.covariates)[0].item()
-    brains = sample_volume(model, 2, steps=config.preview_steps)
+    brains = sample_volume(model, 2, **middle_conditions(model), steps=config.preview_steps)
     save_figure(show_planes(brains, ['brain 0', 'brain 1'], title='Drawn, not scanned'), path)
     scores = {f'val_{k}': v.mean().item() for k,v in neighbour_scores(brains).items()}
     return dict(val_mse=error(calm), val_mse_alone=error(replace(calm, hide_neighbour=1.)), **scores)
 
 # %% ../nbs/07b_volume.ipynb #29d9a760
 def check_volume(
-    config:VolumeConfig, # The configuration to look at
     model:BrainLDM, # The run so far
     run:Path, # Its folder
 )->None: # Nothing: it raises or returns
@@ -464,9 +468,6 @@ def check_volume(
         f"train_volume: {run} has no ldm.safetensors. Expected a trained diffusion model. "
         "Run `brainldm train ldm` first.")
     full_range(model.unet.covariates)
-    if not 0<=config.hide_neighbour<1 or config.neighbour_noise<0: raise ValueError(
-        f"check_config: hide_neighbour={config.hide_neighbour}, neighbour_noise={config.neighbour_noise}. "
-        "Expected a share below 1, and 0 or more. Check --hide-neighbour and --neighbour-noise.")
 
 # %% ../nbs/07b_volume.ipynb #69595a66
 @within_memory
@@ -479,13 +480,16 @@ def train_volume(
 )->NeighbourUNet: # The averaged network
     "Teach the denoiser of a run to follow neighbouring slices. Writes RUN/volume.safetensors."
     run = Path(run)
-    model = BrainLDM.load(run)
-    check_volume(config, model, run); refuse_leak(read_config(run), dataset)
+    model = BrainLDM.load(run, str(crew().device))
+    check_volume(model, run)
+    (_,about),(_,drawing) = (load_weights(run/f'{o}.safetensors') for o in ('autoencoder', 'ldm'))
+    check_stage2(run, dataset, about, model.autoencoder.factor*model.unet.factor)
+    refuse_unfinished(read_config(run), drawing['images'], 'ldm')
     net,base = NeighbourUNet(model.unet),unet_hash(model.unet)
     loss = partial(volume_loss, config=config, schedule=model.schedule, covariates=net.covariates)
     learner = Learner(net, loss, config, run)
     state = enter_run(learner, run, 'volume', dataset, resume)
-    if is_finished(state, config, run/'volume.safetensors'): return BrainVolumes.load(run).unet
+    if is_finished(state, config, run/'volume.safetensors'): return BrainVolumes.load(run, str(model.device)).unet
     train,held = neighbour_splits(model, dataset, run/'state'/'latents', learner.accelerator, progress)
     info = dict(kind='volume', unet=base)
     def picture(seen): return run/'samples'/f'volume_{seen:09d}.png'

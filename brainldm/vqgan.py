@@ -95,12 +95,14 @@ class VectorQuantizer(nn.Module):
 
     def bound(self,
         z:Tensor, # Map of vectors (b, d, h, w), as the encoder says them
-    )->Tensor: # The map that is compared to codes (b, d, h, w), float32: here the same
+    )->Tensor: # (b, d, h, w), float32
+        "The map that is compared to codes: here the same."
         return z.float()
 
     def nearest(self,
         z:Tensor, # Map of vectors (b, d, h, w)
-    )->Tensor: # Index of the nearest code at each place (b, h, w), int64
+    )->Tensor: # Its index (b, h, w), int64
+        "The nearest code at each place. Raises ValueError on a map of another shape."
         if z.ndim!=4 or z.shape[1]!=self.embedding_dim: raise ValueError(
             f"VectorQuantizer: a map of shape {tuple(z.shape)}. Expected (b, {self.embedding_dim}, h, w). "
             "Give the encoder as many channels as a code has.")
@@ -110,6 +112,7 @@ class VectorQuantizer(nn.Module):
     def lookup(self,
         indices:Tensor, # Codes (b, h, w), int64
     )->Tensor: # Their vectors (b, d, h, w), float32
+        "Turn codes into vectors."
         return rearrange(F.embedding(indices, self.codebook.float()), 'b h w d -> b d h w')
 
     def forward(self,
@@ -130,6 +133,7 @@ class VectorQuantizer(nn.Module):
         indices:Tensor, # Their codes (n,)
         u:Tensor|None=None, # Uniform numbers in [0, 1) (k,), for the restart; None: no restart
     )->None:
+        "Let the codes follow the vectors of all processes. Source: van den Oord et al. 2017, app. A.1."
         vectors,indices = everyone(vectors),everyone(indices)
         self.cluster_size.lerp_(count_codes(indices, self.num_embeddings), 1-self.decay)
         self.cluster_sum.lerp_(torch.zeros_like(self.cluster_sum).index_add_(0, indices, vectors), 1-self.decay)
@@ -199,7 +203,8 @@ class FSQ(nn.Module):
 
     def bound(self,
         z:Tensor, # Map of vectors (b, d, h, w), as the encoder says them
-    )->Tensor: # Squashed to about [-1, 1], not yet rounded (b, d, h, w), float32
+    )->Tensor: # In about [-1, 1], not yet rounded (b, d, h, w), float32
+        "Squash each channel. Raises ValueError on a map of another shape."
         if z.ndim!=4 or z.shape[1]!=self.embedding_dim: raise ValueError(
             f"FSQ: a map of shape {tuple(z.shape)}. Expected (b, {self.embedding_dim}, h, w). "
             "Give the encoder one channel for each entry of levels.")
@@ -208,7 +213,8 @@ class FSQ(nn.Module):
 
     def nearest(self,
         z:Tensor, # Map of squashed vectors (b, d, h, w)
-    )->Tensor: # Number of the nearest code at each place (b, h, w), int64
+    )->Tensor: # Its number (b, h, w), int64
+        "Round to the nearest code at each place."
         half = self.sizes//2
         digits = (z.float()*half).round().long()+half                          # 0 to L-1, once cut off
         return (digits.clamp(min=0).minimum(self.sizes-1)*self.basis).sum(1)
@@ -216,6 +222,7 @@ class FSQ(nn.Module):
     def lookup(self,
         indices:Tensor, # Codes (b, h, w), int64
     )->Tensor: # Their vectors (b, d, h, w), float32, in [-1, 1]
+        "Turn codes into vectors."
         half = self.sizes//2
         return ((indices[:, None]//self.basis)%self.sizes-half)/half.float()
 
@@ -243,6 +250,7 @@ class CodeHistogram(nn.Module):
     def stretch(self,
         height:Tensor, # Slice positions (b,) in [0, 1], or NaN
     )->Tensor: # Their bin (b,), int64
+        "Which stretch of the head each slice lies in; the last bin is for those of unknown height."
         known = (height.nan_to_num()*self.bins).long().clamp(0, self.bins-1)
         return torch.where(height.isnan(), self.bins, known)
 
@@ -251,6 +259,7 @@ class CodeHistogram(nn.Module):
         indices:Tensor, # Codes (b, side, side)
         height:Tensor, # Slice positions (b,) in [0, 1], or NaN
     )->None:
+        "Count the codes of a batch. Raises ValueError on maps of another size."
         if indices.shape[1:]!=self.counts.shape[1:3]: raise ValueError(
             f"CodeHistogram: codes of shape {tuple(indices.shape)}. Expected maps of {tuple(self.counts.shape[1:3])}. "
             "Build the VQVAE with map_side = size of the pictures / factor.")
@@ -263,7 +272,8 @@ class CodeHistogram(nn.Module):
     def draw(self,
         height:Tensor, # Slice positions (b,) in [0, 1]; NaN: of any height
         generator:torch.Generator, # Source of chance; says the device
-    )->Tensor: # Codes (b, side, side), each place drawn by itself
+    )->Tensor: # Codes (b, side, side)
+        "Draw maps of codes, each place by itself."
         counts = self.counts[self.stretch(height)]                             # (b, side, side, k)
         counts = torch.where(height.isnan().view(-1, 1, 1, 1), self.counts.sum(0), counts)
         counts = counts+(counts.sum(-1, keepdim=True)==0)                      # never seen: every code alike
@@ -290,6 +300,7 @@ class VQVAE(Autoencoder):
         x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
         cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
     )->tuple[Tensor, Tensor]: # Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f)
+        "Turn pictures into codes. Raises ValueError on a picture of another shape."
         z = self.quantizer.bound(self.squeeze(x, cond))
         return z,self.quantizer.nearest(z)
 
@@ -297,12 +308,14 @@ class VQVAE(Autoencoder):
         indices:Tensor, # Codes (b, h, w), int64
         cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
     )->Tensor: # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
+        "Turn codes into pictures."
         return super().decode(self.quantizer.lookup(indices), cond)
 
     def decode(self,
         z:Tensor, # Latents (b, d, h, w), rounded to codes first
         cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
     )->Tensor: # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
+        "Round latents to codes, and turn those into pictures."
         return self.decode_codes(self.quantizer.nearest(z), cond)
 
     def forward(self,
@@ -319,7 +332,8 @@ class VQVAE(Autoencoder):
         side:int, # Height and width of a latent, which must be the map's
         generator:torch.Generator, # Source of chance; says the device
         cond:dict[str, Tensor]|None=None, # 'slice' (n,) says at which height; without it, any
-    )->Tensor: # Latents (n, d, side, side): codes drawn place by place
+    )->Tensor: # Latents (n, d, side, side)
+        "Draw codes place by place, as often as training saw them there. Raises ValueError for another side."
         if side!=(own := self.histogram.counts.shape[1]): raise ValueError(
             f"VQVAE.random_latents: side={side}. Expected {own}, the side of the maps trained on. Try side={own}.")
         height = (cond or {}).get('slice', torch.full((n,), math.nan, device=generator.device))

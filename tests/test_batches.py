@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,11 @@ import pytest
 import torch
 from test_data import CONFIG, look, make_oasis, picture, save
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from brainldm import batches
 from brainldm.batches import (Covariate, SliceDataset, ShuffledBatches, build_cache, encode_covariates, eval_batches, find_covariates, fingerprint,
-                              make_loader, open_dataset, prepare_picture)
+                              open_dataset, prepare_picture)
 from brainldm.data import DataConfig, list_slices
 
 # ---- square pictures and cache
@@ -43,6 +45,24 @@ def cohort(tmp_path): return make_oasis(tmp_path/'in'), tmp_path/'cache'
 
 
 def cached(cohort, **kw): return open_dataset(cohort[0], DataConfig(**{'size': 32, **kw}), progress=False, cache_dir=cohort[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_no_file_is_open_when_its_folder_is_renamed(cohort, monkeypatch):
+    "Windows renames no folder that holds an open or a mapped file."
+    rename,seen = Path.rename,[]
+    def look(self, target):
+        seen.append(str(self) in Path('/proc/self/maps').read_text())
+        return rename(self, target)
+    monkeypatch.setattr(Path, 'rename', look)
+    cached(cohort)
+    assert seen==[False]
+
+
+@pytest.mark.parametrize('values', [dict(age=[]), dict(age=[], sex=['F', 'M']), dict(age=[70, 71], sex=['F']*3)])
+def test_lists_that_fit_no_number_of_rows(values):
+    known = [Covariate('age', 'continuous', range=(60, 90)), Covariate('sex', 'categorical', values=('F', 'M'))]
+    with pytest.raises(ValueError, match=f"encode_covariates: {len(values['age'])} values of 'age'"): encode_covariates(values, known)
 
 
 def test_cache_is_reused_and_keyed(cohort, monkeypatch):
@@ -180,9 +200,10 @@ def test_bad_batches():
 @pytest.mark.parametrize('workers', [0, 2])
 def test_loader(cohort, workers):
     ds = cached(cohort).subset('train')
-    batches = list(islice(make_loader(ds, 4, seed=0, num_workers=workers), 6))
+    def loader(start=0): return DataLoader(ds, batch_sampler=ShuffledBatches(len(ds), 4, 0, start), collate_fn=dict, num_workers=workers)
+    batches = list(islice(loader(), 6))
     expected = [ds.__getitems__(o) for o in islice(ShuffledBatches(len(ds), 4, 0), 6)]
     for a, b in zip(batches, expected):
         assert a.keys()==b.keys()
         for k in a: assert_close(a[k], b[k], equal_nan=True)
-    assert_close(next(iter(make_loader(ds, 4, seed=0, start=3)))['image'], expected[3]['image'])
+    assert_close(next(iter(loader(3)))['image'], expected[3]['image'])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from brainldm import cli
 from brainldm.cli import main
 from brainldm.runs import load_weights, save_weights
 
@@ -184,6 +185,15 @@ def test_checkpoint_of_another_architecture(tiny_run, tmp_path, capsys):
     assert name in refused(capsys, "reconstruct", run, tiny_run[1])
     (run / "autoencoder.safetensors").write_bytes((run / "autoencoder.safetensors").read_bytes()[:1000])
     assert "autoencoder.safetensors" in refused(capsys, "reconstruct", run, tiny_run[1])
+
+
+@pytest.mark.parametrize("words, advice", [("demo --preset tiny --num-subjects 6 --out {0}", "The same command goes on."),
+                                           ("train autoencoder {1} --run {0} --preset tiny", "The same command with --resume goes on.")])
+def test_who_stops_is_told_how_to_go_on(words, advice, tiny_run, tmp_path, capsys, monkeypatch):
+    def stopped(*_, **__): raise KeyboardInterrupt("autoencoder is saved at 8 of 80 pictures.")
+    monkeypatch.setattr(cli, "train_autoencoder", stopped)
+    assert main(words.format(tmp_path/"out", tiny_run[1]).split()) == 130
+    assert capsys.readouterr().err.endswith(f"brainldm: stopped. autoencoder is saved at 8 of 80 pictures. {advice}\n")
 
 
 def test_resume_with_other_settings(tiny_run, capsys):

@@ -9,7 +9,7 @@ from PIL import Image
 from brainldm.codec import (
     SYNTHETIC, Codec, check_conditions, check_pictures, in_batches, manifest_of, save_gif, save_pictures, to_bytes,
     told)
-from brainldm.layers import pick_device
+from brainldm.layers import pick_device, pick_precision
 from brainldm.data import DataConfig, check_dataset, read_manifest
 from brainldm.batches import Covariate, open_dataset
 from brainldm.training import load_autoencoder
@@ -126,4 +126,6 @@ def test_what_is_no_picture(change, error, message):
 
 def test_devices():
     assert pick_device('cpu').type=='cpu' and pick_device().type in ('cpu', 'cuda', 'mps')
-    with pytest.raises(ValueError, match="Try device='cpu'"): pick_device('gpu')
+    with pytest.raises(ValueError, match="pick_device: .*Try device='cpu'"): pick_device('gpu')
+    for wrong in ('fp8', 'fp16', None):
+        with pytest.raises(ValueError, match=f'pick_precision: precision={wrong!r}'): pick_precision(wrong, torch.device('cpu'))

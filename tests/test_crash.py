@@ -89,6 +89,13 @@ def test_a_failed_start_leaves_no_lock(dataset, tmp_path):
     child = python(HOLDER, tmp_path/'run'); assert child.stdout.readline()=='locked\n'; child.kill(); child.communicate()
 
 
+def test_whatever_stops_a_training_its_folder_is_free(dataset, tmp_path, monkeypatch):
+    def broken(*_): raise ValueError('no mean')
+    monkeypatch.setattr(training, 'mean_slices', broken)                        # after the folder is entered, before the first step
+    with pytest.raises(ValueError, match='no mean'): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
+    assert not runs.HELD
+
+
 def test_leftovers_of_the_dead_are_cleared(tmp_path):
     for name in ('.config.json.7.part', 'state/ldm/.000000000008.safetensors.7.part', 'samples/.ldm_000000008.png.7.part'):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True); (tmp_path/name).write_bytes(b'half')

@@ -86,6 +86,28 @@ def test_oasis(tmp_path):
     assert 'oasis: 10 subjects, 30 slices' in str(report) and '40 x 32 (30)' in str(report)
 
 
+@pytest.mark.parametrize('make, old, new, split', [(make_oasis, 'keras_png_slices_test', 'keras_png_slices_Test', 'test'), (make_adni, 'AD_NC/test', 'AD_NC/TEST', 'test')])
+def test_case_of_a_split_folder_does_not_matter(make, old, new, split, tmp_path):
+    (make(tmp_path)/old).rename(tmp_path/new)
+    report = look(tmp_path)
+    assert report.ok and set(report.manifest.split)=={'train', 'validate', split}
+
+
+def test_case_of_a_volumes_name_does_not_matter(tmp_path):
+    for i in range(4): make_volume(tmp_path/f'{i}.nii.gz', np.stack([picture(10*i+k).T for k in range(5)], -1)).rename(tmp_path/f'{i}.NII.GZ')
+    report = look(tmp_path)
+    assert report.ok and find_layout(tmp_path)=='nifti' and report.manifest.subject.nunique()==4
+
+
+def test_a_folder_may_begin_with_dots(tmp_path):
+    make_manifest(tmp_path); (tmp_path/'pictures').rename(tmp_path/'..pictures')
+    text = (tmp_path/'manifest.csv').read_text()
+    (tmp_path/'manifest.csv').write_text(text.replace('pictures/', '..pictures/'))
+    assert look(tmp_path).ok
+    (tmp_path/'manifest.csv').write_text(text.replace('pictures/', 'a/../../pictures/'))
+    with pytest.raises(ValueError, match='leads out of its folder'): look(tmp_path)
+
+
 def test_oasis_label_maps_ignored_and_said(tmp_path):
     make_oasis(tmp_path)
     save(tmp_path/'keras_png_slices_seg_train/seg_001_slice_0.nii.png', picture(0))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from brainldm import layers
+from brainldm.batches import SliceDataset
 from brainldm.diffusion import PRESETS, LDMConfig, cache_latents, train_ldm, unet_args
 from brainldm.loop import check_config, infer
 from brainldm.scheduler import NoiseSchedule
@@ -29,6 +30,16 @@ def test_other_data_than_the_autoencoders_is_refused(straight, tmp_path):
     assert not (tmp_path/'run'/'state').exists() and 'ldm' not in read_config(tmp_path/'run')
 
 
+@pytest.mark.parametrize('change,match', [(dict(crop=24), 'crop=24, not None'), (dict(columns=('apoe',)), r"columns=\('apoe',\), not \(\)")])
+def test_other_cuts_and_columns_than_the_autoencoders_are_refused(change, match, dataset, straight, tmp_path):
+    "The fingerprint sums up the files; what was made of them is compared setting by setting."
+    other = SliceDataset(dataset.images, dataset.manifest); other.config = replace(AE.data, **change)
+    begin('ldm', straight, tmp_path/'run')
+    with pytest.raises(ValueError, match=f'refuse_leak: .*{match}'): train_ldm(other, tmp_path/'run', LDM, progress=False)
+    with pytest.raises(ValueError, match=f'settle_crop: .*{match}'): train_autoencoder(other, tmp_path/'new', AE, progress=False)
+    assert 'ldm' not in read_config(tmp_path/'run') and not (tmp_path/'new').exists()
+
+
 def test_without_an_autoencoder_nothing_is_left(dataset, tmp_path):
     with pytest.raises(FileNotFoundError, match='autoencoder.safetensors'): train_ldm(dataset, tmp_path/'run', LDM, progress=False)
     assert not (tmp_path/'run').exists()
@@ -44,11 +55,22 @@ def test_half_trained_autoencoder_is_refused(dataset, tmp_path, monkeypatch):
 def test_no_number_goes_unchecked(name): refuses(LDMConfig, name)
 
 
+def test_a_weight_that_is_a_text():
+    with pytest.raises(TypeError, match="snr_gamma='5'. Expected float . None"): check_config(replace(LDM, snr_gamma='5'))
+    check_config(replace(LDM, snr_gamma=5))
+
+
 @pytest.mark.parametrize('kind,fits', [('linear', True), ('scaled_linear', True), ('cosine', False), ('flow', False)])
 def test_noise_is_asked_for_only_where_a_picture_can_be_made_of_it(kind, fits):
     config = LDMConfig(schedule=NoiseSchedule(beta_schedule=kind, prediction_type='epsilon', zero_terminal_snr=False))
     if fits: return check_config(config)
     with pytest.raises(ValueError, match="prediction_type='epsilon', and .e-05 of the signal"): check_config(config)
+
+
+def test_the_offset_is_for_questions_that_pure_noise_can_answer():
+    config = LDMConfig(snr_gamma=5., snr_offset=1., schedule=NoiseSchedule(1000, 'linear', zero_terminal_snr=False, prediction_type='epsilon'))
+    with pytest.raises(ValueError, match='snr_offset=1.0 with prediction_type'): check_config(config)
+    check_config(replace(config, schedule=NoiseSchedule())); check_config(replace(config, snr_offset=0.))
 
 
 @pytest.mark.parametrize('name', PRESETS)

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from brainldm.data import DataConfig
-from brainldm.batches import SliceDataset, open_dataset
-from brainldm.evaluation import (json_safe, mean_slice_floor, merge_metrics, never_seen, read_metrics, reconstruction_scores,
-                                 score_slices, show_number, subject_interval)
+from brainldm.batches import Covariate, SliceDataset, open_dataset
+from brainldm.evaluation import (
+    json_safe, mean_slice_floor, merge_metrics, never_seen, reconstruction_scores, score_slices, show_number,
+    subject_interval)
+from brainldm.runs import read_metrics
+from brainldm.codec import Codec
 from brainldm.sampling import BrainLDM
+from brainldm.vae import AutoencoderKL
 
 
 @pytest.fixture(scope='module')
@@ -33,6 +37,19 @@ def test_scores_do_not_depend_on_batches(model, dataset, tiny_run):
     a,b = (score_slices(model, dataset, tiny_run[0], batch_size=n) for n in (5, 64))
     pd.testing.assert_frame_equal(a, b, rtol=1e-3)
     assert len(a)==len(dataset) and a.subject.tolist()==dataset.manifest.subject.tolist()
+
+
+def test_new_data_is_told_in_the_words_of_the_run(dataset, tiny_run):
+    "Of people who are all healthy, NC is the first and only value; the run may call it the second."
+    torch.manual_seed(0)
+    known = [c for c in dataset.covariates if c.name=='diagnosis']
+    auto = AutoencoderKL(4, (16,), 1, (False,), 8, covariates=known)
+    for p in auto.parameters(): torch.nn.init.normal_(p, std=.1)
+    rows = dataset.manifest[dataset.manifest.diagnosis=='NC']
+    parts = (SliceDataset(dataset.images[rows.index], rows.reset_index(drop=True), o)
+             for o in (dataset.covariates, [Covariate('diagnosis', 'categorical', values=('NC',))]))
+    scores = [reconstruction_scores(Codec(auto.eval(), 64), o, tiny_run[0]) for o in parts]
+    assert known[0].values==('AD', 'NC') and scores[0]==scores[1]
 
 
 @pytest.mark.parametrize('people', [1, 2])

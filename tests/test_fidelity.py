@@ -97,6 +97,7 @@ def test_auc_beside_sklearn():
     assert subject_auc(score, truth, range(40))[0]==pytest.approx(roc_auc_score(truth, score))
     low,high = subject_auc(score, truth, range(40))[1]
     assert 0<=low<high<=1
+    assert subject_auc(np.arange(8.), np.arange(8)==7, range(8), draws=0)==(1., None)      # no resample holds both groups: no interval
 
 
 @pytest.mark.parametrize('n, d', [(60, 3), (200, 8)])

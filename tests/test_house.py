@@ -46,6 +46,9 @@ def test_functions_are_short_and_documented(module):
     top = ast.parse(module.read_text()).body
     public = [n for n in top if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"]
     assert not [n.name for n in public if not ast.get_docstring(n)]
+    methods = [(c.name, n) for c in public if isinstance(c, ast.ClassDef) for n in c.body if isinstance(n, ast.FunctionDef)]
+    silent = [f"{c}.{n.name}" for c, n in methods if n.name[:2] != "__" and n.name not in ("forward", "run") and not ast.get_docstring(n)]
+    assert not silent                                                          # an empty place on an API page
     for node in functions(module):
         body = node.end_lineno - node.body[0].lineno + 1
         assert body <= 40, f"{node.name}: {body} lines"

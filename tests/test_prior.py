@@ -13,8 +13,8 @@ from test_training import Crash, make_dataset
 
 from brainldm import prior as module
 from brainldm.data import DataConfig
-from brainldm.batches import Covariate
-from brainldm.prior import (PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, check_prior, code_bits, code_cells, code_chances,
+from brainldm.batches import Covariate, SliceDataset
+from brainldm.prior import (PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, code_bits, code_cells, code_chances,
                             code_floors, code_prices, draw_uniform, load_prior, neighbours, next_logits, pick_codes, prior_loss, sample_codes, train_prior)
 from brainldm.loop import check_config, infer
 from brainldm.layers import pick_precision
@@ -451,10 +451,24 @@ def test_codes_of_fsq(dataset, tmp_path):
     assert CodeSampler.load(tmp_path/'run', 'cpu', 'no').sample(2).shape==(2, 1, 32, 32)
 
 
+def test_prices_in_the_words_of_the_run(dataset, straight):
+    "Of people who are all healthy, NC is the first and only value; the prior calls it the second."
+    model,rows = CodeSampler.load(straight, 'cpu', 'no'),dataset.manifest[dataset.manifest.diagnosis=='NC']
+    parts = (SliceDataset(dataset.images[rows.index], rows.reset_index(drop=True), o) for o in (dataset.covariates, None))
+    a,b = (code_prices(model, o, 'train')['prior'] for o in parts)
+    assert torch.equal(a, b)
+
+
+def test_floors_need_somebody_to_set_aside():
+    maps,slices = torch.zeros(3, 2, 2, dtype=torch.int64),torch.arange(3)
+    with pytest.raises(ValueError, match='code_floors: 1 train subject'): code_floors(maps, slices, ['a']*3, maps, slices, 4)
+    assert all(o.isfinite().all() for o in code_floors(maps, slices, ['a', 'a', 'b'], maps, slices, 4).values())
+
+
 def test_presets_and_settings():
-    for config in PRIOR_PRESETS.values(): check_config(config); check_prior(config)
-    for change in (dict(dropout=1.), dict(dropout=-.1), dict(label_smoothing=1.), dict(replace_codes=2.), dict(embed_dim=0), dict(num_layers=0), dict(embed_dim=18, num_heads=4)):
-        with pytest.raises(ValueError, match=f'check_config: {next(iter(change))}='): check_prior(replace(PRIOR, **change))
+    for config in PRIOR_PRESETS.values(): check_config(config)
+    for change in (dict(dropout=1.), dict(dropout=-.1), dict(label_smoothing=1.), dict(replace_codes=2.), dict(embed_dim=0), dict(num_layers=0)):
+        with pytest.raises(ValueError, match=f'check_config: {next(iter(change))}='): check_config(replace(PRIOR, **change))
 
 
 # ------------------------------------------------------------------ refusals
@@ -468,6 +482,8 @@ def test_refusals_of_training(dataset, vq, straight, tmp_path):
     with pytest.raises(FileExistsError, match='already has a trained'): train_prior(dataset, straight, PRIOR)
     with pytest.raises(ValueError, match='embed_dim=32, was 16'): train_prior(dataset, straight, replace(PRIOR, embed_dim=32), resume=True)
     with pytest.raises(FileNotFoundError): train_prior(dataset, tmp_path/'nothing', PRIOR)
+    for change in (dict(embed_dim=18, num_heads=4), dict(dropout=1.), dict(num_heads=0)):
+        with pytest.raises(ValueError, match=next(iter(change))): train_prior(dataset, vq, replace(PRIOR, **change))
     shutil.copytree(vq, tmp_path/'half')
     settings = read_config(vq)
     settings['autoencoder']['config']['total_images'] = 1_000

@@ -8,9 +8,12 @@ import torch
 
 from brainldm.data import DataConfig
 from brainldm.batches import Covariate, open_dataset
+from brainldm.diffusion import LDMConfig, train_ldm
 from brainldm.evaluation import merge_metrics, reconstruction_scores, show_number
+from brainldm.prior import PriorConfig, train_prior
 from brainldm.report import check_targets, draw_by_condition, draw_like, evaluate, middle_conditions, picture_uri, report, report_numbers, report_samples
 from brainldm.sampling import BrainLDM, Sampler
+from brainldm.training import AEConfig, train_autoencoder
 from brainldm.unet import UNet
 from brainldm.vae import AutoencoderKL
 
@@ -143,6 +146,20 @@ def test_draw_like_asks_what_the_rows_say(model, dataset):
     asked = {c.name: rows[c.name].tolist() for c in model.covariates}
     torch.testing.assert_close(draw_like(model, rows, steps=2, seed=5), model.sample(2, **asked, steps=2, seed=5))
     assert draw_like(model, rows, 'stage1').shape==(2, 1, 64, 64)
+
+
+def test_codes_that_are_told_the_diagnosis(dataset, tmp_path):
+    "An autoencoder with codes that knows diagnosis and no slice: every generator is told, and random codes are drawn by height."
+    shared,sizes = dict(total_images=16, batch_size=8, warmup_images=8, validate_every=1_000, checkpoint_every=1_000),dict(channels=(16,), attention_levels=(False,))
+    run = tmp_path/'run'
+    train_autoencoder(dataset, run, AEConfig(kind='vq', covariates=('diagnosis',), data=dataset.config, patch=8, latent_channels=4, num_embeddings=12, **sizes, **shared), progress=False)
+    train_prior(dataset, run, PriorConfig(covariates=('slice',), embed_dim=16, num_layers=1, num_heads=2, **shared), progress=False)
+    train_ldm(dataset, run, LDMConfig(num_res_blocks=1, cond_channels=16, preview_steps=2, **sizes, **shared), progress=False)
+    assert 'Written code by code' in report(run, steps=2).read_text()
+    rows,model = dataset.manifest.iloc[[0, 5, 12, 17]],BrainLDM.load(run)
+    asked = {k: rows[k].tolist() for k in ('slice', 'diagnosis')}
+    torch.testing.assert_close(draw_like(model, rows, 'stage1'), model.sample_stage1(4, **asked))
+    assert not torch.equal(model.sample_stage1(4, **asked), model.sample_stage1(4, diagnosis=asked['diagnosis']))
 
 
 def test_evaluate_refuses(copy, dataset, tmp_path):

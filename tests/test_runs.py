@@ -3,6 +3,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,14 @@ def test_a_run_from_before_a_setting_was_invented_is_resumed(tmp_path):
     changed = AEConfig(data=DataConfig(size=32, columns=("apoe",)))
     with pytest.raises(ValueError, match="data.columns=.*apoe"):
         open_run(tmp_path / "run", "autoencoder", changed, dataset, resume=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_weights_leave_no_file_open(tmp_path):
+    "Windows removes no mapped file, and an old state is removed while its tensors are in use."
+    save_weights(tmp_path / "w.safetensors", dict(w=torch.ones(1000)), {})
+    tensors, _ = load_weights(tmp_path / "w.safetensors")
+    assert str(tmp_path / "w.safetensors") not in Path("/proc/self/maps").read_text() and tensors["w"].sum() == 1000
 
 
 @pytest.mark.parametrize("auto", [False, True])

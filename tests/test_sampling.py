@@ -201,6 +201,13 @@ def test_slerp_stays_on_the_sphere():
     torch.testing.assert_close(slerp(a, b, torch.tensor([.25]))[0], slerp(b, a, torch.tensor([.75]))[0])
 
 
+def test_slerp_between_a_point_and_itself():
+    "Rounding puts the cosine above 1, or the angle at 0."
+    for i in range(50):
+        a = draw_noise(1, (4, 8, 8), 0, i)[0]
+        for b in (a, 2*a, a+1e-6): torch.testing.assert_close(slerp(a, b, torch.linspace(0, 1, 3)), torch.stack([a, (a+b)/2, b]), rtol=1e-4, atol=1e-4)
+
+
 def test_conditions_between_two_ends():
     u = torch.linspace(0, 1, 5)
     got = mix_conditions(dict(slice=torch.tensor([0., 1.]), age=torch.tensor([torch.nan]*2), diagnosis=torch.tensor([1, 1])), u)

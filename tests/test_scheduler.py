@@ -48,6 +48,7 @@ def test_min_snr_weights_are_those_of_diffusers():
     snr = train.compute_snr(theirs, t)
     want = dict(epsilon=snr.clamp(max=5)/snr, v_prediction=snr.clamp(max=5)/(snr+1), sample=snr.clamp(max=5))
     for kind,w in want.items(): assert_close(S.min_snr_weight(t, ours.abar, kind), w, rtol=1e-3, atol=1e-6)
+    assert_close(S.min_snr_weight(t, ours.abar, 'v_prediction', 5., 1.), (5/(snr+1)).clamp(max=1), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize('prediction_type,zero', KINDS)

@@ -59,6 +59,24 @@ def test_a_packed_run_draws_the_same(half, reported, tmp_path):
     with pytest.raises(ValueError, match="weights='ema'"): BrainLDM.load(tmp_path/'out', weights='raw')
 
 
+@pytest.mark.parametrize('text, match', [('{"samples ldm": ', 'is not JSON'), ('[1]', 'holds something else')])
+def test_broken_metrics_are_named(text, match, reported, tmp_path):
+    run = shutil.copytree(reported, tmp_path/'run')
+    (run/'metrics.json').write_text(text)
+    with pytest.raises(ValueError, match=f'read_metrics: .*{match}'): sharing.pack_run(run, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
+def test_a_measurement_without_a_verdict_is_no_obstacle(): sharing.refuse_memory({'samples ldm': dict(memorization=None)})
+
+
+def test_no_path_travels(reported):
+    settings = json.loads((reported/'config.json').read_text())
+    settings['autoencoder']['config']['data']['subjects'] = '/home/anna/table.csv'
+    bare = sharing.strip_settings(settings)
+    assert 'anna' not in json.dumps(bare) and bare['autoencoder']['train_subjects']==settings['autoencoder']['train_subjects']   # a phantom's
+
+
 def test_nothing_is_sent_when_packing_is_refused(reported, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(sharing, 'HfApi', lambda **_: calls.append('hub'))

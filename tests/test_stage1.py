@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -152,13 +153,19 @@ def test_scores(name, dataset, straight):
 
 
 @pytest.mark.parametrize('change,message', [
-    (dict(kind='gan'), "kind='gan'. Expected 'kl', 'vq' or 'fsq'"), (dict(num_embeddings=0), 'num_embeddings=0'), (dict(fsq_levels=(8, 2)), 'three levels or more'),
+    (dict(kind='gan'), "kind='gan'. Expected one of kl, vq, fsq"), (dict(num_embeddings=0), 'num_embeddings=0'), (dict(fsq_levels=(8, 2)), 'three levels or more'),
     (dict(fsq_levels=()), 'three levels or more'), (dict(restart_below=1.), 'less than 1'), (dict(restart_below=-.1), 'less than 1'), (dict(commitment_cost=-1.), '0 or more'),
-    (dict(adversary_loss='wgan'), "Expected 'hinge' or 'nonsaturating'"), (dict(adversary_weight=-1.), '0 or more'), (dict(critic_warmup=-1), '0 or more'),
-    (dict(critic_rate=0.), 'above 0'), (dict(critic_channels=()), 'one number above 0 a level'), (dict(codebook_start='zeros'), "Expected 'kmeans' or 'uniform'")])
+    (dict(adversary_loss='wgan'), 'Expected one of nonsaturating, hinge'), (dict(adversary_weight=-1.), '0 or more'), (dict(critic_warmup=-1), '0 or more'),
+    (dict(critic_rate=0.), 'above 0'), (dict(critic_channels=()), 'one number above 0 a level'), (dict(codebook_start='zeros'), 'Expected one of kmeans, uniform')])
 def test_settings_that_cannot_work(change, message):
     with pytest.raises(ValueError, match='check_config: '+next(iter(change))) as e: check_config(replace(AE, **change))
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize('change', [dict(adversary='no'), dict(codebook_ema=1), dict(compile='yes'), dict(auto_find_batch_size=0), dict(channels=(8, '8')),
+                                    dict(attention_levels=(0, 1)), dict(critic_channels=8), dict(covariates='slice'), dict(log_with=3), dict(data={})])
+def test_settings_of_another_type(change):
+    with pytest.raises(TypeError, match='check_config: '+next(iter(change))): check_config(replace(AE, **change))
 
 
 def test_k_means_needs_pictures(tmp_path, dataset):
@@ -244,6 +251,9 @@ def test_the_prior_on_the_command_line(phantom, tmp_path, capsys):
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert said['bits']['uniform']==5 and set(said['bits'])=={'prior', 'uniform', 'histogram', 'place', 'place_slice'}
     assert json.loads((tmp_path/'run'/'metrics.json').read_text())['bits test']==said
+    other = shutil.copytree(phantom, tmp_path/'other')
+    people = pd.read_csv(other/'subjects.csv'); people.assign(age=people.age+1).to_csv(other/'subjects.csv', index=False)
+    assert main(['bits', run, str(other)])==1 and 'not what the autoencoder was trained on' in capsys.readouterr().err
     assert main(['sample', run, '--generator', 'prior', '--n', '2', '--slice', '3', '--top-k', '8'])==0
     assert 'Known covariates: slice' in capsys.readouterr().out
     assert main(['report', run])==0 and 'Written code by code' in (tmp_path/'run'/'report.html').read_text()

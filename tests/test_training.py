@@ -144,7 +144,7 @@ def test_resume_with_other_settings(change, dataset, tmp_path, monkeypatch):
 def test_harmless_settings_may_change_on_resume(dataset, straight, tmp_path, monkeypatch):
     strike(monkeypatch, 'autoencoder_loss', 36, 'ctrl-c')
     with pytest.raises(KeyboardInterrupt): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
-    train_autoencoder(dataset, tmp_path/'run', replace(AE, checkpoint_every=8, validate_every=80), resume=True, progress=False)
+    train_autoencoder(dataset, tmp_path/'run', replace(AE, checkpoint_every=8, validate_every=80, log_every=3), resume=True, progress=False)
     a,b = weights(straight, 'autoencoder'),weights(tmp_path/'run', 'autoencoder')
     assert all(torch.equal(a[k], b[k]) for k in a)
 

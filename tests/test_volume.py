@@ -2,6 +2,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -13,9 +14,11 @@ from brainldm import volume as module
 from brainldm.cli import data_config, main
 from brainldm.data import check_dataset
 from brainldm.batches import open_dataset
+from brainldm.diffusion import LDMConfig, train_ldm
 from brainldm.sampling import BrainLDM
 from brainldm.codec import SYNTHETIC
 from brainldm.runs import load_weights, read_log, save_weights
+from brainldm.training import AEConfig, train_autoencoder
 from brainldm.volume import (BrainVolumes, NeighbourUNet, VolumeConfig, correlate, drawing_order, find_neighbours,
                              lay_beside, look_beside, to_nifti, train_volume)
 
@@ -87,13 +90,16 @@ def test_slices_can_be_chosen(model, sampler):
 
 @pytest.mark.parametrize('asked, message', [
     (dict(slices=[0, 2, 4]), 'rise by 1'), (dict(slices=[3]), '2 or more'), (dict(slices=range(4, 9)), 'slice=6'), (dict(sampler='ddpm'), 'no fresh noise'),
-    (dict(n=0), 'n=0'), (dict(steps=0), 'steps=0'), (dict(batch_size=0), 'batch_size=0'), (dict(seed=-1), 'seed=-1'), (dict(diagnosis='MCI'), 'AD, NC'),
+    (dict(n=0), 'n=0'), (dict(n=1.5), 'n=1.5'), (dict(n='a'), "n='a'"), (dict(slice=3), 'Expected slices=...'), (dict(steps=0), 'steps=0'), (dict(batch_size=0), 'batch_size=0'), (dict(seed=-1), 'seed=-1'), (dict(diagnosis='MCI'), 'AD, NC'),
     (dict(n=2, age=[70, 71, 72]), '3 values of age for n=2'), (dict(age=300), 'age=300'), (dict(weight=3), 'weight'), (dict(guidance_scale=-1), 'guidance_scale'),
     (dict(given={9: torch.zeros(1, 1, 64, 64)}), 'slice 9'), (dict(given={2: torch.zeros(2, 1, 64, 64)}), 'Expected 1'), (dict(given={2: torch.full((1, 1, 64, 64), 255.)}), 'grey values'),
     (dict(given={2: torch.zeros(1, 1, 32, 32)}), 'shape')])
 def test_bad_requests(model, asked, message):
     with pytest.raises((ValueError, TypeError)) as e: model.sample_volume(**{'n': 1, **asked})
     assert message in str(e.value) and 'Expected' in str(e.value)
+    if not {'given', 'batch_size'}&set(asked):
+        with pytest.raises((ValueError, TypeError)) as e: model.sample_shared_noise(**{'n': 1, **asked})
+        assert message in str(e.value)
 
 
 def test_needs_a_denoiser(model):
@@ -119,6 +125,25 @@ def test_resumed_is_the_same_as_never_stopped(at, tiny_run, dataset, trained, tm
     assert [o['images'] for o in read_log(run/'log.jsonl') if o['stage']=='volume' and 'loss' in o]==list(range(8, 97, 8))
 
 
+def test_an_autoencoder_that_is_told_more_than_the_slice(dataset, tmp_path):
+    "The brains drawn on the way must tell it something."
+    shared = dict(batch_size=8, warmup_images=8, validate_every=1_000, checkpoint_every=1_000)
+    train_autoencoder(dataset, tmp_path/'run', AEConfig(data=dataset.config, total_images=8, channels=(16,), attention_levels=(False,), patch=8, latent_channels=4,
+                      covariates=('slice', 'diagnosis', 'age'), **shared), progress=False)
+    train_ldm(dataset, tmp_path/'run', LDMConfig(total_images=8, channels=(16,), attention_levels=(False,), num_res_blocks=1, cond_channels=16, preview_steps=2, **shared),
+              progress=False)
+    train_volume(dataset, tmp_path/'run', replace(SHORT, total_images=16, validate_every=8), progress=False)
+    assert [o['images'] for o in read_log(tmp_path/'run'/'log.jsonl') if o['stage']=='volume' and 'val_mse' in o]==[8, 16]
+
+
+def test_the_run_is_loaded_where_this_process_computes(tiny_run, dataset, monkeypatch):
+    "Under `accelerate launch --cpu` on a machine with a GPU, or on the second of two GPUs, that is not the first GPU."
+    def load(run, device=None, *args): raise Crash(device)
+    monkeypatch.setattr(module, 'crew', lambda: SimpleNamespace(device=torch.device('cuda:1')))
+    monkeypatch.setattr(module.BrainLDM, 'load', load)
+    with pytest.raises(Crash, match='cuda:1'): train_volume(dataset, tiny_run[0], SHORT, progress=False)
+
+
 def test_finished_run_is_left_alone(trained, dataset):
     before = (trained/'volume.safetensors').read_bytes()
     train_volume(dataset, trained, SHORT, resume=True, progress=False)
@@ -130,6 +155,17 @@ def test_bad_settings(change, message, tiny_run, dataset, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path/'run')
     with pytest.raises(ValueError, match=message): train_volume(dataset, run, replace(SHORT, **change), progress=False)
     assert not (run/'volume.safetensors').exists() and 'volume' not in json.loads((run/'config.json').read_text())
+
+
+def test_what_other_stages_refuse_is_refused(tiny_run, dataset, tmp_path):
+    "Pictures of another size, and a diffusion model that is to go on."
+    run = shutil.copytree(tiny_run[0], tmp_path/'run')
+    small = type(dataset)(dataset.images[:, ::2, ::2], dataset.manifest, dataset.covariates)
+    with pytest.raises(ValueError, match='pictures of 32 x 32'): train_volume(small, run, SHORT, progress=False)
+    settings = json.loads((run/'config.json').read_text()); settings['ldm']['config']['total_images'] = 96
+    (run/'config.json').write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match='the ldm has seen 64 of 96 pictures'): train_volume(dataset, run, SHORT, progress=False)
+    assert not (run/'state'/'volume').exists()
 
 
 def test_layers_of_another_network_are_refused(trained, tmp_path):

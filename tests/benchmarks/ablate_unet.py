@@ -55,7 +55,8 @@ def variants(images: int, seed: int) -> dict[str, LDMConfig]:
         "three levels": replace(base, channels=(96, 128, 160), attention_levels=(True, True, True)),
         "epsilon": replace(base, schedule=NoiseSchedule(1000, "scaled_linear", 0.00085, 0.012, False, "epsilon")),
         "rectified flow": replace(base, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")),
-        "min-SNR 5": replace(base, snr_gamma=5.0),
+        "every step alike": replace(base, snr_gamma=None, snr_offset=0.0),
+        "min-SNR 5": replace(base, snr_gamma=5.0, snr_offset=0.0),
         "short EMA": replace(base, ema_images=1_000),
         "batch 32": replace(base, batch_size=32, learning_rate=1e-3),
     }
