@@ -45,6 +45,7 @@ class Ablation:
 def variants(images: int, seed: int) -> dict[str, LDMConfig]:
     "One thing changed at a time, from the laptop's preset."
     base = replace(PRESETS["laptop"][1], total_images=images, validate_every=images, checkpoint_every=images // 4, seed=seed)
+    alike = replace(base, snr_gamma=None, snr_offset=0.0)
     return {
         "base": base,
         "attention at 8 x 8 only": replace(base, attention_levels=(False, True)),
@@ -53,11 +54,11 @@ def variants(images: int, seed: int) -> dict[str, LDMConfig]:
         "narrow (64, 96)": replace(base, channels=(64, 96)),
         "wide (128, 192)": replace(base, channels=(128, 192)),
         "three levels": replace(base, channels=(96, 128, 160), attention_levels=(True, True, True)),
-        "epsilon": replace(base, schedule=NoiseSchedule(1000, "scaled_linear", 0.00085, 0.012, False, "epsilon")),
-        "rectified flow": replace(base, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")),
-        "every step alike": replace(base, snr_gamma=None, snr_offset=0.0),
-        "min-SNR 5": replace(base, snr_gamma=5.0, snr_offset=0.0),
-        "short EMA": replace(base, ema_images=1_000),
+        "epsilon": replace(alike, schedule=NoiseSchedule(1000, "scaled_linear", 0.00085, 0.012, False, "epsilon")),
+        "rectified flow": replace(alike, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")),
+        "every step alike": alike,
+        "min-SNR 5": replace(base, snr_offset=0.0),
+        "short EMA": replace(base, ema_images=100),
         "batch 32": replace(base, batch_size=32, learning_rate=1e-3),
     }
 
