@@ -74,7 +74,7 @@ def main(numbers):
     short = "--short" in numbers
     numbers, marks = [n for n in numbers if n != "--short"], ["slow"] * short + ["gpu"] * (not torch.cuda.is_available())
     known = json.loads(TIMES.read_text()) if TIMES.is_file() else {}
-    where = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}, {torch.get_num_threads()} threads"
+    where = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     paths, times = chosen(numbers), {}
     for path in (bar := tqdm(paths, unit="lesson")):
         bar.set_description(path.stem)
