@@ -51,8 +51,8 @@ def variants(images: int, seed: int) -> dict[str, LDMConfig]:
         "attention at 8 x 8 only": replace(base, attention_levels=(False, True)),
         "no attention": replace(base, attention_levels=(False, False)),
         "two blocks": replace(base, num_res_blocks=2),
-        "narrow (64, 96)": replace(base, channels=(64, 96)),
-        "wide (128, 192)": replace(base, channels=(128, 192)),
+        "narrow": replace(base, channels=(64, 96)),
+        "wide": replace(base, channels=(128, 192)),
         "three levels": replace(base, channels=(96, 128, 160), attention_levels=(True, True, True)),
         "epsilon": replace(alike, schedule=NoiseSchedule(1000, "scaled_linear", 0.00085, 0.012, False, "epsilon")),
         "rectified flow": replace(alike, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")),
@@ -65,7 +65,7 @@ def variants(images: int, seed: int) -> dict[str, LDMConfig]:
 
 def measure(source: Path, name: str, config: LDMConfig, dataset, job: Ablation) -> dict:
     "Train one variant on the latents of one run, draw, and judge."
-    run = job.out / f"{source.name} {name}".replace(" ", "_").replace("(", "").replace(")", "").replace(",", "")
+    run = job.out / f"{source.name} {name}".replace(" ", "_")
     if not (run / "config.json").is_file():
         run.mkdir(parents=True, exist_ok=True)
         for part in ("autoencoder.safetensors", "train_mean.safetensors"):
