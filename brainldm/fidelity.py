@@ -332,5 +332,5 @@ def fine_detail(
     outline:float=.1, # Grey, 0 to 1, above which a pixel is brain
 )->np.ndarray: # Variance of the Laplacian of grey values inside the brain (n,); NaN without brain
     "How much detail a picture has (notebook 02): low is blurred, high is noisy."
-    greys = ((part.float()+1)/2 for part in picture_batches(pictures))
-    return np.concatenate([laplacian_variance(o, o>outline).double().cpu().numpy() for o in greys])
+    greys = ((part.double()+1)/2 for part in picture_batches(pictures))
+    return np.concatenate([laplacian_variance(o, o>outline).cpu().numpy() for o in greys])
