@@ -45,6 +45,7 @@ class LDMConfig(TrainConfig):
     num_heads:int=4 # Attention heads
     cond_channels:int=128 # Length of a covariate token
     covariates:tuple[str, ...]|None=None # Covariates to learn; None: all that the data has
+    dropout:float=0. # Share of each block's features that training leaves out; for few pictures seen many times
     drop_one:float=.1 # Probability of hiding each covariate by itself
     drop_all:float=.1 # Probability of hiding all of them at once
     schedule:NoiseSchedule=field(default_factory=NoiseSchedule) # The noise, and what the network predicts
@@ -241,7 +242,7 @@ def unet_args(
     covariates:tuple[Covariate, ...], # What the network may be told
 )->dict: # Arguments of `UNet`
     "The part of a configuration that decides the architecture."
-    names = 'channels num_res_blocks attention_levels num_heads cond_channels'.split()
+    names = 'channels num_res_blocks attention_levels num_heads cond_channels dropout'.split()
     return dict({o: getattr(config, o) for o in names}, in_channels=in_channels, covariates=covariates)
 
 # %% ../nbs/06a_diffusion.ipynb #47032e5d

@@ -32,13 +32,14 @@ def check_divides(
 class ResBlock(nn.Module):
     """Two convolutions around a skip path, scaled and shifted by an embedding when one is given.
 
-    Source: He et al. 2016, fig. 2; adaptive group norm from Dhariwal & Nichol 2021, sec. 3.
+    Source: He et al. 2016, fig. 2; adaptive group norm from Dhariwal & Nichol 2021, sec. 3; dropout: Srivastava et al. 2014.
     Raises ValueError if the channels do not divide into groups."""
     def __init__(self,
         in_channels:int, # Channels in, a multiple of `norm_num_groups`
         out_channels:int, # Channels out, a multiple of `norm_num_groups`
         emb_channels:int|None=None, # Length of the embedding; None where nothing conditions the block
         norm_num_groups:int=8, # Groups in each GroupNorm
+        dropout:float=0., # Share of the features before the second convolution that training leaves out
     ):
         super().__init__()
         check_divides('ResBlock', norm_num_groups, in_channels=in_channels, out_channels=out_channels)
@@ -46,6 +47,7 @@ class ResBlock(nn.Module):
         self.conv1,self.conv2 = (nn.Conv2d(n, out_channels, 3, padding=1) for n in (in_channels, out_channels))
         self.skip = nn.Identity() if in_channels==out_channels else nn.Conv2d(in_channels, out_channels, 1)
         self.emb_proj = nn.Linear(emb_channels, 2*out_channels) if emb_channels else None
+        self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.conv2.weight); nn.init.zeros_(self.conv2.bias)   # start as the skip path
 
     def forward(self,
@@ -56,7 +58,7 @@ class ResBlock(nn.Module):
         if self.emb_proj is not None:
             scale,shift = self.emb_proj(F.silu(emb))[..., None, None].chunk(2, dim=1)
             h = h*(1+scale) + shift                                            # the same at every pixel
-        return self.skip(x) + self.conv2(F.silu(h))
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 # %% ../nbs/01b_layers.ipynb #4d34dbf6
 class Downsample(nn.Module):

@@ -12,6 +12,7 @@ import math
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import UnionType
@@ -170,9 +171,10 @@ class Average(AveragedModel):
 def step_seed(
     seed:int, # Seed of the run
     place:int, # Place of the batch in the line of pictures: how many come before it
+    stream:int=0, # Which chance of this batch: 0 for the loss, 1 for dropout in the network
 )->int: # Seed of this one batch
     "A well mixed seed that depends on the place alone: so a resumed run draws the same noise, and so do many processes."
-    return int(np.random.SeedSequence((seed, place, 0)).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, place, stream)).generate_state(1)[0])
 
 # %% ../nbs/05b_loop.ipynb #f30f96bd
 def ignore_interrupts(
@@ -213,9 +215,9 @@ def make_accelerator(
 # %% ../nbs/05b_loop.ipynb #5f373d89
 def seeded(
     seed:int, # Seed
-    make:Callable, # Builds something that draws from torch's global generator
-): # What it built
-    "Build something with chance of its own; the global generator on the CPU is left as it was."
+    make:Callable, # Draws from torch's global generator
+): # What it made
+    "Call something with chance of its own; the global generator on the CPU is left as it was, a GPU's stays seeded anew."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -250,11 +252,13 @@ class Learner:
         "Go one step: loss, gradient, weights, average."
         acc,config = self.accelerator,self.config
         batch = {k: v.to(acc.device, non_blocking=True) for k,v in batch.items()}
-        generator = torch.Generator(acc.device).manual_seed(step_seed(config.seed, self.seen+acc.process_index*config.batch_size))
+        place = self.seen+acc.process_index*config.batch_size
+        generator = torch.Generator(acc.device).manual_seed(step_seed(config.seed, place))
         start = self.seen - self.seen%(self.images_a_step*config.accumulate)   # of this update of the weights
         for group in self.optimizer.param_groups: group['lr'] = lr_at(start, config, acc.num_processes)
         with acc.accumulate(self.model):
-            loss,logs = self.loss_fn(self.model, batch, generator, start)
+            ask = partial(self.loss_fn, self.model, batch, generator, start)
+            loss,logs = seeded(step_seed(config.seed, place, stream=1), ask)
             acc.backward(loss)
             if acc.sync_gradients: logs['grad_norm'] = acc.clip_grad_norm_(self.raw.parameters(), config.clip_norm)
             self.optimizer.step(); self.optimizer.zero_grad()

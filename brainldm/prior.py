@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRIOR_PRESETS', 'lean', 'seen_before', 'code_cells', 'code_floors', 'neighbours', 'TransformerBlock', 'check_codes',
-           'check_start', 'embed_codes', 'new_cache', 'CodeTransformer', 'PriorConfig', 'dropout_masks', 'spoil',
-           'prior_loss', 'code_bits', 'code_vectors', 'BestWeights', 'code_chances', 'pick_codes', 'check_sampling',
-           'next_logits', 'check_prompt', 'sample_codes', 'code_encoder', 'cache_codes', 'prior_args', 'preview_codes',
+           'check_start', 'embed_codes', 'new_cache', 'CodeTransformer', 'PriorConfig', 'spoil', 'prior_loss',
+           'code_bits', 'code_vectors', 'BestWeights', 'code_chances', 'pick_codes', 'check_sampling', 'next_logits',
+           'check_prompt', 'sample_codes', 'code_encoder', 'cache_codes', 'prior_args', 'preview_codes',
            'validate_prior', 'save_prior', 'load_prior', 'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler',
            'code_prices']
 
@@ -118,17 +118,18 @@ class TransformerBlock(nn.Module):
     def __init__(self,
         embed_dim:int, # Length of a vector, a multiple of `num_heads`
         num_heads:int, # Attention heads
+        dropout:float=0., # Share of what attention and network add that training leaves out
     ):
         super().__init__()
         check_divides('TransformerBlock', num_heads, embed_dim=embed_dim)
         self.num_heads,self.norm1,self.norm2 = num_heads,nn.LayerNorm(embed_dim),nn.LayerNorm(embed_dim)
         self.qkv,self.proj = nn.Linear(embed_dim, 3*embed_dim),nn.Linear(embed_dim, embed_dim)
         self.mlp = nn.Sequential(nn.Linear(embed_dim, 4*embed_dim), nn.GELU(), nn.Linear(4*embed_dim, embed_dim))
+        self.dropout = nn.Dropout(dropout)
         for o in (self.proj, self.mlp[-1]): nn.init.zeros_(o.weight); nn.init.zeros_(o.bias)   # start as the identity
 
     def forward(self,
         x:Tensor, # Vectors (b, t, embed_dim): the whole sequence from its start, or the newest one alone
-        keep:tuple=(1., 1.), # Factors on what attention and network add: dropout
         cache:Tensor|None=None, # Keys and values (2, b, heads, places, c), filled in from `start` on
         start:int=0, # Places before x whose keys and values are in the cache
     )->Tensor: # Vectors (b, t, embed_dim)
@@ -138,8 +139,8 @@ class TransformerBlock(nn.Module):
             cache[0, :, :, start:end],cache[1, :, :, start:end] = k,v
             k,v = cache[:, :, :, :end]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=start==0)      # the newest place may see all others
-        x = x+keep[0]*self.proj(rearrange(out, 'b n t c -> b t (n c)'))
-        return x+keep[1]*self.mlp(self.norm2(x))
+        x = x+self.dropout(self.proj(rearrange(out, 'b n t c -> b t (n c)')))
+        return x+self.dropout(self.mlp(self.norm2(x)))
 
 # %% ../nbs/09_prior.ipynb #7f0749ae
 def check_codes(
@@ -206,6 +207,7 @@ class CodeTransformer(nn.Module):
         num_layers:int=4, # Blocks
         num_heads:int=4, # Attention heads
         code_dim:int=0, # Length of a code's vector in the autoencoder; 0: not known. Else fill `vectors`
+        dropout:float=0., # Share of the vectors, and of what each layer adds, that training leaves out
     ):
         super().__init__()
         self.num_embeddings,self.side,self.covariates,self.num_heads = num_embeddings,side,tuple(covariates),num_heads
@@ -213,7 +215,8 @@ class CodeTransformer(nn.Module):
         self.codes = nn.Embedding(num_embeddings+1, embed_dim)                 # the last: outside the map
         self.near = nn.Linear(4*embed_dim, embed_dim)
         self.rows,self.cols = (nn.Parameter(torch.randn(side, embed_dim)) for _ in range(2))
-        self.blocks = nn.ModuleList(TransformerBlock(embed_dim, num_heads) for _ in range(num_layers))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(embed_dim, num_heads, dropout) for _ in range(num_layers))
         self.norm,self.head = nn.LayerNorm(embed_dim),nn.Linear(embed_dim, num_embeddings)
         self.read = nn.Linear(code_dim, embed_dim, bias=False) if code_dim else None
         self.write = nn.Linear(embed_dim, code_dim) if code_dim else None
@@ -224,15 +227,12 @@ class CodeTransformer(nn.Module):
         codes:Tensor, # The first m codes of each map (b, m), int64, m less than side*side
         cond:dict[str, Tensor]|None=None, # Encoded covariates by name, each (b,)
         drop:Tensor|None=None, # True where a covariate is hidden (b, n)
-        keep:Tensor|None=None, # Dropout: factors (2*layers+1, b, n+m+1, embed_dim)
         cache:Tensor|None=None, # As of `new_cache`; holds the first `start` places, and all of them afterwards
         start:int=0, # Places of the sequence that are in the cache: 0, or all but the newest
     )->Tensor: # Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone (b, 1, k)
         check_codes(codes, self.side); check_start(start, len(self.covariates)+codes.shape[1], cache)
-        x = self.embed(codes, cond or {}, drop, start)
-        if keep is not None: x = x*keep[0]
-        for i,block in enumerate(self.blocks):
-            x = block(x, (1., 1.) if keep is None else keep[2*i+1:2*i+3], None if cache is None else cache[i], start)
+        x = self.dropout(self.embed(codes, cond or {}, drop, start))
+        for i,block in enumerate(self.blocks): x = block(x, None if cache is None else cache[i], start)
         x = self.norm(x if start else x[:, len(self.covariates):])
         return self.head(x) if self.write is None else self.head(x)+self.write(x)@self.vectors[:-1].T.to(x)
 
@@ -249,25 +249,13 @@ class PriorConfig(TrainConfig):
     embed_dim:int=128 # Length of a vector
     num_layers:int=4 # Blocks
     num_heads:int=4 # Attention heads
-    dropout:float=.1 # Share of what each layer adds that is left out
+    dropout:float=.1 # Share of what each layer adds that training leaves out
     replace_codes:float=0. # Share of the known codes that are replaced by random ones
     label_smoothing:float=0. # Share of the target that is spread over all codes
     covariates:tuple[str, ...]|None=None # Covariates to learn; None: all that the data has
     drop_one:float=.1 # Probability of hiding each covariate by itself
     drop_all:float=.1 # Probability of hiding all of them at once
     ema_images:int=5_000 # Half life of the average of the weights
-
-# %% ../nbs/09_prior.ipynb #8d828c52
-def dropout_masks(
-    num_layers:int, # Blocks
-    shape:tuple[int, ...], # Shape of a layer's output (b, places, embed_dim)
-    rate:float, # Share that is left out
-    generator:torch.Generator, # Source of chance; says the device
-)->Tensor|None: # Factors 0 or 1/(1-rate) (2*num_layers+1, *shape); None where nothing is left out
-    "What each layer may add in this step. Source: Srivastava et al. 2014, sec. 4."
-    if not rate: return None
-    keep = torch.empty(2*num_layers+1, *shape, device=generator.device)
-    return keep.bernoulli_(1-rate, generator=generator).div_(1-rate)
 
 # %% ../nbs/09_prior.ipynb #ec22e0cd
 def spoil(
@@ -286,7 +274,7 @@ def spoil(
 def prior_loss(
     model:nn.Module, # A CodeTransformer
     batch:dict[str, Tensor], # 'latent': codes (b, h, w), and encoded covariates
-    generator:torch.Generator, # Source of dropout and hiding, on the batch's device
+    generator:torch.Generator, # Source of hiding and replacing, on the batch's device
     seen:int, # Code maps seen so far; nothing here depends on it
     config:PriorConfig, # Sizes and rates
     covariates:tuple[Covariate, ...], # The covariates the network knows, in order
@@ -294,11 +282,9 @@ def prior_loss(
 )->tuple[Tensor, dict[str, Tensor]]: # The loss, and bits per code for the log
     "Cross-entropy of each code given those before it. Source: van den Oord et al. 2016, eq. 1; bits: Shannon 1948."
     codes = batch['latent'].flatten(1)
-    n,(b,places) = len(covariates),codes.shape
-    drop = drop_mask(b, n, config.drop_one, config.drop_all, generator)
-    keep = dropout_masks(config.num_layers, (b, n+places, config.embed_dim), config.dropout, generator)
+    drop = drop_mask(len(codes), len(covariates), config.drop_one, config.drop_all, generator)
     known = spoil(codes[:, :-1], config.replace_codes, num_embeddings, generator)              # all but the last
-    logits = model(known, {c.name: batch[c.name] for c in covariates}, drop, keep)             # (b, places, k)
+    logits = model(known, {c.name: batch[c.name] for c in covariates}, drop)                   # (b, places, k)
     logits = logits.float().transpose(1, 2)
     loss = F.cross_entropy(logits, codes, label_smoothing=config.label_smoothing)
     nats = F.cross_entropy(logits.detach(), codes) if config.label_smoothing else loss.detach()
@@ -500,7 +486,7 @@ def prior_args(
     if not isinstance(autoencoder, VQVAE): raise ValueError(
         f"train_prior: the autoencoder of this run is a {type(autoencoder).__name__}, whose latents are no codes. "
         "Expected a VQVAE. Train another run with `brainldm train autoencoder --kind vq`, or `train ldm` here.")
-    sizes = {o: getattr(config, o) for o in ('embed_dim', 'num_layers', 'num_heads')}
+    sizes = {o: getattr(config, o) for o in ('embed_dim', 'num_layers', 'num_heads', 'dropout')}
     return dict(sizes, num_embeddings=autoencoder.quantizer.num_embeddings, side=size//autoencoder.factor,
                 covariates=covariates, code_dim=autoencoder.latent_channels)
 

@@ -82,10 +82,11 @@ class UNetBlock(nn.Module):
         context_channels:int|None, # Length of a covariate token; None if there are no covariates
         num_heads:int, # Attention heads
         norm_num_groups:int, # Groups in each GroupNorm
+        dropout:float=0., # Share of the features that training leaves out
     ):
         super().__init__()
         shared = dict(num_heads=num_heads, norm_num_groups=norm_num_groups)
-        self.res = ResBlock(in_channels, out_channels, emb_channels, norm_num_groups)
+        self.res = ResBlock(in_channels, out_channels, emb_channels, norm_num_groups, dropout)
         self.self_attn = AttentionBlock(out_channels, **shared) if attention else None
         ask = attention and context_channels
         self.cross_attn = CrossAttention(out_channels, context_channels, **shared) if ask else None
@@ -183,12 +184,15 @@ def check_unet(
     num_res_blocks:int, # Blocks a level
     num_heads:int, # Attention heads
     norm_num_groups:int, # Groups in each GroupNorm
+    dropout:float, # Share of the features that training leaves out
 )->None: # Nothing: it raises ValueError or returns
     "Refuse a UNet that cannot be built. Raises ValueError."
     if not channels or len(channels)!=len(attention_levels): raise ValueError(
         f"UNet: channels={tuple(channels)}, attention_levels={tuple(attention_levels)}. "
         "Expected one of each a level, one level or more. Make the two tuples equally long.")
     if num_res_blocks<1: raise ValueError(f"UNet: num_res_blocks={num_res_blocks}. Expected 1 or more. Try 2.")
+    if not 0<=dropout<1: raise ValueError(
+        f"UNet: dropout={dropout}. Expected a share, 0 or more and less than 1. Try 0.1.")
     for n,attention in zip(channels, attention_levels):
         check_divides('UNet', norm_num_groups, channels=n)
         if attention: check_divides('UNet', num_heads, channels=n)
@@ -223,14 +227,15 @@ class UNet(nn.Module):
         covariates:tuple[Covariate, ...]=(), # What the network may be told, in the order of `drop`
         cond_channels:int=128, # Length of a covariate token
         norm_num_groups:int=8, # Groups in each GroupNorm
+        dropout:float=0., # Share of each block's features that training leaves out
     ):
         super().__init__()
-        check_unet(channels, attention_levels, num_res_blocks, num_heads, norm_num_groups)
+        check_unet(channels, attention_levels, num_res_blocks, num_heads, norm_num_groups, dropout)
         self.in_channels,self.factor,self.covariates = in_channels,2**(len(channels)-1),tuple(covariates)
         emb_channels = 4*channels[0]
         shape = dict(channels=channels, num_res_blocks=num_res_blocks, attention_levels=attention_levels,
                      emb_channels=emb_channels, context_channels=cond_channels if covariates else None,
-                     num_heads=num_heads, norm_num_groups=norm_num_groups)
+                     num_heads=num_heads, norm_num_groups=norm_num_groups, dropout=dropout)
         self.told = ConditionEmbedding(channels[0], emb_channels, self.covariates, cond_channels)
         self.down,self.up = UNetDown(in_channels, **shape),UNetUp(in_channels, **shape)
 

@@ -28,7 +28,7 @@ ENV = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', PYTHONWAR
 OFTEN = dict(total_images=48, warmup_images=8, validate_every=10**6, checkpoint_every=24, log_every=1, precision='no')
 AE = AEConfig(data=DataConfig(size=32), channels=(16,), attention_levels=(False,), num_res_blocks=1, patch=4, latent_channels=4, **OFTEN)
 VQ = replace(AE, kind='vq', num_embeddings=16)
-LDM = LDMConfig(channels=(16,), attention_levels=(True,), num_res_blocks=1, num_heads=2, cond_channels=16, ema_images=16, preview_steps=2, **OFTEN)
+LDM = LDMConfig(channels=(16,), attention_levels=(True,), num_res_blocks=1, num_heads=2, dropout=.1, cond_channels=16, ema_images=16, preview_steps=2, **OFTEN)
 PRIOR = PriorConfig(embed_dim=16, num_layers=1, num_heads=2, ema_images=16, **OFTEN)
 
 

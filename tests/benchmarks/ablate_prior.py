@@ -156,7 +156,7 @@ def measure(name: str, variant: Variant, codes: dict, dataset, args: dict, vecto
     if file.is_file():
         return json.loads(file.read_text())
     parts = {k: LatentDataset(v, dataset.subset(k).conditions) for k, v in codes.items()}
-    args = dict(args, embed_dim=config.embed_dim, num_layers=config.num_layers, num_heads=config.num_heads)
+    args = dict(args, **{o: getattr(config, o) for o in ("embed_dim", "num_layers", "num_heads", "dropout")})
     net = seeded(config.seed, lambda: build(variant, args, vectors))
     loss = partial(prior_loss, config=config, covariates=args["covariates"], num_embeddings=args["num_embeddings"])
     learner = Learner(net, loss, config)

@@ -24,7 +24,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from brainldm.batches import SliceDataset
-from brainldm.prior import PRIOR_PRESETS, CodeTransformer, dropout_masks, prior_loss
+from brainldm.prior import PRIOR_PRESETS, CodeTransformer, prior_loss
 from brainldm.loop import Learner, TrainConfig, fit, seeded, step_seed, to_device, train_batches
 from brainldm.runs import StopRequest, stage_callbacks
 from brainldm.training import autoencoder_args, autoencoder_loss, build_autoencoder
@@ -101,14 +101,14 @@ def prior_stage(preset: str, folder: Path, n: int = 4096) -> Stage:
     "The transformer on code maps."
     ae,config = PRESETS[preset][0],PRIOR_PRESETS[preset]
     side,k = ae.data.size//(ae.patch*2**(len(ae.channels)-1)),ae.num_embeddings
-    def make(): return CodeTransformer(k, side, COVARIATES, config.embed_dim, config.num_layers, config.num_heads, code_dim=8)
+    def make(): return CodeTransformer(k, side, COVARIATES, config.embed_dim, config.num_layers, config.num_heads, code_dim=8,
+                                       dropout=config.dropout)
     def fixed(batch):
         codes,device = batch['latent'].flatten(1),batch['latent'].device
-        (b,places),n,gen = codes.shape,len(COVARIATES),torch.Generator(device)
-        drop,cond = drop_mask(b, n, config.drop_one, config.drop_all, gen),{c.name: batch[c.name] for c in COVARIATES}
-        keep = dropout_masks(config.num_layers, (b, n+places, config.embed_dim), config.dropout, gen)
+        drop = drop_mask(len(codes), len(COVARIATES), config.drop_one, config.drop_all, torch.Generator(device))
+        cond = {c.name: batch[c.name] for c in COVARIATES}
         def error(net):
-            logits = net(codes[:, :-1], cond, drop, keep)
+            logits = net(codes[:, :-1], cond, drop)
             return lambda: F.cross_entropy(logits.float().transpose(1, 2), codes)
         return error
     return Stage(config, make, partial(prior_loss, config=config, covariates=COVARIATES, num_embeddings=k),
