@@ -107,6 +107,82 @@ def test_volumes(load, tmp_path, tiny_run, monkeypatch):
     assert set(found['rows'])==set(table.index) and found['where']['brains']==1
 
 
+@pytest.fixture
+def quick_judge(load, monkeypatch):
+    "Judges that learn for seconds."
+    from brainldm.fidelity import FEATURES
+    o = load('ablate_unet')
+    short,judge = dataclasses.replace(FEATURES, total_images=64, warmup_images=8),o.feature_net
+    monkeypatch.setattr(o, 'feature_net', lambda run, data: judge(run, data, short, (16, 32), False))
+    return o
+
+
+@pytest.fixture(scope='module')
+def with_crowd(own_cache, tmp_path_factory):
+    "(run folder with an autoencoder, data folder): 24 phantom people, 10 of them held out, since fewer than 50 pictures cannot be judged."
+    from brainldm.batches import open_dataset
+    from brainldm.data import DataConfig
+    from brainldm.phantom import PhantomConfig, make_cohort
+    from brainldm.training import AEConfig, train_autoencoder
+    folder,config = tmp_path_factory.mktemp('crowd'),DataConfig(size=32, validate_fraction=.42, test_fraction=.1)
+    data = make_cohort(folder/'phantom', PhantomConfig(num_subjects=24, num_slices=6, size=32), progress=False)
+    train_autoencoder(open_dataset(data, config, progress=False), folder/'run', AEConfig(data=config, total_images=64, warmup_images=16, channels=(16,),
+                      attention_levels=(False,), patch=4, latent_channels=4), progress=False)
+    return folder/'run',data
+
+
+def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
+    from brainldm.diffusion import unet_args
+    from brainldm.loop import check_config
+    from brainldm.unet import UNet
+    o = quick_judge
+    job = o.Ablation(with_crowd[1], (with_crowd[0],), tmp_path, only='base,wide,batch 32', images=32, steps=2, preset='tiny')
+    for preset in ('tiny', 'laptop'):
+        every,size = o.variants(dataclasses.replace(job, preset=preset)),{}
+        for name,config in every.items():
+            check_config(config)
+            with torch.device('meta'): size[name] = sum(p.numel() for p in UNet(**unet_args(config, 8, ())).parameters())
+        assert size['narrow']<size['base']<size['wide'] and size['no attention']<size['attention at the deepest level']<size['attention at every level']
+        assert size['base']<min(size['a block more'], size['a level more']) and all(',' not in k for k in every)          # --only divides by commas
+    table = o.main(job)
+    assert list(table.index)==[f'run: {k}' for k in ('base', 'wide', 'batch 32')]
+    assert table['parameters, M'].iloc[0]==table['parameters, M'].iloc[2]<table['parameters, M'].iloc[1]
+    assert json.loads((tmp_path/'table.json').read_text())['where']['images']==32
+    monkeypatch.setattr(o, 'train_ldm', None)                                  # whatever is finished is not trained again
+    assert o.main(job).equals(table)
+    with pytest.raises(SystemExit, match='unknown variant'): o.main(dataclasses.replace(job, only='taller'))
+
+
+def test_ablate_latent(quick_judge, load, tmp_path, with_crowd):
+    o = load('ablate_latent')
+    job = o.Ablation(with_crowd[1], with_crowd[0], tmp_path, only='as before,scale', tune_images=32, images=32, steps=2, preset='tiny')
+    table = o.main(job)
+    assert list(table.index)==['as before', 'scale'] and table.loc['as before', 'brain SSIM']!=table.loc['scale', 'brain SSIM']
+    with pytest.raises(SystemExit, match='unknown variant'): o.main(dataclasses.replace(job, only='taller'))
+
+
+def test_half_a_latent_costs_what_its_picture_misses(load, tiny_run):
+    from brainldm.training import load_autoencoder
+    o,(model,_) = load('ablate_latent'),load_autoencoder(tiny_run[0])
+    batch = dict(image=torch.rand(2, 1, 64, 64)*2-1)
+    def cost(weight): return o.priced_loss(model, batch, torch.Generator().manual_seed(0), 0, 0., weight)
+    plain,_ = cost(0.)
+    loss,logs = cost(.25)
+    torch.testing.assert_close(loss, plain+.25*logs['half'])
+    flat = dict(image=torch.zeros(2, 1, 64, 64))
+    model.encode = lambda x, cond: (torch.zeros(2, 4, 8, 8), torch.full((2, 4, 8, 8), -60.))
+    model.decode = lambda z, cond: z.new_full((2, 1, 8*z.shape[-2], 8*z.shape[-1]), .5)
+    torch.testing.assert_close(o.priced_loss(model, flat, torch.Generator().manual_seed(0), 0, 0., 1.)[1]['half'], torch.tensor(.5))
+
+
+def test_ablate_stage1(load, tmp_path, tiny_run):
+    o = load('ablate_stage1')
+    table = o.main(o.Ablation(tiny_run[1], tmp_path, images=24, preset='tiny'))
+    assert list(table.index)==list(o.variants(24, 0, 'tiny')) and (table.ssim>0).all()
+    assert table['codebook_usage'].notna().sum()==6 and table['critic_accuracy'].notna().sum()==4
+    assert {'KL.png', 'kl.png'} & {k.name for k in tmp_path.iterdir()} and (tmp_path/'codes.png').is_file()
+
+
 def test_ablate_prior(load, tmp_path, tiny_run, monkeypatch):
     from brainldm.data import DataConfig
     from brainldm.batches import open_dataset

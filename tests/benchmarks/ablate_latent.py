@@ -43,7 +43,7 @@ class Ablation:
     images: int = 12_000  # Latents that each diffusion model sees
     steps: int = 20  # Denoising steps (DPM-Solver++)
     seed: int = 0  # Of order, noise, weights and samples
-    preset: str = "laptop"  # Whose batches and rates the longer training has
+    preset: str = "laptop"  # Of the diffusion model, and whose batches the longer training has
 
 
 def variants(preset: str) -> dict[str, dict]:
@@ -98,23 +98,25 @@ def measure(name: str, prices: dict, dataset, job: Ablation) -> dict:
     "Reconstructions, then samples, of one variant."
     source = tune(name, prices, dataset, job)
     scores = reconstruction_scores(BrainLDM.load(source), dataset.subset("validate"), source)
-    judge = ablate_unet.Ablation(job.data, (source,), job.out, images=job.images, steps=job.steps, seed=job.seed)
-    drawn = ablate_unet.measure(source, "base", ablate_unet.variants(job.images, job.seed)["base"], dataset, judge)
+    judge = ablate_unet.Ablation(job.data, (source,), job.out, images=job.images, steps=job.steps, seed=job.seed, preset=job.preset)
+    drawn = ablate_unet.measure(source, "base", ablate_unet.variants(judge)["base"], dataset, judge)
     return {"SSIM": scores["ssim"], "brain SSIM": scores["ssim_brain"], "sharpness": scores["sharpness"], **drawn}
 
 
-def main(job: Ablation) -> None:
+def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
     dataset, known = open_dataset(job.data, data_config(job.run, None)), variants(job.preset)
     unknown = set(filter(None, job.only.split(","))) - set(known)
     if unknown:
         raise SystemExit(f"ablate_latent: unknown variant {sorted(unknown)}. Expected some of {list(known)}.")
     rows = {k: measure(k, v, dataset, job) for k, v in known.items() if not job.only or k in job.only.split(",")}
-    where = dict(data=job.data.name, tune_images=job.tune_images, images=job.images, steps=job.steps, seed=job.seed,
+    where = dict(data=job.data.name, preset=job.preset, tune_images=job.tune_images, images=job.images, steps=job.steps, seed=job.seed,
                  torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
-    print(pd.DataFrame(rows).T.astype(float).round(3).to_string())
+    table = pd.DataFrame(rows).T.astype(float).round(3)
+    print(table.to_string())
     print(where)
     (job.out / "table.json").write_text(json.dumps(dict(where=where, rows=rows), indent=1))
+    return table
 
 
 if __name__ == "__main__":

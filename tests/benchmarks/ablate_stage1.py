@@ -31,11 +31,12 @@ class Ablation:
     images: int = 6_000  # Pictures that each variant sees
     seed: int = 0  # Of the weights and the order of the pictures
     split: str = "validate"  # Whose pictures are scored
+    preset: str = "laptop"  # From which the ladder starts
 
 
-def variants(images: int, seed: int) -> dict[str, AEConfig]:
+def variants(images: int, seed: int, preset: str) -> dict[str, AEConfig]:
     "The ladder: each row adds one thing to the row named in its label."
-    base = replace(PRESETS["laptop"][0], total_images=images, validate_every=images // 3, checkpoint_every=images // 3, seed=seed)
+    base = replace(PRESETS[preset][0], total_images=images, validate_every=images // 3, checkpoint_every=images // 3, seed=seed)
     critic = dict(adversary=True, adversary_start=images // 2, critic_warmup=images // 6)
     codes = replace(base, kind="vq", latent_channels=8, codebook_ema=False, codebook_start="uniform", restart_below=0.0)
     return {
@@ -72,9 +73,9 @@ def draw(rows: dict[str, dict], original: torch.Tensor, title: str, path: Path) 
     save_figure(show_grid(torch.stack([shown, (shown - original) * 2]), titles=names, row_labels=["picture", "error x 2"], title=title, size=1.3), path)
 
 
-def main(job: Ablation) -> None:
+def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
-    configs = variants(job.images, job.seed)
+    configs = variants(job.images, job.seed, job.preset)
     data, settings = job.data, next(iter(configs.values())).data
     if data is None:
         data = job.out / "phantom"
@@ -93,6 +94,7 @@ def main(job: Ablation) -> None:
     print("floor, the mean slice:", {k: round(v, 3) for k, v in floor.items()})
     print(where)
     (job.out / "table.json").write_text(json.dumps(dict(where=where, floor=floor, rows=json.loads(table.T.to_json())), indent=1))
+    return table
 
 
 if __name__ == "__main__":

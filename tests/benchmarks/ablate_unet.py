@@ -40,26 +40,37 @@ class Ablation:
     images: int = 20_000  # Latents that each variant sees
     steps: int = 20  # Denoising steps (DPM-Solver++)
     seed: int = 0  # Of weights, order, noise and samples
+    preset: str = "laptop"  # From which one thing at a time is changed
 
 
-def variants(images: int, seed: int) -> dict[str, LDMConfig]:
-    "One thing changed at a time, from the laptop's preset."
-    base = replace(PRESETS["laptop"][1], total_images=images, validate_every=images, checkpoint_every=images // 4, seed=seed)
-    alike = replace(base, snr_gamma=None, snr_offset=0.0)
+def widths(channels: tuple[int, ...], times: float) -> tuple[int, ...]:
+    "Features at each level, so many times as many, in steps of 32."
+    return tuple(32 * max(1, round(times * c / 32)) for c in channels)
+
+
+def variants(job: Ablation) -> dict[str, LDMConfig]:
+    "One thing changed at a time, from the preset."
+    often = dict(validate_every=job.images, checkpoint_every=max(1, job.images // 4))
+    base = replace(PRESETS[job.preset][1], total_images=job.images, seed=job.seed, snr_gamma=5.0, snr_offset=1.0, **often)
+    alike, levels = replace(base, snr_gamma=None, snr_offset=0.0), len(base.channels)
+    between = (base.channels[-2] + base.channels[-1]) // 2
     return {
         "base": base,
-        "attention at 8 x 8 only": replace(base, attention_levels=(False, True)),
-        "no attention": replace(base, attention_levels=(False, False)),
-        "two blocks": replace(base, num_res_blocks=2),
-        "narrow": replace(base, channels=(64, 96)),
-        "wide": replace(base, channels=(128, 192)),
-        "three levels": replace(base, channels=(96, 128, 160), attention_levels=(True, True, True)),
+        "attention at every level": replace(base, attention_levels=(True,) * levels),
+        "attention at the deepest level": replace(base, attention_levels=(False,) * (levels - 1) + (True,)),
+        "no attention": replace(base, attention_levels=(False,) * levels),
+        "a block more": replace(base, num_res_blocks=base.num_res_blocks + 1),
+        "narrow": replace(base, channels=widths(base.channels, 2 / 3)),
+        "wide": replace(base, channels=widths(base.channels, 5 / 4)),
+        "a level more": replace(base, channels=(*base.channels[:-1], between, base.channels[-1]), attention_levels=(*base.attention_levels, True)),
+        "dropout 0.1": replace(base, dropout=0.1),
         "epsilon": replace(alike, schedule=NoiseSchedule(1000, "scaled_linear", 0.00085, 0.012, False, "epsilon")),
         "rectified flow": replace(alike, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")),
         "every step alike": alike,
         "min-SNR 5": replace(base, snr_offset=0.0),
         "short EMA": replace(base, ema_images=100),
         "batch 32": replace(base, batch_size=32, learning_rate=1e-3),
+        "twice the rate": replace(base, learning_rate=2 * base.learning_rate),
     }
 
 
@@ -109,10 +120,10 @@ def summarise(scores: dict, val_mse: float, model) -> dict:
     }
 
 
-def main(job: Ablation) -> None:
+def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
     dataset = open_dataset(job.data, data_config(job.runs[0], None))
-    names = variants(job.images, job.seed)
+    names = variants(job)
     unknown = set(filter(None, job.only.split(","))) - set(names)
     if unknown:
         raise SystemExit(f"ablate_unet: unknown variant {sorted(unknown)}. Expected some of {list(names)}.")
@@ -120,11 +131,12 @@ def main(job: Ablation) -> None:
     todo = [(job.runs[0], k) for k in chosen] + [(run, "base") for run in job.runs[1:]]
     rows = {f"{run.name}: {k}": measure(run, k, names[k], dataset, job) for run, k in todo}
     table = pd.DataFrame(rows).T.astype(float).round(3)
-    where = dict(data=job.data.name, images=job.images, steps=job.steps, seed=job.seed, torch=torch.__version__.split("+")[0],
+    where = dict(data=job.data.name, preset=job.preset, images=job.images, steps=job.steps, seed=job.seed, torch=torch.__version__.split("+")[0],
                  threads=torch.get_num_threads(), machine=platform.machine())
     print(table.to_string())
     print(where)
     (job.out / "table.json").write_text(json.dumps(dict(where=where, rows=rows), indent=1))
+    return table
 
 
 if __name__ == "__main__":
