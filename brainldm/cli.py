@@ -427,6 +427,8 @@ class Volume:
     def run(self)->int: # Exit status
         how = dict(steps=self.steps, guidance_scale=self.guidance_scale, sampler=self.sampler, seed=self.seed)
         spacing = self.spacing_mm or guess_spacing(self.run_folder, self.voxel_mm)
+        if 'slice' in read_pairs(self.condition): raise ValueError(
+            f"brainldm volume: --condition {' '.join(self.condition)}. Expected no slice, for a brain has all of them. Leave it out.")
         place = pick_place(self.out, self.run_folder/'samples'/'brains')
         model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
         asked = read_request(dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex), self.condition,

@@ -101,9 +101,12 @@ def draw_by_generator(
     request = middle_conditions(prior) | ({'slice': numbers} if numbers else {})
     n = len(numbers or range(columns))
     ways = {'prior': lambda: prior.sample(n, **request, seed=seed)}
-    if ldm.unet: ways['diffusion'] = lambda: ldm.sample(n, **request, steps=steps, seed=seed)
-    own = {k: v for k,v in request.items() if k=='slice' or k in [c.name for c in ldm.autoencoder.covariates]}
-    ways['histogram'] = lambda: ldm.sample_stage1(n, seed=seed, **own)
+    def pick(*names): return {k: v for k,v in request.items() if k in names}
+    told = [c.name for c in ldm.autoencoder.covariates]
+    if ldm.unet:
+        heard = pick(*(c.name for c in ldm.covariates))                        # it may know less than the prior
+        ways['diffusion'] = lambda: ldm.sample(n, **heard, steps=steps, seed=seed)
+    ways['histogram'] = lambda: ldm.sample_stage1(n, seed=seed, **pick('slice', *told))
     rows,seconds = [],{}
     for name,draw in ways.items():
         start = time.perf_counter(); rows.append(draw()[:, 0]); seconds[name] = (time.perf_counter()-start)/n

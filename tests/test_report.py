@@ -149,13 +149,14 @@ def test_draw_like_asks_what_the_rows_say(model, dataset):
     assert draw_like(model, rows, 'stage1').shape==(2, 1, 64, 64)
 
 
-def test_codes_that_are_told_the_diagnosis(dataset, tmp_path):
-    "An autoencoder with codes that knows diagnosis and no slice: every generator is told, and random codes are drawn by height."
+@pytest.mark.parametrize('told', [None, ()])
+def test_codes_that_are_told_the_diagnosis(told, dataset, tmp_path):
+    "An autoencoder with codes that knows diagnosis and no slice: each generator is told what it knows, and random codes are drawn by height."
     shared,sizes = dict(total_images=16, batch_size=8, warmup_images=8, validate_every=1_000, checkpoint_every=1_000),dict(channels=(16,), attention_levels=(False,))
     run = tmp_path/'run'
     train_autoencoder(dataset, run, AEConfig(kind='vq', covariates=('diagnosis',), data=dataset.config, patch=8, latent_channels=4, num_embeddings=12, **sizes, **shared), progress=False)
     train_prior(dataset, run, PriorConfig(covariates=('slice',), embed_dim=16, num_layers=1, num_heads=2, **shared), progress=False)
-    train_ldm(dataset, run, LDMConfig(num_res_blocks=1, cond_channels=16, preview_steps=2, **sizes, **shared), progress=False)
+    train_ldm(dataset, run, LDMConfig(covariates=told, num_res_blocks=1, cond_channels=16, preview_steps=2, **sizes, **shared), progress=False)
     assert 'Written code by code' in report(run, steps=2).read_text()
     rows,model = dataset.manifest.iloc[[0, 5, 12, 17]],BrainLDM.load(run)
     asked = {k: rows[k].tolist() for k in ('slice', 'diagnosis')}

@@ -236,5 +236,6 @@ def test_command_line(trained, tiny_run, tmp_path, capsys):
     assert set(table.diagnosis)=={'AD'} and set(table.subject)<=set(pd.read_csv(tiny_run[1]/'subjects.csv').subject.astype(str))
     capsys.readouterr()
     for words,message in ((['volume', str(tiny_run[0])], 'does not know their size'), (['volume', str(tiny_run[0]), '--spacing-mm', '1', '1'], 'volume.safetensors'),
+                          (['volume', str(run), '--spacing-mm', '1', '1', '--condition', 'slice=5'], 'a brain has all of them'),
                           (['edit', str(run), str(tiny_run[1]), '--to', 'diagnosis=AD', '--n', '0'], 'n=0'), (['edit', str(run), str(tiny_run[1]), '--to', 'AD'], 'name=value')):
         assert main(words)==1 and message in capsys.readouterr().err
