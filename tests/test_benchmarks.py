@@ -136,7 +136,7 @@ def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
     from brainldm.loop import check_config
     from brainldm.unet import UNet
     o = quick_judge
-    job = o.Ablation(with_crowd[1], (with_crowd[0],), tmp_path, only='base,wide,batch 32', images=32, steps=2, preset='tiny')
+    job = o.Ablation(with_crowd[1], (with_crowd[0],), tmp_path, only='base,wide,skips added', images=32, steps=2, preset='tiny')
     for preset in ('tiny', 'laptop'):
         every,size = o.variants(dataclasses.replace(job, preset=preset)),{}
         for name,config in every.items():
@@ -145,8 +145,8 @@ def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
         assert size['narrow']<size['base']<size['wide'] and size['no attention']<size['attention at the deepest level']<size['attention at every level']
         assert size['base']<min(size['a block more'], size['a level more']) and all(',' not in k for k in every)          # --only divides by commas
     table = o.main(job)
-    assert list(table.index)==[f'run: {k}' for k in ('base', 'wide', 'batch 32')]
-    assert table['parameters, M'].iloc[0]==table['parameters, M'].iloc[2]<table['parameters, M'].iloc[1]
+    assert list(table.index)==[f'run: {k}' for k in ('base', 'wide', 'skips added')]
+    assert table['parameters, M'].iloc[2]<table['parameters, M'].iloc[0]<table['parameters, M'].iloc[1]
     assert json.loads((tmp_path/'table.json').read_text())['where']['images']==32
     monkeypatch.setattr(o, 'train_ldm', None)                                  # whatever is finished is not trained again
     assert o.main(job).equals(table)

@@ -9,14 +9,17 @@ import json
 import platform
 import shutil
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib
 import pandas as pd
 import torch
 import tyro
 
+from brainldm import unet
 from brainldm.cli import data_config
 from brainldm.batches import open_dataset
 from brainldm.evaluation import json_safe
@@ -68,10 +71,32 @@ def variants(job: Ablation) -> dict[str, LDMConfig]:
         "rectified flow": replace(alike, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")),
         "every step alike": alike,
         "min-SNR 5": replace(base, snr_offset=0.0),
+        "skips added": base,
         "short EMA": replace(base, ema_images=100),
         "batch 32": replace(base, batch_size=32, learning_rate=1e-3),
         "twice the rate": replace(base, learning_rate=2 * base.learning_rate),
     }
+
+
+def narrow_level(channels: tuple[int, ...], i: int, num_res_blocks: int, **kwargs) -> torch.nn.ModuleList:
+    "One level on the way up whose blocks have no room for a skip beside what they receive."
+    blocks = [unet.UNetBlock(channels[i], channels[i], **kwargs) for _ in range(num_res_blocks)]
+    return torch.nn.ModuleList(([unet.Upsample(channels[i + 1], channels[i])] if i + 1 < len(channels) else []) + blocks)
+
+
+def add_skips(self, x: torch.Tensor, skips: list, *told) -> torch.Tensor:
+    "The way up with skips added to what comes from below, in place of laid beside it."
+    skips = list(skips)
+    for block in [block for level in self.levels for block in level]:
+        x = block(x) if isinstance(block, unet.Upsample) else block(x + skips.pop(), *told)
+    return self.head(x)
+
+
+@contextmanager
+def added_skips():
+    "While it is open, a UNet is built and run with added skips."
+    with patch.object(unet, "up_level", narrow_level), patch.object(unet.UNetUp, "forward", add_skips):
+        yield
 
 
 def measure(source: Path, name: str, config: LDMConfig, dataset, job: Ablation) -> dict:
@@ -129,7 +154,10 @@ def main(job: Ablation) -> pd.DataFrame:
         raise SystemExit(f"ablate_unet: unknown variant {sorted(unknown)}. Expected some of {list(names)}.")
     chosen = {k: v for k, v in names.items() if not job.only or k in job.only.split(",")}
     todo = [(job.runs[0], k) for k in chosen] + [(run, "base") for run in job.runs[1:]]
-    rows = {f"{run.name}: {k}": measure(run, k, names[k], dataset, job) for run, k in todo}
+    rows = {}
+    for run, k in todo:
+        with added_skips() if k == "skips added" else nullcontext():
+            rows[f"{run.name}: {k}"] = measure(run, k, names[k], dataset, job)
     table = pd.DataFrame(rows).T.astype(float).round(3)
     where = dict(data=job.data.name, preset=job.preset, images=job.images, steps=job.steps, seed=job.seed, torch=torch.__version__.split("+")[0],
                  threads=torch.get_num_threads(), machine=platform.machine())

@@ -20,8 +20,8 @@ WIDTHS = {  # Channels that make a peer as large as our network of a preset, in 
     'MONAI AutoencoderKL': dict(tiny=(8, 16, 32, 44), laptop=(24, 48, 96, 112), gpu=(56, 112, 224, 232)),
     'diffusers AutoencoderKL': dict(tiny=(4, 8, 16, 32), laptop=(16, 32, 64, 76), gpu=(48, 88, 176, 184)),
     'MONAI VQVAE': dict(tiny=(24, 24, 40), laptop=(64, 64, 120), gpu=(144, 144, 280)),
-    'MONAI DiffusionModelUNet': dict(tiny=(40, 32), laptop=(72, 128), gpu=(152, 304, 456)),
-    'diffusers UNet2DConditionModel': dict(tiny=(40, 32), laptop=(72, 128), gpu=(152, 304, 456)),
+    'MONAI DiffusionModelUNet': dict(tiny=(40, 32), laptop=(80, 128), gpu=(152, 304, 456)),
+    'diffusers UNet2DConditionModel': dict(tiny=(40, 32), laptop=(80, 128), gpu=(152, 304, 456)),
 }
 
 
