@@ -71,8 +71,8 @@ PRESETS = {
                      num_res_blocks=2, attention_levels=(False, False, True), patch=2, num_workers=4),
             LDMConfig(total_images=10_000_000, batch_size=128, learning_rate=5e-4, warmup_images=100_000,
                       validate_every=500_000, checkpoint_every=250_000, channels=(192, 384, 576),
-                      attention_levels=(False, True, True), num_heads=8, cond_channels=256, ema_images=500_000,
-                      num_workers=4, preview_steps=30)),
+                      attention_levels=(False, True, True), num_heads=8, cond_channels=256, dropout=.1,
+                      ema_images=500_000, num_workers=4, preview_steps=30)),
 } # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
 
 # %% ../nbs/06a_diffusion.ipynb #c504f576

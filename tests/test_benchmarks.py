@@ -145,7 +145,7 @@ def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
         assert size['narrow']<size['base']<size['wide'] and size['no attention']<size['attention at the deepest level']<size['attention at every level']
         assert size['base']<min(size['a block more'], size['a level more']) and all(',' not in k for k in every)          # --only divides by commas
     table = o.main(job)
-    assert list(table.index)==[f'run: {k}' for k in ('base', 'wide', 'skips added')]
+    assert list(table.index)==[f'run: {k}' for k in ('base', 'wide', 'skips added', 'scans, decoded')]
     assert table['parameters, M'].iloc[2]<table['parameters, M'].iloc[0]<table['parameters, M'].iloc[1]
     assert json.loads((tmp_path/'table.json').read_text())['where']['images']==32
     monkeypatch.setattr(o, 'train_ldm', None)                                  # whatever is finished is not trained again

@@ -111,26 +111,32 @@ def measure(source: Path, name: str, config: LDMConfig, dataset, job: Ablation) 
         return json.loads((run / "judged.json").read_text())
     begin = time.time()
     train_ldm(dataset, run, config, resume=True)
-    took, train, held = time.time() - begin, dataset.subset("train"), dataset.subset("validate")
-    (job.out / "judge").mkdir(exist_ok=True)
-    net = feature_net(job.out / "judge", dataset)
-    rows, model = match_rows(held.manifest, train.manifest, seed=job.seed), BrainLDM.load(run)
-    pictures = draw_like(model, train.manifest.iloc[rows], generator="ldm", seed=job.seed, steps=job.steps, sampler="dpmpp")
-    scores = json_safe(judge_pictures(net, pictures, rows, train, held, utility=None)[0])
+    took = time.time() - begin
+    rows, model = match_rows(dataset.subset("validate").manifest, dataset.subset("train").manifest, seed=job.seed), BrainLDM.load(run)
+    pictures = draw_like(model, dataset.subset("train").manifest.iloc[rows], generator="ldm", seed=job.seed, steps=job.steps, sampler="dpmpp")
     save_figure(show_grid(pictures[:64, 0], ncols=16, title=f"{source.name}: {name}", size=0.5), run / "drawn.png")
-    row = summarise(scores, [o["val_mse"] for o in read_log(run / "log.jsonl") if o["stage"] == "ldm" and "val_mse" in o][-1], model)
-    row["seconds"] = took
+    errors = [o["val_mse"] for o in read_log(run / "log.jsonl") if o["stage"] == "ldm" and "val_mse" in o]
+    row = {"parameters, M": sum(p.numel() for p in model.unet.parameters()) / 1e6, "val_mse": errors[-1], **judge(pictures, rows, dataset, job), "seconds": took}
     (run / "judged.json").write_text(json.dumps(row))
     return row
 
 
-def summarise(scores: dict, val_mse: float, model) -> dict:
+def decoded(source: Path, dataset, job: Ablation) -> dict:
+    "What scans get that only went through the autoencoder: nothing that is drawn in its latents can be expected to score better."
+    train, model = dataset.subset("train"), BrainLDM.load(source)
+    rows = match_rows(dataset.subset("validate").manifest, train.manifest, seed=job.seed)
+    batches = (train.__getitems__(rows[i : i + 32]) for i in range(0, len(rows), 32))
+    return judge(torch.cat([model.reconstruct(o["image"], o) for o in batches]), rows, dataset, job)
+
+
+def judge(pictures: torch.Tensor, rows, dataset, job: Ablation) -> dict:
     "The numbers that decide, beside their floors."
+    (job.out / "judge").mkdir(parents=True, exist_ok=True)
+    net = feature_net(job.out / "judge", dataset)
+    scores = json_safe(judge_pictures(net, pictures, rows, dataset.subset("train"), dataset.subset("validate"), utility=None)[0])
     drawn, real = scores["conditioning"]["drawn"], scores["conditioning"]["train"]
     fidelity, floor = scores["fidelity"]["drawn"], scores["fidelity"]["floor"]
     return {
-        "parameters, M": sum(p.numel() for p in model.unet.parameters()) / 1e6,
-        "val_mse": val_mse,
         "Frechet": fidelity["frechet"],
         "(floor)": floor["frechet"],
         "KID": fidelity["kid"],
@@ -158,6 +164,7 @@ def main(job: Ablation) -> pd.DataFrame:
     for run, k in todo:
         with added_skips() if k == "skips added" else nullcontext():
             rows[f"{run.name}: {k}"] = measure(run, k, names[k], dataset, job)
+    rows |= {f"{run.name}: scans, decoded": decoded(run, dataset, job) for run in job.runs}
     table = pd.DataFrame(rows).T.astype(float).round(3)
     where = dict(data=job.data.name, preset=job.preset, images=job.images, steps=job.steps, seed=job.seed, torch=torch.__version__.split("+")[0],
                  threads=torch.get_num_threads(), machine=platform.machine())
