@@ -111,7 +111,7 @@ def draw_by_generator(
     for name,draw in ways.items():
         start = time.perf_counter(); rows.append(draw()[:, 0]); seconds[name] = (time.perf_counter()-start)/n
     return show_grid(torch.stack(rows), titles=numbers and [f'slice {k:g}' for k in numbers], row_labels=list(ways),
-                     title='The same request, answered by each generator'),seconds
+                     title='The same request, as far as each generator knows it'),seconds
 
 # %% ../nbs/10c_report.ipynb #199fb0c2
 def report_prior(

@@ -142,7 +142,11 @@ def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
         for name,config in every.items():
             check_config(config)
             with torch.device('meta'): size[name] = sum(p.numel() for p in UNet(**unet_args(config, 8, ())).parameters())
-        assert size['narrow']<size['base']<size['wide'] and size['no attention']<size['attention at the deepest level']<size['attention at every level']
+        assert size['narrow']<size['base']<size['wide'] and size['no attention']<size['base']<size['attention at every level']
+        assert 'attention at the deepest level' not in size                    # that is the preset
+        assert [k for k,v in every.items() if v==every['base']]==['base', 'skips added']
+        with torch.device('meta'): net = UNet(**unet_args(every['dropout 0.1'], 8, ()))
+        assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)}=={.1}
         assert size['base']<min(size['a block more'], size['a level more']) and all(',' not in k for k in every)          # --only divides by commas
     table = o.main(job)
     assert list(table.index)==[f'run: {k}' for k in ('base', 'wide', 'skips added', 'scans, decoded')]
@@ -159,6 +163,10 @@ def test_ablate_latent(quick_judge, load, tmp_path, with_crowd):
     table = o.main(job)
     assert list(table.index)==['as before', 'scale'] and table.loc['as before', 'brain SSIM']!=table.loc['scale', 'brain SSIM']
     with pytest.raises(SystemExit, match='unknown variant'): o.main(dataclasses.replace(job, only='taller'))
+    config = json.loads((with_crowd[0]/'config.json').read_text())
+    config['autoencoder']['config']['adversary'] = True
+    other = tmp_path/'other'; other.mkdir(); (other/'config.json').write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match='other has codes or a critic'): o.variants(other)
 
 
 def test_half_a_latent_costs_what_its_picture_misses(load, tiny_run):

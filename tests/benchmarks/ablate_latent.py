@@ -4,7 +4,7 @@ python tests/benchmarks/ablate_latent.py DATA RUN        # RUN: a folder with a 
 
 The autoencoder is trained a little longer, each time with another price on its latents; then the same diffusion model learns each of them, and its
 samples are judged as in `ablate_unet.py`. The first row trains longer at the old price: what the others gain beyond it is due to their price.
-Stopped, it goes on where it was. Nothing of the data leaves OUT."""
+What is finished is not done again. Nothing of the data leaves OUT."""
 import json
 import platform
 import shutil
@@ -46,9 +46,12 @@ class Ablation:
     preset: str = "laptop"  # Of the diffusion model, and whose batches the longer training has
 
 
-def variants(preset: str) -> dict[str, dict]:
+def variants(run: Path) -> dict[str, dict]:
     "Prices of the latent: weight of the KL term, and of decoding a halved latent into anything but the halved picture."
-    kept = PRESETS[preset][0].kl_weight
+    config = read_config(run)["autoencoder"]["config"]
+    if config.get("kind", "kl") != "kl" or config.get("adversary"):
+        raise SystemExit(f"ablate_latent: {run.name} has codes or a critic. Expected a plain KL autoencoder. Train one with `brainldm train autoencoder`.")
+    kept = config["kl_weight"]
     return {
         "as before": dict(kl_weight=kept, scale_weight=0.0),
         "KL x 100": dict(kl_weight=100 * kept, scale_weight=0.0),
@@ -77,8 +80,8 @@ def tune(name: str, prices: dict, dataset, job: Ablation) -> Path:
     if (run / "autoencoder.safetensors").is_file():
         return run
     model, info = load_autoencoder(job.run)
-    kept = {o: getattr(PRESETS[job.preset][0], o) for o in ("batch_size", "log_every", "precision")}
-    config = AEConfig(**kept, total_images=job.tune_images, warmup_images=job.tune_images // 8, learning_rate=5e-4, seed=job.seed)
+    kept = {o: getattr(PRESETS[job.preset][0], o) for o in ("batch_size", "log_every")}
+    config = AEConfig(**kept, precision="no", total_images=job.tune_images, warmup_images=job.tune_images // 8, learning_rate=5e-4, seed=job.seed)
     learner = Learner(model.train(), partial(priced_loss, **prices), config)
     with tqdm(total=job.tune_images, unit="img", desc=f"autoencoder, {name}") as bar:
         def tell(seen, means):
@@ -105,7 +108,7 @@ def measure(name: str, prices: dict, dataset, job: Ablation) -> dict:
 
 def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
-    dataset, known = open_dataset(job.data, data_config(job.run, None)), variants(job.preset)
+    dataset, known = open_dataset(job.data, data_config(job.run, None)), variants(job.run)
     unknown = set(filter(None, job.only.split(","))) - set(known)
     if unknown:
         raise SystemExit(f"ablate_latent: unknown variant {sorted(unknown)}. Expected some of {list(known)}.")

@@ -52,13 +52,12 @@ def widths(channels: tuple[int, ...], times: float) -> tuple[int, ...]:
 
 
 def variants(job: Ablation) -> dict[str, LDMConfig]:
-    "One thing changed at a time, from the preset."
+    "One thing changed at a time, from the preset with a ceiling on SNR + 1; what would change nothing is left out."
     often = dict(validate_every=job.images, checkpoint_every=max(1, job.images // 4))
     base = replace(PRESETS[job.preset][1], total_images=job.images, seed=job.seed, snr_gamma=5.0, snr_offset=1.0, **often)
     alike, levels = replace(base, snr_gamma=None, snr_offset=0.0), len(base.channels)
     between = (base.channels[-2] + base.channels[-1]) // 2
-    return {
-        "base": base,
+    rows = {
         "attention at every level": replace(base, attention_levels=(True,) * levels),
         "attention at the deepest level": replace(base, attention_levels=(False,) * (levels - 1) + (True,)),
         "no attention": replace(base, attention_levels=(False,) * levels),
@@ -71,11 +70,12 @@ def variants(job: Ablation) -> dict[str, LDMConfig]:
         "rectified flow": replace(alike, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")),
         "every step alike": alike,
         "min-SNR 5": replace(base, snr_offset=0.0),
-        "skips added": base,
         "short EMA": replace(base, ema_images=100),
-        "batch 32": replace(base, batch_size=32, learning_rate=1e-3),
+        "batch x 4": replace(base, batch_size=4 * base.batch_size, learning_rate=2 * base.learning_rate),
+        "half the rate": replace(base, learning_rate=base.learning_rate / 2),
         "twice the rate": replace(base, learning_rate=2 * base.learning_rate),
     }
+    return {"base": base, "skips added": base, **{k: v for k, v in rows.items() if v != base}}
 
 
 def narrow_level(channels: tuple[int, ...], i: int, num_res_blocks: int, **kwargs) -> torch.nn.ModuleList:
