@@ -149,8 +149,8 @@ def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
         assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)}=={.1}
         assert size['base']<min(size['a block more'], size['a level more']) and all(',' not in k for k in every)          # --only divides by commas
     table = o.main(job)
-    assert list(table.index)==[f'run: {k}' for k in ('base', 'wide', 'skips added', 'scans, decoded')]
-    assert table['parameters, M'].iloc[2]<table['parameters, M'].iloc[0]<table['parameters, M'].iloc[1]
+    assert list(table.index)==[f'run: {k}' for k in ('base', 'skips added', 'wide', 'scans, decoded')]
+    assert table['parameters, M'].iloc[1]<table['parameters, M'].iloc[0]<table['parameters, M'].iloc[2]
     assert json.loads((tmp_path/'table.json').read_text())['where']['images']==32
     monkeypatch.setattr(o, 'train_ldm', None)                                  # whatever is finished is not trained again
     assert o.main(job).equals(table)
