@@ -523,11 +523,11 @@ class Share:
 def demo_configs(
     preset:str, # 'tiny', 'laptop' or 'gpu'
 )->tuple[AEConfig, LDMConfig]: # The preset, with the laptop's trainings shortened to what phantoms need
-    "Phantoms are simpler than brains: a third of the pictures is enough to recognise them."
+    "Phantoms are simpler than brains, and so few of them are soon learned by heart: a fraction of the pictures will do."
     auto,ldm = PRESETS[preset]
     if preset!='laptop': return auto,ldm
     return (dataclasses.replace(auto, total_images=12_000, validate_every=4_000, checkpoint_every=4_000),
-            dataclasses.replace(ldm, total_images=22_000, warmup_images=1_000, validate_every=6_000, checkpoint_every=6_000))
+            dataclasses.replace(ldm, total_images=12_000, warmup_images=1_000, validate_every=4_000, checkpoint_every=4_000))
 
 # %% ../nbs/11_cli.ipynb #7ecdae60
 def draw_grid(
