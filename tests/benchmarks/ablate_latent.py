@@ -6,9 +6,8 @@ The autoencoder is trained a little longer, each time with another price on its 
 samples are judged as in `ablate_unet.py`. The first row trains longer at the old price: what the others gain beyond it is due to their price.
 What is finished is not done again. Nothing of the data leaves OUT."""
 import json
-import platform
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -108,18 +107,8 @@ def measure(name: str, prices: dict, dataset, job: Ablation) -> dict:
 
 def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
-    dataset, known = open_dataset(job.data, data_config(job.run, None)), variants(job.run)
-    unknown = set(filter(None, job.only.split(","))) - set(known)
-    if unknown:
-        raise SystemExit(f"ablate_latent: unknown variant {sorted(unknown)}. Expected some of {list(known)}.")
-    rows = {k: measure(k, v, dataset, job) for k, v in known.items() if not job.only or k in job.only.split(",")}
-    where = dict(data=job.data.name, preset=job.preset, tune_images=job.tune_images, images=job.images, steps=job.steps, seed=job.seed,
-                 torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
-    table = pd.DataFrame(rows).T.astype(float).round(3)
-    print(table.to_string())
-    print(where)
-    (job.out / "table.json").write_text(json.dumps(dict(where=where, rows=rows), indent=1))
-    return table
+    dataset, chosen = open_dataset(job.data, data_config(job.run, None)), ablate_unet.choose(variants(job.run), job.only)
+    return ablate_unet.tell({k: measure(k, v, dataset, job) for k, v in chosen.items()}, job, "tune_images")
 
 
 if __name__ == "__main__":

@@ -151,27 +151,35 @@ def judge(pictures: torch.Tensor, rows, dataset, job: Ablation) -> dict:
     }
 
 
+def choose(known: dict, only: str) -> dict:
+    "The variants that were asked for. Raises SystemExit for a name that is none."
+    asked = [k for k in only.split(",") if k] or list(known)
+    unknown = sorted(set(asked) - set(known))
+    if unknown:
+        raise SystemExit(f"ablation: unknown variant {unknown}. Expected some of {list(known)}.")
+    return {k: v for k, v in known.items() if k in asked}
+
+
+def tell(rows: dict[str, dict], job, *sizes: str) -> pd.DataFrame:
+    "Print the table with its circumstances, and write both."
+    where = {o: getattr(job, o) for o in ("preset", "images", "steps", "seed", *sizes)}
+    where |= dict(data=job.data.name, torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
+    table = pd.DataFrame(rows).T.astype(float).round(3)
+    print(table.to_string(), where, sep="\n")
+    (job.out / "table.json").write_text(json.dumps(dict(where=where, rows=rows), indent=1))
+    return table
+
+
 def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
-    dataset = open_dataset(job.data, data_config(job.runs[0], None))
-    names = variants(job)
-    unknown = set(filter(None, job.only.split(","))) - set(names)
-    if unknown:
-        raise SystemExit(f"ablate_unet: unknown variant {sorted(unknown)}. Expected some of {list(names)}.")
-    chosen = {k: v for k, v in names.items() if not job.only or k in job.only.split(",")}
-    todo = [(job.runs[0], k) for k in chosen] + [(run, "base") for run in job.runs[1:]]
+    dataset, names = open_dataset(job.data, data_config(job.runs[0], None)), variants(job)
+    todo = [(job.runs[0], k) for k in choose(names, job.only)] + [(run, "base") for run in job.runs[1:]]
     rows = {}
     for run, k in todo:
         with added_skips() if k == "skips added" else nullcontext():
             rows[f"{run.name}: {k}"] = measure(run, k, names[k], dataset, job)
     rows |= {f"{run.name}: scans, decoded": decoded(run, dataset, job) for run in job.runs}
-    table = pd.DataFrame(rows).T.astype(float).round(3)
-    where = dict(data=job.data.name, preset=job.preset, images=job.images, steps=job.steps, seed=job.seed, torch=torch.__version__.split("+")[0],
-                 threads=torch.get_num_threads(), machine=platform.machine())
-    print(table.to_string())
-    print(where)
-    (job.out / "table.json").write_text(json.dumps(dict(where=where, rows=rows), indent=1))
-    return table
+    return tell(rows, job)
 
 
 if __name__ == "__main__":
