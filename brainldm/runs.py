@@ -243,7 +243,7 @@ class StopRequest:
 
 # %% ../nbs/05c_runs.ipynb #13003007
 HARMLESS = {'validate_every', 'checkpoint_every', 'log_every', 'num_workers', 'log_with', 'preview_steps',
-            'auto_find_batch_size'} # No weight feels them
+            'auto_find_batch_size', 'unet_levels'} # No weight feels them
 
 # %% ../nbs/05c_runs.ipynb #31d86cd2
 def read_config(
