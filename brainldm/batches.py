@@ -310,8 +310,8 @@ def read_value(
     try: number = float(value)
     except (TypeError, ValueError): number = math.nan
     if not c.range[0]<=number<=c.range[1]: raise ValueError(
-        f"read_conditions: {c.name}={value}. Expected a number from {c.range[0]:g} to {c.range[1]:g}, the range of the "
-        f"scans this run was trained on. Try {c.name}={sum(c.range)/2:g}, or leave it out where it is not known.")
+        f"read_conditions: {c.name}={value}. Expected {'a number, '*math.isnan(number)}{c.range[0]:g} to {c.range[1]:g}, the range of the scans this "
+        f"run was trained on. Try {c.name}={sum(c.range)/2:g}, or leave it out where it is not known.")
     return number
 
 # %% ../nbs/01a_batches.ipynb #49f8ba65

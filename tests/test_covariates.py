@@ -101,8 +101,8 @@ def test_every_way_to_ask_reads_alike():
     assert check_conditions(dict(site=torch.tensor([10, 1])), SITES, 2)['site'].tolist()==[2, 0]
 
 
-@pytest.mark.parametrize('asked,said', [(dict(site=3), 'Expected one of 1, 2, 10'), (dict(site='nan'), 'Expected one of 1'), (dict(age=91), 'from 50 to 90'),
-                                        (dict(age='nan'), 'from 50 to 90'), (dict(age='old'), 'from 50 to 90'), (dict(weight=3), 'unknown condition')])
+@pytest.mark.parametrize('asked,said', [(dict(site=3), 'Expected one of 1, 2, 10'), (dict(site='nan'), 'Expected one of 1'), (dict(age=91), 'Expected 50 to 90'),
+                                        (dict(age='nan'), 'Expected a number, 50 to 90'), (dict(age='old'), 'Expected a number, 50 to 90'), (dict(weight=3), 'unknown condition')])
 def test_what_cannot_be_asked_for(asked, said):
     with pytest.raises(ValueError, match=said): read_conditions(asked, SITES)
 
