@@ -6,7 +6,7 @@
 __all__ = ['HARMLESS', 'HELD', 'explain_disk', 'write_atomic', 'save_weights', 'load_weights', 'fill_model', 'pack_state',
            'unpack_state', 'Checkpoint', 'read_log', 'JsonLog', 'read_metrics', 'StopRequest', 'read_config',
            'compare_configs', 'find_run', 'open_run', 'lock_file', 'lock_run', 'free_run', 'enter_run',
-           'stage_callbacks', 'run_stage', 'is_finished', 'StepOutOfMemory', 'mark_memory', 'cut_batch',
+           'stage_callbacks', 'StepOutOfMemory', 'mark_memory', 'run_stage', 'is_finished', 'cut_batch',
            'within_memory']
 
 # %% ../nbs/05c_runs.ipynb #114296a1
@@ -415,6 +415,21 @@ def stage_callbacks(
     gaps = {look: config.validate_every, save_all: config.checkpoint_every}
     return record,*(every(gap, cb, total, start) for cb,gap in gaps.items()),obey
 
+# %% ../nbs/05c_runs.ipynb #a50c1e01
+class StepOutOfMemory(RuntimeError): "A training step did not fit into memory: a smaller batch may."
+
+# %% ../nbs/05c_runs.ipynb #a50c1e02
+def mark_memory(
+    step:Callable[[dict], dict], # One training step
+)->Callable[[dict], dict]: # The same; where memory runs out it raises StepOutOfMemory
+    "Tell a step that is too large apart from anything else that fills the memory."
+    def marked(batch):
+        try: return step(batch)
+        except RuntimeError as e:
+            if not should_reduce_batch_size(e): raise
+            raise StepOutOfMemory(str(e)) from e
+    return marked
+
 # %% ../nbs/05c_runs.ipynb #34cca5c3
 def run_stage(
     learner:Learner, # What to train
@@ -453,21 +468,6 @@ def is_finished(
 )->bool: # True if there is nothing left to do
     "Whether a stage was trained to its end."
     return state is not None and state[1]['seen']>=config.total_images and path.is_file()
-
-# %% ../nbs/05c_runs.ipynb #a50c1e01
-class StepOutOfMemory(RuntimeError): "A training step did not fit into memory: a smaller batch may."
-
-# %% ../nbs/05c_runs.ipynb #a50c1e02
-def mark_memory(
-    step:Callable[[dict], dict], # One training step
-)->Callable[[dict], dict]: # The same; where memory runs out it raises StepOutOfMemory
-    "Tell a step that is too large apart from anything else that fills the memory."
-    def marked(batch):
-        try: return step(batch)
-        except RuntimeError as e:
-            if not should_reduce_batch_size(e): raise
-            raise StepOutOfMemory(str(e)) from e
-    return marked
 
 # %% ../nbs/05c_runs.ipynb #478eb114
 def cut_batch(
