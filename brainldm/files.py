@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['ARCHIVES', 'EXPANSION', 'DataFault', 'as_faults', 'printable', 'decode_picture', 'hash_picture', 'foreground_side',
-           'count_planes', 'scale_to_bytes', 'load_volume', 'axial_picture', 'decode_file', 'map_files', 'cache_folder',
-           'StrictHeader', 'Metered', 'read_members', 'member_path', 'unpack_into', 'unpack', 'list_files']
+           'Grid', 'read_grid', 'count_planes', 'scale_to_bytes', 'load_volume', 'axial_picture', 'decode_file',
+           'map_files', 'cache_folder', 'StrictHeader', 'Metered', 'read_members', 'member_path', 'unpack_into',
+           'unpack', 'list_files']
 
 # %% ../nbs/00b_files.ipynb #7cd87a63
 import gzip, hashlib, math, os, re, shutil, stat, struct, tarfile, tempfile, zipfile, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -91,19 +93,62 @@ def foreground_side(
     return int(max((o.max() for o in reach if len(o)), default=-1)+1)
 
 # %% ../nbs/00b_files.ipynb #88cfc49d
+@dataclass(frozen=True)
+class Grid:
+    "Where the voxels of a volume lie, its axes taken to the right, the front and the top (RAS+)."
+    shape:tuple # Voxels along x, y, z
+    affine:np.ndarray # (4, 4): from voxel (i, j, k) to a place in mm
+
+    @property
+    def voxel_mm(self)->tuple: # Along x, y, z, mm; z is the spacing of axial planes
+        "The size of a voxel."
+        return tuple(float(o) for o in nib.affines.voxel_sizes(self.affine))
+
+    def describe(self)->dict: # Text by property
+        "What two grids may differ in, in words that can be laid side by side."
+        size,(x,y,z) = self.voxel_mm,self.affine[:3,3]+0.
+        lean = np.rad2deg(np.arccos(np.clip(np.abs(np.diag(self.affine[:3,:3]))/size, 0, 1)))
+        return {'voxels': f"{' x '.join(f'{o:.4g}' for o in size)} mm",
+                'matrix': ' x '.join(map(str, self.shape)),
+                'origin': f'({x:.1f}, {y:.1f}, {z:.1f}) mm',
+                'axes': f"leaning by {', '.join(f'{o:.1f}' for o in lean)} degrees"}
+
+    def same(self,
+        other:'Grid', # Another volume's
+        tolerance:float=.1, # Voxels by which a corner may be off
+    )->bool: # True if voxel (i, j, k) is the same place in both
+        "Compare two grids by the places of their corners."
+        if self.shape!=other.shape: return False
+        corners = np.stack(np.meshgrid(*[(0, n-1) for n in self.shape], [1]), -1).reshape(-1, 4)
+        off = np.linalg.norm((corners@(self.affine-other.affine).T)[:,:3], axis=1).max()
+        return bool(off<=tolerance*min(self.voxel_mm))
+
+# %% ../nbs/00b_files.ipynb #grid0001
+def read_grid(
+    path:Path, # NIfTI volume
+)->Grid: # Its grid
+    "Read off the header where the voxels lie; a fourth axis of length 1 is left out. Raises DataFault."
+    try: img = nib.load(path)
+    except Exception as e: raise DataFault('unreadable', f'nibabel cannot open it: {e}') from e
+    shape = img.shape[:3]
+    if len(shape)!=3 or math.prod(img.shape[3:])!=1: raise DataFault(
+        'shape', f'{len(img.shape)}-D volume {img.shape}; expected 3-D. Save one volume of it')
+    if min(shape)<1 or math.prod(shape)>2**30: raise DataFault(
+        'shape', f'a header that promises {img.shape} voxels; expected 1 to 2**30. It may be broken')
+    turn = nib.io_orientation(img.affine) if np.isfinite(img.affine).all() else np.full((3, 2), np.nan)
+    axes = turn[:,0].tolist()                                                  # NaN for one lost
+    if sorted(axes)!=[0, 1, 2]: raise DataFault('orientation', 'affine has no volume; expected three axes')
+    if not (img.header['sform_code'] or img.header['qform_code']): raise DataFault(
+        'orientation', 'sform and qform code are 0, so left and front are unknown; set the affine with nibabel')
+    affine = img.affine@nib.orientations.inv_ornt_aff(turn, shape)
+    return Grid(tuple(shape[axes.index(i)] for i in range(3)), affine)
+
+# %% ../nbs/00b_files.ipynb #grid0002
 def count_planes(
     path:Path, # NIfTI volume
 )->int: # Axial planes in it
     "Read off the header how many axial planes a volume has. Raises DataFault."
-    try: img = nib.load(path)
-    except Exception as e: raise DataFault('unreadable', f'nibabel cannot open it: {e}') from e
-    if len(img.shape)!=3: raise DataFault(
-        'shape', f'{len(img.shape)}-D volume {img.shape}; expected 3-D. Save one volume of it')
-    if min(img.shape)<1 or math.prod(img.shape)>2**30: raise DataFault(
-        'shape', f'a header that promises {img.shape} voxels; expected 1 to 2**30. It may be broken')
-    axes = nib.io_orientation(img.affine)[:,0].tolist() if np.isfinite(img.affine).all() else []     # NaN for one lost
-    if sorted(axes)!=[0, 1, 2]: raise DataFault('orientation', 'affine has no volume; expected three axes')
-    return img.shape[axes.index(2)]
+    return read_grid(path).shape[2]
 
 # %% ../nbs/00b_files.ipynb #bac553c7
 def scale_to_bytes(
@@ -129,16 +174,13 @@ def load_volume(
     path:Path, # NIfTI volume
 )->tuple: # Volume (x, y, z) as uint8 with axes to the right, front and top (RAS+), share clipped
     "Read a volume and turn its axes as the affine says. Raises DataFault."
-    count_planes(path)
-    img = nib.load(path)
-    if not (img.header['sform_code'] or img.header['qform_code']): raise DataFault(
-        'orientation', 'sform and qform code are 0, so left and front are unknown; set the affine with nibabel')
+    grid,img = read_grid(path),nib.load(path)
     tilt = np.rad2deg(nib.affines.obliquity(img.affine).max())
     if tilt>15: raise DataFault(
         'oblique', f'axes lean {tilt:.0f} degrees; expected 15 or less. Resample it to a straight grid')
-    try: img = nib.as_closest_canonical(img); vol = np.asanyarray(img.dataobj)
+    try: vol = np.asanyarray(nib.as_closest_canonical(img).dataobj).reshape(grid.shape)
     except Exception as e: raise DataFault('truncated', f'voxels cannot be read: {e}') from e
-    dx,dy = nib.affines.voxel_sizes(img.affine)[:2]
+    dx,dy = grid.voxel_mm[:2]
     if abs(dx/dy-1)>.01: raise DataFault(
         'voxels', f'{dx:.3g} x {dy:.3g} mm in plane; expected squares. Resample it with nilearn.image.resample_img')
     return scale_to_bytes(vol)
