@@ -6,7 +6,8 @@
 __all__ = ['SPLITS', 'COLUMNS', 'PICTURES', 'DataConfig', 'find_layout', 'list_pictures', 'list_volumes', 'check_columns',
            'read_table', 'list_manifest', 'read_subjects', 'join_subjects', 'split_by_subject', 'assign_splits',
            'find_leaks', 'group_grids', 'compare_grids', 'find_voxel_mm', 'check_grids', 'Findings', 'list_slices',
-           'refuse_faults', 'read_manifest', 'inspect_files', 'find_copies', 'judge_rows', 'find_crop', 'check_dataset']
+           'refuse_faults', 'read_manifest', 'inspect_files', 'tell_changes', 'find_dark', 'find_copies', 'judge_rows',
+           'find_crop', 'check_dataset']
 
 # %% ../nbs/01_data.ipynb #2f75f52c
 import hashlib, math, os, re
@@ -488,19 +489,50 @@ def inspect_files(
     rows:pd.DataFrame, # Manifest
     config:DataConfig, # For `to_grey`
     progress:bool=True, # Show a bar
-)->tuple: # The rows with hash, _height, _width, _side, _blank, _fault, _detail; share clipped of each volume
+)->tuple: # The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done to each file
     "Decode every file once and write down what is in it."
     root,planes = Path(rows.attrs['root']), rows.plane.to_numpy()
     def look(path, at):
-        try: pictures,clipped = decode_file(root/path, planes[at], config.to_grey)
-        except DataFault as e: return [('', 0, 0, 0, False, e.kind, str(e))]*len(at), None
-        return [(hash_picture(o), *o.shape, foreground_side(o), o.min()==o.max(), '', '') for o in pictures], clipped
+        try: pictures,done = decode_file(root/path, planes[at], config.to_grey)
+        except DataFault as e: return [('', 0, 0, 0, 0., False, e.kind, str(e))]*len(at), {}
+        light = [np.percentile(o[o>0], 95) if o.any() else 0. for o in pictures]
+        return [(hash_picture(o), *o.shape, foreground_side(o), v, o.min()==o.max(), '', '')
+                for o,v in zip(pictures, light)], dict(done, path=path)
     found = map_files(look, rows, progress, 'check')
-    names = ['hash', '_height', '_width', '_side', '_blank', '_fault', '_detail']
+    names = ['hash', '_height', '_width', '_side', '_bright', '_blank', '_fault', '_detail']
     seen = pd.DataFrame([o for _,(seen,_) in found for o in seen], columns=names)
     seen = seen.astype({'_blank': bool})
     seen.index = np.concatenate([at for at,_ in found]) if found else []
-    return rows.join(seen.sort_index()), [c for _,(_,c) in found if c]
+    return rows.join(seen.sort_index()), pd.DataFrame([done for _,(_,done) in found if done])
+
+# %% ../nbs/01_data.ipynb #done0001
+def tell_changes(
+    done:pd.DataFrame, # What `inspect_files` did, one row a file
+)->list: # Sentences
+    "Say what was changed on reading, and where the first example is."
+    said = []
+    for col,text in dict(turned='{n} pictures turned upright as their EXIF tag says, such as {path}',
+                         nan='{n} volumes with NaN outside the brain, taken as 0, such as {path}',
+                         negative='{n} volumes with values below 0, set to 0: at most {most:.1%} of the bright end, in {path}',
+                         clipped='{n} volumes scaled by the 99.9th percentile of their voxels above 0; at most '
+                                 '{most:.2%} of those voxels clipped').items():
+        part = done[done[col].fillna(0)>0] if col in done else done[:0]
+        if not len(part): continue
+        most = part.loc[part[col].astype(float).idxmax()]
+        said.append(text.format(n=len(part), most=float(most[col]), path=most.path))
+    return said
+
+# %% ../nbs/01_data.ipynb #dark0001
+def find_dark(
+    rows:pd.DataFrame, # Good rows with subject and `_bright`, as from `inspect_files`
+)->list: # Sentences
+    "Name the subjects whose slices are less than half as bright as usual. Bytes are not scaled, so this can happen."
+    by = rows.groupby('subject')._bright.median()
+    dark = by[by<.5*by.median()].sort_values()
+    if len(by)<3 or not len(dark): return []
+    names = ', '.join(f'{k} ({v:.0f})' for k,v in dark[:5].items()) + ' ...'*(len(dark)>5)
+    return [f'{len(dark)} of {len(by)} subjects far darker than the others, whose bright grey values are about '
+            f'{by.median():.0f} of 255: {names}. Look at them before you train']
 
 # %% ../nbs/01_data.ipynb #16829009
 def find_copies(
@@ -532,7 +564,7 @@ def judge_rows(
     faults = [as_faults(broken.path, broken._fault, broken._detail),
               as_faults(blank.path, 'empty', 'every pixel is the same'+where),
               as_faults(odd.path, 'size', size[odd.index]+', most are '+usual), copies]
-    good = good.drop(copies.index).drop(columns=['_height', '_width', '_blank', '_fault', '_detail'])     # `_side` stays
+    good = good.drop(copies.index).drop(columns=['_height', '_width', '_blank', '_fault', '_detail'])     # `_side`, `_bright` stay
     return good, pd.concat(faults, ignore_index=True), sizes
 
 # %% ../nbs/01_data.ipynb #ab8a1d69
@@ -554,20 +586,19 @@ def check_dataset(
 )->Findings: # Good rows (with a `hash` of the pixels), faults, notes, sizes
     "Look at every file of a data set and write down all that is wrong with it. Nothing is changed."
     listed = list_slices(root, config)
-    rows,clipped = inspect_files(listed.manifest, config, progress)
-    notes = list(listed.notes)
-    if clipped: notes.append(f'{len(clipped)} volumes scaled by the 99.9th percentile of their non-zero voxels; '
-                             f'at most {max(clipped):.2%} of those voxels clipped')
+    rows,done = inspect_files(listed.manifest, config, progress)
+    notes = listed.notes+tell_changes(done)
     if listed.manifest.attrs['layout']=='nifti' and config.planes is None:
         outside = (rows._fault=='') & rows._blank
         rows = rows[~outside]
         if outside.any(): notes.append(f'{outside.sum()} planes without foreground left out')
     good,faults,sizes = judge_rows(rows)
+    notes += find_dark(good)
     side = max(map(int, sizes.index[0].split(' x '))) if len(sizes) else config.size
     crop = find_crop(good, side) if config.crop=='auto' else config.crop
     if config.crop=='auto': notes.append(f'crop auto: {f"the central {crop} of {side} pixels" if crop else "nothing to crop"}')
     if (crop or side)<config.size: notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
-    good = good[~good.path.isin(listed.faults.path)].drop(columns='_side').reset_index(drop=True)
+    good = good[~good.path.isin(listed.faults.path)].drop(columns=['_side', '_bright']).reset_index(drop=True)
     good.attrs = listed.manifest.attrs
     return Findings(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes, crop,
                     listed.voxel_mm)

@@ -531,3 +531,39 @@ def test_enlarging_is_noted(tmp_path):
     root = make_oasis(tmp_path)
     assert any('enlarged to 64' in o for o in look(root, DataConfig(size=64)).notes)
     assert not any('enlarged' in o for o in look(root).notes)
+
+
+# ---- intensities, said by the check
+
+def test_what_was_changed_is_said(tmp_path):
+    for i in range(4):
+        vol = other_head(i).astype(np.float32)
+        if i==1: vol[vol==0] = np.nan
+        if i==2: vol[vol==0] = -.5
+        make_volume(tmp_path/f'sub-{i:02d}.nii.gz', vol, dtype=np.float32)
+    report = look(tmp_path)
+    assert report.ok, str(report)
+    for text in ('1 volumes with NaN outside the brain, taken as 0, such as sub-01', '1 volumes with values below 0, set to 0: at most 0.2%'):
+        assert text in str(report), str(report)
+
+
+def test_turned_pictures_are_said(tmp_path):
+    root = make_oasis(tmp_path)
+    path = root/'keras_png_slices_train/case_001_slice_0.nii.png'
+    exif = Image.Exif(); exif[0x0112] = 6
+    save(path, np.rot90(picture(100)), exif=exif)
+    report = look(root)
+    assert report.ok and any('1 pictures turned upright' in o for o in report.notes), str(report)
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'an artefact'])
+def test_a_dark_volume_is_named(tmp_path, kind):
+    for i in range(6):
+        vol = other_head(i)
+        if i==3 and kind=='bytes': vol = vol//4
+        if i==3 and kind=='an artefact': vol = vol.astype(np.float32); vol[5:9, 6:9, :2] = 5000
+        make_volume(tmp_path/f'sub-{i:02d}.nii.gz', vol, dtype=vol.dtype)
+    notes = [o for o in look(tmp_path).notes if 'darker' in o]
+    assert len(notes)==1 and '1 of 6 subjects' in notes[0] and 'sub-03' in notes[0]
+    make_volume(tmp_path/'sub-03.nii.gz', other_head(3))
+    assert not any('darker' in o for o in look(tmp_path).notes)
