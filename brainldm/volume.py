@@ -575,7 +575,7 @@ def save_volumes(
     table = pd.DataFrame({k: list(v) if np.ndim(v) else [v]*n for k,v in asked.items()}, index=range(n))
     table.insert(0, 'subject', [f'brain_{i:04d}' for i in range(n)])
     images = [to_nifti(v, spacing, dict(row, **about)) for v,row in zip(volumes, table.to_dict('records'))]
-    folder = new_folder(folder)
+    folder = new_folder(folder, f'{table.subject[0]}.nii.gz')
     for name,image in zip(table.subject, images): image.to_filename(folder/f'{name}.nii.gz')
     shown = volumes[:6]
     names,ratio = [f'brain {i}' for i in range(len(shown))],spacing[1]/spacing[0]
