@@ -40,7 +40,7 @@ from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
 from .report import check_targets, draw_by_condition, evaluate, prior_scores, report
 from .sampling import BrainLDM
-from .codec import save_gif, save_pictures
+from .codec import make_folder, save_gif, save_pictures
 from .sharing import fetch_run, pack_run, push_run, refuse_taken
 from .loop import TrainConfig, crew
 from .runs import read_config
@@ -296,16 +296,21 @@ def read_request(
 # %% ../nbs/11_cli.ipynb #eb3e0b9e
 def next_folder(
     stem:Path, # What the name begins with
-)->Path: # STEM_000, or the first number not taken
-    "A name that is still free."
-    return next(o for o in (stem.with_name(f'{stem.name}_{i:03d}') for i in range(1_000_000)) if not o.exists())
+)->Path: # STEM_000, or the first number not taken; new and empty
+    "Make the next folder of a row. Two commands that ask at once get two: the system makes a folder for one of them."
+    for i in range(1_000_000):
+        try: return make_folder(stem.with_name(f'{stem.name}_{i:03d}'))
+        except FileExistsError: continue
+    raise FileExistsError(f"brainldm: {stem}_000 to {stem}_999999 exist. Expected a free number. Remove some, or give --out.")
 
 # %% ../nbs/11_cli.ipynb #7c3da53b
 def pick_place(
     out:Path|None, # Folder that was asked for
     stem:Path, # What a name of our own begins with
-)->Path: # Where the result will go
-    "The folder that was asked for, if it is free, or the next one of a row. Raises FileExistsError."
+)->Path: # Where the result goes
+    """The folder that was asked for, or a new one of a row: called when there is something to save.
+
+    So a command that is refused or stopped leaves no empty folder behind. Raises FileExistsError."""
     return refuse_taken(out) if out else next_folder(stem)
 
 # %% ../nbs/11_cli.ipynb #03e10b78
@@ -372,7 +377,7 @@ def draw_together(
 )->Tensor|None: # All pictures (n, 1, h, w) in the first process, None in the others
     "Share a drawing among the processes of `accelerate launch`; a single process draws it all."
     state = crew()
-    start,stop = (n*(state.process_index+k)//state.num_processes for k in (0, 1))
+    start,stop = (-(-n*(state.process_index+k)//state.num_processes) for k in (0, 1))      # the first has the first image
     parts = gather_object([draw(stop-start, start)] if stop>start or n<1 else [])           # draw refuses less than 1
     return torch.cat(parts) if state.is_main_process else None
 
@@ -392,18 +397,21 @@ class Sample(Drawing):
     def run(self)->int: # Exit status
         self.generator = pick_generator(self.run_folder, self.generator)
         how,frames = pick_knobs(self),[]
-        place = pick_place(self.out, self.run_folder/'samples'/'drawn')
+        if self.out: refuse_taken(self.out)                                    # before any work
         model = (CodeSampler if self.generator=='prior' else BrainLDM).load(self.run_folder)
         asked = read_request(dict(diagnosis=self.diagnosis, slice=self.slice, age=self.age, sex=self.sex), self.condition,
                              (*model.covariates, *model.autoencoder.covariates, *filter(None, [model.heights])))
         draw = partial(model.sample_stage1, **asked, seed=self.seed)
         if self.generator!='stage1': draw = partial(model.sample, **asked, **how, seed=self.seed, progress=crew().is_main_process)
-        if self.generator=='ldm': draw = partial(draw, callback=lambda i,t,p: frames.append(p[:4]) if len(frames)<self.steps else None)
-        pictures = draw_together(lambda n, first: draw(n, first=first), self.n)
+        if self.generator=='ldm': draw = partial(draw, callback=lambda i,t,p: frames.append(p))
+        def part(n, first):                                                    # the film shows four, all of the first process
+            shown = range(min(n, 4)) if first==0 else ()
+            return draw(n, first=first, **(dict(watched=shown) if self.generator=='ldm' else {}))
+        pictures = draw_together(part, self.n)
         if pictures is None: return 0                                          # the first process saves
         about = {k: v if np.isscalar(v) else str(v) for k,v in how.items()}
-        folder = save_pictures(pictures, place, asked, dict(generator=self.generator, **about, seed=self.seed))
-        if frames: save_gif([*frames, pictures[:4]], folder/'denoising.gif')
+        folder = save_pictures(pictures, pick_place(self.out, self.run_folder/'samples'/'drawn'), asked, dict(generator=self.generator, **about, seed=self.seed))
+        if frames: save_gif([*frames, pictures[:len(frames[0])]], folder/'denoising.gif')
         print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}',
               audit_line(self.run_folder, self.generator), sep='\n')
         return 0
@@ -446,7 +454,7 @@ class Edit:
     def run(self)->int: # Exit status
         if self.n<1 or not self.to: raise ValueError(
             f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to diagnosis=AD.")
-        place = pick_place(self.out, self.run_folder/'samples'/'edited')
+        if self.out: refuse_taken(self.out)                                    # before any work
         dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects)).subset(self.split)
         at = np.unique(np.linspace(0, len(dataset)-1, min(self.n, len(dataset))).round().astype(int))
         model,scans,rows = BrainLDM.load(self.run_folder),dataset.__getitems__(at)['image'],dataset.manifest.iloc[at]
@@ -456,7 +464,7 @@ class Edit:
         new = model.counterfactual(scans, to, given, guidance_scale=self.guidance_scale, **how)
         asked = {**given, **{k: [v]*len(at) for k,v in to.items()}}
         about = dict(how, guidance_scale=self.guidance_scale, changed=' '.join(self.to))
-        folder = save_pictures(new, place, asked, about, owners=rows.subject.astype(str).tolist())
+        folder = save_pictures(new, pick_place(self.out, self.run_folder/'samples'/'edited'), asked, about, owners=rows.subject.astype(str).tolist())
         shown = torch.stack([scans, same, new, (new-same)*2])[:, :8, 0]
         names = ['scan', 'round trip', ' '.join(self.to), 'difference x 2']
         save_figure(show_grid(shown, row_labels=names, title='The same heads, one thing changed'), folder/'before_and_after.png')
@@ -487,14 +495,14 @@ class Volume:
         spacing = self.spacing_mm or guess_spacing(self.run_folder, self.voxel_mm)
         if 'slice' in read_pairs(self.condition): raise ValueError(
             f"brainldm volume: --condition {' '.join(self.condition)}. Expected no slice, for a brain has all of them. Leave it out.")
-        place = pick_place(self.out, self.run_folder/'samples'/'brains')
+        if self.out: refuse_taken(self.out)                                    # before any work
         model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
         asked = read_request(dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex), self.condition,
                              (*model.covariates, *model.autoencoder.covariates))
         draw = partial(model.sample_volume, progress=True) if self.shared_noise is None else \
                partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
         brains = draw(self.n, **asked, **how)
-        folder = save_volumes(brains, place, asked, spacing, dict(how, shared_noise=self.shared_noise))
+        folder = save_volumes(brains, pick_place(self.out, self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise))
         print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}, '
               f'voxels of {spacing[0]:g} x {spacing[0]:g} x {spacing[1]:g} mm')
         return 0

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'FIXED_KINDS', 'COLUMNS', 'PICTURES', 'DataConfig', 'find_layout', 'list_pictures', 'list_volumes',
            'check_columns', 'read_table', 'list_manifest', 'read_subjects', 'join_subjects', 'split_by_subject',
-           'assign_splits', 'find_leaks', 'Findings', 'list_slices', 'refuse_faults', 'read_manifest', 'inspect_files',
-           'find_copies', 'judge_rows', 'find_crop', 'check_dataset']
+           'assign_splits', 'find_leaks', 'group_grids', 'compare_grids', 'find_voxel_mm', 'check_grids', 'Findings',
+           'list_slices', 'refuse_faults', 'read_manifest', 'inspect_files', 'tell_changes', 'find_dark', 'find_copies',
+           'judge_rows', 'find_crop', 'check_dataset']
 
 # %% ../nbs/01_data.ipynb #2f75f52c
 import hashlib, math, os, re
@@ -17,8 +18,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from .files import (ARCHIVES, DataFault, as_faults, count_planes, decode_file, foreground_side, hash_picture, list_files, map_files,
-    printable, unpack)
+from .files import (ARCHIVES, DataFault, as_faults, count_planes, decode_file, foreground_side, hash_picture,
+    list_files, map_files, printable, read_grid, unpack)
 
 SPLITS = ('train', 'validate', 'test')
 FIXED_KINDS = dict(slice='continuous', diagnosis='categorical', age='continuous', sex='categorical')  # Covariate -> kind
@@ -331,6 +332,72 @@ def find_leaks(
     bad = rows[rows.subject.isin(both.index)]
     return as_faults(bad.path, 'leak', ('subject '+bad.subject+' is in '+bad.subject.map(both)).tolist())
 
+# %% ../nbs/01_data.ipynb #grid1002
+def group_grids(
+    grids:list, # `Grid` of each volume
+)->np.ndarray: # Group of each volume (n,), 0 for the largest
+    "Put together the volumes whose voxels lie at the same places."
+    known,found = [],[]
+    for grid in grids:
+        at = next((i for i,o in enumerate(known) if grid.same(o)), len(known))
+        known += [grid]*(at==len(known))
+        found.append(at)
+    order = pd.Series(found, dtype=int).value_counts().index.tolist()
+    return np.array([order.index(o) for o in found], int)
+
+# %% ../nbs/01_data.ipynb #grid1003
+def compare_grids(
+    paths:list, # Paths of volumes
+    grids:list, # `Grid` of each
+)->pd.DataFrame: # Faults of kind 'grid'
+    "Name every volume that does not share the grid of most, with the numbers side by side."
+    group = group_grids(grids)
+    n,most = len(grids),int((group==0).sum())
+    bad = range(n) if 2*most<=n else np.flatnonzero(group)
+    text = []
+    for i in bad if group.any() else ():
+        rival = grids[int(np.argmax(group==(0 if group[i] else 1)))]
+        mine,its = grids[i].describe(),rival.describe()
+        unlike = [k for k in mine if mine[k]!=its[k]] or ['origin']
+        side = ['; '.join(f'{k} {o[k]}' for k in unlike) for o in (mine, its)]
+        count = (group==(0 if group[i] else 1)).sum()
+        text.append(f'{side[0]}, and {count} of {n} volumes have {side[1]}. ' + (
+            'Resample it to their grid' if 2*most>n else 'No grid has a majority: resample all to one'))
+    return as_faults([paths[i] for i in bad] if text else [], 'grid', text)
+
+# %% ../nbs/01_data.ipynb #grid1005
+def find_voxel_mm(
+    rows:pd.DataFrame, # Rows with path, plane and slice
+    grid, # `Grid` that the volumes share
+)->tuple|None: # Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance
+    "Turn the spacing of planes into the spacing of slices, which a manifest may number otherwise."
+    by = rows.groupby('path')
+    planes,slices = (by[o].max()-by[o].min() for o in ('plane', 'slice'))
+    step = (planes/slices)[slices>0]
+    offset = rows.plane-rows.slice*(step.iloc[0] if len(step) else 1)
+    if step.nunique()>1 or not (offset==by.plane.transform('min')-by.slice.transform('min')*(
+            step.iloc[0] if len(step) else 1)).all(): return None
+    dx,dy,dz = grid.voxel_mm
+    return (round((dx+dy)/2, 4), round(dz*float(step.iloc[0] if len(step) else 1), 4))
+
+# %% ../nbs/01_data.ipynb #grid1007
+def check_grids(
+    root:Path, # Data folder
+    rows:pd.DataFrame, # Rows, of volumes or of pictures
+)->tuple: # Faults of kind 'grid', voxel_mm or None
+    "Read the header of every volume and compare. A header that cannot be read is left to the look at the file."
+    volumes = rows[rows.plane>=0]
+    found = []
+    for path in volumes.path.unique():
+        try: found.append((path, read_grid(root/path)))
+        except DataFault: continue
+    if not found: return as_faults([]), None
+    paths,grids = zip(*found)
+    faults = compare_grids(paths, grids)
+    if len(volumes)<len(rows) or len(faults)==len(paths): return faults, None    # pictures among them, or no grid for all
+    most = grids[int(np.argmin(group_grids(grids)))]
+    return faults, find_voxel_mm(volumes[~volumes.path.isin(faults.path)], most)
+
 # %% ../nbs/01_data.ipynb #5220f832
 @dataclass
 class Findings:
@@ -340,6 +407,7 @@ class Findings:
     notes:list # Sentences about what was ignored, not found or decided
     sizes:pd.Series|None=None # Pictures by height x width, once decoded
     crop:int|None=None # What `config.crop` comes to, in pixels
+    voxel_mm:tuple|None=None # Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known
     covariates:tuple=() # One line for each condition to learn, as from `describe_manifest` (notebook 01a)
 
     @property
@@ -355,6 +423,7 @@ class Findings:
         out = [f'layout {layout}: {rows.subject.nunique()} subjects, {len(rows)} slices', '']
         out += [table.reset_index().to_string(index=False), ''] if len(table) else []
         if self.sizes is not None: out += ['height x width: ' + ', '.join(f'{k} ({v})' for k,v in self.sizes.items())]
+        if self.voxel_mm: out += ['pixels of {0:g} x {0:g} mm, slices {1:g} mm apart'.format(*self.voxel_mm)]
         if self.covariates: out += ['covariates (train subjects):', *(f'  {printable(o)}' for o in self.covariates)]
         out += [f'note: {printable(o)}' for o in self.notes]
         for kind,part in self.faults.groupby('fault'):
@@ -394,9 +463,11 @@ def list_slices(
     leaks = find_leaks(rows)                                                   # before any subject is moved
     rows,more = assign_splits(rows, config)
     rank = lambda o: o.map(SPLITS.index) if o.name=='split' else o
+    odd,voxel_mm = check_grids(root, rows)
+    rows = rows[~rows.path.isin(odd.path)]
     rows = rows.sort_values(['split', 'subject', 'slice', 'path'], key=rank, ignore_index=True)
-    rows.attrs = dict(layout=layout, root=str(root))
-    return Findings(rows, pd.concat([faults, leaks], ignore_index=True), notes+more)
+    rows.attrs = dict(layout=layout, root=str(root), voxel_mm=voxel_mm)
+    return Findings(rows, pd.concat([faults, leaks, odd], ignore_index=True), notes+more, voxel_mm=voxel_mm)
 
 # %% ../nbs/01_data.ipynb #6e46a91f
 def refuse_faults(
@@ -435,19 +506,50 @@ def inspect_files(
     rows:pd.DataFrame, # Manifest
     config:DataConfig, # For `to_grey`
     progress:bool=True, # Show a bar
-)->tuple: # The rows with hash, _height, _width, _side, _blank, _fault, _detail; share clipped of each volume
+)->tuple: # The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done to each file
     "Decode every file once and write down what is in it."
     root,planes = Path(rows.attrs['root']), rows.plane.to_numpy()
     def look(path, at):
-        try: pictures,clipped = decode_file(root/path, planes[at], config.to_grey)
-        except DataFault as e: return [('', 0, 0, 0, False, e.kind, str(e))]*len(at), None
-        return [(hash_picture(o), *o.shape, foreground_side(o), o.min()==o.max(), '', '') for o in pictures], clipped
+        try: pictures,done = decode_file(root/path, planes[at], config.to_grey)
+        except DataFault as e: return [('', 0, 0, 0, 0., False, e.kind, str(e))]*len(at), {}
+        light = [np.percentile(o[o>0], 95) if o.any() else 0. for o in pictures]
+        return [(hash_picture(o), *o.shape, foreground_side(o), v, o.min()==o.max(), '', '')
+                for o,v in zip(pictures, light)], dict(done, path=path)
     found = map_files(look, rows, progress, 'check')
-    names = ['hash', '_height', '_width', '_side', '_blank', '_fault', '_detail']
+    names = ['hash', '_height', '_width', '_side', '_bright', '_blank', '_fault', '_detail']
     seen = pd.DataFrame([o for _,(seen,_) in found for o in seen], columns=names)
     seen = seen.astype({'_blank': bool})
     seen.index = np.concatenate([at for at,_ in found]) if found else []
-    return rows.join(seen.sort_index()), [c for _,(_,c) in found if c]
+    return rows.join(seen.sort_index()), pd.DataFrame([done for _,(_,done) in found if done])
+
+# %% ../nbs/01_data.ipynb #done0001
+def tell_changes(
+    done:pd.DataFrame, # What `inspect_files` did, one row a file
+)->list: # Sentences
+    "Say what was changed on reading, and where the first example is."
+    said = []
+    for col,text in dict(turned='{n} pictures turned upright as their EXIF tag says, such as {path}',
+                         nan='{n} volumes with NaN outside the brain, taken as 0, such as {path}',
+                         negative='{n} volumes with values below 0, set to 0: at most {most:.1%} of the bright end, in {path}',
+                         clipped='{n} volumes scaled by the 99.9th percentile of their voxels above 0; at most '
+                                 '{most:.2%} of those voxels clipped').items():
+        part = done[done[col].fillna(0)>0] if col in done else done[:0]
+        if not len(part): continue
+        most = part.loc[part[col].astype(float).idxmax()]
+        said.append(text.format(n=len(part), most=float(most[col]), path=most.path))
+    return said
+
+# %% ../nbs/01_data.ipynb #dark0001
+def find_dark(
+    rows:pd.DataFrame, # Good rows with subject and `_bright`, as from `inspect_files`
+)->list: # Sentences
+    "Name the subjects whose slices are less than half as bright as usual. Bytes are not scaled, so this can happen."
+    by = rows.groupby('subject')._bright.median()
+    dark = by[by<.5*by.median()].sort_values()
+    if len(by)<3 or not len(dark): return []
+    names = ', '.join(f'{k} ({v:.0f})' for k,v in dark[:5].items()) + ' ...'*(len(dark)>5)
+    return [f'{len(dark)} of {len(by)} subjects far darker than the others, whose bright grey values are about '
+            f'{by.median():.0f} of 255: {names}. Look at them before you train']
 
 # %% ../nbs/01_data.ipynb #16829009
 def find_copies(
@@ -479,7 +581,7 @@ def judge_rows(
     faults = [as_faults(broken.path, broken._fault, broken._detail),
               as_faults(blank.path, 'empty', 'every pixel is the same'+where),
               as_faults(odd.path, 'size', size[odd.index]+', most are '+usual), copies]
-    good = good.drop(copies.index).drop(columns=['_height', '_width', '_blank', '_fault', '_detail'])     # `_side` stays
+    good = good.drop(copies.index).drop(columns=['_height', '_width', '_blank', '_fault', '_detail'])     # `_side`, `_bright` stay
     return good, pd.concat(faults, ignore_index=True), sizes
 
 # %% ../nbs/01_data.ipynb #ab8a1d69
@@ -501,19 +603,19 @@ def check_dataset(
 )->Findings: # Good rows (with a `hash` of the pixels), faults, notes, sizes
     "Look at every file of a data set and write down all that is wrong with it. Nothing is changed."
     listed = list_slices(root, config)
-    rows,clipped = inspect_files(listed.manifest, config, progress)
-    notes = list(listed.notes)
-    if clipped: notes.append(f'{len(clipped)} volumes scaled by the 99.9th percentile of their non-zero voxels; '
-                             f'at most {max(clipped):.2%} of those voxels clipped')
+    rows,done = inspect_files(listed.manifest, config, progress)
+    notes = listed.notes+tell_changes(done)
     if listed.manifest.attrs['layout']=='nifti' and config.planes is None:
         outside = (rows._fault=='') & rows._blank
         rows = rows[~outside]
         if outside.any(): notes.append(f'{outside.sum()} planes without foreground left out')
     good,faults,sizes = judge_rows(rows)
+    notes += find_dark(good)
     side = max(map(int, sizes.index[0].split(' x '))) if len(sizes) else config.size
     crop = find_crop(good, side) if config.crop=='auto' else config.crop
     if config.crop=='auto': notes.append(f'crop auto: {f"the central {crop} of {side} pixels" if crop else "nothing to crop"}')
     if (crop or side)<config.size: notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
-    good = good[~good.path.isin(listed.faults.path)].drop(columns='_side').reset_index(drop=True)
+    good = good[~good.path.isin(listed.faults.path)].drop(columns=['_side', '_bright']).reset_index(drop=True)
     good.attrs = listed.manifest.attrs
-    return Findings(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes, crop)
+    return Findings(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes, crop,
+                    listed.voxel_mm)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .data import DataConfig
 from .batches import Covariate, SliceDataset
-from .loop import Learner, TrainConfig, bare_model, infer, seeded, to_device
+from .loop import Learner, TrainConfig, bare_model, in_chunks, infer, mixed_precision, seeded, to_device
 from .phantom import show_grid
 from .runs import (enter_run, fill_model, is_finished, load_weights, run_stage, save_weights, unpack_state,
                            within_memory, write_atomic)
@@ -241,7 +241,7 @@ def autoencoder_loss(
     bare,fakes = critic.accelerator.unwrap_model(model),[recon]
     if config.random_weight:
         z = bare.random_latents(len(recon), recon.shape[-1]//bare.factor, generator, batch)
-        with critic.accelerator.autocast(): fakes.append(bare.decode(z, batch))
+        with mixed_precision(z.device, critic.precision): fakes.append(bare.decode(z, batch))
     critic.seen,cond = seen,{k: v for k,v in batch.items() if k!='image'}
     logs |= critic.step(dict(cond, real=batch['image'], fake=torch.cat(fakes).detach()))
     logs.pop('loss')
@@ -259,17 +259,19 @@ def validate_autoencoder(
     batch:dict[str, Tensor], # Held-out pictures, the same each time
     path:Path, # Where the picture goes
     precision:str='no', # Mixed precision to compute in
+    chunk:int=32, # Pictures at a time: what fits into memory beside a training
 )->dict[str, float]: # val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has some
     "Look at held-out slices: numbers for the log, originals above reconstructions for the eye."
     x = batch['image']
-    recon,codes,_ = infer(model, precision)(x, batch)
+    look,coded = infer(model, precision),hasattr(model, 'quantizer')
+    recon,*codes = in_chunks(lambda x,cond: look(x, cond)[:1+coded], chunk)(x, batch)
     recon = recon.clamp(-1, 1).float()
     scores = picture_scores(recon, x)
     k = np.linspace(0, len(x)-1, min(6, len(x))).round().astype(int)
     pair = torch.stack([x[k, 0], recon[k, 0]]).cpu()
     title = f"SSIM {scores['ssim'].mean():.3f} on held-out slices"
     save_figure(show_grid(pair, row_labels=['original', 'decoded'], title=title), path)
-    used = code_scores(count_codes(codes, model.quantizer.num_embeddings)) if hasattr(model, 'quantizer') else {}
+    used = code_scores(count_codes(codes[0], model.quantizer.num_embeddings)) if coded else {}
     scores = {k: v.nanmean().item() for k,v in scores.items()} | used
     return {'val_l1': F.l1_loss(recon, x).item(), **{f'val_{k}': v for k,v in scores.items()}}
 
@@ -331,10 +333,11 @@ def start_from_data(
     model:VQVAE, # Fresh; its codebook is replaced
     dataset:SliceDataset, # Train split
     seed:int, # Of the clustering
+    chunk:int=32, # Pictures at a time
 )->None:
     "Put a codebook where the fresh encoder's vectors are, before the first step."
     batch = spread_rows(dataset, 128)
-    z,_ = infer(model, method='encode')(batch['image'], batch)
+    z,_ = in_chunks(infer(model, method='encode'), chunk)(batch['image'], batch)
     start_codebook(model.quantizer, rearrange(z, 'b d h w -> (b h w) d'), seed)
 
 # %% ../nbs/06_training.ipynb #7b6c6359
@@ -353,7 +356,7 @@ def train_autoencoder(
     model = seeded(config.seed, lambda: build_autoencoder(config.kind, args))
     check_size(dataset, config.data.size, size_multiple(config))
     config = settle_crop(config, dataset)
-    if config.kind=='vq' and config.codebook_start=='kmeans': start_from_data(model, train, config.seed)
+    if config.kind=='vq' and config.codebook_start=='kmeans': start_from_data(model, train, config.seed, config.batch_size)
     critic = make_critic(config, covariates, run)
     learner = Learner(model, partial(autoencoder_loss, config=config, critic=critic), config, run, critic)
     state = enter_run(learner, run, 'autoencoder', dataset, resume)
@@ -369,7 +372,7 @@ def train_autoencoder(
     info = dict(kind=config.kind, args=dict(args, covariates=describe(covariates)), size=config.data.size,
                 heights=heights)
     run_stage(learner, train, run, 'autoencoder', state, progress=progress,
-        validate=lambda seen: validate_autoencoder(model, batch, picture(seen), learner.precision),
+        validate=lambda seen: validate_autoencoder(model, batch, picture(seen), learner.precision, config.batch_size),
         export=lambda seen: save_weights(run/'autoencoder.safetensors', model.state_dict(), dict(info, images=seen)))
     return bare_model(learner)
 

@@ -200,9 +200,9 @@ def test_mutated_volume(suffix, edits, more, cut, packed):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"a{suffix}"
         path.write_bytes(content)
-        try: vol, clipped = files.load_volume(path)
+        try: vol, done = files.load_volume(path)
         except DataFault as e: assert e.kind and str(e)
-        else: assert vol.dtype == np.uint8 and vol.ndim == 3 and 0 <= clipped <= 1
+        else: assert vol.dtype == np.uint8 and vol.ndim == 3 and 0 <= done["clipped"] <= 1
 
 
 def archive_bytes(suffix):
