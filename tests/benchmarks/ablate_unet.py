@@ -80,6 +80,7 @@ def variants(job: Ablation) -> dict[str, LDMConfig]:
         "batch x 4": replace(base, batch_size=4 * base.batch_size, learning_rate=2 * base.learning_rate),
         "half the rate": replace(base, learning_rate=base.learning_rate / 2),
         "twice the rate": replace(base, learning_rate=2 * base.learning_rate),
+        "a quarter of the rate": replace(base, learning_rate=base.learning_rate / 4),
     }
     return {"base": base, "skips added": base, **{k: v for k, v in rows.items() if v != base}}
 
