@@ -58,7 +58,7 @@ def draw_by_condition(
     numbers = np.unique(np.linspace(*known['slice'].range, columns).round()).tolist() if 'slice' in known else None
     columns,frames = len(numbers or [0]*columns),[]
     how = dict(middle_conditions(model), slice=numbers, steps=steps, guidance_scale=guidance_scale, seed=seed,
-               batch_size=columns, callback=lambda i,t,p: frames.append(p[columns//2, 0]))
+               batch_size=columns, watched=[columns//2], callback=lambda i,t,p: frames.append(p[0, 0]))
     pictures = torch.stack([model.sample(columns, **(how|dict(diagnosis=o))) for o in rows])[:, :, 0]
     walks = torch.stack(frames).unflatten(0, (len(rows), steps))[:, np.linspace(0, steps-1, 7).round().astype(int)]
     walks = torch.cat([walks, pictures[:, columns//2, None]], dim=1)
