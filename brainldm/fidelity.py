@@ -191,7 +191,7 @@ def evaluator_rows(
     place = pd.Series(kinds.to_numpy()[order]).groupby(kinds.to_numpy()[order]).cumcount()
     count = pd.Series(kinds.to_numpy()[order]).map(kinds.value_counts())
     chosen = first.subject.to_numpy()[order][(place<np.ceil(fraction*count)).to_numpy()]
-    return train.subject.isin(chosen).to_numpy()
+    return np.array(train.subject.isin(chosen))
 
 # %% ../nbs/10a_fidelity.ipynb #c0ffee06
 def pick_rows(
