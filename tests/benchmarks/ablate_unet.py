@@ -142,12 +142,11 @@ def judge(pictures: torch.Tensor, rows, dataset, job: Ablation) -> dict:
     net = feature_net(job.out / "judge", dataset)
     scores = json_safe(judge_pictures(net, pictures, rows, dataset.subset("train"), dataset.subset("validate"), utility=None)[0])
     drawn, real = scores["conditioning"]["drawn"], scores["conditioning"]["train"]
-    fidelity, floor = scores["fidelity"]["drawn"], scores["fidelity"]["floor"]
+    fidelity, reference = scores["fidelity"]["synthetic"], scores["fidelity"]["reference"]
     return {
         "Frechet": fidelity["frechet"],
-        "(floor)": floor["frechet"],
-        "KID": fidelity["kid"],
-        "(floor) ": floor["kid"],
+        "(real)": reference["frechet"],
+        "excess KID": scores["fidelity"]["excess"]["kid"],
         "recall": fidelity["recall"],
         "slice error": drawn["slice_error"]["value"],
         "(held)": scores["conditioning"]["held"]["slice_error"]["value"],
