@@ -162,7 +162,7 @@ def test_ablate_latent(quick_judge, load, tmp_path, with_crowd):
     job = o.Ablation(with_crowd[1], with_crowd[0], tmp_path, only='scale', tune_images=32, images=32, steps=2, preset='tiny', seeds=2)
     table = o.main(job)
     found = json.loads((tmp_path/'table.json').read_text())
-    first,second = (o['KID'] for o in found['rows']['as before'])
+    first,second = (o['excess KID'] for o in found['rows']['as before'])
     assert first!=second and 'over 2 seeds' in found['said']                   # another seed is another training
     assert list(table.index)==['as before', 'scale']
     assert found['rows']['as before'][0]['brain SSIM']!=found['rows']['scale'][0]['brain SSIM']

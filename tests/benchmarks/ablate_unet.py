@@ -35,7 +35,7 @@ from brainldm.diffusion import PRESETS, LDMConfig, train_ldm
 
 import seeds
 
-MEASURES = ("Frechet", "KID", "recall", "slice error", "CSF d", "MS-SSIM")  # compared with the base
+MEASURES = ("Frechet", "excess KID", "recall", "slice error", "CSF d", "MS-SSIM")  # compared with the base
 
 
 @dataclass
