@@ -346,7 +346,6 @@ SUBJECTS = {                                             # name: text, words of 
     "semicolons and commas": ("subject;age,sex\n1;80,F\n", "commas"),
     "an age that hides": ("subject,age\n1,89+\n", "89+"),
     "two columns for one thing": ("subject,Group,DX\n1,AD,AD\n", "two columns"),
-    "nobody of the data": ("subject,age\n0001,80\n0002,70\n", "none of the 4 subjects"),
 }
 
 
