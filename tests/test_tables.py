@@ -314,7 +314,8 @@ def test_two_subjects_in_all_are_said(tmp_path):
     assert not any('no validation subject' in o for o in look(volumes(tmp_path, 'sub-03')).notes)
 
 
-def test_training_prints_the_notes(tmp_path, capsys):
-    make_oasis(tmp_path/'in')
-    open_dataset(tmp_path/'in', CONFIG, cache_dir=tmp_path/'cache')
-    assert capsys.readouterr().out==''
+def test_opening_for_training_prints_the_notes(tmp_path, capsys):
+    volumes(tmp_path/'in', *[f'sub-{i:02d}' for i in range(5)], 'aseg')
+    for progress in (True, False):
+        open_dataset(tmp_path/'in', CONFIG, progress=progress, cache_dir=tmp_path/'cache')
+        assert ('note: 1 label maps ignored: aseg.nii.gz' in capsys.readouterr().out)==progress
