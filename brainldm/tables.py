@@ -345,7 +345,7 @@ def join_subjects(
     faults,notes = describe_match(rows, key.notna(), table)
     notes = table.attrs.get('notes', [])+notes
     for col in table.columns.drop(['subject', 'session'], errors='ignore'):
-        new = key.map(table[col].to_dict())
+        new = key.map(table[col].to_dict()).astype(table[col].dtype)
         if col in rows and rows[col].notna().any():
             if col=='split':
                 notes.append('the split column in the table of subjects is not used: the folders give the splits')
