@@ -12,6 +12,7 @@ __all__ = ['SPLITS', 'SPLIT_FOLDERS', 'FIXED_KINDS', 'COLUMNS', 'TABLES', 'OASIS
 
 # %% ../nbs/01_data.ipynb #2f75f52c
 import difflib, fnmatch, hashlib, math, os, re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -646,10 +647,11 @@ def check_dataset(
     root:str|Path, # Data folder, CSV manifest or archive
     config:DataConfig=DataConfig(), # Settings
     progress:bool=True, # Show a bar with the time left
+    inspect:Callable=inspect_files, # How the files are looked at; `open_dataset` does it once for all processes
 )->Findings: # Good rows (with a `hash` of the pixels), faults, notes, sizes
     "Look at every file of a data set and write down all that is wrong with it. Nothing is changed."
     listed = list_slices(root, config)
-    rows,done = inspect_files(listed.manifest, config, progress)
+    rows,done = inspect(listed.manifest, config, progress)
     notes = listed.notes+tell_changes(done)
     if listed.manifest.attrs['layout']=='nifti' and config.planes is None:
         outside = (rows._fault=='') & rows._blank
