@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 import brainldm
 from .data import FIXED_KINDS, DataConfig, check_dataset, inspect_files, refuse_faults
-from .files import cache_folder, decode_file, hash_picture, map_files, temporary_in_cache, unpack
+from .files import cache_folder, decode_file, hash_picture, map_files, printable, temporary_in_cache, unpack
 
 # %% ../nbs/01a_batches.ipynb #352ef4bc
 def prepare_picture(
@@ -575,6 +575,7 @@ def open_dataset(
     with one_process(folder, root, progress):
         report = check_dataset(root, config, progress, look)
         refuse_faults(report, config.skip_faulty)
+        for note in report.notes if progress else (): print(f'note: {printable(note)}')
         config = replace(config, crop=report.crop)
         dataset = build_cache(report.manifest, root, config, folder, progress)
         look.keep()

@@ -219,9 +219,10 @@ class NeighbourUNet(nn.Module):
 def find_neighbours(
     manifest:pd.DataFrame, # Rows with subject and slice
 )->np.ndarray: # Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is none
-    "Who lies next to whom: the same person, one slice lower and one higher."
-    rows = {key: i for i,key in enumerate(zip(manifest.subject, manifest.slice))}
-    return np.array([[rows.get((p, k+o), -1) for o in (-1, 1)] for p,k in zip(manifest.subject, manifest.slice)])
+    "Who lies next to whom: the same subject and session, one slice lower and one higher."
+    scan = manifest[['subject', *['session']*('session' in manifest)]].astype(str).agg(tuple, axis=1)   # one visit of a subject
+    rows = {key: i for i,key in enumerate(zip(scan, manifest.slice))}
+    return np.array([[rows.get((p, k+o), -1) for o in (-1, 1)] for p,k in zip(scan, manifest.slice)])
 
 # %% ../nbs/07b_volume.ipynb #e0f26340
 class NeighbourDataset(torch.utils.data.Dataset):
