@@ -36,12 +36,12 @@ from .audit import audit_line
 from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
-from .report import check_targets, draw_by_condition, evaluate, prior_scores, report
+from .report import audit_rows, check_targets, draw_by_condition, evaluate, prior_scores, report
 from .sampling import BrainLDM
 from .codec import save_gif, save_pictures
-from .sharing import fetch_run, pack_run, push_run, refuse_taken
+from .sharing import audit_verdicts, fetch_run, pack_run, push_run, refuse_taken
 from .loop import TrainConfig, crew
-from .runs import read_config
+from .runs import read_config, read_metrics
 from .training import AEConfig, save_figure, train_autoencoder
 from .diffusion import PRESETS, LDMConfig, refuse_leak, train_ldm
 from .volume import VOLUME_PRESETS, BrainVolumes, VolumeConfig, guess_spacing, save_volumes, train_volume
@@ -348,6 +348,7 @@ class Sample(Drawing):
         pictures = draw_together(lambda n, first: draw(n, first=first), self.n)
         if pictures is None: return 0                                          # the first process saves
         about = {k: v if np.isscalar(v) else str(v) for k,v in how.items()}
+        about['audit'] = audit_verdicts(read_metrics(self.run_folder)).get(self.generator, 'not audited')
         folder = save_pictures(pictures, place, asked, dict(generator=self.generator, **about, seed=self.seed))
         if frames: save_gif([*frames, pictures[:4]], folder/'denoising.gif')
         print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}',
@@ -438,7 +439,8 @@ class Volume:
         brains = draw(self.n, **asked, **how)
         folder = save_volumes(brains, place, asked, spacing, dict(how, shared_noise=self.shared_noise))
         print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}, '
-              f'voxels of {spacing[0]:g} x {spacing[0]:g} x {spacing[1]:g} mm')
+              f'voxels of {spacing[0]:g} x {spacing[0]:g} x {spacing[1]:g} mm',
+              audit_line(self.run_folder, 'volume'), sep='\n')
         return 0
 
 # %% ../nbs/11_cli.ipynb #9a8c81bc
@@ -461,6 +463,7 @@ class Evaluate(Drawing):
         page = report(self.run_folder)
         lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {'reached' if ok else 'missed'}"
                  for name,drawn,real,target,ok,_ in check_targets(scores)]
+        lines += [': '.join(o) for o in audit_rows(scores['memorization'])[1:]]
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
         return 0
 
@@ -511,12 +514,13 @@ class Share:
     repo:str|None=None # user/name on the hub, in place of a folder
     public:bool=False # Let everybody see it there
     half:bool=True # Round weights to 16 bits
+    without_audit:str|None=None # Reason to share although the memorization audit has not passed; the model card shows it
 
     def run(self)->int: # Exit status
         if (self.out is None)==(self.repo is None): raise ValueError(
             f'share: out={self.out}, repo={self.repo}. Expected one of them. Try --out FOLDER, or --repo USER/NAME.')
-        if self.out: print(pack_run(self.run_folder, self.out, self.half))
-        else: print(push_run(self.run_folder, self.repo, not self.public, self.half))
+        if self.out: print(pack_run(self.run_folder, self.out, self.half, self.without_audit))
+        else: print(push_run(self.run_folder, self.repo, not self.public, self.half, without_audit=self.without_audit))
         return 0
 
 # %% ../nbs/11_cli.ipynb #e47a584a
