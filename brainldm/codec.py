@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC', 'EDITED', 'check_pictures', 'check_conditions', 'check_whole', 'check_request', 'told',
-           'middle_conditions', 'in_batches', 'Codec', 'sample_stage1', 'to_bytes', 'new_folder', 'manifest_of',
-           'save_pictures', 'save_gif']
+           'middle_conditions', 'in_batches', 'image_generators', 'Codec', 'sample_stage1', 'to_bytes', 'make_folder',
+           'new_folder', 'manifest_of', 'save_pictures', 'save_gif']
 
 # %% ../nbs/06c_codec.ipynb #755ea6f6
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 import brainldm
-from .batches import Covariate, encode_covariates
+from .batches import Covariate, encode_covariates, read_conditions
 from .loop import infer, to_device
 from .phantom import show_grid
 from .sharing import Shared, refuse_taken
@@ -50,16 +51,10 @@ def check_conditions(
     n:int, # Pictures
 )->dict[str, Tensor]: # Encoded conditions, each (n,)
     "Turn a request into tensors. Raises ValueError for a name, value or number of values that the model cannot take."
-    asked = {k: v.tolist() if hasattr(v, 'tolist') else v for k,v in conditions.items() if v is not None}
+    asked = read_conditions(conditions, covariates)
     for k,v in asked.items():
         if np.ndim(v) and len(v)!=n: raise ValueError(
             f"sample: {len(v)} values of {k} for n={n} pictures. Expected one value, or {n}. Try n={len(v)}.")
-    for c in covariates:
-        if c.kind!='continuous': continue
-        values = pd.to_numeric(pd.Series(asked.get(c.name, []), dtype=object), errors='coerce').dropna()
-        outside = [v for v in values if not c.range[0]<=v<=c.range[1]]
-        if outside: raise ValueError(f"sample: {c.name}={outside[0]:g}. Expected {c.range[0]:g} to {c.range[1]:g}, "
-                                     "the range of the scans this run was trained on. It cannot know more.")
     return encode_covariates({k: list(v) if np.ndim(v) else [v]*n for k,v in asked.items()}, covariates)
 
 # %% ../nbs/06c_codec.ipynb #a513d5ac
@@ -116,6 +111,18 @@ def in_batches(
     for i in range(0, n, batch_size):
         stop = min(i+batch_size, n)
         yield i,stop,to_device({k: v[i:stop] for k,v in cond.items()}, device)
+
+# %% ../nbs/06c_codec.ipynb #0571dc6c
+def image_generators(
+    n:int, # Images
+    seed:int, # Seed of the whole request, 0 or more
+    start:int=0, # Number of the first image
+    stream:int=1, # Which noise of the image: 1 fresh noise while sampling, 2 random latents of stage 1
+    device:torch.device|str='cpu', # Where the generators shall draw
+)->list[torch.Generator]: # One an image
+    "A random number generator for each of images start, start+1, …: it depends on seed and number of the image alone."
+    seeds = [np.random.SeedSequence((seed, start+i, stream)).generate_state(1)[0] for i in range(n)]
+    return [torch.Generator(device).manual_seed(int(o)) for o in seeds]
 
 # %% ../nbs/06c_codec.ipynb #eb134226
 class Codec(Shared):
@@ -187,9 +194,7 @@ def sample_stage1(
     cond = check_conditions(conditions, known, n)
     told(model.autoencoder, cond, 'cpu')
     side,cond,drawn = model.size//model.autoencoder.factor,to_device(cond, model.device),[]
-    for i in range(n):                                                     # each with chance of its own
-        chance = int(np.random.SeedSequence((seed, first+i, 2)).generate_state(1)[0])
-        generator = torch.Generator(model.device).manual_seed(chance)
+    for i,generator in enumerate(image_generators(n, seed, first, 2, model.device)):
         drawn.append(model.autoencoder.random_latents(1, side, generator, {k: v[i:i+1] for k,v in cond.items()}))
     parts = [(torch.cat(drawn[i:i+batch_size]), {k: v[i:i+batch_size] for k,v in cond.items()})
              for i in range(0, n, batch_size)]
@@ -211,14 +216,29 @@ def to_bytes(
     return ((pictures.float()+1)*127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 # %% ../nbs/06c_codec.ipynb #a9fdcc21
+def make_folder(
+    folder:Path, # Folder to make, with those above it
+    exist_ok:bool=False, # False: it must be new, and of several processes at once one succeeds
+)->Path: # The folder
+    "Make a folder. Raises FileExistsError, or OSError with words that help."
+    try: folder.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError: raise
+    except OSError as e: raise type(e)(
+        f"new_folder: {folder} cannot be made ({e.strerror}). Expected a place where folders can be made. "
+        "Choose another --out.") from e
+    return folder
+
+# %% ../nbs/06c_codec.ipynb #bb79c61f
 def new_folder(
     folder:str|Path, # Folder that must not hold anything yet
+    first:str, # Name of the first file of the result, which is made at once: it marks the folder as taken
 )->Path: # The folder, which now exists
-    "Make an output folder. Raises FileExistsError if there is something in it."
-    folder = refuse_taken(folder)
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise type(e)(f"new_folder: {folder} cannot be made ({e.strerror}). Expected a place where folders "
-                                       "can be made. Choose another --out.") from e
+    "Make an output folder and take it. Raises FileExistsError if it holds something, or if another process was faster."
+    folder = make_folder(refuse_taken(folder), exist_ok=True)
+    try: (folder/first).open('xb').close()                                     # the system lets one process make it
+    except FileExistsError: raise FileExistsError(
+        f"new_folder: {folder} was taken by another process. Expected a folder of its own for each: nothing is "
+        "overwritten. Choose another name.") from None
     return folder
 
 # %% ../nbs/06c_codec.ipynb #1bd4178f
@@ -250,7 +270,7 @@ def save_pictures(
     table,grey,n = manifest_of(conditions, len(pictures)),to_bytes(pictures[:, 0]),len(pictures)
     mark,title = (SYNTHETIC,'Synthetic pictures') if owners is None else (EDITED,'Changed scans')
     if owners is not None: table = table.assign(subject=owners)
-    folder = new_folder(folder)
+    folder = new_folder(folder, table.path[0])
     asked = table.drop(columns='slice').rename(columns={'slice_asked': 'slice'}) if 'slice_asked' in table else table
     for row,picture in zip(asked.to_dict('records'), grey):
         known = {k: v for k,v in row.items() if not pd.isna(v)}
@@ -275,10 +295,13 @@ def save_gif(
     if not frames or not seconds>0: raise ValueError(
         f"save_gif: {len(frames)} frames in seconds={seconds}. Expected one frame or more, a length above 0. "
         "Collect them with `callback`.")
-    if path.exists(): raise FileExistsError(
-        f"save_gif: {path} exists. Expected a new file: nothing is overwritten. Choose another name.")
     rows = [Image.fromarray(np.concatenate(list(to_bytes(o[:4, 0])), axis=1)) for o in frames]
     each = max(20, round(1000*seconds/(len(rows)+7)))                          # browsers show nothing faster than 20 ms
-    rows[0].save(path, save_all=True, append_images=rows[1:], loop=0,
+    film = BytesIO()
+    rows[0].save(film, 'gif', save_all=True, append_images=rows[1:], loop=0,
                  duration=[each]*(len(rows)-1)+[8*each], comment=SYNTHETIC.encode())
+    try:
+        with path.open('xb') as f: f.write(film.getvalue())                    # x: a file that exists is refused
+    except FileExistsError: raise FileExistsError(
+        f"save_gif: {path} exists. Expected a new file: nothing is overwritten. Choose another name.") from None
     return path

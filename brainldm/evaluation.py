@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['mean_slice_floor', 'never_seen', 'score_slices', 'subject_interval', 'json_safe', 'show_number', 'codebook_scores',
-           'reconstruction_scores', 'merge_metrics']
+           'reconstruction_scores', 'alone_with_metrics', 'merge_metrics']
 
 # %% ../nbs/10_evaluation.ipynb #7d3cfc14
 import json
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -131,12 +135,31 @@ def reconstruction_scores(
         n_subjects_in_training=None if trained is None else len({*trained} & {*table.subject}),
         **codebook_scores(model, dataset)))
 
+# %% ../nbs/10_evaluation.ipynb #f449744a
+@contextmanager
+def alone_with_metrics(
+    run:str|Path, # Run folder, made if it is not there
+    seconds:float=60., # How long to wait for another process
+)->Iterator[None]: # A context in which no other process changes RUN/metrics.json
+    "Between reading a file and writing it anew another process may write, and what it wrote would be lost: lock first."
+    Path(run).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(run)/'.metrics.lock', timeout=seconds)
+    try: lock.acquire()
+    except Timeout: raise RuntimeError(
+        f"merge_metrics: another process has held {run}/metrics.json for {seconds:g} s. Expected to wait a moment. "
+        "Look whether it still works, then measure again.") from None
+    except NotImplementedError: warnings.warn(
+        f'merge_metrics: {run} lies where files cannot be locked. Make sure that no other process measures there.')
+    try: yield
+    finally: lock.release()
+
 # %% ../nbs/10_evaluation.ipynb #3c26eb2e
 def merge_metrics(
     run:str|Path, # Run folder
     name:str, # What was measured
     values:dict, # The numbers
 )->None:
-    "Put numbers into RUN/metrics.json beside those that are there."
-    metrics = {**read_metrics(run), name: json_safe(values)}
-    write_atomic(Path(run)/'metrics.json', json.dumps(metrics, indent=1, allow_nan=False).encode())
+    "Put numbers into RUN/metrics.json beside those that are there, also while other processes do so. Raises RuntimeError."
+    with alone_with_metrics(run):
+        metrics = {**read_metrics(run), name: json_safe(values)}
+        write_atomic(Path(run)/'metrics.json', json.dumps(metrics, indent=1, allow_nan=False).encode())

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['check_divides', 'ResBlock', 'Downsample', 'Upsample', 'AttentionBlock', 'CrossAttention', 'ScalarEmbedding',
-           'Conditioner', 'pick_device', 'pick_precision', 'where']
+           'Conditioner', 'process_device', 'pick_device', 'pick_precision', 'where']
 
 # %% ../nbs/01b_layers.ipynb #544033f8
 import math
+import os
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -200,12 +203,24 @@ class Conditioner(nn.Module):
         return torch.where(missing[:, None], self.null[i].to(known), known)
 
 # %% ../nbs/01b_layers.ipynb #fc7e1a1c
+def process_device()->str: # 'cpu', 'cuda', 'cuda:1', 'mps'
+    """The accelerator of this process, or the CPU.
+
+    A launcher (`accelerate launch`, `torchrun`) starts one process a GPU and says in LOCAL_RANK which one this is.
+    Where accelerate has been set up already, its device is taken; ACCELERATE_USE_CPU=true asks for the CPU."""
+    if PartialState._shared_state: return str(PartialState().device)           # of a training, or of the host program
+    if parse_flag_from_env('ACCELERATE_USE_CPU'): return 'cpu'
+    if not torch.cuda.is_available(): return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    rank = int(os.environ.get('LOCAL_RANK', -1))
+    return 'cuda' if rank<0 else f'cuda:{rank%torch.cuda.device_count()}'      # as accelerate counts
+
+# %% ../nbs/01b_layers.ipynb #9afc93d7
 def pick_device(
-    device:str|None=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the best there is
+    device:str|None=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the accelerator of this process, if there is one
 )->torch.device: # Where to compute
-    "An accelerator if there is one. Raises ValueError for a device that this machine does not have."
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try: return torch.zeros((), device=device or best).device
+    "Where networks compute; all of the package asks here. Raises ValueError for a device that this machine lacks."
+    device = device or process_device()
+    try: return torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as e: raise ValueError(
         f"pick_device: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). "
         "Expected a device of this machine. Try device='cpu'.") from None

@@ -1,5 +1,6 @@
 """The command as people use it: whole jobs, and every kind of bad input."""
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from PIL import Image
 from brainldm import cli
 from brainldm.cli import main
 from brainldm.runs import load_weights, save_weights
+from brainldm.vae import AutoencoderKL
 
 TINY = "--preset tiny --total-images 80 --log-every 5 --validate-every 40 --checkpoint-every 40".split()
 
@@ -167,6 +169,59 @@ def test_sample_does_not_overwrite(tiny_run, tmp_path, capsys):
     assert {"picture_0000.png", "picture_0001.png", "manifest.csv", "grid.png", "denoising.gif"} == {p.name for p in before}
     refused(capsys, *words)
     assert snapshot(tmp_path / "out") == before
+
+
+def count_decoded(monkeypatch):
+    "How many images pass the decoder from now on."
+    counts, call = [], AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z, *args: counts.append(len(z)) or call(self, z, *args))
+    return counts
+
+
+@pytest.mark.parametrize("n, shown", [(9, 4), (2, 2)])
+def test_a_film_of_four_decodes_four(tiny_run, tmp_path, monkeypatch, n, shown):
+    counts = count_decoded(monkeypatch)
+    assert main(["sample", str(tiny_run[0]), "--n", str(n), "--steps", "5", "--out", str(tmp_path / "out")]) == 0
+    assert sum(counts) == 5 * shown + n                                   # each step of the film, then each image once
+    with Image.open(tmp_path / "out" / "denoising.gif") as film:
+        assert film.n_frames in (5, 6) and film.size == (64 * shown, 64)      # equal frames are one
+
+
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+def test_two_samplings_at_once_get_a_folder_each(tmp_path):
+    "Eight processes ask for the next folder at the same moment, and one holds a name that was asked for."
+    def ask(k):
+        gate.wait()
+        places.put([cli.pick_place(None, tmp_path / "samples" / "drawn").name for _ in range(20)])
+    fork = multiprocessing.get_context("fork")
+    gate, places = fork.Barrier(8), fork.Queue()
+    workers = [fork.Process(target=ask, args=(k,)) for k in range(8)]
+    for o in workers: o.start()
+    names = sum((places.get(timeout=60) for _ in workers), [])
+    for o in workers: o.join(60)
+    assert sorted(names) == [f"drawn_{i:03d}" for i in range(160)]
+
+
+def test_two_sample_commands_at_once(tiny_run, tmp_path, monkeypatch):
+    "The second command runs from start to end while the first one samples: both succeed, and nothing is mixed."
+    run = copy_run(tiny_run[0], tmp_path / "run")
+    words, call, inner = ["sample", str(run), "--n", "1", "--steps", "1", "--seed"], cli.draw_together, []
+    def slow(*args):
+        if not inner:
+            inner.append(None)
+            inner.append(main([*words, "1"]))
+        return call(*args)
+    monkeypatch.setattr(cli, "draw_together", slow)
+    assert main([*words, "0"]) == 0 and inner == [None, 0]
+    seeds = {p.parent.name: p.read_text().splitlines()[1] for p in (run / "samples").glob("drawn_*/manifest.csv")}
+    assert set(seeds) == {"drawn_000", "drawn_001"} and len(set(seeds.values())) == 2
+
+
+@pytest.mark.parametrize("words", ["--n 0", "--guidance-scale -1", "--diagnosis FTD"])
+def test_a_refused_command_leaves_no_folder(tiny_run, tmp_path, capsys, words):
+    run = copy_run(tiny_run[0], tmp_path / "run")
+    refused(capsys, "sample", run, *words.split())
+    assert not list((run / "samples").glob("drawn_*"))
 
 
 def test_run_without_checkpoint(tiny_run, tmp_path, capsys):

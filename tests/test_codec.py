@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import brainldm.codec as codec_module
 from brainldm.codec import (
     SYNTHETIC, Codec, check_conditions, check_pictures, in_batches, manifest_of, save_gif, save_pictures, to_bytes,
     told)
@@ -59,6 +60,16 @@ def test_nothing_is_overwritten(tiny_run, tmp_path):
     with pytest.raises(ValueError, match='3 values of age'): save_pictures(pictures, tmp_path/'b', dict(age=[1, 2, 3]), {})
     with pytest.raises(ValueError, match='not finite'): save_pictures(pictures*float('nan'), tmp_path/'b', {}, {})
     assert not (tmp_path/'b').exists()
+
+
+def test_a_folder_is_taken_once(tmp_path, monkeypatch):
+    "Two processes found the same empty folder: whoever makes the first file has it, and the other is told."
+    (tmp_path/'out').mkdir()
+    monkeypatch.setattr(codec_module, 'refuse_taken', lambda o: o)             # as if both had looked before either wrote
+    first = save_pictures(torch.zeros(2, 1, 8, 8), tmp_path/'out', {}, dict(seed=1))
+    before = {o.name: o.read_bytes() for o in first.iterdir()}
+    with pytest.raises(FileExistsError, match='taken by another process. Expected'): save_pictures(torch.ones(2, 1, 8, 8), tmp_path/'out', {}, dict(seed=2))
+    assert {o.name: o.read_bytes() for o in first.iterdir()}==before
 
 
 @pytest.mark.parametrize('n', [1, 2, 4, 9])

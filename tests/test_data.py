@@ -446,6 +446,69 @@ def test_faulty_volume(tmp_path, kind, vol, affine):
     assert faults(report)==[kind] and len(report.faults)==1, str(report)
 
 
+# ---- grids
+
+def other_head(i): return np.stack([picture(10*i+k).T for k in range(5)], -1)
+
+
+def shifted(z):
+    out = np.diag([2., 2., 2., 1.])
+    out[2, 3] = z
+    return out
+
+
+@pytest.mark.parametrize('affine, shape, said', [
+    (np.diag([1., 1., 1., 1.]), None, 'voxels 1 x 1 x 1 mm, and 4 of 5 volumes have voxels 2 x 2 x 2 mm'),
+    (np.diag([2., 2., 5., 1.]), None, 'voxels 2 x 2 x 5 mm'),
+    (shifted(60), None, 'origin (0.0, 0.0, 60.0) mm, and 4 of 5 volumes have origin (0.0, 0.0, 0.0) mm'),
+    (turned(6), None, 'axes leaning by 0.0, 6.0, 6.0 degrees'),
+    (np.diag([2., 2., 2., 1.]), 4, 'matrix 32 x 40 x 4, and 4 of 5 volumes have matrix 32 x 40 x 5')])
+def test_another_grid_is_a_fault(tmp_path, affine, shape, said):
+    for i in range(4): make_volume(tmp_path/f'sub-{i:02d}.nii.gz', other_head(i))
+    make_volume(tmp_path/'sub-09.nii.gz', other_head(9)[..., :shape], affine)
+    report = look(tmp_path)
+    assert faults(report)==['grid'] and report.faults.path.tolist()==['sub-09.nii.gz'], str(report)
+    assert said in report.faults.detail[0] and report.voxel_mm==(2, 2)
+    with pytest.raises(ValueError, match='grid'): read_manifest(tmp_path)
+
+
+def test_no_majority_of_grids_blames_everybody(tmp_path):
+    for i in range(4): make_volume(tmp_path/f'sub-{i:02d}.nii.gz', other_head(i), shifted(60*(i%2)))
+    report = look(tmp_path)
+    assert faults(report)==['grid'] and len(report.faults)==4 and report.voxel_mm is None
+    assert 'No grid has a majority' in str(report)
+
+
+def test_grids_of_a_manifest_are_compared(tmp_path):
+    for i in range(3): make_volume(tmp_path/f'{i}.nii', other_head(i), shifted(20*(i==2)))
+    rows = pd.DataFrame(dict(path=[f'{i}.nii' for i in range(3) for _ in range(2)], subject=list('001122'), slice=[0, 1]*3, plane=[1, 3]*3))
+    rows.to_csv(tmp_path/'manifest.csv', index=False)
+    report = look(tmp_path)
+    assert report.faults.path.tolist()==['2.nii'] and report.voxel_mm==(2, 4)      # every second plane
+
+
+def test_stored_otherwise_and_rounded_is_one_grid(tmp_path):
+    affine = shifted(10)
+    make_volume(tmp_path/'sub-01.nii.gz', other_head(1), affine)
+    turn = nib.orientations.axcodes2ornt('LPS')
+    flip = nib.orientations.ornt_transform(nib.io_orientation(affine), turn)
+    other = affine @ nib.orientations.inv_ornt_aff(flip, (32, 40, 5))
+    make_volume(tmp_path/'sub-02.nii.gz', nib.orientations.apply_orientation(other_head(2), flip), other)
+    make_volume(tmp_path/'sub-03.nii.gz', other_head(3), affine+np.diag([1e-4, 0, 0, 0]))
+    report = look(tmp_path)
+    assert report.ok and report.voxel_mm==(2, 2), str(report)
+
+
+def test_pictures_have_no_voxel_size(tmp_path): assert look(make_oasis(tmp_path)).voxel_mm is None
+
+
+@pytest.mark.parametrize('more', [(1,), (1, 1)])
+def test_4d_with_one_frame_is_one_volume(tmp_path, more):
+    for i in range(3): make_volume(tmp_path/f'a{i}.nii.gz', other_head(i)); make_volume(tmp_path/f'b{i}.nii.gz', other_head(i).reshape(32, 40, 5, *more))
+    report = look(tmp_path)
+    assert set(report.faults.fault)<={'duplicate', 'leak'} and report.sizes.to_dict()=={'40 x 32': 30}     # the same voxels
+
+
 def test_volume_without_orientation_and_broken_files(tmp_path):
     img = nib.Nifti1Image(float_head(), None)
     img.header['sform_code'] = img.header['qform_code'] = 0
@@ -468,3 +531,39 @@ def test_enlarging_is_noted(tmp_path):
     root = make_oasis(tmp_path)
     assert any('enlarged to 64' in o for o in look(root, DataConfig(size=64)).notes)
     assert not any('enlarged' in o for o in look(root).notes)
+
+
+# ---- intensities, said by the check
+
+def test_what_was_changed_is_said(tmp_path):
+    for i in range(4):
+        vol = other_head(i).astype(np.float32)
+        if i==1: vol[vol==0] = np.nan
+        if i==2: vol[vol==0] = -.5
+        make_volume(tmp_path/f'sub-{i:02d}.nii.gz', vol, dtype=np.float32)
+    report = look(tmp_path)
+    assert report.ok, str(report)
+    for text in ('1 volumes with NaN outside the brain, taken as 0, such as sub-01', '1 volumes with values below 0, set to 0: at most 0.2%'):
+        assert text in str(report), str(report)
+
+
+def test_turned_pictures_are_said(tmp_path):
+    root = make_oasis(tmp_path)
+    path = root/'keras_png_slices_train/case_001_slice_0.nii.png'
+    exif = Image.Exif(); exif[0x0112] = 6
+    save(path, np.rot90(picture(100)), exif=exif)
+    report = look(root)
+    assert report.ok and any('1 pictures turned upright' in o for o in report.notes), str(report)
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'an artefact'])
+def test_a_dark_volume_is_named(tmp_path, kind):
+    for i in range(6):
+        vol = other_head(i)
+        if i==3 and kind=='bytes': vol = vol//4
+        if i==3 and kind=='an artefact': vol = vol.astype(np.float32); vol[5:9, 6:9, :2] = 5000
+        make_volume(tmp_path/f'sub-{i:02d}.nii.gz', vol, dtype=vol.dtype)
+    notes = [o for o in look(tmp_path).notes if 'darker' in o]
+    assert len(notes)==1 and '1 of 6 subjects' in notes[0] and 'sub-03' in notes[0]
+    make_volume(tmp_path/'sub-03.nii.gz', other_head(3))
+    assert not any('darker' in o for o in look(tmp_path).notes)

@@ -1,5 +1,7 @@
 "Evaluation: floors, intervals, JSON that everybody can read."
 import json
+import multiprocessing
+import os
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ import torch
 from brainldm.data import DataConfig
 from brainldm.batches import Covariate, SliceDataset, open_dataset
 from brainldm.evaluation import (
-    json_safe, mean_slice_floor, merge_metrics, never_seen, reconstruction_scores, score_slices, show_number,
+    alone_with_metrics, json_safe, mean_slice_floor, merge_metrics, never_seen, reconstruction_scores, score_slices, show_number,
     subject_interval)
 from brainldm.runs import read_metrics
 from brainldm.codec import Codec
@@ -98,3 +100,24 @@ def test_metrics_hold_no_nan(tmp_path):
         (tmp_path/'metrics.json').write_text(broken)
         with pytest.raises(ValueError, match='read_metrics'): merge_metrics(tmp_path, 'c', {})
         assert (tmp_path/'metrics.json').read_text()==broken
+
+
+def measure(run, name):
+    for i in range(5): merge_metrics(run, f'{name} {i}', dict(a=i))
+
+
+@pytest.mark.skipif(os.name=='nt', reason='forks')
+def test_two_processes_measure_at_once(tmp_path):
+    "Four processes put in five measurements each: none is lost."
+    fork = multiprocessing.get_context('fork')
+    workers = [fork.Process(target=measure, args=(tmp_path, name)) for name in 'abcd']
+    for o in workers: o.start()
+    for o in workers: o.join(60)
+    assert [o.exitcode for o in workers]==[0]*4
+    assert set(read_metrics(tmp_path))=={f'{name} {i}' for name in 'abcd' for i in range(5)}
+
+
+def test_a_measurement_does_not_wait_for_ever(tmp_path):
+    with alone_with_metrics(tmp_path):
+        with pytest.raises(RuntimeError, match='another process has held .* Expected'), alone_with_metrics(tmp_path, seconds=.1): pass
+    merge_metrics(tmp_path, 'a', {})                                           # free again

@@ -2,9 +2,11 @@
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 from test_data import float_head, make_volume, save, turned
 
-from brainldm.files import DataFault, axial_picture, cache_folder, count_planes, decode_file, hash_picture, load_volume
+from brainldm.files import (DataFault, axial_picture, cache_folder, count_planes, decode_file, hash_picture, load_volume, read_picture,
+                            scale_to_bytes)
 
 
 def flipped(vol, affine, flips, order):
@@ -37,9 +39,9 @@ def test_slightly_oblique_is_read(tmp_path):
 def test_intensities(tmp_path):
     vol = float_head()*7.3
     make_volume(tmp_path/'a.nii.gz', vol, dtype=np.float32)
-    got, clipped = load_volume(tmp_path/'a.nii.gz')
+    got, done = load_volume(tmp_path/'a.nii.gz')
     top = np.percentile(vol[vol>0], 99.9)
-    assert got.dtype==np.uint8 and np.abs(got-np.clip(vol/top, 0, 1)*255).max()<=.5+1e-3 and clipped<=.001
+    assert got.dtype==np.uint8 and np.abs(got-np.clip(vol/top, 0, 1)*255).max()<=.5+1e-3 and done['clipped']<=.001
     raw = float_head().astype(np.uint8)
     make_volume(tmp_path/'b.nii.gz', raw)
     assert (load_volume(tmp_path/'b.nii.gz')[0]==raw).all()
@@ -61,3 +63,62 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert cache_folder()==tmp_path/'x/brainldm'
     monkeypatch.setenv('BRAINLDM_CACHE', str(tmp_path/'y'))
     assert cache_folder()==tmp_path/'y' and cache_folder(tmp_path)==tmp_path
+
+
+# ---- intensities
+
+def head(seed=0, shape=(30, 36, 9)):
+    "An ellipsoid of 600 to 1000, 0 around it."
+    gen = np.random.default_rng(seed)
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing='ij')
+    return ((x/.8)**2+(y/.85)**2+(z/1.3)**2<1)*(600+400*gen.random(shape)).astype(np.float32)
+
+
+def test_nan_around_the_brain_is_background():
+    vol = head()
+    got, done = scale_to_bytes(np.where(vol>0, vol, np.nan))
+    assert (got==scale_to_bytes(vol)[0]).all() and done['nan']==(vol==0).sum()
+    gap = vol.copy(); gap[14:16, :20] = 0                        # a fissure that opens to the back
+    assert scale_to_bytes(np.where(gap>0, gap, np.nan))[1]['nan']==(gap==0).sum()
+    edge = vol.copy(); edge[0] = np.nan                          # the field of view of a resampling, beside a background of 0
+    assert scale_to_bytes(edge)[1]['nan']==36*9
+
+
+@pytest.mark.parametrize('where', [np.s_[15, 18, 4], np.s_[12:18, 12:20, 3:6], np.s_[15:18, 15:18, 0], np.s_[:, :, 4], np.s_[:, :, 3:6], np.s_[:, 18], np.s_[12:16]])
+@pytest.mark.parametrize('around', [0, np.nan])
+def test_nan_in_the_brain_is_a_fault(where, around):
+    vol = head(); vol[vol==0] = around; vol[where] = np.nan
+    with pytest.raises(DataFault, match='inside the brain') as e: scale_to_bytes(vol)
+    assert e.value.kind=='nan'
+
+
+def test_infinite_is_a_fault_wherever_it_is():
+    vol = head(); vol[0, 0, 0] = np.inf
+    with pytest.raises(DataFault, match='infinite'): scale_to_bytes(vol)
+
+
+@pytest.mark.parametrize('ring', ['everywhere and small', 'at the edge and deep'])
+def test_ringing_is_weighed_by_its_size(ring):
+    vol, gen = head(), np.random.default_rng(1)
+    if ring=='everywhere and small': bad = vol-(vol==0)*gen.random(vol.shape)*9          # 1 % of the bright end, in all the background
+    else: bad = vol.copy(); bad[:3, ::6, ::4] = -80                                      # 8 %, in a few voxels
+    got, done = scale_to_bytes(bad)
+    assert (got==scale_to_bytes(vol)[0]).all() and .005<done['negative']<.1
+
+
+@pytest.mark.parametrize('normalize', [lambda v: (v-v.mean())/v.std(), lambda v: np.where(v>0, (v-v[v>0].mean())/v[v>0].std(), 0),
+                                       lambda v: v/v.max()*2-1, lambda v: v-100])
+def test_a_normalized_volume_is_refused(normalize):
+    with pytest.raises(DataFault, match='before it is normalized') as e: scale_to_bytes(normalize(head()))
+    assert e.value.kind=='negative'
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg'])
+@pytest.mark.parametrize('tag, undo', [(2, np.fliplr), (3, lambda o: np.rot90(o, 2)), (4, np.flipud), (6, lambda o: np.rot90(o, -1)), (8, np.rot90), (1, lambda o: o)])
+def test_exif_turns_are_obeyed(tmp_path, suffix, tag, undo):
+    stored = np.arange(40*24, dtype=np.uint8).reshape(40, 24)//4*4
+    exif = Image.Exif(); exif[0x0112] = tag
+    save(tmp_path/f'a.{suffix}', stored, exif=exif, **(dict(quality=100) if suffix=='jpg' else {}))
+    save(tmp_path/f'b.{suffix}', stored, **(dict(quality=100) if suffix=='jpg' else {}))
+    picture, turned = read_picture(tmp_path/f'a.{suffix}')
+    assert (picture==undo(read_picture(tmp_path/f'b.{suffix}')[0])).all() and turned==(tag!=1)

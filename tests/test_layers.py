@@ -1,10 +1,13 @@
 """The blocks against slow versions and PyTorch's own attention, over shapes, precisions, missing values and bad input."""
+import ast
+from pathlib import Path
 import pytest, torch
+from accelerate import DistributedType, PartialState
 from torch import nn
 from torch.testing import assert_close
 from brainldm.batches import Covariate, encode_covariates
 from brainldm.layers import (AttentionBlock, Conditioner, CrossAttention, Downsample, ResBlock, ScalarEmbedding, Upsample,
-                             check_divides)
+                             check_divides, pick_device, process_device)
 
 COVARIATES = (Covariate('diagnosis', 'categorical', values=('AD', 'NC')), Covariate('age', 'continuous', range=(50, 90)),
               Covariate('sex', 'categorical', values=('F', 'M')))
@@ -165,3 +168,34 @@ def test_bfloat16_autocast():
     assert_close(half.float(), run(), atol=.1, rtol=.05)                        # bfloat16 keeps 8 bits: 0.4 % an operation
     half.float().square().sum().backward()
     assert all(p.grad.isfinite().all() for m in (teller, res, attn, cross) for p in m.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize('environment, place', [({}, 'cuda'), (dict(LOCAL_RANK='0'), 'cuda:0'), (dict(LOCAL_RANK='1'), 'cuda:1'),
+                                                (dict(LOCAL_RANK='3'), 'cuda:1'), (dict(LOCAL_RANK='1', ACCELERATE_USE_CPU='true'), 'cpu')])
+def test_device_of_a_process(environment, place, monkeypatch):
+    "Two GPUs: which one depends on the number of the process on this machine; more processes than GPUs share them."
+    monkeypatch.setattr(PartialState, '_shared_state', {})
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True); monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for k in ('LOCAL_RANK', 'ACCELERATE_USE_CPU'): monkeypatch.delenv(k, raising=False)
+    for k,v in environment.items(): monkeypatch.setenv(k, v)
+    assert process_device()==place
+
+
+def test_device_of_a_host_program(monkeypatch):
+    "Where accelerate is set up already, its device is taken, and nothing is set up by asking."
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(PartialState, '_shared_state', {})
+    process_device()
+    assert not PartialState._shared_state
+    monkeypatch.setattr(PartialState, '_shared_state', dict(device=torch.device('cpu'), _cpu=True, distributed_type=DistributedType.NO, debug=False))
+    assert pick_device()==torch.device('cpu')
+
+
+def test_one_place_chooses_the_device():
+    "No other function asks which accelerators there are, but to pin memory or to name one."
+    asks = {}
+    for path in (Path(__file__).parents[1]/'brainldm').glob('[a-z]*.py'):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and 'is_available()' in ast.unparse(node): asks.setdefault(path.stem, []).append(node.name)
+    asks['vqgan'].remove('everyone')                                           # of torch.distributed
+    assert {k: v for k,v in asks.items() if v}==dict(layers=['process_device'], loop=['train_batches'])

@@ -90,3 +90,29 @@ def test_two_processes_draw_what_one_draws(one_and_two, tmp_path):
         assert done.returncode==0 and done.stdout.count('5 synthetic pictures')==1, done.stdout+done.stderr
     ours,theirs = ({o.name: o.read_bytes() for o in (tmp_path/name).glob('*.png')} for name in ('one', 'two'))
     assert len(ours)==6 and ours==theirs                                       # five pictures and their grid
+
+
+PLACES = """
+import os
+from types import SimpleNamespace
+import torch
+from brainldm.layers import pick_device
+from brainldm.loop import crew
+real = torch.zeros                                                             # a machine with two GPUs, as far as it is asked
+def zeros(*args, device=None, **kwargs):
+    return SimpleNamespace(device=torch.device(device)) if 'cuda' in str(device) else real(*args, device=device, **kwargs)
+torch.cuda.is_available,torch.cuda.device_count,torch.zeros = (lambda: True),(lambda: 2),zeros
+print('takes', pick_device(), flush=True)
+os.environ['ACCELERATE_USE_CPU'] = 'true'                                      # as `accelerate launch --cpu` does
+before,state,after = pick_device(),crew(),pick_device()
+print('of', state.num_processes, before, state.device.type, after, flush=True)
+"""
+
+
+def test_each_process_takes_its_own_device(tmp_path):
+    "Two processes: each its own GPU before anything has set accelerate up, and what accelerate says afterwards."
+    script = tmp_path/'places.py'
+    script.write_text(PLACES)
+    alone = {k: v for k,v in ENV.items() if k!='ACCELERATE_USE_CPU'}
+    done = subprocess.run([sys.executable, *TWO, str(script)], capture_output=True, text=True, timeout=200, env=alone)
+    assert sorted(done.stdout.splitlines())==['of 2 cpu cpu cpu']*2+['takes cuda:0', 'takes cuda:1'], done.stdout+done.stderr

@@ -27,10 +27,18 @@ def copy(tiny_run, tmp_path):
 def same(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('batch_size', [1, 3, 8, 50])
-def test_batches_do_not_matter(model, batch_size):
-    asked = dict(slice=[0, 1, 2, 3, 4, 5, None], diagnosis=['AD', 'NC', None, 'AD', 'NC', None, 'AD'], steps=4, seed=9, guidance_scale=2.)
+@pytest.mark.parametrize('how', [dict(), dict(sampler='dpmpp'), dict(sampler='ddpm'), dict(eta=.6)], ids=str)
+@pytest.mark.parametrize('batch_size', [1, 3, 50])
+def test_batches_do_not_matter(model, batch_size, how):
+    asked = dict(how, slice=[0, 1, 2, 3, 4, 5, None], diagnosis=['AD', 'NC', None, 'AD', 'NC', None, 'AD'], steps=4, seed=9, guidance_scale=2.)
     same(model.sample(7, batch_size=batch_size, **asked), model.sample(7, **asked))
+
+
+@pytest.mark.parametrize('how', [dict(), dict(sampler='dpmpp'), dict(sampler='ddpm'), dict(eta=.6)], ids=str)
+def test_parts_of_a_request_do_not_matter(model, how):
+    "Image 3 is image 3: in one go, or when another process begins with it."
+    how = dict(how, steps=4, slice=2, seed=3)
+    same(torch.cat([model.sample(3, **how), model.sample(4, first=3, **how)]), model.sample(7, **how))
 
 
 def test_first_three_of_eight(model): same(model.sample(8, steps=4, slice=2, seed=3)[:3], model.sample(3, steps=4, slice=2, seed=3))
@@ -150,6 +158,25 @@ def test_callback_sees_each_step_of_each_batch(model):
     assert seen==[(i, n) for n in (2, 2, 1) for i in range(3)] and len(last)==5
 
 
+@pytest.mark.parametrize('batch_size, decoded', [(8, 4*3+8), (2, 4*3+8), (3, 4*3+8)])
+def test_only_what_is_watched_is_decoded(model, monkeypatch, batch_size, decoded):
+    seen,counts = [],[]
+    monkeypatch.setattr(model.autoencoder, 'decode', lambda z, *args, call=model.autoencoder.decode: counts.append(len(z)) or call(z, *args))
+    how,watched = dict(steps=3, seed=1, batch_size=batch_size, slice=list(range(6))+[0, 1]),[0, 2, 5, 6]
+    last = model.sample(8, watched=watched, callback=lambda i,t,p: seen.append((i, p)), **how)
+    assert sum(counts)==decoded and sum(len(p) for _,p in seen)==4*3
+    for i in range(3):
+        shown = torch.cat([p for k,p in seen if k==i])
+        everything = []; model.sample(8, callback=lambda k,t,p: everything.append(p) if k==i else None, **how)
+        same(shown, torch.cat(everything)[watched])
+    same(last, model.sample(8, **how))
+
+
+@pytest.mark.parametrize('watched, error', [([8], ValueError), ([-1], ValueError), ([.5], TypeError)])
+def test_what_cannot_be_watched(model, watched, error):
+    with pytest.raises(error, match='sample: watched=.*Expected'): model.sample(8, steps=1, watched=watched, callback=print)
+
+
 def scans(tiny_run, n):
     return open_dataset(tiny_run[1], DataConfig(size=64), progress=False).__getitems__(range(n))['image']
 
@@ -162,9 +189,9 @@ def test_samplers_agree_with_many_steps(model):
 def test_image_to_image(model, tiny_run):
     pictures,asked = scans(tiny_run, 5),dict(slice=2, diagnosis='NC')
     same(model.image_to_image(pictures, 1., steps=6, seed=4, **asked), model.sample(5, steps=6, seed=4, **asked))
-    for sampler in ('ddim', 'dpmpp'):
+    for sampler in ('ddim', 'dpmpp', 'ddpm'):
         how = dict(steps=10, sampler=sampler, seed=4, **asked)
-        same(model.image_to_image(pictures, .5, batch_size=2, **how), model.image_to_image(pictures, .5, **how))
+        for b in (1, 2): same(model.image_to_image(pictures, .5, batch_size=b, **how), model.image_to_image(pictures, .5, **how))
     far = [(model.image_to_image(pictures, w, steps=20, **asked)-model.reconstruct(pictures)).abs().mean() for w in (.1, .5, 1.)]
     assert far[0]<far[1]<far[2]
     assert torch.equal(pictures, scans(tiny_run, 5))                           # what came in stays as it was
