@@ -104,8 +104,10 @@ def augment(
     b,chance = len(pictures),dict(generator=generator, device=pictures.device)
     theta = torch.eye(2, 3, device=pictures.device).repeat(b, 1, 1)
     theta[:, :, 2] = (torch.rand(b, 2, **chance)*2-1)*2*shift/pictures.shape[-1]
-    grid = F.affine_grid(theta, pictures.shape, align_corners=False)
-    moved = F.grid_sample(pictures, grid, padding_mode='border', align_corners=False)
+    edge,sides = math.ceil(shift)+1,pictures.new_tensor(pictures.shape[:-3:-1])    # width, height
+    grid = F.affine_grid(theta, pictures.shape, align_corners=False)*(sides/(sides+2*edge))
+    wide = F.pad(pictures, [edge]*4, mode='replicate')                         # MPS samples beyond no other border than zeros
+    moved = F.grid_sample(wide, grid, align_corners=False)
     gain,level = torch.rand(2, b, 1, 1, 1, **chance)
     grey = (moved+1)*(1+contrast*(2*gain-1))-1
     return grey+noise*level*torch.randn(pictures.shape, **chance)
