@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .data import DataConfig
 from .batches import Covariate, SliceDataset, eval_batches, fingerprint
-from .loop import Learner, TrainConfig, infer, seeded, to_device
+from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
 from .phantom import show_grid
 from .runs import enter_run, is_finished, read_config, run_stage, save_weights, unpack_state, within_memory
 from .scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
@@ -68,7 +68,7 @@ PRESETS = {
                          attention_levels=(False, True), snr_gamma=5., snr_offset=1.)),
     'gpu': (AEConfig(total_images=2_000_000, batch_size=32, warmup_images=20_000, validate_every=100_000,
                      checkpoint_every=50_000, data=DataConfig(size=256, crop='auto'), channels=(128, 192, 256),
-                     num_res_blocks=2, attention_levels=(False, False, True), patch=2, num_workers=4),
+                     num_res_blocks=2, attention_levels=(False, False, True), patch=2, unet_levels=3, num_workers=4),
             LDMConfig(total_images=10_000_000, batch_size=128, learning_rate=5e-4, warmup_images=100_000,
                       validate_every=500_000, checkpoint_every=250_000, channels=(192, 384, 576),
                       attention_levels=(False, True, True), num_heads=8, cond_channels=256, dropout=.1,
@@ -82,7 +82,8 @@ def mean_encoder(
 )->Callable[[dict], Tensor]: # A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU
     "What stage 2 sees of a slice. Means, not draws: a draw puts noise into the target that no network can predict."
     device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
-    return lambda batch: encode(batch['image'].to(device), to_device(batch, device))[0].float().cpu()
+    mean = in_chunks(lambda x,cond: encode(x, cond)[0], 64)
+    return lambda batch: mean(batch['image'].to(device), to_device(batch, device)).float().cpu()
 
 # %% ../nbs/06a_diffusion.ipynb #05bcbc3f
 def cache_latents(
@@ -282,7 +283,12 @@ def check_stage2(
 )->None: # Nothing: it raises ValueError or returns
     "Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures of another size."
     settings = read_config(run)
-    refuse_leak(settings, dataset); refuse_unfinished(settings, about['images']); check_size(dataset, about['size'], factor)
+    refuse_leak(settings, dataset)
+    refuse_unfinished(settings, about['images'])
+    check_size(dataset, about['size'], 1)
+    if about['size']%factor: raise ValueError(
+        f"check_stage2: size={about['size']} and a network that needs a multiple of {factor}. Expected what the trained "
+        "autoencoder allows. Try one level fewer: shorter --channels and --attention-levels.")
 
 # %% ../nbs/06a_diffusion.ipynb #ea3bf201
 def preview_conditions(
@@ -308,7 +314,8 @@ def validate_ldm(
     path:Path, # Where the picture goes
 )->dict[str, float]: # val_mse of the averaged network, on times and noise that are the same each time
     "Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye."
-    device,unet = learner.accelerator.device,infer(learner.ema.module, learner.precision)
+    device = learner.accelerator.device
+    unet = in_chunks(infer(learner.ema.module, learner.precision), config.batch_size)
     batch,gen = to_device(spread_rows(held, 512), device),torch.Generator(device).manual_seed(0)
     _,logs = ldm_loss(unet, batch, gen, learner.seen, replace(config, drop_one=0., drop_all=0.), covariates)
     cond,rows = preview_conditions(covariates)
@@ -316,7 +323,7 @@ def validate_ldm(
     cond = to_device(cond, device)
     noise = torch.randn(columns, *held.latents.shape[1:], generator=gen, device=device).repeat(len(rows), 1, 1, 1)
     z = denoise(lambda xt,t: unet(xt, t, cond).float(), noise, config.schedule, config.preview_steps)
-    pictures = decode(z, cond)[:, 0].cpu().unflatten(0, (len(rows), columns))
+    pictures = in_chunks(decode, config.batch_size)(z, cond)[:, 0].cpu().unflatten(0, (len(rows), columns))
     save_figure(show_grid(pictures, row_labels=rows, title='Drawn, not scanned: diagnosis by slice'), path)
     return dict(val_mse=logs['mse'].item())
 

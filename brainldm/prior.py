@@ -28,7 +28,7 @@ from .layers import Conditioner,check_divides
 from .phantom import show_grid
 from .codec import Codec, check_conditions, check_request, in_batches, told
 from .layers import pick_device
-from .loop import Learner, TrainConfig, check_config, check_finite, infer, seeded, to_device
+from .loop import Learner, TrainConfig, check_config, check_finite, in_chunks, infer, seeded, to_device
 from .layers import pick_precision
 from .runs import enter_run, fill_model, is_finished, load_weights, run_stage, save_weights, within_memory
 from .training import MISFITS, describe, load_autoencoder, pick_covariates, recall, save_figure, spread_rows
@@ -299,7 +299,8 @@ def code_bits(
     batch_size:int=32, # Maps at a time
 )->Tensor: # Mean bits per code of each map (n,), on the CPU
     "What it costs to tell each map to somebody who has the prior."
-    device,answer,bits = next(prior.parameters()).device,infer(prior, precision),[]
+    device,bits = next(prior.parameters()).device,[]
+    answer = in_chunks(infer(prior, precision), batch_size)
     for i in range(0, len(codes), batch_size):
         part = codes[i:i+batch_size].flatten(1).to(device)
         known = {c.name: cond[c.name][i:i+batch_size].to(device) for c in prior.covariates if c.name in cond}
@@ -460,7 +461,8 @@ def code_encoder(
         f"cache_codes: a {type(model).__name__}, whose latents are no codes. Expected a VQVAE. "
         "Train the autoencoder with --kind vq or --kind fsq.")
     device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
-    return lambda batch: encode(batch['image'].to(device), to_device(batch, device))[1].cpu()
+    codes = in_chunks(lambda x,cond: encode(x, cond)[1], 64)
+    return lambda batch: codes(batch['image'].to(device), to_device(batch, device)).cpu()
 
 # %% ../nbs/09_prior.ipynb #15cb26c5
 def cache_codes(
@@ -494,13 +496,14 @@ def prior_args(
 def preview_codes(
     prior:CodeTransformer, # The averaged network
     precision:str='no', # Mixed precision to compute in
+    batch_size:int=32, # Maps at a time
 )->tuple[Tensor, dict[str, Tensor], list[str]]: # Codes (n, side, side), what they were told, and a label a row
     "Write a few maps: a row for each diagnosis, slices rising from left to right, the same chance in each row."
     device = next(prior.parameters()).device
     cond,rows = preview_conditions(prior.covariates)
     columns,cond = len(next(iter(cond.values())))//len(rows) if cond else 6,to_device(cond, device)
     u = torch.rand(columns, prior.side**2, generator=torch.Generator().manual_seed(0)).repeat(len(rows), 1).to(device)
-    return infer(prior, precision, 'generate')(u, cond),cond,rows
+    return in_chunks(infer(prior, precision, 'generate'), batch_size)(u, cond),cond,rows
 
 # %% ../nbs/09_prior.ipynb #9e7d4958
 def validate_prior(
@@ -511,11 +514,12 @@ def validate_prior(
 )->dict[str, float]: # val_bits of the averaged network now; best_bits, and the code maps seen when that was
     "Look at the prior on the way: its price on held-out subjects, and drawn pictures for the eye."
     prior,best,part = learner.ema.module,learner.ema.best,spread_rows(held, 256)
-    bits = code_bits(prior, part['latent'], part, learner.precision).mean().item()
+    chunk = learner.config.batch_size                                          # what fits beside a training
+    bits = code_bits(prior, part['latent'], part, learner.precision, chunk).mean().item()
     check_finite(dict(val_bits=bits), learner.seen)
     best.offer(prior, bits, learner.seen)
-    codes,cond,rows = preview_codes(prior, learner.precision)
-    pictures = decode(codes, cond)[:, 0].float().clamp(-1, 1).cpu().unflatten(0, (len(rows), -1))
+    codes,cond,rows = preview_codes(prior, learner.precision, chunk)
+    pictures = in_chunks(decode, chunk)(codes, cond)[:, 0].float().clamp(-1, 1).cpu().unflatten(0, (len(rows), -1))
     save_figure(show_grid(pictures, row_labels=rows, title='Written code by code: diagnosis by slice'), path)
     return dict(val_bits=bits, best_bits=best.bits.item(), best_images=best.images.item())
 

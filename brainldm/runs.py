@@ -6,7 +6,8 @@
 __all__ = ['HARMLESS', 'HELD', 'explain_disk', 'write_atomic', 'save_weights', 'load_weights', 'fill_model', 'pack_state',
            'unpack_state', 'Checkpoint', 'read_log', 'JsonLog', 'read_metrics', 'StopRequest', 'read_config',
            'compare_configs', 'find_run', 'open_run', 'lock_file', 'lock_run', 'free_run', 'enter_run',
-           'stage_callbacks', 'run_stage', 'is_finished', 'cut_batch', 'within_memory']
+           'stage_callbacks', 'StepOutOfMemory', 'mark_memory', 'run_stage', 'is_finished', 'cut_batch',
+           'within_memory']
 
 # %% ../nbs/05c_runs.ipynb #114296a1
 import json
@@ -30,7 +31,8 @@ from tqdm.auto import tqdm
 
 import brainldm
 from .batches import SliceDataset, fingerprint
-from .loop import Learner, TrainConfig, check_finite, every, fit, lr_at, smaller_batch, train_batches
+from .loop import (Learner, TrainConfig, check_finite, every, fit, lr_at, smaller_batch,
+                           train_batches)
 
 # %% ../nbs/05c_runs.ipynb #b8aca5ab
 def explain_disk(
@@ -243,7 +245,7 @@ class StopRequest:
 
 # %% ../nbs/05c_runs.ipynb #13003007
 HARMLESS = {'validate_every', 'checkpoint_every', 'log_every', 'num_workers', 'log_with', 'preview_steps',
-            'auto_find_batch_size'} # No weight feels them
+            'auto_find_batch_size', 'unet_levels'} # No weight feels them
 
 # %% ../nbs/05c_runs.ipynb #31d86cd2
 def read_config(
@@ -413,6 +415,21 @@ def stage_callbacks(
     gaps = {look: config.validate_every, save_all: config.checkpoint_every}
     return record,*(every(gap, cb, total, start) for cb,gap in gaps.items()),obey
 
+# %% ../nbs/05c_runs.ipynb #a50c1e01
+class StepOutOfMemory(RuntimeError): "A training step did not fit into memory: a smaller batch may."
+
+# %% ../nbs/05c_runs.ipynb #a50c1e02
+def mark_memory(
+    step:Callable[[dict], dict], # One training step
+)->Callable[[dict], dict]: # The same; where memory runs out it raises StepOutOfMemory
+    "Tell a step that is too large apart from anything else that fills the memory."
+    def marked(batch):
+        try: return step(batch)
+        except RuntimeError as e:
+            if not should_reduce_batch_size(e): raise
+            raise StepOutOfMemory(str(e)) from e
+    return marked
+
 # %% ../nbs/05c_runs.ipynb #34cca5c3
 def run_stage(
     learner:Learner, # What to train
@@ -437,7 +454,7 @@ def run_stage(
     try:
         with StopRequest() as stop:
             callbacks = stage_callbacks(learner, run, stage, validate, export, bar, stop)
-            fit(learner.step, batches, total, start, learner.images_a_step, config.log_every, callbacks)
+            fit(mark_memory(learner.step), batches, total, start, learner.images_a_step, config.log_every, callbacks)
     finally:
         bar.close()
         for tracker in acc.trackers: tracker.finish()
@@ -477,9 +494,12 @@ def within_memory(
     def call(dataset, run, config, resume=False, progress=True):
         while True:
             try: return train(dataset, run, config, resume, progress)
+            except StepOutOfMemory as e: config,resume = cut_batch(train.__name__, config, e),True
             except RuntimeError as e:
                 if not should_reduce_batch_size(e): raise
-                config,resume = cut_batch(train.__name__, config, e),True
+                raise RuntimeError(f"{train.__name__}: out of memory outside of a training step ({e}). Expected room for "
+                                   "one slice. Try a smaller network or size, or a device with more memory; what was "
+                                   "saved is whole, and --resume goes on from it.") from e
             finally: free_run(run)
             clear_device_cache(garbage_collection=True)
     return call

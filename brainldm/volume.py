@@ -34,7 +34,7 @@ from .sampling import BrainLDM, Sampler, draw_batch, draw_noise, guide, take_req
 from .codec import SYNTHETIC, check_pictures, check_request, in_batches, middle_conditions, new_folder, save_gif, to_bytes
 from .scheduler import NoiseSchedule
 from .samplers import denoise
-from .loop import Learner, TrainConfig, crew, infer, mixed_precision, to_device
+from .loop import Learner, TrainConfig, crew, in_chunks, infer, mixed_precision, to_device
 from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
 from .training import save_figure, spread_rows
 from brainldm.diffusion import (
@@ -411,7 +411,8 @@ def sample_volume(
             z = draw_brains(model, noise, part, how, {k: v[a:b] for k,v in known.items()}, bar.update)
             if not z.isfinite().all(): raise RuntimeError("sample_volume: latents are not finite. Expected numbers. "
                                                           "Try precision='no', or a smaller guidance_scale.")
-            brains += [model.decode_standard(o, c)[:, 0] for o,c in zip(z, split_brains(part, depth))]
+            decode = in_chunks(model.decode_standard, 32)
+            brains += [decode(o, c)[:, 0] for o,c in zip(z, split_brains(part, depth))]
     return torch.stack(brains)
 
 # %% ../nbs/07b_volume.ipynb #ca8548d9
@@ -449,7 +450,8 @@ def validate_volume(
     model.unet = unet = learner.ema.module
     device = learner.accelerator.device
     calm = replace(config, drop_one=0., drop_all=0., hide_neighbour=0., neighbour_noise=0.)
-    batch,call = to_device(spread_rows(held, 512), device),infer(unet, learner.precision)
+    batch = to_device(spread_rows(held, 512), device)
+    call = in_chunks(infer(unet, learner.precision), config.batch_size)
     def error(config):
         gen = torch.Generator(device).manual_seed(0)
         return volume_loss(call, batch, gen, learner.seen, config, model.schedule, unet.covariates)[0].item()

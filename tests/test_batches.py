@@ -151,8 +151,8 @@ def test_covariates():
     assert covs==[Covariate('slice', 'continuous', range=(0, 31)), Covariate('diagnosis', 'categorical', values=('AD', 'NC')),
                   Covariate('age', 'continuous', range=(60, 80)), Covariate('sex', 'categorical', values=('F',))]
     assert [Covariate(**json.loads(json.dumps(vars(o)))) for o in covs]==covs
-    assert [o.name for o in find_covariates(m.assign(apoe=['e3', None, 'e4']), ('apoe', 'age'))]==['slice', 'diagnosis', 'age', 'sex', 'apoe']
-    with pytest.raises(ValueError, match="'height'"): find_covariates(m, ('height',))
+    assert [o.name for o in find_covariates(m.assign(apoe=['e3', None, 'e4']), DataConfig(columns=('apoe', 'age')))]==['slice', 'diagnosis', 'age', 'sex', 'apoe']
+    with pytest.raises(ValueError, match="'height'"): find_covariates(m, DataConfig(columns=('height',)))
     got = encode_covariates(dict(slice=[0, 31, 15.5], diagnosis='AD', age=[None, 70, 60], sex=[None, 'F', 'F']), covs)
     assert_close(got['slice'], torch.tensor([0, 1, .5])); assert_close(got['diagnosis'], torch.tensor([0, 0, 0]))
     assert_close(got['age'], torch.tensor([np.nan, .5, 0], dtype=torch.float32), equal_nan=True); assert_close(got['sex'], torch.tensor([-1, 0, 0]))

@@ -195,7 +195,8 @@ def test_batches_are_sent_without_waiting():
 @pytest.mark.parametrize('kind,fused', [('cuda', True), ('cpu', True), ('mps', False), ('xpu', False)])
 def test_fused_optimizer(kind, fused, monkeypatch):
     "One kernel for all weights where torch has it."
-    made = SimpleNamespace(device=torch.device(kind), mixed_precision='no', num_processes=1, prepare=lambda *args: args)
+    made = SimpleNamespace(device=torch.device(kind), mixed_precision='no', num_processes=1, prepare=lambda *args: args, state=SimpleNamespace(),
+                           gradient_state=SimpleNamespace())
     monkeypatch.setattr(loop, 'make_accelerator', lambda *args: made); monkeypatch.setattr(nn.Module, 'to', lambda self, device: self)
     asked = {}
     monkeypatch.setattr(torch.optim, 'AdamW', lambda *args, **kwargs: asked.update(kwargs))
@@ -272,7 +273,8 @@ def fp16(learner, scale):
     "What accelerate prepares for precision='fp16' on a GPU: a scaler around loss and optimizer. (Autocast is left out: a CPU rounds otherwise.)"
     acc = learner.accelerator
     acc.scaler,acc.native_amp,acc.state._mixed_precision = torch.amp.GradScaler('cpu', init_scale=scale, growth_interval=10**6),True,'fp16'
-    learner.optimizer = AcceleratedOptimizer(learner.optimizer.optimizer, device_placement=False, scaler=acc.scaler)
+    with loop.own_state(acc):
+        learner.optimizer = AcceleratedOptimizer(learner.optimizer.optimizer, device_placement=False, scaler=acc.scaler)
     acc._optimizers = [learner.optimizer]
     return learner
 

@@ -4,10 +4,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from brainldm import loop
-from brainldm.loop import Learner, TrainConfig, check_config, ema_decay, fit, lr_at, seeded, train_batches
+from brainldm.diffusion import LDMConfig
+from brainldm.loop import Learner, TrainConfig, check_config, ema_decay, fit, in_chunks, lr_at, seeded, train_batches
+from brainldm.training import AEConfig
 
 
 @dataclass
@@ -84,3 +88,102 @@ def test_a_gradient_that_is_not_finite_is_seen_before_the_loss_is():
 def test_a_tracker_that_is_not_installed(name, monkeypatch):
     monkeypatch.setattr(loop, 'get_available_trackers', lambda: [])
     with pytest.raises(ValueError, match=f"log_with='{name}' is not installed"): check_config(TrainConfig(log_with=name))
+
+
+# ------------------------------------------------------------------ a program around the training
+
+@pytest.fixture
+def no_accelerator():
+    "As in a program that has not used accelerate yet."
+    before = AcceleratorState._shared_state, GradientState._shared_state
+    AcceleratorState._shared_state, GradientState._shared_state = {}, {}
+    yield
+    AcceleratorState._shared_state, GradientState._shared_state = before
+
+
+def train_line(precision, **change):
+    x, y = line_data()
+    learner = Learner(line(), line_loss, AveragedConfig(total_images=96, batch_size=8, precision=precision, **change))
+    for i in range(0, 96, 8):
+        learner.step(dict(x=x[i : i + 8], y=y[i : i + 8]))
+    return learner
+
+
+@pytest.mark.parametrize("host,own", [("no", "bf16"), ("bf16", "no")])
+def test_the_host_program_keeps_its_accelerator(host, own, no_accelerator):
+    "A training in another precision and accumulation: the host's accelerator is what it was, before, between and after."
+    acc = Accelerator(mixed_precision=host, gradient_accumulation_steps=3)
+    net = acc.prepare(nn.Linear(3, 1))
+    want = net(torch.ones(1, 3)).dtype
+    learner = train_line(own, accumulate=2, log_every=2)
+    assert (learner.accelerator.mixed_precision, acc.mixed_precision, AcceleratorState().mixed_precision) == (own, host, host)
+    assert (acc.gradient_accumulation_steps, GradientState().num_steps) == (3, 3)
+    assert learner.accelerator.gradient_accumulation_steps == 2
+    later = acc.prepare(nn.Linear(3, 1))                                       # prepared after the training
+    assert net(torch.ones(1, 3)).dtype == later(torch.ones(1, 3)).dtype == want
+    optimizer = acc.prepare(torch.optim.SGD(later.parameters(), .1))
+    acc.backward(later(torch.ones(1, 3)).sum())
+    optimizer.step()
+    assert Accelerator().mixed_precision == host                               # and one that asks for nothing
+
+
+def test_a_host_program_may_come_after_the_training(no_accelerator):
+    train_line("bf16")
+    assert Accelerator(mixed_precision="no").mixed_precision == "no"
+
+
+def test_trainings_of_one_program_do_not_mix(no_accelerator):
+    "Two learners in turn, as an autoencoder and its critic: each computes as it would alone."
+    def learners():
+        return [Learner(line(), line_loss, AveragedConfig(total_images=96, batch_size=8, log_every=k, accumulate=k, precision=p))
+                for k, p in ((2, "bf16"), (1, "no"))]
+    x, y = line_data()
+    batches = [dict(x=x[i : i + 8], y=y[i : i + 8]) for i in range(0, 96, 8)]
+    alone, mixed = learners(), learners()
+    for one in alone:
+        for o in batches:
+            one.step(o)
+    for o in batches:
+        for one in mixed:
+            one.step(o)
+    for a, b in zip(alone, mixed):
+        assert torch.equal(a.raw.weight, b.raw.weight) and torch.equal(a.ema.module.weight, b.ema.module.weight)
+
+
+# ------------------------------------------------------------------ settings without effect
+
+@pytest.mark.parametrize("config,name", [
+    (LDMConfig(snr_offset=1.), "snr_offset"), (AEConfig(random_weight=.1), "random_weight"), (AEConfig(feature_weight=.1), "feature_weight"),
+    (AEConfig(kind="vq", kl_period=100), "kl_period"), (AEConfig(adversary=True, total_images=10_000), "adversary")])
+def test_a_setting_that_would_change_nothing_is_refused(config, name):
+    with pytest.raises(ValueError, match=f"check_config: {name}=.* would change nothing. Expected .* Try "):
+        check_config(config)
+
+
+# ------------------------------------------------------------------ answers in chunks
+
+def test_chunks_are_the_whole():
+    "Tensors, dicts of tensors, nothing, keywords and several answers; and an odd rest."
+    x, cond = torch.randn(7, 3), dict(age=torch.randn(7), sex=torch.arange(7))
+    def answer(x, cond, drop=None, scale=1.):
+        return x*scale+cond["age"][:, None], cond["sex"]+0
+    for size in (1, 2, 7, 100):
+        for a, b in zip(in_chunks(answer, size)(x, cond, None, scale=2.), answer(x, cond, scale=2.)):
+            assert torch.equal(a, b)
+    assert torch.equal(in_chunks(lambda x, cond: 2*x, 2)(x, {}), 2*x)          # a network without conditions
+
+
+def test_an_error_that_is_no_lack_of_memory_is_not_tried_again():
+    calls = []
+    def broken(x):
+        calls.append(len(x))
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        in_chunks(broken, 4)(torch.zeros(8, 3))
+    assert calls == [4]
+
+
+def test_one_row_that_does_not_fit_is_an_error():
+    def hungry(x): return torch.empty(1 << 50, dtype=torch.uint8)
+    with pytest.warns(UserWarning, match="out of memory outside of a training step"), pytest.raises(RuntimeError):
+        in_chunks(hungry, 4)(torch.zeros(8, 3))

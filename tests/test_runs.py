@@ -14,7 +14,8 @@ from brainldm.batches import open_dataset
 from brainldm.data import DataConfig
 from brainldm.loop import Learner
 from brainldm.phantom import PhantomConfig, make_cohort
-from brainldm.training import AEConfig, train_autoencoder
+from brainldm.training import AEConfig, load_autoencoder, spread_rows, train_autoencoder, validate_autoencoder
+from brainldm.vae import AutoencoderKL
 from brainldm.runs import Checkpoint, load_weights, open_run, pack_state, save_weights, unpack_state, write_atomic
 from test_loop import AveragedConfig, line, line_data, line_loss
 
@@ -112,3 +113,40 @@ def test_a_full_memory_cuts_the_batch_of_a_real_training(tmp_path, auto):
         with pytest.warns(UserWarning, match="Going on with batch_size=4, accumulate=2"):
             got = train_autoencoder(dataset, tmp_path / "run", replace(config, auto_find_batch_size=True), progress=False).state_dict()
     assert set(got) == set(wanted) and all(torch.equal(got[k], wanted[k]) for k in got)
+
+
+@pytest.mark.parametrize("where", ["batch", "one"])
+def test_a_full_memory_in_validation_leaves_the_training_batch(where, tmp_path):
+    "Held-out slices are looked at a few at a time; where even one does not fit, training stops and says so. The batch of training is never cut for it."
+    make_cohort(tmp_path / "cohort", PhantomConfig(num_subjects=12, num_slices=12, size=32), progress=False)
+    dataset = open_dataset(tmp_path / "cohort", DataConfig(size=32, validate_fraction=0.3), progress=False)
+    config = AEConfig(data=DataConfig(size=32, validate_fraction=0.3), total_images=64, batch_size=8, channels=(8,), attention_levels=(False,), patch=4,
+                      latent_channels=2, warmup_images=8, validate_every=32, checkpoint_every=32, log_every=2, precision="no")
+    plain, room = AutoencoderKL.forward, 8 if where == "batch" else 0
+
+    def crowded(self, x, *args):
+        if not torch.is_grad_enabled() and len(x) > room:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        return plain(self, x, *args)
+
+    wanted = train_autoencoder(dataset, tmp_path / "wanted", config, progress=False).state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoencoderKL, "forward", crowded)
+        asked = replace(config, auto_find_batch_size=True)
+        if where == "one":
+            with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="train_autoencoder: out of memory outside of a training step"):
+                train_autoencoder(dataset, tmp_path / "run", asked, progress=False)
+        else:
+            got = train_autoencoder(dataset, tmp_path / "run", asked, progress=False).state_dict()
+            assert all(torch.equal(got[k], wanted[k]) for k in wanted)
+    found = json.loads((tmp_path / "run" / "config.json").read_text())["autoencoder"]["config"]
+    assert (found["batch_size"], found["accumulate"]) == (8, 1)
+
+
+def test_validation_in_chunks_gives_the_numbers_of_one_batch(tiny_run, tmp_path):
+    run, data = tiny_run
+    dataset = open_dataset(data, DataConfig(size=64, validate_fraction=0.2, test_fraction=0.2), progress=False)
+    model, _ = load_autoencoder(run)
+    batch = spread_rows(dataset.subset("validate"), 128)
+    whole, parts = (validate_autoencoder(model, batch, tmp_path / "a.png", chunk=k) for k in (128, 2))
+    assert set(whole) == set(parts) and all(whole[k] == pytest.approx(parts[k], rel=1e-4) for k in whole)

@@ -95,7 +95,7 @@ def test_gradient_of_codes_from_the_first_step(dataset):
     "The predecessor's codebook had no gradient for 10,000 steps: its loss hung on the critic's gate."
     config = KINDS['vq by gradient']
     model = training.build_autoencoder('vq', training.autoencoder_args(config))
-    critic = make_critic(replace(config, adversary=True, adversary_start=1000, critic_warmup=0), ())
+    critic = make_critic(replace(config, adversary=True, adversary_start=config.total_images-1, critic_warmup=0), ())
     loss,_ = autoencoder_loss(model, dataset.__getitems__([0, 1, 2, 3]), torch.Generator(), 0, config, critic)
     loss.backward()
     assert model.quantizer.codebook.grad.abs().max()>0 and model.encoder.stem.weight.grad.abs().max()>0
