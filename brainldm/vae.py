@@ -203,12 +203,17 @@ class LimitLogvar(torch.autograd.Function):
 
     Source: the one-sided gradient of Ballé et al. 2018, code (lower bound)."""
     @staticmethod
-    def forward(ctx, logvar):
+    def forward(ctx,
+        logvar:Tensor, # What the encoder says
+    )->Tensor: # The same within the limits
         ctx.save_for_backward(logvar)
         return logvar.clamp(*LOGVAR_LIMITS)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx,
+        grad:Tensor, # Gradient of what came out
+    )->Tensor: # Gradient of what the encoder says
+        "Stop what leads further out."
         logvar, = ctx.saved_tensors
         low,high = LOGVAR_LIMITS
         stuck = ((logvar<low) & (grad>0)) | ((logvar>high) & (grad<0))         # descent moves against the gradient

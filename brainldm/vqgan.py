@@ -60,7 +60,7 @@ def code_scores(
                                             "one picture. Encode some first.")
     p = double_on_cpu(counts)
     p = p/p.sum()
-    return dict(codebook_usage=(p>0).float().mean().item(), perplexity=torch.special.entr(p).sum().exp().item())
+    return dict(codebook_usage=(p>0).sum().item()/len(p), perplexity=torch.special.entr(p).sum().exp().item())
 
 # %% ../nbs/03_vqgan.ipynb #ef40a7ea
 def everyone(
