@@ -377,7 +377,7 @@ def nearest_copies(
             for column in (0, 1): best[column] = refine_moves(
                 search, maps[at], found[column], search.moves[move[column]], best[column], column)
             value[:, at],row[:, at] = best,found
-    value,row = value.double().cpu().numpy(),row.cpu().numpy()
+    value,row = value.cpu().double().numpy(),row.cpu().numpy()
     return pd.DataFrame(dict(whole=value[0], whole_row=row[0], half=value[1], half_row=row[1]))
 
 # %% ../nbs/10b_audit.ipynb #a0d10010
