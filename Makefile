@@ -41,7 +41,7 @@ check: $(VENV)/.ok ## Notebooks clean and in step with the package, lint
 	$(BIN)/ruff check --select E9,F --ignore F401,F811 brainldm tests tools setup.py
 
 test: check ## Everything CI runs: check, every notebook, pytest
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 slow: $(VENV)/.ok ## The notebooks with their long cells (and a GPU, if there is one)
 	NB_FLAGS="slow gpu" $(BIN)/pytest tests/test_notebooks.py

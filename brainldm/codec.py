@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 import brainldm
-from .batches import Covariate, encode_covariates
+from .batches import Covariate, encode_covariates, read_conditions
 from .loop import infer, to_device
 from .phantom import show_grid
 from .sharing import Shared, refuse_taken
@@ -51,16 +51,10 @@ def check_conditions(
     n:int, # Pictures
 )->dict[str, Tensor]: # Encoded conditions, each (n,)
     "Turn a request into tensors. Raises ValueError for a name, value or number of values that the model cannot take."
-    asked = {k: v.tolist() if hasattr(v, 'tolist') else v for k,v in conditions.items() if v is not None}
+    asked = read_conditions(conditions, covariates)
     for k,v in asked.items():
         if np.ndim(v) and len(v)!=n: raise ValueError(
             f"sample: {len(v)} values of {k} for n={n} pictures. Expected one value, or {n}. Try n={len(v)}.")
-    for c in covariates:
-        if c.kind!='continuous': continue
-        values = pd.to_numeric(pd.Series(asked.get(c.name, []), dtype=object), errors='coerce').dropna()
-        outside = [v for v in values if not c.range[0]<=v<=c.range[1]]
-        if outside: raise ValueError(f"sample: {c.name}={outside[0]:g}. Expected {c.range[0]:g} to {c.range[1]:g}, "
-                                     "the range of the scans this run was trained on. It cannot know more.")
     return encode_covariates({k: list(v) if np.ndim(v) else [v]*n for k,v in asked.items()}, covariates)
 
 # %% ../nbs/06c_codec.ipynb #a513d5ac

@@ -72,7 +72,7 @@ PRESETS = {
                          attention_levels=(False, True), snr_gamma=5., snr_offset=1.)),
     'gpu': (AEConfig(total_images=2_000_000, batch_size=32, warmup_images=20_000, validate_every=100_000,
                      checkpoint_every=50_000, data=DataConfig(size=256, crop='auto'), channels=(128, 192, 256),
-                     num_res_blocks=2, attention_levels=(False, False, True), patch=2, num_workers=4),
+                     num_res_blocks=2, attention_levels=(False, False, True), patch=2, unet_levels=3, num_workers=4),
             LDMConfig(total_images=10_000_000, batch_size=128, learning_rate=5e-4, warmup_images=100_000,
                       validate_every=500_000, checkpoint_every=250_000, channels=(192, 384, 576),
                       attention_levels=(False, True, True), num_heads=8, cond_channels=256, dropout=.1,
@@ -288,7 +288,12 @@ def check_stage2(
 )->None: # Nothing: it raises ValueError or returns
     "Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures of another size."
     settings = read_config(run)
-    refuse_leak(settings, dataset, run); refuse_unfinished(settings, about['images']); check_size(dataset, about['size'], factor)
+    refuse_leak(settings, dataset, run)
+    refuse_unfinished(settings, about['images'])
+    check_size(dataset, about['size'], 1)
+    if about['size']%factor: raise ValueError(
+        f"check_stage2: size={about['size']} and a network that needs a multiple of {factor}. Expected what the trained "
+        "autoencoder allows. Try one level fewer: shorter --channels and --attention-levels.")
 
 # %% ../nbs/06a_diffusion.ipynb #a06a0e01
 def refuse_strange_latents(

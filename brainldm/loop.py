@@ -62,7 +62,7 @@ class TrainConfig:
 LIMITS = (
     ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every '
      'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps num_embeddings critic_rate '
-     'embed_dim num_layers',
+     'embed_dim num_layers unet_levels',
      lambda v: v>0, 'a number above 0'),
     ('warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost adversary_start adversary_weight '
      'adversary_max_weight critic_warmup random_weight feature_weight neighbour_noise snr_offset', lambda v: v>=0, '0 or more'),

@@ -288,8 +288,9 @@ class StopRequest:
 
 # %% ../nbs/05c_runs.ipynb #13003007
 HARMLESS = {'validate_every', 'checkpoint_every', 'log_every', 'num_workers', 'log_with', 'preview_steps',
-            'auto_find_batch_size'} # No weight feels them
-FOUND = {f'data.{o}' for o in 'planes to_grey split_seed validate_fraction test_fraction subjects skip_faulty'.split()} # How images are found: what came of it is compared, row by row
+            'auto_find_batch_size', 'unet_levels'} # No weight feels them
+FOUND = {f'data.{o}' for o in 'planes to_grey split_seed validate_fraction test_fraction subjects skip_faulty'.split()
+         } # How images are found: what came of it is compared, row by row
 
 # %% ../nbs/05c_runs.ipynb #31d86cd2
 def read_config(

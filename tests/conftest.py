@@ -4,6 +4,8 @@ import os
 import pytest
 import torch
 
+torch.set_num_threads(1)                                                       # several workers share the cores: see Makefile
+
 
 @pytest.fixture(scope='session', autouse=True)
 def own_cache(tmp_path_factory):

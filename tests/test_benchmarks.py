@@ -136,7 +136,7 @@ def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
     from brainldm.loop import check_config
     from brainldm.unet import UNet
     o = quick_judge
-    job = o.Ablation(with_crowd[1], (with_crowd[0],), tmp_path, only='base,wide,skips added', images=32, steps=2, preset='tiny')
+    job = o.Ablation(with_crowd[1], (with_crowd[0],), tmp_path, only='base,wide,skips added', images=32, steps=2, preset='tiny', seeds=1)
     for preset in ('tiny', 'laptop'):
         every,size = o.variants(dataclasses.replace(job, preset=preset)),{}
         for name,config in every.items():
@@ -159,9 +159,13 @@ def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
 
 def test_ablate_latent(quick_judge, load, tmp_path, with_crowd):
     o = load('ablate_latent')
-    job = o.Ablation(with_crowd[1], with_crowd[0], tmp_path, only='as before,scale', tune_images=32, images=32, steps=2, preset='tiny')
+    job = o.Ablation(with_crowd[1], with_crowd[0], tmp_path, only='scale', tune_images=32, images=32, steps=2, preset='tiny', seeds=2)
     table = o.main(job)
-    assert list(table.index)==['as before', 'scale'] and table.loc['as before', 'brain SSIM']!=table.loc['scale', 'brain SSIM']
+    found = json.loads((tmp_path/'table.json').read_text())
+    first,second = (o['KID'] for o in found['rows']['as before'])
+    assert first!=second and 'over 2 seeds' in found['said']                   # another seed is another training
+    assert list(table.index)==['as before', 'scale']
+    assert found['rows']['as before'][0]['brain SSIM']!=found['rows']['scale'][0]['brain SSIM']
     with pytest.raises(SystemExit, match='unknown variant'): o.main(dataclasses.replace(job, only='taller'))
     config = json.loads((with_crowd[0]/'config.json').read_text())
     config['autoencoder']['config']['adversary'] = True
@@ -185,7 +189,7 @@ def test_half_a_latent_costs_what_its_picture_misses(load, tiny_run):
 
 def test_ablate_stage1(load, tmp_path, tiny_run):
     o = load('ablate_stage1')
-    table = o.main(o.Ablation(tiny_run[1], tmp_path, images=24, preset='tiny'))
+    table = o.main(o.Ablation(tiny_run[1], tmp_path, images=24, preset='tiny', seeds=1))
     assert list(table.index)==list(o.variants(24, 0, 'tiny')) and (table.ssim>0).all()
     assert table['codebook_usage'].notna().sum()==6 and table['critic_accuracy'].notna().sum()==4
     assert {'KL.png', 'kl.png'} & {k.name for k in tmp_path.iterdir()} and (tmp_path/'codes.png').is_file()
@@ -198,7 +202,7 @@ def test_ablate_prior(load, tmp_path, tiny_run, monkeypatch):
     o,config = load('ablate_prior'),DataConfig(size=64, validate_fraction=.2, test_fraction=.2)
     train_autoencoder(open_dataset(tiny_run[1], config, progress=False), tmp_path/'run', AEConfig(data=config, total_images=16, warmup_images=8, kind='vq',
                       num_embeddings=12, channels=(8,), attention_levels=(False,), patch=8, latent_channels=4), progress=False)
-    job = o.Ablation(tiny_run[1], tmp_path/'run', tmp_path/'out', maps=64, preset='tiny')
+    job = o.Ablation(tiny_run[1], tmp_path/'run', tmp_path/'out', maps=64, preset='tiny', seeds=2)
     before = sorted(k.name for k in (tmp_path/'run').rglob('*'))
     table = o.main(job)
     assert list(table.index)==list(o.variants(job)) and sorted(k.name for k in (tmp_path/'run').rglob('*'))==before

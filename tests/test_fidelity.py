@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from brainldm.batches import Covariate, SliceDataset
-from brainldm.fidelity import (FeatureNet, augment, coverage_scores, feature_net, fidelity_scores, frechet_distance, kernel_distance,
-                               leave_out_interval, match_rows, picture_features, read_pictures, reading_scores, subject_auc, train_feature_net)
+from brainldm.fidelity import (POSITIVE, PROPORTION, FeatureNet, augment, beside_reference, coverage_scores, evaluator_rows,
+                               excess_distance, feature_net, fidelity_scores, frechet_distance, interval_within, kernel_distance,
+                               kernel_terms, leave_out_interval, match_rows, picture_features, pick_rows, read_pictures, reading_scores,
+                               reference_rotations, subject_auc, train_feature_net, without_each)
 from brainldm.loop import TrainConfig
 
 COVARIATES = (Covariate('slice', 'continuous', range=(0., 7.)), Covariate('diagnosis', 'categorical', values=('AD', 'NC')), Covariate('age', 'continuous', range=(50., 90.)))
@@ -74,7 +76,9 @@ def test_feature_net_is_kept(train, tmp_path):
     both = SliceDataset(train.images, train.manifest.assign(hash=[f'{i:032x}' for i in range(len(train))]), train.covariates)
     net = feature_net(tmp_path, both, SHORT, channels=(8, 8))
     torch.testing.assert_close(picture_features(feature_net(tmp_path, both), train), picture_features(net, train))
-    torch.testing.assert_close(picture_features(train_feature_net(train, SHORT, (8, 8)), train), picture_features(net, train))       # the same seed
+    taught = pick_rows(train, evaluator_rows(train.manifest))
+    torch.testing.assert_close(picture_features(train_feature_net(taught, SHORT, (8, 8)), train), picture_features(net, train))      # the same seed
+    assert (net.fraction, feature_net(tmp_path, both).fraction)==(.5, .5)
     other = SliceDataset(train.images, both.manifest.assign(hash='f'*32), train.covariates)
     with pytest.raises(ValueError, match='remove the file'): feature_net(tmp_path, other)
     with pytest.raises(ValueError, match='train rows alone'): train_feature_net(SliceDataset(train.images, train.manifest.assign(split='test'), train.covariates), SHORT)
@@ -112,8 +116,13 @@ def test_distances_beside_formulas(n, d):
     state = torch.get_rng_state(); kid = kernel_distance(a, b)
     assert torch.equal(state, torch.get_rng_state())                                       # torchmetrics shuffles; nobody else's chance is touched
     k = lambda x,y: ((x@y.T)/d+1)**3
-    loop = sum((k(o, o).sum()-k(o, o).diagonal().sum())/(n*(n-1)) for o in (a, b))-2*k(a, b).mean()
-    assert kid==pytest.approx(loop.item(), rel=1e-9)
+    within = sum((k(o, o).sum()-k(o, o).diagonal().sum())/(n*(n-1)) for o in (a, b))
+    across = (k(a, b).sum()-k(a, b).diagonal().sum())/(n*(n-1))
+    assert kid==pytest.approx((within-2*across).item(), rel=1e-9)
+    from torchmetrics.image.kid import KernelInceptionDistance
+    metric = KernelInceptionDistance(torch.nn.Identity(), subsets=1, subset_size=n)        # the same, but for the n pairs of rows with the same number
+    metric.update(a, real=True); metric.update(b, real=False)
+    assert metric.compute()[0].item()==pytest.approx((within-2*k(a, b).mean()).item(), rel=1e-9)
 
 
 def test_coverage_of_crowds():
@@ -133,7 +142,8 @@ def test_fidelity_refuses_few():
     with pytest.raises(ValueError, match='as many of each'): fidelity_scores(x, x[:60], range(64))
     with pytest.warns(UserWarning, match='A covariance needs 128 or more'): fidelity_scores(torch.randn(60, 64), torch.randn(60, 64), range(60), draws=2)
     scores = fidelity_scores(x, torch.randn(64, 8, dtype=torch.float64), np.repeat(range(8), 8), draws=10)
-    assert set(scores['interval_95'])=={'frechet', 'kid', 'precision', 'recall', 'density', 'coverage'} and all(a<=scores[k]<=b or a<b for k,(a,b) in scores['interval_95'].items())
+    assert set(scores['interval_95'])=={'frechet', 'kid', 'precision', 'recall', 'density', 'coverage'} and all(a<=scores[k]<=b for k,(a,b) in scores['interval_95'].items())
+    assert all(0<=scores['interval_95'][k][0] and scores['interval_95'][k][1]<=1 for k in ('precision', 'recall', 'coverage')) and scores['interval_95']['frechet'][0]>0
     assert fidelity_scores(x, x, ['a', 'b', 'c', 'd']*16, draws=2)['interval_95']=={}
 
 
@@ -141,3 +151,118 @@ def test_leave_out_interval_beside_the_textbook():
     v = np.random.default_rng(0).normal(size=300)
     low,high = leave_out_interval(lambda at: dict(m=v[at].mean()), range(300), draws=1_000)['m']
     assert high-low==pytest.approx(2*1.96*v.std()/300**.5, rel=.12) and low<v.mean()<high
+
+
+# -- slices that come in subjects
+
+PLACES = np.cumsum(np.random.default_rng(5).normal(size=(8, 12)), 0)
+PLACES = .7*(PLACES-PLACES.mean(0))/PLACES.std(0)
+
+
+def slices_of(rng, subjects, shift=0., each=False, between=.6):
+    "Features of eight slices a subject: position, subject, noise. `each`: every slice of a subject of its own. (8 subjects, 12)"
+    n = 8*subjects if each else subjects
+    x = PLACES+between*rng.normal(size=(n, 1, 12))+.35*rng.normal(size=(n, 8, 12))+shift
+    return torch.from_numpy(x[np.arange(n), np.arange(n)%8] if each else x.reshape(-1, 12))
+
+
+def dealt(rng, pool, held, rotations=5):
+    "Rows of a pool of subjects beside `held` of them, as `match_rows` deals them: at each position other subjects in each rotation."
+    order = [rng.permutation(pool) for _ in range(8)]
+    return [np.stack([order[k][(r*held+np.arange(held))%pool]*8+k for k in range(8)], 1).ravel() for r in range(rotations)]
+
+
+def test_kid_of_slices_in_subjects():
+    "Two sets of 20 x 32 slices of one distribution: the usual estimator says 0.23, pairs of different subjects 0."
+    rng,found,usual = np.random.default_rng(0),[],[]
+    who = np.repeat(np.arange(20), 32)
+    k = lambda x,y: ((x@y.T)/32+1)**3
+    for _ in range(60):
+        a,b = (torch.from_numpy(((rng.normal(size=(20, 1, 32))+rng.normal(size=(20, 32, 32)))/2**.5).reshape(-1, 32)) for _ in range(2))
+        found.append(kernel_distance(a, b, who, who))
+        usual.append((sum((k(o, o).sum()-k(o, o).diagonal().sum())/(640*639) for o in (a, b))-2*k(a, b).mean()).item())
+    assert .15<np.mean(usual)<.3 and abs(np.mean(found))<4*np.std(found)/60**.5<.03
+    for name in ('subjects', 'others'): # either side counts
+        assert kernel_distance(a, b, **{name: who})!=kernel_distance(a, b)
+
+
+def test_jackknife_beside_a_loop():
+    rng = np.random.default_rng(1); a,b,who,own = slices_of(rng, 6),slices_of(rng, 6),np.repeat(list('cabdef'), 8),np.arange(48)%7
+    left = without_each(*kernel_terms(a, b, who, own), who)
+    loop = [kernel_distance(a[at], b[at], who[at], own[at]) for at in (np.flatnonzero(who!=o) for o in 'cabdef')]
+    np.testing.assert_allclose(left, loop, rtol=1e-9)
+
+
+def test_recall_is_the_same_for_two_perfect_generators():
+    "Real slices in subjects, and images sampled one by one: both perfect. Neighbours of one subject on one side only made them differ."
+    rng,new,old = np.random.default_rng(2),[],[]
+    who = np.repeat(np.arange(20), 8)
+    for _ in range(40):
+        held,pool,perfect = slices_of(rng, 20, between=.9),slices_of(rng, 20, between=.9),slices_of(rng, 20, each=True, between=.9)
+        rows = dealt(rng, 20, 20, 1)[0]
+        beside = coverage_scores(held, perfect, who)['recall']
+        new.append(coverage_scores(held, pool[rows], who, rows//8)['recall']-beside)
+        old.append(coverage_scores(held, pool[rows], who)['recall']-beside)
+    assert abs(np.mean(new))<3*np.std(new)/40**.5+.005 and np.mean(old)<np.mean(new)-.01
+
+
+@pytest.mark.parametrize('shift, truth', [(0., 0.), (.15, .079), (.4, .654)])                # the truth of 1,800 subjects
+def test_excess_interval_holds_the_truth(shift, truth):
+    "95 of 100 intervals should. At a truth of 0 a jackknife of pairs is too wide by up to sqrt(2) (Efron & Stein 1981)."
+    rng,hold = np.random.default_rng(3),[]
+    who = np.repeat(np.arange(20), 8)
+    for _ in range(200):
+        held,pool = slices_of(rng, 20),slices_of(rng, 60); rows = dealt(rng, 60, 20)
+        low,high = excess_distance(held, [slices_of(rng, 20, shift, each=True)], [pool[o] for o in rows], who, [o//8 for o in rows])['interval_95']
+        hold.append(low<=truth<=high)
+    assert .88<=np.mean(hold)<=(.995 if shift==0 else .99), np.mean(hold)
+
+
+def test_proportions_hold_the_truth():
+    rng,found,names = np.random.default_rng(4),[],['precision', 'recall', 'coverage']
+    who = np.repeat(np.arange(16), 8)
+    for _ in range(200):
+        held,other = slices_of(rng, 16),slices_of(rng, 16, each=True, between=.8)
+        def score(at): return coverage_scores(held[at], other[at], who[at])
+        spans = leave_out_interval(score, who, 20, spans=dict.fromkeys(names, PROPORTION))
+        found.append([(score(np.arange(128))[k], *spans[k]) for k in names])
+    value,low,high = np.transpose(found)                                                 # each (3, 200)
+    assert low.min()>=0 and high.max()<=1
+    for name,k in zip(names, range(3)): assert .88<=np.mean((low[k]<=value[k].mean())&(value[k].mean()<=high[k]))<=.995, name
+
+
+@pytest.mark.parametrize('span', [PROPORTION, (-1., 1.), POSITIVE, (-np.inf, np.inf)])
+def test_intervals_keep_to_their_range(span):
+    for value in ([span[0]] if np.isfinite(span[0]) else [-3.])+[.2, .999]+([1.] if span[1]==1 else [40.]):
+        for error in (0., .01, .5, 5.):
+            low,high = interval_within(value, error, span, n=20)
+            assert span[0]<=low<=value+1e-12 and value-1e-12<=high<=span[1] and np.isfinite([low, high]).all()
+    assert interval_within(.5, .1, PROPORTION)==pytest.approx((.3175, .6825), abs=1e-4) and interval_within(1., 0., PROPORTION, 20)[0]<.9
+
+
+def test_rotations_take_subjects_the_network_has_not_seen(train, held):
+    from brainldm.batches import SliceDataset
+    table = pd.concat([train.manifest]+[train.manifest.assign(subject=train.manifest.subject+f'_{i}') for i in range(2)], ignore_index=True)
+    taught = evaluator_rows(table)
+    sets,seen = reference_rotations(held.manifest, table, taught)
+    assert seen==0 and len(sets)==5 and not taught[np.concatenate(sets)].any()
+    for rows in sets:
+        got = table.iloc[rows].reset_index(drop=True)
+        assert len(set(rows))==len(held) and (got['slice']==held.manifest['slice']).all() and (got.diagnosis==held.manifest.diagnosis).all()
+    assert not set(sets[0]) & set(sets[1])                                               # 24 subjects, 8 at a time: three rotations without one row twice
+    few,known = reference_rotations(held.manifest, train.manifest, np.arange(len(train))<8*14)      # two subjects are left: too few
+    assert known>0 and len(few)==5
+    by = table.assign(taught=taught).groupby('subject').taught
+    assert by.nunique().eq(1).all() and table[taught].groupby('diagnosis').subject.nunique().to_dict()==dict(AD=12, NC=12)
+    np.testing.assert_array_equal(evaluator_rows(table.sample(frac=1, random_state=1)), taught[table.sample(frac=1, random_state=1).index])
+
+
+def test_scores_beside_their_reference():
+    rng,who = np.random.default_rng(6),np.repeat(np.arange(20), 8)
+    held,pool = slices_of(rng, 20),slices_of(rng, 60); rows = dealt(rng, 60, 20)
+    sets = [slices_of(rng, 20, .4, each=True) for _ in range(2)]
+    out = beside_reference(held, sets, [pool[o] for o in rows], who, [o//8 for o in rows], draws=5)
+    assert len(out['by_seed'])==2 and len(out['by_rotation'])==5 and out['excess']['interval_95'][0]>0
+    assert out['excess']['kid']==pytest.approx(np.mean([o['kid'] for o in out['by_seed']])-out['reference']['kid'])
+    assert out['by_seed'][0]['recall']==out['synthetic']['recall'] and json.loads(json.dumps(out))==json.loads(json.dumps(out, allow_nan=False))
+    assert out['reference']['kid']==pytest.approx(np.mean([kernel_distance(held, pool[o], who, o//8) for o in rows]))

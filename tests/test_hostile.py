@@ -368,7 +368,7 @@ COLUMNS = {                                              # name: values of a col
 def test_covariate_of_ones_own(name, listed, capsys):
     values, said = COLUMNS[name]
     (listed / "subjects.csv").write_text("subject,mmse\n" + "".join(f"{i},{v}\n" for i, v in enumerate(values, 1)))
-    with pytest.raises(ValueError, match=said) as e: batches.find_covariates(data.read_manifest(listed), ["mmse"])
+    with pytest.raises(ValueError, match=said) as e: batches.find_covariates(data.read_manifest(listed), data.DataConfig(columns=("mmse",)))
     assert FORM.match(str(e.value))
 
 

@@ -104,7 +104,9 @@ def test_slices_without_brain_are_named():
 
 
 def judged(**change):
-    fidelity = {k: dict(frechet=2., kid=.01, precision=.9, recall=.9, density=1., coverage=.9, n=640, interval_95=dict(kid=[-.1, .2])) for k in ('drawn', 'floor')}
+    one = dict(frechet=2., kid=.01, precision=.9, recall=.9, density=1., coverage=.9, n=640, interval_95=dict(kid=[-.1, .2]))
+    excess = dict(kid=.01, interval_95=[-.05, .07])
+    fidelity = dict(synthetic=one, reference=one, by_seed=[one, one], by_rotation=[one]*5, n_reference_seen=0, excess=dict(excess, by_seed=[excess, excess]))
     effect = {k: dict(value=1., interval_95=None) for k in ('slice_error', 'diagnosis_effect', 'fine_detail')}
     scores = dict(n=640, n_subjects=20, split='validate', seed=0, how={}, reading=dict(slice=dict(error=.9, interval_95=None, floor=8.), sex=dict(auc=None, interval_95=None, floor=.5)),
                   fidelity=fidelity, conditioning=dict(drawn=effect, train=effect, held=effect, slices=[1]), diversity={k: dict(ms_ssim=.7) for k in ('drawn', 'train', 'held')},
@@ -114,12 +116,14 @@ def judged(**change):
 
 def test_targets():
     assert [o[4] for o in check_targets(judged())]==[True]*5 and 'not reached' not in report_samples('ldm', judged())['text']
-    scores = judged(); scores['fidelity']['drawn']['kid'] = .031
-    assert [o[4] for o in check_targets(scores)]==[False]+[True]*4 and 'differ from real ones' in report_samples('ldm', scores)['text']
-    scores['fidelity']['floor']['kid'] = -.01                                              # a floor that chance has put below 0
-    assert check_targets(scores)[0][4]
-    scores['fidelity']['floor']['interval_95'] = {}
+    scores = judged(); scores['fidelity']['excess'].update(kid=.3, interval_95=[.2, .4])
+    assert [o[4] for o in check_targets(scores)]==[False]+[True]*4 and 'than those of other real subjects' in report_samples('ldm', scores)['text']
+    scores['fidelity']['synthetic']['kid'] = scores['fidelity']['reference']['kid'] = 1.    # held-out subjects that are far from all others: nothing changes
     assert not check_targets(scores)[0][4]
+    part = report_samples('ldm', judged(fidelity=dict(judged()['fidelity'], n_reference_seen=3)))
+    assert 'was trained on 3 of them' in part['text'] and [o[0] for o in part['table'] if 'seed' in o[0]]==['excess KID, all seeds', 'excess KID, seed 1', 'excess KID, seed 2']
+    old = judged(fidelity={k: dict(kid=.01) for k in ('drawn', 'floor')})
+    assert 'earlier version' in report_samples('ldm', old)['text'] and not report_samples('ldm', old)['table']
     assert len(check_targets({k: v for k,v in judged().items() if k!='utility'}))==4
 
 

@@ -310,7 +310,7 @@ def test_a_file_in_the_place_of_a_run(dataset, tmp_path):
 
 def test_nothing_is_left_by_a_refused_start(dataset, tmp_path):
     for config,match in ((replace(AE, batch_size=0), 'batch_size=0'), (replace(AE, data=DataConfig(size=64)), 'size=64'), (replace(AE, covariates=('weight',)), "'weight'"),
-                         (replace(AE, patch=5), 'multiple of 10'), (replace(AE, precision='fp16'), 'fp16')):
+                         (replace(AE, patch=5), 'multiple of 20'), (replace(AE, precision='fp16'), 'fp16')):
         if config.precision=='fp16' and torch.cuda.is_available(): continue
         with pytest.raises(ValueError, match=match): train_autoencoder(dataset, tmp_path/'run', config, progress=False)
         assert not (tmp_path/'run').exists()

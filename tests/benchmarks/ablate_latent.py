@@ -3,7 +3,7 @@
 python tests/benchmarks/ablate_latent.py DATA RUN        # RUN: a folder with a trained KL autoencoder
 
 The autoencoder is trained a little longer, each time with another price on its latents; then the same diffusion model learns each of them, and its
-samples are judged as in `ablate_unet.py`. The first row trains longer at the old price: what the others gain beyond it is due to their price.
+samples are evaluated as in `ablate_unet.py`, with the same seeds. The first row trains longer at the old price: what the others gain beyond it is due to their price.
 What is finished is not done again. Nothing of the data leaves OUT."""
 import json
 import shutil
@@ -41,7 +41,8 @@ class Ablation:
     tune_images: int = 8_000  # Pictures that each autoencoder sees in addition
     images: int = 12_000  # Latents that each diffusion model sees
     steps: int = 20  # Denoising steps (DPM-Solver++)
-    seed: int = 0  # Of order, noise, weights and samples
+    seed: int = 0  # The first seed, of order, noise, weights and samples
+    seeds: int = 3  # How many seeds each variant is trained with: seed, seed + 1, …
     preset: str = "laptop"  # Of the diffusion model, and whose batches the longer training has
 
 
@@ -75,7 +76,7 @@ def priced_loss(model, batch, generator, seen, kl_weight, scale_weight):
 
 def tune(name: str, prices: dict, dataset, job: Ablation) -> Path:
     "A run folder whose autoencoder was trained longer at these prices."
-    run = job.out / f"ae {name}".replace(" ", "_")
+    run = job.out / f"ae {name} seed {job.seed}".replace(" ", "_")
     if (run / "autoencoder.safetensors").is_file():
         return run
     model, info = load_autoencoder(job.run)
@@ -107,8 +108,10 @@ def measure(name: str, prices: dict, dataset, job: Ablation) -> dict:
 
 def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
-    dataset, chosen = open_dataset(job.data, data_config(job.run, None)), ablate_unet.choose(variants(job.run), job.only)
-    return ablate_unet.tell({k: measure(k, v, dataset, job) for k, v in chosen.items()}, job, "tune_images")
+    dataset, names = open_dataset(job.data, data_config(job.run, None)), variants(job.run)
+    chosen = {"as before": names["as before"]} | ablate_unet.choose(names, job.only)
+    rows = {k: [measure(k, v, dataset, o) for o in ablate_unet.each_seed(job)] for k, v in chosen.items()}
+    return ablate_unet.tell(rows, "as before", job, "tune_images")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python tests/benchmarks/ablate_prior.py DATA RUN                 # RUN: a folder with a trained VQVAE
 python tests/benchmarks/ablate_prior.py DATA RUN --only base,rotary
 
-Every variant starts from the same seed, sees the same codes in the same order, and is priced on the same held-out people; `base other seed` says how much
-chance alone moves that price. Stopped, it goes on with the variant that it was at. Nothing of the data leaves OUT.
+Every variant is trained with the same seeds, sees the same codes in the same order, and its bits are counted on the same held-out subjects. A difference
+counts where it is larger than seed noise (`seeds.py`). Stopped, it goes on with the variant that it was at. Nothing of the data leaves OUT.
 With fewer maps than train slices nothing is seen twice: dropout, smoothing and replaced codes cannot show what they do against learning by heart."""
 import json
 import platform
@@ -29,6 +29,8 @@ from brainldm.layers import pick_precision
 from brainldm.prior import PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_floors, code_vectors, prior_args, prior_loss
 from brainldm.training import load_autoencoder, pick_covariates, spread_rows
 
+import seeds
+
 
 @dataclass
 class Ablation:
@@ -39,7 +41,8 @@ class Ablation:
     only: str = ""  # Names of variants, with commas between; none: all
     maps: int = 4_000  # Code maps that each variant sees
     preset: str = "laptop"  # Of PRIOR_PRESETS: the base
-    seed: int = 0  # Of weights, order and dropout
+    seed: int = 0  # The first seed, of weights, order and dropout
+    seeds: int = 3  # How many seeds each variant is trained with: seed, seed + 1, …
 
 
 @dataclass
@@ -57,7 +60,6 @@ def variants(job: Ablation) -> dict[str, Variant]:
     half = base.embed_dim // 2
     return {
         "base": Variant(base),
-        "base other seed": Variant(replace(base, seed=job.seed + 1)),
         "rotary": Variant(base, positions="rotary"),
         "dropout 0": Variant(replace(base, dropout=0.0)),
         "rotary and learned": Variant(base, positions="both"),
@@ -152,7 +154,8 @@ def load_codes(job: Ablation, autoencoder, dataset) -> dict[str, torch.Tensor]:
 
 def measure(name: str, variant: Variant, codes: dict, dataset, args: dict, vectors: torch.Tensor, out: Path) -> dict:
     "Train one variant and price train and held-out subjects."
-    file, config = out / f"{name.replace(' ', '_')}.json", variant.config
+    config = variant.config
+    file = out / f"{name.replace(' ', '_')}_seed_{config.seed}.json"
     if file.is_file():
         return json.loads(file.read_text())
     parts = {k: LatentDataset(v, dataset.subset(k).conditions) for k, v in codes.items()}
@@ -169,23 +172,24 @@ def measure(name: str, variant: Variant, codes: dict, dataset, args: dict, vecto
     train, held = (code_bits(learner.ema.module, o["latent"], o, learner.precision) for o in looks)
     row = dict(parameters=sum(p.numel() for p in net.parameters()), train_bits=train.mean().item(), seconds=1000 * took / seen, held=held.tolist())
     file.write_text(json.dumps(row))
-    print(f"{name}: {held.mean():.4f} bits per code held out", flush=True)
+    print(f"{name}, seed {config.seed}: {held.mean():.4f} bits per code held out", flush=True)
     return row
 
 
-def tabulate(rows: dict[str, dict], subjects: list[str]) -> pd.DataFrame:
-    "Bits per code, and how far from the base; a standard error over people, each person's slices taken together."
+def tabulate(rows: dict[str, list[dict]], subjects: list[str]) -> pd.DataFrame:
+    "Bits per code, and how far from the base; a standard error over subjects, each subject's slices and all seeds taken together."
     table = {}
-    people = {k: pd.Series(o["held"]).groupby(np.array(subjects)).mean() for k, o in rows.items()}
-    for name, row in rows.items():
+    held = {k: np.mean([o["held"] for o in v], axis=0) for k, v in rows.items()}
+    people = {k: pd.Series(v).groupby(np.array(subjects)).mean() for k, v in held.items()}
+    for name, each in rows.items():
         gap = (people[name] - people["base"]) / people["base"].mean()
         table[name] = {
-            "parameters, M": row["parameters"] / 1e6,
-            "held-out bits": np.mean(row["held"]),
+            "parameters, M": each[0]["parameters"] / 1e6,
+            "held-out bits": held[name].mean(),
             "over base, %": 100 * gap.mean(),
-            "(s.e. over people)": 100 * gap.sem(),
-            "train bits": row["train_bits"],
-            "seconds / 1,000 maps": row["seconds"],
+            "(s.e. over subjects)": 100 * gap.sem(),
+            "train bits": np.mean([o["train_bits"] for o in each]),
+            "seconds / 1,000 maps": np.mean([o["seconds"] for o in each]),
         }
     return pd.DataFrame(table).T
 
@@ -198,7 +202,7 @@ def main(job: Ablation) -> pd.DataFrame:
     if unknown:
         raise SystemExit(f"ablate_prior: unknown variant {sorted(unknown)}. Expected some of {list(names)}.")
     job.out.mkdir(parents=True, exist_ok=True)
-    where = dict(data=job.data.name, codes=autoencoder.quantizer.num_embeddings, maps=job.maps, preset=job.preset, seed=job.seed,
+    where = dict(data=job.data.name, codes=autoencoder.quantizer.num_embeddings, maps=job.maps, preset=job.preset, seed=job.seed, seeds=job.seeds,
                  torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
     began = job.out / "where.json"
     if began.is_file() and json.loads(began.read_text()) != where:
@@ -211,12 +215,14 @@ def main(job: Ablation) -> pd.DataFrame:
     floors = code_floors(codes["train"], heights["train"], parts["train"].subject.tolist(), codes["validate"], heights["validate"], args["num_embeddings"])
     floors = {k: v.mean().item() for k, v in floors.items()}
     chosen = ["base"] + [k for k in names if k != "base" and (not job.only or k in job.only.split(","))]
-    rows = {k: measure(k, names[k], codes, dataset, args, code_vectors(autoencoder), job.out) for k in chosen}
+    every = [variants(replace(job, seed=job.seed + i)) for i in range(job.seeds)]
+    rows = {k: [measure(k, o[k], codes, dataset, args, code_vectors(autoencoder), job.out) for o in every] for k in chosen}
     table = tabulate(rows, parts["validate"].subject.tolist())
-    print(table.to_string(float_format="{:.3f}".format))
+    said = seeds.describe({k: [{"held-out bits": np.mean(o["held"])} for o in v] for k, v in rows.items()}, "base", ("held-out bits",))
+    print(table.to_string(float_format="{:.3f}".format), said, sep="\n")
     print("floors, bits per code:", {k: round(v, 3) for k, v in floors.items()})
     print(where)
-    (job.out / "table.json").write_text(json.dumps(dict(where=where, floors=floors, rows=table.T.to_dict()), indent=1))
+    (job.out / "table.json").write_text(json.dumps(dict(where=where, floors=floors, rows=table.T.to_dict(), said=said), indent=1))
     return table
 
 

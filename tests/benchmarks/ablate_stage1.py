@@ -3,7 +3,8 @@
 python tests/benchmarks/ablate_stage1.py                 # phantom cohort, made on the spot
 python tests/benchmarks/ablate_stage1.py --data DATA     # anybody's own pictures (nothing of them leaves OUT)
 
-Every variant starts from the same seed, sees the same pictures in the same order, and is scored on the same held-out people. Stopped, it goes on where it was."""
+Every variant is trained with the same seeds, sees the same images in the same order, and is scored on the same held-out subjects. A difference counts where
+it is larger than seed noise (`seeds.py`). Stopped, it goes on where it was."""
 import json
 import platform
 from dataclasses import dataclass, replace
@@ -22,6 +23,10 @@ from brainldm.runs import read_log
 from brainldm.training import AEConfig, save_figure, spread_rows, train_autoencoder
 from brainldm.diffusion import PRESETS
 
+import seeds
+
+MEASURES = ("ssim", "ssim_brain", "sharpness")  # compared with the first variant of the same kind
+
 
 @dataclass
 class Ablation:
@@ -29,7 +34,8 @@ class Ablation:
     data: Path | None = None  # Folder of pictures; None: 48 phantom people, 6 slices each, 128 x 128, seed 0
     out: Path = Path("runs/ablation")  # Runs, table.json, table.md and two figures
     images: int = 6_000  # Pictures that each variant sees
-    seed: int = 0  # Of the weights and the order of the pictures
+    seed: int = 0  # The first seed, of the weights and the order of the images
+    seeds: int = 3  # How many seeds each variant is trained with: seed, seed + 1, …
     split: str = "validate"  # Whose pictures are scored
     preset: str = "laptop"  # From which the ladder starts
 
@@ -55,7 +61,8 @@ def variants(images: int, seed: int, preset: str) -> dict[str, AEConfig]:
 
 def measure(name: str, config: AEConfig, dataset, job: Ablation) -> dict:
     "Train one variant and score it."
-    run = job.out / name.lower().replace(" ", "_").replace(",", "").replace("(", "").replace(")", "").replace("+", "and")
+    stem = name.lower().replace(" ", "_").replace(",", "").replace("(", "").replace(")", "").replace("+", "and")
+    run = job.out / f"{stem}_seed_{config.seed}"
     train_autoencoder(dataset, run, config, resume=(run / "config.json").is_file())
     model = BrainLDM.load(run)
     scores = reconstruction_scores(model, dataset.subset(job.split), run)
@@ -63,13 +70,13 @@ def measure(name: str, config: AEConfig, dataset, job: Ablation) -> dict:
     row = {k: scores.get(k) for k in ("ssim", "ssim_brain", "psnr", "sharpness", "codebook_usage", "perplexity")}
     row["critic_accuracy"] = sum(critic[-10:]) / len(critic[-10:]) if critic else None
     batch = spread_rows(dataset.subset(job.split), 5)
-    return dict(row, floor=scores["floor_mean_slice"], recon=model.reconstruct(batch["image"], batch)[2, 0])
+    return dict(row=row, floor=scores["floor_mean_slice"], recon=model.reconstruct(batch["image"], batch)[2, 0])
 
 
 def draw(rows: dict[str, dict], original: torch.Tensor, title: str, path: Path) -> None:
     "Pictures above their errors."
     shown = torch.stack([original, *(o["recon"] for o in rows.values())])
-    names = ["original", *(f"{k.replace(' + ', chr(10) + '+ ')}\n{o['ssim_brain']:.3f}" for k, o in rows.items())]
+    names = ["original", *(f"{k.replace(' + ', chr(10) + '+ ')}\n{o['row']['ssim_brain']:.3f}" for k, o in rows.items())]
     save_figure(show_grid(torch.stack([shown, (shown - original) * 2]), titles=names, row_labels=["picture", "error x 2"], title=title, size=1.3), path)
 
 
@@ -82,18 +89,22 @@ def main(job: Ablation) -> pd.DataFrame:
         if not (data / "phantom.json").is_file():
             make_cohort(data, PhantomConfig(num_subjects=48, num_slices=6, size=settings.size, seed=0))
     dataset = open_dataset(data, settings)
-    rows = {k: measure(k, v, dataset, job) for k, v in configs.items()}
+    every = [variants(job.images, job.seed + i, job.preset) for i in range(job.seeds)]
+    found = {k: [measure(k, o[k], dataset, job) for o in every] for k in configs}
+    rows, numbers = {k: v[0] for k, v in found.items()}, {k: [o["row"] for o in v] for k, v in found.items()}
     original = spread_rows(dataset.subset(job.split), 5)["image"][2, 0]
     for name, title in (("KL", "The critic brings back edges that the absolute error gave away"), ("codes", "The same bits, better and better used")):
         draw({k: o for k, o in rows.items() if k.startswith("KL") == (name == "KL")}, original, title, job.out / f"{name.lower()}.png")
-    table = pd.DataFrame({k: {n: v for n, v in o.items() if n not in ("recon", "floor")} for k, o in rows.items()}).T.astype(float).round(3)
+    table = seeds.mean_over_seeds(numbers).round(3)
+    groups = {base: {k: v for k, v in numbers.items() if k.startswith("KL") == base.startswith("KL")} for base in ("KL, L1 only", "VQ, plain")}
+    said = "\n".join(seeds.describe(group, base, MEASURES) for base, group in groups.items())
     floor = next(iter(rows.values()))["floor"]
-    where = dict(data=str(job.data.name) if job.data else "phantom, 48 people, 6 slices, seed 0", split=job.split, images=job.images, seed=job.seed,
+    where = dict(data=str(job.data.name) if job.data else "phantom, 48 people, 6 slices, seed 0", split=job.split, images=job.images, seed=job.seed, seeds=job.seeds,
                  torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
-    print(table.to_string(na_rep=""))
+    print(table.to_string(na_rep=""), said, sep="\n")
     print("floor, the mean slice:", {k: round(v, 3) for k, v in floor.items()})
     print(where)
-    (job.out / "table.json").write_text(json.dumps(dict(where=where, floor=floor, rows=json.loads(table.T.to_json())), indent=1))
+    (job.out / "table.json").write_text(json.dumps(dict(where=where, floor=floor, rows=json.loads(table.T.to_json()), said=said), indent=1))
     return table
 
 

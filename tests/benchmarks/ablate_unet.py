@@ -3,8 +3,9 @@
 python tests/benchmarks/ablate_unet.py DATA RUN [RUN ...]        # RUN: folders with a trained autoencoder, such as 4, 8 and 16 channels
 python tests/benchmarks/ablate_unet.py DATA RUN --only base,wide
 
-Every variant starts from the same seed, sees the same latents in the same order, and is judged by samples that are asked for exactly what the held-out
-people are. Stopped, it goes on where it was. Nothing of the data leaves OUT."""
+Every variant is trained with the same seeds, sees the same latents in the same order, and is evaluated by samples that are generated for exactly the
+conditions of the held-out subjects. A difference counts where it is larger than seed noise (`seeds.py`). Stopped, it goes on where it was. Nothing of the
+data leaves OUT."""
 import json
 import platform
 import shutil
@@ -32,6 +33,10 @@ from brainldm.runs import read_config, read_log
 from brainldm.training import save_figure
 from brainldm.diffusion import PRESETS, LDMConfig, train_ldm
 
+import seeds
+
+MEASURES = ("Frechet", "KID", "recall", "slice error", "CSF d", "MS-SSIM")  # compared with the base
+
 
 @dataclass
 class Ablation:
@@ -42,7 +47,8 @@ class Ablation:
     only: str = ""  # Names of variants, with commas between; none: all
     images: int = 20_000  # Latents that each variant sees
     steps: int = 20  # Denoising steps (DPM-Solver++)
-    seed: int = 0  # Of weights, order, noise and samples
+    seed: int = 0  # The first seed, of weights, order, noise and samples
+    seeds: int = 3  # How many seeds each variant is trained with: seed, seed + 1, …
     preset: str = "laptop"  # From which one thing at a time is changed
 
 
@@ -101,7 +107,7 @@ def added_skips():
 
 def measure(source: Path, name: str, config: LDMConfig, dataset, job: Ablation) -> dict:
     "Train one variant on the latents of one run, draw, and judge."
-    run = job.out / f"{source.name} {name}".replace(" ", "_")
+    run = job.out / f"{source.name} {name} seed {job.seed}".replace(" ", "_")
     if not (run / "config.json").is_file():
         run.mkdir(parents=True, exist_ok=True)
         for part in ("autoencoder.safetensors", "train_mean.safetensors"):
@@ -135,12 +141,11 @@ def judge(pictures: torch.Tensor, rows, dataset, job: Ablation) -> dict:
     net = feature_net(job.out / "judge", dataset)
     scores = json_safe(judge_pictures(net, pictures, rows, dataset.subset("train"), dataset.subset("validate"), utility=None)[0])
     drawn, real = scores["conditioning"]["drawn"], scores["conditioning"]["train"]
-    fidelity, floor = scores["fidelity"]["drawn"], scores["fidelity"]["floor"]
+    fidelity, reference = scores["fidelity"]["synthetic"], scores["fidelity"]["reference"]
     return {
         "Frechet": fidelity["frechet"],
-        "(floor)": floor["frechet"],
-        "KID": fidelity["kid"],
-        "(floor) ": floor["kid"],
+        "(real)": reference["frechet"],
+        "excess KID": scores["fidelity"]["excess"]["kid"],
         "recall": fidelity["recall"],
         "slice error": drawn["slice_error"]["value"],
         "(held)": scores["conditioning"]["held"]["slice_error"]["value"],
@@ -160,26 +165,32 @@ def choose(known: dict, only: str) -> dict:
     return {k: v for k, v in known.items() if k in asked}
 
 
-def tell(rows: dict[str, dict], job, *sizes: str) -> pd.DataFrame:
-    "Print the table with its circumstances, and write both."
-    where = {o: getattr(job, o) for o in ("preset", "images", "steps", "seed", *sizes)}
+def each_seed(job) -> list:
+    "The job once for each of its seeds."
+    return [replace(job, seed=job.seed + i) for i in range(job.seeds)]
+
+
+def tell(rows: dict[str, list[dict]], base: str, job, *sizes: str) -> pd.DataFrame:
+    "Print means over the seeds, what is more than seed noise, and the circumstances; write all of it."
+    where = {o: getattr(job, o) for o in ("preset", "images", "steps", "seed", "seeds", *sizes)}
     where |= dict(data=job.data.name, torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
-    table = pd.DataFrame(rows).T.astype(float).round(3)
-    print(table.to_string(), where, sep="\n")
-    (job.out / "table.json").write_text(json.dumps(dict(where=where, rows=rows), indent=1))
+    table, said = seeds.mean_over_seeds(rows).round(3), seeds.describe(rows, base, MEASURES)
+    print(table.to_string(), said, where, sep="\n")
+    (job.out / "table.json").write_text(json.dumps(dict(where=where, rows=rows, said=said), indent=1))
     return table
 
 
 def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
-    dataset, names = open_dataset(job.data, data_config(job.runs[0], None)), variants(job)
-    todo = [(job.runs[0], k) for k in choose(names, job.only)] + [(run, "base") for run in job.runs[1:]]
+    dataset, jobs = open_dataset(job.data, data_config(job.runs[0], None)), each_seed(job)
+    asked = ["base", *(k for k in choose(variants(job), job.only) if k != "base")]  # the base is what all others are compared with
+    todo = [(job.runs[0], k) for k in asked] + [(run, "base") for run in job.runs[1:]]
     rows = {}
     for run, k in todo:
         with added_skips() if k == "skips added" else nullcontext():
-            rows[f"{run.name}: {k}"] = measure(run, k, names[k], dataset, job)
-    rows |= {f"{run.name}: scans, decoded": decoded(run, dataset, job) for run in job.runs}
-    return tell(rows, job)
+            rows[f"{run.name}: {k}"] = [measure(run, k, variants(o)[k], dataset, o) for o in jobs]
+    rows |= {f"{run.name}: scans, decoded": [decoded(run, dataset, o) for o in jobs] for run in job.runs}
+    return tell(rows, f"{job.runs[0].name}: base", job)
 
 
 if __name__ == "__main__":
