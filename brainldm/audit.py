@@ -216,7 +216,7 @@ def nearest_slices(
     out = {}
     for name,(queries,pool) in ways.items():
         distance,row = nearest_rows(queries, pool)
-        out |= {name: distance.double().cpu().numpy()/queries.shape[1]**.5, f'{name}_row': row.cpu().numpy()}
+        out |= {name: distance.cpu().double().numpy()/queries.shape[1]**.5, f'{name}_row': row.cpu().numpy()}
     return pd.DataFrame(out)
 
 # %% ../nbs/10b_audit.ipynb #e1b2b83e

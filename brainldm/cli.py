@@ -6,8 +6,9 @@
 __all__ = ['FLAGS', 'KNOBS', 'COMMANDS', 'Phantom', 'training_faults', 'add_training_findings', 'Check', 'TrainAutoencoder',
            'data_config', 'Stage2', 'TrainLDM', 'TrainPrior', 'TrainVolume', 'Train', 'describe_scores', 'Reconstruct',
            'Bits', 'describe_covariates', 'read_pairs', 'read_request', 'next_folder', 'pick_place', 'Drawing',
-           'pick_generator', 'read_scales', 'pick_knobs', 'draw_together', 'Sample', 'known_values', 'Edit', 'Volume',
-           'Evaluate', 'Explore', 'Report', 'Fetch', 'Share', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
+           'pick_generator', 'read_scales', 'pick_knobs', 'draw_together', 'Sample', 'known_values', 'Edit',
+           'describe_space', 'Volume', 'Evaluate', 'Explore', 'Report', 'Fetch', 'Share', 'demo_configs', 'draw_grid',
+           'Demo', 'parse', 'main']
 
 # %% ../nbs/11_cli.ipynb #7b047058
 import dataclasses
@@ -46,7 +47,8 @@ from .loop import TrainConfig, crew
 from .runs import read_config
 from .training import AEConfig, size_multiple, save_figure, train_autoencoder
 from .diffusion import PRESETS, LDMConfig, refuse_leak, train_ldm
-from .volume import VOLUME_PRESETS, BrainVolumes, VolumeConfig, guess_spacing, save_volumes, train_volume
+from .volume import (
+    VOLUME_PRESETS, BrainVolumes, VolumeConfig, check_spacing, guess_spacing, save_volumes, train_volume)
 
 # %% ../nbs/11_cli.ipynb #fec1f560
 FLAGS = tyro.conf.arg(name='', prefix_name=False, help='') # Marks a config whose fields become flags without a prefix
@@ -475,6 +477,17 @@ class Edit:
         print(f'{len(at)} changed scans in {folder}; a picture of all steps: {folder/"before_and_after.png"}')
         return 0
 
+# %% ../nbs/11_cli.ipynb #e4e22bdc
+def describe_space(
+    spacing:tuple[float, float]|None, # Size of a pixel and distance of slices, mm; None: not known
+    left_known:bool, # Whether left is known
+)->str: # One line or two
+    "What a generated volume claims about space, and how to state what it does not know."
+    said = ('voxels of {0:g} x {0:g} x {1:g} mm'.format(*spacing) if spacing else
+            'The voxel size of the training data is not known, and the NIfTI claims none. State it with --voxel-mm PIXEL SLICE.')
+    return said if left_known else said+('\nWhich side is left is not known, and the NIfTI does not say. '
+                                         'State that images show left on the left with --left-on-left.')
+
 # %% ../nbs/11_cli.ipynb #b47493e8
 @dataclass
 class Volume:
@@ -489,14 +502,17 @@ class Volume:
     guidance_scale:float=1. # 1 follows the data, above 1 exaggerates the conditions
     sampler:Literal['ddim', 'dpmpp']='ddim' # Both walk without fresh noise
     shared_noise:float|None=None # In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1
-    voxel_mm:tuple[float, float]=(1., 1.) # Size of a pixel and distance of slices of the training data, mm
-    spacing_mm:tuple[float, float]|None=None # The same of the drawn brains; None: worked out from voxel_mm and the run's crop
+    voxel_mm:tuple[float, float]|None=None # Size of a pixel and distance of slices of the training data, mm; None: as its files say
+    spacing_mm:tuple[float, float]|None=None # The same of the generated brains; None: worked out from voxel_mm, crop and size
+    left_on_left:bool=False # State that the training images show the subject's left on the left, where their files do not say
     seed:int=0 # Same seed, same machine: same brains
     out:Path|None=None # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self)->int: # Exit status
         how = dict(steps=self.steps, guidance_scale=self.guidance_scale, sampler=self.sampler, seed=self.seed)
         spacing = self.spacing_mm or guess_spacing(self.run_folder, self.voxel_mm)
+        check_spacing(spacing)
+        left_known = self.left_on_left or read_config(self.run_folder)['autoencoder']['data'].get('left_known', False)
         if 'slice' in read_pairs(self.condition): raise ValueError(
             f"brainldm volume: --condition {' '.join(self.condition)}. Expected no slice, for a brain has all of them. Leave it out.")
         if self.out: refuse_taken(self.out)                                    # before any work
@@ -506,9 +522,8 @@ class Volume:
         draw = partial(model.sample_volume, progress=True) if self.shared_noise is None else \
                partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
         brains = draw(self.n, **asked, **how)
-        folder = save_volumes(brains, pick_place(self.out, self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise))
-        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}, '
-              f'voxels of {spacing[0]:g} x {spacing[0]:g} x {spacing[1]:g} mm')
+        folder = save_volumes(brains, pick_place(self.out, self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise), left_known)
+        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}', describe_space(spacing, left_known), sep='\n')
         return 0
 
 # %% ../nbs/11_cli.ipynb #9a8c81bc

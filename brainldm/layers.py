@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_divides', 'ResBlock', 'Downsample', 'Upsample', 'AttentionBlock', 'CrossAttention', 'ScalarEmbedding',
-           'Conditioner', 'process_device', 'pick_device', 'pick_precision', 'device_name', 'where']
+           'Conditioner', 'process_device', 'pick_device', 'pick_precision', 'double_on_cpu', 'device_name', 'where']
 
 # %% ../nbs/01b_layers.ipynb #544033f8
 import math
@@ -241,6 +241,13 @@ def pick_precision(
     if device.type=='cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
     fast = (getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16', 'amx_tile'))
     return 'bf16' if device.type=='cpu' and any(fast) else 'no'
+
+# %% ../nbs/01b_layers.ipynb #7df75c6a
+def double_on_cpu(
+    x:Tensor, # Numbers on any device
+)->Tensor: # The same in float64, on the CPU, without a graph
+    "For statistics, which want many digits and little work: some devices (Apple's MPS) have no float64."
+    return x.detach().cpu().double()
 
 # %% ../nbs/01b_layers.ipynb #44068149
 def device_name(

@@ -37,7 +37,7 @@ from .runs import (Checkpoint, enter_run, fill_model, is_finished, load_weights,
                            unpack_state, weights_hash, within_memory, write_atomic)
 from .sharing import locate_run
 from .vae import Autoencoder, AutoencoderKL, cyclical_weight, kl_loss, picture_scores
-from .vqgan import (FSQ, VQVAE, PatchDiscriminator, VectorQuantizer, adaptive_weight, code_scores, count_codes,
+from .vqgan import (FP16_SCALE, FSQ, VQVAE, PatchDiscriminator, VectorQuantizer, adaptive_weight, code_scores, count_codes,
                             critic_accuracy, critic_loss, feature_loss, generator_loss, start_codebook)
 
 # %% ../nbs/06_training.ipynb #ada11ce1
@@ -253,7 +253,8 @@ def autoencoder_loss(
     if seen<config.adversary_start: return loss,logs
     gan,features = fool_critic(critic, batch, fakes, config)
     last = bare.decoder.head[-1].weight
-    weight = config.adversary_weight*adaptive_weight(loss, gan, last, config.adversary_max_weight)
+    scale = 1. if critic.accelerator.scaler is None else FP16_SCALE            # no scaler reaches these gradients
+    weight = config.adversary_weight*adaptive_weight(loss, gan, last, config.adversary_max_weight, scale)
     logs |= dict(gan=gan.detach(), gan_weight=weight)
     if config.feature_weight: logs['features'] = features.detach()
     return loss+weight*gan+config.feature_weight*features,logs

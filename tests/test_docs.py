@@ -221,13 +221,13 @@ def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
 
 def test_every_fault_has_its_remedy():
     "The table of the page and the faults of the code."
-    trees = [ast.parse((ROOT / "brainldm" / f"{name}.py").read_text()) for name in ("files", "data", "batches")]
+    trees = [ast.parse((ROOT / "brainldm" / f"{name}.py").read_text()) for name in ("files", "tables", "data", "batches")]
     calls = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") in ("DataFault", "as_faults")]
     at = {"DataFault": 0, "as_faults": 1}
     kinds = {n.args[at[n.func.id]].value for n in calls if len(n.args) > at[n.func.id] and isinstance(n.args[at[n.func.id]], ast.Constant)}
     rows = re.search(r"\| it says \|.*?\n\n", YOUR_DATA, re.S)[0]
     named = {k for line in rows.strip().splitlines() for k in re.findall(r"`([\w -]+)`", line.split("|")[1])}
-    assert named == kinds | {"duplicate"}                                  # that one is chosen by a condition in `find_copies`
+    assert named == kinds | {"duplicate", "two volumes", "contrast"}        # those are chosen by conditions in `find_copies`, `name_subjects`
 
 
 # The built site
