@@ -181,5 +181,5 @@ def test_codes_that_are_told_the_diagnosis(told, dataset, tmp_path):
 
 
 def test_evaluate_refuses(copy, dataset, tmp_path):
-    with pytest.raises(ValueError, match='fingerprint'): evaluate(copy, type(dataset)(dataset.images, dataset.manifest.assign(hash='0'*32), dataset.covariates))
+    with pytest.raises(ValueError, match='not what the autoencoder was trained on: image of'): evaluate(copy, type(dataset)(dataset.images, dataset.manifest.assign(hash='0'*32), dataset.covariates))
     with pytest.raises(FileNotFoundError): evaluate(tmp_path/'nowhere', dataset)
