@@ -143,10 +143,14 @@ def data_config(
     settings = read_config(run)
     try:
         known = settings['autoencoder']['config']['data']
-        return DataConfig(**dict(known, subjects=subjects or known['subjects']))
+        config = DataConfig(**dict(known, subjects=subjects or known['subjects']))
     except (KeyError, TypeError) as e: raise ValueError(
         f"data_config: {run}/config.json does not say how the data were read ({type(e).__name__}: {e}). Expected what "
         "`brainldm train autoencoder` wrote. Take it from a backup, or train again.") from None
+    if config.subjects and not config.subjects.is_file(): raise FileNotFoundError(
+        f"data_config: the table of subjects of {run}, {config.subjects}, is not there. Expected a file. If it has moved, "
+        "try --subjects and its new place.")
+    return config
 
 # %% ../nbs/11_cli.ipynb #cfb07590
 @dataclass
@@ -251,7 +255,7 @@ class Bits:
 
     def run(self)->int: # Exit status
         dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects), progress=not self.as_json)
-        refuse_leak(read_config(self.run_folder), dataset)
+        refuse_leak(read_config(self.run_folder), dataset, self.run_folder)
         scores = prior_scores(CodeSampler.load(self.run_folder), dataset, self.split, progress=not self.as_json)
         merge_metrics(self.run_folder, f'bits {self.split}', scores)
         lines = [f"{self.split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices; bits per code"]

@@ -241,7 +241,7 @@ def evaluate(
     **how, # What `sample` takes: steps, guidance_scale, temperature …
 )->dict: # The scores, as in RUN/metrics.json under 'samples GENERATOR'
     "Draw, judge, and write RUN/metrics.json and RUN/evaluation. Raises ValueError for other data than the run's."
-    run = Path(run); refuse_leak(read_config(run), dataset)
+    run = Path(run); refuse_leak(read_config(run), dataset, run)
     train,held = dataset.subset('train'),dataset.subset(split)
     if len(held)<50: raise ValueError(
         f"evaluate: {len(held)} unseen slices in {split}. Expected 50 or more: no score can be told from chance. "
