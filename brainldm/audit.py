@@ -8,7 +8,8 @@ __all__ = ['UTILITY', 'FRAME', 'SIDE', 'REFINE', 'KINDS', 'csf_share', 'ventricl
            'as_dataset', 'utility_scores', 'smooth', 'folding_maps', 'moved', 'candidate_moves', 'correlations',
            'CopySearch', 'best_moves', 'refine_moves', 'nearest_copies', 'extreme_threshold', 'excess_p_values',
            'audit_statistics', 'memorization_audit', 'plant_copies', 'audit_power', 'rebuild_rows', 'planted_copies',
-           'reference_rows', 'audit_images', 'denoising_errors', 'attack_auc', 'membership_inference', 'audit_line']
+           'reference_rows', 'audit_images', 'denoising_errors', 'attack_auc', 'mean_slice_errors',
+           'membership_inference', 'audit_line']
 
 # %% ../nbs/10b_audit.ipynb #41fcfa60
 import itertools
@@ -660,6 +661,22 @@ def attack_auc(
                 control_interval_95=tuple(np.quantile(control, [.025, .975]).tolist()),
                 n_members=len(names), n_others=int(pd.Series(who[~member]).nunique()))
 
+# %% ../nbs/10b_audit.ipynb #a0d40006
+def mean_slice_errors(
+    train:SliceDataset, # Real slices of train subjects
+    dataset:SliceDataset, # Slices to score
+    own:bool=False, # Whether they are train slices, each of which is then left out of its mean
+)->np.ndarray: # Mean squared difference from the mean train slice of the position (n,)
+    "What anyone can say without the weights: the baseline of every attack. Members and others may differ by themselves."
+    places = [o.manifest['slice'].to_numpy() if 'slice' in o.manifest else np.zeros(len(o)) for o in (train, dataset)]
+    out = np.empty(len(dataset))
+    for k in np.unique(places[1]):
+        rows,at = np.flatnonzero(places[0]==places[0][np.abs(places[0]-k).argmin()]),np.flatnonzero(places[1]==k)
+        gap = (dataset.images[at]-train.images[rows].mean(0, dtype=np.float32))/127.5
+        if own and len(rows)>1: gap *= len(rows)/(len(rows)-1)
+        out[at] = np.square(gap).mean((1, 2))
+    return out
+
 # %% ../nbs/10b_audit.ipynb #a0d40004
 def membership_inference(
     model, # A `Sampler`, or a `CodeSampler`: whose weights are attacked
@@ -667,7 +684,7 @@ def membership_inference(
     held:SliceDataset, # Real slices of held-out subjects: not members
     most:int=1_300, # Slices of members to use, about; as many of each held-out subject
 )->dict[str, dict]: # By attack: as from `attack_auc`
-    "Can it be told from a run's weights who was in its training set? By its autoencoder, and by what it generates with."
+    "Can it be told from a run's weights who was in its training set? By its autoencoder and its generator, and without either."
     rows = [reference_rows(train.manifest.subject, most)]
     rows.append(reference_rows(held.manifest.subject, most*held.manifest.subject.nunique()//train.manifest.subject.nunique()))
     parts = [SliceDataset(o.images[at], o.manifest.iloc[at].reset_index(drop=True), o.covariates)
@@ -680,7 +697,8 @@ def membership_inference(
     def priced(o):
         o = SliceDataset(o.images, o.manifest, model.covariates)               # in the words of the run
         return code_bits(model.prior, cache_codes(model.autoencoder, o, model.precision, progress=False), o.conditions, model.precision).numpy()
-    out = {'reconstruction error': attack(rebuilt)}
+    alone = [mean_slice_errors(train, o, own) for o,own in zip(parts, (True, False))]
+    out = {'mean slice, without the run': attack_auc(np.concatenate(alone), member, who), 'reconstruction error': attack(rebuilt)}
     if getattr(model, 'prior', None) is not None: out['bits of codes'] = attack(priced)
     elif model.unet is not None: out['denoising error'] = attack(lambda o: denoising_errors(model, o))
     return out
@@ -692,7 +710,7 @@ def audit_line(
 )->str: # One line for a terminal or a caption
     "What the memorization audit of a run said."
     metrics = read_metrics(run)
-    if audit_verdicts(metrics).get(generator, 'not audited')=='not audited': return (
+    if audit_verdicts(metrics, run).get(generator, 'not audited')=='not audited': return (
         f'Memorization by {generator}: not audited. An image may repeat a training scan. '
         'Run `brainldm evaluate RUN DATA`.')
     audit = metrics[f'samples {generator}']['memorization']

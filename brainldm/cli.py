@@ -416,7 +416,7 @@ class Sample(Drawing):
         pictures = draw_together(part, self.n)
         if pictures is None: return 0                                          # the first process saves
         about = {k: v if np.isscalar(v) else str(v) for k,v in how.items()}
-        about['audit'] = audit_verdicts(read_metrics(self.run_folder)).get(self.generator, 'not audited')
+        about['audit'] = audit_verdicts(read_metrics(self.run_folder), self.run_folder).get(self.generator, 'not audited')
         folder = save_pictures(pictures, pick_place(self.out, self.run_folder/'samples'/'drawn'), asked, dict(generator=self.generator, **about, seed=self.seed))
         if frames: save_gif([*frames, pictures[:len(frames[0])]], folder/'denoising.gif')
         print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}',
@@ -562,6 +562,7 @@ class Explore:
 
     def run(self)->int: # Exit status
         signal.signal(signal.SIGTERM, signal.default_int_handler)              # whoever ends this process ends its server, too
+        print(audit_line(self.run_folder))
         explore(self.run_folder, self.port, self.browser)
         return 0
 

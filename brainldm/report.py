@@ -39,7 +39,7 @@ from .sampling import BrainLDM
 from .codec import SYNTHETIC, middle_conditions
 from .loop import TrainConfig
 from .runs import read_config, read_log, read_metrics, write_atomic
-from .sharing import audit_verdicts
+from .sharing import audit_verdicts, generator_hash
 from .training import figure_png, plot_history, save_figure
 from .diffusion import refuse_leak
 
@@ -252,6 +252,7 @@ def evaluate(
     asked = train.manifest.iloc[rows]
     pictures,*more = (draw_like(model, asked, generator, o, progress=progress, **how) for o in (seed, seed+1))
     scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, model.reconstruct, progress, more)
+    scores['memorization']['weights'] = generator_hash(run, generator)
     scores = dict(split=split, seed=seed, how=how, **scores, membership=json_safe(membership_inference(model, train, held)))
     merge_metrics(run, f'samples {generator}', scores)
     shown = np.linspace(0, len(pictures)-1, 24).round().astype(int)
