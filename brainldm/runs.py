@@ -533,8 +533,8 @@ def open_run(
         versions = dict(brainldm=brainldm.__version__, torch=torch.__version__, python=platform.python_version())
         computed = [dict(images=0, **notes['computed'])] if 'computed' in notes else []
         settings[stage] = dict(new, computed=computed, train_subjects=subjects, versions=versions)
+        write_atomic(run/'config.json', json.dumps(settings, indent=1).encode())       # first: it makes this a run folder
         note_given(run, stage, table)
-        write_atomic(run/'config.json', json.dumps(settings, indent=1).encode())
         return None
     if not resume: raise FileExistsError(
         f"open_run: {run} already has a trained or half-trained {stage}. Expected a new run. "
