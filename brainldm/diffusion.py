@@ -27,8 +27,8 @@ from .data import DataConfig
 from .batches import Covariate, SliceDataset, eval_batches
 from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
 from .phantom import show_grid
-from .runs import (check_trained_on, compare_given, enter_run, fill_model, is_finished, load_weights, read_config, run_stage,
-                           save_weights, unpack_state, weights_hash, within_memory)
+from .runs import (check_trained_on, compare_given, enter_run, fill_model, is_finished, load_weights,
+                           read_config, run_stage, save_weights, unpack_state, weights_hash, within_memory)
 from .scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
 from .samplers import denoise
 from .sharing import locate_run
@@ -279,7 +279,8 @@ def note_changes(
     known = read_config(run).get(stage)
     if known is None: return
     if check_trained_on(run/f'{stage}.safetensors', autoencoder=autoencoder): warnings.warn(
-        f'{run} was trained by an earlier version: its {stage} does not say on which autoencoder. Make sure that both are of one run.')
+        f'{run} was trained by an earlier version: its {stage} does not say on which autoencoder. Make sure that both '
+        'are of one run.')
     differ = compare_given(run, stage, known['data'], dataset)
     if differ: warnings.warn(f"the {stage} of {run} was trained with other covariates: {'; '.join(differ)}. Scores are "
                              "those for the values now.")

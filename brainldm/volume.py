@@ -476,8 +476,8 @@ def train_volume(
     model = BrainLDM.load(run, str(crew().device))
     check_volume(model, run)
     if config.init_from: raise ValueError(
-        f"train_volume: init_from={config.init_from!r}. Expected None: whole brains start from the diffusion model of their "
-        "own run. Leave --init-from out, or give it to `brainldm train ldm`.")
+        f"train_volume: init_from={config.init_from!r}. Expected None: whole brains start from the "
+        "diffusion model of their own run. Leave --init-from out, or give it to `brainldm train ldm`.")
     (_,about),(_,drawing) = (load_weights(run/f'{o}.safetensors') for o in ('autoencoder', 'ldm'))
     check_stage2(run, dataset, about, model.autoencoder.factor*model.unet.factor)
     refuse_unfinished(read_config(run), drawing['images'], 'ldm')
@@ -486,7 +486,8 @@ def train_volume(
     below = dict(autoencoder=weights_hash(model.autoencoder), ldm=base)
     loss = partial(volume_loss, config=config, schedule=model.schedule, covariates=net.covariates)
     learner = Learner(net, loss, config, run)
-    state = enter_run(learner, run, 'volume', dataset, resume, net.covariates, ('slice', 'subject'), trained_on=below)
+    state = enter_run(learner, run, 'volume', dataset, resume, net.covariates,
+                      ('slice', 'subject', 'session'), trained_on=below)
     if is_finished(state, config, run/'volume.safetensors'): return BrainVolumes.load(run, str(model.device)).unet
     train,held = neighbour_splits(model, dataset, run/'state'/'latents', learner.accelerator, progress)
     info = dict(kind='volume', unet=base, trained_on=below)
