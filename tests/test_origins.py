@@ -10,6 +10,7 @@ import torch
 
 from brainldm import runs
 from brainldm.batches import SliceDataset, find_covariates, fingerprint
+from brainldm.data import DataConfig
 from brainldm.diffusion import load_unet, note_changes, refuse_leak, train_ldm
 from brainldm.fidelity import feature_net
 from brainldm.layers import device_name
@@ -399,7 +400,7 @@ def test_covariates_are_matched_by_name(dataset, made, tmp_path):
     rows = aged(dataset, age={"sub-0": 40.0}).manifest
     rows["diagnosis"] = rows.diagnosis.where(rows.subject != "sub-2", "AA")    # sorts first: every index moves
     rows["site"] = np.where(rows.subject.isin(["sub-0", "sub-3"]), "x", "y")
-    data = SliceDataset(dataset.images, rows, find_covariates(rows, ("site",)))
+    data = SliceDataset(dataset.images, rows, find_covariates(rows, DataConfig(columns=("site",))))
     run = tmp_path / "run"
     train_autoencoder(data, run, replace(AE, init_from=str(made), **FROZEN), progress=False)
     config = replace(LDM, init_from=str(made), covariates=("diagnosis", "age", "site"), **FROZEN)
