@@ -52,14 +52,20 @@ def prepare_picture(
 # %% ../nbs/01a_batches.ipynb #566acace
 def fingerprint(
     manifest:pd.DataFrame, # Checked rows, with the column `hash`
-)->dict: # hash of rows and pixels, layout, subjects and slices by split
-    "Sum up a data set so that a run can say exactly what it was trained on."
+)->dict: # hash of rows and pixels; layout, subjects and slices by split; voxel_mm, side and left_known
+    """Sum up a data set so that a run can say exactly what it was trained on.
+
+    `voxel_mm`: side of a pixel and distance of slices in the files, mm, or None; `side`: pixels of a file that become one
+    side of an image; `left_known`: whether left is known, as it is of volumes and of the phantom."""
     text = manifest.to_csv(index=False, lineterminator='\n')
-    by = manifest.groupby('split')
+    by,about = manifest.groupby('split'),manifest.attrs
     return dict(hash=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-                layout=manifest.attrs.get('layout', ''),
+                layout=about.get('layout', ''),
                 subjects={k:int(v) for k,v in by.subject.nunique().items()},
-                slices={k:int(v) for k,v in by.size().items()})
+                slices={k:int(v) for k,v in by.size().items()},
+                voxel_mm=list(about['voxel_mm']) if about.get('voxel_mm') else None,
+                side=about.get('side'),
+                left_known=about.get('layout')=='phantom' or bool('plane' in manifest and (manifest.plane>=0).all()))
 
 # %% ../nbs/01a_batches.ipynb #f9a8820c
 def cache_is_whole(
@@ -105,8 +111,11 @@ def explain_full_disk(
 )->OSError: # The same, or a full disk in words
     "Say what to do about a full disk."
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return error
-    return OSError(error.errno, f"write_cache: the prepared images need {need/1e6:,.1f} MB, and the disk of {folder} is full. "
-                   "Expected room for all of them. Free some, or set BRAINLDM_CACHE to a folder on another disk")
+    full = OSError(
+        f"write_cache: the prepared images need {need/1e6:,.1f} MB, and the disk of {folder} is full. "
+        "Expected room for all of them. Free some, or set BRAINLDM_CACHE to a folder on another disk.")
+    full.errno = error.errno
+    return full
 
 # %% ../nbs/01a_batches.ipynb #a98f6964
 def write_cache(
