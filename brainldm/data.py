@@ -681,6 +681,6 @@ def check_dataset(
     if config.crop=='auto': notes.append(f'crop auto: {f"the central {crop} of {side} pixels" if crop else "nothing to crop"}')
     if (crop or side)<config.size: notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
     good = good[~good.path.isin(listed.faults.path)].drop(columns=['_side', '_bright']).reset_index(drop=True)
-    good.attrs = listed.manifest.attrs
+    good.attrs = dict(listed.manifest.attrs, side=crop or side)
     return Findings(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes, crop,
                     listed.voxel_mm)
