@@ -378,9 +378,9 @@ def pick_knobs(
 
 # %% ../nbs/11_cli.ipynb #e1cca9c3
 def draw_together(
-    draw:Callable[[int, int], Tensor], # Called as draw(n, first): pictures first, first+1, …
-    n:int, # Pictures in all
-)->Tensor|None: # All pictures (n, 1, h, w) in the first process, None in the others
+    draw:Callable[[int, int], Tensor], # Called as draw(n, first): images, or brains, first, first+1, …
+    n:int, # How many in all
+)->Tensor|None: # All of them (n, ...) in the first process, None in the others
     "Share a drawing among the processes of `accelerate launch`; a single process draws it all."
     state = crew()
     start,stop = (-(-n*(state.process_index+k)//state.num_processes) for k in (0, 1))      # the first has the first image
@@ -520,9 +520,10 @@ class Volume:
         model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
         asked = read_request(dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex), self.condition,
                              (*model.covariates, *model.autoencoder.covariates))
-        draw = partial(model.sample_volume, progress=True) if self.shared_noise is None else \
+        draw = partial(model.sample_volume, progress=crew().is_main_process) if self.shared_noise is None else \
                partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
-        brains = draw(self.n, **asked, **how)
+        brains = draw_together(lambda n, first: draw(n, first=first, **asked, **how), self.n)
+        if brains is None: return 0                                            # the first process saves
         folder = save_volumes(brains, pick_place(self.out, self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise), left_known)
         print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}', describe_space(spacing, left_known), audit_line(self.run_folder, 'volume'),
               sep='\n')

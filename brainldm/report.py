@@ -41,7 +41,7 @@ from .loop import TrainConfig
 from .runs import read_config, read_log, read_metrics, write_atomic
 from .sharing import audit_verdicts, generator_hash
 from .training import figure_png, plot_history, save_figure
-from .diffusion import refuse_leak
+from .diffusion import note_changes, refuse_leak
 
 EXCESS = .05 # Excess KID that a generator may have; features have variance 1, random latents reach 1 and more
 
@@ -248,6 +248,7 @@ def evaluate(
         "Hold back more people.")
     rows = match_rows(held.manifest, train.manifest)
     model = (CodeSampler if generator=='prior' else BrainLDM).load(run)
+    note_changes(run, generator, dataset, model.autoencoder)
     net = feature_net(run, dataset, features, channels, progress).to(model.device)
     asked = train.manifest.iloc[rows]
     pictures,*more = (draw_like(model, asked, generator, o, progress=progress, **how) for o in (seed, seed+1))

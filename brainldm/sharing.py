@@ -28,7 +28,9 @@ def strip_settings(
     settings:dict, # As from `read_config`
 )->dict: # The same without names of people and without paths
     "Take out of a run's settings what is about people. A phantom is nobody: its numbers stay."
-    def bare(o): return {k: dict(v, subjects=None) if k=='data' and v else v for k,v in o['config'].items() if k!='init_from'}
+    def bare(o):
+        config = {k: v for k,v in o['config'].items() if k!='init_from'}       # a path, perhaps; its hash stays
+        return config | (dict(data=dict(config['data'], subjects=None)) if config.get('data') else {})
     def source(o): return dict(origin={k: v for k,v in o['origin'].items() if k!='run'}) if o.get('origin') else {}
     def names(o): return o.get('train_subjects') if o['data'].get('layout')=='phantom' else None
     return {stage: dict(o, config=bare(o), train_subjects=names(o), **source(o)) for stage,o in settings.items()}
