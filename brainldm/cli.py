@@ -39,12 +39,12 @@ from .audit import audit_line
 from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
-from .report import check_targets, draw_by_condition, evaluate, prior_scores, report
+from .report import audit_rows, check_targets, draw_by_condition, evaluate, membership_rows, prior_scores, report
 from .sampling import BrainLDM
 from .codec import make_folder, save_gif, save_pictures
-from .sharing import fetch_run, pack_run, push_run, refuse_taken
+from .sharing import audit_verdicts, fetch_run, pack_run, push_run, refuse_taken
 from .loop import TrainConfig, crew
-from .runs import read_config
+from .runs import read_config, read_metrics
 from .training import AEConfig, size_multiple, save_figure, train_autoencoder
 from .diffusion import PRESETS, LDMConfig, refuse_leak, train_ldm
 from .volume import (
@@ -143,10 +143,14 @@ def data_config(
     settings = read_config(run)
     try:
         known = settings['autoencoder']['config']['data']
-        return DataConfig(**dict(known, subjects=subjects or known['subjects']))
+        config = DataConfig(**dict(known, subjects=subjects or known['subjects']))
     except (KeyError, TypeError) as e: raise ValueError(
         f"data_config: {run}/config.json does not say how the data were read ({type(e).__name__}: {e}). Expected what "
         "`brainldm train autoencoder` wrote. Take it from a backup, or train again.") from None
+    if config.subjects and not config.subjects.is_file(): raise FileNotFoundError(
+        f"data_config: the table of subjects of {run}, {config.subjects}, is not there. Expected a file. If it has moved, "
+        "try --subjects and its new place.")
+    return config
 
 # %% ../nbs/11_cli.ipynb #cfb07590
 @dataclass
@@ -251,7 +255,7 @@ class Bits:
 
     def run(self)->int: # Exit status
         dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects), progress=not self.as_json)
-        refuse_leak(read_config(self.run_folder), dataset)
+        refuse_leak(read_config(self.run_folder), dataset, self.run_folder)
         scores = prior_scores(CodeSampler.load(self.run_folder), dataset, self.split, progress=not self.as_json)
         merge_metrics(self.run_folder, f'bits {self.split}', scores)
         lines = [f"{self.split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices; bits per code"]
@@ -374,9 +378,9 @@ def pick_knobs(
 
 # %% ../nbs/11_cli.ipynb #e1cca9c3
 def draw_together(
-    draw:Callable[[int, int], Tensor], # Called as draw(n, first): pictures first, first+1, …
-    n:int, # Pictures in all
-)->Tensor|None: # All pictures (n, 1, h, w) in the first process, None in the others
+    draw:Callable[[int, int], Tensor], # Called as draw(n, first): images, or brains, first, first+1, …
+    n:int, # How many in all
+)->Tensor|None: # All of them (n, ...) in the first process, None in the others
     "Share a drawing among the processes of `accelerate launch`; a single process draws it all."
     state = crew()
     start,stop = (-(-n*(state.process_index+k)//state.num_processes) for k in (0, 1))      # the first has the first image
@@ -412,6 +416,7 @@ class Sample(Drawing):
         pictures = draw_together(part, self.n)
         if pictures is None: return 0                                          # the first process saves
         about = {k: v if np.isscalar(v) else str(v) for k,v in how.items()}
+        about['audit'] = audit_verdicts(read_metrics(self.run_folder), self.run_folder).get(self.generator, 'not audited')
         folder = save_pictures(pictures, pick_place(self.out, self.run_folder/'samples'/'drawn'), asked, dict(generator=self.generator, **about, seed=self.seed))
         if frames: save_gif([*frames, pictures[:len(frames[0])]], folder/'denoising.gif')
         print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}',
@@ -515,11 +520,13 @@ class Volume:
         model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
         asked = read_request(dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex), self.condition,
                              (*model.covariates, *model.autoencoder.covariates))
-        draw = partial(model.sample_volume, progress=True) if self.shared_noise is None else \
+        draw = partial(model.sample_volume, progress=crew().is_main_process) if self.shared_noise is None else \
                partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
-        brains = draw(self.n, **asked, **how)
+        brains = draw_together(lambda n, first: draw(n, first=first, **asked, **how), self.n)
+        if brains is None: return 0                                            # the first process saves
         folder = save_volumes(brains, pick_place(self.out, self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise), left_known)
-        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}', describe_space(spacing, left_known), sep='\n')
+        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}', describe_space(spacing, left_known), audit_line(self.run_folder, 'volume'),
+              sep='\n')
         return 0
 
 # %% ../nbs/11_cli.ipynb #9a8c81bc
@@ -542,6 +549,7 @@ class Evaluate(Drawing):
         page = report(self.run_folder)
         lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {'reached' if ok else 'missed'}"
                  for name,drawn,real,target,ok,_ in check_targets(scores)]
+        lines += [': '.join(o) for o in [*audit_rows(scores['memorization'])[1:], *membership_rows(scores['membership'])]]
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
         return 0
 
@@ -555,6 +563,7 @@ class Explore:
 
     def run(self)->int: # Exit status
         signal.signal(signal.SIGTERM, signal.default_int_handler)              # whoever ends this process ends its server, too
+        print(audit_line(self.run_folder))
         explore(self.run_folder, self.port, self.browser)
         return 0
 
@@ -592,12 +601,13 @@ class Share:
     repo:str|None=None # user/name on the hub, in place of a folder
     public:bool=False # Let everybody see it there
     half:bool=True # Round weights to 16 bits
+    without_audit:str|None=None # Reason to share although the memorization audit has not passed; the model card shows it
 
     def run(self)->int: # Exit status
         if (self.out is None)==(self.repo is None): raise ValueError(
             f'share: out={self.out}, repo={self.repo}. Expected one of them. Try --out FOLDER, or --repo USER/NAME.')
-        if self.out: print(pack_run(self.run_folder, self.out, self.half))
-        else: print(push_run(self.run_folder, self.repo, not self.public, self.half))
+        if self.out: print(pack_run(self.run_folder, self.out, self.half, self.without_audit))
+        else: print(push_run(self.run_folder, self.repo, not self.public, self.half, without_audit=self.without_audit))
         return 0
 
 # %% ../nbs/11_cli.ipynb #e47a584a

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXCESS', 'PAGE', 'ACKNOWLEDGE', 'draw_by_condition', 'picture_uri', 'prior_scores', 'draw_by_generator',
            'report_prior', 'draw_like', 'judge_pictures', 'draw_audit', 'draw_pairs', 'evaluate', 'check_targets',
-           'fidelity_rows', 'reference_note', 'report_samples', 'report_data', 'report_numbers', 'judged_pictures',
-           'latest_picture', 'plain', 'model_card', 'from_metrics', 'report']
+           'fidelity_rows', 'reference_note', 'audit_rows', 'membership_rows', 'report_samples', 'report_data',
+           'report_numbers', 'judged_pictures', 'latest_picture', 'plain', 'model_card', 'from_metrics', 'report']
 
 # %% ../nbs/10c_report.ipynb #396d9c49
 import base64
@@ -28,8 +28,8 @@ import brainldm
 from .batches import SliceDataset
 from .evaluation import json_safe, merge_metrics, show_number, subject_interval
 from .audit import (
-    UTILITY, as_dataset, audit_line, condition_effects, csf_share, diversity_scores, memorization_audit,
-    nearest_slices, utility_scores, ventricle_slices)
+    UTILITY, as_dataset, audit_images, audit_line, condition_effects, csf_share, diversity_scores,
+    membership_inference, utility_scores, ventricle_slices)
 from .fidelity import (
     FEATURES, FeatureNet, beside_reference, evaluator_rows, feature_net, match_rows, picture_features, reading_scores,
     reference_rotations)
@@ -39,8 +39,9 @@ from .sampling import BrainLDM
 from .codec import SYNTHETIC, middle_conditions
 from .loop import TrainConfig
 from .runs import read_config, read_log, read_metrics, write_atomic
+from .sharing import audit_verdicts, generator_hash
 from .training import figure_png, plot_history, save_figure
-from .diffusion import refuse_leak
+from .diffusion import note_changes, refuse_leak
 
 EXCESS = .05 # Excess KID that a generator may have; features have variance 1, random latents reach 1 and more
 
@@ -160,10 +161,10 @@ def judge_pictures(
     train:SliceDataset, # Real slices of train people
     held:SliceDataset, # Real slices of unseen people, n rows
     utility:TrainConfig|None=UTILITY, # Length of the classifiers' trainings; None: leave them out
-    rebuilt:Tensor|None=None, # The unseen slices as the run's autoencoder gives them back; None: as they are
+    rebuild:Callable|None=None, # The run's autoencoder, as `Codec.reconstruct`; None: samples are as sharp as scans
     progress:bool=False, # Show a bar
     more:tuple[Tensor, ...]=(), # Further sets for the same rows, sampled from other seeds: they show the noise of sampling
-)->tuple[dict, pd.DataFrame, pd.DataFrame]: # All scores; nearest train slices of drawn, and of unseen pictures
+)->tuple[dict, pd.DataFrame, pd.DataFrame]: # All scores; most similar train slices of samples, and of the audit's reference
     "Every measure of notebooks 10a and 10b, each beside what real pictures get."
     who,asked = held.manifest.subject,train.manifest.iloc[rows].reset_index(drop=True)
     real,drawn = SliceDataset(train.images[rows], asked, train.covariates),as_dataset(pictures, asked, train.covariates)
@@ -177,14 +178,15 @@ def judge_pictures(
     sets = dict(drawn=(pictures, asked.assign(subject=range(len(asked)))), train=(train, train.manifest),
                 held=(held, held.manifest))
     whole = {k: o.__getitems__(range(len(o)))['image'] for k,o in (('train', real), ('held', held))}
-    near = [nearest_slices(net, o, train) for o in (pictures, held if rebuilt is None else rebuilt)]
+    device = next(net.parameters()).device
+    audit,*near = audit_images(pictures, train, held, rebuild, device=device, progress=progress)
     measures = dict(reading=lambda: reading_scores(net, held),
         fidelity=lambda: dict(beside_reference(seen, ours, [every[o] for o in turns], who.to_numpy(),
                                                [owners[o] for o in turns]), n_reference_seen=known),
         conditioning=lambda: dict({k: condition_effects(net, *o, middle) for k,o in sets.items()},
                                   slices=middle.tolist()),
         diversity=lambda: diversity_scores(dict(drawn=pictures, **whole), held.manifest),
-        memorization=lambda: memorization_audit(*near),
+        memorization=lambda: audit,
         utility=lambda: utility_scores(dict(real=real, drawn=drawn, both=both), held, utility, net.channels,
                                        progress=progress))
     if utility is None: measures.pop('utility')
@@ -194,16 +196,19 @@ def judge_pictures(
 
 # %% ../nbs/10c_report.ipynb #3250f9b9
 def draw_audit(
-    drawn:pd.DataFrame, # Nearest train slices of drawn pictures, as from `nearest_slices`
-    unseen:pd.DataFrame, # The same of unseen people's slices
-)->plt.Figure: # Histograms of both distances
-    "How near to training drawn pictures lie, beside people who were never trained on."
+    samples:pd.DataFrame, # As from `nearest_copies`, of samples
+    reference:pd.DataFrame, # The same of slices that cannot be copies, with split
+    audit:dict, # As from `memorization_audit`
+)->plt.Figure: # Histograms of the correlations, of whole slices and of halves
+    "How similar samples are to train slices, beside slices that cannot be copies; the threshold of a copy dotted."
     fig,axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
-    for ax,space in zip(axs, ('pixel', 'feature')):
-        bins = np.linspace(0, max(o[space].max() for o in (drawn, unseen)), 40)
-        for name,o in (('unseen people', unseen), ('drawn', drawn)): ax.hist(o[space], bins, alpha=.5, label=name)
-        ax.axvline(unseen[space].quantile(.01), c='k', ls=':', label='1 in 100 unseen')
-        ax.set(xlabel=f'distance of the nearest train slice, {space}s', ylabel='pictures')
+    for ax,space in zip(axs, ('whole', 'half')):
+        bins = np.linspace(0, 1, 41)
+        groups = {'other train subjects': reference[reference.split=='train'],
+                  'held-out subjects': reference[reference.split!='train'], 'samples': samples}
+        for name,o in groups.items(): ax.hist(o[space], bins, alpha=.5, label=name, weights=np.full(len(o), 1/max(1, len(o))))
+        ax.axvline(audit[space]['threshold'], c='k', ls=':', label='copy')
+        ax.set(xlabel=f'correlation with the most similar train slice, {space}', ylabel='fraction of slices')
     axs[0].legend(frameon=False)
     return fig
 
@@ -211,16 +216,16 @@ def draw_audit(
 def draw_pairs(
     pictures:Tensor, # Drawn pictures (n, 1, h, w)
     train:SliceDataset, # Real slices of train people
-    near:pd.DataFrame, # As from `nearest_slices(net, pictures, train)`
+    near:pd.DataFrame, # As from `nearest_copies`, of the pictures
     number:int=6, # Pairs of each space
-)->plt.Figure: # Drawn above, nearest train slice below; by pixels, then by features. Real slices: handle as such
+)->plt.Figure: # Samples above, most similar train slice below; by the whole, then by the better half. Real slices: handle as such
     "The pictures that lie nearest to training, with what they resemble."
     rows,labels = [],[]
-    for space in ('pixel', 'feature'):
-        first = near[space].sort_values(kind='stable').index[:number].tolist()
+    for space in ('whole', 'half'):
+        first = near[space].sort_values(kind='stable', ascending=False).index[:number].tolist()
         rows += [pictures[first, 0], train.__getitems__(near[f'{space}_row'][first].tolist())['image'][:, 0]]
-        labels += [f'drawn, by {space}s', 'its nearest']
-    return show_grid(torch.stack(rows), row_labels=labels, title='The nearest pairs: is it the same brain?')
+        labels += [f'sample, by {space}', 'most similar']
+    return show_grid(torch.stack(rows), row_labels=labels, title='The most similar pairs: is it the same brain?')
 
 # %% ../nbs/10c_report.ipynb #5b9a6640
 def evaluate(
@@ -236,24 +241,24 @@ def evaluate(
     **how, # What `sample` takes: steps, guidance_scale, temperature …
 )->dict: # The scores, as in RUN/metrics.json under 'samples GENERATOR'
     "Draw, judge, and write RUN/metrics.json and RUN/evaluation. Raises ValueError for other data than the run's."
-    run = Path(run); refuse_leak(read_config(run), dataset)
+    run = Path(run); refuse_leak(read_config(run), dataset, run)
     train,held = dataset.subset('train'),dataset.subset(split)
     if len(held)<50: raise ValueError(
         f"evaluate: {len(held)} unseen slices in {split}. Expected 50 or more: no score can be told from chance. "
         "Hold back more people.")
     rows = match_rows(held.manifest, train.manifest)
     model = (CodeSampler if generator=='prior' else BrainLDM).load(run)
+    note_changes(run, generator, dataset, model.autoencoder)
     net = feature_net(run, dataset, features, channels, progress).to(model.device)
     asked = train.manifest.iloc[rows]
     pictures,*more = (draw_like(model, asked, generator, o, progress=progress, **how) for o in (seed, seed+1))
-    batches = (held.__getitems__(range(i, min(i+32, len(held)))) for i in range(0, len(held), 32))
-    rebuilt = torch.cat([model.reconstruct(o['image'], o) for o in batches])
-    scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, rebuilt, progress, more)
-    scores = dict(split=split, seed=seed, how=how, **scores)
+    scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, model.reconstruct, progress, more)
+    scores['memorization']['weights'] = generator_hash(run, generator)
+    scores = dict(split=split, seed=seed, how=how, **scores, membership=json_safe(membership_inference(model, train, held)))
     merge_metrics(run, f'samples {generator}', scores)
     shown = np.linspace(0, len(pictures)-1, 24).round().astype(int)
     figures = dict(drawn=show_grid(pictures[shown, 0], ncols=8, title='Drawn, not scanned'),
-                   audit=draw_audit(near, away), pairs=draw_pairs(pictures, train, near))
+                   audit=draw_audit(near, away, scores['memorization']), pairs=draw_pairs(pictures, train, near))
     for name,figure in figures.items(): save_figure(figure, run/'evaluation'/f'{generator}_{name}.png')
     return scores
 
@@ -274,11 +279,9 @@ def check_targets(
            ('MS-SSIM, same conditions', alike['drawn'], alike['train'], 'within 0.03 of real',
             abs(alike['drawn']-alike['train'])<=.03,
             'Answers to the same request are more alike, or less, than real people are.'),
-           ('nearer to training than 99 of 100 unseen', audit['share'], .01, f"at most {audit['allowed']:g}",
-            audit['share']<=audit['allowed'],
-            'Pictures may repeat training scans. Look at the nearest pairs, and do not share them before.'
-            if audit['verdict']=='failed' else
-            'So few unseen people cannot tell whether pictures repeat training scans. Hold back more people.')]
+           ('memorization audit, copies', audit['copies'], 0, 'passed', audit['verdict']=='passed',
+            f"The memorization audit {'has failed' if audit['verdict']=='failed' else 'is unclear'}: {audit['reason']}. "
+            'Look at the most similar pairs, and do not share before.')]
     if not use: return out
     real,ours = use['real']['auc'],use['drawn']['auc']
     return [*out, ('AUC of a classifier trained on them', ours, real, f'at least {.9*real:.2f}, 0.9 x real',
@@ -313,6 +316,33 @@ def reference_note(
                f'; the feature network was trained on {seen} of them, since too few others match: their distance may be '
                'too large, and the excess too small.'))
 
+# %% ../nbs/10c_report.ipynb #a0d30001
+def audit_rows(
+    audit:dict, # As from `memorization_audit`
+)->list[list[str]]: # Rows of a table, the head first
+    "What the audit found, and what it would have found: copies planted into slices of held-out subjects."
+    def caught(o): return f"{o.get('caught', o.get('failed'))} of {o['trials']} [95 %: {o['interval_95'][0]:.0%} to {o['interval_95'][1]:.0%}]"
+    rows = [['memorization audit', 'found'], ['verdict', f"{audit['verdict']}: {audit['reason']}"],
+            ['copies', f"{audit['copies']} of {audit['n']} samples, of {audit['copied_subjects']} of {audit['n_train_subjects']} train subjects"]]
+    for name in ('whole', 'half'):
+        o = audit[name]
+        rows.append([f'{name} slices', f"highest correlation {o['highest']:.2f}, a copy from {o['threshold']:.2f}; near to training "
+                     f"{o['near']:.1%}, p {o['p_value']:.3f} by subject; of one train subject {o['most_of_one']}, p {o['p_subject']:.3f}"])
+    rows.append(['reference', f"{audit['n_reference']} slices of {audit['n_reference_subjects']} subjects"])
+    for kind,o in (audit['power'] or {}).items():
+        rows.append(['sets without copies that fail' if kind=='none' else f'5 % copies, {kind}: caught', caught(o)])
+    return rows
+
+# %% ../nbs/10c_report.ipynb #a0d30002
+def membership_rows(
+    membership:dict|None, # As from `membership_inference`; None: not measured
+)->list[list[str]]: # Rows of a table
+    "Membership inference beside its control, with what is aimed for: attack minus control at most 0.02."
+    def span(o): return f"[{', '.join(map(show_number, o or (None, None)))}]"
+    return [[f'membership inference by {k}', f"AUC {show_number(o['auc'])} {span(o['interval_95'])} of {o['n_members']} members against "
+             f"{o['n_others']} others; control {show_number(o['control'])} {span(o['control_interval_95'])}; attack - control "
+             f"{show_number(o['excess'])}, {'at most' if o['excess']<=.02 else 'MORE than'} 0.02"] for k,o in (membership or {}).items()]
+
 # %% ../nbs/10c_report.ipynb #b742481f
 def report_samples(
     generator:str, # 'ldm', 'prior' or 'stage1'
@@ -323,6 +353,9 @@ def report_samples(
     if 'excess' not in scores['fidelity']: return dict(title=title, table=[], figures=[], text=
         'Measured by an earlier version, whose kernel distance counted pairs of slices of one subject. '
         'Run `brainldm evaluate RUN DATA` again.')
+    if audit_verdicts({'samples x': scores})['x']=='not audited': return dict(
+        title=title, table=[], figures=[],
+        text='Evaluated by an earlier rule, which let copies pass: not audited. Run `brainldm evaluate RUN DATA` again.')
     targets = check_targets(scores)
     rows = [['measure', 'synthetic', 'real-vs-real reference', 'target', 'reached']]
     rows += [[name, show_number(a), show_number(b), goal, 'yes' if ok else 'NO'] for name,a,b,goal,ok,_ in targets]
@@ -341,6 +374,8 @@ def report_samples(
     text += (f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people whom no part "
              "was trained on; with so few people every number is uncertain. The network that compares them reads of "
              f"unseen people: {read}. {reference_note(scores['fidelity'])}")
+    rows += [[name, found, '', '', ''] for name,found in
+             [*audit_rows(scores['memorization']), *membership_rows(scores.get('membership'))]]
     return dict(title=title, text=text, table=rows, figures=[])
 
 # %% ../nbs/10c_report.ipynb #dfe48654
@@ -441,8 +476,8 @@ def judged_pictures(
 )->list[tuple[str, str]]: # (address, caption) of what `evaluate` has left
     "The figures of an evaluation."
     names = dict(drawn='One picture for each unseen slice, some of them',
-                 audit='Distance of the nearest train slice. Left of the dotted line: nearer than 99 of 100 unseen '
-                       'slices. Drawn pictures should lie where unseen people do',
+                 audit='Correlation with the most similar train slice. Right of the dotted line: a copy. Samples should lie '
+                       'where slices of other subjects do',
                  pairs='The drawn pictures nearest to training, each above the REAL train slice that it resembles. '
                        'Do not pass this page on')
     found = {k: Path(run)/'evaluation'/f'{generator}_{k}.png' for k in names if k!='pairs' or real_pictures}

@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['VOLUME_PRESETS', 'neighbour_scores', 'full_range', 'check_stack', 'repeat_request', 'plan_brains', 'volume_noise',
            'correlate', 'sample_shared_noise', 'lay_beside', 'Beside', 'NeighbourUNet', 'find_neighbours',
-           'NeighbourDataset', 'neighbour_splits', 'VolumeConfig', 'volume_loss', 'unet_hash', 'drawing_order',
-           'look_beside', 'draw_brains', 'encode_given', 'split_brains', 'sample_volume', 'show_planes',
-           'validate_volume', 'check_volume', 'train_volume', 'BrainVolumes', 'check_spacing', 'to_nifti',
-           'guess_spacing', 'save_volumes']
+           'NeighbourDataset', 'neighbour_splits', 'VolumeConfig', 'volume_loss', 'drawing_order', 'look_beside',
+           'draw_brains', 'encode_given', 'split_brains', 'sample_volume', 'show_planes', 'validate_volume',
+           'check_volume', 'train_volume', 'BrainVolumes', 'check_spacing', 'to_nifti', 'guess_spacing', 'save_volumes']
 
 # %% ../nbs/07b_volume.ipynb #2abe956a
-import hashlib
 import json
 from collections.abc import Callable
 from copy import copy, deepcopy
@@ -35,11 +33,12 @@ from .codec import SYNTHETIC, check_pictures, check_request, in_batches, middle_
 from .scheduler import NoiseSchedule
 from .samplers import denoise
 from .loop import Learner, TrainConfig, crew, in_chunks, infer, mixed_precision, to_device
-from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
+from .runs import (check_trained_on, enter_run, fill_model, is_finished, load_weights, read_config, run_stage,
+                           save_weights, weights_hash, within_memory)
 from .training import save_figure, spread_rows
-from brainldm.diffusion import (
+from .diffusion import (
     LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error,
-    refuse_unfinished)
+    refuse_leak, refuse_unfinished)
 from .unet import UNet
 from .vae import picture_scores
 
@@ -147,17 +146,18 @@ def sample_shared_noise(
     guidance_scale:float|dict[str, float]=1., # As in `sample`
     seed:int=0, # Same seed, same machine: same brains
     sampler:str='ddim', # 'ddim' or 'dpmpp'
+    first:int=0, # Number of the first brain: a long request may be served in parts
     **conditions, # diagnosis, age, sex, …: one value, or one a brain
 )->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
     "Draw the slices of a brain one by one from noise that they share: all that a 2-D model can do. Raises ValueError."
     if not 0<=noise_correlation<=1: raise ValueError(
         f"sample_shared_noise: noise_correlation={noise_correlation}. Expected 0 to 1. Try 1.")
-    check_request(n, seed, 1)
+    check_request(n, seed, 1, first)
     how = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     cond,slices = plan_brains(model, n, conditions, slices, how, seed)
     depth,brains = len(slices),[]
     for i,stop,part in in_batches(cond, n*depth, depth, model.device):
-        noise = correlate(volume_noise(model, 1, depth, seed, i//depth)[0], depth, noise_correlation)
+        noise = correlate(volume_noise(model, 1, depth, seed, first+i//depth)[0], depth, noise_correlation)
         brains.append(draw_batch(model, noise, part, how)[:, 0])
     return torch.stack(brains)
 
@@ -298,15 +298,6 @@ def volume_loss(
     mse = prediction_error(partial(model, beside=beside), batch, t, eps, drop, schedule, covariates)
     return (loss_weight(t, schedule)*mse).mean(),dict(mse=mse.detach().mean())
 
-# %% ../nbs/07b_volume.ipynb #dc69064a
-def unet_hash(
-    unet:nn.Module, # A 2-D network
-)->str: # 32 hexadecimal digits
-    "A fingerprint of weights to 16 bits, as they travel, so that the layers of one network are not put into another."
-    digest = hashlib.blake2b(digest_size=16)
-    for k,v in unet.state_dict().items(): digest.update(k.encode()+v.detach().cpu().half().numpy().tobytes())
-    return digest.hexdigest()
-
 # %% ../nbs/07b_volume.ipynb #b6ace459
 def drawing_order(
     depth:int, # Slices of a brain
@@ -395,11 +386,12 @@ def sample_volume(
     seed:int=0, # Same seed, same machine: same brains
     sampler:str='ddim', # 'ddim' or 'dpmpp'
     batch_size:int=8, # Brains at a time
+    first:int=0, # Number of the first brain: a long request may be served in parts
     progress:bool=False, # Show a bar
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
     "Draw whole brains, or what is missing of some: each slice follows its neighbours. Raises ValueError or TypeError."
-    check_request(n, seed, batch_size)
+    check_request(n, seed, batch_size, first)
     how = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     asked = dict(diagnosis=diagnosis, age=age, sex=sex, **others)
     cond,slices = plan_brains(model, n, asked, slices, how, seed)
@@ -408,7 +400,7 @@ def sample_volume(
     with tqdm(total=n*(depth-len(known))*steps, unit='step', desc='sample', disable=not progress) as bar:
         for i,stop,part in in_batches(cond, n*depth, batch_size*depth, model.device):
             a,b = i//depth,stop//depth
-            noise = volume_noise(model, b-a, depth, seed, a)
+            noise = volume_noise(model, b-a, depth, seed, first+a)
             z = draw_brains(model, noise, part, how, {k: v[a:b] for k,v in known.items()}, bar.update)
             if not z.isfinite().all(): raise RuntimeError("sample_volume: latents are not finite. Expected numbers. "
                                                           "Try precision='no', or a smaller guidance_scale.")
@@ -485,16 +477,22 @@ def train_volume(
     run = Path(run)
     model = BrainLDM.load(run, str(crew().device))
     check_volume(model, run)
+    if config.init_from: raise ValueError(
+        f"train_volume: init_from={config.init_from!r}. Expected None: whole brains start from the "
+        "diffusion model of their own run. Leave --init-from out, or give it to `brainldm train ldm`.")
     (_,about),(_,drawing) = (load_weights(run/f'{o}.safetensors') for o in ('autoencoder', 'ldm'))
     check_stage2(run, dataset, about, model.autoencoder.factor*model.unet.factor)
     refuse_unfinished(read_config(run), drawing['images'], 'ldm')
-    net,base = NeighbourUNet(model.unet),unet_hash(model.unet)
+    refuse_leak(read_config(run), dataset, run, 'ldm')
+    net,base = NeighbourUNet(model.unet),weights_hash(model.unet)
+    below = dict(autoencoder=weights_hash(model.autoencoder), ldm=base)
     loss = partial(volume_loss, config=config, schedule=model.schedule, covariates=net.covariates)
     learner = Learner(net, loss, config, run)
-    state = enter_run(learner, run, 'volume', dataset, resume)
+    state = enter_run(learner, run, 'volume', dataset, resume, net.covariates,
+                      ('slice', 'subject', 'session'), trained_on=below)
     if is_finished(state, config, run/'volume.safetensors'): return BrainVolumes.load(run, str(model.device)).unet
     train,held = neighbour_splits(model, dataset, run/'state'/'latents', learner.accelerator, progress)
-    info = dict(kind='volume', unet=base)
+    info = dict(kind='volume', unet=base, trained_on=below)
     def picture(seen): return run/'samples'/f'volume_{seen:09d}.png'
     def export(seen): save_weights(run/'volume.safetensors', learner.ema.module.state_dict(), dict(info, images=seen))
     run_stage(learner, train, run, 'volume', state, progress=progress, export=export,
@@ -514,7 +512,8 @@ class BrainVolumes(BrainLDM):
         "Load a run. Raises FileNotFoundError without volume.safetensors, ValueError on files that do not fit."
         model = super().load(run, device, precision)
         tensors,about = load_weights(Path(run)/'volume.safetensors')
-        if about.get('kind')!='volume' or model.unet is None or about.get('unet')!=unet_hash(model.unet): raise ValueError(
+        check_trained_on(Path(run)/'volume.safetensors', autoencoder=model.autoencoder)
+        if about.get('kind')!='volume' or model.unet is None or about.get('unet')!=weights_hash(model.unet): raise ValueError(
             f"BrainVolumes.load: {run}/volume.safetensors was not trained on the diffusion model beside it. "
             "Expected two files of one run. Run `brainldm train volume` again.")
         model.unet = fill_model(NeighbourUNet(model.unet), tensors, f'{run}/volume.safetensors').to(model.device).eval()

@@ -172,6 +172,8 @@ def run_line(line):
         return subprocess.run(["bash", "-ec", line], check=True)
     words = shlex.split(line.replace("--preset laptop", "--preset tiny"), comments=True)[1:]
     more = next((v for k, v in SHORT.items() if " ".join(words).startswith(k)), "")
+    if "--total-images" in words:                                              # lengthened: longer than the short form of the first training
+        more = more.replace("--total-images 64", "--total-images 96")
     status = main([*words, *shlex.split(more)])
     assert status == 0 or otherwise, line
     return status
