@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXCESS', 'PAGE', 'ACKNOWLEDGE', 'draw_by_condition', 'picture_uri', 'prior_scores', 'draw_by_generator',
            'report_prior', 'draw_like', 'judge_pictures', 'draw_audit', 'draw_pairs', 'evaluate', 'check_targets',
-           'fidelity_rows', 'reference_note', 'audit_rows', 'report_samples', 'report_data', 'report_numbers',
-           'judged_pictures', 'latest_picture', 'plain', 'model_card', 'from_metrics', 'report']
+           'fidelity_rows', 'reference_note', 'audit_rows', 'membership_rows', 'report_samples', 'report_data',
+           'report_numbers', 'judged_pictures', 'latest_picture', 'plain', 'model_card', 'from_metrics', 'report']
 
 # %% ../nbs/10c_report.ipynb #396d9c49
 import base64
@@ -28,8 +28,8 @@ import brainldm
 from .batches import SliceDataset
 from .evaluation import json_safe, merge_metrics, show_number, subject_interval
 from .audit import (
-    UTILITY, as_dataset, audit_images, audit_line, condition_effects, csf_share, diversity_scores, utility_scores,
-    ventricle_slices)
+    UTILITY, as_dataset, audit_images, audit_line, condition_effects, csf_share, diversity_scores,
+    membership_inference, utility_scores, ventricle_slices)
 from .fidelity import (
     FEATURES, FeatureNet, beside_reference, evaluator_rows, feature_net, match_rows, picture_features, reading_scores,
     reference_rotations)
@@ -39,7 +39,7 @@ from .sampling import BrainLDM
 from .codec import SYNTHETIC, middle_conditions
 from .loop import TrainConfig
 from .runs import read_config, read_log, read_metrics, write_atomic
-from .sharing import audit_verdicts
+from .sharing import audit_verdicts, generator_hash
 from .training import figure_png, plot_history, save_figure
 from .diffusion import note_changes, refuse_leak
 
@@ -253,7 +253,8 @@ def evaluate(
     asked = train.manifest.iloc[rows]
     pictures,*more = (draw_like(model, asked, generator, o, progress=progress, **how) for o in (seed, seed+1))
     scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, model.reconstruct, progress, more)
-    scores = dict(split=split, seed=seed, how=how, **scores)
+    scores['memorization']['weights'] = generator_hash(run, generator)
+    scores = dict(split=split, seed=seed, how=how, **scores, membership=json_safe(membership_inference(model, train, held)))
     merge_metrics(run, f'samples {generator}', scores)
     shown = np.linspace(0, len(pictures)-1, 24).round().astype(int)
     figures = dict(drawn=show_grid(pictures[shown, 0], ncols=8, title='Drawn, not scanned'),
@@ -332,6 +333,16 @@ def audit_rows(
         rows.append(['sets without copies that fail' if kind=='none' else f'5 % copies, {kind}: caught', caught(o)])
     return rows
 
+# %% ../nbs/10c_report.ipynb #a0d30002
+def membership_rows(
+    membership:dict|None, # As from `membership_inference`; None: not measured
+)->list[list[str]]: # Rows of a table
+    "Membership inference beside its control, with what is aimed for: attack minus control at most 0.02."
+    def span(o): return f"[{', '.join(map(show_number, o or (None, None)))}]"
+    return [[f'membership inference by {k}', f"AUC {show_number(o['auc'])} {span(o['interval_95'])} of {o['n_members']} members against "
+             f"{o['n_others']} others; control {show_number(o['control'])} {span(o['control_interval_95'])}; attack - control "
+             f"{show_number(o['excess'])}, {'at most' if o['excess']<=.02 else 'MORE than'} 0.02"] for k,o in (membership or {}).items()]
+
 # %% ../nbs/10c_report.ipynb #b742481f
 def report_samples(
     generator:str, # 'ldm', 'prior' or 'stage1'
@@ -363,7 +374,8 @@ def report_samples(
     text += (f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people whom no part "
              "was trained on; with so few people every number is uncertain. The network that compares them reads of "
              f"unseen people: {read}. {reference_note(scores['fidelity'])}")
-    rows += [[name, found, '', '', ''] for name,found in audit_rows(scores['memorization'])]
+    rows += [[name, found, '', '', ''] for name,found in
+             [*audit_rows(scores['memorization']), *membership_rows(scores.get('membership'))]]
     return dict(title=title, text=text, table=rows, figures=[])
 
 # %% ../nbs/10c_report.ipynb #dfe48654
