@@ -113,8 +113,10 @@ def augment(
     b,chance = len(pictures),dict(generator=generator, device=pictures.device)
     theta = torch.eye(2, 3, device=pictures.device).repeat(b, 1, 1)
     theta[:, :, 2] = (torch.rand(b, 2, **chance)*2-1)*2*shift/pictures.shape[-1]
-    grid = F.affine_grid(theta, pictures.shape, align_corners=False)
-    moved = F.grid_sample(pictures, grid, padding_mode='border', align_corners=False)
+    edge,sides = math.ceil(shift)+1,pictures.new_tensor(pictures.shape[:-3:-1])    # width, height
+    grid = F.affine_grid(theta, pictures.shape, align_corners=False)*(sides/(sides+2*edge))
+    wide = F.pad(pictures, [edge]*4, mode='replicate')                         # MPS samples beyond no other border than zeros
+    moved = F.grid_sample(wide, grid, align_corners=False)
     gain,level = torch.rand(2, b, 1, 1, 1, **chance)
     grey = (moved+1)*(1+contrast*(2*gain-1))-1
     return grey+noise*level*torch.randn(pictures.shape, **chance)
@@ -341,9 +343,9 @@ def coverage_scores(
         return apart.kthvalue(neighbours, dim=1).values
     between,mine,theirs = torch.cdist(real, other),radius(real, subjects),radius(other, others)    # (n, m), (n,), (m,)
     inside = between<=mine[:, None]
-    def share(o): return o.double().mean().item()
+    def share(o): return o.cpu().double().mean().item()
     return dict(precision=share(inside.any(0)), recall=share((between<=theirs).any(1)),
-                density=inside.double().sum(0).mean().item()/neighbours, coverage=share(inside.any(1)))
+                density=inside.cpu().double().sum(0).mean().item()/neighbours, coverage=share(inside.any(1)))
 
 # %% ../nbs/10a_fidelity.ipynb #c75249e8
 def interval_within(
@@ -501,5 +503,5 @@ def fine_detail(
     outline:float=.1, # Grey, 0 to 1, above which a pixel is brain
 )->np.ndarray: # Variance of the Laplacian of grey values inside the brain (n,); NaN without brain
     "How much detail a picture has (notebook 02): low is blurred, high is noisy."
-    greys = ((part.double()+1)/2 for part in picture_batches(pictures))
+    greys = ((part.cpu().double()+1)/2 for part in picture_batches(pictures))
     return np.concatenate([laplacian_variance(o, o>outline).cpu().numpy() for o in greys])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARCHIVES', 'EXPANSION', 'DataFault', 'as_faults', 'printable', 'read_picture', 'decode_picture', 'hash_picture',
            'foreground_side', 'Grid', 'read_grid', 'count_planes', 'fill_background', 'scale_to_bytes', 'load_volume',
-           'axial_picture', 'decode_file', 'map_files', 'cache_folder', 'StrictHeader', 'Metered', 'read_members',
-           'member_path', 'unpack_into', 'unpack', 'list_files']
+           'axial_picture', 'decode_file', 'map_files', 'cache_folder', 'temporary_in_cache', 'StrictHeader', 'Metered',
+           'read_members', 'member_path', 'unpack_into', 'unpack', 'list_files']
 
 # %% ../nbs/00b_files.ipynb #7cd87a63
 import gzip, hashlib, math, os, re, shutil, stat, struct, tarfile, tempfile, zipfile, zlib
@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
+from platformdirs import user_cache_path
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -261,11 +262,29 @@ def map_files(
 
 # %% ../nbs/00b_files.ipynb #6762f8c1
 def cache_folder(
-    cache_dir:str|Path|None=None, # None: $BRAINLDM_CACHE, else $XDG_CACHE_HOME/brainldm, else ~/.cache/brainldm
-)->Path: # Folder of all caches
-    "Where prepared pictures are kept."
+    cache_dir:str|Path|None=None, # None: $BRAINLDM_CACHE, else the user's cache, such as ~/.cache/brainldm
+)->Path: # Folder of all caches, perhaps not there yet
+    "Where prepared images are kept. Raises OSError for a user without a home folder."
     if cache_dir or os.environ.get('BRAINLDM_CACHE'): return Path(cache_dir or os.environ['BRAINLDM_CACHE'])
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'brainldm'
+    try: folder = user_cache_path('brainldm', appauthor=False)
+    except RuntimeError: folder = Path('~')                                    # a user that the system does not know
+    if not folder.is_absolute(): raise OSError(
+        "cache_folder: this user has no home folder, and so no cache. Expected a place to keep prepared images. "
+        "Set BRAINLDM_CACHE to a folder that can be written.")
+    return folder
+
+# %% ../nbs/00b_files.ipynb #9c40bcff
+def temporary_in_cache(
+    folder:Path, # Folder of all caches, made if it is not there
+    prefix:str, # What the new name begins with
+)->Path: # New empty folder in it
+    "A place to write what will become a cache. Raises OSError where nothing can be written."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    except OSError as e: raise type(e)(
+        f"cache_folder: the cache {folder} cannot be written ({e.strerror}). Expected a folder to keep prepared images "
+        "in. Set BRAINLDM_CACHE to one that can be written.") from None
 
 # %% ../nbs/00b_files.ipynb #8500e797
 class StrictHeader(tarfile.TarInfo):
@@ -369,8 +388,7 @@ def unpack(
     key = hashlib.blake2b(f'{root.resolve()} {about.st_size} {about.st_mtime_ns}'.encode(errors='surrogateescape'), digest_size=16)
     folder = cache_folder()/f'unpacked-{key.hexdigest()}'
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix='.unpacked-', dir=folder.parent))
+        tmp = temporary_in_cache(folder.parent, '.unpacked-')
         try:
             unpack_into(root, tmp)
             if not folder.is_dir(): tmp.rename(folder)

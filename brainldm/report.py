@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXCESS', 'PAGE', 'ACKNOWLEDGE', 'draw_by_condition', 'picture_uri', 'prior_scores', 'draw_by_generator',
-           'report_prior', 'draw_like', 'as_saved', 'from_bytes', 'rebuild_slices', 'judge_pictures', 'draw_audit',
-           'draw_pairs', 'save_evaluation', 'evaluate', 'read_image', 'refuse_unlike', 'read_images', 'image_side',
-           'pair_images', 'evaluate_images', 'check_targets', 'fidelity_rows', 'reference_note', 'report_samples',
+           'report_prior', 'draw_like', 'as_saved', 'from_bytes', 'judge_pictures', 'draw_audit', 'draw_pairs',
+           'save_evaluation', 'evaluate', 'read_image', 'refuse_unlike', 'read_images', 'image_side', 'pair_images',
+           'evaluate_images', 'check_targets', 'fidelity_rows', 'reference_note', 'audit_rows', 'report_samples',
            'report_data', 'report_numbers', 'judged_pictures', 'latest_picture', 'plain', 'model_card', 'from_metrics',
            'report']
 
@@ -27,14 +27,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import brainldm
-from .data import check_columns
+from .tables import read_table
 from .files import DataFault, cache_folder, decode_file, hash_picture
 from .layers import pick_device
 from .batches import SliceDataset, fingerprint, level_text, read_conditions
 from .evaluation import json_safe, merge_metrics, show_number, subject_interval
 from .audit import (
-    UTILITY, as_dataset, audit_line, condition_effects, csf_share, diversity_scores, memorization_audit,
-    nearest_slices, utility_scores, ventricle_slices)
+    UTILITY, as_dataset, audit_images, audit_line, condition_effects, csf_share, diversity_scores, utility_scores,
+    ventricle_slices)
 from .fidelity import (
     FEATURES, FeatureNet, beside_reference, evaluator_rows, feature_net, match_rows, pick_rows, picture_features,
     reading_scores, reference_rotations)
@@ -44,6 +44,7 @@ from .sampling import BrainLDM
 from .codec import SYNTHETIC, middle_conditions, to_bytes
 from .loop import TrainConfig
 from .runs import read_config, read_log, read_metrics, write_atomic
+from .sharing import audit_verdicts
 from .training import figure_png, plot_history, save_figure
 from .diffusion import refuse_leak
 
@@ -171,15 +172,6 @@ def from_bytes(
     "Grey values of files as networks take them."
     return torch.from_numpy(np.array(pixels)).float().div(127.5).sub(1)
 
-# %% ../nbs/10c_report.ipynb #c0ffee40
-def rebuild_slices(
-    model, # `BrainLDM` or `CodeSampler`
-    dataset:SliceDataset, # Real slices
-)->Tensor: # Their reconstructions (n, 1, h, w)
-    "Real slices as the autoencoder of a run gives them back."
-    batches = (dataset.__getitems__(range(i, min(i+32, len(dataset)))) for i in range(0, len(dataset), 32))
-    return torch.cat([model.reconstruct(o['image'], o) for o in batches])
-
 # %% ../nbs/10c_report.ipynb #3fb0617f
 def judge_pictures(
     net:FeatureNet, # Trained on the train slices
@@ -188,11 +180,11 @@ def judge_pictures(
     train:SliceDataset, # Real slices of train people
     held:SliceDataset, # Real slices of unseen people, n rows
     utility:TrainConfig|None=UTILITY, # Length of the classifiers' trainings; None: leave them out
-    rebuilt:Tensor|None=None, # The unseen slices as the run's autoencoder gives them back; None: as they are
+    rebuild:Callable|None=None, # The run's autoencoder, as `Codec.reconstruct`; None: samples are as sharp as scans
     progress:bool=False, # Show a bar
     more:tuple[Tensor, ...]=(), # Further sets for the same rows, sampled from other seeds: they show the noise of sampling
     orders:pd.DataFrame|None=None, # Conditions that the samples were generated for (n rows); None: those of `rows`
-)->tuple[dict, pd.DataFrame, pd.DataFrame]: # All scores; nearest train slices of drawn, and of unseen pictures
+)->tuple[dict, pd.DataFrame, pd.DataFrame]: # All scores; most similar train slices of samples, and of the audit's reference
     "Every measure of notebooks 10a and 10b, each beside what real pictures get."
     who,asked = held.manifest.subject,train.manifest.iloc[rows].reset_index(drop=True)
     orders = asked if orders is None else orders.reset_index(drop=True)
@@ -207,14 +199,15 @@ def judge_pictures(
     sets = dict(drawn=(pictures, orders.assign(subject=range(len(orders)))), train=(train, train.manifest),
                 held=(held, held.manifest))
     whole = {k: o.__getitems__(range(len(o)))['image'] for k,o in (('train', real), ('held', held))}
-    near = [nearest_slices(net, o, train) for o in (pictures, held if rebuilt is None else rebuilt)]
+    device = next(net.parameters()).device
+    audit,*near = audit_images(pictures, train, held, rebuild, device=device, progress=progress)
     measures = dict(reading=lambda: reading_scores(net, held),
         fidelity=lambda: dict(beside_reference(seen, ours, [every[o] for o in turns], who.to_numpy(),
                                                [owners[o] for o in turns]), n_reference_seen=known),
         conditioning=lambda: dict({k: condition_effects(net, *o, middle) for k,o in sets.items()},
                                   slices=middle.tolist()),
         diversity=lambda: diversity_scores(dict(drawn=pictures, **whole), held.manifest),
-        memorization=lambda: memorization_audit(*near),
+        memorization=lambda: audit,
         utility=lambda: utility_scores(dict(real=real, drawn=drawn, both=both), held, utility, net.channels,
                                        progress=progress))
     if utility is None: measures.pop('utility')
@@ -224,16 +217,19 @@ def judge_pictures(
 
 # %% ../nbs/10c_report.ipynb #3250f9b9
 def draw_audit(
-    drawn:pd.DataFrame, # Nearest train slices of drawn pictures, as from `nearest_slices`
-    unseen:pd.DataFrame, # The same of unseen people's slices
-)->plt.Figure: # Histograms of both distances
-    "How near to training drawn pictures lie, beside people who were never trained on."
+    samples:pd.DataFrame, # As from `nearest_copies`, of samples
+    reference:pd.DataFrame, # The same of slices that cannot be copies, with split
+    audit:dict, # As from `memorization_audit`
+)->plt.Figure: # Histograms of the correlations, of whole slices and of halves
+    "How similar samples are to train slices, beside slices that cannot be copies; the threshold of a copy dotted."
     fig,axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
-    for ax,space in zip(axs, ('pixel', 'feature')):
-        bins = np.linspace(0, max(o[space].max() for o in (drawn, unseen)), 40)
-        for name,o in (('unseen people', unseen), ('drawn', drawn)): ax.hist(o[space], bins, alpha=.5, label=name)
-        ax.axvline(unseen[space].quantile(.01), c='k', ls=':', label='1 in 100 unseen')
-        ax.set(xlabel=f'distance of the nearest train slice, {space}s', ylabel='pictures')
+    for ax,space in zip(axs, ('whole', 'half')):
+        bins = np.linspace(0, 1, 41)
+        groups = {'other train subjects': reference[reference.split=='train'],
+                  'held-out subjects': reference[reference.split!='train'], 'samples': samples}
+        for name,o in groups.items(): ax.hist(o[space], bins, alpha=.5, label=name, weights=np.full(len(o), 1/max(1, len(o))))
+        ax.axvline(audit[space]['threshold'], c='k', ls=':', label='copy')
+        ax.set(xlabel=f'correlation with the most similar train slice, {space}', ylabel='fraction of slices')
     axs[0].legend(frameon=False)
     return fig
 
@@ -241,16 +237,16 @@ def draw_audit(
 def draw_pairs(
     pictures:Tensor, # Drawn pictures (n, 1, h, w)
     train:SliceDataset, # Real slices of train people
-    near:pd.DataFrame, # As from `nearest_slices(net, pictures, train)`
+    near:pd.DataFrame, # As from `nearest_copies`, of the pictures
     number:int=6, # Pairs of each space
-)->plt.Figure: # Drawn above, nearest train slice below; by pixels, then by features. Real slices: handle as such
+)->plt.Figure: # Samples above, most similar train slice below; by the whole, then by the better half. Real slices: handle as such
     "The pictures that lie nearest to training, with what they resemble."
     rows,labels = [],[]
-    for space in ('pixel', 'feature'):
-        first = near[space].sort_values(kind='stable').index[:number].tolist()
+    for space in ('whole', 'half'):
+        first = near[space].sort_values(kind='stable', ascending=False).index[:number].tolist()
         rows += [pictures[first, 0], train.__getitems__(near[f'{space}_row'][first].tolist())['image'][:, 0]]
-        labels += [f'drawn, by {space}s', 'its nearest']
-    return show_grid(torch.stack(rows), row_labels=labels, title='The nearest pairs: is it the same brain?')
+        labels += [f'sample, by {space}', 'most similar']
+    return show_grid(torch.stack(rows), row_labels=labels, title='The most similar pairs: is it the same brain?')
 
 # %% ../nbs/10c_report.ipynb #c0ffee37
 def save_evaluation(
@@ -264,7 +260,7 @@ def save_evaluation(
 )->None:
     "Save the figures of an evaluation: some images, the audit's distances, the nearest pairs."
     shown = np.linspace(0, len(images)-1, 24).round().astype(int)
-    figures = dict(drawn=show_grid(images[shown, 0], ncols=8, title='Drawn, not scanned'), audit=draw_audit(*near))
+    figures = dict(drawn=show_grid(images[shown, 0], ncols=8, title='Drawn, not scanned'), audit=draw_audit(*near, scores['memorization']))
     if pairs: figures['pairs'] = draw_pairs(images, train, near[0])
     for k,figure in figures.items(): save_figure(figure, folder/f'{name}_{k}.png')
 
@@ -282,7 +278,7 @@ def evaluate(
     **how, # What `sample` takes: steps, guidance_scale, temperature …
 )->dict: # The scores, as in RUN/metrics.json under 'samples GENERATOR'
     "Draw, judge, and write RUN/metrics.json and RUN/evaluation. Raises ValueError for other data than the run's."
-    run = Path(run); refuse_leak(read_config(run), dataset)
+    run = Path(run); refuse_leak(read_config(run), dataset, run)
     train,held = dataset.subset('train'),dataset.subset(split)
     if len(held)<50: raise ValueError(
         f"evaluate: {len(held)} unseen slices in {split}. Expected 50 or more: no score can be told from chance. "
@@ -292,7 +288,8 @@ def evaluate(
     net = feature_net(run, dataset, features, channels, progress).to(model.device)
     asked = train.manifest.iloc[rows]
     pictures,*more = (as_saved(draw_like(model, asked, generator, o, progress=progress, **how)) for o in (seed, seed+1))
-    scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, rebuild_slices(model, held), progress, tuple(more))
+    scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, model.reconstruct, progress,
+                                      tuple(more))
     scores = dict(split=split, seed=seed, how=how, **scores)
     merge_metrics(run, f'samples {generator}', scores)
     save_evaluation(run/'evaluation', generator, scores, pictures, train, [near, away])
@@ -340,16 +337,11 @@ def read_images(
     if not path.is_file(): raise FileNotFoundError(
         f"read_images: '{folder}' has no manifest.csv. Expected a table with the columns {', '.join(needs)}, one row an "
         "image: its file, and what it was generated for. Write one; `brainldm sample` does.")
-    table = pd.read_csv(path, dtype=str, encoding='utf-8-sig', keep_default_na=False, na_values=[''])
-    check_columns(table, path, tuple(needs))
+    table = read_table(path, tuple(needs))                                     # no blank in any of these
     if 'slice_asked' in table: table = table.assign(slice=table.slice_asked)   # as `save_pictures` writes a half slice
-    for name in needs:
-        if table[name].isna().any(): raise ValueError(
-            f"read_images: row {table[name].isna().argmax()+1} of '{path}' has no {name}. Expected one in each row: it "
-            "decides which real slices stand beside the image. Fill it in.")
     asked = read_conditions({o: table[o].tolist() for o in names if o in table}, covariates)
-    images = [read_image(path.parent/row.path, int(float(getattr(row, 'plane', None) or 0))) for row in
-              table.where(table.notna(), None).itertuples()]
+    planes = table.plane.fillna(0) if 'plane' in table else np.zeros(len(table))
+    images = [read_image(path.parent/name, int(k)) for name,k in zip(table.path, planes)]
     refuse_unlike(images, table.path)
     return np.stack(images),pd.DataFrame(asked).assign(path=table.path)
 
@@ -360,8 +352,7 @@ def image_side(
     "How large the images of a folder are, before the data are opened at that size. Raises as `read_images` does."
     path = Path(folder)/'manifest.csv'
     if not path.is_file(): read_images(folder, [])                             # says what is missing
-    table = pd.read_csv(path, dtype=str, encoding='utf-8-sig', nrows=1)
-    check_columns(table, path, ('path',))
+    table = read_table(path, ('path',))
     if not len(table): raise ValueError(f"read_images: '{path}' has no row. Expected one an image. Write them.")
     return read_image(path.parent/table.path[0]).shape[0]
 
@@ -415,9 +406,8 @@ def evaluate_images(
     net = feature_net(run or home, dataset, features, channels, progress)
     device,model = pick_device(),BrainLDM.load(run) if run else None
     first,*more = (from_bytes(pixels[o])[:, None] for o in sets)
-    rebuilt = rebuild_slices(model, held) if run else None
     scores,*near = judge_pictures(net.to(device), first, match_rows(held.manifest, train.manifest), train, held, utility,
-                                  rebuilt, progress, tuple(more), table.iloc[sets[0]])
+                                  model and model.reconstruct, progress, tuple(more), table.iloc[sets[0]])
     scores = dict(split=split, images=Path(images).resolve().name, n_unused=unused, **scores)
     place = Path(out or images)
     merge_metrics(place, 'samples images', scores)
@@ -441,11 +431,9 @@ def check_targets(
            ('MS-SSIM, same conditions', alike['drawn'], alike['train'], 'within 0.03 of real',
             abs(alike['drawn']-alike['train'])<=.03,
             'Answers to the same request are more alike, or less, than real people are.'),
-           ('nearer to training than 99 of 100 unseen', audit['share'], .01, f"at most {audit['allowed']:g}",
-            audit['share']<=audit['allowed'],
-            'Pictures may repeat training scans. Look at the nearest pairs, and do not share them before.'
-            if audit['verdict']=='failed' else
-            'So few unseen people cannot tell whether pictures repeat training scans. Hold back more people.')]
+           ('memorization audit, copies', audit['copies'], 0, 'passed', audit['verdict']=='passed',
+            f"The memorization audit {'has failed' if audit['verdict']=='failed' else 'is unclear'}: {audit['reason']}. "
+            'Look at the most similar pairs, and do not share before.')]
     if not use: return out
     real,ours = use['real']['auc'],use['drawn']['auc']
     return [*out, ('AUC of a classifier trained on them', ours, real, f'at least {.9*real:.2f}, 0.9 x real',
@@ -480,6 +468,23 @@ def reference_note(
                f'; the feature network was trained on {seen} of them, since too few others match: their distance may be '
                'too large, and the excess too small.'))
 
+# %% ../nbs/10c_report.ipynb #a0d30001
+def audit_rows(
+    audit:dict, # As from `memorization_audit`
+)->list[list[str]]: # Rows of a table, the head first
+    "What the audit found, and what it would have found: copies planted into slices of held-out subjects."
+    def caught(o): return f"{o.get('caught', o.get('failed'))} of {o['trials']} [95 %: {o['interval_95'][0]:.0%} to {o['interval_95'][1]:.0%}]"
+    rows = [['memorization audit', 'found'], ['verdict', f"{audit['verdict']}: {audit['reason']}"],
+            ['copies', f"{audit['copies']} of {audit['n']} samples, of {audit['copied_subjects']} of {audit['n_train_subjects']} train subjects"]]
+    for name in ('whole', 'half'):
+        o = audit[name]
+        rows.append([f'{name} slices', f"highest correlation {o['highest']:.2f}, a copy from {o['threshold']:.2f}; near to training "
+                     f"{o['near']:.1%}, p {o['p_value']:.3f} by subject; of one train subject {o['most_of_one']}, p {o['p_subject']:.3f}"])
+    rows.append(['reference', f"{audit['n_reference']} slices of {audit['n_reference_subjects']} subjects"])
+    for kind,o in (audit['power'] or {}).items():
+        rows.append(['sets without copies that fail' if kind=='none' else f'5 % copies, {kind}: caught', caught(o)])
+    return rows
+
 # %% ../nbs/10c_report.ipynb #b742481f
 def report_samples(
     generator:str, # 'ldm', 'prior' or 'stage1'
@@ -490,6 +495,9 @@ def report_samples(
     if 'excess' not in scores['fidelity']: return dict(title=title, table=[], figures=[], text=
         'Measured by an earlier version, whose kernel distance counted pairs of slices of one subject. '
         'Run `brainldm evaluate RUN DATA` again.')
+    if audit_verdicts({'samples x': scores})['x']=='not audited': return dict(
+        title=title, table=[], figures=[],
+        text='Evaluated by an earlier rule, which let copies pass: not audited. Run `brainldm evaluate RUN DATA` again.')
     targets = check_targets(scores)
     rows = [['measure', 'synthetic', 'real-vs-real reference', 'target', 'reached']]
     rows += [[name, show_number(a), show_number(b), goal, 'yes' if ok else 'NO'] for name,a,b,goal,ok,_ in targets]
@@ -508,6 +516,7 @@ def report_samples(
     text += (f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people whom no part "
              "was trained on; with so few people every number is uncertain. The network that compares them reads of "
              f"unseen people: {read}. {reference_note(scores['fidelity'])}")
+    rows += [[name, found, '', '', ''] for name,found in audit_rows(scores['memorization'])]
     return dict(title=title, text=text, table=rows, figures=[])
 
 # %% ../nbs/10c_report.ipynb #dfe48654
@@ -608,8 +617,8 @@ def judged_pictures(
 )->list[tuple[str, str]]: # (address, caption) of what `evaluate` has left
     "The figures of an evaluation."
     names = dict(drawn='One picture for each unseen slice, some of them',
-                 audit='Distance of the nearest train slice. Left of the dotted line: nearer than 99 of 100 unseen '
-                       'slices. Drawn pictures should lie where unseen people do',
+                 audit='Correlation with the most similar train slice. Right of the dotted line: a copy. Samples should lie '
+                       'where slices of other subjects do',
                  pairs='The drawn pictures nearest to training, each above the REAL train slice that it resembles. '
                        'Do not pass this page on')
     found = {k: Path(run)/'evaluation'/f'{generator}_{k}.png' for k in names if k!='pairs' or real_pictures}

@@ -280,8 +280,7 @@ MANIFESTS = {                                            # name: change of the t
     "Latin letters not in UTF-8": (swap("AD", "ä"), None),
     "a column missing": (swap("slice", "height"), "slice"),
     "a column twice": (swap("diagnosis", "slice "), "two columns"),
-    "semicolons": (swap(",", ";"), "commas"),
-    "tabs": (swap(",", "\t"), "commas"),
+    "semicolons and commas": (lambda t: t.replace(",", ";", 8), "table"),
     "more cells than columns": (swap("AD", "AD,1,2,3"), "table"),
     "an open quote": (swap("AD", '"AD'), "quotes"),
     "a path outside the folder": (swap("png/1_0.png", "../private.png"), "../private.png"),
@@ -325,6 +324,7 @@ def test_manifest(name, listed, tmp_path, capsys):
 
 @pytest.mark.parametrize("name, change", {
     "a byte order mark": lambda t: "\ufeff" + t, "line ends of Windows": swap("\n", "\r\n"), "blanks": swap(",", " , "),
+    "semicolons": swap(",", ";"), "tabs": swap(",", "\t"), "blank rows": lambda t: t + ",,,\n\n",
     "quotes": lambda t: re.sub(r"([^,\n]+)", r'"\1"', t), "one row": lambda t: "\n".join(t.splitlines()[:2]),
     "a column called order": column("order", "3"),
     "an age that is blank for some": column("age", "", "NaN")}.items(), ids=lambda o: o if isinstance(o, str) else "")
@@ -343,7 +343,9 @@ SUBJECTS = {                                             # name: text, words of 
     "another diagnosis than the manifest": ("subject,diagnosis\n1,NC\n", "diagnosis"),
     "facts about slices": ("subject,slice\n1,3\n", "slice"),
     "a column that brainldm uses inside": ("subject,_fault\n1,3\n", "_fault"),
-    "semicolons": ("subject;age\n1;80\n", "commas"),
+    "semicolons and commas": ("subject;age,sex\n1;80,F\n", "commas"),
+    "an age that hides": ("subject,age\n1,89+\n", "89+"),
+    "two columns for one thing": ("subject,Group,DX\n1,AD,AD\n", "two columns"),
 }
 
 
