@@ -337,7 +337,10 @@ def read_images(
     if not path.is_file(): raise FileNotFoundError(
         f"read_images: '{folder}' has no manifest.csv. Expected a table with the columns {', '.join(needs)}, one row an "
         "image: its file, and what it was generated for. Write one; `brainldm sample` does.")
-    table = read_table(path, tuple(needs))                                     # no blank in any of these
+    table = read_table(path, tuple(o for o in needs if o!='diagnosis'))
+    if 'diagnosis' in needs and ('diagnosis' not in table or table.diagnosis.isna().any()): raise ValueError(
+        f"read_images: {'no diagnosis in' if 'diagnosis' not in table else 'a row without diagnosis in'} '{path}'. Expected "
+        "one in each row: it decides which real slices stand beside the image. Fill it in.")
     if 'slice_asked' in table: table = table.assign(slice=table.slice_asked)   # as `save_pictures` writes a half slice
     asked = read_conditions({o: table[o].tolist() for o in names if o in table}, covariates)
     planes = table.plane.fillna(0) if 'plane' in table else np.zeros(len(table))
