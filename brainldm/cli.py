@@ -40,7 +40,7 @@ from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
 from brainldm.report import (
-    audit_rows, check_targets, draw_by_condition, evaluate, evaluate_images, image_side, prior_scores,
+    audit_rows, check_targets, draw_by_condition, evaluate, evaluate_images, image_side, membership_rows, prior_scores,
     report)
 from .sampling import BrainLDM
 from .codec import make_folder, save_gif, save_pictures
@@ -380,9 +380,9 @@ def pick_knobs(
 
 # %% ../nbs/11_cli.ipynb #e1cca9c3
 def draw_together(
-    draw:Callable[[int, int], Tensor], # Called as draw(n, first): pictures first, first+1, …
-    n:int, # Pictures in all
-)->Tensor|None: # All pictures (n, 1, h, w) in the first process, None in the others
+    draw:Callable[[int, int], Tensor], # Called as draw(n, first): images, or brains, first, first+1, …
+    n:int, # How many in all
+)->Tensor|None: # All of them (n, ...) in the first process, None in the others
     "Share a drawing among the processes of `accelerate launch`; a single process draws it all."
     state = crew()
     start,stop = (-(-n*(state.process_index+k)//state.num_processes) for k in (0, 1))      # the first has the first image
@@ -418,7 +418,7 @@ class Sample(Drawing):
         pictures = draw_together(part, self.n)
         if pictures is None: return 0                                          # the first process saves
         about = {k: v if np.isscalar(v) else str(v) for k,v in how.items()}
-        about['audit'] = audit_verdicts(read_metrics(self.run_folder)).get(self.generator, 'not audited')
+        about['audit'] = audit_verdicts(read_metrics(self.run_folder), self.run_folder).get(self.generator, 'not audited')
         folder = save_pictures(pictures, pick_place(self.out, self.run_folder/'samples'/'drawn'), asked, dict(generator=self.generator, **about, seed=self.seed))
         if frames: save_gif([*frames, pictures[:len(frames[0])]], folder/'denoising.gif')
         print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}',
@@ -522,9 +522,10 @@ class Volume:
         model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
         asked = read_request(dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex), self.condition,
                              (*model.covariates, *model.autoencoder.covariates))
-        draw = partial(model.sample_volume, progress=True) if self.shared_noise is None else \
+        draw = partial(model.sample_volume, progress=crew().is_main_process) if self.shared_noise is None else \
                partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
-        brains = draw(self.n, **asked, **how)
+        brains = draw_together(lambda n, first: draw(n, first=first, **asked, **how), self.n)
+        if brains is None: return 0                                            # the first process saves
         folder = save_volumes(brains, pick_place(self.out, self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise), left_known)
         print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}', describe_space(spacing, left_known), audit_line(self.run_folder, 'volume'),
               sep='\n')
@@ -601,7 +602,7 @@ class Evaluate(Drawing):
             page = report(run)
         lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {'reached' if ok else 'missed'}"
                  for name,drawn,real,target,ok,_ in check_targets(scores)]
-        lines += [': '.join(o) for o in audit_rows(scores['memorization'])[1:]]
+        lines += [': '.join(o) for o in [*audit_rows(scores['memorization'])[1:], *membership_rows(scores['membership'])]]
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
         return 0
 
@@ -615,6 +616,7 @@ class Explore:
 
     def run(self)->int: # Exit status
         signal.signal(signal.SIGTERM, signal.default_int_handler)              # whoever ends this process ends its server, too
+        print(audit_line(self.run_folder))
         explore(self.run_folder, self.port, self.browser)
         return 0
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PRESETS', 'LDMConfig', 'mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'LatentDataset', 'drop_folder',
            'latent_splits', 'drop_mask', 'prediction_error', 'loss_weight', 'ldm_loss', 'unet_args', 'refuse_leak',
-           'refuse_unfinished', 'check_stage2', 'refuse_strange_latents', 'load_unet', 'adopt_unet',
+           'note_changes', 'refuse_unfinished', 'check_stage2', 'refuse_strange_latents', 'load_unet', 'adopt_unet',
            'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
 
 # %% ../nbs/06a_diffusion.ipynb #4a4780d2
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,8 +27,8 @@ from .data import DataConfig
 from .batches import Covariate, SliceDataset, eval_batches
 from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
 from .phantom import show_grid
-from .runs import (compare_given, enter_run, fill_model, is_finished, load_weights, read_config, run_stage,
-                           save_weights, unpack_state, weights_hash, within_memory)
+from .runs import (check_trained_on, compare_given, enter_run, fill_model, is_finished, load_weights,
+                           read_config, run_stage, save_weights, unpack_state, weights_hash, within_memory)
 from .scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
 from .samplers import denoise
 from .sharing import locate_run
@@ -266,6 +267,23 @@ def refuse_leak(
     odd = opened_otherwise(dataset, DataConfig(**settings['autoencoder']['config']['data']))
     if odd: raise ValueError(f"refuse_leak: the data was opened with {odd}. Expected it as the autoencoder saw it. "
                              "Open it with the DataConfig of the run.")
+
+# %% ../nbs/06a_diffusion.ipynb #a06a0e05
+def note_changes(
+    run:Path, # Run folder
+    stage:str, # 'ldm' or 'prior'
+    dataset:SliceDataset, # Data at hand
+    autoencoder:Autoencoder, # Autoencoder at hand
+)->None: # Nothing: it warns or returns
+    "Say what scores of a trained stage rest on: covariates that were corrected since, weights that are not known."
+    known = read_config(run).get(stage)
+    if known is None: return
+    if check_trained_on(run/f'{stage}.safetensors', autoencoder=autoencoder): warnings.warn(
+        f'{run} was trained by an earlier version: its {stage} does not say on which autoencoder. Make sure that both '
+        'are of one run.')
+    differ = compare_given(run, stage, known['data'], dataset)
+    if differ: warnings.warn(f"the {stage} of {run} was trained with other covariates: {'; '.join(differ)}. Scores are "
+                             "those for the values now.")
 
 # %% ../nbs/06a_diffusion.ipynb #936c4672
 def refuse_unfinished(

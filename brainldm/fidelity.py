@@ -28,10 +28,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from .analysis import auc
-from .batches import Covariate, SliceDataset, eval_batches, fingerprint
+from .batches import Covariate, SliceDataset, eval_batches
 from .evaluation import json_safe, subject_interval
 from .loop import Learner, TrainConfig, bare_model, fit, infer, seeded, train_batches
-from .runs import fill_model, load_weights, save_weights
+from .runs import describe_given, fill_model, load_weights, save_weights
 from .training import MISFITS, describe, recall
 from .vae import laplacian_variance
 
@@ -215,7 +215,8 @@ def feature_net(
 )->FeatureNet: # On the CPU, in evaluation mode; `fraction` says which train subjects it has seen
     "Read FOLDER/feature_net.safetensors, or train it on half of the train subjects. Raises ValueError for other data."
     path = Path(run)/'feature_net.safetensors'
-    data = dict(data=fingerprint(dataset.manifest)['hash'], size=dataset.images.shape[1])
+    given,_ = describe_given(dataset, tuple(dataset.covariates), ('slice', 'subject'))
+    data = dict(data=given['hash'], size=dataset.images.shape[1], columns=given['columns'])
     if not path.is_file():
         train = dataset.subset('train')
         net = train_feature_net(pick_rows(train, evaluator_rows(train.manifest, fraction)), config, channels, progress).cpu()
@@ -224,9 +225,12 @@ def feature_net(
                                                   covariates=describe(net.covariates), training=asdict(config)))
         return net
     tensors,about = load_weights(path)
-    if about.get('kind')!='feature_net' or any(about.get(k)!=v for k,v in data.items()): raise ValueError(
+    told = 'columns' if 'columns' in about else 'data'                         # a file from before knows the fingerprint only
+    if about.get('kind')!='feature_net' or any(about.get(k)!=data[k] for k in (told, 'size')): raise ValueError(
         f"feature_net: {path} is of kind {about.get('kind')!r}, data {about.get('data')}, size {about.get('size')}; "
-        f"the data at hand is {data['data']}, size {data['size']}. Expected the same: scores by two networks do not "
+        f"the data at hand is {data['data']}, size {data['size']}; other columns: "
+        f"{', '.join(k for k,v in about.get('columns', {}).items() if data['columns'].get(k)!=v) or 'none, or not known'}. "
+        "Expected the same: scores by two networks do not "
         "compare. Give the data of this run, or remove the file and score everything anew.")
     try: net = FeatureNet(recall(about['covariates']), tuple(about['channels']), fraction=about.get('fraction', 1.))
     except MISFITS as e: raise ValueError(

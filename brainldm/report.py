@@ -6,9 +6,9 @@
 __all__ = ['EXCESS', 'PAGE', 'ACKNOWLEDGE', 'draw_by_condition', 'picture_uri', 'prior_scores', 'draw_by_generator',
            'report_prior', 'draw_like', 'as_saved', 'from_bytes', 'judge_pictures', 'draw_audit', 'draw_pairs',
            'save_evaluation', 'evaluate', 'read_image', 'refuse_unlike', 'read_images', 'image_side', 'pair_images',
-           'evaluate_images', 'check_targets', 'fidelity_rows', 'reference_note', 'audit_rows', 'report_samples',
-           'report_data', 'report_numbers', 'judged_pictures', 'latest_picture', 'plain', 'model_card', 'from_metrics',
-           'report']
+           'evaluate_images', 'check_targets', 'fidelity_rows', 'reference_note', 'audit_rows', 'membership_rows',
+           'report_samples', 'trust_rows', 'report_data', 'report_numbers', 'judged_pictures', 'latest_picture',
+           'plain', 'model_card', 'from_metrics', 'report']
 
 # %% ../nbs/10c_report.ipynb #396d9c49
 import base64
@@ -33,8 +33,8 @@ from .layers import pick_device
 from .batches import SliceDataset, fingerprint, level_text, read_conditions
 from .evaluation import json_safe, merge_metrics, show_number, subject_interval
 from .audit import (
-    UTILITY, as_dataset, audit_images, audit_line, condition_effects, csf_share, diversity_scores, utility_scores,
-    ventricle_slices)
+    UTILITY, as_dataset, audit_images, audit_line, condition_effects, csf_share, diversity_scores,
+    membership_inference, utility_scores, ventricle_slices)
 from .fidelity import (
     FEATURES, FeatureNet, beside_reference, evaluator_rows, feature_net, match_rows, pick_rows, picture_features,
     reading_scores, reference_rotations)
@@ -44,9 +44,9 @@ from .sampling import BrainLDM
 from .codec import SYNTHETIC, middle_conditions, to_bytes
 from .loop import TrainConfig
 from .runs import read_config, read_log, read_metrics, write_atomic
-from .sharing import audit_verdicts
+from .sharing import audit_verdicts, generator_hash
 from .training import figure_png, plot_history, save_figure
-from .diffusion import refuse_leak
+from .diffusion import note_changes, refuse_leak
 
 EXCESS = .05 # Excess KID that a generator may have; features have variance 1, random latents reach 1 and more
 
@@ -285,12 +285,14 @@ def evaluate(
         "Hold back more people.")
     rows = match_rows(held.manifest, train.manifest)
     model = (CodeSampler if generator=='prior' else BrainLDM).load(run)
+    note_changes(run, generator, dataset, model.autoencoder)
     net = feature_net(run, dataset, features, channels, progress).to(model.device)
     asked = train.manifest.iloc[rows]
     pictures,*more = (as_saved(draw_like(model, asked, generator, o, progress=progress, **how)) for o in (seed, seed+1))
     scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, model.reconstruct, progress,
                                       tuple(more))
-    scores = dict(split=split, seed=seed, how=how, **scores)
+    scores['memorization']['weights'] = generator_hash(run, generator)
+    scores = dict(split=split, seed=seed, how=how, **scores, membership=json_safe(membership_inference(model, train, held)))
     merge_metrics(run, f'samples {generator}', scores)
     save_evaluation(run/'evaluation', generator, scores, pictures, train, [near, away])
     return scores
@@ -488,6 +490,16 @@ def audit_rows(
         rows.append(['sets without copies that fail' if kind=='none' else f'5 % copies, {kind}: caught', caught(o)])
     return rows
 
+# %% ../nbs/10c_report.ipynb #a0d30002
+def membership_rows(
+    membership:dict|None, # As from `membership_inference`; None: not measured
+)->list[list[str]]: # Rows of a table
+    "Membership inference beside its control, with what is aimed for: attack minus control at most 0.02."
+    def span(o): return f"[{', '.join(map(show_number, o or (None, None)))}]"
+    return [[f'membership inference by {k}', f"AUC {show_number(o['auc'])} {span(o['interval_95'])} of {o['n_members']} members against "
+             f"{o['n_others']} others; control {show_number(o['control'])} {span(o['control_interval_95'])}; attack - control "
+             f"{show_number(o['excess'])}, {'at most' if o['excess']<=.02 else 'MORE than'} 0.02"] for k,o in (membership or {}).items()]
+
 # %% ../nbs/10c_report.ipynb #b742481f
 def report_samples(
     generator:str, # 'ldm', 'prior' or 'stage1'
@@ -519,8 +531,26 @@ def report_samples(
     text += (f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people whom no part "
              "was trained on; with so few people every number is uncertain. The network that compares them reads of "
              f"unseen people: {read}. {reference_note(scores['fidelity'])}")
-    rows += [[name, found, '', '', ''] for name,found in audit_rows(scores['memorization'])]
     return dict(title=title, text=text, table=rows, figures=[])
+
+# %% ../nbs/10c_report.ipynb #c0ffee60
+def trust_rows(
+    generator:str, # 'ldm', 'prior', 'stage1' or 'images'
+    scores:dict, # As from `evaluate`
+)->dict|None: # A section of the report; None for scores of an earlier version
+    "What is known about the checks themselves: power and false alarms of the audit, membership inference, excess KID."
+    if 'excess' not in scores['fidelity'] or audit_verdicts({'samples x': scores})['x']=='not audited': return None
+    images = '--images FOLDER' if generator=='images' else f'--generator {generator}'
+    command = f"`brainldm evaluate {'' if generator=='images' else 'RUN '}DATA {images} --split {scores['split']}`"
+    excess,by = scores['fidelity']['excess'],fidelity_rows(scores['fidelity'])
+    rows = [['check', 'found', 'command'], ['excess KID over real subjects', by[0][1], command]]
+    rows += [[o[0], o[1], command] for o in by[1:1+len(excess['by_seed'])]]
+    rows += [[name, found, command] for name,found in
+             [*audit_rows(scores['memorization'])[1:], *membership_rows(scores.get('membership'))]]
+    return dict(title=f'Can these results be trusted? ({generator})', table=rows, figures=[], text=
+        'What each check found, and what it would have found: an excess whose interval holds 0 cannot be told from real '
+        'subjects, an audit is worth its power, and an attack is worth what it gains over its control. '
+        + reference_note(scores['fidelity']))
 
 # %% ../nbs/10c_report.ipynb #dfe48654
 PAGE = Template("""<!doctype html>
@@ -708,6 +738,7 @@ def report(
     for name in (o.removeprefix('samples ') for o in metrics if o.startswith('samples ')):
         section = from_metrics(run, report_samples, name, metrics[f'samples {name}'])
         sections.append(dict(section, figures=judged_pictures(run, name, real)))
+        sections += [o] if (o := from_metrics(run, trust_rows, name, metrics[f'samples {name}'])) else []
     if (run/'prior.safetensors').is_file(): sections.append(report_prior(run, metrics, steps, seed))
     footer = f'{SYNTHETIC} Written by brainldm {brainldm.__version__}.'
     page = PAGE.render(name=run.resolve().name, sections=sections, footer=footer)

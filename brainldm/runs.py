@@ -289,8 +289,8 @@ class StopRequest:
 # %% ../nbs/05c_runs.ipynb #13003007
 HARMLESS = {'validate_every', 'checkpoint_every', 'log_every', 'num_workers', 'log_with', 'preview_steps',
             'auto_find_batch_size', 'unet_levels'} # No weight feels them
-FOUND = {f'data.{o}' for o in 'planes to_grey split_seed validate_fraction test_fraction subjects skip_faulty'.split()
-         } # How images are found: what came of it is compared, row by row
+FOUND = {f'data.{o}' for o in ('planes', 'to_grey', 'split_seed', 'validate_fraction', 'test_fraction', 'subjects',
+                               'skip_faulty')} # How images are found: what came of it is compared, row by row
 
 # %% ../nbs/05c_runs.ipynb #31d86cd2
 def read_config(
@@ -315,7 +315,9 @@ def compare_configs(
     old:dict, # What config.json says of a stage
     new:dict, # What is asked for now
 )->list[str]: # One phrase a difference that matters
-    "Name the settings in which two trainings differ, besides those that touch no weight. Data: `compare_given`; origin: `compare_stage`."
+    """Name the settings in which two trainings differ, besides those that touch no weight.
+
+    Data are compared by `compare_given`, weights by `compare_stage`."""
     free_cut = new['config'].get('auto_find_batch_size')                       # only the pictures of an update count
     def flat(o):
         c = o['config']
@@ -324,9 +326,10 @@ def compare_configs(
         plain = {k: v for k,v in c.items() if k not in (*HARMLESS, 'init_from') and not isinstance(v, dict)}
         return plain | nested | {'data fingerprint': o['data']['hash']}
     a,b = flat(old),flat(new)
-    if all('columns' in o['data'] for o in (old, new)):                        # a run from before has the fingerprint only
+    if all('columns' in o['data'] for o in (old, new)):                        # else a run from before
         a,b = ({k: v for k,v in o.items() if k not in FOUND and k!='data fingerprint'} for o in (a, b))
-    if a['total_images']<b['total_images']: del a['total_images'],b['total_images']        # lengthened, see `lengthen_stage`
+    if a['total_images']<b['total_images']:                                    # lengthened, see `lengthen_stage`
+        del a['total_images'],b['total_images']
     return [f'{k}={b.get(k)!r}, was {a.get(k)!r}' for k in sorted({*a, *b}) if a.get(k)!=b.get(k)]
 
 # %% ../nbs/05c_runs.ipynb #a50c1e11
@@ -378,16 +381,19 @@ def name_changes(
     out = []
     if len(then)!=len(now) or (then.image.to_numpy()!=now.image.to_numpy()).any():        # rows must be looked up
         then,now = (o.drop_duplicates(['path', 'plane']).set_index(['path', 'plane']) for o in (then, now))
-        for rows,word in ((now.loc[now.index.difference(then.index)], 'new'), (then.loc[then.index.difference(now.index)], 'gone')):
+        new,gone = now.loc[now.index.difference(then.index)],then.loc[then.index.difference(now.index)]
+        for rows,word in ((new, 'new'), (gone, 'gone')):
             if len(rows): out.append(f"{len(rows)} images are {word}, of {some(list(rows.subject.unique()))}")
         both = then.index.intersection(now.index)
         then,now = then.loc[both],now.loc[both]
+    def phrase(c, subject, k, a, b):
+        if c=='image': return f'{subject} slice {k}: other pixels'
+        return f"{subject}: {a or 'nothing'} now, {b or 'nothing'} then"
     for c in columns:
         at = then[c].to_numpy()!=now[c].to_numpy()
         if not at.any(): continue
         pairs = zip(now.subject[at], now.get('slice', now[c])[at], now[c][at], then[c][at])
-        said = [f"{s} slice {k}: other pixels" if c=='image' else f"{s}: {a or 'nothing'} now, {b or 'nothing'} then" for s,k,a,b in pairs]
-        out.append(f'{c} of {some(list(dict.fromkeys(said)))}')
+        out.append(f"{c} of {some(list(dict.fromkeys(phrase(c, *o) for o in pairs)))}")
     return out or ['the order of the images']
 
 # %% ../nbs/05c_runs.ipynb #a50c1e15
@@ -435,7 +441,8 @@ def compare_stage(
     "Refuse to go on with other settings, data, or weights below. Raises ValueError naming each difference."
     defaults = json.loads(json.dumps(asdict(new['kind']()), default=str))      # of settings that did not exist then
     settings = defaults | known['config']
-    settings = {k: defaults[k] | v if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v for k,v in settings.items()}
+    nested = {k for k,v in settings.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)}
+    settings = {k: defaults[k] | v if k in nested else v for k,v in settings.items()}
     differ = compare_configs(dict(known, config=settings), new)
     if 'columns' in known['data']: differ += compare_given(run, stage, known['data'], dataset)
     asked,was = (o['config'].get('init_from') for o in (new, known))
@@ -469,7 +476,8 @@ def lengthen_stage(
     above = [o for o in LATER.get(stage, ()) if o in settings]
     if above and seen: raise ValueError(
         f"open_run: a longer {stage} would leave the {', '.join(above)} of {run} without the weights that it was trained "
-        f"on. Expected a {stage} that nothing stands on yet. Start another run from its weights: --run NEW --init-from {run}.")
+        f"on. Expected a {stage} that nothing stands on yet. Start another run from its weights: --run NEW "
+        f"--init-from {run}.")
     if seen: known['stretches'] = [*known.get('stretches', [[0, known['config']['total_images']]]), [seen, total]]
     known['config']['total_images'] = total
 
@@ -533,8 +541,8 @@ def open_run(
         versions = dict(brainldm=brainldm.__version__, torch=torch.__version__, python=platform.python_version())
         computed = [dict(images=0, **notes['computed'])] if 'computed' in notes else []
         settings[stage] = dict(new, computed=computed, train_subjects=subjects, versions=versions)
+        write_atomic(run/'config.json', json.dumps(settings, indent=1).encode())       # first: it makes this a run folder
         note_given(run, stage, table)
-        write_atomic(run/'config.json', json.dumps(settings, indent=1).encode())
         return None
     if not resume: raise FileExistsError(
         f"open_run: {run} already has a trained or half-trained {stage}. Expected a new run. "
@@ -603,7 +611,8 @@ def enter_run(
     with acc.main_process_first():
         find_run(run)                                                          # leave a folder alone that is no run
         if acc.is_main_process: lock_run(run)
-        state = open_run(run, stage, learner.config, dataset, resume or not acc.is_main_process, covariates, columns, notes)
+        resume = resume or not acc.is_main_process
+        state = open_run(run, stage, learner.config, dataset, resume, covariates, columns, notes)
         learner.lengthen(read_config(run)[stage].get('stretches') or [(0, learner.config.total_images)])
     return state
 
@@ -664,8 +673,8 @@ def tell_lengthened(
     start,total = learner.stretches[-1]
     if learner.seen!=start or len(learner.stretches)<2: return
     top = start+min(learner.config.warmup_images, total-start)                 # where the rise ends
-    say(f'{stage}: lengthened from {learner.stretches[-2][1]:,} to {total:,} images at {start:,}. The learning rate rises again '
-        f'to {learner.rate(top):.2g} and falls to 0; average, optimizer and order of the images go on.')
+    say(f'{stage}: lengthened from {learner.stretches[-2][1]:,} to {total:,} images at {start:,}. The learning rate '
+        f'rises again to {learner.rate(top):.2g} and falls to 0; average, optimizer and order of the images go on.')
 
 # %% ../nbs/05c_runs.ipynb #34cca5c3
 def run_stage(

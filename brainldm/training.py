@@ -323,7 +323,7 @@ def load_autoencoder(
     return fill_model(model, tensors, f'{run}/autoencoder.safetensors').eval(),info
 
 # %% ../nbs/06_training.ipynb #a0060e02
-FREE = {'covariates', 'dropout', 'commitment_cost', 'restart_below'} # Arguments of a network that change no weight's shape or meaning
+FREE = {'covariates', 'dropout', 'commitment_cost', 'restart_below'} # Arguments that change no weight's shape or meaning
 
 # %% ../nbs/06_training.ipynb #a0060e03
 def refuse_architecture(
@@ -369,7 +369,8 @@ def adopt_weights(
     now,then = tuple(model.covariates),tuple(source.covariates)
     if bool(now)!=bool(then): raise ValueError(
         f"init_from: {what} has learned {', '.join(c.name for c in then) or 'no covariate'}, and this network is to learn "
-        f"{', '.join(c.name for c in now) or 'none'}. Expected covariates in both, or in none. Choose others with --covariates.")
+        f"{', '.join(c.name for c in now) or 'none'}. Expected covariates in both, or in none. Choose others with "
+        "--covariates.")
     kept,notes = match_covariates(now, then)
     theirs,filled = source.state_dict(),{}
     for k,own in model.state_dict().items():
@@ -471,7 +472,8 @@ def train_autoencoder(
     config = settle_crop(config, dataset)
     origin = None
     if config.init_from and not is_begun(run, 'autoencoder', resume): origin = adopt_autoencoder(model, config, args)
-    elif config.kind=='vq' and config.codebook_start=='kmeans': start_from_data(model, train, config.seed, config.batch_size)
+    elif config.kind=='vq' and config.codebook_start=='kmeans':
+        start_from_data(model, train, config.seed, config.batch_size)
     critic = make_critic(config, covariates, run)
     learner = Learner(model, partial(autoencoder_loss, config=config, critic=critic), config, run, critic)
     state = enter_run(learner, run, 'autoencoder', dataset, resume, covariates, origin=origin)

@@ -10,8 +10,11 @@ import torch
 
 from brainldm import runs
 from brainldm.batches import SliceDataset, find_covariates, fingerprint
-from brainldm.diffusion import load_unet, refuse_leak, train_ldm
+from brainldm.data import DataConfig
+from brainldm.diffusion import load_unet, note_changes, refuse_leak, train_ldm
+from brainldm.fidelity import feature_net
 from brainldm.layers import device_name
+from brainldm.loop import TrainConfig
 from brainldm.prior import CodeSampler, PriorConfig, load_prior, train_prior
 from brainldm.runs import Checkpoint, compare_given, load_weights, read_config, read_log, save_weights, weights_hash
 from brainldm.sampling import BrainLDM
@@ -397,7 +400,7 @@ def test_covariates_are_matched_by_name(dataset, made, tmp_path):
     rows = aged(dataset, age={"sub-0": 40.0}).manifest
     rows["diagnosis"] = rows.diagnosis.where(rows.subject != "sub-2", "AA")    # sorts first: every index moves
     rows["site"] = np.where(rows.subject.isin(["sub-0", "sub-3"]), "x", "y")
-    data = SliceDataset(dataset.images, rows, find_covariates(rows, ("site",)))
+    data = SliceDataset(dataset.images, rows, find_covariates(rows, DataConfig(columns=("site",))))
     run = tmp_path / "run"
     train_autoencoder(data, run, replace(AE, init_from=str(made), **FROZEN), progress=False)
     config = replace(LDM, init_from=str(made), covariates=("diagnosis", "age", "site"), **FROZEN)
@@ -452,3 +455,20 @@ def test_a_change_of_machine_is_noted_and_said(told, tmp_path, monkeypatch):
         train_autoencoder(told, run, AE, resume=True, progress=False)
     rows = read_config(run)["autoencoder"]["computed"]
     assert [o["images"] for o in rows] == [0, 40] and rows[1]["device"] != "another chip"
+
+
+def test_an_evaluation_says_what_was_corrected_since(made, dataset, told):
+    autoencoder, _ = load_autoencoder(made)
+    note_changes(made, "ldm", told, autoencoder)
+    with pytest.warns(UserWarning, match="trained with other covariates: age of sub-1: 90 now, 62 then. Scores are those for the values now"):
+        note_changes(made, "ldm", aged(dataset, age={"sub-1": 90.0}), autoencoder)
+
+
+def test_the_evaluator_knows_what_it_was_given(told, dataset, tmp_path):
+    "A column that it does not learn may change; an age that it learned may not, and is named."
+    config = TrainConfig(total_images=8, batch_size=4, precision="no")
+    feature_net(tmp_path, told, config, (8,))
+    more = SliceDataset(told.images, told.manifest.assign(note="new"), told.covariates)
+    feature_net(tmp_path, more, config, (8,))
+    with pytest.raises(ValueError, match="feature_net: .*other columns: age"):
+        feature_net(tmp_path, aged(dataset, age={"sub-1": 90.0}), config, (8,))
