@@ -39,9 +39,8 @@ from .audit import audit_line
 from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
-from brainldm.report import (
-    audit_rows, check_targets, draw_by_condition, evaluate, evaluate_images, image_side, membership_rows, prior_scores,
-    report)
+from .report import (
+    check_targets, draw_by_condition, evaluate, evaluate_images, image_side, prior_scores, report, trust_rows)
 from .sampling import BrainLDM
 from .codec import make_folder, save_gif, save_pictures
 from .sharing import audit_verdicts, fetch_run, pack_run, push_run, refuse_taken
@@ -602,7 +601,8 @@ class Evaluate(Drawing):
             page = report(run)
         lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {'reached' if ok else 'missed'}"
                  for name,drawn,real,target,ok,_ in check_targets(scores)]
-        lines += [': '.join(o) for o in [*audit_rows(scores['memorization'])[1:], *membership_rows(scores['membership'])]]
+        trust = trust_rows('images' if self.images is not None else self.generator, scores)
+        lines += [': '.join(o[:2]) for o in trust['table'][1:]]
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
         return 0
 
