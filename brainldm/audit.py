@@ -8,7 +8,8 @@ __all__ = ['UTILITY', 'FRAME', 'SIDE', 'REFINE', 'KINDS', 'csf_share', 'ventricl
            'as_dataset', 'utility_scores', 'smooth', 'folding_maps', 'moved', 'candidate_moves', 'correlations',
            'CopySearch', 'best_moves', 'refine_moves', 'nearest_copies', 'extreme_threshold', 'excess_p_values',
            'audit_statistics', 'memorization_audit', 'plant_copies', 'audit_power', 'rebuild_rows', 'planted_copies',
-           'reference_rows', 'audit_images', 'audit_line']
+           'reference_rows', 'audit_images', 'denoising_errors', 'attack_auc', 'mean_slice_errors',
+           'membership_inference', 'audit_line']
 
 # %% ../nbs/10b_audit.ipynb #41fcfa60
 import itertools
@@ -27,14 +28,16 @@ from torch import Tensor
 from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
 from tqdm.auto import tqdm
 
-from .batches import Covariate, SliceDataset
+from .batches import Covariate, SliceDataset, eval_batches
 from .runs import read_metrics
 from .scheduler import check_choice
 from .sharing import audit_verdicts
-from .fidelity import (FeatureNet, fine_detail, leave_out_interval, picture_batches, picture_features,
+from .fidelity import (POSITIVE, PROPORTION, FeatureNet, fine_detail, leave_out_interval, picture_batches, picture_features,
                                read_pictures, subject_auc, train_feature_net)
-from .loop import TrainConfig
+from .loop import TrainConfig, infer, to_device
 from .codec import to_bytes
+from .diffusion import prediction_error
+from .prior import cache_codes, code_bits
 
 UTILITY = TrainConfig(total_images=6_000, batch_size=16, warmup_images=600, weight_decay=.05)       # of classifiers
 
@@ -114,19 +117,21 @@ def condition_effects(
                    diagnosis_effect=diagnosis_effect(share[k], diagnosis[k], slices[k]))
         if 'age' in table: out['age_slope'] = age_slope(share[k], table.age.to_numpy(float)[k], slices[k], diagnosis[k])
         return out
-    spans = leave_out_interval(score, table.subject)
+    ranges = dict.fromkeys(('slice_error', 'fine_detail'), POSITIVE)
+    spans = leave_out_interval(score, table.subject, spans=ranges)
     return {k: dict(value=float(v), interval_95=spans.get(k)) for k,v in score(np.arange(len(table))).items()}
 
 # %% ../nbs/10b_audit.ipynb #4f25e7eb
 def same_condition_pairs(
-    table:pd.DataFrame, # Rows with slice, and diagnosis where known
+    table:pd.DataFrame, # Rows with slice, and diagnosis and subject where known: two visits of one subject make no pair
     most:int=500, # Pairs to keep at most
     seed:int=0, # Of the choice
 )->np.ndarray: # Positions of the two rows of each pair (m, 2)
-    "Pairs of rows with the same slice and diagnosis. Raises ValueError if no two rows agree."
+    "Pairs of rows with the same slice and diagnosis, of different subjects. Raises ValueError if there are none."
     names = [o for o in ('slice', 'diagnosis') if o in table]
     cells = table[names].astype(object).fillna('').groupby(names).ngroup().to_numpy()
-    pairs = np.argwhere(np.triu(cells[:, None]==cells, 1))
+    who = pd.factorize(table.subject)[0] if 'subject' in table else np.arange(len(table))
+    pairs = np.argwhere(np.triu((cells[:, None]==cells)&(who[:, None]!=who), 1))
     if not len(pairs): raise ValueError(
         f"same_condition_pairs: {len(table)} rows, no two of the same {' and '.join(names)}. Expected several of each. "
         "Hold back more people.")
@@ -159,7 +164,7 @@ def diversity_scores(
     for name,pictures in sets.items():
         values = pair_similarity(pictures, pairs)
         def score(at): return dict(ms_ssim=float(values[np.isin(pairs, at).all(1)].mean()))
-        span = leave_out_interval(score, table.subject).get('ms_ssim')
+        span = leave_out_interval(score, table.subject, spans=dict(ms_ssim=PROPORTION)).get('ms_ssim')
         out[name] = dict(ms_ssim=float(values.mean()), interval_95=span, n_pairs=len(pairs))
     return out
 
@@ -617,6 +622,89 @@ def audit_images(
     reference = pd.concat([others, away], ignore_index=True)
     return memorization_audit(audit_statistics(found, reference, owners), power),found,reference
 
+# %% ../nbs/10b_audit.ipynb #a0d40002
+def denoising_errors(
+    model, # A `Sampler` with a trained denoiser
+    dataset:SliceDataset, # Real slices
+    parts:tuple[float, ...]=(.1, .3, .5, .7), # Times at which to ask, as fractions of the chain
+    seed:int=0, # Of the noise, which is the same for every slice
+    batch_size:int=64, # Slices at a time
+)->np.ndarray: # Mean squared error of each slice at each time (n, times)
+    "How well a denoiser knows slices. Source: Matsumoto et al. 2023; Carlini et al. 2023, sec. 5."
+    call,T = infer(model.unet, model.precision),model.schedule.num_train_timesteps
+    noise,out = None,[]
+    for batch in eval_batches(dataset, batch_size):
+        z = model.encode_standard(batch['image'], batch)
+        if noise is None: noise = torch.randn((1, *z.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(z)
+        known = to_device({c.name: batch[c.name] for c in model.unet.covariates}, z.device)
+        drop = torch.zeros((len(z), len(known)), dtype=torch.bool, device=z.device)
+        times = [torch.full((len(z),), min(T-1, int(o*T)), device=z.device) for o in parts]
+        errors = [prediction_error(call, dict(known, latent=z), t, noise.expand_as(z), drop, model.schedule, model.unet.covariates)
+                  for t in times]
+        out.append(torch.stack(errors, 1).cpu().double())
+    return torch.cat(out).numpy()
+
+# %% ../nbs/10b_audit.ipynb #a0d40003
+def attack_auc(
+    errors:np.ndarray, # Errors of each slice, smaller where a network knows it (n,) or (n, m)
+    member:np.ndarray, # Whether the slice was trained on (n,)
+    subjects:np.ndarray, # Whose it is (n,)
+    splits:int=100, # Random halves of the members for the control
+    seed:int=0, # Of the splits
+)->dict: # auc, interval_95 over subjects; control, control_interval_95 over splits; excess, n_members, n_others
+    "Membership inference by subject, beside its control. Each column of errors counts relative to its mean."
+    errors = np.asarray(errors, float).reshape(len(member), -1)
+    score,member,who = -(errors/errors.mean(0)).mean(1),np.asarray(member, bool),np.asarray(subjects)
+    auc,interval = subject_auc(score, member, who)
+    names,rng = np.unique(who[member]),np.random.default_rng(seed)
+    halves = [np.isin(who[member], rng.permutation(names)[:len(names)//2]) for _ in range(splits)]
+    control = np.array([subject_auc(score[member], o, who[member], draws=0)[0] for o in halves])
+    return dict(auc=auc, interval_95=interval, control=float(control.mean()), excess=float(auc-control.mean()),
+                control_interval_95=tuple(np.quantile(control, [.025, .975]).tolist()),
+                n_members=len(names), n_others=int(pd.Series(who[~member]).nunique()))
+
+# %% ../nbs/10b_audit.ipynb #a0d40006
+def mean_slice_errors(
+    train:SliceDataset, # Real slices of train subjects
+    dataset:SliceDataset, # Slices to score
+    own:bool=False, # Whether they are train slices, each of which is then left out of its mean
+)->np.ndarray: # Mean squared difference from the mean train slice of the position (n,)
+    "What anyone can say without the weights: the baseline of every attack. Members and others may differ by themselves."
+    places = [o.manifest['slice'].to_numpy() if 'slice' in o.manifest else np.zeros(len(o)) for o in (train, dataset)]
+    out = np.empty(len(dataset))
+    for k in np.unique(places[1]):
+        rows,at = np.flatnonzero(places[0]==places[0][np.abs(places[0]-k).argmin()]),np.flatnonzero(places[1]==k)
+        gap = (dataset.images[at]-train.images[rows].mean(0, dtype=np.float32))/127.5
+        if own and len(rows)>1: gap *= len(rows)/(len(rows)-1)
+        out[at] = np.square(gap).mean((1, 2))
+    return out
+
+# %% ../nbs/10b_audit.ipynb #a0d40004
+def membership_inference(
+    model, # A `Sampler`, or a `CodeSampler`: whose weights are attacked
+    train:SliceDataset, # Real slices of train subjects: members
+    held:SliceDataset, # Real slices of held-out subjects: not members
+    most:int=1_300, # Slices of members to use, about; as many of each held-out subject
+)->dict[str, dict]: # By attack: as from `attack_auc`
+    "Can it be told from a run's weights who was in its training set? By its autoencoder and its generator, and without either."
+    rows = [reference_rows(train.manifest.subject, most)]
+    rows.append(reference_rows(held.manifest.subject, most*held.manifest.subject.nunique()//train.manifest.subject.nunique()))
+    parts = [SliceDataset(o.images[at], o.manifest.iloc[at].reset_index(drop=True), o.covariates)
+             for o,at in zip((train, held), rows)]
+    who = np.concatenate([o.manifest.subject.astype(str).to_numpy() for o in parts])
+    member = np.repeat([True, False], [len(o) for o in parts])
+    def attack(errors): return attack_auc(np.concatenate([errors(o) for o in parts]), member, who)
+    def rebuilt(o): return np.concatenate([(model.reconstruct(b['image'], b)-b['image']).square().mean((1, 2, 3)).double().numpy()
+                                           for b in eval_batches(o, 64)])
+    def priced(o):
+        o = SliceDataset(o.images, o.manifest, model.covariates)               # in the words of the run
+        return code_bits(model.prior, cache_codes(model.autoencoder, o, model.precision, progress=False), o.conditions, model.precision).numpy()
+    alone = [mean_slice_errors(train, o, own) for o,own in zip(parts, (True, False))]
+    out = {'mean slice, without the run': attack_auc(np.concatenate(alone), member, who), 'reconstruction error': attack(rebuilt)}
+    if getattr(model, 'prior', None) is not None: out['bits of codes'] = attack(priced)
+    elif model.unet is not None: out['denoising error'] = attack(lambda o: denoising_errors(model, o))
+    return out
+
 # %% ../nbs/10b_audit.ipynb #78fa33bc
 def audit_line(
     run:str|Path, # Run folder
@@ -624,7 +712,7 @@ def audit_line(
 )->str: # One line for a terminal or a caption
     "What the memorization audit of a run said."
     metrics = read_metrics(run)
-    if audit_verdicts(metrics).get(generator, 'not audited')=='not audited': return (
+    if audit_verdicts(metrics, run).get(generator, 'not audited')=='not audited': return (
         f'Memorization by {generator}: not audited. An image may repeat a training scan. '
         'Run `brainldm evaluate RUN DATA`.')
     audit = metrics[f'samples {generator}']['memorization']

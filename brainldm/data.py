@@ -7,8 +7,8 @@ __all__ = ['SPLITS', 'SPLIT_FOLDERS', 'FIXED_KINDS', 'COLUMNS', 'TABLES', 'OASIS
            'parse_picture', 'find_picture_layout', 'find_layout', 'pick_files', 'list_pictures', 'name_units',
            'list_volumes', 'visits_as_subjects', 'list_manifest', 'split_by_subject', 'assign_splits', 'find_leaks',
            'group_grids', 'compare_grids', 'find_voxel_mm', 'check_grids', 'Findings', 'find_table', 'tell_columns',
-           'name_rows', 'list_slices', 'refuse_faults', 'read_manifest', 'inspect_files', 'tell_changes', 'find_dark',
-           'find_copies', 'judge_rows', 'find_crop', 'check_dataset']
+           'doubt_numbers', 'name_rows', 'list_slices', 'refuse_faults', 'read_manifest', 'bright_end', 'inspect_files',
+           'tell_changes', 'find_dark', 'find_copies', 'judge_rows', 'find_crop', 'check_dataset']
 
 # %% ../nbs/01_data.ipynb #2f75f52c
 import difflib, fnmatch, hashlib, math, os, re
@@ -203,10 +203,6 @@ def list_pictures(
     expected = dict(adni='train/AD/218391_78.jpeg', classes='AD/218391_78.jpeg').get(layout, 'keras_png_slices_train/case_001_slice_0.nii.png')
     faults = as_faults(rows.path[lost], 'name', f'does not parse; expected a name like {expected}')
     rows = rows[~lost].assign(slice=lambda o: o.slice.astype(int), subject=lambda o: o.unit)
-    bare = rows.place[rows.unit.str.fullmatch(r'\d{4,}')]
-    if len(bare) and layout!='oasis': notes.append(
-        f'what {bare.iloc[0].rsplit("/", 1)[-1]} is in {rows.path[bare.index[0]]}, a subject or one of several images of one, is not known: it is '
-        'taken for a subject. If it is an image, visits of one subject may sit in two splits: give a table with columns image and subject')
     return rows, faults, notes
 
 # %% ../nbs/01_data.ipynb #unit0001
@@ -455,6 +451,18 @@ def tell_columns(
         if near: said.append(f'column {o} is not used, and resembles {words[near[0]]}: rename it if that is what it is')
     return said
 
+# %% ../nbs/01_data.ipynb #doub0001
+def doubt_numbers(
+    rows:pd.DataFrame, # Rows with path, unit, subject
+    table:pd.DataFrame|None=None, # From `read_subjects`
+)->list: # Sentences
+    "Say that a bare number may be an image and not a subject, where no table says what it is."
+    bare = rows[rows.unit.str.fullmatch(r'\d{4,}').fillna(False).astype(bool)]
+    said = [] if table is None else [o[0] if isinstance(o, tuple) else o for o in table.index]
+    if not len(bare) or table is not None and (table.index.name=='image' or bare.subject.isin(said).all()): return []
+    return [f'what {bare.unit.iloc[0]} is in {bare.path.iloc[0]}, a subject or one of several images of one, is not known: it is taken for a subject. '
+            'If it is an image, visits of one subject may sit in two splits: give a table with columns image and subject']
+
 # %% ../nbs/01_data.ipynb #name0001
 def name_rows(
     rows:pd.DataFrame, # From `list_pictures` or `list_volumes`, or from a manifest
@@ -463,7 +471,9 @@ def name_rows(
 )->tuple: # Rows with subject, session where a subject has several, and covariates; faults; notes
     "Settle whose each row is, and what is known of them."
     faults,notes = as_faults([]),[]
-    if 'unit' in rows: rows,faults,notes = name_subjects(rows, table)
+    if 'unit' in rows:
+        rows,faults,notes = name_subjects(rows, table)
+        notes = notes+doubt_numbers(rows, table)
     elif table is not None and table.index.name=='image': raise ValueError(
         'name_rows: a manifest, and a table with a column image. Expected one of them to say whose each image is. Put the subject into the '
         'manifest, and use a table with one row a subject.')
@@ -548,6 +558,14 @@ def read_manifest(
     refuse_faults(report, config.skip_faulty)
     return report.manifest
 
+# %% ../nbs/01_data.ipynb #brig0001
+def bright_end(
+    picture:np.ndarray, # Picture (h, w), uint8
+)->int: # Grey value
+    "The grey value below which 95 % of the pixels above 0 lie."
+    counts = np.bincount(picture.ravel(), minlength=256)[1:].cumsum()
+    return int(np.searchsorted(counts, .95*counts[-1])+1) if counts[-1] else 0
+
 # %% ../nbs/01_data.ipynb #6ad05ffe
 def inspect_files(
     rows:pd.DataFrame, # Manifest
@@ -558,10 +576,9 @@ def inspect_files(
     root,planes = Path(rows.attrs['root']), rows.plane.to_numpy()
     def look(path, at):
         try: pictures,done = decode_file(root/path, planes[at], config.to_grey)
-        except DataFault as e: return [('', 0, 0, 0, 0., False, e.kind, str(e))]*len(at), {}
-        light = [np.percentile(o[o>0], 95) if o.any() else 0. for o in pictures]
-        return [(hash_picture(o), *o.shape, foreground_side(o), v, o.min()==o.max(), '', '')
-                for o,v in zip(pictures, light)], dict(done, path=path)
+        except DataFault as e: return [('', 0, 0, 0, 0, False, e.kind, str(e))]*len(at), {}
+        return [(hash_picture(o), *o.shape, foreground_side(o), bright_end(o), o.min()==o.max(), '', '')
+                for o in pictures], dict(done, path=path)
     found = map_files(look, rows, progress, 'check')
     names = ['hash', '_height', '_width', '_side', '_bright', '_blank', '_fault', '_detail']
     seen = pd.DataFrame([o for _,(seen,_) in found for o in seen], columns=names)

@@ -21,7 +21,7 @@ NAMES = {   # what the path of a file says, by study: a pattern (regular express
     'bids': dict(subject=r'(?:^|/)(sub-[a-z0-9]+)(?![a-z0-9])(?!.*/sub-)', session=r'[_/](ses-[a-z0-9]+)',
                  run=r'_run-(\d+)', kind=r'_([a-z0-9]+)$'),
     'adni': dict(subject=r'(?<!\d)(\d{3}_S_\d{4,5})(?!\d)', session=r'/(\d{4}-\d\d-\d\d)[^/]*/|_(S\d{3,})_',
-                 image=r'[_/](I\d{3,})(?![a-z0-9])', kind=r'\d_([a-z][^/]*?)_(?:(?:br|raw)_)*\d{5,}'),
+                 image=r'[_/](I\d{3,})(?![a-z0-9])', kind=r'\d{3}_S_\d+_([a-z][^/]*?)_(?:(?:br|raw)_)*\d{5,}'),
     'oasis': dict(subject=r'(?:^|/)(OAS[12]_\d{4}|OAS[34]\d{4})(?=_)', session=r'OAS\d_?\d{4}_(MR_?d?\d+)',
                   run=r'mpr-(\d)(?!\d)', kind=r'_(anon[^/]*)$'),
     'brats': dict(subject=r'(?:^|/)(BraTS-[a-z]+-\d+|BraTS\d+_[^/]+?)(?=(?:-\d+)?(?:[-_](?:flair|t[12][a-z]*))?$)',
@@ -144,7 +144,7 @@ def suspect_names(
             kinds = sorted({k for o in part.parts for k in o})
             beside = ', '.join(part.index[:4])+' ...'*(len(part)>4)
             for o in part.index if kinds else ():
-                refused[o] = (f"{beside} seem to be one subject ({base}) by {' and '.join(kinds)}. Expected one file a subject. Say "
+                refused[o] = (f"{beside} seem to be one subject, told apart by {' and '.join(kinds)}. Expected one file a subject. Say "
                               'in a table with columns image and subject whose each is, or choose with --only')
     bare = pd.Series(units, dtype=object).str.replace(r'(?<=\d)(?:[-_ ]\d{1,2}|[-_ ]?[a-d])$', '', regex=True)
     by = bare[~bare.isin(refused)].value_counts()

@@ -146,17 +146,18 @@ def sample_shared_noise(
     guidance_scale:float|dict[str, float]=1., # As in `sample`
     seed:int=0, # Same seed, same machine: same brains
     sampler:str='ddim', # 'ddim' or 'dpmpp'
+    first:int=0, # Number of the first brain: a long request may be served in parts
     **conditions, # diagnosis, age, sex, …: one value, or one a brain
 )->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
     "Draw the slices of a brain one by one from noise that they share: all that a 2-D model can do. Raises ValueError."
     if not 0<=noise_correlation<=1: raise ValueError(
         f"sample_shared_noise: noise_correlation={noise_correlation}. Expected 0 to 1. Try 1.")
-    check_request(n, seed, 1)
+    check_request(n, seed, 1, first)
     how = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     cond,slices = plan_brains(model, n, conditions, slices, how, seed)
     depth,brains = len(slices),[]
     for i,stop,part in in_batches(cond, n*depth, depth, model.device):
-        noise = correlate(volume_noise(model, 1, depth, seed, i//depth)[0], depth, noise_correlation)
+        noise = correlate(volume_noise(model, 1, depth, seed, first+i//depth)[0], depth, noise_correlation)
         brains.append(draw_batch(model, noise, part, how)[:, 0])
     return torch.stack(brains)
 
@@ -385,11 +386,12 @@ def sample_volume(
     seed:int=0, # Same seed, same machine: same brains
     sampler:str='ddim', # 'ddim' or 'dpmpp'
     batch_size:int=8, # Brains at a time
+    first:int=0, # Number of the first brain: a long request may be served in parts
     progress:bool=False, # Show a bar
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
     "Draw whole brains, or what is missing of some: each slice follows its neighbours. Raises ValueError or TypeError."
-    check_request(n, seed, batch_size)
+    check_request(n, seed, batch_size, first)
     how = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     asked = dict(diagnosis=diagnosis, age=age, sex=sex, **others)
     cond,slices = plan_brains(model, n, asked, slices, how, seed)
@@ -398,7 +400,7 @@ def sample_volume(
     with tqdm(total=n*(depth-len(known))*steps, unit='step', desc='sample', disable=not progress) as bar:
         for i,stop,part in in_batches(cond, n*depth, batch_size*depth, model.device):
             a,b = i//depth,stop//depth
-            noise = volume_noise(model, b-a, depth, seed, a)
+            noise = volume_noise(model, b-a, depth, seed, first+a)
             z = draw_brains(model, noise, part, how, {k: v[a:b] for k,v in known.items()}, bar.update)
             if not z.isfinite().all(): raise RuntimeError("sample_volume: latents are not finite. Expected numbers. "
                                                           "Try precision='no', or a smaller guidance_scale.")

@@ -86,6 +86,17 @@ def test_only_a_passed_audit_is_shared(audit, said, reported, tmp_path, capsys):
     assert said in card and 'of synthetic subjects' in card and '<b>' not in card and 'may repeat' in card
 
 
+def test_an_audit_of_weights_replaced_since_is_none(reported, tmp_path):
+    run = shutil.copytree(reported, tmp_path/'run')
+    audit = dict(PASSED, weights=sharing.generator_hash(run, 'ldm'))
+    (run/'metrics.json').write_text(json.dumps({'samples ldm': dict(memorization=audit)}))
+    packed = sharing.pack_run(run, tmp_path/'packed')
+    assert sharing.open_verdicts(packed, json.loads((packed/'metrics.json').read_text()))=={}      # rounding is no other training
+    tensors,info = sharing.load_weights(run/'ldm.safetensors')
+    sharing.save_weights(run/'ldm.safetensors', {k: v+1 if v.is_floating_point() else v for k,v in tensors.items()}, info)
+    with pytest.raises(ValueError, match='ldm: not audited'): sharing.pack_run(run, tmp_path/'out')
+
+
 def test_a_passed_audit_is_shared_without_a_word(reported, tmp_path):
     run = shutil.copytree(reported, tmp_path/'run')
     (run/'metrics.json').write_text(json.dumps({'samples ldm': dict(memorization=PASSED)}))

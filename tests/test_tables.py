@@ -33,6 +33,7 @@ from brainldm.tables import find_modality, read_name, read_subjects, read_table,
 def test_names_of_the_field(path, subject, session, run):
     said = read_name(path)
     assert (said['subject'], said['session'], said['run'])==(subject, session, run)
+    assert said['kind'] is None or subject not in said['kind'] and not said['kind'].startswith('S_')
 
 
 @pytest.mark.parametrize('path', ['P07-z031.png', '218391', 'patient_1_S_2.nii', 'subject-01.nii', 'a/b/c.nii', 'IXI.nii', 'OAS1_28.nii'])
@@ -111,7 +112,7 @@ def test_another_contrast_than_most_is_a_fault(tmp_path):
 def test_an_unknown_name_that_seems_a_visit_is_refused(names, tmp_path):
     report = look(volumes(tmp_path, *names, *[n.replace('01', '02') for n in names[:1]], *[n.replace('01', '03') for n in names[:1]]))
     assert faults(report)==['subject'] and len(report.faults)==2, str(report)
-    assert 'seem to be one subject' in str(report) and 'columns image and subject' in str(report)
+    assert 'seem to be one subject, told apart by' in str(report) and 'columns image and subject' in str(report)
 
 
 @pytest.mark.parametrize('names, noted', [([f'control_{i}' for i in range(12)], False), ([f'AD{i}' for i in range(4)], False), ([f'P{i:02d}_T1' for i in range(4)], False),
@@ -145,7 +146,13 @@ def images_of(root, pairs):
 
 def test_what_a_bare_number_is_is_said(tmp_path):
     report = look(make_adni(tmp_path))
-    assert report.ok and any('218001 is in AD_NC' in o.replace('218009', '218001') and 'subject or one of several images' in o for o in report.notes), report.notes
+    assert report.ok and any('what 218009 is in AD_NC/test' in o and 'a subject or one of several images' in o for o in report.notes), report.notes
+
+
+def test_a_table_of_subjects_settles_what_a_number_is(tmp_path):
+    make_adni(tmp_path)
+    (tmp_path/'subjects.csv').write_text('subject,age\n'+''.join(f'{218000+i},70\n' for i in range(1, 11)))
+    assert not any('one of several images' in o for o in look(tmp_path).notes)
 
 
 def test_a_table_of_images_reveals_a_leak(tmp_path):
@@ -154,7 +161,7 @@ def test_a_table_of_images_reveals_a_leak(tmp_path):
     assert look(tmp_path).ok and look(tmp_path).manifest.subject.nunique()==9
     images_of(tmp_path, [(f'I{218000+i}', f'S{1 if i==9 else i}', 60+i) for i in range(1, 11)])
     report = look(tmp_path)
-    assert faults(report)==['leak'] and 'subject S1 is in test and train' in str(report)
+    assert faults(report)==['leak'] and 'subject S1 is in test and train' in str(report) and 'is not known' not in str(report)
     with pytest.raises(ValueError, match='leak'): read_manifest(tmp_path, replace(CONFIG, skip_faulty=True))
 
 

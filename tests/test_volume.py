@@ -62,6 +62,18 @@ def test_a_brain_is_named_by_seed_and_number(model):
     assert not torch.equal(model.sample_volume(1, steps=2, seed=2), three[:1])
 
 
+@pytest.mark.parametrize('sampler', ['ddim', 'dpmpp'])
+def test_a_brain_does_not_depend_on_its_batch(model, sampler):
+    "Three at once, one at a time, or in two parts as two processes would make them."
+    how = dict(steps=2, seed=1, sampler=sampler, diagnosis='AD')
+    three = model.sample_volume(3, **how)
+    same(model.sample_volume(3, batch_size=1, **how), three)
+    same(torch.cat([model.sample_volume(2, **how), model.sample_volume(1, first=2, **how)]), three)
+    shared = model.sample_shared_noise(3, .5, **how)
+    same(torch.cat([model.sample_shared_noise(2, .5, **how), model.sample_shared_noise(1, .5, first=2, **how)]), shared)
+    with pytest.raises(ValueError, match='first=-1'): model.sample_volume(1, first=-1, **how)
+
+
 def test_every_slice_hears_its_neighbour_and_nobody_further(model):
     "Change one given slice: what follows it changes; without the chain nothing would."
     pictures = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))*2-1
