@@ -32,7 +32,7 @@ from .batches import Covariate, SliceDataset, eval_batches
 from .runs import read_metrics
 from .scheduler import check_choice
 from .sharing import audit_verdicts
-from .fidelity import (FeatureNet, fine_detail, leave_out_interval, picture_batches, picture_features,
+from .fidelity import (POSITIVE, PROPORTION, FeatureNet, fine_detail, leave_out_interval, picture_batches, picture_features,
                                read_pictures, subject_auc, train_feature_net)
 from .loop import TrainConfig, infer, to_device
 from .codec import to_bytes
@@ -117,19 +117,21 @@ def condition_effects(
                    diagnosis_effect=diagnosis_effect(share[k], diagnosis[k], slices[k]))
         if 'age' in table: out['age_slope'] = age_slope(share[k], table.age.to_numpy(float)[k], slices[k], diagnosis[k])
         return out
-    spans = leave_out_interval(score, table.subject)
+    ranges = dict.fromkeys(('slice_error', 'fine_detail'), POSITIVE)
+    spans = leave_out_interval(score, table.subject, spans=ranges)
     return {k: dict(value=float(v), interval_95=spans.get(k)) for k,v in score(np.arange(len(table))).items()}
 
 # %% ../nbs/10b_audit.ipynb #4f25e7eb
 def same_condition_pairs(
-    table:pd.DataFrame, # Rows with slice, and diagnosis where known
+    table:pd.DataFrame, # Rows with slice, and diagnosis and subject where known: two visits of one subject make no pair
     most:int=500, # Pairs to keep at most
     seed:int=0, # Of the choice
 )->np.ndarray: # Positions of the two rows of each pair (m, 2)
-    "Pairs of rows with the same slice and diagnosis. Raises ValueError if no two rows agree."
+    "Pairs of rows with the same slice and diagnosis, of different subjects. Raises ValueError if there are none."
     names = [o for o in ('slice', 'diagnosis') if o in table]
     cells = table[names].astype(object).fillna('').groupby(names).ngroup().to_numpy()
-    pairs = np.argwhere(np.triu(cells[:, None]==cells, 1))
+    who = pd.factorize(table.subject)[0] if 'subject' in table else np.arange(len(table))
+    pairs = np.argwhere(np.triu((cells[:, None]==cells)&(who[:, None]!=who), 1))
     if not len(pairs): raise ValueError(
         f"same_condition_pairs: {len(table)} rows, no two of the same {' and '.join(names)}. Expected several of each. "
         "Hold back more people.")
@@ -162,7 +164,7 @@ def diversity_scores(
     for name,pictures in sets.items():
         values = pair_similarity(pictures, pairs)
         def score(at): return dict(ms_ssim=float(values[np.isin(pairs, at).all(1)].mean()))
-        span = leave_out_interval(score, table.subject).get('ms_ssim')
+        span = leave_out_interval(score, table.subject, spans=dict(ms_ssim=PROPORTION)).get('ms_ssim')
         out[name] = dict(ms_ssim=float(values.mean()), interval_95=span, n_pairs=len(pairs))
     return out
 
