@@ -7,8 +7,8 @@ __all__ = ['FLAGS', 'KNOBS', 'COMMANDS', 'Phantom', 'training_faults', 'add_trai
            'data_config', 'Stage2', 'TrainLDM', 'TrainPrior', 'TrainVolume', 'Train', 'describe_scores', 'Reconstruct',
            'Bits', 'describe_covariates', 'read_pairs', 'read_request', 'next_folder', 'pick_place', 'Drawing',
            'pick_generator', 'read_scales', 'pick_knobs', 'draw_together', 'Sample', 'known_values', 'Edit',
-           'describe_space', 'Volume', 'Evaluate', 'Explore', 'Report', 'Fetch', 'Share', 'demo_configs', 'draw_grid',
-           'Demo', 'parse', 'main']
+           'describe_space', 'Volume', 'evaluate_folders', 'evaluate_config', 'evaluate_knobs', 'Evaluate', 'Explore',
+           'Report', 'Fetch', 'Share', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
 
 # %% ../nbs/11_cli.ipynb #7b047058
 import dataclasses
@@ -39,7 +39,8 @@ from .audit import audit_line
 from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
-from .report import audit_rows, check_targets, draw_by_condition, evaluate, membership_rows, prior_scores, report
+from .report import (
+    check_targets, draw_by_condition, evaluate, evaluate_images, image_side, prior_scores, report, trust_rows)
 from .sampling import BrainLDM
 from .codec import make_folder, save_gif, save_pictures
 from .sharing import audit_verdicts, fetch_run, pack_run, push_run, refuse_taken
@@ -529,27 +530,79 @@ class Volume:
               sep='\n')
         return 0
 
+# %% ../nbs/11_cli.ipynb #c0ffee50
+def evaluate_folders(
+    folders:tuple[Path, ...], # What was given before the flags
+    images:Path|None, # Folder of images, if any
+    out:Path|None=None, # Folder for their scores, if any
+)->tuple[Path|None, Path]: # The run, if one was given, and the data
+    "Tell RUN DATA from DATA alone. Raises ValueError for anything else."
+    if images is None and out is not None: raise ValueError(
+        f"evaluate: --out {out} without --images. Expected both: a run keeps its own scores. Leave --out out.")
+    if len(folders)==2: return folders
+    if len(folders)==1 and images is not None: return None,folders[0]
+    raise ValueError(f"evaluate: {' '.join(map(str, folders)) or 'no folder'}. Expected RUN DATA, or DATA --images FOLDER. "
+                     "Try `brainldm evaluate runs/brain DATA`.")
+
+# %% ../nbs/11_cli.ipynb #c0ffee51
+def evaluate_config(
+    command, # An `Evaluate`
+    run:Path|None, # Run folder, if one was given
+)->DataConfig: # How to open the data: as the run did, or as the flags say, as large as the images
+    "The data settings of an evaluation. Raises ValueError for a flag that would have no effect."
+    default,given = DataConfig(),command.config
+    turned = [f.name for f in dataclasses.fields(given) if getattr(given, f.name)!=getattr(default, f.name)]
+    if run is None: return given if 'size' in turned else dataclasses.replace(given, size=image_side(command.images))
+    vain = [o for o in turned if o!='subjects']
+    if vain: raise ValueError(f"evaluate: --{vain[0].replace('_', '-')} does nothing with a run, which knows how its data "
+                              "were read. Expected only --subjects. Leave it out.")
+    return data_config(run, given.subjects)
+
+# %% ../nbs/11_cli.ipynb #c0ffee52
+def evaluate_knobs(
+    command, # An `Evaluate`
+    run:Path|None, # Run folder, if one was given
+)->dict: # What its generator takes; nothing with images, which are there already
+    "The settings of the sampling. Raises ValueError for one that would have no effect."
+    if command.images is None:
+        command.generator = pick_generator(run, command.generator)
+        return pick_knobs(command)
+    vain = [f.name for f in dataclasses.fields(Drawing) if getattr(command, f.name)!=f.default]
+    if vain: raise ValueError(f"evaluate: --{vain[0].replace('_', '-')} does nothing with --images, which are there "
+                              "already. Expected no setting of a generator. Leave it out.")
+    return {}
+
 # %% ../nbs/11_cli.ipynb #9a8c81bc
 @dataclass
 class Evaluate(Drawing):
-    "Draw, judge and report: fidelity, variety, conditions, use and privacy, each beside its floor. Writes RUN/metrics.json, RUN/evaluation and RUN/report.html."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
-    data:tyro.conf.Positional[Path] # The data that it was trained on
-    split:Literal['validate', 'test']='validate' # Which unseen people to compare with
-    utility:bool=True # Train classifiers on real and on drawn slices too; takes longest
-    subjects:Path|None=None # Table with one row a subject; None: the one of the run
+    """Sample, judge and report: fidelity, variety, conditions, use and privacy, each beside real subjects.
+
+    `evaluate RUN DATA` judges a run: it writes RUN/metrics.json, RUN/evaluation and RUN/report.html. `evaluate DATA
+    --images FOLDER` judges images of any other generator, which FOLDER/manifest.csv lists with the conditions that
+    they were generated for; `evaluate RUN DATA --images FOLDER` does so with the data settings of a run."""
+    folders:Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name='run-data')] # RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on
+    images:Path|None=None # Folder of images of any generator, with manifest.csv: path, slice, diagnosis and other conditions
+    out:Path|None=None # (images) Folder for metrics.json and figures, the nearest real slices among them; none: that of the images
+    split:Literal['validate', 'test']='validate' # Which held-out subjects to compare with
+    utility:bool=True # Train classifiers on real and on synthetic slices too; takes longest
+    config:Annotated[DataConfig, FLAGS]=field(default_factory=DataConfig)
     as_json:Annotated[bool, tyro.conf.arg(name='json')]=False # Print one JSON object and nothing else
 
     def run(self)->int: # Exit status
-        self.generator = pick_generator(self.run_folder, self.generator)
-        how,shown = pick_knobs(self),not self.as_json
-        dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects), progress=shown)
-        scores = evaluate(self.run_folder, dataset, self.generator, self.split, self.seed, progress=shown,
-                          **({} if self.utility else dict(utility=None)), **how)
-        page = report(self.run_folder)
+        run,data = evaluate_folders(self.folders, self.images, self.out)
+        how,shown = evaluate_knobs(self, run),not self.as_json
+        how |= dict(split=self.split, progress=shown) | ({} if self.utility else dict(utility=None))
+        dataset = open_dataset(data, evaluate_config(self, run), progress=shown)
+        if self.images is not None:
+            scores = evaluate_images(self.images, dataset, run=run, out=self.out, **how)
+            page = (self.out or self.images)/'metrics.json'
+        else:
+            scores = evaluate(run, dataset, self.generator, seed=self.seed, **how)
+            page = report(run)
         lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {'reached' if ok else 'missed'}"
                  for name,drawn,real,target,ok,_ in check_targets(scores)]
-        lines += [': '.join(o) for o in [*audit_rows(scores['memorization'])[1:], *membership_rows(scores['membership'])]]
+        trust = trust_rows('images' if self.images is not None else self.generator, scores)
+        lines += [': '.join(o[:2]) for o in trust['table'][1:]]
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
         return 0
 
