@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 import brainldm
 from .data import FIXED_KINDS, DataConfig, check_dataset, inspect_files, refuse_faults
-from .files import cache_folder, decode_file, hash_picture, map_files, temporary_in_cache, unpack
+from .files import cache_folder, decode_file, hash_picture, map_files, printable, temporary_in_cache, unpack
 
 # %% ../nbs/01a_batches.ipynb #352ef4bc
 def prepare_picture(
@@ -52,14 +52,20 @@ def prepare_picture(
 # %% ../nbs/01a_batches.ipynb #566acace
 def fingerprint(
     manifest:pd.DataFrame, # Checked rows, with the column `hash`
-)->dict: # hash of rows and pixels, layout, subjects and slices by split
-    "Sum up a data set so that a run can say exactly what it was trained on."
+)->dict: # hash of rows and pixels; layout, subjects and slices by split; voxel_mm, side and left_known
+    """Sum up a data set so that a run can say exactly what it was trained on.
+
+    `voxel_mm`: side of a pixel and distance of slices in the files, mm, or None; `side`: pixels of a file that become one
+    side of an image; `left_known`: whether left is known, as it is of volumes and of the phantom."""
     text = manifest.to_csv(index=False, lineterminator='\n')
-    by = manifest.groupby('split')
+    by,about = manifest.groupby('split'),manifest.attrs
     return dict(hash=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-                layout=manifest.attrs.get('layout', ''),
+                layout=about.get('layout', ''),
                 subjects={k:int(v) for k,v in by.subject.nunique().items()},
-                slices={k:int(v) for k,v in by.size().items()})
+                slices={k:int(v) for k,v in by.size().items()},
+                voxel_mm=list(about['voxel_mm']) if about.get('voxel_mm') else None,
+                side=about.get('side'),
+                left_known=about.get('layout')=='phantom' or bool('plane' in manifest and (manifest.plane>=0).all()))
 
 # %% ../nbs/01a_batches.ipynb #f9a8820c
 def cache_is_whole(
@@ -105,8 +111,11 @@ def explain_full_disk(
 )->OSError: # The same, or a full disk in words
     "Say what to do about a full disk."
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return error
-    return OSError(error.errno, f"write_cache: the prepared images need {need/1e6:,.1f} MB, and the disk of {folder} is full. "
-                   "Expected room for all of them. Free some, or set BRAINLDM_CACHE to a folder on another disk")
+    full = OSError(
+        f"write_cache: the prepared images need {need/1e6:,.1f} MB, and the disk of {folder} is full. "
+        "Expected room for all of them. Free some, or set BRAINLDM_CACHE to a folder on another disk.")
+    full.errno = error.errno
+    return full
 
 # %% ../nbs/01a_batches.ipynb #a98f6964
 def write_cache(
@@ -334,12 +343,14 @@ def read_value(
 ): # The level as text, the number as float, or None
     "Read one requested value by the kind of its covariate. Raises ValueError naming the levels or the range."
     c = covariate
+    if np.ndim(value): raise ValueError(
+        f"read_conditions: {c.name}={value}. Expected one value, or a list with one for each image. Try {c.name}={value[0]}.")
     if not isinstance(value, str) and pd.isna(value): return None
     if c.kind=='categorical':
         level = level_text(value)
         if level in c.values: return level
         near = [o for o in c.values if o.casefold()==level.casefold()] or c.values
-        raise ValueError(f"read_conditions: {c.name}={level!r}. Expected one of {', '.join(c.values)}, the levels of the "
+        raise ValueError(f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.values)}, the levels of the "
                          f"training data. Try {c.name}={near[0]}, or leave it out where it is not known.")
     try: number = float(value)
     except (TypeError, ValueError): number = math.nan
@@ -566,6 +577,7 @@ def open_dataset(
     with one_process(folder, root, progress):
         report = check_dataset(root, config, progress, look)
         refuse_faults(report, config.skip_faulty)
+        for note in report.notes if progress else (): print(f'note: {printable(note)}')
         config = replace(config, crop=report.crop)
         dataset = build_cache(report.manifest, root, config, folder, progress)
         look.keep()

@@ -6,8 +6,9 @@
 __all__ = ['FLAGS', 'KNOBS', 'COMMANDS', 'Phantom', 'training_faults', 'add_training_findings', 'Check', 'TrainAutoencoder',
            'data_config', 'Stage2', 'TrainLDM', 'TrainPrior', 'TrainVolume', 'Train', 'describe_scores', 'Reconstruct',
            'Bits', 'describe_covariates', 'read_pairs', 'read_request', 'next_folder', 'pick_place', 'Drawing',
-           'pick_generator', 'read_scales', 'pick_knobs', 'draw_together', 'Sample', 'known_values', 'Edit', 'Volume',
-           'Evaluate', 'Explore', 'Report', 'Fetch', 'Share', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
+           'pick_generator', 'read_scales', 'pick_knobs', 'draw_together', 'Sample', 'known_values', 'Edit',
+           'describe_space', 'Volume', 'evaluate_folders', 'evaluate_config', 'evaluate_knobs', 'Evaluate', 'Explore',
+           'Report', 'Fetch', 'Share', 'demo_configs', 'draw_grid', 'Demo', 'parse', 'main']
 
 # %% ../nbs/11_cli.ipynb #7b047058
 import dataclasses
@@ -38,15 +39,17 @@ from .audit import audit_line
 from .explore import explore
 from .phantom import PhantomConfig, make_cohort, show_grid
 from .prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
-from .report import check_targets, draw_by_condition, evaluate, prior_scores, report
+from .report import (
+    check_targets, draw_by_condition, evaluate, evaluate_images, image_side, prior_scores, report, trust_rows)
 from .sampling import BrainLDM
 from .codec import make_folder, save_gif, save_pictures
-from .sharing import fetch_run, pack_run, push_run, refuse_taken
+from .sharing import audit_verdicts, fetch_run, pack_run, push_run, refuse_taken
 from .loop import TrainConfig, crew
-from .runs import read_config
+from .runs import read_config, read_metrics
 from .training import AEConfig, size_multiple, save_figure, train_autoencoder
 from .diffusion import PRESETS, LDMConfig, refuse_leak, train_ldm
-from .volume import VOLUME_PRESETS, BrainVolumes, VolumeConfig, guess_spacing, save_volumes, train_volume
+from .volume import (
+    VOLUME_PRESETS, BrainVolumes, VolumeConfig, check_spacing, guess_spacing, save_volumes, train_volume)
 
 # %% ../nbs/11_cli.ipynb #fec1f560
 FLAGS = tyro.conf.arg(name='', prefix_name=False, help='') # Marks a config whose fields become flags without a prefix
@@ -89,7 +92,7 @@ def add_training_findings(
 )->Findings: # The same with the covariates, and with the faults and notes of a training
     "Say before training what it would refuse, or could not learn."
     if not len(found.manifest): return found
-    faults,notes,lines = training_faults(found, config, auto),list(found.notes),()
+    faults,notes,lines = training_faults(found, config, auto) if found.ok else [],list(found.notes),()     # mend files first
     try: covariates = find_covariates(found.manifest, config)
     except ValueError as e: faults.append(('columns', str(e)))
     else:
@@ -141,10 +144,14 @@ def data_config(
     settings = read_config(run)
     try:
         known = settings['autoencoder']['config']['data']
-        return DataConfig(**dict(known, subjects=subjects or known['subjects']))
+        config = DataConfig(**dict(known, subjects=subjects or known['subjects']))
     except (KeyError, TypeError) as e: raise ValueError(
         f"data_config: {run}/config.json does not say how the data were read ({type(e).__name__}: {e}). Expected what "
         "`brainldm train autoencoder` wrote. Take it from a backup, or train again.") from None
+    if config.subjects and not config.subjects.is_file(): raise FileNotFoundError(
+        f"data_config: the table of subjects of {run}, {config.subjects}, is not there. Expected a file. If it has moved, "
+        "try --subjects and its new place.")
+    return config
 
 # %% ../nbs/11_cli.ipynb #cfb07590
 @dataclass
@@ -249,7 +256,7 @@ class Bits:
 
     def run(self)->int: # Exit status
         dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects), progress=not self.as_json)
-        refuse_leak(read_config(self.run_folder), dataset)
+        refuse_leak(read_config(self.run_folder), dataset, self.run_folder)
         scores = prior_scores(CodeSampler.load(self.run_folder), dataset, self.split, progress=not self.as_json)
         merge_metrics(self.run_folder, f'bits {self.split}', scores)
         lines = [f"{self.split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices; bits per code"]
@@ -372,9 +379,9 @@ def pick_knobs(
 
 # %% ../nbs/11_cli.ipynb #e1cca9c3
 def draw_together(
-    draw:Callable[[int, int], Tensor], # Called as draw(n, first): pictures first, first+1, …
-    n:int, # Pictures in all
-)->Tensor|None: # All pictures (n, 1, h, w) in the first process, None in the others
+    draw:Callable[[int, int], Tensor], # Called as draw(n, first): images, or brains, first, first+1, …
+    n:int, # How many in all
+)->Tensor|None: # All of them (n, ...) in the first process, None in the others
     "Share a drawing among the processes of `accelerate launch`; a single process draws it all."
     state = crew()
     start,stop = (-(-n*(state.process_index+k)//state.num_processes) for k in (0, 1))      # the first has the first image
@@ -410,6 +417,7 @@ class Sample(Drawing):
         pictures = draw_together(part, self.n)
         if pictures is None: return 0                                          # the first process saves
         about = {k: v if np.isscalar(v) else str(v) for k,v in how.items()}
+        about['audit'] = audit_verdicts(read_metrics(self.run_folder), self.run_folder).get(self.generator, 'not audited')
         folder = save_pictures(pictures, pick_place(self.out, self.run_folder/'samples'/'drawn'), asked, dict(generator=self.generator, **about, seed=self.seed))
         if frames: save_gif([*frames, pictures[:len(frames[0])]], folder/'denoising.gif')
         print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}',
@@ -471,6 +479,17 @@ class Edit:
         print(f'{len(at)} changed scans in {folder}; a picture of all steps: {folder/"before_and_after.png"}')
         return 0
 
+# %% ../nbs/11_cli.ipynb #e4e22bdc
+def describe_space(
+    spacing:tuple[float, float]|None, # Size of a pixel and distance of slices, mm; None: not known
+    left_known:bool, # Whether left is known
+)->str: # One line or two
+    "What a generated volume claims about space, and how to state what it does not know."
+    said = ('voxels of {0:g} x {0:g} x {1:g} mm'.format(*spacing) if spacing else
+            'The voxel size of the training data is not known, and the NIfTI claims none. State it with --voxel-mm PIXEL SLICE.')
+    return said if left_known else said+('\nWhich side is left is not known, and the NIfTI does not say. '
+                                         'State that images show left on the left with --left-on-left.')
+
 # %% ../nbs/11_cli.ipynb #b47493e8
 @dataclass
 class Volume:
@@ -485,48 +504,105 @@ class Volume:
     guidance_scale:float=1. # 1 follows the data, above 1 exaggerates the conditions
     sampler:Literal['ddim', 'dpmpp']='ddim' # Both walk without fresh noise
     shared_noise:float|None=None # In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1
-    voxel_mm:tuple[float, float]=(1., 1.) # Size of a pixel and distance of slices of the training data, mm
-    spacing_mm:tuple[float, float]|None=None # The same of the drawn brains; None: worked out from voxel_mm and the run's crop
+    voxel_mm:tuple[float, float]|None=None # Size of a pixel and distance of slices of the training data, mm; None: as its files say
+    spacing_mm:tuple[float, float]|None=None # The same of the generated brains; None: worked out from voxel_mm, crop and size
+    left_on_left:bool=False # State that the training images show the subject's left on the left, where their files do not say
     seed:int=0 # Same seed, same machine: same brains
     out:Path|None=None # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self)->int: # Exit status
         how = dict(steps=self.steps, guidance_scale=self.guidance_scale, sampler=self.sampler, seed=self.seed)
         spacing = self.spacing_mm or guess_spacing(self.run_folder, self.voxel_mm)
+        check_spacing(spacing)
+        left_known = self.left_on_left or read_config(self.run_folder)['autoencoder']['data'].get('left_known', False)
         if 'slice' in read_pairs(self.condition): raise ValueError(
             f"brainldm volume: --condition {' '.join(self.condition)}. Expected no slice, for a brain has all of them. Leave it out.")
         if self.out: refuse_taken(self.out)                                    # before any work
         model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
         asked = read_request(dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex), self.condition,
                              (*model.covariates, *model.autoencoder.covariates))
-        draw = partial(model.sample_volume, progress=True) if self.shared_noise is None else \
+        draw = partial(model.sample_volume, progress=crew().is_main_process) if self.shared_noise is None else \
                partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
-        brains = draw(self.n, **asked, **how)
-        folder = save_volumes(brains, pick_place(self.out, self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise))
-        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}, '
-              f'voxels of {spacing[0]:g} x {spacing[0]:g} x {spacing[1]:g} mm')
+        brains = draw_together(lambda n, first: draw(n, first=first, **asked, **how), self.n)
+        if brains is None: return 0                                            # the first process saves
+        folder = save_volumes(brains, pick_place(self.out, self.run_folder/'samples'/'brains'), asked, spacing, dict(how, shared_noise=self.shared_noise), left_known)
+        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}', describe_space(spacing, left_known), audit_line(self.run_folder, 'volume'),
+              sep='\n')
         return 0
+
+# %% ../nbs/11_cli.ipynb #c0ffee50
+def evaluate_folders(
+    folders:tuple[Path, ...], # What was given before the flags
+    images:Path|None, # Folder of images, if any
+    out:Path|None=None, # Folder for their scores, if any
+)->tuple[Path|None, Path]: # The run, if one was given, and the data
+    "Tell RUN DATA from DATA alone. Raises ValueError for anything else."
+    if images is None and out is not None: raise ValueError(
+        f"evaluate: --out {out} without --images. Expected both: a run keeps its own scores. Leave --out out.")
+    if len(folders)==2: return folders
+    if len(folders)==1 and images is not None: return None,folders[0]
+    raise ValueError(f"evaluate: {' '.join(map(str, folders)) or 'no folder'}. Expected RUN DATA, or DATA --images FOLDER. "
+                     "Try `brainldm evaluate runs/brain DATA`.")
+
+# %% ../nbs/11_cli.ipynb #c0ffee51
+def evaluate_config(
+    command, # An `Evaluate`
+    run:Path|None, # Run folder, if one was given
+)->DataConfig: # How to open the data: as the run did, or as the flags say, as large as the images
+    "The data settings of an evaluation. Raises ValueError for a flag that would have no effect."
+    default,given = DataConfig(),command.config
+    turned = [f.name for f in dataclasses.fields(given) if getattr(given, f.name)!=getattr(default, f.name)]
+    if run is None: return given if 'size' in turned else dataclasses.replace(given, size=image_side(command.images))
+    vain = [o for o in turned if o!='subjects']
+    if vain: raise ValueError(f"evaluate: --{vain[0].replace('_', '-')} does nothing with a run, which knows how its data "
+                              "were read. Expected only --subjects. Leave it out.")
+    return data_config(run, given.subjects)
+
+# %% ../nbs/11_cli.ipynb #c0ffee52
+def evaluate_knobs(
+    command, # An `Evaluate`
+    run:Path|None, # Run folder, if one was given
+)->dict: # What its generator takes; nothing with images, which are there already
+    "The settings of the sampling. Raises ValueError for one that would have no effect."
+    if command.images is None:
+        command.generator = pick_generator(run, command.generator)
+        return pick_knobs(command)
+    vain = [f.name for f in dataclasses.fields(Drawing) if getattr(command, f.name)!=f.default]
+    if vain: raise ValueError(f"evaluate: --{vain[0].replace('_', '-')} does nothing with --images, which are there "
+                              "already. Expected no setting of a generator. Leave it out.")
+    return {}
 
 # %% ../nbs/11_cli.ipynb #9a8c81bc
 @dataclass
 class Evaluate(Drawing):
-    "Draw, judge and report: fidelity, variety, conditions, use and privacy, each beside its floor. Writes RUN/metrics.json, RUN/evaluation and RUN/report.html."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
-    data:tyro.conf.Positional[Path] # The data that it was trained on
-    split:Literal['validate', 'test']='validate' # Which unseen people to compare with
-    utility:bool=True # Train classifiers on real and on drawn slices too; takes longest
-    subjects:Path|None=None # Table with one row a subject; None: the one of the run
+    """Sample, judge and report: fidelity, variety, conditions, use and privacy, each beside real subjects.
+
+    `evaluate RUN DATA` judges a run: it writes RUN/metrics.json, RUN/evaluation and RUN/report.html. `evaluate DATA
+    --images FOLDER` judges images of any other generator, which FOLDER/manifest.csv lists with the conditions that
+    they were generated for; `evaluate RUN DATA --images FOLDER` does so with the data settings of a run."""
+    folders:Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name='run-data')] # RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on
+    images:Path|None=None # Folder of images of any generator, with manifest.csv: path, slice, diagnosis and other conditions
+    out:Path|None=None # (images) Folder for metrics.json and figures, the nearest real slices among them; none: that of the images
+    split:Literal['validate', 'test']='validate' # Which held-out subjects to compare with
+    utility:bool=True # Train classifiers on real and on synthetic slices too; takes longest
+    config:Annotated[DataConfig, FLAGS]=field(default_factory=DataConfig)
     as_json:Annotated[bool, tyro.conf.arg(name='json')]=False # Print one JSON object and nothing else
 
     def run(self)->int: # Exit status
-        self.generator = pick_generator(self.run_folder, self.generator)
-        how,shown = pick_knobs(self),not self.as_json
-        dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects), progress=shown)
-        scores = evaluate(self.run_folder, dataset, self.generator, self.split, self.seed, progress=shown,
-                          **({} if self.utility else dict(utility=None)), **how)
-        page = report(self.run_folder)
+        run,data = evaluate_folders(self.folders, self.images, self.out)
+        how,shown = evaluate_knobs(self, run),not self.as_json
+        how |= dict(split=self.split, progress=shown) | ({} if self.utility else dict(utility=None))
+        dataset = open_dataset(data, evaluate_config(self, run), progress=shown)
+        if self.images is not None:
+            scores = evaluate_images(self.images, dataset, run=run, out=self.out, **how)
+            page = (self.out or self.images)/'metrics.json'
+        else:
+            scores = evaluate(run, dataset, self.generator, seed=self.seed, **how)
+            page = report(run)
         lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {'reached' if ok else 'missed'}"
                  for name,drawn,real,target,ok,_ in check_targets(scores)]
+        trust = trust_rows('images' if self.images is not None else self.generator, scores)
+        lines += [': '.join(o[:2]) for o in trust['table'][1:]]
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
         return 0
 
@@ -540,6 +616,7 @@ class Explore:
 
     def run(self)->int: # Exit status
         signal.signal(signal.SIGTERM, signal.default_int_handler)              # whoever ends this process ends its server, too
+        print(audit_line(self.run_folder))
         explore(self.run_folder, self.port, self.browser)
         return 0
 
@@ -577,12 +654,13 @@ class Share:
     repo:str|None=None # user/name on the hub, in place of a folder
     public:bool=False # Let everybody see it there
     half:bool=True # Round weights to 16 bits
+    without_audit:str|None=None # Reason to share although the memorization audit has not passed; the model card shows it
 
     def run(self)->int: # Exit status
         if (self.out is None)==(self.repo is None): raise ValueError(
             f'share: out={self.out}, repo={self.repo}. Expected one of them. Try --out FOLDER, or --repo USER/NAME.')
-        if self.out: print(pack_run(self.run_folder, self.out, self.half))
-        else: print(push_run(self.run_folder, self.repo, not self.public, self.half))
+        if self.out: print(pack_run(self.run_folder, self.out, self.half, self.without_audit))
+        else: print(push_run(self.run_folder, self.repo, not self.public, self.half, without_audit=self.without_audit))
         return 0
 
 # %% ../nbs/11_cli.ipynb #e47a584a

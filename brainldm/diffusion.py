@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['PRESETS', 'LDMConfig', 'mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'LatentDataset', 'drop_folder',
            'latent_splits', 'drop_mask', 'prediction_error', 'loss_weight', 'ldm_loss', 'unet_args', 'refuse_leak',
-           'refuse_unfinished', 'check_stage2', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
+           'note_changes', 'refuse_unfinished', 'check_stage2', 'refuse_strange_latents', 'load_unet', 'adopt_unet',
+           'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
 
 # %% ../nbs/06a_diffusion.ipynb #4a4780d2
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,13 +24,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import DataConfig
-from .batches import Covariate, SliceDataset, eval_batches, fingerprint
+from .batches import Covariate, SliceDataset, eval_batches
 from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
 from .phantom import show_grid
-from .runs import enter_run, is_finished, read_config, run_stage, save_weights, unpack_state, within_memory
+from .runs import (check_trained_on, compare_given, enter_run, fill_model, is_finished, load_weights,
+                           read_config, run_stage, save_weights, unpack_state, weights_hash, within_memory)
 from .scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
 from .samplers import denoise
-from .training import (AEConfig, check_size, describe, load_autoencoder, opened_otherwise, pick_covariates, save_figure,
+from .sharing import locate_run
+from .training import (MISFITS, AEConfig, adopt_weights, check_size, describe, is_begun, load_autoencoder,
+                               opened_otherwise, origin_of, pick_covariates, recall, refuse_architecture, save_figure,
                                spread_rows)
 from .unet import UNet
 from .vae import Autoencoder
@@ -251,16 +256,34 @@ def unet_args(
 def refuse_leak(
     settings:dict, # config.json of the run
     dataset:SliceDataset, # Data of the next stage
+    run:Path='', # Run folder, which knows in which rows data differ
+    stage:str='autoencoder', # Whose data they must be
 )->None: # Nothing: it raises ValueError or returns
     "Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have been trained on there."
-    before,now = settings['autoencoder']['data'],fingerprint(dataset.manifest)
-    if before['hash']!=now['hash']: raise ValueError(
-        f"refuse_leak: the data is not what the autoencoder was trained on (fingerprint {now['hash'][:12]}, "
-        f"was {before['hash'][:12]}). "
-        "Expected the same pictures, covariates and splits. Give the same DATA and --subjects, or start another run.")
+    differ = compare_given(run, stage, settings[stage]['data'], dataset)
+    if differ: raise ValueError(
+        f"refuse_leak: the data is not what the {stage} was trained on: {'; '.join(differ)}. Expected the same images, "
+        "splits and covariates that it learned. Give the same DATA and --subjects, or start another run.")
     odd = opened_otherwise(dataset, DataConfig(**settings['autoencoder']['config']['data']))
     if odd: raise ValueError(f"refuse_leak: the data was opened with {odd}. Expected it as the autoencoder saw it. "
                              "Open it with the DataConfig of the run.")
+
+# %% ../nbs/06a_diffusion.ipynb #a06a0e05
+def note_changes(
+    run:Path, # Run folder
+    stage:str, # 'ldm' or 'prior'
+    dataset:SliceDataset, # Data at hand
+    autoencoder:Autoencoder, # Autoencoder at hand
+)->None: # Nothing: it warns or returns
+    "Say what scores of a trained stage rest on: covariates that were corrected since, weights that are not known."
+    known = read_config(run).get(stage)
+    if known is None: return
+    if check_trained_on(run/f'{stage}.safetensors', autoencoder=autoencoder): warnings.warn(
+        f'{run} was trained by an earlier version: its {stage} does not say on which autoencoder. Make sure that both '
+        'are of one run.')
+    differ = compare_given(run, stage, known['data'], dataset)
+    if differ: warnings.warn(f"the {stage} of {run} was trained with other covariates: {'; '.join(differ)}. Scores are "
+                             "those for the values now.")
 
 # %% ../nbs/06a_diffusion.ipynb #936c4672
 def refuse_unfinished(
@@ -283,12 +306,55 @@ def check_stage2(
 )->None: # Nothing: it raises ValueError or returns
     "Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures of another size."
     settings = read_config(run)
-    refuse_leak(settings, dataset)
+    refuse_leak(settings, dataset, run)
     refuse_unfinished(settings, about['images'])
     check_size(dataset, about['size'], 1)
     if about['size']%factor: raise ValueError(
         f"check_stage2: size={about['size']} and a network that needs a multiple of {factor}. Expected what the trained "
         "autoencoder allows. Try one level fewer: shorter --channels and --attention-levels.")
+
+# %% ../nbs/06a_diffusion.ipynb #a06a0e01
+def refuse_strange_latents(
+    run:Path, # Run whose stage 2 is to be trained
+    source:Path, # Run from whose stage 2 it is to start
+    autoencoder:Autoencoder, # Of the first
+)->None: # Nothing: it raises or returns
+    "Refuse to start from a network that knows the latents of an unrelated autoencoder. Raises ValueError."
+    theirs = weights_hash(load_autoencoder(source)[0])
+    origin = read_config(run)['autoencoder'].get('origin') or {}
+    if theirs not in (weights_hash(autoencoder), origin.get('weights')): raise ValueError(
+        f"init_from: the autoencoder of {source} is neither that of {run} nor what it started from, and their latents "
+        "mean different things. Expected one of both. Train this run's autoencoder with the same --init-from first.")
+
+# %% ../nbs/06a_diffusion.ipynb #a06a0e02
+def load_unet(
+    run:Path, # Run folder
+)->tuple[UNet, dict]: # The averaged network in evaluation mode on the CPU, and the description of its file
+    "Build the UNet of a run from its file alone. Raises FileNotFoundError or ValueError."
+    tensors,about = load_weights(Path(run)/'ldm.safetensors')
+    try: unet = UNet(**dict(about['args'], covariates=recall(about['args']['covariates'])))
+    except MISFITS as e: raise ValueError(
+        f"load_unet: {run}/ldm.safetensors does not describe a denoiser ({type(e).__name__}: {e}). Expected a file of "
+        "this version. Train again, or take it from a backup.") from None
+    part = {k.removeprefix('ema.'): v for k,v in tensors.items() if k.startswith('ema.')}
+    return fill_model(unet, part, f'{run}/ldm.safetensors').eval(),about
+
+# %% ../nbs/06a_diffusion.ipynb #a06a0e03
+def adopt_unet(
+    model:UNet, # Fresh; filled in place
+    config:LDMConfig, # Says from which run
+    args:dict, # Arguments of `model`, as from `unet_args`
+    run:Path, # Run to train
+    autoencoder:Autoencoder, # Its autoencoder
+)->dict: # Where the weights came from, for config.json
+    "Fill a UNet with the averaged weights of another run. Raises ValueError, or FileNotFoundError if there are none."
+    place = locate_run(config.init_from)
+    source,about = load_unet(place)
+    schedules = ({f'schedule.{k}': v for k,v in o.items()} for o in (asdict(config.schedule), about['schedule']))
+    now,then = (dict(a, **s) for a,s in zip((args, about['args']), schedules))
+    refuse_architecture(now, then, config.init_from)
+    refuse_strange_latents(run, place, autoencoder)
+    return origin_of(config, source, adopt_weights(model, source, config.init_from))
 
 # %% ../nbs/06a_diffusion.ipynb #ea3bf201
 def preview_conditions(
@@ -355,15 +421,19 @@ def train_ldm(
     args = unet_args(config, autoencoder.latent_channels, covariates)
     model = seeded(config.seed, lambda: UNet(**args))
     check_stage2(run, dataset, about, autoencoder.factor*model.factor)
+    begun = not config.init_from or is_begun(run, 'ldm', resume)
+    origin = None if begun else adopt_unet(model, config, args, run, autoencoder)
+    below = dict(autoencoder=weights_hash(autoencoder))
     learner = Learner(model, partial(ldm_loss, config=config, covariates=covariates), config, run)
-    state = enter_run(learner, run, 'ldm', dataset, resume)
+    state = enter_run(learner, run, 'ldm', dataset, resume, covariates, trained_on=below, origin=origin)
     if is_finished(state, config, run/'ldm.safetensors'):
         unpack_state(learner, *state)
         return learner.ema.module.eval()
     autoencoder.to(learner.accelerator.device)
     train,held,mean,std = latent_splits(autoencoder, dataset, run/'state'/'latents', learner.accelerator, progress)
     answer = infer(autoencoder, learner.precision, 'decode')
-    info = dict(args=dict(args, covariates=describe(covariates)), schedule=asdict(config.schedule))
+    info = dict(args=dict(args, covariates=describe(covariates)), schedule=asdict(config.schedule),
+                trained_on=below)
     def picture(seen): return run/'samples'/f'ldm_{seen:09d}.png'
     def decode(z, cond): return answer(z*std.to(z)+mean.to(z), cond).float().clamp(-1, 1)
     run_stage(learner, train, run, 'ldm', state, progress=progress,

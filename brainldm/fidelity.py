@@ -28,10 +28,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from .analysis import auc
-from .batches import Covariate, SliceDataset, eval_batches, fingerprint
+from .batches import Covariate, SliceDataset, eval_batches
 from .evaluation import json_safe, subject_interval
 from .loop import Learner, TrainConfig, bare_model, fit, infer, seeded, train_batches
-from .runs import fill_model, load_weights, save_weights
+from .runs import describe_given, fill_model, load_weights, save_weights
 from .training import MISFITS, describe, recall
 from .vae import laplacian_variance
 
@@ -113,8 +113,10 @@ def augment(
     b,chance = len(pictures),dict(generator=generator, device=pictures.device)
     theta = torch.eye(2, 3, device=pictures.device).repeat(b, 1, 1)
     theta[:, :, 2] = (torch.rand(b, 2, **chance)*2-1)*2*shift/pictures.shape[-1]
-    grid = F.affine_grid(theta, pictures.shape, align_corners=False)
-    moved = F.grid_sample(pictures, grid, padding_mode='border', align_corners=False)
+    edge,sides = math.ceil(shift)+1,pictures.new_tensor(pictures.shape[:-3:-1])    # width, height
+    grid = F.affine_grid(theta, pictures.shape, align_corners=False)*(sides/(sides+2*edge))
+    wide = F.pad(pictures, [edge]*4, mode='replicate')                         # MPS samples beyond no other border than zeros
+    moved = F.grid_sample(wide, grid, align_corners=False)
     gain,level = torch.rand(2, b, 1, 1, 1, **chance)
     grey = (moved+1)*(1+contrast*(2*gain-1))-1
     return grey+noise*level*torch.randn(pictures.shape, **chance)
@@ -213,7 +215,8 @@ def feature_net(
 )->FeatureNet: # On the CPU, in evaluation mode; `fraction` says which train subjects it has seen
     "Read FOLDER/feature_net.safetensors, or train it on half of the train subjects. Raises ValueError for other data."
     path = Path(run)/'feature_net.safetensors'
-    data = dict(data=fingerprint(dataset.manifest)['hash'], size=dataset.images.shape[1])
+    given,_ = describe_given(dataset, tuple(dataset.covariates), ('slice', 'subject'))
+    data = dict(data=given['hash'], size=dataset.images.shape[1], columns=given['columns'])
     if not path.is_file():
         train = dataset.subset('train')
         net = train_feature_net(pick_rows(train, evaluator_rows(train.manifest, fraction)), config, channels, progress).cpu()
@@ -222,9 +225,12 @@ def feature_net(
                                                   covariates=describe(net.covariates), training=asdict(config)))
         return net
     tensors,about = load_weights(path)
-    if about.get('kind')!='feature_net' or any(about.get(k)!=v for k,v in data.items()): raise ValueError(
+    told = 'columns' if 'columns' in about else 'data'                         # a file from before knows the fingerprint only
+    if about.get('kind')!='feature_net' or any(about.get(k)!=data[k] for k in (told, 'size')): raise ValueError(
         f"feature_net: {path} is of kind {about.get('kind')!r}, data {about.get('data')}, size {about.get('size')}; "
-        f"the data at hand is {data['data']}, size {data['size']}. Expected the same: scores by two networks do not "
+        f"the data at hand is {data['data']}, size {data['size']}; other columns: "
+        f"{', '.join(k for k,v in about.get('columns', {}).items() if data['columns'].get(k)!=v) or 'none, or not known'}. "
+        "Expected the same: scores by two networks do not "
         "compare. Give the data of this run, or remove the file and score everything anew.")
     try: net = FeatureNet(recall(about['covariates']), tuple(about['channels']), fraction=about.get('fraction', 1.))
     except MISFITS as e: raise ValueError(
@@ -341,9 +347,9 @@ def coverage_scores(
         return apart.kthvalue(neighbours, dim=1).values
     between,mine,theirs = torch.cdist(real, other),radius(real, subjects),radius(other, others)    # (n, m), (n,), (m,)
     inside = between<=mine[:, None]
-    def share(o): return o.double().mean().item()
+    def share(o): return o.cpu().double().mean().item()
     return dict(precision=share(inside.any(0)), recall=share((between<=theirs).any(1)),
-                density=inside.double().sum(0).mean().item()/neighbours, coverage=share(inside.any(1)))
+                density=inside.cpu().double().sum(0).mean().item()/neighbours, coverage=share(inside.any(1)))
 
 # %% ../nbs/10a_fidelity.ipynb #c75249e8
 def interval_within(
@@ -501,5 +507,5 @@ def fine_detail(
     outline:float=.1, # Grey, 0 to 1, above which a pixel is brain
 )->np.ndarray: # Variance of the Laplacian of grey values inside the brain (n,); NaN without brain
     "How much detail a picture has (notebook 02): low is blurred, high is noisy."
-    greys = ((part.double()+1)/2 for part in picture_batches(pictures))
+    greys = ((part.cpu().double()+1)/2 for part in picture_batches(pictures))
     return np.concatenate([laplacian_variance(o, o>outline).cpu().numpy() for o in greys])

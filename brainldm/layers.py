@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_divides', 'ResBlock', 'Downsample', 'Upsample', 'AttentionBlock', 'CrossAttention', 'ScalarEmbedding',
-           'Conditioner', 'process_device', 'pick_device', 'pick_precision', 'where']
+           'Conditioner', 'process_device', 'pick_device', 'pick_precision', 'double_on_cpu', 'device_name', 'where']
 
 # %% ../nbs/01b_layers.ipynb #544033f8
 import math
 import os
+import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -240,10 +242,28 @@ def pick_precision(
     fast = (getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16', 'amx_tile'))
     return 'bf16' if device.type=='cpu' and any(fast) else 'no'
 
+# %% ../nbs/01b_layers.ipynb #7df75c6a
+def double_on_cpu(
+    x:Tensor, # Numbers on any device
+)->Tensor: # The same in float64, on the CPU, without a graph
+    "For statistics, which want many digits and little work: some devices (Apple's MPS) have no float64."
+    return x.detach().cpu().double()
+
 # %% ../nbs/01b_layers.ipynb #44068149
+def device_name(
+    device:torch.device, # A device of torch
+)->str: # What the machine calls it, such as 'NVIDIA H200', or the model of the processor
+    "Name the chip on which networks compute; its kind where the system does not say more."
+    if device.type=='cuda': return torch.cuda.get_device_name(device)
+    if device.type!='cpu': return device.type
+    try: names = [o.partition(':')[2].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')]
+    except OSError: names = []                                                 # not Linux
+    return next(iter(names), platform.processor() or platform.machine() or 'cpu')
+
+# %% ../nbs/01b_layers.ipynb #a01b1e01
 def where()->str: # One line, such as 'cpu, 2 threads, bf16'
     "Say on what networks compute here, and in which precision if nobody asks for another."
     device = pick_device()
-    name = torch.cuda.get_device_name(device) if device.type=='cuda' else device.type
+    name = device_name(device) if device.type=='cuda' else device.type
     threads = f', {torch.get_num_threads()} threads' if device.type=='cpu' else ''
     return f"{name}{threads}, {pick_precision('auto', device).replace('no', 'float32')}"

@@ -55,6 +55,7 @@ class TrainConfig:
     log_every:int=10 # Steps between two lines of the log
     num_workers:int=0 # Processes that load pictures; 0 loads in the training process
     seed:int=0 # Seed of the weights, the order of the pictures and the noise
+    init_from:str|None=None # Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name
     log_with:str|None=None # A tracker that accelerate knows, such as tensorboard or wandb
 
 # %% ../nbs/05b_loop.ipynb #5465b47e
@@ -155,10 +156,11 @@ def lr_at(
     seen:int, # Pictures seen so far
     config:TrainConfig, # Gives highest rate, warm-up and length
     num_processes:int=1, # How many share the work
+    start:int=0, # Images seen when training was lengthened: the rise begins anew there
 )->float: # Learning rate for the next update of the weights
     "A straight rise, then a fall by the square root. Source: Hägele et al. 2024, sec. 3, cool-down 1-sqrt."
     update = config.batch_size*config.accumulate*num_processes
-    rise = min(1., (seen+update)/max(config.warmup_images, update))
+    rise = min(1., (seen-start+update)/max(config.warmup_images, update))
     return config.learning_rate*rise*(1-math.sqrt(min(seen/config.total_images, 1.)))
 
 # %% ../nbs/05b_loop.ipynb #ffb980ba
@@ -276,6 +278,7 @@ class Learner:
         check_config(config)
         self.accelerator = acc = make_accelerator(config, run)
         self.config,self.loss_fn,self.raw,self.seen,self.critic = config,loss_fn,model.to(acc.device),0,critic
+        self.stretches = [(0, config.total_images)]                            # images seen, and length from there on
         self.precision,self.images_a_step = acc.mixed_precision,config.batch_size*acc.num_processes   # all of them
         half_life,update = getattr(config, 'ema_images', 0),self.images_a_step*config.accumulate
         self.ema = Average(model, lambda: ema_decay(self.seen, update, half_life)) if half_life else None
@@ -293,7 +296,7 @@ class Learner:
         place = self.seen+acc.process_index*config.batch_size
         generator = torch.Generator(acc.device).manual_seed(step_seed(config.seed, place))
         start = self.seen - self.seen%(self.images_a_step*config.accumulate)   # of this update of the weights
-        for group in self.optimizer.param_groups: group['lr'] = lr_at(start, config, acc.num_processes)
+        for group in self.optimizer.param_groups: group['lr'] = self.rate(start)
         with acc.accumulate(self.model):
             ask = partial(self.loss_fn, self.model, batch, generator, start)
             loss,logs = seeded(step_seed(config.seed, place, stream=1), ask)
@@ -304,6 +307,20 @@ class Learner:
         if self.ema is not None and acc.sync_gradients: self.ema.update_parameters(self.raw)
         if acc.scaler: logs.pop('grad_norm', None)                             # fp16 skips a step that overflowed
         return dict(loss=loss.detach(), **logs)
+
+    def rate(self,
+        seen:int, # Images seen
+    )->float: # Learning rate of the update that begins there
+        "The schedule of `lr_at`, which rises anew where the training was lengthened."
+        start,total = next(o for o in reversed(self.stretches) if o[0]<=seen)
+        return lr_at(seen, replace(self.config, total_images=total), self.accelerator.num_processes, start)
+
+    def lengthen(self,
+        stretches:list[tuple[int, int]], # Images seen when it was lengthened, and the length from there on; rising
+    )->None:
+        "Say how this training was lengthened, to it and to its adversary."
+        self.stretches = [tuple(o) for o in stretches]
+        if self.critic is not None: self.critic.lengthen(stretches)
 
 # %% ../nbs/05b_loop.ipynb #24515b1a
 def smaller_batch(

@@ -7,8 +7,8 @@ __all__ = ['PRIOR_PRESETS', 'lean', 'seen_before', 'code_cells', 'code_floors', 
            'check_start', 'embed_codes', 'new_cache', 'CodeTransformer', 'PriorConfig', 'spoil', 'prior_loss',
            'code_bits', 'code_vectors', 'BestWeights', 'code_chances', 'pick_codes', 'check_sampling', 'next_logits',
            'check_prompt', 'sample_codes', 'code_encoder', 'cache_codes', 'prior_args', 'preview_codes',
-           'validate_prior', 'save_prior', 'load_prior', 'train_prior', 'draw_uniform', 'sample_prior', 'CodeSampler',
-           'code_prices']
+           'validate_prior', 'save_prior', 'load_prior', 'adopt_prior', 'train_prior', 'draw_uniform', 'sample_prior',
+           'CodeSampler', 'code_prices']
 
 # %% ../nbs/09_prior.ipynb #1eac48f3
 import math
@@ -30,10 +30,13 @@ from .codec import Codec, check_conditions, check_request, in_batches, told
 from .layers import pick_device
 from .loop import Learner, TrainConfig, check_config, check_finite, in_chunks, infer, seeded, to_device
 from .layers import pick_precision
-from .runs import enter_run, fill_model, is_finished, load_weights, run_stage, save_weights, within_memory
-from .training import MISFITS, describe, load_autoencoder, pick_covariates, recall, save_figure, spread_rows
+from .runs import (check_trained_on, enter_run, fill_model, is_finished, load_weights, run_stage, save_weights,
+                           weights_hash, within_memory)
+from .sharing import locate_run
+from .training import (MISFITS, adopt_weights, describe, is_begun, load_autoencoder, origin_of, pick_covariates,
+                               recall, refuse_architecture, save_figure, spread_rows)
 from .diffusion import (
-    LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, preview_conditions)
+    LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, preview_conditions, refuse_strange_latents)
 from .vqgan import VQVAE
 
 # %% ../nbs/09_prior.ipynb #e638a45e
@@ -549,6 +552,21 @@ def load_prior(
         "Check the file names, or train it again.")
     return fill_model(model, tensors, f'{run}/prior.safetensors').eval(),info
 
+# %% ../nbs/09_prior.ipynb #a0900e01
+def adopt_prior(
+    model:CodeTransformer, # Fresh; filled in place, besides the vectors of the codes
+    config:PriorConfig, # Says from which run
+    args:dict, # Arguments of `model`, as from `prior_args`
+    run:Path, # Run to train
+    autoencoder:VQVAE, # Its autoencoder
+)->dict: # Where the weights came from, for config.json
+    "Fill a prior with the weights of another run. Raises ValueError, or FileNotFoundError if there are none."
+    place = locate_run(config.init_from)
+    source,about = load_prior(place)
+    refuse_architecture(args, about['args'], config.init_from)
+    refuse_strange_latents(run, place, autoencoder)
+    return origin_of(config, source, adopt_weights(model, source, config.init_from))
+
 # %% ../nbs/09_prior.ipynb #006c220c
 @within_memory
 def train_prior(
@@ -566,16 +584,19 @@ def train_prior(
     check_stage2(run, dataset, about, autoencoder.factor)
     model = seeded(config.seed, lambda: CodeTransformer(**args))
     model.vectors.copy_(code_vectors(autoencoder))
+    begun,below = not config.init_from or is_begun(run, 'prior', resume),dict(autoencoder=weights_hash(autoencoder))
+    origin = None if begun else adopt_prior(model, config, args, run, autoencoder)
     loss = partial(prior_loss, config=config, covariates=covariates, num_embeddings=args['num_embeddings'])
     learner = Learner(model, loss, config, run)
     learner.ema.best = BestWeights(learner.raw)
-    state,device = enter_run(learner, run, 'prior', dataset, resume),learner.accelerator.device
+    state = enter_run(learner, run, 'prior', dataset, resume, covariates, trained_on=below, origin=origin)
+    device = learner.accelerator.device
     if is_finished(state, config, run/'prior.safetensors'): return load_prior(run)[0].to(device)
     autoencoder.to(device)
     encode,parts = code_encoder(autoencoder, learner.precision),{o: dataset.subset(o) for o in ('train', 'validate')}
     train,held = (LatentDataset(encode_rows(encode, o, run/'state'/'latents'/f'{k}.npy', learner.accelerator, desc='codes',
                                             progress=progress), o.conditions) for k,o in parts.items())
-    info = dict(args=dict(args, covariates=describe(covariates)))
+    info = dict(args=dict(args, covariates=describe(covariates)), trained_on=below)
     decode = infer(autoencoder, learner.precision, 'decode_codes')
     def picture(seen): return run/'samples'/f'prior_{seen:09d}.png'
     run_stage(learner, train, run, 'prior', state, progress=progress,
@@ -658,6 +679,7 @@ class CodeSampler(Codec):
     )->'CodeSampler': # Ready to use
         "Load a run. Raises FileNotFoundError without autoencoder or prior, ValueError on files that do not fit."
         device,(autoencoder,about),(prior,_) = pick_device(device),load_autoencoder(run),load_prior(run)
+        check_trained_on(Path(run)/'prior.safetensors', autoencoder=autoencoder)
         heights = Covariate(**about['heights']) if about.get('heights') else None
         model = cls(autoencoder.to(device), about['size'], prior.to(device), pick_precision(precision, device), heights)
         model.run = Path(run)

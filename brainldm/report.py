@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXCESS', 'PAGE', 'ACKNOWLEDGE', 'draw_by_condition', 'picture_uri', 'prior_scores', 'draw_by_generator',
-           'report_prior', 'draw_like', 'judge_pictures', 'draw_audit', 'draw_pairs', 'evaluate', 'check_targets',
-           'fidelity_rows', 'reference_note', 'report_samples', 'report_data', 'report_numbers', 'judged_pictures',
-           'latest_picture', 'plain', 'model_card', 'from_metrics', 'report']
+           'report_prior', 'draw_like', 'as_saved', 'from_bytes', 'judge_pictures', 'draw_audit', 'draw_pairs',
+           'save_evaluation', 'evaluate', 'read_image', 'refuse_unlike', 'read_images', 'image_side', 'pair_images',
+           'evaluate_images', 'check_targets', 'fidelity_rows', 'reference_note', 'audit_rows', 'membership_rows',
+           'report_samples', 'trust_rows', 'report_data', 'report_numbers', 'judged_pictures', 'latest_picture',
+           'plain', 'model_card', 'from_metrics', 'report']
 
 # %% ../nbs/10c_report.ipynb #396d9c49
 import base64
@@ -25,22 +27,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import brainldm
-from .batches import SliceDataset
+from .tables import read_table
+from .files import DataFault, cache_folder, decode_file, hash_picture
+from .layers import pick_device
+from .batches import SliceDataset, fingerprint, level_text, read_conditions
 from .evaluation import json_safe, merge_metrics, show_number, subject_interval
 from .audit import (
-    UTILITY, as_dataset, audit_line, condition_effects, csf_share, diversity_scores, memorization_audit,
-    nearest_slices, utility_scores, ventricle_slices)
+    UTILITY, as_dataset, audit_images, audit_line, condition_effects, csf_share, diversity_scores,
+    membership_inference, utility_scores, ventricle_slices)
 from .fidelity import (
-    FEATURES, FeatureNet, beside_reference, evaluator_rows, feature_net, match_rows, picture_features, reading_scores,
-    reference_rotations)
+    FEATURES, FeatureNet, beside_reference, evaluator_rows, feature_net, match_rows, pick_rows, picture_features,
+    reading_scores, reference_rotations)
 from .phantom import show_grid
 from .prior import CodeSampler, code_prices
 from .sampling import BrainLDM
-from .codec import SYNTHETIC, middle_conditions
+from .codec import SYNTHETIC, middle_conditions, to_bytes
 from .loop import TrainConfig
 from .runs import read_config, read_log, read_metrics, write_atomic
+from .sharing import audit_verdicts, generator_hash
 from .training import figure_png, plot_history, save_figure
-from .diffusion import refuse_leak
+from .diffusion import note_changes, refuse_leak
 
 EXCESS = .05 # Excess KID that a generator may have; features have variance 1, random latents reach 1 and more
 
@@ -152,6 +158,20 @@ def draw_like(
     asked = dict({k: table[k].tolist() for k in names}, seed=seed)
     return model.sample_stage1(len(table), **asked) if random else model.sample(len(table), **asked, **how)
 
+# %% ../nbs/10c_report.ipynb #c0ffee38
+def as_saved(
+    images:Tensor, # Images (n, 1, h, w) in [-1, 1]
+)->Tensor: # The same as a PNG file holds them, in 256 grey values
+    "What is judged is what others get: images as they are saved."
+    return from_bytes(to_bytes(images))
+
+# %% ../nbs/10c_report.ipynb #c0ffee39
+def from_bytes(
+    pixels:np.ndarray, # Grey values (..., h, w), uint8
+)->Tensor: # Images in [-1, 1], float32
+    "Grey values of files as networks take them."
+    return torch.from_numpy(np.array(pixels)).float().div(127.5).sub(1)
+
 # %% ../nbs/10c_report.ipynb #3fb0617f
 def judge_pictures(
     net:FeatureNet, # Trained on the train slices
@@ -160,31 +180,34 @@ def judge_pictures(
     train:SliceDataset, # Real slices of train people
     held:SliceDataset, # Real slices of unseen people, n rows
     utility:TrainConfig|None=UTILITY, # Length of the classifiers' trainings; None: leave them out
-    rebuilt:Tensor|None=None, # The unseen slices as the run's autoencoder gives them back; None: as they are
+    rebuild:Callable|None=None, # The run's autoencoder, as `Codec.reconstruct`; None: samples are as sharp as scans
     progress:bool=False, # Show a bar
     more:tuple[Tensor, ...]=(), # Further sets for the same rows, sampled from other seeds: they show the noise of sampling
-)->tuple[dict, pd.DataFrame, pd.DataFrame]: # All scores; nearest train slices of drawn, and of unseen pictures
+    orders:pd.DataFrame|None=None, # Conditions that the samples were generated for (n rows); None: those of `rows`
+)->tuple[dict, pd.DataFrame, pd.DataFrame]: # All scores; most similar train slices of samples, and of the audit's reference
     "Every measure of notebooks 10a and 10b, each beside what real pictures get."
     who,asked = held.manifest.subject,train.manifest.iloc[rows].reset_index(drop=True)
-    real,drawn = SliceDataset(train.images[rows], asked, train.covariates),as_dataset(pictures, asked, train.covariates)
-    both = SliceDataset(np.concatenate([real.images, drawn.images]), pd.concat([asked, asked], ignore_index=True),
+    orders = asked if orders is None else orders.reset_index(drop=True)
+    real,drawn = SliceDataset(train.images[rows], asked, train.covariates),as_dataset(pictures, orders, train.covariates)
+    both = SliceDataset(np.concatenate([real.images, drawn.images]), pd.concat([asked, orders], ignore_index=True),
                         train.covariates)
     taught = evaluator_rows(train.manifest, net.fraction)
     turns,known = reference_rotations(held.manifest, train.manifest, taught)
     seen,every,*ours = (picture_features(net, o) for o in (held, train, pictures, *more))
     owners = train.manifest.subject.to_numpy()
     middle = ventricle_slices(csf_share(train), train.manifest['slice'])
-    sets = dict(drawn=(pictures, asked.assign(subject=range(len(asked)))), train=(train, train.manifest),
+    sets = dict(drawn=(pictures, orders.assign(subject=range(len(orders)))), train=(train, train.manifest),
                 held=(held, held.manifest))
     whole = {k: o.__getitems__(range(len(o)))['image'] for k,o in (('train', real), ('held', held))}
-    near = [nearest_slices(net, o, train) for o in (pictures, held if rebuilt is None else rebuilt)]
+    device = next(net.parameters()).device
+    audit,*near = audit_images(pictures, train, held, rebuild, device=device, progress=progress)
     measures = dict(reading=lambda: reading_scores(net, held),
         fidelity=lambda: dict(beside_reference(seen, ours, [every[o] for o in turns], who.to_numpy(),
                                                [owners[o] for o in turns]), n_reference_seen=known),
         conditioning=lambda: dict({k: condition_effects(net, *o, middle) for k,o in sets.items()},
                                   slices=middle.tolist()),
         diversity=lambda: diversity_scores(dict(drawn=pictures, **whole), held.manifest),
-        memorization=lambda: memorization_audit(*near),
+        memorization=lambda: audit,
         utility=lambda: utility_scores(dict(real=real, drawn=drawn, both=both), held, utility, net.channels,
                                        progress=progress))
     if utility is None: measures.pop('utility')
@@ -194,16 +217,19 @@ def judge_pictures(
 
 # %% ../nbs/10c_report.ipynb #3250f9b9
 def draw_audit(
-    drawn:pd.DataFrame, # Nearest train slices of drawn pictures, as from `nearest_slices`
-    unseen:pd.DataFrame, # The same of unseen people's slices
-)->plt.Figure: # Histograms of both distances
-    "How near to training drawn pictures lie, beside people who were never trained on."
+    samples:pd.DataFrame, # As from `nearest_copies`, of samples
+    reference:pd.DataFrame, # The same of slices that cannot be copies, with split
+    audit:dict, # As from `memorization_audit`
+)->plt.Figure: # Histograms of the correlations, of whole slices and of halves
+    "How similar samples are to train slices, beside slices that cannot be copies; the threshold of a copy dotted."
     fig,axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
-    for ax,space in zip(axs, ('pixel', 'feature')):
-        bins = np.linspace(0, max(o[space].max() for o in (drawn, unseen)), 40)
-        for name,o in (('unseen people', unseen), ('drawn', drawn)): ax.hist(o[space], bins, alpha=.5, label=name)
-        ax.axvline(unseen[space].quantile(.01), c='k', ls=':', label='1 in 100 unseen')
-        ax.set(xlabel=f'distance of the nearest train slice, {space}s', ylabel='pictures')
+    for ax,space in zip(axs, ('whole', 'half')):
+        bins = np.linspace(0, 1, 41)
+        groups = {'other train subjects': reference[reference.split=='train'],
+                  'held-out subjects': reference[reference.split!='train'], 'samples': samples}
+        for name,o in groups.items(): ax.hist(o[space], bins, alpha=.5, label=name, weights=np.full(len(o), 1/max(1, len(o))))
+        ax.axvline(audit[space]['threshold'], c='k', ls=':', label='copy')
+        ax.set(xlabel=f'correlation with the most similar train slice, {space}', ylabel='fraction of slices')
     axs[0].legend(frameon=False)
     return fig
 
@@ -211,16 +237,32 @@ def draw_audit(
 def draw_pairs(
     pictures:Tensor, # Drawn pictures (n, 1, h, w)
     train:SliceDataset, # Real slices of train people
-    near:pd.DataFrame, # As from `nearest_slices(net, pictures, train)`
+    near:pd.DataFrame, # As from `nearest_copies`, of the pictures
     number:int=6, # Pairs of each space
-)->plt.Figure: # Drawn above, nearest train slice below; by pixels, then by features. Real slices: handle as such
+)->plt.Figure: # Samples above, most similar train slice below; by the whole, then by the better half. Real slices: handle as such
     "The pictures that lie nearest to training, with what they resemble."
     rows,labels = [],[]
-    for space in ('pixel', 'feature'):
-        first = near[space].sort_values(kind='stable').index[:number].tolist()
+    for space in ('whole', 'half'):
+        first = near[space].sort_values(kind='stable', ascending=False).index[:number].tolist()
         rows += [pictures[first, 0], train.__getitems__(near[f'{space}_row'][first].tolist())['image'][:, 0]]
-        labels += [f'drawn, by {space}s', 'its nearest']
-    return show_grid(torch.stack(rows), row_labels=labels, title='The nearest pairs: is it the same brain?')
+        labels += [f'sample, by {space}', 'most similar']
+    return show_grid(torch.stack(rows), row_labels=labels, title='The most similar pairs: is it the same brain?')
+
+# %% ../nbs/10c_report.ipynb #c0ffee37
+def save_evaluation(
+    folder:Path, # Folder for the figures
+    name:str, # What their names begin with
+    scores:dict, # As from `judge_pictures`
+    images:Tensor, # Synthetic images (n, 1, h, w)
+    train:SliceDataset, # Real slices of train subjects
+    near:list[pd.DataFrame], # What `draw_audit` and `draw_pairs` take: of the samples, of their reference
+    pairs:bool=True, # Save real slices beside the synthetic ones that are nearest to them
+)->None:
+    "Save the figures of an evaluation: some images, the audit's distances, the nearest pairs."
+    shown = np.linspace(0, len(images)-1, 24).round().astype(int)
+    figures = dict(drawn=show_grid(images[shown, 0], ncols=8, title='Drawn, not scanned'), audit=draw_audit(*near, scores['memorization']))
+    if pairs: figures['pairs'] = draw_pairs(images, train, near[0])
+    for k,figure in figures.items(): save_figure(figure, folder/f'{name}_{k}.png')
 
 # %% ../nbs/10c_report.ipynb #5b9a6640
 def evaluate(
@@ -236,25 +278,145 @@ def evaluate(
     **how, # What `sample` takes: steps, guidance_scale, temperature …
 )->dict: # The scores, as in RUN/metrics.json under 'samples GENERATOR'
     "Draw, judge, and write RUN/metrics.json and RUN/evaluation. Raises ValueError for other data than the run's."
-    run = Path(run); refuse_leak(read_config(run), dataset)
+    run = Path(run); refuse_leak(read_config(run), dataset, run)
     train,held = dataset.subset('train'),dataset.subset(split)
     if len(held)<50: raise ValueError(
         f"evaluate: {len(held)} unseen slices in {split}. Expected 50 or more: no score can be told from chance. "
         "Hold back more people.")
     rows = match_rows(held.manifest, train.manifest)
     model = (CodeSampler if generator=='prior' else BrainLDM).load(run)
+    note_changes(run, generator, dataset, model.autoencoder)
     net = feature_net(run, dataset, features, channels, progress).to(model.device)
     asked = train.manifest.iloc[rows]
-    pictures,*more = (draw_like(model, asked, generator, o, progress=progress, **how) for o in (seed, seed+1))
-    batches = (held.__getitems__(range(i, min(i+32, len(held)))) for i in range(0, len(held), 32))
-    rebuilt = torch.cat([model.reconstruct(o['image'], o) for o in batches])
-    scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, rebuilt, progress, more)
-    scores = dict(split=split, seed=seed, how=how, **scores)
+    pictures,*more = (as_saved(draw_like(model, asked, generator, o, progress=progress, **how)) for o in (seed, seed+1))
+    scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, model.reconstruct, progress,
+                                      tuple(more))
+    scores['memorization']['weights'] = generator_hash(run, generator)
+    scores = dict(split=split, seed=seed, how=how, **scores, membership=json_safe(membership_inference(model, train, held)))
     merge_metrics(run, f'samples {generator}', scores)
-    shown = np.linspace(0, len(pictures)-1, 24).round().astype(int)
-    figures = dict(drawn=show_grid(pictures[shown, 0], ncols=8, title='Drawn, not scanned'),
-                   audit=draw_audit(near, away), pairs=draw_pairs(pictures, train, near))
-    for name,figure in figures.items(): save_figure(figure, run/'evaluation'/f'{generator}_{name}.png')
+    save_evaluation(run/'evaluation', generator, scores, pictures, train, [near, away])
+    return scores
+
+# %% ../nbs/10c_report.ipynb #c0ffee32
+def read_image(
+    path:Path, # PNG, JPEG or NIfTI
+    plane:int=0, # Axial plane of a NIfTI file
+)->np.ndarray: # Grey values (h, w), uint8
+    "Read one image. Raises ValueError for a file that holds none."
+    try: return decode_file(path, [plane])[0][0]
+    except DataFault as e: raise ValueError(
+        f"read_images: '{path.name}': {e}. Expected an 8-bit grey PNG or JPEG, or a NIfTI volume. Check the file, and "
+        "the column path of manifest.csv.") from None
+
+# %% ../nbs/10c_report.ipynb #c0ffee33
+def refuse_unlike(
+    images:list[np.ndarray], # Images, each (h, w), uint8
+    names, # Their files
+)->None: # Nothing: it raises or returns
+    "Refuse images of several sizes, ones that are not square, and copies. Raises ValueError."
+    names,sizes = list(names),pd.Series([f'{o.shape[0]} x {o.shape[1]}' for o in images])
+    kinds = sizes.value_counts()
+    first = ', '.join(f"{k} ({n}, such as {names[(sizes==k).argmax()]})" for k,n in kinds.items())
+    if len(kinds)!=1 or images[0].shape[0]!=images[0].shape[1]: raise ValueError(
+        f"read_images: images of {first} pixels. Expected squares of one size. Crop or resize them all in one way.")
+    marks = pd.Series([hash_picture(o) for o in images])
+    again = marks.duplicated()
+    if again.any(): raise ValueError(
+        f"read_images: {again.sum()} of {len(images)} images are copies of another one, such as {names[again.argmax()]} of "
+        f"{names[(marks==marks[again.argmax()]).argmax()]}. Expected different images: a copy counts twice in every score. "
+        "Generate others, or leave the copies out.")
+
+# %% ../nbs/10c_report.ipynb #c0ffee31
+def read_images(
+    folder:str|Path, # Folder with manifest.csv and the PNG, JPEG or NIfTI files that it names
+    covariates:list, # Conditions that the real data know
+)->tuple[np.ndarray, pd.DataFrame]: # Images (n, h, w), uint8; their requested conditions and path, row for row
+    """Read the images of any generator with the conditions they were generated for.
+
+    Raises FileNotFoundError without manifest.csv, ValueError for whatever cannot be compared."""
+    path,names = Path(folder)/'manifest.csv',[c.name for c in covariates]
+    needs = ['path', *(o for o in ('slice', 'diagnosis') if o in names)]
+    if not path.is_file(): raise FileNotFoundError(
+        f"read_images: '{folder}' has no manifest.csv. Expected a table with the columns {', '.join(needs)}, one row an "
+        "image: its file, and what it was generated for. Write one; `brainldm sample` does.")
+    table = read_table(path, tuple(o for o in needs if o!='diagnosis'))
+    if 'diagnosis' in needs and ('diagnosis' not in table or table.diagnosis.isna().any()): raise ValueError(
+        f"read_images: {'no diagnosis in' if 'diagnosis' not in table else 'a row without diagnosis in'} '{path}'. Expected "
+        "one in each row: it decides which real slices stand beside the image. Fill it in.")
+    if 'slice_asked' in table: table = table.assign(slice=table.slice_asked)   # as `save_pictures` writes a half slice
+    asked = read_conditions({o: table[o].tolist() for o in names if o in table}, covariates)
+    planes = table.plane.fillna(0) if 'plane' in table else np.zeros(len(table))
+    images = [read_image(path.parent/name, int(k)) for name,k in zip(table.path, planes)]
+    refuse_unlike(images, table.path)
+    return np.stack(images),pd.DataFrame(asked).assign(path=table.path)
+
+# %% ../nbs/10c_report.ipynb #c0ffee41
+def image_side(
+    folder:str|Path, # Folder with manifest.csv
+)->int: # Side of its first image, pixels
+    "How large the images of a folder are, before the data are opened at that size. Raises as `read_images` does."
+    path = Path(folder)/'manifest.csv'
+    if not path.is_file(): read_images(folder, [])                             # says what is missing
+    table = read_table(path, ('path',))
+    if not len(table): raise ValueError(f"read_images: '{path}' has no row. Expected one an image. Write them.")
+    return read_image(path.parent/table.path[0]).shape[0]
+
+# %% ../nbs/10c_report.ipynb #c0ffee35
+def pair_images(
+    table:pd.DataFrame, # Requested conditions of images
+    held:pd.DataFrame, # Manifest rows of held-out subjects
+)->tuple[list[np.ndarray], np.ndarray]: # Rows of `table` for each set, and the rows of `held` that they stand beside
+    "Give each held-out slice an image of the same position and diagnosis. Raises ValueError below 50."
+    names = [o for o in ('slice', 'diagnosis') if o in held and o in table]
+    def cells(o): return o[names].apply(lambda c: c.map(level_text)).fillna('').groupby(names).indices
+    images,real = cells(table),cells(held)
+    found = {k: images.get(k, np.empty(0, int)) for k in real}
+    full = min(len(found[k])//len(rows) for k,rows in real.items())
+    sets = [np.full(len(held), -1) for _ in range(max(1, full))]
+    for k,rows in real.items():
+        for i,one in enumerate(sets):
+            part = found[k][i*len(rows):(i+1)*len(rows)]
+            one[rows[:len(part)]] = part
+    rows = np.flatnonzero(sets[0]>=0)
+    if len(rows)<50: raise ValueError(
+        f"evaluate: {len(rows)} of {len(table)} images have a held-out slice of the same {' and '.join(names)} to stand "
+        f"beside; there are {len(held)} held-out slices. Expected 50 or more: no score can be told from chance. Generate "
+        "an image for each held-out slice, better two.")
+    return [o[rows] for o in sets],rows
+
+# %% ../nbs/10c_report.ipynb #c0ffee36
+def evaluate_images(
+    images:str|Path, # Folder of images with manifest.csv, as for `read_images`
+    dataset:SliceDataset, # Real data, all splits, as large as the images
+    split:str='validate', # Which held-out subjects to compare with
+    features:TrainConfig=FEATURES, # Training of the feature network, if these data have none yet
+    utility:TrainConfig|None=UTILITY, # Training of each classifier; None: leave them out
+    channels:tuple[int, ...]=(64, 96, 128), # Of the feature network, if these data have none yet
+    progress:bool=False, # Show bars
+    run:str|Path|None=None, # Run that generated them: its feature network, and its autoencoder for the audit; None: no run
+    out:str|Path|None=None, # Folder for metrics.json and figures; None: the images' folder, without real slices
+)->dict: # The scores, as in metrics.json under 'samples images'
+    "Judge the images of any generator as `evaluate` judges those of a run. Raises ValueError, FileNotFoundError."
+    pixels,table = read_images(images, dataset.covariates)
+    if pixels.shape[1]!=dataset.images.shape[1]: raise ValueError(
+        f"evaluate: images of {pixels.shape[1]} pixels, real data of {dataset.images.shape[1]}. Expected equal sizes. "
+        f"Open the data with DataConfig(size={pixels.shape[1]}).")
+    train,held = dataset.subset('train'),dataset.subset(split)
+    sets,rows = pair_images(table, held.manifest)
+    unused = len(table)-sum(len(o) for o in sets)
+    if unused: print(f'Note: {unused} of {len(table)} images have no held-out slice of their own to stand beside: left out.')
+    held = pick_rows(held, rows)
+    home = cache_folder()/'feature_nets'/f"{fingerprint(dataset.manifest)['hash']}_{pixels.shape[1]}"
+    home.mkdir(parents=True, exist_ok=True)
+    net = feature_net(run or home, dataset, features, channels, progress)
+    device,model = pick_device(),BrainLDM.load(run) if run else None
+    first,*more = (from_bytes(pixels[o])[:, None] for o in sets)
+    scores,*near = judge_pictures(net.to(device), first, match_rows(held.manifest, train.manifest), train, held, utility,
+                                  model and model.reconstruct, progress, tuple(more), table.iloc[sets[0]])
+    scores = dict(split=split, images=Path(images).resolve().name, n_unused=unused, **scores)
+    place = Path(out or images)
+    merge_metrics(place, 'samples images', scores)
+    save_evaluation(place/'evaluation', 'images', scores, first, train, near, pairs=out is not None)         # real slices
     return scores
 
 # %% ../nbs/10c_report.ipynb #21a5c247
@@ -274,11 +436,9 @@ def check_targets(
            ('MS-SSIM, same conditions', alike['drawn'], alike['train'], 'within 0.03 of real',
             abs(alike['drawn']-alike['train'])<=.03,
             'Answers to the same request are more alike, or less, than real people are.'),
-           ('nearer to training than 99 of 100 unseen', audit['share'], .01, f"at most {audit['allowed']:g}",
-            audit['share']<=audit['allowed'],
-            'Pictures may repeat training scans. Look at the nearest pairs, and do not share them before.'
-            if audit['verdict']=='failed' else
-            'So few unseen people cannot tell whether pictures repeat training scans. Hold back more people.')]
+           ('memorization audit, copies', audit['copies'], 0, 'passed', audit['verdict']=='passed',
+            f"The memorization audit {'has failed' if audit['verdict']=='failed' else 'is unclear'}: {audit['reason']}. "
+            'Look at the most similar pairs, and do not share before.')]
     if not use: return out
     real,ours = use['real']['auc'],use['drawn']['auc']
     return [*out, ('AUC of a classifier trained on them', ours, real, f'at least {.9*real:.2f}, 0.9 x real',
@@ -313,6 +473,33 @@ def reference_note(
                f'; the feature network was trained on {seen} of them, since too few others match: their distance may be '
                'too large, and the excess too small.'))
 
+# %% ../nbs/10c_report.ipynb #a0d30001
+def audit_rows(
+    audit:dict, # As from `memorization_audit`
+)->list[list[str]]: # Rows of a table, the head first
+    "What the audit found, and what it would have found: copies planted into slices of held-out subjects."
+    def caught(o): return f"{o.get('caught', o.get('failed'))} of {o['trials']} [95 %: {o['interval_95'][0]:.0%} to {o['interval_95'][1]:.0%}]"
+    rows = [['memorization audit', 'found'], ['verdict', f"{audit['verdict']}: {audit['reason']}"],
+            ['copies', f"{audit['copies']} of {audit['n']} samples, of {audit['copied_subjects']} of {audit['n_train_subjects']} train subjects"]]
+    for name in ('whole', 'half'):
+        o = audit[name]
+        rows.append([f'{name} slices', f"highest correlation {o['highest']:.2f}, a copy from {o['threshold']:.2f}; near to training "
+                     f"{o['near']:.1%}, p {o['p_value']:.3f} by subject; of one train subject {o['most_of_one']}, p {o['p_subject']:.3f}"])
+    rows.append(['reference', f"{audit['n_reference']} slices of {audit['n_reference_subjects']} subjects"])
+    for kind,o in (audit['power'] or {}).items():
+        rows.append(['sets without copies that fail' if kind=='none' else f'5 % copies, {kind}: caught', caught(o)])
+    return rows
+
+# %% ../nbs/10c_report.ipynb #a0d30002
+def membership_rows(
+    membership:dict|None, # As from `membership_inference`; None: not measured
+)->list[list[str]]: # Rows of a table
+    "Membership inference beside its control, with what is aimed for: attack minus control at most 0.02."
+    def span(o): return f"[{', '.join(map(show_number, o or (None, None)))}]"
+    return [[f'membership inference by {k}', f"AUC {show_number(o['auc'])} {span(o['interval_95'])} of {o['n_members']} members against "
+             f"{o['n_others']} others; control {show_number(o['control'])} {span(o['control_interval_95'])}; attack - control "
+             f"{show_number(o['excess'])}, {'at most' if o['excess']<=.02 else 'MORE than'} 0.02"] for k,o in (membership or {}).items()]
+
 # %% ../nbs/10c_report.ipynb #b742481f
 def report_samples(
     generator:str, # 'ldm', 'prior' or 'stage1'
@@ -323,6 +510,9 @@ def report_samples(
     if 'excess' not in scores['fidelity']: return dict(title=title, table=[], figures=[], text=
         'Measured by an earlier version, whose kernel distance counted pairs of slices of one subject. '
         'Run `brainldm evaluate RUN DATA` again.')
+    if audit_verdicts({'samples x': scores})['x']=='not audited': return dict(
+        title=title, table=[], figures=[],
+        text='Evaluated by an earlier rule, which let copies pass: not audited. Run `brainldm evaluate RUN DATA` again.')
     targets = check_targets(scores)
     rows = [['measure', 'synthetic', 'real-vs-real reference', 'target', 'reached']]
     rows += [[name, show_number(a), show_number(b), goal, 'yes' if ok else 'NO'] for name,a,b,goal,ok,_ in targets]
@@ -342,6 +532,25 @@ def report_samples(
              "was trained on; with so few people every number is uncertain. The network that compares them reads of "
              f"unseen people: {read}. {reference_note(scores['fidelity'])}")
     return dict(title=title, text=text, table=rows, figures=[])
+
+# %% ../nbs/10c_report.ipynb #c0ffee60
+def trust_rows(
+    generator:str, # 'ldm', 'prior', 'stage1' or 'images'
+    scores:dict, # As from `evaluate`
+)->dict|None: # A section of the report; None for scores of an earlier version
+    "What is known about the checks themselves: power and false alarms of the audit, membership inference, excess KID."
+    if 'excess' not in scores['fidelity'] or audit_verdicts({'samples x': scores})['x']=='not audited': return None
+    images = '--images FOLDER' if generator=='images' else f'--generator {generator}'
+    command = f"`brainldm evaluate {'' if generator=='images' else 'RUN '}DATA {images} --split {scores['split']}`"
+    excess,by = scores['fidelity']['excess'],fidelity_rows(scores['fidelity'])
+    rows = [['check', 'found', 'command'], ['excess KID over real subjects', by[0][1], command]]
+    rows += [[o[0], o[1], command] for o in by[1:1+len(excess['by_seed'])]]
+    rows += [[name, found, command] for name,found in
+             [*audit_rows(scores['memorization'])[1:], *membership_rows(scores.get('membership'))]]
+    return dict(title=f'Can these results be trusted? ({generator})', table=rows, figures=[], text=
+        'What each check found, and what it would have found: an excess whose interval holds 0 cannot be told from real '
+        'subjects, an audit is worth its power, and an attack is worth what it gains over its control. '
+        + reference_note(scores['fidelity']))
 
 # %% ../nbs/10c_report.ipynb #dfe48654
 PAGE = Template("""<!doctype html>
@@ -441,8 +650,8 @@ def judged_pictures(
 )->list[tuple[str, str]]: # (address, caption) of what `evaluate` has left
     "The figures of an evaluation."
     names = dict(drawn='One picture for each unseen slice, some of them',
-                 audit='Distance of the nearest train slice. Left of the dotted line: nearer than 99 of 100 unseen '
-                       'slices. Drawn pictures should lie where unseen people do',
+                 audit='Correlation with the most similar train slice. Right of the dotted line: a copy. Samples should lie '
+                       'where slices of other subjects do',
                  pairs='The drawn pictures nearest to training, each above the REAL train slice that it resembles. '
                        'Do not pass this page on')
     found = {k: Path(run)/'evaluation'/f'{generator}_{k}.png' for k in names if k!='pairs' or real_pictures}
@@ -529,6 +738,7 @@ def report(
     for name in (o.removeprefix('samples ') for o in metrics if o.startswith('samples ')):
         section = from_metrics(run, report_samples, name, metrics[f'samples {name}'])
         sections.append(dict(section, figures=judged_pictures(run, name, real)))
+        sections += [o] if (o := from_metrics(run, trust_rows, name, metrics[f'samples {name}'])) else []
     if (run/'prior.safetensors').is_file(): sections.append(report_prior(run, metrics, steps, seed))
     footer = f'{SYNTHETIC} Written by brainldm {brainldm.__version__}.'
     page = PAGE.render(name=run.resolve().name, sections=sections, footer=footer)

@@ -25,7 +25,7 @@ from .codec import (
 from .layers import pick_device
 from .loop import infer, mixed_precision, to_device
 from .layers import pick_precision
-from .runs import fill_model, load_weights, read_config
+from .runs import check_trained_on, fill_model, load_weights, read_config
 from .training import MISFITS, load_autoencoder, recall
 from .unet import UNet
 
@@ -294,6 +294,7 @@ class BrainLDM(Sampler):
         device,_ = pick_device(device),read_config(run)
         autoencoder,about = load_autoencoder(run)
         trained = (Path(run)/'ldm.safetensors').is_file()
+        if trained: check_trained_on(Path(run)/'ldm.safetensors', autoencoder=autoencoder)
         parts = load_denoiser(run, autoencoder.latent_channels, weights) if trained else {}
         parts = {k: v if k=='schedule' else v.to(device) for k,v in parts.items()}
         heights = Covariate(**about['heights']) if about.get('heights') else None

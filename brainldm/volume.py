@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['VOLUME_PRESETS', 'neighbour_scores', 'full_range', 'check_stack', 'repeat_request', 'plan_brains', 'volume_noise',
            'correlate', 'sample_shared_noise', 'lay_beside', 'Beside', 'NeighbourUNet', 'find_neighbours',
-           'NeighbourDataset', 'neighbour_splits', 'VolumeConfig', 'volume_loss', 'unet_hash', 'drawing_order',
-           'look_beside', 'draw_brains', 'encode_given', 'split_brains', 'sample_volume', 'show_planes',
-           'validate_volume', 'check_volume', 'train_volume', 'BrainVolumes', 'to_nifti', 'guess_spacing',
-           'save_volumes']
+           'NeighbourDataset', 'neighbour_splits', 'VolumeConfig', 'volume_loss', 'drawing_order', 'look_beside',
+           'draw_brains', 'encode_given', 'split_brains', 'sample_volume', 'show_planes', 'validate_volume',
+           'check_volume', 'train_volume', 'BrainVolumes', 'check_spacing', 'to_nifti', 'guess_spacing', 'save_volumes']
 
 # %% ../nbs/07b_volume.ipynb #2abe956a
-import hashlib
 import json
 from collections.abc import Callable
 from copy import copy, deepcopy
@@ -35,11 +33,12 @@ from .codec import SYNTHETIC, check_pictures, check_request, in_batches, middle_
 from .scheduler import NoiseSchedule
 from .samplers import denoise
 from .loop import Learner, TrainConfig, crew, in_chunks, infer, mixed_precision, to_device
-from .runs import enter_run, fill_model, is_finished, load_weights, read_config, run_stage, save_weights, within_memory
+from .runs import (check_trained_on, enter_run, fill_model, is_finished, load_weights, read_config, run_stage,
+                           save_weights, weights_hash, within_memory)
 from .training import save_figure, spread_rows
-from brainldm.diffusion import (
+from .diffusion import (
     LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error,
-    refuse_unfinished)
+    refuse_leak, refuse_unfinished)
 from .unet import UNet
 from .vae import picture_scores
 
@@ -147,17 +146,18 @@ def sample_shared_noise(
     guidance_scale:float|dict[str, float]=1., # As in `sample`
     seed:int=0, # Same seed, same machine: same brains
     sampler:str='ddim', # 'ddim' or 'dpmpp'
+    first:int=0, # Number of the first brain: a long request may be served in parts
     **conditions, # diagnosis, age, sex, …: one value, or one a brain
 )->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
     "Draw the slices of a brain one by one from noise that they share: all that a 2-D model can do. Raises ValueError."
     if not 0<=noise_correlation<=1: raise ValueError(
         f"sample_shared_noise: noise_correlation={noise_correlation}. Expected 0 to 1. Try 1.")
-    check_request(n, seed, 1)
+    check_request(n, seed, 1, first)
     how = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     cond,slices = plan_brains(model, n, conditions, slices, how, seed)
     depth,brains = len(slices),[]
     for i,stop,part in in_batches(cond, n*depth, depth, model.device):
-        noise = correlate(volume_noise(model, 1, depth, seed, i//depth)[0], depth, noise_correlation)
+        noise = correlate(volume_noise(model, 1, depth, seed, first+i//depth)[0], depth, noise_correlation)
         brains.append(draw_batch(model, noise, part, how)[:, 0])
     return torch.stack(brains)
 
@@ -219,9 +219,10 @@ class NeighbourUNet(nn.Module):
 def find_neighbours(
     manifest:pd.DataFrame, # Rows with subject and slice
 )->np.ndarray: # Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is none
-    "Who lies next to whom: the same person, one slice lower and one higher."
-    rows = {key: i for i,key in enumerate(zip(manifest.subject, manifest.slice))}
-    return np.array([[rows.get((p, k+o), -1) for o in (-1, 1)] for p,k in zip(manifest.subject, manifest.slice)])
+    "Who lies next to whom: the same subject and session, one slice lower and one higher."
+    scan = manifest[['subject', *['session']*('session' in manifest)]].astype(str).agg(tuple, axis=1)   # one visit of a subject
+    rows = {key: i for i,key in enumerate(zip(scan, manifest.slice))}
+    return np.array([[rows.get((p, k+o), -1) for o in (-1, 1)] for p,k in zip(scan, manifest.slice)])
 
 # %% ../nbs/07b_volume.ipynb #e0f26340
 class NeighbourDataset(torch.utils.data.Dataset):
@@ -296,15 +297,6 @@ def volume_loss(
     beside = lay_beside(below, above, seen_beside)
     mse = prediction_error(partial(model, beside=beside), batch, t, eps, drop, schedule, covariates)
     return (loss_weight(t, schedule)*mse).mean(),dict(mse=mse.detach().mean())
-
-# %% ../nbs/07b_volume.ipynb #dc69064a
-def unet_hash(
-    unet:nn.Module, # A 2-D network
-)->str: # 32 hexadecimal digits
-    "A fingerprint of weights to 16 bits, as they travel, so that the layers of one network are not put into another."
-    digest = hashlib.blake2b(digest_size=16)
-    for k,v in unet.state_dict().items(): digest.update(k.encode()+v.detach().cpu().half().numpy().tobytes())
-    return digest.hexdigest()
 
 # %% ../nbs/07b_volume.ipynb #b6ace459
 def drawing_order(
@@ -394,11 +386,12 @@ def sample_volume(
     seed:int=0, # Same seed, same machine: same brains
     sampler:str='ddim', # 'ddim' or 'dpmpp'
     batch_size:int=8, # Brains at a time
+    first:int=0, # Number of the first brain: a long request may be served in parts
     progress:bool=False, # Show a bar
     **others, # Any other covariate that the run knows, by name
 )->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
     "Draw whole brains, or what is missing of some: each slice follows its neighbours. Raises ValueError or TypeError."
-    check_request(n, seed, batch_size)
+    check_request(n, seed, batch_size, first)
     how = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     asked = dict(diagnosis=diagnosis, age=age, sex=sex, **others)
     cond,slices = plan_brains(model, n, asked, slices, how, seed)
@@ -407,7 +400,7 @@ def sample_volume(
     with tqdm(total=n*(depth-len(known))*steps, unit='step', desc='sample', disable=not progress) as bar:
         for i,stop,part in in_batches(cond, n*depth, batch_size*depth, model.device):
             a,b = i//depth,stop//depth
-            noise = volume_noise(model, b-a, depth, seed, a)
+            noise = volume_noise(model, b-a, depth, seed, first+a)
             z = draw_brains(model, noise, part, how, {k: v[a:b] for k,v in known.items()}, bar.update)
             if not z.isfinite().all(): raise RuntimeError("sample_volume: latents are not finite. Expected numbers. "
                                                           "Try precision='no', or a smaller guidance_scale.")
@@ -484,16 +477,22 @@ def train_volume(
     run = Path(run)
     model = BrainLDM.load(run, str(crew().device))
     check_volume(model, run)
+    if config.init_from: raise ValueError(
+        f"train_volume: init_from={config.init_from!r}. Expected None: whole brains start from the "
+        "diffusion model of their own run. Leave --init-from out, or give it to `brainldm train ldm`.")
     (_,about),(_,drawing) = (load_weights(run/f'{o}.safetensors') for o in ('autoencoder', 'ldm'))
     check_stage2(run, dataset, about, model.autoencoder.factor*model.unet.factor)
     refuse_unfinished(read_config(run), drawing['images'], 'ldm')
-    net,base = NeighbourUNet(model.unet),unet_hash(model.unet)
+    refuse_leak(read_config(run), dataset, run, 'ldm')
+    net,base = NeighbourUNet(model.unet),weights_hash(model.unet)
+    below = dict(autoencoder=weights_hash(model.autoencoder), ldm=base)
     loss = partial(volume_loss, config=config, schedule=model.schedule, covariates=net.covariates)
     learner = Learner(net, loss, config, run)
-    state = enter_run(learner, run, 'volume', dataset, resume)
+    state = enter_run(learner, run, 'volume', dataset, resume, net.covariates,
+                      ('slice', 'subject', 'session'), trained_on=below)
     if is_finished(state, config, run/'volume.safetensors'): return BrainVolumes.load(run, str(model.device)).unet
     train,held = neighbour_splits(model, dataset, run/'state'/'latents', learner.accelerator, progress)
-    info = dict(kind='volume', unet=base)
+    info = dict(kind='volume', unet=base, trained_on=below)
     def picture(seen): return run/'samples'/f'volume_{seen:09d}.png'
     def export(seen): save_weights(run/'volume.safetensors', learner.ema.module.state_dict(), dict(info, images=seen))
     run_stage(learner, train, run, 'volume', state, progress=progress, export=export,
@@ -513,7 +512,8 @@ class BrainVolumes(BrainLDM):
         "Load a run. Raises FileNotFoundError without volume.safetensors, ValueError on files that do not fit."
         model = super().load(run, device, precision)
         tensors,about = load_weights(Path(run)/'volume.safetensors')
-        if about.get('kind')!='volume' or model.unet is None or about.get('unet')!=unet_hash(model.unet): raise ValueError(
+        check_trained_on(Path(run)/'volume.safetensors', autoencoder=model.autoencoder)
+        if about.get('kind')!='volume' or model.unet is None or about.get('unet')!=weights_hash(model.unet): raise ValueError(
             f"BrainVolumes.load: {run}/volume.safetensors was not trained on the diffusion model beside it. "
             "Expected two files of one run. Run `brainldm train volume` again.")
         model.unet = fill_model(NeighbourUNet(model.unet), tensors, f'{run}/volume.safetensors').to(model.device).eval()
@@ -530,55 +530,81 @@ VOLUME_PRESETS = {
                         validate_every=250_000, checkpoint_every=250_000, ema_images=200_000, num_workers=4),
 } # name -> how slices learn to follow their neighbours
 
+# %% ../nbs/07b_volume.ipynb #7fe4a164
+def check_spacing(
+    spacing:tuple[float, float]|None, # Size of a pixel and distance of slices, mm; None: not known
+)->None: # Nothing: it raises or returns
+    "Refuse sizes that are none. Raises ValueError."
+    if spacing is not None and (len(spacing)!=2 or not all(0<o<np.inf for o in spacing)): raise ValueError(
+        f"to_nifti: spacing={spacing}. Expected two sizes above 0, of a pixel and of a slice, in mm. Try (1.625, 1.).")
+
 # %% ../nbs/07b_volume.ipynb #0e33c0dc
 def to_nifti(
     volume:Tensor, # One brain (s, h, w) in [-1, 1]; rows from front to back, columns from left to right, slices upwards
-    spacing:tuple[float, float], # Size of a pixel and distance of slices, mm
+    spacing:tuple[float, float]|None, # Size of a pixel and distance of slices, mm; None: not known
     about:dict, # What was asked, for the record
+    left_known:bool=True, # Whether columns are known to run from the subject's left to the right; False: the file says nothing
 )->nib.Nifti1Image: # uint8 (x, y, z), RAS+, the middle of the grid at 0, marked as synthetic
-    "A drawn brain as a volume that viewers lay the right way round. Raises ValueError for a spacing that is none."
-    if len(spacing)!=2 or not all(0<o<np.inf for o in spacing): raise ValueError(
-        f"to_nifti: spacing={spacing}. Expected two sizes above 0, of a pixel and of a slice, in mm. Try (1.625, 1.).")
+    """A generated brain as a volume that viewers lay the right way round.
+
+    Without a spacing, or where left is not known, both form codes are 0: the file claims no place in space.
+    Raises ValueError for a spacing that is none."""
+    check_spacing(spacing)
     data = np.ascontiguousarray(rearrange(to_bytes(volume)[:, ::-1], 'z y x -> x y z'))
-    affine = np.diag([spacing[0], spacing[0], spacing[1], 1.])
-    affine[:3, 3] = -affine[:3, :3]@(np.array(data.shape)-1)/2
-    image = nib.Nifti1Image(data, affine)
-    image.set_sform(affine, 'aligned'); image.set_qform(affine, 'aligned')
-    image.header.set_xyzt_units('mm')
-    image.header['descrip'] = b'SYNTHETIC (brainldm), not a scan; not for clinical use'
-    note = json.dumps(dict(about, synthetic=True, note=SYNTHETIC), default=str).encode()
+    image = nib.Nifti1Image(data, None)
+    if spacing:
+        affine = np.diag([spacing[0], spacing[0], spacing[1], 1.])
+        affine[:3, 3] = -affine[:3, :3]@(np.array(data.shape)-1)/2
+        image.header.set_zooms(tuple(np.diag(affine)[:3]))
+        image.header.set_xyzt_units('mm')
+        if left_known:
+            image.set_sform(affine, 'aligned')
+            image.set_qform(affine, 'aligned')
+    lacking = ['voxel size']*(not spacing)+['left and right']*(not left_known)
+    unknown = f"; {', '.join(lacking)} not known" if lacking else '; not for clinical use'
+    image.header['descrip'] = f'SYNTHETIC (brainldm), not a scan{unknown}'.encode()
+    note = json.dumps(dict(about, synthetic=True, not_known=lacking, note=SYNTHETIC), default=str).encode()
     image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', note))
     return image
 
 # %% ../nbs/07b_volume.ipynb #07c85fbc
 def guess_spacing(
     run:str|Path, # Run folder
-    voxel_mm:tuple[float, float]=(1., 1.), # Size of a pixel and distance of slices of the training data, mm
-)->tuple[float, float]: # The same after cropping and resizing
-    "How large a pixel of a drawn picture is. Raises ValueError if the run does not know how pictures were cut."
-    data = read_config(run).get('autoencoder', {}).get('config', {}).get('data', {})
-    if not (data.get('crop') and data.get('size')): raise ValueError(
-        f"guess_spacing: {run} was trained on whole pictures and does not know their size. Expected a run with a crop. "
-        "Give the spacing of drawn pictures yourself: --spacing-mm PIXEL SLICE.")
-    return voxel_mm[0]*data['crop']/data['size'],float(voxel_mm[1])
+    voxel_mm:tuple[float, float]|None=None, # Size of a pixel and distance of slices of the training data, mm, where its files do not say
+)->tuple[float, float]|None: # The same after cropping and resizing; None: nothing says how large a voxel is
+    "How large a pixel of a generated image is. Raises ValueError for a size that the run contradicts, or cannot use."
+    check_spacing(voxel_mm)
+    stage = read_config(run).get('autoencoder', {})
+    cut,data = stage.get('config', {}).get('data', {}),stage.get('data', {})
+    known,side = data.get('voxel_mm'),data.get('side') or cut.get('crop')
+    if known and voxel_mm and not np.allclose(known, voxel_mm, rtol=.01): raise ValueError(
+        f"guess_spacing: voxel_mm={tuple(voxel_mm)}, and the files that {run} was trained on say {tuple(known)} mm. "
+        "Expected the same. Leave --voxel-mm out, or give the spacing of generated images with --spacing-mm PIXEL SLICE.")
+    voxel = known or voxel_mm
+    if voxel is None: return None
+    if not (side and cut.get('size')): raise ValueError(
+        f"guess_spacing: {run} was trained on whole images and does not know their size. Expected a run with a crop. "
+        "Give the spacing of generated images yourself: --spacing-mm PIXEL SLICE.")
+    return voxel[0]*side/cut['size'],float(voxel[1])
 
 # %% ../nbs/07b_volume.ipynb #ce9ff7af
 def save_volumes(
     volumes:Tensor, # Drawn brains (n, s, h, w) in [-1, 1]
     folder:str|Path, # New folder
     conditions:dict, # What was asked: a value, or one a brain, by covariate name
-    spacing:tuple[float, float], # Size of a pixel and distance of slices, mm
+    spacing:tuple[float, float]|None, # Size of a pixel and distance of slices, mm; None: not known
     about:dict, # Seed, steps and the like, for the record
-)->Path: # The folder: brain_0000.nii.gz …, planes.png, scroll.gif, and subjects.csv; `brainldm check` reads it
+    left_known:bool=True, # Whether columns are known to run from the subject's left to the right
+)->Path: # The folder: brain_0000.nii.gz …, planes.png, scroll.gif, and subjects.csv; `brainldm check` reads it where size and left are known
     "Save drawn brains as NIfTI, marked as synthetic, with a film. Raises FileExistsError rather than overwrite."
     n,asked = len(volumes),{k: v for k,v in conditions.items() if v is not None}
     table = pd.DataFrame({k: list(v) if np.ndim(v) else [v]*n for k,v in asked.items()}, index=range(n))
     table.insert(0, 'subject', [f'brain_{i:04d}' for i in range(n)])
-    images = [to_nifti(v, spacing, dict(row, **about)) for v,row in zip(volumes, table.to_dict('records'))]
+    images = [to_nifti(v, spacing, dict(row, **about), left_known) for v,row in zip(volumes, table.to_dict('records'))]
     folder = new_folder(folder, f'{table.subject[0]}.nii.gz')
     for name,image in zip(table.subject, images): image.to_filename(folder/f'{name}.nii.gz')
     shown = volumes[:6]
-    names,ratio = [f'brain {i}' for i in range(len(shown))],spacing[1]/spacing[0]
+    names,ratio = [f'brain {i}' for i in range(len(shown))],spacing[1]/spacing[0] if spacing else 1.
     save_figure(show_planes(shown, names, ratio, 'Synthetic brains'), folder/'planes.png')
     save_gif([volumes[:4, k, None] for k in range(volumes.shape[1])], folder/'scroll.gif', seconds=5.)
     table.to_csv(folder/'subjects.csv', index=False)

@@ -9,17 +9,15 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_covariates import cohort
 from test_data import make_volume
-from torch.utils.data import DataLoader
 
 from brainldm import batches, data, files
-from brainldm.batches import ShuffledBatches, mapped_place, one_process, open_dataset
+from brainldm.batches import mapped_place, one_process, open_dataset
 from brainldm.cli import main
 from brainldm.data import DataConfig, check_dataset
 from brainldm.files import cache_folder, unpack
@@ -104,13 +102,6 @@ def test_a_dataset_is_pickled_as_a_place(tmp_path):
     assert mapped_place(np.zeros((2, 8, 8), np.uint8)) is None and mapped_place(whole.images[::2]) is None
     by_hand = batches.SliceDataset(np.array(whole.images), whole.manifest)
     assert (pickle.loads(pickle.dumps(by_hand)).images==whole.images).all()
-
-
-def test_workers_that_are_spawned(tmp_path):
-    train = opened(cohort(tmp_path/'in', n=5), tmp_path/'cache').subset('train')
-    order = ShuffledBatches(len(train), 3, 0)
-    loader = DataLoader(train, batch_sampler=order, collate_fn=dict, num_workers=1, multiprocessing_context='spawn')
-    assert next(iter(loader))['image'].equal(train.__getitems__(order.batch(0))['image'])
 
 
 # ---- once for all processes

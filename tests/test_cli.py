@@ -266,7 +266,7 @@ def test_settings_with_which_training_cannot_work(pictures, tmp_path, capsys, fl
 def test_ldm_refuses_other_data(tiny_run, pictures, tmp_path, capsys):
     run = copy_run(tiny_run[0], tmp_path / "run")
     (run / "ldm.safetensors").unlink()
-    assert "fingerprint" in refused(capsys, "train", "ldm", pictures, "--run", run, "--preset", "tiny", "--resume")
+    assert "not what the autoencoder was trained on" in refused(capsys, "train", "ldm", pictures, "--run", run, "--preset", "tiny", "--resume")
 
 
 def test_the_command_itself(tmp_path):

@@ -1,6 +1,5 @@
 "Kinds and levels of covariates, one reader for conditions, and what training asks of the data: said before it begins."
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

@@ -138,7 +138,7 @@ def full(monkeypatch, name, after):
 
 
 @pytest.mark.parametrize('name,after,newest', [('0000000000', 1, 24), ('autoencoder.safetensors', 1, 24), ('log.jsonl', 8, 48), ('autoencoder_0', 1, 72),
-                                               ('config.json', 0, None), ('train_mean', 0, None)])
+                                               ('config.json', 0, None), ('csv.gz', 0, None), ('train_mean', 0, None)])
 def test_full_disk_keeps_the_last_good_state(name, after, newest, dataset, tmp_path, monkeypatch):
     "Checkpoint, file for users, log, picture, protocol: the error names the file and the way on; with room again the run ends as if nothing had been."
     with monkeypatch.context() as patch:

@@ -2,12 +2,14 @@
 import json
 import multiprocessing
 import os
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from brainldm import evaluation
 from brainldm.data import DataConfig
 from brainldm.batches import Covariate, SliceDataset, open_dataset
 from brainldm.evaluation import (
@@ -102,15 +104,22 @@ def test_metrics_hold_no_nan(tmp_path):
         assert (tmp_path/'metrics.json').read_text()==broken
 
 
-def measure(run, name):
+def measure(run, name, gate):
+    gate.wait()
     for i in range(5): merge_metrics(run, f'{name} {i}', dict(a=i))
 
 
 @pytest.mark.skipif(os.name=='nt', reason='forks')
-def test_two_processes_measure_at_once(tmp_path):
-    "Four processes put in five measurements each: none is lost."
+def test_two_processes_measure_at_once(tmp_path, monkeypatch):
+    "Four processes put in five measurements each, and take their time between reading and writing: none is lost."
+    def slow(run, read=read_metrics):
+        found = read(run)
+        time.sleep(.02)
+        return found
+    monkeypatch.setattr(evaluation, 'read_metrics', slow)
     fork = multiprocessing.get_context('fork')
-    workers = [fork.Process(target=measure, args=(tmp_path, name)) for name in 'abcd']
+    gate = fork.Barrier(4)
+    workers = [fork.Process(target=measure, args=(tmp_path, name, gate)) for name in 'abcd']
     for o in workers: o.start()
     for o in workers: o.join(60)
     assert [o.exitcode for o in workers]==[0]*4

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from brainldm import loop
+from brainldm import loop, training
 from brainldm.batches import Covariate
 from brainldm.fidelity import FeatureNet
 from brainldm.loop import Learner, TrainConfig, train_batches
@@ -27,7 +27,7 @@ from brainldm.training import AEConfig, autoencoder_args, autoencoder_loss, buil
 from brainldm.diffusion import LDMConfig, ldm_loss, unet_args
 from brainldm.unet import UNet
 from brainldm.volume import NeighbourUNet, VolumeConfig, volume_loss
-from brainldm.vqgan import PatchDiscriminator
+from brainldm.vqgan import FP16_SCALE, PatchDiscriminator
 from test_loop import AveragedConfig, line, line_data, line_loss
 
 ROOT,SLOW = Path(__file__).parents[1],bool(os.environ.get('BRAINLDM_SLOW'))
@@ -287,6 +287,21 @@ def test_a_scaled_loss_moves_the_weights_alike():
         logs = [o.step(dict(x=x[i:i+8], y=y[i:i+8])) for o in (plain, scaled)]
     torch.testing.assert_close(plain.raw.weight, scaled.raw.weight, rtol=1e-5, atol=1e-6)    # clipped after unscaling
     assert 'grad_norm' in logs[0] and 'grad_norm' not in logs[1]               # it may be infinite when a step is skipped
+
+
+def test_a_scaled_critic_moves_both_networks_alike(monkeypatch):
+    "Autoencoder and critic each have a scaler of their own. What one network learns from the other, and how loud, is measured on losses that no scaler has touched."
+    scales,weigh = [],training.adaptive_weight
+    monkeypatch.setattr(training, 'adaptive_weight', lambda *args: scales.append(args[-1]) or weigh(*args))
+    logs,ends = [],[]
+    for scaled in (False, True):
+        learner,batch = learner_of(TRAININGS['kl and critic'])
+        if scaled: fp16(learner, 2.**12); fp16(learner.critic, 2.**7)
+        logs.append([learner.step(batch) for _ in range(3)])
+        ends.append([*learner.raw.parameters(), *learner.critic.raw.parameters()])
+    assert scales==[1.]*3+[FP16_SCALE]*3
+    for a,b in zip(*logs): torch.testing.assert_close(a['gan_weight'], b['gan_weight'], rtol=1e-3, atol=0)
+    for a,b in zip(*ends): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_an_overflow_skips_the_step_and_lowers_the_scale(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = """phantom files data batches layers vae vqgan scheduler samplers unet loop runs training diffusion sharing
+ORDER = """phantom files tables data batches layers vae vqgan scheduler samplers unet loop runs sharing training diffusion
 codec sampling volume analysis factors explore prior evaluation fidelity audit report cli""".split()
 MODULES = sorted(p for p in (ROOT / "brainldm").glob("*.py") if p.stem[0] != "_")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.name[0] not in "._")

@@ -103,6 +103,12 @@ def test_slices_without_brain_are_named():
     assert section['table'][1][5]=='n/a [n/a, n/a]' and '1 of the slices of test have no brain' in section['text']
 
 
+PART = dict(copies=0, threshold=.8, near=.01, level=.5, p_value=.5, most_of_one=1, p_subject=.5, highest=.6)
+AUDIT = dict(whole=PART, half=PART, copies=0, copied_subjects=0, n_train_subjects=139, n=640, n_reference=1_900, n_reference_subjects=159, alpha=.01,
+             power={'none': dict(failed=0, trials=100, interval_95=(0., .04)), 'mirrored': dict(caught=100, trials=100, interval_95=(.96, 1.))},
+             near=.01, allowed=.02, verdict='passed', reason='no sample is a copy')
+
+
 def judged(**change):
     one = dict(frechet=2., kid=.01, precision=.9, recall=.9, density=1., coverage=.9, n=640, interval_95=dict(kid=[-.1, .2]))
     excess = dict(kid=.01, interval_95=[-.05, .07])
@@ -110,7 +116,7 @@ def judged(**change):
     effect = {k: dict(value=1., interval_95=None) for k in ('slice_error', 'diagnosis_effect', 'fine_detail')}
     scores = dict(n=640, n_subjects=20, split='validate', seed=0, how={}, reading=dict(slice=dict(error=.9, interval_95=None, floor=8.), sex=dict(auc=None, interval_95=None, floor=.5)),
                   fidelity=fidelity, conditioning=dict(drawn=effect, train=effect, held=effect, slices=[1]), diversity={k: dict(ms_ssim=.7) for k in ('drawn', 'train', 'held')},
-                  memorization=dict(share=.01, allowed=.02, verdict='passed', n=640, pixel=dict(share=.01)), utility={k: dict(auc=.8) for k in ('real', 'drawn', 'both')})
+                  memorization=AUDIT, utility={k: dict(auc=.8) for k in ('real', 'drawn', 'both')})
     return {**json.loads(json.dumps(scores)), **change}
 
 
@@ -128,10 +134,16 @@ def test_targets():
 
 
 def test_scores_are_on_the_page(copy):
-    merge_metrics(copy, 'samples ldm', judged(memorization=dict(share=.4, allowed=.02, verdict='failed', n=640, pixel=dict(share=.4))))
+    merge_metrics(copy, 'samples ldm', judged(memorization=dict(AUDIT, verdict='failed', copies=7, copied_subjects=3, reason='7 samples copy slices of 3 train subjects')))
     text = Page(report(copy, steps=2).read_text()).text
-    for part in ('audit failed', 'Look at the nearest pairs', '40.0%', 'NO', 'MNI152'): assert part in text, part
+    for part in ('audit failed', 'Look at the most similar pairs', '7 of 640', 'mirrored', '100 of 100', 'NO', 'MNI152'): assert part in text, part
     assert 'has not been audited' not in text
+
+
+def test_an_audit_of_an_earlier_version_is_no_audit(copy):
+    merge_metrics(copy, 'samples ldm', judged(memorization=dict(share=.01, allowed=.02, verdict='passed', n=640, pixel=dict(share=.01))))
+    text = Page(report(copy, steps=2).read_text()).text
+    assert 'not audited' in text and 'audit passed' not in text
 
 
 @pytest.mark.parametrize('layout, shown', [('phantom', True), ('oasis', False), ('manifest', False)])
@@ -169,5 +181,5 @@ def test_codes_that_are_told_the_diagnosis(told, dataset, tmp_path):
 
 
 def test_evaluate_refuses(copy, dataset, tmp_path):
-    with pytest.raises(ValueError, match='fingerprint'): evaluate(copy, type(dataset)(dataset.images, dataset.manifest.assign(hash='0'*32), dataset.covariates))
+    with pytest.raises(ValueError, match='not what the autoencoder was trained on: image of'): evaluate(copy, type(dataset)(dataset.images, dataset.manifest.assign(hash='0'*32), dataset.covariates))
     with pytest.raises(FileNotFoundError): evaluate(tmp_path/'nowhere', dataset)

@@ -52,7 +52,7 @@ def test_shipped_runs_draw_brains(cls, name):
 @pytest.mark.parametrize('half', [True, False])
 def test_a_packed_run_draws_the_same(half, reported, tmp_path):
     whole = BrainLDM.load(reported, device='cpu', precision='no')
-    packed = BrainLDM.load(whole.save_pretrained(tmp_path/'out', half=half), device='cpu', precision='no')
+    packed = BrainLDM.load(whole.save_pretrained(tmp_path/'out', half=half, without_audit='a test'), device='cpu', precision='no')
     names = {c.name: c.values[0] if c.values else c.range[0] for c in whole.covariates}
     ours,theirs = (o.sample(2, **names, steps=4, seed=1) for o in (whole, packed))
     assert_close(theirs, ours, rtol=0, atol=.02 if half else 0)
@@ -67,7 +67,43 @@ def test_broken_metrics_are_named(text, match, reported, tmp_path):
     assert not (tmp_path/'out').exists()
 
 
-def test_a_measurement_without_a_verdict_is_no_obstacle(): sharing.refuse_memory({'samples ldm': dict(memorization=None)})
+PASSED = dict(verdict='passed', reason='no copy', copies=0, power={}, near=.01, n=640, allowed=.02)
+
+
+@pytest.mark.parametrize('audit, said', [
+    (None, 'ldm: not audited'), (dict(PASSED, verdict='unclear'), 'ldm: unclear'), (dict(PASSED, verdict='failed'), 'ldm: failed'),
+    (dict(share=.01875, allowed=.02, verdict='passed', n=640), 'ldm: not audited')], ids=['never', 'unclear', 'failed', 'earlier rule'])
+def test_only_a_passed_audit_is_shared(audit, said, reported, tmp_path, capsys):
+    run = shutil.copytree(reported, tmp_path/'run')
+    (run/'metrics.json').write_text(json.dumps({'samples ldm': dict(memorization=audit)} if audit else {}))
+    with pytest.raises(ValueError, match=said): sharing.pack_run(run, tmp_path/'out')
+    assert main(['share', str(run), '--out', str(tmp_path/'out')])==1 and not (tmp_path/'out').exists()
+    error = capsys.readouterr().err
+    assert said in error and '--without-audit' in error and ('brainldm evaluate' in error or 'evaluate again' in error or 'held-out' in error)
+    assert main(['share', str(run), '--out', str(tmp_path/'out'), '--without-audit', '  '])==1 and not (tmp_path/'out').exists()
+    assert main(['share', str(run), '--out', str(tmp_path/'out'), '--without-audit', 'a <b>class</b> of synthetic subjects'])==0
+    card = (tmp_path/'out'/'README.md').read_text()
+    assert said in card and 'of synthetic subjects' in card and '<b>' not in card and 'may repeat' in card
+
+
+def test_an_audit_of_weights_replaced_since_is_none(reported, tmp_path):
+    run = shutil.copytree(reported, tmp_path/'run')
+    audit = dict(PASSED, weights=sharing.generator_hash(run, 'ldm'))
+    (run/'metrics.json').write_text(json.dumps({'samples ldm': dict(memorization=audit)}))
+    packed = sharing.pack_run(run, tmp_path/'packed')
+    assert sharing.open_verdicts(packed, json.loads((packed/'metrics.json').read_text()))=={}      # rounding is no other training
+    tensors,info = sharing.load_weights(run/'ldm.safetensors')
+    sharing.save_weights(run/'ldm.safetensors', {k: v+1 if v.is_floating_point() else v for k,v in tensors.items()}, info)
+    with pytest.raises(ValueError, match='ldm: not audited'): sharing.pack_run(run, tmp_path/'out')
+
+
+def test_a_passed_audit_is_shared_without_a_word(reported, tmp_path):
+    run = shutil.copytree(reported, tmp_path/'run')
+    (run/'metrics.json').write_text(json.dumps({'samples ldm': dict(memorization=PASSED)}))
+    out = sharing.pack_run(run, tmp_path/'out', without_audit='nothing to excuse')
+    assert (out/'README.md').read_text()==(run/'README.md').read_text()
+    (run/'prior.safetensors').write_bytes((run/'ldm.safetensors').read_bytes())          # another generator, never audited
+    with pytest.raises(ValueError, match='prior: not audited'): sharing.pack_run(run, tmp_path/'more')
 
 
 def test_no_path_travels(reported):
@@ -81,8 +117,8 @@ def test_nothing_is_sent_when_packing_is_refused(reported, tmp_path, monkeypatch
     calls = []
     monkeypatch.setattr(sharing, 'HfApi', lambda **_: calls.append('hub'))
     bad = tmp_path/'bad'; shutil.copytree(reported, bad)
-    (bad/'metrics.json').write_text(json.dumps({'samples ldm': dict(memorization=dict(verdict='failed'))}))
-    with pytest.raises(ValueError, match='audit of ldm failed'): sharing.push_run(bad, 'a/b')
+    (bad/'metrics.json').write_text(json.dumps({'samples ldm': dict(memorization=dict(PASSED, verdict='failed'))}))
+    with pytest.raises(ValueError, match='audit of ldm: failed'): sharing.push_run(bad, 'a/b')
     (bad/'README.md').unlink()
     with pytest.raises(FileNotFoundError, match='brainldm report'): BrainLDM.load(bad).push_to_hub('a/b')
     assert not calls
@@ -98,7 +134,7 @@ def test_the_hub_gets_a_private_run_and_gives_it_back(reported, tmp_path, monkey
         return tmp_path/'hub'/repo_id
     monkeypatch.setattr(sharing, 'HfApi', lambda token: SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder))
     monkeypatch.setattr(sharing, 'snapshot_download', download)
-    assert main(['share', str(reported), '--repo', 'me/brain'])==0 and seen['private']
+    assert main(['share', str(reported), '--repo', 'me/brain', '--without-audit', 'a test'])==0 and seen['private']
     assert main(['fetch', 'me/brain', '--run', str(tmp_path/'mine')])==0
     model = BrainLDM.from_pretrained('me/brain', device='cpu')
     for k,v in model.unet.state_dict().items(): assert_close(v, BrainLDM.load(tmp_path/'mine').unet.state_dict()[k], rtol=0, atol=0)
@@ -112,7 +148,7 @@ def test_no_word_about_people_travels(reported, tmp_path):
         stage['train_subjects'] = ['OAS1_0042']
         if 'data' in stage['config']: stage['config']['data']['subjects'] = 'anna/patients.csv'
     (clinic/'config.json').write_text(json.dumps(settings))
-    out = sharing.pack_run(clinic, tmp_path/'out')
+    out = sharing.pack_run(clinic, tmp_path/'out', without_audit='a test')
     for path in out.iterdir():
         for word in (b'OAS1_0042', b'anna', b'patients.csv'): assert word not in path.read_bytes()
     assert {o.name for o in out.iterdir()} <= {'README.md', 'config.json', 'metrics.json', *(f'{o}.safetensors' for o in sharing.WEIGHTS)}

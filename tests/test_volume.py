@@ -9,18 +9,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_covariates import cohort
 
 from brainldm import volume as module
-from brainldm.cli import data_config, main
-from brainldm.data import check_dataset
+from brainldm.cli import data_config, describe_space, main
+from brainldm.data import DataConfig, check_dataset
 from brainldm.batches import open_dataset
 from brainldm.diffusion import LDMConfig, train_ldm
 from brainldm.sampling import BrainLDM
 from brainldm.codec import SYNTHETIC
-from brainldm.runs import load_weights, read_log, save_weights
+from brainldm.runs import load_weights, open_run, read_log, save_weights
 from brainldm.training import AEConfig, train_autoencoder
 from brainldm.volume import (BrainVolumes, NeighbourUNet, VolumeConfig, correlate, drawing_order, find_neighbours,
-                             lay_beside, look_beside, to_nifti, train_volume)
+                             guess_spacing, lay_beside, look_beside, save_volumes, to_nifti, train_volume)
 
 SHORT = VolumeConfig(total_images=96, batch_size=8, warmup_images=16, validate_every=48, checkpoint_every=16, log_every=1, ema_images=32, preview_steps=2)
 
@@ -59,6 +60,18 @@ def test_a_brain_is_named_by_seed_and_number(model):
     same(model.sample_volume(1, steps=2, seed=1), three[:1])
     assert len({o.numpy().tobytes() for o in three})==3
     assert not torch.equal(model.sample_volume(1, steps=2, seed=2), three[:1])
+
+
+@pytest.mark.parametrize('sampler', ['ddim', 'dpmpp'])
+def test_a_brain_does_not_depend_on_its_batch(model, sampler):
+    "Three at once, one at a time, or in two parts as two processes would make them."
+    how = dict(steps=2, seed=1, sampler=sampler, diagnosis='AD')
+    three = model.sample_volume(3, **how)
+    same(model.sample_volume(3, batch_size=1, **how), three)
+    same(torch.cat([model.sample_volume(2, **how), model.sample_volume(1, first=2, **how)]), three)
+    shared = model.sample_shared_noise(3, .5, **how)
+    same(torch.cat([model.sample_shared_noise(2, .5, **how), model.sample_shared_noise(1, .5, first=2, **how)]), shared)
+    with pytest.raises(ValueError, match='first=-1'): model.sample_volume(1, first=-1, **how)
 
 
 def test_every_slice_hears_its_neighbour_and_nobody_further(model):
@@ -235,7 +248,64 @@ def test_command_line(trained, tiny_run, tmp_path, capsys):
     table = pd.read_csv(tmp_path/'edited'/'manifest.csv')
     assert set(table.diagnosis)=={'AD'} and set(table.subject)<=set(pd.read_csv(tiny_run[1]/'subjects.csv').subject.astype(str))
     capsys.readouterr()
-    for words,message in ((['volume', str(tiny_run[0])], 'does not know their size'), (['volume', str(tiny_run[0]), '--spacing-mm', '1', '1'], 'volume.safetensors'),
+    for words,message in ((['volume', str(tiny_run[0]), '--voxel-mm', '0', '1'], 'sizes above 0'), (['volume', str(tiny_run[0]), '--spacing-mm', '1', '1'], 'volume.safetensors'),
                           (['volume', str(run), '--spacing-mm', '1', '1', '--condition', 'slice=5'], 'a brain has all of them'),
                           (['edit', str(run), str(tiny_run[1]), '--to', 'diagnosis=AD', '--n', '0'], 'n=0'), (['edit', str(run), str(tiny_run[1]), '--to', 'AD'], 'name=value')):
         assert main(words)==1 and message in capsys.readouterr().err
+
+
+# ---- voxel sizes: from the training data to the generated volume
+
+def opened(folder, tmp_path, **how):
+    "Data and a run folder that was begun on them."
+    config = DataConfig(size=64, **how)
+    dataset = open_dataset(folder, config, progress=False, cache_dir=tmp_path/'cache')
+    open_run(tmp_path/'run', 'autoencoder', AEConfig(data=dataset.config), dataset)
+    return dataset,tmp_path/'run'
+
+
+@pytest.mark.parametrize('how,spacing', [(dict(crop=72), (2.25, 3.)), (dict(), (2.5, 3.)), (dict(crop=32), (1., 3.))])
+def test_volumes_keep_the_voxel_size_of_the_training_data(tmp_path, how, spacing):
+    "64 x 80 pixels of 2 mm and planes of 3 mm, cropped and resized to 64 pixels."
+    noise = np.random.default_rng(0)
+    for i in range(4):
+        vol = np.zeros((64, 80, 4), np.float32)
+        vol[20:44, 24:56] = noise.uniform(100, 900, (24, 32, 4))
+        (tmp_path/'in').mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(vol, np.diag([2., 2., 3., 1.])), tmp_path/f'in/sub-{i}.nii.gz')
+    dataset,run = opened(tmp_path/'in', tmp_path, **how)
+    about = json.loads((run/'config.json').read_text())['autoencoder']['data']
+    assert about['voxel_mm']==[2., 3.] and about['left_known'] and guess_spacing(run)==spacing
+    folder = save_volumes(torch.zeros(1, 4, 64, 64), tmp_path/'out', {}, guess_spacing(run), {}, about['left_known'])
+    image = nib.load(folder/'brain_0000.nii.gz')
+    assert np.allclose(image.header.get_zooms(), (spacing[0], *spacing)) and image.header['sform_code']==image.header['qform_code']==2
+    with pytest.raises(ValueError, match='Expected the same'): guess_spacing(run, (1., 1.))
+    assert dataset.subset('train').manifest.attrs['voxel_mm']==(2., 3.)
+
+
+def test_pictures_claim_neither_size_nor_side(tmp_path):
+    _,run = opened(cohort(tmp_path/'in', n=5, size=80), tmp_path)
+    about = json.loads((run/'config.json').read_text())['autoencoder']['data']
+    assert about['voxel_mm'] is None and not about['left_known'] and guess_spacing(run) is None
+    assert guess_spacing(run, (2., 3.))==(2.5, 3.)                             # 80 pixels become 64
+    for spacing in (None, (2.5, 3.)):
+        image = to_nifti(torch.zeros(4, 64, 64), spacing, {}, left_known=False)
+        assert image.header['sform_code']==image.header['qform_code']==0 and b'left and right not known' in image.header['descrip'].item()
+        assert image.header.get_zooms()==((2.5, 2.5, 3.) if spacing else (1., 1., 1.)) and image.header.get_xyzt_units()[0]==('mm' if spacing else 'unknown')
+        assert json.loads(image.header.extensions[0].get_content())['not_known']==['voxel size']*(not spacing)+['left and right']
+    assert '--left-on-left' in describe_space((2.5, 3.), False) and '--voxel-mm' in describe_space(None, True)
+
+
+def test_what_is_not_known_is_said(tmp_path, tiny_run, capsys):
+    words = ['volume', str(tiny_run[0]), '--shared-noise', '.5', '--n', '1', '--steps', '1', '--out']
+    assert main([*words, str(tmp_path/'a')])==0
+    assert '--voxel-mm' in capsys.readouterr().out
+    assert nib.load(tmp_path/'a/brain_0000.nii.gz').header['sform_code']==0
+    assert main([*words, str(tmp_path/'b'), '--voxel-mm', '2', '3'])==0        # the phantom's left is known
+    image = nib.load(tmp_path/'b/brain_0000.nii.gz')
+    assert image.header.get_zooms()==(2., 2., 3.) and image.header['sform_code']==2 and 'mm' in capsys.readouterr().out
+
+
+def test_runs_of_former_versions_have_no_size(tmp_path):
+    (tmp_path/'config.json').write_text(json.dumps(dict(autoencoder=dict(config=dict(data=dict(crop=208, size=128)), data=dict(hash='x')))))
+    assert guess_spacing(tmp_path) is None and guess_spacing(tmp_path, (1., 1.))==(1.625, 1.)
