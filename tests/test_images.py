@@ -60,13 +60,12 @@ def test_both_ways_give_the_same_numbers(world, folder):
     run = evaluate(world["run"], world["dataset"], "stage1", **KNOBS)
     assert len(run["fidelity"]["by_seed"]) == len(run["fidelity"]["excess"]["by_seed"]) == 2
     own = evaluate_images(folder, world["dataset"], run=world["run"], **KNOBS)
+    assert run["memorization"].pop("weights") and "weights" not in own["memorization"]          # whose weights were audited: of images, nobody knows
     for name in ("n", "n_subjects", "reading", "fidelity", "conditioning", "diversity", "memorization"):
         assert json.dumps(run[name]) == json.dumps(own[name]), name
     assert read_metrics(folder)["samples images"] == own and own["n_unused"] == 0
     assert sorted(o.name for o in (folder / "evaluation").iterdir()) == ["images_audit.png", "images_drawn.png"]       # no real slice
     assert len(check_targets(own)) == 4 and report_samples("images", own)["table"]
-    alone = evaluate_images(folder, world["dataset"], out=folder.parent / "scores", **KNOBS)                               # no run: the same network, from the cache
-    assert json.dumps(alone["fidelity"]) == json.dumps(run["fidelity"]) and (folder.parent / "scores" / "evaluation" / "images_pairs.png").is_file()
 
 
 def test_command(world, folder, capsys):
