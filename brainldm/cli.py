@@ -599,8 +599,8 @@ class Evaluate(Drawing):
         else:
             scores = evaluate(run, dataset, self.generator, seed=self.seed, **how)
             page = report(run)
-        lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {'reached' if ok else 'missed'}"
-                 for name,drawn,real,target,ok,_ in check_targets(scores)]
+        lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {verdict}"
+                 for name,drawn,real,target,verdict,_ in check_targets(scores)]
         trust = trust_rows('images' if self.images is not None else self.generator, scores)
         lines += [': '.join(o[:2]) for o in trust['table'][1:]]
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))

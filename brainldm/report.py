@@ -6,13 +6,14 @@
 __all__ = ['EXCESS', 'PAGE', 'ACKNOWLEDGE', 'draw_by_condition', 'picture_uri', 'prior_scores', 'draw_by_generator',
            'report_prior', 'draw_like', 'as_saved', 'from_bytes', 'judge_pictures', 'draw_audit', 'draw_pairs',
            'save_evaluation', 'evaluate', 'read_image', 'refuse_unlike', 'read_images', 'image_side', 'pair_images',
-           'evaluate_images', 'check_targets', 'fidelity_rows', 'reference_note', 'audit_rows', 'membership_rows',
-           'report_samples', 'trust_rows', 'report_data', 'report_numbers', 'judged_pictures', 'latest_picture',
-           'plain', 'model_card', 'from_metrics', 'report']
+           'evaluate_images', 'target_verdict', 'check_targets', 'fidelity_rows', 'reference_note', 'audit_rows',
+           'membership_rows', 'report_samples', 'trust_rows', 'report_data', 'report_numbers', 'judged_pictures',
+           'latest_picture', 'plain', 'model_card', 'from_metrics', 'report']
 
 # %% ../nbs/10c_report.ipynb #396d9c49
 import base64
 import html
+import math
 import re
 import time
 from collections.abc import Callable
@@ -419,31 +420,44 @@ def evaluate_images(
     save_evaluation(place/'evaluation', 'images', scores, first, train, near, pairs=out is not None)         # real slices
     return scores
 
+# %% ../nbs/10c_report.ipynb #c0ffee60
+def target_verdict(
+    interval:tuple[float, float]|None, # 95 % interval of a number; None: it could not be estimated
+    least:float=-math.inf, # Smallest value that reaches the target
+    most:float=math.inf, # Largest value that reaches the target
+)->str: # 'reached', 'missed' or 'unclear'
+    "A target is reached by the whole interval, missed by the whole interval, or unclear."
+    low,high = interval or (-math.inf, math.inf)
+    if least<=low and high<=most: return 'reached'
+    return 'missed' if high<least or low>most else 'unclear'
+
 # %% ../nbs/10c_report.ipynb #21a5c247
 def check_targets(
     scores:dict, # As from `evaluate`
-)->list[tuple]: # Measure, drawn, real, target, reached (True, False), what it means if not
-    "The five targets beside what was reached."
+)->list[tuple]: # Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not reached
+    "The five targets beside what was measured, each judged by its interval over subjects."
     drawn,reference,excess = (scores['fidelity'][k] for k in ('synthetic', 'reference', 'excess'))
-    alike = {k: o['ms_ssim'] for k,o in scores['diversity'].items()}
-    audit,use = scores['memorization'],scores.get('utility')
-    out = [('excess KID over real subjects', excess['kid'], 0., f'at most {EXCESS:g}, or not above 0 for certain',
-            excess['kid']<=EXCESS or excess['interval_95'][0]<=0,
-            'Synthetic images differ from held-out slices more than those of other real subjects do: blur, too short a '
-            'training, or too few steps.'),
-           ('recall', drawn['recall'], reference['recall'], 'at least 0.5', drawn['recall']>=.5,
-            'Many real people are like nothing that it draws.'),
-           ('MS-SSIM, same conditions', alike['drawn'], alike['train'], 'within 0.03 of real',
-            abs(alike['drawn']-alike['train'])<=.03,
-            'Answers to the same request are more alike, or less, than real people are.'),
-           ('memorization audit, copies', audit['copies'], 0, 'passed', audit['verdict']=='passed',
+    pairs,audit,use = scores['diversity'],scores['memorization'],scores.get('utility')
+    real = pairs['train']['ms_ssim']
+    out = [('excess KID over real subjects', excess['kid'], 0., f'at most {EXCESS:g}',
+            target_verdict(excess['interval_95'], most=EXCESS),
+            'Synthetic images may differ from held-out slices more than those of other real subjects do: blur, too '
+            'short a training, or too few steps.'),
+           ('recall', drawn['recall'], reference['recall'], 'at least 0.5',
+            target_verdict(drawn['interval_95'].get('recall'), least=.5),
+            'Many real slices are like nothing that it generates.'),
+           ('MS-SSIM, same conditions', pairs['drawn']['ms_ssim'], real, 'within 0.03 of real',
+            target_verdict(pairs['drawn']['interval_95'], real-.03, real+.03),
+            'Answers to the same request are more similar, or less, than real subjects are.'),
+           ('memorization audit, copies', audit['copies'], 0, 'passed',
+            dict(passed='reached', failed='missed').get(audit['verdict'], 'unclear'),
             f"The memorization audit {'has failed' if audit['verdict']=='failed' else 'is unclear'}: {audit['reason']}. "
             'Look at the most similar pairs, and do not share before.')]
     if not use: return out
-    real,ours = use['real']['auc'],use['drawn']['auc']
-    return [*out, ('AUC of a classifier trained on them', ours, real, f'at least {.9*real:.2f}, 0.9 x real',
-                   ours>=.9*real, 'Disease is drawn weaker, or otherwise, than it is: a classifier learns less from '
-                   'these pictures than from real ones.')]
+    real = use['real']['auc']
+    return [*out, ('AUC of a classifier trained on them', use['drawn']['auc'], real, f'at least {.9*real:.2f}, 0.9 x real',
+                   target_verdict(use['drawn']['interval_95'], least=.9*real), 'Disease may be weaker in them than it '
+                   'is: a classifier may learn less from these images than from real ones.')]
 
 # %% ../nbs/10c_report.ipynb #c0ffee20
 def fidelity_rows(
@@ -514,8 +528,8 @@ def report_samples(
         title=title, table=[], figures=[],
         text='Evaluated by an earlier rule, which let copies pass: not audited. Run `brainldm evaluate RUN DATA` again.')
     targets = check_targets(scores)
-    rows = [['measure', 'synthetic', 'real-vs-real reference', 'target', 'reached']]
-    rows += [[name, show_number(a), show_number(b), goal, 'yes' if ok else 'NO'] for name,a,b,goal,ok,_ in targets]
+    rows = [['measure', 'synthetic', 'real-vs-real reference', 'target', 'verdict']]
+    rows += [[name, show_number(a), show_number(b), goal, verdict] for name,a,b,goal,verdict,_ in targets]
     def cell(o): return f"{show_number(o['value'])} [{', '.join(map(show_number, o['interval_95'] or (None, None)))}]"
     names = dict(slice_error='distance from the slice asked for', diagnosis_effect='fluid, AD minus NC (Cohen d)',
                  age_slope='fluid, change in ten years of age', fine_detail='fine detail')
@@ -525,7 +539,8 @@ def report_samples(
              for k,label in names.items() if k in ours]
     read = ', '.join(f"{k} {'AUC' if 'auc' in o else 'to within'} {show_number(o.get('auc', o.get('error')), 2)} "
                      f"(knowing nothing: {show_number(o['floor'], 2)})" for k,o in scores['reading'].items())
-    text = ' '.join(f'{name}: not reached. {why}' for name,*_,ok,why in targets if not ok)
+    text = ' '.join(f"{name}: {'not reached' if verdict=='missed' else verdict}. {why}"
+                    for name,*_,verdict,why in targets if verdict!='reached')
     text = text or 'All targets that were measured are reached.'
     if not scores.get('utility'): text += ' Whether a classifier can learn from the pictures was not measured.'
     text += (f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people whom no part "

@@ -110,22 +110,24 @@ AUDIT = dict(whole=PART, half=PART, copies=0, copied_subjects=0, n_train_subject
 
 
 def judged(**change):
-    one = dict(frechet=2., kid=.01, precision=.9, recall=.9, density=1., coverage=.9, n=640, interval_95=dict(kid=[-.1, .2]))
-    excess = dict(kid=.01, interval_95=[-.05, .07])
+    one = dict(frechet=2., kid=.01, precision=.9, recall=.9, density=1., coverage=.9, n=640, interval_95=dict(kid=[-.1, .2], recall=[.8, .95]))
+    excess = dict(kid=.01, interval_95=[-.03, .04])
     fidelity = dict(synthetic=one, reference=one, by_seed=[one, one], by_rotation=[one]*5, n_reference_seen=0, excess=dict(excess, by_seed=[excess, excess]))
     effect = {k: dict(value=1., interval_95=None) for k in ('slice_error', 'diagnosis_effect', 'fine_detail')}
     scores = dict(n=640, n_subjects=20, split='validate', seed=0, how={}, reading=dict(slice=dict(error=.9, interval_95=None, floor=8.), sex=dict(auc=None, interval_95=None, floor=.5)),
-                  fidelity=fidelity, conditioning=dict(drawn=effect, train=effect, held=effect, slices=[1]), diversity={k: dict(ms_ssim=.7) for k in ('drawn', 'train', 'held')},
-                  memorization=AUDIT, utility={k: dict(auc=.8) for k in ('real', 'drawn', 'both')})
+                  fidelity=fidelity, conditioning=dict(drawn=effect, train=effect, held=effect, slices=[1]), diversity={k: dict(ms_ssim=.7, interval_95=[.69, .71]) for k in ('drawn', 'train', 'held')},
+                  memorization=AUDIT, utility={k: dict(auc=.8, interval_95=[.75, .85]) for k in ('real', 'drawn', 'both')})
     return {**json.loads(json.dumps(scores)), **change}
 
 
 def test_targets():
-    assert [o[4] for o in check_targets(judged())]==[True]*5 and 'not reached' not in report_samples('ldm', judged())['text']
+    assert [o[4] for o in check_targets(judged())]==['reached']*5 and 'not reached' not in report_samples('ldm', judged())['text']
     scores = judged(); scores['fidelity']['excess'].update(kid=.3, interval_95=[.2, .4])
-    assert [o[4] for o in check_targets(scores)]==[False]+[True]*4 and 'than those of other real subjects' in report_samples('ldm', scores)['text']
+    assert [o[4] for o in check_targets(scores)]==['missed']+['reached']*4 and 'than those of other real subjects' in report_samples('ldm', scores)['text']
     scores['fidelity']['synthetic']['kid'] = scores['fidelity']['reference']['kid'] = 1.    # held-out subjects that are far from all others: nothing changes
-    assert not check_targets(scores)[0][4]
+    assert check_targets(scores)[0][4]=='missed'
+    scores['fidelity']['excess'].update(kid=.01, interval_95=[-.2, .2])        # too few subjects to say
+    assert check_targets(scores)[0][4]=='unclear' and 'excess KID over real subjects: unclear.' in report_samples('ldm', scores)['text']
     part = report_samples('ldm', judged(fidelity=dict(judged()['fidelity'], n_reference_seen=3)))
     assert 'was trained on 3 of them' in part['text'] and [o[0] for o in part['table'] if 'seed' in o[0]]==['excess KID, all seeds', 'excess KID, seed 1', 'excess KID, seed 2']
     old = judged(fidelity={k: dict(kid=.01) for k in ('drawn', 'floor')})
@@ -136,7 +138,7 @@ def test_targets():
 def test_scores_are_on_the_page(copy):
     merge_metrics(copy, 'samples ldm', judged(memorization=dict(AUDIT, verdict='failed', copies=7, copied_subjects=3, reason='7 samples copy slices of 3 train subjects')))
     text = Page(report(copy, steps=2).read_text()).text
-    for part in ('audit failed', 'Look at the most similar pairs', '7 of 640', 'mirrored', '100 of 100', 'NO', 'MNI152'): assert part in text, part
+    for part in ('audit failed', 'Look at the most similar pairs', '7 of 640', 'mirrored', '100 of 100', 'missed', 'MNI152'): assert part in text, part
     assert 'has not been audited' not in text
 
 
