@@ -18,7 +18,8 @@ brainldm reconstruct phantom-128-codes phantom --split test
 brainldm bits phantom-128-codes phantom
 brainldm evaluate phantom-128-codes phantom --generator prior
 
+reason="Synthetic subjects: no scan of a person is among the training data, so no sample can repeat one."
 for name in phantom-128 phantom-128-codes; do
     rm -rf "$shelf/$name"
-    brainldm share "$name" --out "$shelf/$name"
+    brainldm share "$name" --out "$shelf/$name" --without-audit "$reason"
 done
