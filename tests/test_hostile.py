@@ -210,7 +210,7 @@ VOLUMES = {                                              # name: writer, kind of
     "four dimensions": (save(np.stack([VOL, VOL], -1)), "shape"),
     "voxels that are NaN": (holed(NAN), "nan"),
     "voxels that are infinite": (holed(float("inf")), "nan"),
-    "voxels of colour": (save(np.zeros((6, 6, 3), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))), "unreadable"),
+    "voxels of colour": (save(np.zeros(VOL.shape, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))), "unreadable"),
     "complex voxels": (save(VOL.astype(np.complex64)), "unreadable"),
     "absurd dimensions": (patched(40, "<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1), "shape"),
     "absurd dimensions, compressed": (zipped(patched(40, "<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1)), "shape"),
@@ -223,7 +223,7 @@ VOLUMES = {                                              # name: writer, kind of
     "an affine without volume": (patched(280, "<4f", 0., 0., 0., 0.), "orientation|unreadable"),
     "an affine with next to no volume": (patched(296, "<4f", 0., 2., 1e30, 0.), "orientation|oblique"),
     "voxels of no size": (patched(76, "<4f", 1., 0., 0., 0.), None),
-    "oblong voxels": (save(VOL, np.diag([2., 3., 2., 1.])), "voxels"),
+    "oblong voxels": (save(VOL, np.diag([2., 3., 2., 1.])), "grid"),         # beside volumes of square ones
     "a scale of NaN": (patched(112, "<2f", NAN, NAN), None),
     "a scale of 1e38": (patched(112, "<2f", 1e38, 0.), "nan"),
     "nothing but air": (save(VOL * 0), "empty"),
