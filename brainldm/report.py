@@ -181,12 +181,11 @@ def judge_pictures(
     train:SliceDataset, # Real slices of train people
     held:SliceDataset, # Real slices of unseen people, n rows
     utility:TrainConfig|None=UTILITY, # Length of the classifiers' trainings; None: leave them out
-    rebuild:Callable|None=None, # The run's autoencoder, as `Codec.reconstruct`; None: samples are as sharp as scans
     progress:bool=False, # Show a bar
     more:tuple[Tensor, ...]=(), # Further sets for the same rows, sampled from other seeds: they show the noise of sampling
     orders:pd.DataFrame|None=None, # Conditions that the samples were generated for (n rows); None: those of `rows`
-)->tuple[dict, pd.DataFrame, pd.DataFrame]: # All scores; most similar train slices of samples, and of the audit's reference
-    "Every measure of notebooks 10a and 10b, each beside what real pictures get."
+)->dict: # All scores but the memorization audit's
+    "Every measure of notebooks 10a and 10b on sets of images, each beside what real slices get."
     who,asked = held.manifest.subject,train.manifest.iloc[rows].reset_index(drop=True)
     orders = asked if orders is None else orders.reset_index(drop=True)
     real,drawn = SliceDataset(train.images[rows], asked, train.covariates),as_dataset(pictures, orders, train.covariates)
@@ -200,21 +199,18 @@ def judge_pictures(
     sets = dict(drawn=(pictures, orders.assign(subject=range(len(orders)))), train=(train, train.manifest),
                 held=(held, held.manifest))
     whole = {k: o.__getitems__(range(len(o)))['image'] for k,o in (('train', real), ('held', held))}
-    device = next(net.parameters()).device
-    audit,*near = audit_images(pictures, train, held, rebuild, device=device, progress=progress)
     measures = dict(reading=lambda: reading_scores(net, held),
         fidelity=lambda: dict(beside_reference(seen, ours, [every[o] for o in turns], who.to_numpy(),
                                                [owners[o] for o in turns]), n_reference_seen=known),
         conditioning=lambda: dict({k: condition_effects(net, *o, middle) for k,o in sets.items()},
                                   slices=middle.tolist()),
         diversity=lambda: diversity_scores(dict(drawn=pictures, **whole), held.manifest),
-        memorization=lambda: audit,
         utility=lambda: utility_scores(dict(real=real, drawn=drawn, both=both), held, utility, net.channels,
                                        progress=progress))
     if utility is None: measures.pop('utility')
     bar = tqdm(measures.items(), desc='measures', disable=not progress)
     out = {k: measure() for k,measure in bar}
-    return json_safe(dict(n=len(pictures), n_subjects=int(who.nunique()), **out)),*near
+    return json_safe(dict(n=len(pictures), n_subjects=int(who.nunique()), **out))
 
 # %% ../nbs/10c_report.ipynb #3250f9b9
 def draw_audit(
@@ -290,12 +286,13 @@ def evaluate(
     net = feature_net(run, dataset, features, channels, progress).to(model.device)
     asked = train.manifest.iloc[rows]
     pictures,*more = (as_saved(draw_like(model, asked, generator, o, progress=progress, **how)) for o in (seed, seed+1))
-    scores,near,away = judge_pictures(net, pictures, rows, train, held, utility, model.reconstruct, progress,
-                                      tuple(more))
-    scores['memorization']['weights'] = generator_hash(run, generator)
-    scores = dict(split=split, seed=seed, how=how, **scores, membership=json_safe(membership_inference(model, train, held)))
+    audit,*near = audit_images(pictures, train, held, model.reconstruct, device=model.device, progress=progress)
+    scores = judge_pictures(net, pictures, rows, train, held, utility, progress, tuple(more))
+    scores = dict(split=split, seed=seed, how=how, **scores,
+                  memorization=dict(json_safe(audit), weights=generator_hash(run, generator)),
+                  membership=json_safe(membership_inference(model, train, held)))
     merge_metrics(run, f'samples {generator}', scores)
-    save_evaluation(run/'evaluation', generator, scores, pictures, train, [near, away])
+    save_evaluation(run/'evaluation', generator, scores, pictures, train, near)
     return scores
 
 # %% ../nbs/10c_report.ipynb #c0ffee32
@@ -412,9 +409,11 @@ def evaluate_images(
     net = feature_net(run or home, dataset, features, channels, progress)
     device,model = pick_device(),BrainLDM.load(run) if run else None
     first,*more = (from_bytes(pixels[o])[:, None] for o in sets)
-    scores,*near = judge_pictures(net.to(device), first, match_rows(held.manifest, train.manifest), train, held, utility,
-                                  model and model.reconstruct, progress, tuple(more), table.iloc[sets[0]])
-    scores = dict(split=split, images=Path(images).resolve().name, n_unused=unused, **scores)
+    audit,*near = audit_images(first, train, held, model and model.reconstruct, device=device, progress=progress)
+    scores = judge_pictures(net.to(device), first, match_rows(held.manifest, train.manifest), train, held, utility,
+                            progress, tuple(more), table.iloc[sets[0]])
+    scores = dict(split=split, images=Path(images).resolve().name, n_unused=unused, **scores,
+                  memorization=json_safe(audit))
     place = Path(out or images)
     merge_metrics(place, 'samples images', scores)
     save_evaluation(place/'evaluation', 'images', scores, first, train, near, pairs=out is not None)         # real slices
@@ -548,7 +547,7 @@ def report_samples(
              f"unseen people: {read}. {reference_note(scores['fidelity'])}")
     return dict(title=title, text=text, table=rows, figures=[])
 
-# %% ../nbs/10c_report.ipynb #c0ffee60
+# %% ../nbs/10c_report.ipynb #45c1a24f
 def trust_rows(
     generator:str, # 'ldm', 'prior', 'stage1' or 'images'
     scores:dict, # As from `evaluate`

@@ -23,7 +23,6 @@ import tyro
 from brainldm import unet
 from brainldm.cli import data_config
 from brainldm.batches import open_dataset
-from brainldm.evaluation import json_safe
 from brainldm.fidelity import feature_net, match_rows
 from brainldm.phantom import show_grid
 from brainldm.report import draw_like, judge_pictures
@@ -140,7 +139,7 @@ def judge(pictures: torch.Tensor, rows, dataset, job: Ablation) -> dict:
     "The numbers that decide, beside their floors."
     (job.out / "judge").mkdir(parents=True, exist_ok=True)
     net = feature_net(job.out / "judge", dataset)
-    scores = json_safe(judge_pictures(net, pictures, rows, dataset.subset("train"), dataset.subset("validate"), utility=None)[0])
+    scores = judge_pictures(net, pictures, rows, dataset.subset("train"), dataset.subset("validate"), utility=None)
     drawn, real = scores["conditioning"]["drawn"], scores["conditioning"]["train"]
     fidelity, reference = scores["fidelity"]["synthetic"], scores["fidelity"]["reference"]
     return {
