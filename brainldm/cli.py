@@ -47,7 +47,7 @@ from .sharing import audit_verdicts, fetch_run, pack_run, push_run, refuse_taken
 from .loop import TrainConfig, crew
 from .runs import read_config, read_metrics
 from .training import AEConfig, size_multiple, save_figure, train_autoencoder
-from .diffusion import PRESETS, LDMConfig, refuse_leak, train_ldm
+from .diffusion import PRESETS, LDMConfig, note_changes, refuse_leak, train_ldm
 from .volume import (
     VOLUME_PRESETS, BrainVolumes, VolumeConfig, check_spacing, guess_spacing, save_volumes, train_volume)
 
@@ -256,8 +256,10 @@ class Bits:
 
     def run(self)->int: # Exit status
         dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects), progress=not self.as_json)
+        model = CodeSampler.load(self.run_folder)
         refuse_leak(read_config(self.run_folder), dataset, self.run_folder)
-        scores = prior_scores(CodeSampler.load(self.run_folder), dataset, self.split, progress=not self.as_json)
+        note_changes(self.run_folder, 'prior', dataset, model.autoencoder)
+        scores = prior_scores(model, dataset, self.split, progress=not self.as_json)
         merge_metrics(self.run_folder, f'bits {self.split}', scores)
         lines = [f"{self.split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices; bits per code"]
         lines += [f'{k:12}{show_number(v):>8}' for k,v in scores['bits'].items()]

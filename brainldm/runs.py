@@ -142,7 +142,9 @@ def check_trained_on(
     **below:nn.Module, # The networks that it shall work with now, by the name of their stage
 )->list[str]: # Stages of which the file does not say with which weights it was trained: made by an earlier version
     "Refuse a network whose autoencoder, or diffusion model, is not the one it was trained on. Raises ValueError."
-    known = read_info(path).get('trained_on', {})
+    info = read_info(path)
+    known = info.get('trained_on') if isinstance(info, dict) else None
+    known = known if isinstance(known, dict) else {}                           # what else it may be is refused where it is read
     for stage,model in below.items():
         if known.get(stage, '')==weights_hash(model) or stage not in known: continue
         raise ValueError(

@@ -841,7 +841,7 @@ def test_drawn_pictures_name_nobody(tiny_run, tmp_path, secrets):
             image = Image.open(path)
             assert not image.getexif() and set(image.info) <= {"Description", "Software", "brainldm", "dpi"}
             if path.name != "grid.png": assert set(json.loads(image.info["brainldm"])) <= {
-                "path", "subject", "slice", "diagnosis", "generator", "steps", "guidance_scale", "guidance_interval", "guidance_rescale", "sampler", "seed", "synthetic"}
+                "path", "subject", "slice", "diagnosis", "generator", "steps", "guidance_scale", "guidance_interval", "guidance_rescale", "sampler", "seed", "synthetic", "audit"}
     assert set(pd.read_csv(tmp_path / "out" / "manifest.csv").subject) == {"synthetic_0000", "synthetic_0001"}
 
 

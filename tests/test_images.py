@@ -1,6 +1,7 @@
 "Images of any generator: the same scores as for a run, and an error for whatever cannot be compared."
 import json
 import shutil
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from brainldm import audit, report
 from brainldm.batches import open_dataset
 from brainldm.cli import main
 from brainldm.codec import save_pictures, to_bytes
@@ -20,6 +22,13 @@ from brainldm.report import check_targets, draw_like, evaluate, evaluate_images,
 from brainldm.runs import read_metrics
 from brainldm.sampling import BrainLDM
 from brainldm.training import AEConfig, train_autoencoder
+
+@pytest.fixture(autouse=True)
+def quick_audit(monkeypatch):
+    "Few planted copies and trials: what their number shows is tested in test_memorization."
+    monkeypatch.setattr(audit, "planted_copies", partial(audit.planted_copies, number=6))
+    monkeypatch.setattr(report, "audit_images", partial(audit.audit_images, trials=5))
+
 
 SHORT = TrainConfig(total_images=96, batch_size=16, warmup_images=16)
 KNOBS = dict(split="test", features=SHORT, utility=None, channels=(8, 16))

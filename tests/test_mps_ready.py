@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from brainldm.audit import nearest_slices
+from brainldm.audit import CopySearch, nearest_copies
 from brainldm.batches import open_dataset
 from brainldm.data import DataConfig
 from brainldm.evaluation import codebook_scores
@@ -126,7 +126,7 @@ def test_features(dataset):
         x = dataset.__getitems__([0, 1, 2])['image']; small.mark(x)
         augment(x, torch.Generator().manual_seed(0))
         assert picture_features(net, dataset).numpy().dtype==np.float64
-        nearest_slices(net, dataset, dataset)
+        assert nearest_copies(CopySearch(dataset), x).shape==(3, 4)
 
 
 def test_a_moved_image_is_what_border_padding_gives():

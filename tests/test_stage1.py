@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from brainldm import training
 from brainldm.cli import main
@@ -253,6 +254,9 @@ def test_the_prior_on_the_command_line(phantom, tmp_path, capsys):
     assert json.loads((tmp_path/'run'/'metrics.json').read_text())['bits test']==said
     other = shutil.copytree(phantom, tmp_path/'other')
     people = pd.read_csv(other/'subjects.csv'); people.assign(age=people.age+1).to_csv(other/'subjects.csv', index=False)
+    with pytest.warns(UserWarning, match='prior of .* was trained with other covariates: age of'): assert main(['bits', run, str(other)])==0
+    path = next(other.rglob('*.png'))
+    Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)      # another image than stage 1 was given
     assert main(['bits', run, str(other)])==1 and 'not what the autoencoder was trained on' in capsys.readouterr().err
     assert main(['sample', run, '--generator', 'prior', '--n', '2', '--slice', '3', '--top-k', '8'])==0
     assert 'Known covariates: slice' in capsys.readouterr().out
