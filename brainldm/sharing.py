@@ -29,7 +29,7 @@ def strip_settings(
 )->dict: # The same without names of people and without paths
     "Take out of a run's settings what is about people. A phantom is nobody: its numbers stay."
     def bare(o):
-        config = {k: v for k,v in o['config'].items() if k!='init_from'}       # a path, perhaps; its hash stays
+        config = {k: None if k=='init_from' else v for k,v in o['config'].items()}     # a path, perhaps; its hash stays
         return config | (dict(data=dict(config['data'], subjects=None)) if config.get('data') else {})
     def source(o): return dict(origin={k: v for k,v in o['origin'].items() if k!='run'}) if o.get('origin') else {}
     def names(o): return o.get('train_subjects') if o['data'].get('layout')=='phantom' else None
