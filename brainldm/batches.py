@@ -343,12 +343,14 @@ def read_value(
 ): # The level as text, the number as float, or None
     "Read one requested value by the kind of its covariate. Raises ValueError naming the levels or the range."
     c = covariate
+    if np.ndim(value): raise ValueError(
+        f"read_conditions: {c.name}={value}. Expected one value, or a list with one for each image. Try {c.name}={value[0]}.")
     if not isinstance(value, str) and pd.isna(value): return None
     if c.kind=='categorical':
         level = level_text(value)
         if level in c.values: return level
         near = [o for o in c.values if o.casefold()==level.casefold()] or c.values
-        raise ValueError(f"read_conditions: {c.name}={level!r}. Expected one of {', '.join(c.values)}, the levels of the "
+        raise ValueError(f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.values)}, the levels of the "
                          f"training data. Try {c.name}={near[0]}, or leave it out where it is not known.")
     try: number = float(value)
     except (TypeError, ValueError): number = math.nan

@@ -92,7 +92,7 @@ def add_training_findings(
 )->Findings: # The same with the covariates, and with the faults and notes of a training
     "Say before training what it would refuse, or could not learn."
     if not len(found.manifest): return found
-    faults,notes,lines = training_faults(found, config, auto),list(found.notes),()
+    faults,notes,lines = training_faults(found, config, auto) if found.ok else [],list(found.notes),()     # mend files first
     try: covariates = find_covariates(found.manifest, config)
     except ValueError as e: faults.append(('columns', str(e)))
     else:

@@ -221,7 +221,7 @@ def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
 
 def test_every_fault_has_its_remedy():
     "The table of the page and the faults of the code."
-    trees = [ast.parse((ROOT / "brainldm" / f"{name}.py").read_text()) for name in ("files", "tables", "data", "batches")]
+    trees = [ast.parse((ROOT / "brainldm" / f"{name}.py").read_text()) for name in ("files", "tables", "data", "batches", "cli")]
     calls = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") in ("DataFault", "as_faults")]
     at = {"DataFault": 0, "as_faults": 1}
     kinds = {n.args[at[n.func.id]].value for n in calls if len(n.args) > at[n.func.id] and isinstance(n.args[at[n.func.id]], ast.Constant)}

@@ -476,8 +476,10 @@ def test_sound_archive_is_unpacked_once_and_trained_on(suffix, oasis, tmp_path, 
         assert "layout oasis: 4 subjects, 8 slices" in out and str(archive.name) in out
     dataset = batches.open_dataset(archive, DataConfig(size=32), progress=False)
     assert len(dataset) == 8
+    shutil.rmtree(tmp_path / "cache" / "looks", ignore_errors=True)               # records of looks come when files are old enough
     first = snapshot(tmp_path / "cache")
     batches.open_dataset(archive, DataConfig(size=32), progress=False)
+    shutil.rmtree(tmp_path / "cache" / "looks", ignore_errors=True)
     assert snapshot(tmp_path / "cache") == first
 
 
