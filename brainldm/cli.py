@@ -741,6 +741,7 @@ def main(
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as e:
         if os.environ.get('BRAINLDM_DEBUG'): raise
+        sys.stdout.flush()                                                     # the error comes last, also in a file that holds both
         print(f'brainldm: error: {e}', file=sys.stderr)
         return 1
 

@@ -309,3 +309,13 @@ def test_a_column_of_ones_own_is_learned_and_asked_for(pictures, tmp_path, capsy
     assert "apoe (e3|e4), mmse (21 to 29)" in capsys.readouterr().out
     assert "apoe='e2'" in refused(capsys, "sample", run, "--condition", "apoe=e2")
     assert "mmse=40" in refused(capsys, "sample", run, "--condition", "mmse=40")
+
+
+def test_the_error_is_the_last_line_of_a_log(tiny_run, tmp_path):
+    "Notes go to the one stream and the error to the other; a file that holds both must end with the error."
+    (tmp_path/'file').write_text('')
+    env = dict(os.environ, OMP_NUM_THREADS='1', BRAINLDM_CACHE=str(tmp_path/'file'/'cache'))
+    command = [sys.executable, '-m', 'brainldm.cli', 'train', 'autoencoder', str(tiny_run[1]), '--run', str(tmp_path/'run'), '--preset', 'tiny']
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, timeout=300)
+    assert done.returncode==1 and 'note:' in done.stdout
+    assert done.stdout.strip().splitlines()[-1].startswith('brainldm: error:') and 'BRAINLDM_CACHE' in done.stdout.strip().splitlines()[-1]
