@@ -215,7 +215,7 @@ def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
     exec(pictures, {})
     Path("pictures/subjects.csv").write_text("subject,diagnosis\nP01,NC\nP07,AD\nP11,NC\nP12,AD\n")
     assert main(["check", "pictures", "--size", "64"]) == 0
-    Path("table.csv").write_text(blocks("text")[0])
+    Path("table.csv").write_text(blocks("text")[1])
     assert read_subjects("table.csv").diagnosis.isna().tolist() == [False, False, True]
 
 
