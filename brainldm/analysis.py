@@ -18,7 +18,7 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from .loop import infer
+from .engineering.loop import infer
 from .sampling import draw_noise
 from .scheduler import NoiseSchedule, add_noise, check_choice
 from .unet import UNet

@@ -20,9 +20,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from .files import (ARCHIVES, DataFault, as_faults, count_planes, decode_file, foreground_side, hash_picture,
+from .engineering.files import (ARCHIVES, DataFault, as_faults, count_planes, decode_file, foreground_side, hash_picture,
     list_files, map_files, printable, read_grid, unpack)
-from .tables import ALIASES, LABELS, join_subjects, name_subjects, read_name, read_subjects, read_table
+from .engineering.tables import ALIASES, LABELS, join_subjects, name_subjects, read_name, read_subjects, read_table
 
 SPLITS = ('train', 'validate', 'test')
 SPLIT_FOLDERS = dict(train='train', training='train', val='validate', valid='validate', validate='validate',
@@ -398,7 +398,7 @@ class Findings:
     sizes:pd.Series|None=None # Pictures by height x width, once decoded
     crop:int|None=None # What `config.crop` comes to, in pixels
     voxel_mm:tuple|None=None # Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known
-    covariates:tuple=() # One line for each condition to learn, as from `describe_manifest` (notebook 01a)
+    covariates:tuple=() # One line for each condition to learn, as from `describe_manifest` (notebook 27)
 
     @property
     def ok(self)->bool: # True if nothing is wrong

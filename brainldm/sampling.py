@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Covariate
+from .engineering.batches import Covariate
 from .scheduler import NoiseSchedule, add_noise, check_choice
-from .samplers import SAMPLERS, denoise, invert, sampling_timesteps
-from .codec import (
+from .advanced.solvers import SAMPLERS, denoise, invert, sampling_timesteps
+from .engineering.codec import (
     Codec, check_conditions, check_pictures, check_request, check_whole, image_generators, in_batches, told)
-from .layers import pick_device
-from .loop import infer, mixed_precision, to_device
-from .layers import pick_precision
-from .runs import check_trained_on, fill_model, load_weights, read_config
+from .engineering.layers import pick_device
+from .engineering.loop import infer, mixed_precision, to_device
+from .engineering.layers import pick_precision
+from .engineering.runs import check_trained_on, fill_model, load_weights, read_config
 from .training import MISFITS, load_autoencoder, recall
 from .unet import UNet
 

@@ -30,12 +30,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .data import DataConfig
-from .batches import Covariate, SliceDataset
-from .loop import Learner, TrainConfig, bare_model, in_chunks, infer, mixed_precision, seeded, to_device
-from .phantom import show_grid
-from .runs import (Checkpoint, enter_run, fill_model, is_finished, load_weights, run_stage, save_weights,
+from .engineering.batches import Covariate, SliceDataset
+from .engineering.loop import Learner, TrainConfig, bare_model, in_chunks, infer, mixed_precision, seeded, to_device
+from .engineering.phantom import show_grid
+from .engineering.runs import (Checkpoint, enter_run, fill_model, is_finished, load_weights, run_stage, save_weights,
                            unpack_state, weights_hash, within_memory, write_atomic)
-from .sharing import locate_run
+from .engineering.sharing import locate_run
 from .vae import Autoencoder, AutoencoderKL, cyclical_weight, kl_loss, picture_scores
 from .vqgan import (FP16_SCALE, FSQ, VQVAE, PatchDiscriminator, VectorQuantizer, adaptive_weight, code_scores, count_codes,
                             critic_accuracy, critic_loss, feature_loss, generator_loss, start_codebook)
@@ -139,7 +139,7 @@ MISFITS = (KeyError, TypeError, ValueError, AttributeError, RuntimeError,
            ArithmeticError) # What building a network raises when its description is wrong
 
 # %% ../nbs/06_training.ipynb #37a219d5
-EVALUATOR_PATCH = 4 # Side of the pixel blocks that the evaluator folds into channels (notebook 10a)
+EVALUATOR_PATCH = 4 # Side of the pixel blocks that the evaluator folds into channels (notebook 16)
 
 def size_multiple(
     config:AEConfig, # The autoencoder, and the levels of the UNet to come

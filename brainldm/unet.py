@@ -10,8 +10,8 @@ __all__ = ['timestep_embedding', 'ConditionEmbedding', 'check_told', 'UNetBlock'
 import math
 import torch
 from torch import Tensor,nn
-from .batches import Covariate
-from .layers import AttentionBlock,Conditioner,CrossAttention,Downsample,ResBlock,Upsample,check_divides
+from .engineering.batches import Covariate
+from .engineering.layers import AttentionBlock,Conditioner,CrossAttention,Downsample,ResBlock,Upsample,check_divides
 
 # %% ../nbs/05_unet.ipynb #d471593e
 def timestep_embedding(

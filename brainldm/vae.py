@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from .batches import Covariate
-from .layers import AttentionBlock, Conditioner, Downsample, ResBlock, Upsample
+from .engineering.batches import Covariate
+from .engineering.layers import AttentionBlock, Conditioner, Downsample, ResBlock, Upsample
 
 # %% ../nbs/02_vae.ipynb #42417f8d
 def run_levels(
@@ -185,7 +185,7 @@ class Autoencoder(nn.Module):
         "Run the encoder. Raises ValueError on a picture of another shape."
         if x.ndim!=4 or x.shape[1]!=1 or x.shape[2]%self.factor or x.shape[3]%self.factor: raise ValueError(
             f"{type(self).__name__}.encode: pictures of shape {tuple(x.shape)}. Expected (b, 1, h, w) with h and w "
-            f"multiples of {self.factor}. Load them with brainldm.batches, or pad them.")
+            f"multiples of {self.factor}. Load them with brainldm.engineering.batches, or pad them.")
         return self.encoder(x, self.embed(cond, len(x)))
 
     def decode(self,

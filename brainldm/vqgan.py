@@ -17,8 +17,8 @@ from einops import rearrange
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from .batches import Covariate
-from .layers import Conditioner, check_divides, double_on_cpu
+from .engineering.batches import Covariate
+from .engineering.layers import Conditioner, check_divides, double_on_cpu
 from .vae import Autoencoder
 
 # %% ../nbs/03_vqgan.ipynb #0af11b8c

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from brainldm.analysis import (
     auc, bottleneck_features, deal_folds, describe_probe, embed, fold_predictions, neighbours_kept, plot_embedding,
     probe, shuffle_target)
-from brainldm.batches import Covariate
+from brainldm.engineering.batches import Covariate
 from brainldm.sampling import draw_noise
 from brainldm.scheduler import NoiseSchedule, add_noise
 from brainldm.unet import UNet

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from brainldm.audit import (age_slope, condition_effects, csf_share, diagnosis_effect, diversity_scores,
+from brainldm.advanced.audit import (age_slope, condition_effects, csf_share, diagnosis_effect, diversity_scores,
                             pair_similarity, same_condition_pairs, utility_scores, ventricle_slices, without_means)
-from brainldm.batches import SliceDataset
-from brainldm.fidelity import fine_detail
+from brainldm.engineering.batches import SliceDataset
+from brainldm.advanced.fidelity import fine_detail
 from test_fidelity import SHORT, held, net, train                              # fixtures: discs with a dark hole
 
 

@@ -1,4 +1,4 @@
-"brainldm.batches: square pictures, the cache, covariates, batches that resume."
+"brainldm.engineering.batches: square pictures, the cache, covariates, batches that resume."
 import json
 import subprocess
 import sys
@@ -13,8 +13,8 @@ from test_data import CONFIG, look, make_oasis, picture, save
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from brainldm import batches
-from brainldm.batches import (Covariate, SliceDataset, ShuffledBatches, build_cache, encode_covariates, eval_batches, find_covariates, fingerprint,
+from brainldm.engineering import batches
+from brainldm.engineering.batches import (Covariate, SliceDataset, ShuffledBatches, build_cache, encode_covariates, eval_batches, find_covariates, fingerprint,
                               open_dataset, prepare_picture)
 from brainldm.data import DataConfig, list_slices
 
@@ -120,7 +120,7 @@ def test_interrupted_cache_leaves_nothing(cohort, monkeypatch):
 
 
 def test_processes_that_build_at_once(cohort):
-    code = ("import sys; from brainldm.batches import open_dataset; from brainldm.data import DataConfig; "
+    code = ("import sys; from brainldm.engineering.batches import open_dataset; from brainldm.data import DataConfig; "
             "print(open_dataset(sys.argv[1], DataConfig(size=32), False, sys.argv[2]).images[:].sum())")
     runs = [subprocess.Popen([sys.executable, '-c', code, *map(str, cohort)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     a, b = (o.communicate(timeout=60)[0] for o in runs)

@@ -33,7 +33,7 @@ def names(found): return [o['what'] for o in found['rows']]
 
 
 def test_sampling(load, tmp_path):
-    from brainldm.samplers import SAMPLERS
+    from brainldm.advanced.solvers import SAMPLERS
     o = load('sampling')
     o.main(o.Sampling(**TINY, out=tmp_path, batch_sizes=(2, 3), steps=2))
     found = written(tmp_path, 'sampling')
@@ -89,10 +89,10 @@ def test_time_to_ssim(load, tmp_path, tiny_run):
 
 
 def test_volumes(load, tmp_path, tiny_run, monkeypatch):
-    from brainldm.cli import data_config
-    from brainldm.batches import open_dataset
-    from brainldm.fidelity import FEATURES
-    from brainldm.volume import VOLUME_PRESETS, train_volume
+    from brainldm.engineering.cli import data_config
+    from brainldm.engineering.batches import open_dataset
+    from brainldm.advanced.fidelity import FEATURES
+    from brainldm.advanced.volume import VOLUME_PRESETS, train_volume
     o,run = load('volumes'),tmp_path/'run'
     shutil.copytree(tiny_run[0], run)
     config = dataclasses.replace(VOLUME_PRESETS['tiny'], total_images=32, warmup_images=8, validate_every=10**6, checkpoint_every=10**6)
@@ -110,7 +110,7 @@ def test_volumes(load, tmp_path, tiny_run, monkeypatch):
 @pytest.fixture
 def quick_judge(load, monkeypatch):
     "Judges that learn for seconds."
-    from brainldm.fidelity import FEATURES
+    from brainldm.advanced.fidelity import FEATURES
     o = load('ablate_unet')
     short,judge = dataclasses.replace(FEATURES, total_images=64, warmup_images=8),o.feature_net
     monkeypatch.setattr(o, 'feature_net', lambda run, data: judge(run, data, short, (16, 32), False))
@@ -120,9 +120,9 @@ def quick_judge(load, monkeypatch):
 @pytest.fixture(scope='module')
 def with_crowd(own_cache, tmp_path_factory):
     "(run folder with an autoencoder, data folder): 24 phantom people, 10 of them held out, since fewer than 50 pictures cannot be judged."
-    from brainldm.batches import open_dataset
+    from brainldm.engineering.batches import open_dataset
     from brainldm.data import DataConfig
-    from brainldm.phantom import PhantomConfig, make_cohort
+    from brainldm.engineering.phantom import PhantomConfig, make_cohort
     from brainldm.training import AEConfig, train_autoencoder
     folder,config = tmp_path_factory.mktemp('crowd'),DataConfig(size=32, validate_fraction=.42, test_fraction=.1)
     data = make_cohort(folder/'phantom', PhantomConfig(num_subjects=24, num_slices=6, size=32), progress=False)
@@ -132,8 +132,8 @@ def with_crowd(own_cache, tmp_path_factory):
 
 
 def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
-    from brainldm.diffusion import unet_args
-    from brainldm.loop import check_config
+    from brainldm.engineering.stage2 import unet_args
+    from brainldm.engineering.loop import check_config
     from brainldm.unet import UNet
     o = quick_judge
     job = o.Ablation(with_crowd[1], (with_crowd[0],), tmp_path, only='base,wide,skips added', images=32, steps=2, preset='tiny', seeds=1)
@@ -197,7 +197,7 @@ def test_ablate_stage1(load, tmp_path, tiny_run):
 
 def test_ablate_prior(load, tmp_path, tiny_run, monkeypatch):
     from brainldm.data import DataConfig
-    from brainldm.batches import open_dataset
+    from brainldm.engineering.batches import open_dataset
     from brainldm.training import AEConfig, train_autoencoder
     o,config = load('ablate_prior'),DataConfig(size=64, validate_fraction=.2, test_fraction=.2)
     train_autoencoder(open_dataset(tiny_run[1], config, progress=False), tmp_path/'run', AEConfig(data=config, total_images=16, warmup_images=8, kind='vq',

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from brainldm.runs import load_weights, save_weights
+from brainldm.engineering.runs import load_weights, save_weights
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -23,7 +23,7 @@ ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
         "--disable-component-update --disable-sync").split()
 SLOW = 300_000                                                             # ms for the first picture: imports on a busy machine
 SERVE = """import signal, sys
-from brainldm.explore import explore
+from brainldm.engineering.explore import explore
 signal.signal(signal.SIGINT, signal.default_int_handler)                   # a parent in the background may ignore it
 explore(sys.argv[1], 0, open_browser=False)"""
 

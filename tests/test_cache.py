@@ -16,11 +16,13 @@ import pytest
 from test_covariates import cohort
 from test_data import make_volume
 
-from brainldm import batches, data, files
-from brainldm.batches import mapped_place, one_process, open_dataset
-from brainldm.cli import main
+from brainldm.engineering import batches
+from brainldm import data
+from brainldm.engineering import files
+from brainldm.engineering.batches import mapped_place, one_process, open_dataset
+from brainldm.engineering.cli import main
 from brainldm.data import DataConfig, check_dataset
-from brainldm.files import cache_folder, unpack
+from brainldm.engineering.files import cache_folder, unpack
 
 CONFIG = DataConfig(size=24)
 

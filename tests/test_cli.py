@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from brainldm import cli
-from brainldm.cli import main
-from brainldm.runs import load_weights, save_weights
+from brainldm.engineering import cli
+from brainldm.engineering.cli import main
+from brainldm.engineering.runs import load_weights, save_weights
 from brainldm.vae import AutoencoderKL
 
 TINY = "--preset tiny --total-images 80 --log-every 5 --validate-every 40 --checkpoint-every 40".split()
@@ -315,7 +315,7 @@ def test_the_error_is_the_last_line_of_a_log(tiny_run, tmp_path):
     "Notes go to the one stream and the error to the other; a file that holds both must end with the error."
     (tmp_path/'file').write_text('')
     env = dict(os.environ, OMP_NUM_THREADS='1', BRAINLDM_CACHE=str(tmp_path/'file'/'cache'))
-    command = [sys.executable, '-m', 'brainldm.cli', 'train', 'autoencoder', str(tiny_run[1]), '--run', str(tmp_path/'run'), '--preset', 'tiny']
+    command = [sys.executable, '-m', 'brainldm.engineering.cli', 'train', 'autoencoder', str(tiny_run[1]), '--run', str(tmp_path/'run'), '--preset', 'tiny']
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, timeout=300)
     assert done.returncode==1 and 'note:' in done.stdout
     assert done.stdout.strip().splitlines()[-1].startswith('brainldm: error:') and 'BRAINLDM_CACHE' in done.stdout.strip().splitlines()[-1]

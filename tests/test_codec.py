@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-import brainldm.codec as codec_module
-from brainldm.codec import (
+import brainldm.engineering.codec as codec_module
+from brainldm.engineering.codec import (
     SYNTHETIC, Codec, check_conditions, check_pictures, in_batches, manifest_of, save_gif, save_pictures, to_bytes,
     told)
-from brainldm.layers import pick_device, pick_precision
+from brainldm.engineering.layers import pick_device, pick_precision
 from brainldm.data import DataConfig, check_dataset, read_manifest
-from brainldm.batches import Covariate, open_dataset
+from brainldm.engineering.batches import Covariate, open_dataset
 from brainldm.training import load_autoencoder
 from brainldm.vae import AutoencoderKL
 

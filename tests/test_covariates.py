@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm.batches import (
+from brainldm.engineering.batches import (
     Covariate, SliceDataset, covariate_kind, covariate_notes, describe_manifest, encode_column, encode_covariates,
     find_covariates, forget_unseen_levels, level_text, open_dataset, read_conditions, write_levels)
-from brainldm.cli import add_training_findings, known_values, main, read_request
-from brainldm.codec import check_conditions
+from brainldm.engineering.cli import add_training_findings, known_values, main, read_request
+from brainldm.engineering.codec import check_conditions
 from brainldm.data import DataConfig, check_dataset
-from brainldm.diffusion import PRESETS
-from brainldm.fidelity import FeatureNet
+from brainldm.engineering.stage2 import PRESETS
+from brainldm.advanced.fidelity import FeatureNet
 from brainldm.training import EVALUATOR_PATCH, AEConfig, describe, recall, size_multiple
 
 SITES = (Covariate('site', 'categorical', values=('1', '2', '10')), Covariate('age', 'continuous', range=(50., 90.)))

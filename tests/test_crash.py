@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from brainldm import runs, training
-from brainldm.runs import Checkpoint, free_run, load_weights, lock_run, read_log
+from brainldm.engineering import runs
+from brainldm import training
+from brainldm.engineering.runs import Checkpoint, free_run, load_weights, lock_run, read_log
 from brainldm.training import train_autoencoder
 from test_training import AE, make_dataset
 
@@ -39,7 +40,7 @@ def python(code, *args, **kwargs):
 
 HOLDER = '''
 import sys, time
-from brainldm.runs import lock_run
+from brainldm.engineering.runs import lock_run
 lock_run(sys.argv[1]); print('locked', flush=True); time.sleep(120)
 '''
 
@@ -167,11 +168,11 @@ def test_a_device_that_is_really_full(tmp_path):
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
     "A folder for the command line."
-    from brainldm.phantom import PhantomConfig, make_cohort
+    from brainldm.engineering.phantom import PhantomConfig, make_cohort
     return make_cohort(tmp_path_factory.mktemp('data')/'phantom', PhantomConfig(num_subjects=6, num_slices=6, size=32), progress=False)
 
 
-COMMAND = 'import sys; from brainldm.cli import main; sys.exit(main())'
+COMMAND = 'import sys; from brainldm.engineering.cli import main; sys.exit(main())'
 FLAGS = '--size 32 --preset tiny --channels 8 16 --patch 2 --total-images 40000 --batch-size 4 --log-every 1 --validate-every 1000000 --checkpoint-every 1000000'
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from brainldm import data
-from brainldm.batches import open_dataset
+from brainldm.engineering.batches import open_dataset
 from brainldm.data import DataConfig, check_dataset, find_layout, read_manifest, split_by_subject
 
 OASIS = Path(__file__).parents[1]/'../shared/data/oasis1'
@@ -168,7 +168,7 @@ def test_phantom_layout(tmp_path):
 
 
 def test_phantom_cohort(tmp_path):
-    phantom = pytest.importorskip('brainldm.phantom')
+    phantom = pytest.importorskip('brainldm.engineering.phantom')
     for form in ('png', 'nifti'):
         phantom.make_cohort(tmp_path/form, phantom.PhantomConfig(num_subjects=6, num_slices=2, size=64, format=form), progress=False)
     reports = [look(tmp_path/form) for form in ('png', 'nifti')]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainldm import layers
-from brainldm.batches import SliceDataset
-from brainldm.diffusion import PRESETS, LDMConfig, cache_latents, train_ldm, unet_args
-from brainldm.loop import check_config, infer
+from brainldm.engineering import layers
+from brainldm.engineering.batches import SliceDataset
+from brainldm.engineering.stage2 import PRESETS, LDMConfig, cache_latents, train_ldm, unet_args
+from brainldm.engineering.loop import check_config, infer
 from brainldm.scheduler import NoiseSchedule
-from brainldm.runs import read_config, read_log
+from brainldm.engineering.runs import read_config, read_log
 from brainldm.training import autoencoder_args, load_autoencoder, train_autoencoder
 from brainldm.unet import UNet
 from brainldm.vae import AutoencoderKL
@@ -105,7 +105,7 @@ def test_no_covariates(dataset, straight, tmp_path):
 LAUNCHED = '''
 import os, signal, sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
-from brainldm import diffusion
+from brainldm.engineering import stage2 as diffusion
 from test_diffusion import *
 run,stop = Path({run!r}),signal.SIGTERM
 loss = diffusion.ldm_loss

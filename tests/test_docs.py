@@ -22,10 +22,10 @@ from urllib.parse import unquote, urlparse
 import pytest
 from PIL import Image
 
-from brainldm.cli import main
+from brainldm.engineering.cli import main
 from brainldm.data import read_subjects
-from brainldm.report import evaluate
-from brainldm.loop import TrainConfig
+from brainldm.engineering.report import evaluate
+from brainldm.engineering.loop import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -136,15 +136,17 @@ def test_the_map_keeps_every_path_and_no_detour():
 
 def test_the_imports_are_those_of_python():
     for name, found in GRAPH.items():
-        text = MODULES[name].text
-        assert found == set(re.findall(r"^\s*from (?:brainldm)?\.(\w+) import", text, re.M)) & set(MODULES) - {name}
+        package = f"brainldm.{name}".rpartition(".")[0]
+        written = re.findall(r"^\s*from (\.*[\w.]*) import", MODULES[name].text, re.M)
+        asked = {importlib.util.resolve_name(w, package) for w in written}
+        assert found == {a.removeprefix("brainldm.") for a in asked} & set(MODULES) - {name}
 
 
 def test_the_map_is_drawn_without_overlaps():
     svg = ET.fromstring(docs.map_svg(docs.reduced(GRAPH), 'About "all" & <each>'))
     space = "{http://www.w3.org/2000/svg}"
     assert svg.get("aria-label") == 'About "all" & <each>'
-    boxes = {a.find(space + "text").text: tuple(float(a.find(space + "rect").get(k)) for k in ("x", "y", "width", "height")) for a in svg.iter(space + "a")}
+    boxes = {a.get("href").removeprefix("api/").removesuffix(".html"): tuple(float(a.find(space + "rect").get(k)) for k in ("x", "y", "width", "height")) for a in svg.iter(space + "a")}
     assert set(boxes) == set(MODULES)
     width, height = map(float, svg.get("viewBox").split()[2:])
     for name, (x, y, w, h) in boxes.items():
@@ -183,7 +185,7 @@ def run_line(line):
 def test_the_page_about_your_data_runs(tmp_path, monkeypatch, capsys):
     "All its shell commands, in order, as a reader would type them; only numbers are smaller."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("brainldm.cli.evaluate", functools.partial(evaluate, **JUDGE))
+    monkeypatch.setattr("brainldm.engineering.cli.evaluate", functools.partial(evaluate, **JUDGE))
     said = []
     for block in blocks("bash"):
         for line in block.strip().splitlines():
@@ -221,7 +223,7 @@ def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
 
 def test_every_fault_has_its_remedy():
     "The table of the page and the faults of the code."
-    trees = [ast.parse((ROOT / "brainldm" / f"{name}.py").read_text()) for name in ("files", "tables", "data", "batches", "cli")]
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "brainldm").rglob("*.py")]
     calls = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") in ("DataFault", "as_faults")]
     at = {"DataFault": 0, "as_faults": 1}
     kinds = {n.args[at[n.func.id]].value for n in calls if len(n.args) > at[n.func.id] and isinstance(n.args[at[n.func.id]], ast.Constant)}
@@ -265,7 +267,7 @@ class Page(HTMLParser):
 @needs_sphinx
 def test_links_resolve_and_pictures_have_words(site):
     pages = {p: Page(p) for p in site.rglob("*.html")}
-    assert {f"nbs/{p.stem}.html" for p in docs.notebooks()} | {f"api/{n}.html" for n in MODULES} <= {p.relative_to(site).as_posix() for p in pages}
+    assert {p.relative_to(ROOT).with_suffix(".html").as_posix() for p in docs.notebooks()} | {f"api/{n}.html" for n in MODULES} <= {p.relative_to(site).as_posix() for p in pages}
     lost = []
     for path, page in pages.items():
         assert all(alt and alt.strip() for _, alt in page.images), path
@@ -285,7 +287,7 @@ def test_links_resolve_and_pictures_have_words(site):
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(not (CHROMIUM and find_spec("playwright")), reason="no Chromium or no playwright")
 ARGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-SEEN = ["index", "docs/your_data", "nbs/04_scheduler", "nbs/11_cli", "api/sampling", "modules"]
+SEEN = ["index", "docs/your_data", "nbs/04_scheduler", "nbs/engineering/39_cli", "api/sampling", "modules"]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

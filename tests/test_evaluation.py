@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm import evaluation
+from brainldm.advanced import evaluation
 from brainldm.data import DataConfig
-from brainldm.batches import Covariate, SliceDataset, open_dataset
-from brainldm.evaluation import (
+from brainldm.engineering.batches import Covariate, SliceDataset, open_dataset
+from brainldm.advanced.evaluation import (
     alone_with_metrics, json_safe, mean_slice_floor, merge_metrics, never_seen, reconstruction_scores, score_slices, show_number,
     subject_interval)
-from brainldm.runs import read_metrics
-from brainldm.codec import Codec
+from brainldm.engineering.runs import read_metrics
+from brainldm.engineering.codec import Codec
 from brainldm.sampling import BrainLDM
 from brainldm.vae import AutoencoderKL
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "nbs").glob("[0-9]*.ipynb"))
+NOTEBOOKS = sorted(p for p in (Path(__file__).parents[1] / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
 def parts(notebook):

@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-import brainldm.explore as explore
+import brainldm.engineering.explore as explore
 from brainldm.data import DataConfig
-from brainldm.batches import Covariate
-from brainldm.explore import OPEN, Explorer, to_png
+from brainldm.engineering.batches import Covariate
+from brainldm.engineering.explore import OPEN, Explorer, to_png
 from brainldm.sampling import BrainLDM
-from brainldm.codec import SYNTHETIC, Codec
+from brainldm.engineering.codec import SYNTHETIC, Codec
 from brainldm.training import AEConfig, autoencoder_args, build_autoencoder
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.name[0] not in "._")
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_written_page_names_its_run(tmp_path, name):
     notebook = explore.write_page(tmp_path / name, tmp_path / "page")
     nbformat.validate(nbformat.read(notebook, 4))
     called = []
-    source = json.loads(notebook.read_text())["cells"][0]["source"].replace("from brainldm.explore import page\n", "")
+    source = json.loads(notebook.read_text())["cells"][0]["source"].replace("from brainldm.engineering.explore import page\n", "")
     eval(source, dict(page=called.append))
     assert called == [str(tmp_path / name)]
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainldm.batches import Covariate, SliceDataset
-from brainldm.factors import (
+from brainldm.engineering.batches import Covariate, SliceDataset
+from brainldm.advanced.factors import (
     as_table, codebook_usage, decode_told, flat_codes, plot_codebook_usage, subject_retrieval, swap_shares,
     variance_shares)
-from brainldm.codec import Codec
+from brainldm.engineering.codec import Codec
 from brainldm.vae import AutoencoderKL
 from brainldm.vqgan import FSQ, VQVAE, VectorQuantizer
 

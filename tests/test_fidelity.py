@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.batches import Covariate, SliceDataset
-from brainldm.fidelity import (POSITIVE, PROPORTION, FeatureNet, augment, beside_reference, coverage_scores, evaluator_rows,
+from brainldm.engineering.batches import Covariate, SliceDataset
+from brainldm.advanced.fidelity import (POSITIVE, PROPORTION, FeatureNet, augment, beside_reference, coverage_scores, evaluator_rows,
                                excess_distance, feature_net, fidelity_scores, frechet_distance, interval_within, kernel_distance,
                                kernel_terms, leave_out_interval, match_rows, picture_features, pick_rows, read_pictures, reading_scores,
                                reference_rotations, subject_auc, train_feature_net, without_each)
-from brainldm.loop import TrainConfig
+from brainldm.engineering.loop import TrainConfig
 
 COVARIATES = (Covariate('slice', 'continuous', range=(0., 7.)), Covariate('diagnosis', 'categorical', values=('AD', 'NC')), Covariate('age', 'continuous', range=(50., 90.)))
 SHORT = TrainConfig(total_images=96, batch_size=16, warmup_images=16)
@@ -241,7 +241,7 @@ def test_intervals_keep_to_their_range(span):
 
 
 def test_rotations_take_subjects_the_network_has_not_seen(train, held):
-    from brainldm.batches import SliceDataset
+    from brainldm.engineering.batches import SliceDataset
     table = pd.concat([train.manifest]+[train.manifest.assign(subject=train.manifest.subject+f'_{i}') for i in range(2)], ignore_index=True)
     taught = evaluator_rows(table)
     sets,seen = reference_rotations(held.manifest, table, taught)

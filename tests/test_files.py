@@ -1,11 +1,11 @@
-"brainldm.files: volumes turned every way, faults of one file, the folder of caches."
+"brainldm.engineering.files: volumes turned every way, faults of one file, the folder of caches."
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 from test_data import float_head, make_volume, save, turned
 
-from brainldm.files import (DataFault, axial_picture, cache_folder, count_planes, decode_file, hash_picture, load_volume, read_picture,
+from brainldm.engineering.files import (DataFault, axial_picture, cache_folder, count_planes, decode_file, hash_picture, load_volume, read_picture,
                             scale_to_bytes)
 
 

@@ -16,17 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from brainldm import loop, training
-from brainldm.batches import Covariate
-from brainldm.fidelity import FeatureNet
-from brainldm.loop import Learner, TrainConfig, train_batches
-from brainldm.prior import CodeTransformer, PriorConfig, prior_loss
-from brainldm.runs import pack_state, unpack_state
+from brainldm.engineering import loop
+from brainldm import training
+from brainldm.engineering.batches import Covariate
+from brainldm.advanced.fidelity import FeatureNet
+from brainldm.engineering.loop import Learner, TrainConfig, train_batches
+from brainldm.advanced.prior import CodeTransformer, PriorConfig, prior_loss
+from brainldm.engineering.runs import pack_state, unpack_state
 from brainldm.scheduler import NoiseSchedule
 from brainldm.training import AEConfig, autoencoder_args, autoencoder_loss, build_autoencoder, make_critic
-from brainldm.diffusion import LDMConfig, ldm_loss, unet_args
+from brainldm.engineering.stage2 import LDMConfig, ldm_loss, unet_args
 from brainldm.unet import UNet
-from brainldm.volume import NeighbourUNet, VolumeConfig, volume_loss
+from brainldm.advanced.volume import NeighbourUNet, VolumeConfig, volume_loss
 from brainldm.vqgan import FP16_SCALE, PatchDiscriminator
 from test_loop import AveragedConfig, line, line_data, line_loss
 
@@ -82,7 +83,7 @@ def learner_of(make, precision='no'):
 
 # ------------------------------------------------------------------ the source
 
-@pytest.mark.parametrize('path', sorted((ROOT/'brainldm').glob('[a-z]*.py')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', sorted((ROOT/'brainldm').rglob('[a-z]*.py')), ids=lambda p: p.stem)
 def test_no_device_is_named_but_to_ask_for_it(path):
     "No .cuda(), and 'cuda' only in a comparison or as the answer to torch.cuda.is_available()."
     tree = ast.parse(path.read_text())

@@ -23,10 +23,12 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm import batches, cli, data
+from brainldm.engineering import batches
+from brainldm.engineering import cli
+from brainldm import data
 from brainldm.data import DataConfig
-from brainldm.batches import Covariate
-from brainldm.runs import load_weights, save_weights
+from brainldm.engineering.batches import Covariate
+from brainldm.engineering.runs import load_weights, save_weights
 
 FORM = re.compile(r"\S.*?: .+?[.\n] ?Expected .+?\.\s+\S.+", re.DOTALL)     # what: what arrived. Expected what. Try what.
 
@@ -659,7 +661,7 @@ def test_other_files_of_a_run(name, content, run, tiny_run, tmp_path, capsys):
              "feature_net.safetensors": ("evaluate", run, tiny_run[1], "--no-utility", "--steps", 1)}[name]
     if name == "log.jsonl" and content.count(b"\n") < 1: pytest.skip("one line, cut short by a crash: that is no fault")
     if name == "feature_net.safetensors":
-        from brainldm.fidelity import feature_net
+        from brainldm.advanced.fidelity import feature_net
         with pytest.raises(ValueError) as e: feature_net(run, batches.open_dataset(tiny_run[1], cli.data_config(run), progress=False))
         assert FORM.match(str(e.value)) and name in str(e.value)
     else: assert name.partition(".")[0] in refused(capsys, *words)

@@ -7,26 +7,46 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = """phantom files tables data batches layers vae vqgan scheduler samplers unet loop runs sharing training diffusion
-codec sampling volume analysis factors explore prior evaluation fidelity audit report cli""".split()
-MODULES = sorted(p for p in (ROOT / "brainldm").glob("*.py") if p.stem[0] != "_")
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.name[0] not in "._")
+LAYERS = """
+    engineering.phantom engineering.files engineering.tables | data engineering.batches | engineering.layers vae vqgan
+    scheduler advanced.solvers unet | engineering.loop engineering.runs engineering.sharing | training engineering.stage2
+    | engineering.codec sampling | advanced.volume analysis advanced.factors engineering.explore advanced.prior
+    advanced.evaluation advanced.fidelity advanced.audit engineering.report | engineering.cli"""
+ORDER = [name for name in LAYERS.split() if name != "|"]                       # a module imports from those before it
+
+MODULES = sorted(p for p in (ROOT / "brainldm").rglob("*.py") if p.stem[0] != "_")
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def dotted(path):
+    "The name of a module inside of the package: engineering.files."
+    return ".".join(path.relative_to(ROOT / "brainldm").with_suffix("").parts)
+
+
+def imported(path):
+    "Modules of the package that a module imports, anywhere in it."
+    here = ("brainldm", *path.relative_to(ROOT / "brainldm").parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".", 1)[1] for a in node.names if a.name.startswith("brainldm."))
+        if isinstance(node, ast.ImportFrom):
+            base = [*here[: len(here) - node.level + 1]] if node.level else []
+            parts = base + (node.module.split(".") if node.module else [])
+            if parts[0] == "brainldm":
+                inside = ".".join(parts[1:])
+                yield from [inside] if inside in ORDER else [".".join([*parts[1:], a.name]) for a in node.names]
 
 
 def test_every_module_has_its_place():
-    assert {p.stem for p in MODULES} <= set(ORDER)
+    assert sorted(map(dotted, MODULES)) == sorted(ORDER)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("module", MODULES, ids=dotted)
 def test_imports_point_down(module):
-    tree = ast.parse(module.read_text())
-    used = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("brainldm.")]
-    used += [f".{n.module}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
-    names = {u.split(".")[-1] for u in used} - {""}
-    assert names <= set(ORDER[: ORDER.index(module.stem)])
+    assert set(imported(module)) <= set(ORDER[: ORDER.index(dotted(module))])
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("module", MODULES, ids=dotted)
 def test_no_tool_is_imported(module):
     text = module.read_text()
     assert not re.search(r"^\s*(from|import) (fastcore|nbdev|diffusers|monai|pytest)", text, re.M)
@@ -40,7 +60,7 @@ def functions(module):
             yield node
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("module", MODULES, ids=dotted)
 def test_functions_are_short_and_documented(module):
     lines = module.read_text().splitlines()
     top = ast.parse(module.read_text()).body

@@ -10,16 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm import audit, report
-from brainldm.batches import open_dataset
-from brainldm.cli import main
-from brainldm.codec import save_pictures, to_bytes
+from brainldm.advanced import audit
+from brainldm.engineering import report
+from brainldm.engineering.batches import open_dataset
+from brainldm.engineering.cli import main
+from brainldm.engineering.codec import save_pictures, to_bytes
 from brainldm.data import DataConfig
-from brainldm.fidelity import match_rows
-from brainldm.loop import TrainConfig
-from brainldm.phantom import PhantomConfig, make_cohort
-from brainldm.report import check_targets, draw_like, evaluate, evaluate_images, image_side, pair_images, read_images, report_samples
-from brainldm.runs import read_metrics
+from brainldm.advanced.fidelity import match_rows
+from brainldm.engineering.loop import TrainConfig
+from brainldm.engineering.phantom import PhantomConfig, make_cohort
+from brainldm.engineering.report import check_targets, draw_like, evaluate, evaluate_images, image_side, pair_images, read_images, report_samples
+from brainldm.engineering.runs import read_metrics
 from brainldm.sampling import BrainLDM
 from brainldm.training import AEConfig, train_autoencoder
 

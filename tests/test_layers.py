@@ -5,8 +5,8 @@ import pytest, torch
 from accelerate import DistributedType, PartialState
 from torch import nn
 from torch.testing import assert_close
-from brainldm.batches import Covariate, encode_covariates
-from brainldm.layers import (AttentionBlock, Conditioner, CrossAttention, Downsample, ResBlock, ScalarEmbedding, Upsample,
+from brainldm.engineering.batches import Covariate, encode_covariates
+from brainldm.engineering.layers import (AttentionBlock, Conditioner, CrossAttention, Downsample, ResBlock, ScalarEmbedding, Upsample,
                              check_divides, pick_device, process_device)
 
 COVARIATES = (Covariate('diagnosis', 'categorical', values=('AD', 'NC')), Covariate('age', 'continuous', range=(50, 90)),
@@ -194,7 +194,7 @@ def test_device_of_a_host_program(monkeypatch):
 def test_one_place_chooses_the_device():
     "No other function asks which accelerators there are, but to pin memory or to name one."
     asks = {}
-    for path in (Path(__file__).parents[1]/'brainldm').glob('[a-z]*.py'):
+    for path in (Path(__file__).parents[1]/'brainldm').rglob('[a-z]*.py'):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and 'is_available()' in ast.unparse(node): asks.setdefault(path.stem, []).append(node.name)
     asks['vqgan'].remove('everyone')                                           # of torch.distributed

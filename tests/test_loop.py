@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from brainldm import loop
-from brainldm.diffusion import LDMConfig
-from brainldm.loop import Learner, TrainConfig, check_config, ema_decay, fit, in_chunks, lr_at, seeded, train_batches
+from brainldm.engineering import loop
+from brainldm.engineering.stage2 import LDMConfig
+from brainldm.engineering.loop import Learner, TrainConfig, check_config, ema_decay, fit, in_chunks, lr_at, seeded, train_batches
 from brainldm.training import AEConfig
 
 

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from brainldm.audit import attack_auc, denoising_errors, mean_slice_errors, membership_inference
-from brainldm.batches import open_dataset
+from brainldm.advanced.audit import attack_auc, denoising_errors, mean_slice_errors, membership_inference
+from brainldm.engineering.batches import open_dataset
 from brainldm.data import DataConfig
 from brainldm.sampling import BrainLDM
 

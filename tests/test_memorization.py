@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.audit import (KINDS, CopySearch, audit_images, audit_line, audit_power, audit_statistics, candidate_moves,
+from brainldm.advanced.audit import (KINDS, CopySearch, audit_images, audit_line, audit_power, audit_statistics, candidate_moves,
                             excess_p_values, extreme_threshold, folding_maps, memorization_audit, moved, nearest_copies,
                             plant_copies, reference_rows, smooth)
-from brainldm.batches import SliceDataset, open_dataset
+from brainldm.engineering.batches import SliceDataset, open_dataset
 from brainldm.data import DataConfig
-from brainldm.evaluation import merge_metrics
-from brainldm.phantom import PhantomConfig, make_cohort
-from brainldm.sharing import audit_verdicts
+from brainldm.advanced.evaluation import merge_metrics
+from brainldm.engineering.phantom import PhantomConfig, make_cohort
+from brainldm.engineering.sharing import audit_verdicts
 
 
 def all_images(dataset):

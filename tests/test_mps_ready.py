@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from brainldm.audit import CopySearch, nearest_copies
-from brainldm.batches import open_dataset
+from brainldm.advanced.audit import CopySearch, nearest_copies
+from brainldm.engineering.batches import open_dataset
 from brainldm.data import DataConfig
-from brainldm.evaluation import codebook_scores
-from brainldm.fidelity import FeatureNet, augment, picture_features
-from brainldm.prior import CodeSampler, CodeTransformer, code_bits
+from brainldm.advanced.evaluation import codebook_scores
+from brainldm.advanced.fidelity import FeatureNet, augment, picture_features
+from brainldm.advanced.prior import CodeSampler, CodeTransformer, code_bits
 from brainldm.sampling import BrainLDM
 from brainldm.training import AEConfig, autoencoder_args, build_autoencoder, start_from_data, validate_autoencoder
-from brainldm.volume import BrainVolumes, NeighbourUNet
+from brainldm.advanced.volume import BrainVolumes, NeighbourUNet
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,7 +143,7 @@ STATISTICS = 'audit evaluation factors fidelity report'.split()               # 
 ON_CPU = 'phantom prior scheduler'.split()                                    # cohorts, counts of codes, tables of noise: made there
 
 
-@pytest.mark.parametrize('path', sorted((ROOT/'brainldm').glob('[a-z]*.py')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', sorted((ROOT/'brainldm').rglob('[a-z]*.py')), ids=lambda p: p.stem)
 def test_no_network_is_asked_for_what_mps_lacks(path):
     "`.double()` comes after `.cpu()`, torch.float64 does not occur, and grid_sample pads with zeros."
     nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Attribute, ast.Call))]

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from brainldm import runs
-from brainldm.batches import SliceDataset, find_covariates, fingerprint
+from brainldm.engineering import runs
+from brainldm.engineering.batches import SliceDataset, find_covariates, fingerprint
 from brainldm.data import DataConfig
-from brainldm.diffusion import load_unet, note_changes, refuse_leak, train_ldm
-from brainldm.fidelity import feature_net
-from brainldm.layers import device_name
-from brainldm.loop import TrainConfig
-from brainldm.prior import CodeSampler, PriorConfig, load_prior, train_prior
-from brainldm.runs import Checkpoint, compare_given, load_weights, read_config, read_log, save_weights, weights_hash
+from brainldm.engineering.stage2 import load_unet, note_changes, refuse_leak, train_ldm
+from brainldm.advanced.fidelity import feature_net
+from brainldm.engineering.layers import device_name
+from brainldm.engineering.loop import TrainConfig
+from brainldm.advanced.prior import CodeSampler, PriorConfig, load_prior, train_prior
+from brainldm.engineering.runs import Checkpoint, compare_given, load_weights, read_config, read_log, save_weights, weights_hash
 from brainldm.sampling import BrainLDM
-from brainldm.sharing import pack_weights, strip_settings
+from brainldm.engineering.sharing import pack_weights, strip_settings
 from brainldm.training import load_autoencoder, train_autoencoder
-from brainldm.volume import BrainVolumes, VolumeConfig, train_volume
+from brainldm.advanced.volume import BrainVolumes, VolumeConfig, train_volume
 from test_training import AE, LDM, Crash, dataset, quick_figures, same, strike, weights
 
 VQ = replace(AE, kind="vq", num_embeddings=12)
@@ -148,8 +148,8 @@ def test_a_run_from_before_knows_its_fingerprint_only(told, dataset, copy):
 
 def test_the_table_of_subjects_may_move(tmp_path, capsys):
     "From the command line: stage 1 is resumed, and stage 2 begun, with the table elsewhere and an age corrected in it."
-    from brainldm.cli import main
-    from brainldm.phantom import PhantomConfig, make_cohort
+    from brainldm.engineering.cli import main
+    from brainldm.engineering.phantom import PhantomConfig, make_cohort
     data = make_cohort(tmp_path / "data", PhantomConfig(num_subjects=12, num_slices=4, size=32), progress=False)
     old, new = data / "subjects.csv", tmp_path / "moved.csv"
     run = str(tmp_path / "run")
@@ -419,9 +419,9 @@ def test_covariates_are_matched_by_name(dataset, made, tmp_path):
 
 def test_a_shipped_run_can_be_started_from(tmp_path):
     "phantom-128, by its name, from the command line: the first step begins at its weights."
-    from brainldm.cli import main
-    from brainldm.phantom import PhantomConfig, make_cohort
-    from brainldm.sharing import pretrained_run
+    from brainldm.engineering.cli import main
+    from brainldm.engineering.phantom import PhantomConfig, make_cohort
+    from brainldm.engineering.sharing import pretrained_run
     data = make_cohort(tmp_path / "data", PhantomConfig(num_subjects=12, num_slices=2, size=128), progress=False)
     words = ["train", "autoencoder", str(data), "--run", str(tmp_path / "run"), "--init-from", "phantom-128", "--total-images", "4",
              "--crop", "None", "--learning-rate", "1e-12"]

@@ -51,4 +51,4 @@ def test_installed_wheel_generates_an_image(built, tmp_path):
     env = dict(os.environ, PYTHONPATH=str(tmp_path / "site"), OMP_NUM_THREADS="1")
     out = run(sys.executable, "-c", code, tmp_path / "site", env=env, cwd=tmp_path)
     assert out.split()[-5:] == ["(1,", "1,", "128,", "128)", "True"]
-    assert "usage" in run(sys.executable, "-m", "brainldm.cli", "--help", env=env, cwd=tmp_path)
+    assert "usage" in run(sys.executable, "-m", "brainldm.engineering.cli", "--help", env=env, cwd=tmp_path)

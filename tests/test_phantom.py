@@ -1,4 +1,4 @@
-"What a maintainer needs to know about brainldm.phantom: same bytes everywhere, files that agree, errors, interruptions."
+"What a maintainer needs to know about brainldm.engineering.phantom: same bytes everywhere, files that agree, errors, interruptions."
 import hashlib, json, subprocess, sys
 from pathlib import Path
 
@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from brainldm import phantom
-from brainldm.phantom import PhantomConfig, draw_person, draw_warp, integrate, jacobian_determinant, make_cohort, make_subject
+from brainldm.engineering import phantom
+from brainldm.engineering.phantom import PhantomConfig, draw_person, draw_warp, integrate, jacobian_determinant, make_cohort, make_subject
 
 SMALL = dict(num_slices=4, size=40)
 
@@ -33,7 +33,7 @@ def cohorts(tmp_path_factory):
 def test_other_process():
     "A fresh process, with another number of people and of threads, draws the same person."
     code = ("import hashlib, torch; torch.set_num_threads(2)\n"
-            "from brainldm.phantom import PhantomConfig, make_subject\n"
+            "from brainldm.engineering.phantom import PhantomConfig, make_subject\n"
             f"print(hashlib.sha256(make_subject(PhantomConfig(num_subjects=9, **{SMALL}), 3).vol.tobytes()).hexdigest())")
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
     assert out==hash_of(make_subject(PhantomConfig(num_subjects=4, **SMALL), 3).vol)

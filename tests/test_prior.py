@@ -11,14 +11,14 @@ import pytest
 import torch
 from test_training import Crash, make_dataset
 
-from brainldm import prior as module
+from brainldm.advanced import prior as module
 from brainldm.data import DataConfig
-from brainldm.batches import Covariate, SliceDataset
-from brainldm.prior import (PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, code_bits, code_cells, code_chances,
+from brainldm.engineering.batches import Covariate, SliceDataset
+from brainldm.advanced.prior import (PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, code_bits, code_cells, code_chances,
                             code_floors, code_prices, draw_uniform, load_prior, neighbours, next_logits, pick_codes, prior_loss, sample_codes, train_prior)
-from brainldm.loop import check_config, infer, seeded
-from brainldm.layers import pick_precision
-from brainldm.runs import Checkpoint, load_weights, read_config, read_log
+from brainldm.engineering.loop import check_config, infer, seeded
+from brainldm.engineering.layers import pick_precision
+from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log
 from brainldm.training import AEConfig, load_autoencoder, train_autoencoder
 
 AE = AEConfig(total_images=40, batch_size=4, log_every=2, warmup_images=8, validate_every=1_000, checkpoint_every=1_000, data=DataConfig(size=32),

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from brainldm.data import DataConfig
-from brainldm.batches import open_dataset
-from brainldm.phantom import PhantomConfig, make_cohort
-from brainldm.prior import PriorConfig, train_prior
+from brainldm.engineering.batches import open_dataset
+from brainldm.engineering.phantom import PhantomConfig, make_cohort
+from brainldm.advanced.prior import PriorConfig, train_prior
 from brainldm.training import AEConfig, train_autoencoder
-from brainldm.diffusion import LDMConfig, train_ldm
+from brainldm.engineering.stage2 import LDMConfig, train_ldm
 
 pytestmark = pytest.mark.skipif(os.name=='nt', reason='gloo on POSIX')
 # What `accelerate launch` starts on GPUs; with --cpu it starts one process only, whatever it is told.
@@ -84,7 +84,7 @@ def test_two_processes_draw_what_one_draws(one_and_two, tmp_path):
     line = ['sample', str(run), '--n', '5', '--steps', '3', '--slice', '2', '--out']
     for name,how in (('one', []), ('two', TWO)):
         script = tmp_path/f'{name}.py'                                         # torchrun would take --n for its own
-        script.write_text(f'import sys\nfrom brainldm.cli import main\nprint("drawing")\nsys.exit(main({[*line, str(tmp_path/name)]!r}))\n')
+        script.write_text(f'import sys\nfrom brainldm.engineering.cli import main\nprint("drawing")\nsys.exit(main({[*line, str(tmp_path/name)]!r}))\n')
         done = subprocess.run([sys.executable, *how, str(script)], capture_output=True, text=True, timeout=200, env=ENV)
         assert done.stdout.count('drawing')==(2 if how else 1)
         assert done.returncode==0 and done.stdout.count('5 synthetic pictures')==1, done.stdout+done.stderr
@@ -96,8 +96,8 @@ PLACES = """
 import os
 from types import SimpleNamespace
 import torch
-from brainldm.layers import pick_device
-from brainldm.loop import crew
+from brainldm.engineering.layers import pick_device
+from brainldm.engineering.loop import crew
 real = torch.zeros                                                             # a machine with two GPUs, as far as it is asked
 def zeros(*args, device=None, **kwargs):
     return SimpleNamespace(device=torch.device(device)) if 'cuda' in str(device) else real(*args, device=device, **kwargs)

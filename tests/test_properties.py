@@ -17,13 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm import batches, data, files
+from brainldm.engineering import batches
+from brainldm import data
+from brainldm.engineering import files
 from brainldm.data import DataConfig
-from brainldm.batches import Covariate
-from brainldm.files import DataFault
+from brainldm.engineering.batches import Covariate
+from brainldm.engineering.files import DataFault
 from brainldm.sampling import BrainLDM
 from brainldm.scheduler import PREDICTION_TYPES, NoiseSchedule, add_noise, targets, to_x0_eps
-from brainldm.samplers import sampling_timesteps
+from brainldm.advanced.solvers import sampling_timesteps
 from brainldm.training import AEConfig, load_weights
 
 hypothesis = pytest.importorskip("hypothesis")

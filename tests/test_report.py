@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from brainldm.data import DataConfig
-from brainldm.batches import Covariate, open_dataset
-from brainldm.codec import middle_conditions
-from brainldm.diffusion import LDMConfig, train_ldm
-from brainldm.evaluation import merge_metrics, reconstruction_scores, show_number
-from brainldm.prior import PriorConfig, train_prior
-from brainldm.report import check_targets, draw_by_condition, draw_like, evaluate, picture_uri, report, report_numbers, report_samples
+from brainldm.engineering.batches import Covariate, open_dataset
+from brainldm.engineering.codec import middle_conditions
+from brainldm.engineering.stage2 import LDMConfig, train_ldm
+from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores, show_number
+from brainldm.advanced.prior import PriorConfig, train_prior
+from brainldm.engineering.report import check_targets, draw_by_condition, draw_like, evaluate, picture_uri, report, report_numbers, report_samples
 from brainldm.sampling import BrainLDM, Sampler
 from brainldm.training import AEConfig, train_autoencoder
 from brainldm.unet import UNet

@@ -2,7 +2,8 @@
 import math
 import pytest, torch
 from torch.testing import assert_close
-from brainldm import samplers as W, scheduler as S
+from brainldm.advanced import solvers as W
+from brainldm import scheduler as S
 from test_scheduler import KINDS, NAMES, pair, rand
 
 diffusers = pytest.importorskip('diffusers')

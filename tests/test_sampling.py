@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from brainldm.data import DataConfig
-from brainldm.batches import Covariate, encode_covariates, open_dataset
-from brainldm.runs import load_weights, save_weights
+from brainldm.engineering.batches import Covariate, encode_covariates, open_dataset
+from brainldm.engineering.runs import load_weights, save_weights
 from brainldm.sampling import (BrainLDM, Sampler, draw_noise, guide, load_denoiser, mix_conditions, skipped_steps, slerp,
                                spread)
 from brainldm.unet import UNet

@@ -9,9 +9,9 @@ import torch
 from torch.testing import assert_close
 
 import brainldm
-from brainldm import sharing
-from brainldm.cli import main
-from brainldm.prior import CodeSampler
+from brainldm.engineering import sharing
+from brainldm.engineering.cli import main
+from brainldm.advanced.prior import CodeSampler
 from brainldm.sampling import BrainLDM
 
 SHELF = Path(brainldm.__file__).parent/'pretrained'

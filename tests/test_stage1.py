@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from brainldm import training
-from brainldm.cli import main
-from brainldm.evaluation import codebook_scores, reconstruction_scores
+from brainldm.engineering.cli import main
+from brainldm.advanced.evaluation import codebook_scores, reconstruction_scores
 from brainldm.sampling import BrainLDM
-from brainldm.loop import check_config
-from brainldm.runs import Checkpoint, load_weights, read_config, read_log, save_weights
+from brainldm.engineering.loop import check_config
+from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log, save_weights
 from brainldm.training import autoencoder_loss, load_autoencoder, make_critic, plot_history, train_autoencoder
-from brainldm.diffusion import train_ldm
+from brainldm.engineering.stage2 import train_ldm
 from test_training import AE, LDM, Crash, make_dataset, strike
 
 VQ = replace(AE, kind='vq', num_embeddings=16)

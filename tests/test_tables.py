@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from test_data import CONFIG, faults, look, make_adni, make_oasis, make_volume, other_head, picture, save
 
-from brainldm.batches import open_dataset
+from brainldm.engineering.batches import open_dataset
 from brainldm.data import find_layout, parse_picture, read_manifest
-from brainldm.tables import find_modality, read_name, read_subjects, read_table, suspect_names
+from brainldm.engineering.tables import find_modality, read_name, read_subjects, read_table, suspect_names
 
 
 # ---- names

@@ -18,13 +18,15 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm import diffusion, runs, training
+from brainldm.engineering import stage2 as diffusion
+from brainldm.engineering import runs
+from brainldm import training
 from brainldm.data import DataConfig
-from brainldm.batches import SliceDataset
+from brainldm.engineering.batches import SliceDataset
 from brainldm.scheduler import NoiseSchedule
-from brainldm.diffusion import LDMConfig, train_ldm
-from brainldm.loop import check_config
-from brainldm.runs import HARMLESS, Checkpoint, load_weights, open_run, read_config, read_log
+from brainldm.engineering.stage2 import LDMConfig, train_ldm
+from brainldm.engineering.loop import check_config
+from brainldm.engineering.runs import HARMLESS, Checkpoint, load_weights, open_run, read_config, read_log
 from brainldm.training import AEConfig, load_autoencoder, plot_history, train_autoencoder
 
 AE = AEConfig(total_images=80, batch_size=4, log_every=2, warmup_images=16, validate_every=40, checkpoint_every=24, data=DataConfig(size=32),

@@ -3,7 +3,7 @@ import os
 import pytest, torch
 from torch import nn
 from torch.testing import assert_close
-from brainldm.batches import Covariate
+from brainldm.engineering.batches import Covariate
 from brainldm.unet import UNet, timestep_embedding
 
 COVARIATES = (Covariate('diagnosis', 'categorical', values=('NC', 'AD')), Covariate('slice', 'continuous', range=(0, 31)),

@@ -4,8 +4,8 @@ import os
 import numpy as np, pytest, torch
 from scipy.ndimage import gaussian_filter
 from torch.testing import assert_close
-from brainldm.batches import Covariate, encode_covariates
-from brainldm.layers import ResBlock
+from brainldm.engineering.batches import Covariate, encode_covariates
+from brainldm.engineering.layers import ResBlock
 from brainldm.vae import (LOGVAR_LIMITS, AutoencoderKL, Decoder, Encoder, LimitLogvar, check_levels, cyclical_weight, kl_loss, picture_scores,
                           reparameterize, run_levels)
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from test_covariates import cohort
 
-from brainldm import volume as module
-from brainldm.cli import data_config, describe_space, main
+from brainldm.advanced import volume as module
+from brainldm.engineering.cli import data_config, describe_space, main
 from brainldm.data import DataConfig, check_dataset
-from brainldm.batches import open_dataset
-from brainldm.diffusion import LDMConfig, train_ldm
+from brainldm.engineering.batches import open_dataset
+from brainldm.engineering.stage2 import LDMConfig, train_ldm
 from brainldm.sampling import BrainLDM
-from brainldm.codec import SYNTHETIC
-from brainldm.runs import load_weights, open_run, read_log, save_weights
+from brainldm.engineering.codec import SYNTHETIC
+from brainldm.engineering.runs import load_weights, open_run, read_log, save_weights
 from brainldm.training import AEConfig, train_autoencoder
-from brainldm.volume import (BrainVolumes, NeighbourUNet, VolumeConfig, correlate, drawing_order, find_neighbours,
+from brainldm.advanced.volume import (BrainVolumes, NeighbourUNet, VolumeConfig, correlate, drawing_order, find_neighbours,
                              guess_spacing, lay_beside, look_beside, save_volumes, to_nifti, train_volume)
 
 SHORT = VolumeConfig(total_images=96, batch_size=8, warmup_images=16, validate_every=48, checkpoint_every=16, log_every=1, ema_images=32, preview_steps=2)

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from brainldm.batches import Covariate, encode_covariates
+from brainldm.engineering.batches import Covariate, encode_covariates
 from brainldm.vqgan import (FP16_SCALE, FSQ, VQVAE, CodeHistogram, PatchDiscriminator, VectorQuantizer, adaptive_weight, code_scores, count_codes,
                             critic_accuracy, critic_loss, everyone, feature_loss, generator_loss, nearest_codes, restart_dead_codes,
                             smooth_counts, start_codebook, straight_through)

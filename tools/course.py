@@ -26,13 +26,13 @@ TIMES = ROOT / "docs" / "course.json"
 
 
 def number(path):
-    "The number of a lesson: 08a of 08a_factors.ipynb."
+    "The number of a lesson: 08a of advanced/13_factors.ipynb."
     return path.stem.split("_")[0]
 
 
 def chosen(numbers):
     "Notebooks to run, in order."
-    found = sorted(p for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+    found = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     unknown = sorted(set(numbers) - {number(p) for p in found})
     if unknown:
         raise SystemExit(f"course: no lesson {', '.join(unknown)}. Expected some of {' '.join(number(p) for p in found)}.")

@@ -16,6 +16,8 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "brainldm"
+TRACKS = {"nbs": "Core", "advanced": "Advanced", "engineering": "Engineering"}                # folder and caption, in the order of reading
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/benchmarks/README.md")   # copied to where their links expect each other
 
 
@@ -117,7 +119,13 @@ def lesson(path):
 
 
 def notebooks():
-    return sorted(p for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+    "Core, advanced, engineering, each in the order of its numbers."
+    return sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def lesson_file(stem):
+    "Where a lesson lies, as seen from the root: nbs/engineering/23_files.ipynb."
+    return next((p.relative_to(ROOT).as_posix() for p in notebooks() if p.stem == stem), f"nbs/{stem}.ipynb")
 
 
 # API pages
@@ -142,7 +150,9 @@ def code(node):
 class Module:
     "A module of the package, read without importing it: its public names in order, with comments and places."
     def __init__(self, path):
-        self.text, self.name = path.read_text(encoding="utf-8"), path.stem
+        self.text = path.read_text(encoding="utf-8")
+        inside = path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else Path(path.name)
+        self.name = ".".join(inside.with_suffix("").parts)
         self.tree, self.comments = ast.parse(self.text), comments(self.text)
         self.doc = ast.get_docstring(self.tree) or ""
         listed = next((n.value for n in self.tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), None)
@@ -243,7 +253,7 @@ def first_sentence(node):
 def api_page(module):
     "One module as a page."
     named = list(module.named())
-    lessons = " and ".join(f"[{s.replace('_', ' ')}](../nbs/{s}.ipynb)" for s in module.lessons())
+    lessons = " and ".join(f"[{s.replace('_', ' ')}](../{lesson_file(s)})" for s in module.lessons())
     rows = [f"| {{py:obj}}`{n} <brainldm.{module.name}.{n}>` | {first_sentence(node) or prose(module.comment(node))} |" for n, node in named]
     body = [line for n, node in named for line in public_entry(module, n, node)]
     return "\n".join([f"# {module.name}", "", prose(module.doc), "", f"Made in lesson {lessons}.", "", f"```{{py:module}} brainldm.{module.name}", "```", "",
@@ -251,7 +261,7 @@ def api_page(module):
 
 
 def modules():
-    return [Module(p) for p in sorted((ROOT / "brainldm").glob("*.py")) if p.stem[0] != "_"]
+    return [Module(p) for p in sorted((ROOT / "brainldm").rglob("*.py")) if p.stem[0] != "_"]
 
 
 # The map of the modules
@@ -261,8 +271,11 @@ def imports(module, known):
     found = set()
     for n in (n for n in ast.walk(module.tree) if isinstance(n, ast.ImportFrom)):
         if n.level or (n.module or "").split(".")[0] == "brainldm":
-            last = (n.module or "").split(".")[-1]
-            found |= {last} if last in known else {a.name for a in n.names}
+            here = ["brainldm", *module.name.split(".")[:-1]]
+            base = here[: len(here) - n.level + 1] if n.level else []
+            parts = [*base, *(n.module or "").split(".")]
+            inside = ".".join(p for p in parts[1:] if p)
+            found |= {inside} if inside in known else {".".join(filter(None, (inside, a.name))) for a in n.names}
     return (found & known) - {module.name}
 
 
@@ -338,7 +351,7 @@ def map_svg(graph, about):
         on = '" marker-end="url(#tip)' if isinstance(b, str) else f" V{yb + half}"                        # an arrow head, or straight past the boxes
         lines.append(f'<path d="M{xa},{start} C{xa},{(start + end) // 2} {xb},{(start + end) // 2} {xb},{end}{on}"/>')
     boxes = [f'<a href="api/{p}.html"><rect x="{x - BOX[0] // 2}" y="{y - half}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/>'
-             f'<text x="{x}" y="{y + 5}">{p}</text></a>' for p, (x, y) in at.items() if isinstance(p, str)]
+             f'<text x="{x}" y="{y + 5}">{p.split(".")[-1]}</text></a>' for p, (x, y) in at.items() if isinstance(p, str)]
     width, height = max(x for x, _ in at.values()) + BOX[0] // 2 + 4, (len(rows) - 1) * STEP + BOX[1] + 8
     return (f'<svg class="modules" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(about)}" xmlns="http://www.w3.org/2000/svg">'
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z"/></marker></defs>'
@@ -352,7 +365,7 @@ def map_page(found):
     graph, first = reduced(full), {m.name: m.lessons()[0] for m in found}
     order = sorted(known, key=lambda n: first[n])
     about = "Map of the modules. " + " ".join(f"{a} imports {', '.join(sorted(graph[a])) or 'none of the others'}." for a in order)
-    rows = [f"| [{a}](api/{a}.md) | [{first[a].split('_')[0]}](nbs/{first[a]}.ipynb) | {', '.join(f'`{b}`' for b in order if b in full[a]) or 'none'} |" for a in order]
+    rows = [f"| [{a}](api/{a}.md) | [{first[a].split('_')[0]}]({lesson_file(first[a])}) | {', '.join(f'`{b}`' for b in order if b in full[a]) or 'none'} |" for a in order]
     return "\n".join([
         "# Map of the modules", "",
         "Drawn from the imports themselves. An arrow points to what a module imports; a module that is reached by way of another has no arrow of its own. "
@@ -364,7 +377,7 @@ def map_page(found):
 def course_page():
     "How long each lesson takes with its long cells, as the last `make course` measured it."
     known = json.loads((ROOT / "docs" / "course.json").read_text(encoding="utf-8"))
-    rows = [f"| [{p.stem.replace('_', ' ')}](nbs/{p.name}) | {known[n]['seconds'] / 60:.1f} | {known[n]['where']} |"
+    rows = [f"| [{p.stem.replace('_', ' ')}](nbs/{p.relative_to(ROOT / 'nbs').as_posix()}) | {known[n]['seconds'] / 60:.1f} | {known[n]['where']} |"
             for p in notebooks() if (n := p.stem.split("_")[0]) in known]
     return "\n".join(["# How long the lessons take", "", "Minutes for a whole lesson, the long cells (`#| slow`) included; measured by `make course`.", "",
                       "| lesson | minutes | on |", "|---|---|---|", *rows, ""])
@@ -384,7 +397,9 @@ def write_sources(src):
     (src / "api").mkdir()
     found = modules()
     for path in notebooks():
-        (src / "nbs" / path.name).write_text(json.dumps(lesson(path)), encoding="utf-8")
+        page = src / path.relative_to(ROOT)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(json.dumps(lesson(path)), encoding="utf-8")
     for module in found:
         (src / "api" / f"{module.name}.md").write_text(api_page(module), encoding="utf-8")
     (src / "modules.md").write_text(map_page(found), encoding="utf-8")
@@ -395,7 +410,7 @@ def write_sources(src):
         (src / page).parent.mkdir(parents=True, exist_ok=True)
         (src / page).write_text(re.sub(r"(\]\((?:\.\./)*)README\.md", r"\1index.md", text), encoding="utf-8")
     (src / "README.md").rename(src / "index.md")
-    toc = [*contents("Lessons", *(f"nbs/{p.stem}" for p in notebooks())), *contents("Use it", *(p.removesuffix(".md") for p in pages), "modules", "course"),
+    toc = [*(line for track, caption in TRACKS.items() for line in contents(caption, *(p.relative_to(ROOT).with_suffix("").as_posix() for p in notebooks() if p.parent.name == track))), *contents("Use it", *(p.removesuffix(".md") for p in pages), "modules", "course"),
            *contents("Modules", *(f"api/{m.name}" for m in sorted(found, key=lambda m: m.lessons()))),
            *contents("Project", "tests/benchmarks/README", "CONTRIBUTING", "CHANGELOG")]
     with (src / "index.md").open("a", encoding="utf-8") as front:

@@ -15,15 +15,16 @@ def rebuild(to):
     for name in ("nbs", "brainldm", "settings.ini"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, to / name)
-    for module in (to / "brainldm").glob("*.py"):
-        module.unlink()
+    for module in (to / "brainldm").rglob("*.py"):
+        if module.name != "__init__.py":
+            module.unlink()
     for command in ("nbdev_clean", "nbdev_export"):
         subprocess.run([BIN / command], cwd=to, check=True)
 
 
 def differences(to):
     "Files that a clean export would change."
-    names = {str(p.relative_to(base)) for base in (ROOT, to) for kind in ("nbs/*.ipynb", "brainldm/*.py") for p in base.glob(kind)}
+    names = {str(p.relative_to(base)) for base in (ROOT, to) for kind in ("nbs/**/*.ipynb", "brainldm/**/*.py") for p in base.glob(kind)}
     same = lambda n: (ROOT / n).is_file() and (to / n).is_file() and filecmp.cmp(ROOT / n, to / n, shallow=False)
     return sorted(n for n in names if not same(n))
 

@@ -53,7 +53,7 @@ def look(path):
 
 def main():
     "Print the table."
-    rows = {p.stem: look(p) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
+    rows = {p.stem: look(p) for p in sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)}
     print(f"{'lesson':15} cells prose words/line  body: median, longest  tests/export documented figures titled    kB")
     for name, o in rows.items():
         print(f"{name:15} {o['cells']:5} {o['prose']:5.0%} {o['words']:10.1f} {median(o['sizes'] or [0]):14.0f} {max(o['sizes'] or [0]):7} "

@@ -43,8 +43,8 @@ def rows(path):
 def page():
     "The whole page."
     lines = []
-    for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
-        lesson = f"[{path.stem.split('_')[0]}](../nbs/{path.name})"
+    for path in sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts):
+        lesson = f"[{path.stem.split('_')[0]}](../{path.relative_to(ROOT).as_posix()})"
         lines += [f"| {symbol} | {code} | {meaning} | {lesson} |" for symbol, code, meaning in rows(path)]
     return HEAD + "\n".join(lines) + "\n"
 

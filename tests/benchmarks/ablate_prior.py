@@ -21,12 +21,12 @@ import tyro
 from einops import rearrange
 from torch import nn
 
-from brainldm.batches import open_dataset
-from brainldm.cli import data_config
-from brainldm.diffusion import LatentDataset
-from brainldm.loop import Learner, fit, seeded, train_batches
-from brainldm.layers import pick_precision
-from brainldm.prior import PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_floors, code_vectors, prior_args, prior_loss
+from brainldm.engineering.batches import open_dataset
+from brainldm.engineering.cli import data_config
+from brainldm.engineering.stage2 import LatentDataset
+from brainldm.engineering.loop import Learner, fit, seeded, train_batches
+from brainldm.engineering.layers import pick_precision
+from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_floors, code_vectors, prior_args, prior_loss
 from brainldm.training import load_autoencoder, pick_covariates, spread_rows
 
 import seeds

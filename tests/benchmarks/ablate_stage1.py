@@ -15,13 +15,13 @@ import pandas as pd
 import torch
 import tyro
 
-from brainldm.batches import open_dataset
-from brainldm.evaluation import reconstruction_scores
-from brainldm.phantom import PhantomConfig, make_cohort, show_grid
+from brainldm.engineering.batches import open_dataset
+from brainldm.advanced.evaluation import reconstruction_scores
+from brainldm.engineering.phantom import PhantomConfig, make_cohort, show_grid
 from brainldm.sampling import BrainLDM
-from brainldm.runs import read_log
+from brainldm.engineering.runs import read_log
 from brainldm.training import AEConfig, save_figure, spread_rows, train_autoencoder
-from brainldm.diffusion import PRESETS
+from brainldm.engineering.stage2 import PRESETS
 
 import seeds
 

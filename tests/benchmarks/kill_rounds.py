@@ -22,8 +22,12 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from brainldm import diffusion, prior, runs, training, volume
-from brainldm.runs import Checkpoint, load_weights, read_log
+from brainldm.engineering import stage2 as diffusion
+from brainldm.advanced import prior
+from brainldm.engineering import runs
+from brainldm import training
+from brainldm.advanced import volume
+from brainldm.engineering.runs import Checkpoint, load_weights, read_log
 from test_training import AE, LDM, make_dataset
 
 VQ = replace(AE, kind='vq', num_embeddings=12, adversary=True, adversary_start=40, critic_warmup=16, critic_channels=(8, 16))

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from timing import count
 from torch import Tensor, nn
 
-from brainldm.batches import Covariate
-from brainldm.loop import seeded
+from brainldm.engineering.batches import Covariate
+from brainldm.engineering.loop import seeded
 from brainldm.training import autoencoder_args, build_autoencoder
-from brainldm.diffusion import PRESETS, unet_args
+from brainldm.engineering.stage2 import PRESETS, unet_args
 from brainldm.unet import UNet
 from brainldm.vae import kl_loss
 

@@ -8,8 +8,8 @@ import time
 
 import torch
 
-from brainldm.batches import Covariate
-from brainldm.prior import PRIOR_PRESETS, CodeTransformer, draw_uniform, sample_codes
+from brainldm.engineering.batches import Covariate
+from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, draw_uniform, sample_codes
 
 REPEATS = 5
 

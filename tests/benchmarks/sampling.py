@@ -17,9 +17,9 @@ from timing import DTYPES, Job, autocast, count, device_and_precision, draw_rati
 
 from brainldm.sampling import BrainLDM, listen
 from brainldm.scheduler import NoiseSchedule
-from brainldm.samplers import SAMPLERS, denoise
-from brainldm.loop import infer
-from brainldm.diffusion import PRESETS
+from brainldm.advanced.solvers import SAMPLERS, denoise
+from brainldm.engineering.loop import infer
+from brainldm.engineering.stage2 import PRESETS
 
 TARGET = '<= 1.05'
 

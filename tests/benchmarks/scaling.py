@@ -24,9 +24,9 @@ from torch import nn
 from training_step import manifest
 
 from brainldm.data import DataConfig
-from brainldm.batches import SliceDataset, open_dataset
-from brainldm.loop import TrainConfig, make_accelerator, train_batches
-from brainldm.diffusion import PRESETS, latent_splits
+from brainldm.engineering.batches import SliceDataset, open_dataset
+from brainldm.engineering.loop import TrainConfig, make_accelerator, train_batches
+from brainldm.engineering.stage2 import PRESETS, latent_splits
 
 
 @dataclass

@@ -23,11 +23,11 @@ from peers import monai_autoencoder, our_autoencoder
 from timing import Job, autocast, count, device_and_precision, machine, publish, seconds
 from torch import nn
 
-from brainldm.batches import open_dataset
-from brainldm.phantom import PhantomConfig, make_cohort
-from brainldm.loop import Learner, to_device, train_batches
+from brainldm.engineering.batches import open_dataset
+from brainldm.engineering.phantom import PhantomConfig, make_cohort
+from brainldm.engineering.loop import Learner, to_device, train_batches
 from brainldm.training import autoencoder_loss, spread_rows
-from brainldm.diffusion import PRESETS
+from brainldm.engineering.stage2 import PRESETS
 from brainldm.vae import picture_scores
 
 BATCH = 13                                                                     # of the recipe

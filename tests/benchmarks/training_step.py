@@ -23,12 +23,12 @@ from torch import nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from brainldm.batches import SliceDataset
-from brainldm.prior import PRIOR_PRESETS, CodeTransformer, prior_loss
-from brainldm.loop import Learner, TrainConfig, fit, seeded, step_seed, to_device, train_batches
-from brainldm.runs import StopRequest, stage_callbacks
+from brainldm.engineering.batches import SliceDataset
+from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, prior_loss
+from brainldm.engineering.loop import Learner, TrainConfig, fit, seeded, step_seed, to_device, train_batches
+from brainldm.engineering.runs import StopRequest, stage_callbacks
 from brainldm.training import autoencoder_args, autoencoder_loss, build_autoencoder
-from brainldm.diffusion import PRESETS, LatentDataset, drop_mask, ldm_loss, unet_args
+from brainldm.engineering.stage2 import PRESETS, LatentDataset, drop_mask, ldm_loss, unet_args
 from brainldm.unet import UNet
 from brainldm.vae import kl_loss
 

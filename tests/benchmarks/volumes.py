@@ -14,14 +14,14 @@ import pandas as pd
 import torch
 import tyro
 
-from brainldm.cli import data_config
-from brainldm.batches import open_dataset
-from brainldm.evaluation import json_safe, subject_interval
-from brainldm.fidelity import feature_net, read_pictures
+from brainldm.engineering.cli import data_config
+from brainldm.engineering.batches import open_dataset
+from brainldm.advanced.evaluation import json_safe, subject_interval
+from brainldm.advanced.fidelity import feature_net, read_pictures
 from brainldm.sampling import BrainLDM
 from brainldm.training import save_figure
 from brainldm.vae import picture_scores
-from brainldm.volume import BrainVolumes, neighbour_scores, show_planes
+from brainldm.advanced.volume import BrainVolumes, neighbour_scores, show_planes
 
 
 @dataclass
