@@ -18,10 +18,11 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from .engineering.checks import check_choice
+from .scheduler import NoiseSchedule, add_noise
+from .unet import UNet
 from .engineering.loop import infer
 from .sampling import draw_noise
-from .scheduler import NoiseSchedule, add_noise, check_choice
-from .unet import UNet
 
 # %% ../nbs/08_analysis.ipynb #5979d364
 def check_vectors(

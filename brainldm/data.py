@@ -20,9 +20,14 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from .engineering.files import (ARCHIVES, DataFault, as_faults, count_planes, decode_file, foreground_side, hash_picture,
-    list_files, map_files, printable, read_grid, unpack)
-from .engineering.tables import ALIASES, LABELS, join_subjects, name_subjects, read_name, read_subjects, read_table
+from .engineering.checks import DataFault, printable
+from brainldm.engineering.files import (
+    ARCHIVES, as_faults, count_planes, decode_file, foreground_side, hash_picture, list_files,
+    map_files, read_grid, unpack,
+)
+from brainldm.engineering.tables import (
+    ALIASES, LABELS, join_subjects, name_subjects, read_name, read_subjects, read_table,
+)
 
 SPLITS = ('train', 'validate', 'test')
 SPLIT_FOLDERS = dict(train='train', training='train', val='validate', valid='validate', validate='validate',

@@ -17,17 +17,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .engineering.checks import check_choice
+from .engineering.devices import pick_device, pick_precision
 from .engineering.batches import Covariate
-from .scheduler import NoiseSchedule, add_noise, check_choice
+from .scheduler import NoiseSchedule, add_noise
 from .advanced.solvers import SAMPLERS, denoise, invert, sampling_timesteps
-from .engineering.codec import (
-    Codec, check_conditions, check_pictures, check_request, check_whole, image_generators, in_batches, told)
-from .engineering.layers import pick_device
+from .unet import UNet
 from .engineering.loop import infer, mixed_precision, to_device
-from .engineering.layers import pick_precision
 from .engineering.runs import check_trained_on, fill_model, load_weights, read_config
 from .training import MISFITS, load_autoencoder, recall
-from .unet import UNet
+from brainldm.engineering.codec import (
+    Codec, check_conditions, check_pictures, check_request, check_whole, image_generators,
+    in_batches, told,
+)
 
 # %% ../nbs/07_sampling.ipynb #ba0fd6b5
 def draw_noise(

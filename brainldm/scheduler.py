@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_TYPES', 'BETA_SCHEDULES', 'linear_betas', 'scaled_linear_betas', 'cosine_betas', 'flow_betas',
-           'rescale_zero_terminal_snr', 'check_choice', 'check_schedule', 'NoiseSchedule', 'at_timesteps', 'add_noise',
-           'targets', 'flow_weight', 'to_x0_eps', 'min_snr_weight']
+           'rescale_zero_terminal_snr', 'check_schedule', 'NoiseSchedule', 'at_timesteps', 'add_noise', 'targets',
+           'flow_weight', 'to_x0_eps', 'min_snr_weight']
 
 # %% ../nbs/04_scheduler.ipynb #177e4e42
 import math
@@ -13,6 +13,7 @@ import torch
 from dataclasses import dataclass
 from functools import cached_property
 from torch import Tensor
+from .engineering.checks import check_choice
 
 PREDICTION_TYPES = 'epsilon','v_prediction','sample'
 BETA_SCHEDULES = 'linear','scaled_linear','cosine','flow'
@@ -62,17 +63,6 @@ def rescale_zero_terminal_snr(
     root = (root-root[-1])*root[0]/(root[0]-root[-1])
     abar = root**2
     return 1-torch.cat([abar[:1], abar[1:]/abar[:-1]])
-
-# %% ../nbs/04_scheduler.ipynb #71f9ace5
-def check_choice(
-    where:str, # Function that asks, for the message
-    name:str, # Argument it was given
-    value:str, # What arrived
-    known:tuple, # What is accepted
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse a `value` that is not one of `known`. Raises ValueError."
-    if value not in known: raise ValueError(
-        f"{where}: {name}={value!r}. Expected one of {', '.join(known)}. Check the spelling.")
 
 # %% ../nbs/04_scheduler.ipynb #df3657e5
 def check_schedule(

@@ -10,8 +10,11 @@ __all__ = ['timestep_embedding', 'ConditionEmbedding', 'check_told', 'UNetBlock'
 import math
 import torch
 from torch import Tensor,nn
+from .engineering.checks import check_divides
 from .engineering.batches import Covariate
-from .engineering.layers import AttentionBlock,Conditioner,CrossAttention,Downsample,ResBlock,Upsample,check_divides
+from brainldm.engineering.layers import (
+    AttentionBlock, Conditioner, CrossAttention, Downsample, ResBlock, Upsample,
+)
 
 # %% ../nbs/05_unet.ipynb #d471593e
 def timestep_embedding(

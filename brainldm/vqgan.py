@@ -17,8 +17,10 @@ from einops import rearrange
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
+from .engineering.checks import check_divides
+from .engineering.devices import double_on_cpu
 from .engineering.batches import Covariate
-from .engineering.layers import Conditioner, check_divides, double_on_cpu
+from .engineering.layers import Conditioner
 from .vae import Autoencoder
 
 # %% ../nbs/03_vqgan.ipynb #0af11b8c

@@ -7,14 +7,15 @@ import torch
 from PIL import Image
 
 import brainldm.engineering.codec as codec_module
-from brainldm.engineering.codec import (
-    SYNTHETIC, Codec, check_conditions, check_pictures, in_batches, manifest_of, save_gif, save_pictures, to_bytes,
-    told)
-from brainldm.engineering.layers import pick_device, pick_precision
+from brainldm.engineering.devices import pick_device, pick_precision
 from brainldm.data import DataConfig, check_dataset, read_manifest
 from brainldm.engineering.batches import Covariate, open_dataset
-from brainldm.training import load_autoencoder
 from brainldm.vae import AutoencoderKL
+from brainldm.training import load_autoencoder
+from brainldm.engineering.codec import (
+    SYNTHETIC, Codec, check_conditions, check_pictures, in_batches, manifest_of, save_gif,
+    save_pictures, to_bytes, told,
+)
 
 
 @pytest.fixture(scope='module')

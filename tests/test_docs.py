@@ -22,10 +22,10 @@ from urllib.parse import unquote, urlparse
 import pytest
 from PIL import Image
 
-from brainldm.engineering.cli import main
-from brainldm.data import read_subjects
-from brainldm.engineering.report import evaluate
+from brainldm.engineering.tables import read_subjects
 from brainldm.engineering.loop import TrainConfig
+from brainldm.engineering.report import evaluate
+from brainldm.engineering.cli import main
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -5,8 +5,11 @@ import pytest
 from PIL import Image
 from test_data import float_head, make_volume, save, turned
 
-from brainldm.engineering.files import (DataFault, axial_picture, cache_folder, count_planes, decode_file, hash_picture, load_volume, read_picture,
-                            scale_to_bytes)
+from brainldm.engineering.checks import DataFault
+from brainldm.engineering.files import (
+    axial_picture, cache_folder, count_planes, decode_file, hash_picture, load_volume, read_picture,
+    scale_to_bytes,
+)
 
 
 def flipped(vol, affine, flips, order):

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = """
-    engineering.phantom engineering.files engineering.tables | data engineering.batches | engineering.layers vae vqgan
+    engineering.checks engineering.devices | engineering.files engineering.plotting engineering.phantom engineering.tables | data engineering.batches | engineering.layers vae vqgan
     scheduler advanced.solvers unet | engineering.loop engineering.runs engineering.sharing | training engineering.stage2
     | engineering.codec sampling | advanced.volume analysis advanced.factors engineering.explore advanced.prior
     advanced.evaluation advanced.fidelity advanced.audit engineering.report | engineering.cli"""

@@ -5,9 +5,12 @@ import pytest, torch
 from accelerate import DistributedType, PartialState
 from torch import nn
 from torch.testing import assert_close
+from brainldm.engineering.checks import check_divides
+from brainldm.engineering.devices import pick_device, process_device
 from brainldm.engineering.batches import Covariate, encode_covariates
-from brainldm.engineering.layers import (AttentionBlock, Conditioner, CrossAttention, Downsample, ResBlock, ScalarEmbedding, Upsample,
-                             check_divides, pick_device, process_device)
+from brainldm.engineering.layers import (
+    AttentionBlock, Conditioner, CrossAttention, Downsample, ResBlock, ScalarEmbedding, Upsample,
+)
 
 COVARIATES = (Covariate('diagnosis', 'categorical', values=('AD', 'NC')), Covariate('age', 'continuous', range=(50, 90)),
               Covariate('sex', 'categorical', values=('F', 'M')))

@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from brainldm.engineering import runs
-from brainldm.engineering.batches import SliceDataset, find_covariates, fingerprint
+from brainldm.engineering.devices import device_name
 from brainldm.data import DataConfig
-from brainldm.engineering.stage2 import load_unet, note_changes, refuse_leak, train_ldm
-from brainldm.advanced.fidelity import feature_net
-from brainldm.engineering.layers import device_name
+from brainldm.engineering.batches import SliceDataset, find_covariates, fingerprint
 from brainldm.engineering.loop import TrainConfig
-from brainldm.advanced.prior import CodeSampler, PriorConfig, load_prior, train_prior
-from brainldm.engineering.runs import Checkpoint, compare_given, load_weights, read_config, read_log, save_weights, weights_hash
-from brainldm.sampling import BrainLDM
+from brainldm.engineering.runs import (
+    Checkpoint, compare_given, load_weights, read_config, read_log, save_weights, weights_hash,
+)
 from brainldm.engineering.sharing import pack_weights, strip_settings
 from brainldm.training import load_autoencoder, train_autoencoder
+from brainldm.engineering.stage2 import load_unet, note_changes, refuse_leak, train_ldm
+from brainldm.sampling import BrainLDM
 from brainldm.advanced.volume import BrainVolumes, VolumeConfig, train_volume
+from brainldm.advanced.prior import CodeSampler, PriorConfig, load_prior, train_prior
+from brainldm.advanced.fidelity import feature_net
+from brainldm.engineering import runs
 from test_training import AE, LDM, Crash, dataset, quick_figures, same, strike, weights
 
 VQ = replace(AE, kind="vq", num_embeddings=12)

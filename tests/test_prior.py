@@ -11,15 +11,18 @@ import pytest
 import torch
 from test_training import Crash, make_dataset
 
-from brainldm.advanced import prior as module
+from brainldm.engineering.devices import pick_precision
 from brainldm.data import DataConfig
 from brainldm.engineering.batches import Covariate, SliceDataset
-from brainldm.advanced.prior import (PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, code_bits, code_cells, code_chances,
-                            code_floors, code_prices, draw_uniform, load_prior, neighbours, next_logits, pick_codes, prior_loss, sample_codes, train_prior)
 from brainldm.engineering.loop import check_config, infer, seeded
-from brainldm.engineering.layers import pick_precision
 from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log
 from brainldm.training import AEConfig, load_autoencoder, train_autoencoder
+from brainldm.advanced.prior import (
+    PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, code_bits, code_cells,
+    code_chances, code_floors, code_prices, draw_uniform, load_prior, neighbours, next_logits,
+    pick_codes, prior_loss, sample_codes, train_prior,
+)
+from brainldm.advanced import prior as module
 
 AE = AEConfig(total_images=40, batch_size=4, log_every=2, warmup_images=8, validate_every=1_000, checkpoint_every=1_000, data=DataConfig(size=32),
               channels=(8, 16), latent_channels=3, attention_levels=(False, False), patch=4, kind='vq', num_embeddings=12)

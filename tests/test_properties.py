@@ -17,16 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm.engineering import batches
-from brainldm import data
-from brainldm.engineering import files
+from brainldm.engineering.checks import DataFault
 from brainldm.data import DataConfig
 from brainldm.engineering.batches import Covariate
-from brainldm.engineering.files import DataFault
-from brainldm.sampling import BrainLDM
 from brainldm.scheduler import PREDICTION_TYPES, NoiseSchedule, add_noise, targets, to_x0_eps
 from brainldm.advanced.solvers import sampling_timesteps
-from brainldm.training import AEConfig, load_weights
+from brainldm.engineering.runs import load_weights
+from brainldm.training import AEConfig
+from brainldm.sampling import BrainLDM
+from brainldm.engineering import batches, files
+from brainldm import data
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings

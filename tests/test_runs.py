@@ -9,15 +9,20 @@ import pytest
 import torch
 from torch import nn
 
+from brainldm.engineering.files import write_atomic
+from brainldm.engineering.phantom import PhantomConfig, make_cohort
+from brainldm.data import DataConfig
+from brainldm.engineering.batches import open_dataset
+from brainldm.vae import AutoencoderKL
+from brainldm.engineering.loop import Learner
+from brainldm.engineering.runs import (
+    Checkpoint, load_weights, open_run, pack_state, save_weights, unpack_state,
+)
+from brainldm.training import (
+    AEConfig, load_autoencoder, spread_rows, train_autoencoder, validate_autoencoder,
+)
 from brainldm.engineering import runs
 from brainldm import training
-from brainldm.engineering.batches import open_dataset
-from brainldm.data import DataConfig
-from brainldm.engineering.loop import Learner
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.training import AEConfig, load_autoencoder, spread_rows, train_autoencoder, validate_autoencoder
-from brainldm.vae import AutoencoderKL
-from brainldm.engineering.runs import Checkpoint, load_weights, open_run, pack_state, save_weights, unpack_state, write_atomic
 from test_loop import AveragedConfig, line, line_data, line_loss
 
 CONFIG = AveragedConfig(batch_size=8, precision='no')

@@ -28,16 +28,18 @@ from torch import Tensor
 from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
 from tqdm.auto import tqdm
 
+from ..engineering.checks import check_choice
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
-from ..engineering.runs import read_metrics
-from ..scheduler import check_choice
-from ..engineering.sharing import audit_verdicts
-from .fidelity import (POSITIVE, PROPORTION, FeatureNet, fine_detail, leave_out_interval, picture_batches, picture_features,
-                               read_pictures, subject_auc, train_feature_net)
 from ..engineering.loop import TrainConfig, infer, to_device
-from ..engineering.codec import to_bytes
+from ..engineering.runs import read_metrics
+from ..engineering.sharing import audit_verdicts
 from ..engineering.stage2 import prediction_error
+from ..engineering.codec import to_bytes
 from .prior import cache_codes, code_bits
+from brainldm.advanced.fidelity import (
+    POSITIVE, PROPORTION, FeatureNet, fine_detail, leave_out_interval, picture_batches,
+    picture_features, read_pictures, subject_auc, train_feature_net,
+)
 
 UTILITY = TrainConfig(total_images=6_000, batch_size=16, warmup_images=600, weight_decay=.05)       # of classifiers
 

@@ -20,11 +20,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..engineering.files import write_atomic
 from ..engineering.batches import SliceDataset, eval_batches
-from ..sampling import BrainLDM
-from ..engineering.runs import load_weights, read_config, read_metrics, write_atomic
 from ..vae import picture_scores
 from ..vqgan import code_scores, count_codes
+from ..engineering.runs import load_weights, read_config, read_metrics
+from ..sampling import BrainLDM
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #ca89640b
 def mean_slice_floor(

@@ -23,21 +23,29 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor,nn
 from tqdm.auto import tqdm
+from ..engineering.checks import check_divides
+from ..engineering.devices import pick_device, pick_precision
+from ..engineering.plotting import save_figure, show_grid
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
-from ..engineering.layers import Conditioner,check_divides
-from ..engineering.phantom import show_grid
-from ..engineering.codec import Codec, check_conditions, check_request, in_batches, told
-from ..engineering.layers import pick_device
-from ..engineering.loop import Learner, TrainConfig, check_config, check_finite, in_chunks, infer, seeded, to_device
-from ..engineering.layers import pick_precision
-from ..engineering.runs import (check_trained_on, enter_run, fill_model, is_finished, load_weights, run_stage, save_weights,
-                           weights_hash, within_memory)
-from ..engineering.sharing import locate_run
-from ..training import (MISFITS, adopt_weights, describe, is_begun, load_autoencoder, origin_of, pick_covariates,
-                               recall, refuse_architecture, save_figure, spread_rows)
-from ..engineering.stage2 import (
-    LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, preview_conditions, refuse_strange_latents)
+from ..engineering.layers import Conditioner
 from ..vqgan import VQVAE
+from brainldm.engineering.loop import (
+    Learner, TrainConfig, check_config, check_finite, in_chunks, infer, seeded, to_device,
+)
+from brainldm.engineering.runs import (
+    check_trained_on, enter_run, fill_model, is_finished, load_weights, run_stage, save_weights,
+    weights_hash, within_memory,
+)
+from ..engineering.sharing import locate_run
+from brainldm.training import (
+    MISFITS, adopt_weights, describe, is_begun, load_autoencoder, origin_of, pick_covariates,
+    recall, refuse_architecture, spread_rows,
+)
+from brainldm.engineering.stage2 import (
+    LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, preview_conditions,
+    refuse_strange_latents,
+)
+from ..engineering.codec import Codec, check_conditions, check_request, in_batches, told
 
 # %% ../../nbs/advanced/12_prior.ipynb #e638a45e
 def lean(

@@ -10,7 +10,8 @@ __all__ = ['SAMPLERS', 'SPACINGS', 'sampling_timesteps', 'step_abar', 'ddpm_step
 import torch
 from collections.abc import Callable
 from torch import Tensor
-from ..scheduler import NoiseSchedule, add_noise, check_choice, to_x0_eps
+from ..engineering.checks import check_choice
+from ..scheduler import NoiseSchedule, add_noise, to_x0_eps
 
 SAMPLERS = 'ddim','ddpm','dpmpp'
 SPACINGS = 'trailing','leading','linspace'

@@ -6,8 +6,8 @@
 __all__ = ['VOLUME_PRESETS', 'neighbour_scores', 'full_range', 'check_stack', 'repeat_request', 'plan_brains', 'volume_noise',
            'correlate', 'sample_shared_noise', 'lay_beside', 'Beside', 'NeighbourUNet', 'find_neighbours',
            'NeighbourDataset', 'neighbour_splits', 'VolumeConfig', 'volume_loss', 'drawing_order', 'look_beside',
-           'draw_brains', 'encode_given', 'split_brains', 'sample_volume', 'show_planes', 'validate_volume',
-           'check_volume', 'train_volume', 'BrainVolumes', 'check_spacing', 'to_nifti', 'guess_spacing', 'save_volumes']
+           'draw_brains', 'encode_given', 'split_brains', 'sample_volume', 'validate_volume', 'check_volume',
+           'train_volume', 'BrainVolumes', 'check_spacing', 'to_nifti', 'guess_spacing', 'save_volumes']
 
 # %% ../../nbs/advanced/11_volume.ipynb #2abe956a
 import json
@@ -27,20 +27,29 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..engineering.plotting import save_figure, show_planes
 from ..engineering.batches import Covariate, SliceDataset
-from ..sampling import BrainLDM, Sampler, draw_batch, draw_noise, guide, take_request
-from ..engineering.codec import SYNTHETIC, check_pictures, check_request, in_batches, middle_conditions, new_folder, save_gif, to_bytes
+from ..vae import picture_scores
 from ..scheduler import NoiseSchedule
 from .solvers import denoise
-from ..engineering.loop import Learner, TrainConfig, crew, in_chunks, infer, mixed_precision, to_device
-from ..engineering.runs import (check_trained_on, enter_run, fill_model, is_finished, load_weights, read_config, run_stage,
-                           save_weights, weights_hash, within_memory)
-from ..training import save_figure, spread_rows
-from ..engineering.stage2 import (
-    LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder, prediction_error,
-    refuse_leak, refuse_unfinished)
 from ..unet import UNet
-from ..vae import picture_scores
+from brainldm.engineering.loop import (
+    Learner, TrainConfig, crew, in_chunks, infer, mixed_precision, to_device,
+)
+from brainldm.engineering.runs import (
+    check_trained_on, enter_run, fill_model, is_finished, load_weights, read_config, run_stage,
+    save_weights, weights_hash, within_memory,
+)
+from ..training import spread_rows
+from brainldm.engineering.stage2 import (
+    LatentDataset, check_stage2, drop_folder, drop_mask, encode_rows, loss_weight, mean_encoder,
+    prediction_error, refuse_leak, refuse_unfinished,
+)
+from brainldm.engineering.codec import (
+    SYNTHETIC, check_pictures, check_request, in_batches, middle_conditions, new_folder, save_gif,
+    to_bytes,
+)
+from ..sampling import BrainLDM, Sampler, draw_batch, draw_noise, guide, take_request
 
 # %% ../../nbs/advanced/11_volume.ipynb #23237c46
 def neighbour_scores(
@@ -407,28 +416,6 @@ def sample_volume(
             decode = in_chunks(model.decode_standard, 32)
             brains += [decode(o, c)[:, 0] for o,c in zip(z, split_brains(part, depth))]
     return torch.stack(brains)
-
-# %% ../../nbs/advanced/11_volume.ipynb #ca8548d9
-def show_planes(
-    volumes:Tensor, # Brains (n, s, h, w) in [-1, 1]
-    labels:list[str], # A name each
-    ratio:float=1., # Distance of slices over size of a pixel
-    title:str='', # Title
-)->plt.Figure: # Axial cut of each brain above its coronal and sagittal cuts
-    "Cut each brain three ways: two of the cuts show whether slices belong together."
-    n,s,h,w = volumes.shape
-    flat = s*ratio/h
-    fig,axs = plt.subplots(3, n, figsize=(1.45*n, 1.45*(1+2*flat)+.5), squeeze=False, layout='constrained',
-                           height_ratios=[1, flat, flat])
-    for column,v,label in zip(axs.T, volumes.numpy(), labels):
-        cuts = (v[s//2], 1.),(v[::-1, h//2], ratio),(v[::-1, :, w//2], ratio)
-        for ax,(cut,aspect) in zip(column, cuts):
-            ax.imshow(cut, cmap='gray', vmin=-1, vmax=1, aspect=aspect, interpolation='nearest')
-            ax.set(xticks=[], yticks=[])
-        column[0].set_title(label, fontsize=8)
-    for ax,name in zip(axs[:, 0], ('axial', 'coronal', 'sagittal')): ax.set_ylabel(name, fontsize=8)
-    fig.suptitle(title, fontsize=9)
-    return fig
 
 # %% ../../nbs/advanced/11_volume.ipynb #1e644ec1
 def validate_volume(

@@ -24,8 +24,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .checks import printable
+from brainldm.engineering.files import (
+    cache_folder, decode_file, hash_picture, map_files, temporary_in_cache, unpack,
+)
 from ..data import FIXED_KINDS, DataConfig, check_dataset, inspect_files, refuse_faults
-from .files import cache_folder, decode_file, hash_picture, map_files, printable, temporary_in_cache, unpack
 
 # %% ../../nbs/engineering/27_batches.ipynb #352ef4bc
 def prepare_picture(

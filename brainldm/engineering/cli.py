@@ -30,26 +30,36 @@ import tyro
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from .checks import refuse_taken
 from .files import as_faults
+from .plotting import save_figure, show_grid
+from .phantom import PhantomConfig, make_cohort
 from ..data import DataConfig, Findings, check_dataset
-from .batches import (
-    SliceDataset, covariate_notes, describe_manifest, find_covariates, open_dataset, read_conditions, read_value)
-from ..advanced.evaluation import json_safe, merge_metrics, reconstruction_scores, show_number
-from ..advanced.audit import audit_line
-from .explore import explore
-from .phantom import PhantomConfig, make_cohort, show_grid
-from ..advanced.prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
-from .report import (
-    check_targets, draw_by_condition, evaluate, evaluate_images, image_side, prior_scores, report, trust_rows)
-from ..sampling import BrainLDM
-from .codec import make_folder, save_gif, save_pictures
-from .sharing import audit_verdicts, fetch_run, pack_run, push_run, refuse_taken
+from brainldm.engineering.batches import (
+    SliceDataset, covariate_notes, describe_manifest, find_covariates, open_dataset,
+    read_conditions, read_value,
+)
 from .loop import TrainConfig, crew
 from .runs import read_config, read_metrics
-from ..training import AEConfig, size_multiple, save_figure, train_autoencoder
+from .sharing import audit_verdicts, fetch_run, pack_run, push_run
+from ..training import AEConfig, size_multiple, train_autoencoder
 from .stage2 import PRESETS, LDMConfig, note_changes, refuse_leak, train_ldm
-from ..advanced.volume import (
-    VOLUME_PRESETS, BrainVolumes, VolumeConfig, check_spacing, guess_spacing, save_volumes, train_volume)
+from .codec import make_folder, save_gif, save_pictures
+from ..sampling import BrainLDM
+from brainldm.advanced.volume import (
+    VOLUME_PRESETS, BrainVolumes, VolumeConfig, check_spacing, guess_spacing, save_volumes,
+    train_volume,
+)
+from .explore import explore
+from ..advanced.prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
+from brainldm.advanced.evaluation import (
+    json_safe, merge_metrics, reconstruction_scores, show_number,
+)
+from ..advanced.audit import audit_line
+from brainldm.engineering.report import (
+    check_targets, draw_by_condition, evaluate, evaluate_images, image_side, prior_scores, report,
+    trust_rows,
+)
 
 # %% ../../nbs/engineering/39_cli.ipynb #fec1f560
 FLAGS = tyro.conf.arg(name='', prefix_name=False, help='') # Marks a config whose fields become flags without a prefix

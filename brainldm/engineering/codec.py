@@ -21,11 +21,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 import brainldm
+from .checks import refuse_taken
+from .plotting import save_figure, show_grid
 from .batches import Covariate, encode_covariates, read_conditions
 from .loop import infer, to_device
-from .phantom import show_grid
-from .sharing import Shared, refuse_taken
-from ..training import save_figure
+from .sharing import Shared
 
 # %% ../../nbs/engineering/34_codec.ipynb #244902fe
 def check_pictures(

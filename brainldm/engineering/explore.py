@@ -36,12 +36,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .plotting import figure_png
 from .batches import Covariate
-from ..sampling import BrainLDM, draw_batch, draw_noise, slerp, take_request
-from .codec import SYNTHETIC, check_pictures, to_bytes
 from ..scheduler import BETA_SCHEDULES, NoiseSchedule, add_noise
 from .loop import to_device
-from ..training import figure_png
+from .codec import SYNTHETIC, check_pictures, to_bytes
+from ..sampling import BrainLDM, draw_batch, draw_noise, slerp, take_request
 
 # %% ../../nbs/engineering/35_explore.ipynb #fd7dc3d0
 def draw_frames(

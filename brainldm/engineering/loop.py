@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from .checks import check_choice
+from .devices import pick_precision
 from .batches import ShuffledBatches
-from .layers import pick_precision
-from ..scheduler import check_choice
 
 # %% ../../nbs/engineering/29_loop.ipynb #89d26982
 @dataclass

@@ -28,26 +28,29 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import brainldm
+from .checks import DataFault
+from .devices import pick_device
+from .files import cache_folder, decode_file, hash_picture, write_atomic
+from .plotting import figure_png, save_figure, show_grid
 from .tables import read_table
-from .files import DataFault, cache_folder, decode_file, hash_picture
-from .layers import pick_device
 from .batches import SliceDataset, fingerprint, level_text, read_conditions
-from ..advanced.evaluation import json_safe, merge_metrics, show_number, subject_interval
-from ..advanced.audit import (
-    UTILITY, as_dataset, audit_images, audit_line, condition_effects, csf_share, diversity_scores,
-    membership_inference, utility_scores, ventricle_slices)
-from ..advanced.fidelity import (
-    FEATURES, FeatureNet, beside_reference, evaluator_rows, feature_net, match_rows, pick_rows, picture_features,
-    reading_scores, reference_rotations)
-from .phantom import show_grid
-from ..advanced.prior import CodeSampler, code_prices
-from ..sampling import BrainLDM
-from .codec import SYNTHETIC, middle_conditions, to_bytes
 from .loop import TrainConfig
-from .runs import read_config, read_log, read_metrics, write_atomic
+from .runs import read_config, read_log, read_metrics
 from .sharing import audit_verdicts, generator_hash
-from ..training import figure_png, plot_history, save_figure
+from ..training import plot_history
 from .stage2 import note_changes, refuse_leak
+from .codec import SYNTHETIC, middle_conditions, to_bytes
+from ..sampling import BrainLDM
+from ..advanced.prior import CodeSampler, code_prices
+from ..advanced.evaluation import json_safe, merge_metrics, show_number, subject_interval
+from brainldm.advanced.fidelity import (
+    FEATURES, FeatureNet, beside_reference, evaluator_rows, feature_net, match_rows, pick_rows,
+    picture_features, reading_scores, reference_rotations,
+)
+from brainldm.advanced.audit import (
+    UTILITY, as_dataset, audit_images, audit_line, condition_effects, csf_share, diversity_scores,
+    membership_inference, utility_scores, ventricle_slices,
+)
 
 EXCESS = .05 # Excess KID that a generator may have; features have variance 1, random latents reach 1 and more
 

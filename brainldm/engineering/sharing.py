@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'ADVICE', 'strip_settings', 'to_half', 'generator_hash', 'audit_verdicts', 'open_verdicts',
-           'refuse_unaudited', 'card_with_override', 'pack_weights', 'refuse_taken', 'pack_run', 'pretrained_run',
-           'locate_run', 'push_run', 'Shared', 'fetch_run']
+           'refuse_unaudited', 'card_with_override', 'pack_weights', 'pack_run', 'pretrained_run', 'locate_run',
+           'push_run', 'Shared', 'fetch_run']
 
 # %% ../../nbs/engineering/33_sharing.ipynb #7a548283
 import hashlib
@@ -20,8 +20,9 @@ from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor
 
 import brainldm
-from ..scheduler import check_choice
-from .runs import load_weights, read_config, read_metrics, save_weights, write_atomic
+from .checks import check_choice, refuse_taken
+from .files import write_atomic
+from .runs import load_weights, read_config, read_metrics, save_weights
 
 # %% ../../nbs/engineering/33_sharing.ipynb #4b874588
 def strip_settings(
@@ -137,17 +138,6 @@ def pack_weights(
     tensors,info = load_weights(source)
     tensors = {k: v for k,v in tensors.items() if not k.startswith('raw.')}
     save_weights(target, to_half(tensors, source.name) if half else tensors, info)
-
-# %% ../../nbs/engineering/33_sharing.ipynb #5cb840e5
-def refuse_taken(
-    folder:str|Path, # Folder that must not hold anything yet
-)->Path: # The same
-    "Say at once, before any work, that a result would have no place. Raises FileExistsError."
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(
-        f"refuse_taken: {folder} exists and is not empty. Expected a new or empty folder: nothing is overwritten. "
-        "Choose another name.")
-    return folder
 
 # %% ../../nbs/engineering/33_sharing.ipynb #9f750791
 def pack_run(

@@ -23,20 +23,23 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .plotting import save_figure, show_grid
 from ..data import DataConfig
 from .batches import Covariate, SliceDataset, eval_batches
-from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
-from .phantom import show_grid
-from .runs import (check_trained_on, compare_given, enter_run, fill_model, is_finished, load_weights,
-                           read_config, run_stage, save_weights, unpack_state, weights_hash, within_memory)
+from ..vae import Autoencoder
 from ..scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
 from ..advanced.solvers import denoise
-from .sharing import locate_run
-from ..training import (MISFITS, AEConfig, adopt_weights, check_size, describe, is_begun, load_autoencoder,
-                               opened_otherwise, origin_of, pick_covariates, recall, refuse_architecture, save_figure,
-                               spread_rows)
 from ..unet import UNet
-from ..vae import Autoencoder
+from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
+from brainldm.engineering.runs import (
+    check_trained_on, compare_given, enter_run, fill_model, is_finished, load_weights, read_config,
+    run_stage, save_weights, unpack_state, weights_hash, within_memory,
+)
+from .sharing import locate_run
+from brainldm.training import (
+    MISFITS, AEConfig, adopt_weights, check_size, describe, is_begun, load_autoencoder,
+    opened_otherwise, origin_of, pick_covariates, recall, refuse_architecture, spread_rows,
+)
 
 # %% ../../nbs/engineering/32_stage2.ipynb #75cdd7d5
 @dataclass

@@ -21,13 +21,16 @@ import tyro
 from einops import rearrange
 from torch import nn
 
+from brainldm.engineering.devices import pick_precision
 from brainldm.engineering.batches import open_dataset
-from brainldm.engineering.cli import data_config
-from brainldm.engineering.stage2 import LatentDataset
 from brainldm.engineering.loop import Learner, fit, seeded, train_batches
-from brainldm.engineering.layers import pick_precision
-from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_floors, code_vectors, prior_args, prior_loss
 from brainldm.training import load_autoencoder, pick_covariates, spread_rows
+from brainldm.engineering.stage2 import LatentDataset
+from brainldm.advanced.prior import (
+    PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_floors, code_vectors,
+    prior_args, prior_loss,
+)
+from brainldm.engineering.cli import data_config
 
 import seeds
 

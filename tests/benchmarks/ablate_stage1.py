@@ -15,13 +15,14 @@ import pandas as pd
 import torch
 import tyro
 
+from brainldm.engineering.plotting import save_figure, show_grid
+from brainldm.engineering.phantom import PhantomConfig, make_cohort
 from brainldm.engineering.batches import open_dataset
-from brainldm.advanced.evaluation import reconstruction_scores
-from brainldm.engineering.phantom import PhantomConfig, make_cohort, show_grid
-from brainldm.sampling import BrainLDM
 from brainldm.engineering.runs import read_log
-from brainldm.training import AEConfig, save_figure, spread_rows, train_autoencoder
+from brainldm.training import AEConfig, spread_rows, train_autoencoder
 from brainldm.engineering.stage2 import PRESETS
+from brainldm.sampling import BrainLDM
+from brainldm.advanced.evaluation import reconstruction_scores
 
 import seeds
 

@@ -21,16 +21,15 @@ import torch
 import tyro
 
 from brainldm import unet
-from brainldm.engineering.cli import data_config
+from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.engineering.batches import open_dataset
-from brainldm.advanced.fidelity import feature_net, match_rows
-from brainldm.engineering.phantom import show_grid
-from brainldm.engineering.report import draw_like, judge_pictures
-from brainldm.sampling import BrainLDM
 from brainldm.scheduler import NoiseSchedule
 from brainldm.engineering.runs import read_config, read_log
-from brainldm.training import save_figure
 from brainldm.engineering.stage2 import PRESETS, LDMConfig, train_ldm
+from brainldm.sampling import BrainLDM
+from brainldm.advanced.fidelity import feature_net, match_rows
+from brainldm.engineering.report import draw_like, judge_pictures
+from brainldm.engineering.cli import data_config
 
 import seeds
 

@@ -16,9 +16,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from brainldm.engineering.layers import pick_device
-from brainldm.engineering.layers import pick_precision
-from brainldm.training import save_figure
+from brainldm.engineering.devices import pick_device, pick_precision
+from brainldm.engineering.plotting import save_figure
 
 DTYPES = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 

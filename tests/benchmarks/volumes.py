@@ -14,14 +14,14 @@ import pandas as pd
 import torch
 import tyro
 
-from brainldm.engineering.cli import data_config
+from brainldm.engineering.plotting import save_figure, show_planes
 from brainldm.engineering.batches import open_dataset
+from brainldm.vae import picture_scores
+from brainldm.sampling import BrainLDM
+from brainldm.advanced.volume import BrainVolumes, neighbour_scores
 from brainldm.advanced.evaluation import json_safe, subject_interval
 from brainldm.advanced.fidelity import feature_net, read_pictures
-from brainldm.sampling import BrainLDM
-from brainldm.training import save_figure
-from brainldm.vae import picture_scores
-from brainldm.advanced.volume import BrainVolumes, neighbour_scores, show_planes
+from brainldm.engineering.cli import data_config
 
 
 @dataclass
