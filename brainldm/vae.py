@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOGVAR_LIMITS', 'run_levels', 'check_levels', 'Encoder', 'Decoder', 'at_least_float32', 'reparameterize', 'kl_loss',
            'cyclical_weight', 'Autoencoder', 'LimitLogvar', 'AutoencoderKL', 'laplacian_variance', 'sharpness',
-           'picture_scores']
+           'image_scores']
 
 # %% ../nbs/02_vae.ipynb #e13513be
 import math
@@ -259,13 +259,13 @@ class AutoencoderKL(Autoencoder):
 
 # %% ../nbs/02_vae.ipynb #c9a20b34
 def laplacian_variance(
-    grey:Tensor, # Pictures (b, 1, h, w)
+    gray:Tensor, # Pictures (b, 1, h, w)
     brain:Tensor, # True inside the brain, same shape
 )->Tensor: # Variance of the Laplacian where all eight neighbours are brain, too (b,); NaN without brain
     "How much fine detail a picture has. Source: Pech-Pacheco et al. 2000, eq. 7."
-    kernel = grey.new_tensor([[0, -.25, 0], [-.25, 1, -.25], [0, -.25, 0]]).view(1, 1, 3, 3)
-    air = F.pad((~brain).to(grey), [1]*4, value=1.)                            # outside the picture is no brain
-    edges = F.conv2d(grey, kernel, padding=1).masked_fill(F.max_pool2d(air, 3, 1)>0, math.nan).flatten(1)
+    kernel = gray.new_tensor([[0, -.25, 0], [-.25, 1, -.25], [0, -.25, 0]]).view(1, 1, 3, 3)
+    air = F.pad((~brain).to(gray), [1]*4, value=1.)                            # outside the picture is no brain
+    edges = F.conv2d(gray, kernel, padding=1).masked_fill(F.max_pool2d(air, 3, 1)>0, math.nan).flatten(1)
     return (edges-edges.nanmean(1, keepdim=True)).square().nanmean(1)
 
 # %% ../nbs/02_vae.ipynb #ffde05b5
@@ -278,7 +278,7 @@ def sharpness(
     return laplacian_variance(recon, brain)/laplacian_variance(real, brain)
 
 # %% ../nbs/02_vae.ipynb #6c7b7e49
-def picture_scores(
+def image_scores(
     recon:Tensor, # Reconstructions (b, 1, h, w) in [-1, 1]
     real:Tensor, # Originals, same shape and range
 )->dict[str, Tensor]: # ssim, ssim_brain, psnr (dB), sharpness of each picture, each (b,); NaN where there is no brain
@@ -287,7 +287,7 @@ def picture_scores(
     Source: Wang et al. 2004, eq. 13, Gaussian window 11x11 with sigma 1.5, pictures mirrored at the border.
     Raises ValueError on unequal shapes."""
     if recon.shape!=real.shape or real.ndim!=4 or real.shape[1]!=1: raise ValueError(
-        f"picture_scores: shapes {tuple(recon.shape)} and {tuple(real.shape)}. Expected (b, 1, h, w) "
+        f"image_scores: shapes {tuple(recon.shape)} and {tuple(real.shape)}. Expected (b, 1, h, w) "
         "twice. Check the order.")
     recon,real = (o.float()/2+.5 for o in (recon, real))
     _,full = structural_similarity_index_measure(recon, real, sigma=1.5, kernel_size=11, data_range=1.,

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainldm.analysis import (
-    auc, bottleneck_features, deal_folds, describe_probe, embed, fold_predictions, neighbours_kept, plot_embedding,
+    auc, bottleneck_features, assign_folds, describe_probe, embed, fold_predictions, neighborhood_preservation, plot_embedding,
     probe, shuffle_target)
 from brainldm.engineering.batches import Covariate
-from brainldm.sampling import draw_noise
+from brainldm.sampling import sample_noise
 from brainldm.scheduler import NoiseSchedule, add_noise
 from brainldm.unet import UNet
 
@@ -64,7 +64,7 @@ def test_bad_neighbours(k):
 
 def test_neighbours_survive_a_rotation():
     rng = np.random.default_rng(0); v = rng.normal(size=(50, 4))
-    assert neighbours_kept(v, v@np.linalg.qr(rng.normal(size=(4, 4)))[0], 7)==1
+    assert neighborhood_preservation(v, v@np.linalg.qr(rng.normal(size=(4, 4)))[0], 7)==1
 
 
 def test_embedding_of_many_kinds():
@@ -83,7 +83,7 @@ def test_embedding_of_many_kinds():
 def test_people_are_dealt_whole(seed, folds, people, looks):
     rng = np.random.default_rng(seed)
     who = rng.permutation(np.repeat(np.arange(people), looks)); y = rng.integers(2, size=people).astype(float)[who]
-    fold = deal_folds(y, who, folds, rng)
+    fold = assign_folds(y, who, folds, rng)
     table = pd.DataFrame(dict(who=who, fold=fold, y=y))
     assert (table.groupby('who').fold.nunique()==1).all() and set(fold)==set(range(folds))
     by = table.drop_duplicates('who').groupby('fold')
@@ -113,7 +113,7 @@ def test_probe_of_nothing_is_right_about_nothing():
     for seed in range(60):
         who,v = cohort(rng); v = v+2*rng.normal(size=(30, 20))[who]                             # brains differ
         o = probe(v, rng.permutation([0, 1]*15)[who], who, seed=seed, shuffles=60)
-        outside += not o['floor_95'][0]<=o['score']<=o['floor_95'][1]; scores.append(o['score'])
+        outside += not o['baseline_95'][0]<=o['score']<=o['baseline_95'][1]; scores.append(o['score'])
     assert outside<=8 and abs(np.mean(scores)-.5)<.06                                           # AUC of 30: standard error .11/sqrt(60)=.014
 
 
@@ -133,7 +133,7 @@ def test_probe_does_not_mind_order_names_or_units():
 def test_a_number_about_people_is_scored_by_people():
     rng = np.random.default_rng(3); who,v = cohort(rng, 40); age = rng.uniform(50, 90, size=40)[who]; v[:, 2] += (age-70)/10
     o = probe(v, age, who)
-    assert o['metric']=='R2' and o['num_people']==40 and o['score']>.4 and o['floor']<.05
+    assert o['metric']=='R2' and o['num_people']==40 and o['score']>.4 and o['baseline']<.05
 
 
 def test_a_dead_feature_says_nothing():
@@ -164,7 +164,7 @@ def unet():
 @torch.no_grad()
 def deepest(unet, z, cond):
     t,abar = torch.full((5,), 200),NoiseSchedule().abar
-    return unet.bottleneck(add_noise(z, draw_noise(5, tuple(z.shape[1:]), 0), t, abar), t, cond).mean((2, 3))
+    return unet.bottleneck(add_noise(z, sample_noise(5, tuple(z.shape[1:]), 0), t, abar), t, cond).mean((2, 3))
 
 
 @pytest.mark.parametrize('precision', ['no', 'bf16'])

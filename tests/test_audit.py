@@ -3,32 +3,32 @@ import numpy as np
 import pytest
 import torch
 
-from brainldm.advanced.audit import (age_slope, condition_effects, csf_share, diagnosis_effect, diversity_scores,
-                            pair_similarity, same_condition_pairs, utility_scores, ventricle_slices, without_means)
+from brainldm.advanced.audit import (age_slope, condition_effects, csf_fraction, diagnosis_effect, diversity_scores,
+                            pair_similarity, same_condition_pairs, utility_scores, ventricle_slices, remove_group_means)
 from brainldm.engineering.batches import SliceDataset
 from brainldm.advanced.fidelity import fine_detail
-from test_fidelity import SHORT, held, net, train                              # fixtures: discs with a dark hole
+from test_fidelity import SHORT, held_out, net, train                              # fixtures: discs with a dark hole
 
 
 @pytest.mark.parametrize('size', [64, 128, 256])
 def test_fluid_of_discs(size):
     yy,xx = np.mgrid[:size, :size]-size/2+.5; radius = np.hypot(yy, xx)/size
-    grey = np.where(radius<.1, .05, np.where(radius<.4, .7, 0.))
-    x = torch.tensor(grey*2-1, dtype=torch.float32)[None, None].repeat(2, 1, 1, 1); x[1] = -1
-    share = csf_share(x)
-    assert share[0]==pytest.approx(1/16, abs=.006) and np.isnan(share[1]) and np.isnan(fine_detail(x)[1]) and fine_detail(x)[0]<1e-3
-    assert csf_share(x.to(torch.bfloat16))[0]==pytest.approx(share[0], abs=1e-3)
+    gray = np.where(radius<.1, .05, np.where(radius<.4, .7, 0.))
+    x = torch.tensor(gray*2-1, dtype=torch.float32)[None, None].repeat(2, 1, 1, 1); x[1] = -1
+    fraction = csf_fraction(x)
+    assert fraction[0]==pytest.approx(1/16, abs=.006) and np.isnan(fraction[1]) and np.isnan(fine_detail(x)[1]) and fine_detail(x)[0]<1e-3
+    assert csf_fraction(x.to(torch.bfloat16))[0]==pytest.approx(fraction[0], abs=1e-3)
 
 
-def test_effects(train, held, net):
-    share,table = csf_share(train),train.manifest
-    assert diagnosis_effect(share, table.diagnosis, table['slice'])>1.5 and diagnosis_effect(share, table.diagnosis, table['slice'], ('NC', 'AD'))<-1.5
-    assert age_slope(share, table.age, table['slice'], table.diagnosis)>0
-    assert np.isnan(without_means([1., 2., 3.], ['a', 'a', None])[2]) and without_means([1., 2., 3.], ['a', 'a', 'b']).tolist()==[-.5, .5, 0.]
+def test_effects(train, held_out, net):
+    fraction,table = csf_fraction(train),train.manifest
+    assert diagnosis_effect(fraction, table.diagnosis, table['slice'])>1.5 and diagnosis_effect(fraction, table.diagnosis, table['slice'], ('NC', 'AD'))<-1.5
+    assert age_slope(fraction, table.age, table['slice'], table.diagnosis)>0
+    assert np.isnan(remove_group_means([1., 2., 3.], ['a', 'a', None])[2]) and remove_group_means([1., 2., 3.], ['a', 'a', 'b']).tolist()==[-.5, .5, 0.]
     assert ventricle_slices([1., 1., 3., 2.], [0, 0, 1, 2], .5).tolist()==[1, 2]
-    out = condition_effects(net, held, held.manifest, np.arange(8))
+    out = condition_effects(net, held_out, held_out.manifest, np.arange(8))
     assert out['diagnosis_effect']['value']>1 and out['diagnosis_effect']['interval_95'][0]<out['diagnosis_effect']['value']<out['diagnosis_effect']['interval_95'][1]
-    alone = condition_effects(net, held.__getitems__(range(8))['image'], held.manifest[:8], np.arange(8))      # one person: no groups, no interval
+    alone = condition_effects(net, held_out.__getitems__(range(8))['image'], held_out.manifest[:8], np.arange(8))      # one person: no groups, no interval
     assert np.isnan(alone['diagnosis_effect']['value']) and alone['slice_error']['interval_95'] is None
 
 
@@ -42,16 +42,16 @@ def test_ms_ssim_beside_torchmetrics(size, scales):
     assert pair_similarity(x*2-1, np.array([[1, 3], [2, 2]])).tolist()==pytest.approx([want, 1.], abs=1e-5)
 
 
-def test_diversity(held):
-    pairs = same_condition_pairs(held.manifest, most=10_000)
-    assert len(pairs)==8*2*6 and (held.manifest.subject.to_numpy()[pairs[:, 0]]!=held.manifest.subject.to_numpy()[pairs[:, 1]]).all()
-    real = held.__getitems__(range(len(held)))['image']
-    scores = diversity_scores(dict(real=real, same=real[:8].repeat(8, 1, 1, 1)), held.manifest)
+def test_diversity(held_out):
+    pairs = same_condition_pairs(held_out.manifest, most=10_000)
+    assert len(pairs)==8*2*6 and (held_out.manifest.subject.to_numpy()[pairs[:, 0]]!=held_out.manifest.subject.to_numpy()[pairs[:, 1]]).all()
+    real = held_out.__getitems__(range(len(held_out)))['image']
+    scores = diversity_scores(dict(real=real, same=real[:8].repeat(8, 1, 1, 1)), held_out.manifest)
     assert scores['same']['ms_ssim']>.999>scores['real']['ms_ssim'] and scores['real']['n_pairs']==96
-    with pytest.raises(ValueError, match='no two'): same_condition_pairs(held.manifest[:8])
+    with pytest.raises(ValueError, match='no two'): same_condition_pairs(held_out.manifest[:8])
 
 
-def test_utility_refuses_without_diagnosis(train, held):
-    with pytest.raises(ValueError, match='Leave this measure out'): utility_scores(dict(real=train), SliceDataset(held.images, held.manifest, held.covariates[:1]), SHORT)
-    scores = utility_scores(dict(real=train), held, SHORT, channels=(8, 8), seeds=2)['real']
+def test_utility_refuses_without_diagnosis(train, held_out):
+    with pytest.raises(ValueError, match='Leave this measure out'): utility_scores(dict(real=train), SliceDataset(held_out.images, held_out.manifest, held_out.covariates[:1]), SHORT)
+    scores = utility_scores(dict(real=train), held_out, SHORT, channels=(8, 8), seeds=2)['real']
     assert scores['auc']==pytest.approx(np.mean(scores['auc_by_seed'])) and len(scores['auc_by_seed'])==2

@@ -9,29 +9,29 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_data import CONFIG, look, make_oasis, picture, save
+from test_data import CONFIG, look, make_oasis, image, save
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from brainldm.engineering import batches
 from brainldm.engineering.batches import (Covariate, SliceDataset, ShuffledBatches, build_cache, encode_covariates, eval_batches, find_covariates, fingerprint,
-                              open_dataset, prepare_picture)
+                              open_dataset, prepare_image)
 from brainldm.data import DataConfig, list_slices
 
 # ---- square pictures and cache
 
 def test_prepare_picture():
-    p = picture(3, 32, 32)
-    assert (prepare_picture(p, 32)==p).all()                    # nothing to do: bytes unchanged
-    wide = picture(3, 40, 32)
-    padded = prepare_picture(wide, 40)
+    p = image(3, 32, 32)
+    assert (prepare_image(p, 32)==p).all()                    # nothing to do: bytes unchanged
+    wide = image(3, 40, 32)
+    padded = prepare_image(wide, 40)
     assert (padded[:, 4:36]==wide).all() and not padded[:, :4].any() and not padded[:, 36:].any()
-    assert (prepare_picture(wide, 20, crop=20)==wide[10:30, 6:26]).all()
-    with pytest.raises(ValueError, match='crop=41'): prepare_picture(wide, 32, crop=41)
+    assert (prepare_image(wide, 20, crop=20)==wide[10:30, 6:26]).all()
+    with pytest.raises(ValueError, match='crop=41'): prepare_image(wide, 32, crop=41)
     flat = np.full((64, 64), 77, np.uint8)
-    assert (prepare_picture(flat, 16)==77).all() and (prepare_picture(flat, 100)==77).all()
+    assert (prepare_image(flat, 16)==77).all() and (prepare_image(flat, 100)==77).all()
     checker = (np.indices((64, 64)).sum(0)%2*255).astype(np.uint8)
-    assert np.abs(prepare_picture(checker, 16).astype(int)-127).max()<=8     # antialiased: not one of the two colours
+    assert np.abs(prepare_image(checker, 16).astype(int)-127).max()<=8     # antialiased: not one of the two colours
 
 
 def test_crop_too_large_is_said(tmp_path):
@@ -81,7 +81,7 @@ def test_cache_is_reused_and_keyed(cohort, monkeypatch):
         assert (cached(cohort).images==first.images).all()
     cached(cohort, size=16); cached(cohort, crop=24)
     assert len(caches(cohort[1]))==3
-    save(cohort[0]/'keras_png_slices_train/case_001_slice_0.nii.png', picture(5555))
+    save(cohort[0]/'keras_png_slices_train/case_001_slice_0.nii.png', image(5555))
     assert fingerprint(cached(cohort).manifest)!=fingerprint(first.manifest) and len(caches(cohort[1]))==4
 
 
@@ -111,9 +111,9 @@ def test_interrupted_cache_leaves_nothing(cohort, monkeypatch):
     count = iter(range(10**6))
     def stop(*a):
         if next(count)==12: raise KeyboardInterrupt
-        return prepare_picture(*a)
+        return prepare_image(*a)
     with monkeypatch.context() as m:
-        m.setattr(batches, 'prepare_picture', stop)
+        m.setattr(batches, 'prepare_image', stop)
         with pytest.raises(KeyboardInterrupt): cached(cohort)
     assert not list(cohort[1].iterdir())
     assert len(cached(cohort))==30
@@ -131,14 +131,14 @@ def test_lost_race_for_the_cache(cohort, monkeypatch):
     first = np.array(cached(cohort).images)
     folder = caches(cohort[1])[0]
     answers = iter([False, False, True])                        # not there, still not there, then another process was faster
-    monkeypatch.setattr(batches, 'cache_is_whole', lambda o: next(answers))
+    monkeypatch.setattr(batches, 'cache_is_complete', lambda o: next(answers))
     monkeypatch.setattr(batches.shutil, 'rmtree', lambda o, **kw: None)
     assert (cached(cohort).images==first).all() and (folder/'meta.json').exists() and next(answers, None) is None
 
 
 def test_file_changed_after_the_check(cohort):
     report = look(cohort[0])
-    save(cohort[0]/'keras_png_slices_train/case_001_slice_0.nii.png', picture(5555))
+    save(cohort[0]/'keras_png_slices_train/case_001_slice_0.nii.png', image(5555))
     with pytest.raises(RuntimeError, match='changed since'): build_cache(report.manifest, cohort[0], CONFIG, cohort[1], False)
     with pytest.raises(ValueError, match='check_dataset'): build_cache(list_slices(cohort[0], CONFIG).manifest, cohort[0], CONFIG, cohort[1])
 

@@ -168,7 +168,7 @@ def test_ablate_latent(quick_judge, load, tmp_path, with_crowd):
     assert found['rows']['as before'][0]['brain SSIM']!=found['rows']['scale'][0]['brain SSIM']
     with pytest.raises(SystemExit, match='unknown variant'): o.main(dataclasses.replace(job, only='taller'))
     config = json.loads((with_crowd[0]/'config.json').read_text())
-    config['autoencoder']['config']['adversary'] = True
+    config['autoencoder']['config']['adversarial'] = True
     other = tmp_path/'other'; other.mkdir(); (other/'config.json').write_text(json.dumps(config))
     with pytest.raises(SystemExit, match='other has codes or a critic'): o.variants(other)
 
@@ -191,7 +191,7 @@ def test_ablate_stage1(load, tmp_path, tiny_run):
     o = load('ablate_stage1')
     table = o.main(o.Ablation(tiny_run[1], tmp_path, images=24, preset='tiny', seeds=1))
     assert list(table.index)==list(o.variants(24, 0, 'tiny')) and (table.ssim>0).all()
-    assert table['codebook_usage'].notna().sum()==6 and table['critic_accuracy'].notna().sum()==4
+    assert table['codebook_usage'].notna().sum()==6 and table['discriminator_accuracy'].notna().sum()==4
     assert {'KL.png', 'kl.png'} & {k.name for k in tmp_path.iterdir()} and (tmp_path/'codes.png').is_file()
 
 

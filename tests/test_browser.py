@@ -135,10 +135,10 @@ def test_every_control_changes_the_picture(wide):
 
 def test_open_is_no_value(wide):
     wide.explorer.locator("select").first.select_option("open")
-    wide.says("draw_frames(model, slice=2, age=")                          # no diagnosis in the call
+    wide.says("sample_frames(model, slice=2, age=")                          # no diagnosis in the call
     sync_api.expect(wide.explorer.locator("select").first).to_have_value(re.compile("0|open"))
     wide.press("slice", "Home")
-    wide.says("draw_frames(model, age=")
+    wide.says("sample_frames(model, age=")
 
 
 def test_the_scrubber_changes_the_picture(wide):
@@ -154,7 +154,7 @@ def test_the_scrubber_changes_the_picture(wide):
 
 def test_between_two_brains(wide):
     wide.page.get_by_role("tab").nth(1).click()
-    wide.says("draw_between(model")
+    wide.says("sample_between(model")
     wide.shot("between")
     before = wide.pixels()
     wide.press("way", "Home")

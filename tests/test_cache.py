@@ -19,7 +19,7 @@ from test_data import make_volume
 from brainldm.engineering import batches
 from brainldm import data
 from brainldm.engineering import files
-from brainldm.engineering.batches import mapped_place, one_process, open_dataset
+from brainldm.engineering.batches import memmap_location, one_process, open_dataset
 from brainldm.engineering.cli import main
 from brainldm.data import DataConfig, check_dataset
 from brainldm.engineering.files import cache_folder, unpack
@@ -27,7 +27,7 @@ from brainldm.engineering.files import cache_folder, unpack
 CONFIG = DataConfig(size=24)
 
 
-def opened(folder, cache, **how): return open_dataset(folder, DataConfig(**{'size': 24, **how}), progress=False, cache_dir=cache)
+def opened(folder, cache, **options): return open_dataset(folder, DataConfig(**{'size': 24, **options}), progress=False, cache_dir=cache)
 
 
 # ---- a full disk
@@ -101,7 +101,7 @@ def test_a_dataset_is_pickled_as_a_place(tmp_path):
         assert len(sent)<dataset.images.nbytes/4 and (back.images==dataset.images).all() and isinstance(back.images, np.memmap)
         assert back.manifest.equals(dataset.manifest) and back.covariates==dataset.covariates and back.config==dataset.config
         assert back[1]['image'].equal(dataset[1]['image'])
-    assert mapped_place(np.zeros((2, 8, 8), np.uint8)) is None and mapped_place(whole.images[::2]) is None
+    assert memmap_location(np.zeros((2, 8, 8), np.uint8)) is None and memmap_location(whole.images[::2]) is None
     by_hand = batches.SliceDataset(np.array(whole.images), whole.manifest)
     assert (pickle.loads(pickle.dumps(by_hand)).images==whole.images).all()
 
@@ -134,7 +134,7 @@ def test_what_a_look_found_is_told_again(tmp_path, counted, capsys):
     vol = np.random.default_rng(0).uniform(1, 900, (24, 24, 4)).astype(np.float32)
     for i in range(4): make_volume(tmp_path/f'in/sub-{i}.nii.gz', vol+i)
     (tmp_path/'in/sub-9.nii.gz').write_bytes((tmp_path/'in/sub-0.nii.gz').read_bytes()[:900])
-    look,looks = batches.Look(tmp_path),[]
+    look,looks = batches.CachedInspection(tmp_path),[]
     for _ in range(2):
         looks.append(check_dataset(tmp_path/'in', CONFIG, False, look))
         look.keep()

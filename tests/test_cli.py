@@ -47,7 +47,7 @@ def refused(capsys, *words):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     "A well-formed OASIS folder of noise: 4 subjects, 3 slices each."
     rng = np.random.default_rng(0)
     for split, subjects in dict(train=(1, 2), validate=(3,), test=(4,)).items():
@@ -55,17 +55,17 @@ def pictures(tmp_path):
         folder.mkdir(parents=True)
         for subject in subjects:
             for k in range(3):
-                picture = rng.integers(0, 256, (64, 64), np.uint8)
-                Image.fromarray(picture).save(folder / f"case_{subject:03d}_slice_{k}.nii.png", format="png")
+                image = rng.integers(0, 256, (64, 64), np.uint8)
+                Image.fromarray(image).save(folder / f"case_{subject:03d}_slice_{k}.nii.png", format="png")
     return tmp_path / "data"
 
 
-def one(pictures):
-    return pictures / "keras_png_slices_train" / "case_001_slice_1.nii.png"
+def one(images):
+    return images / "keras_png_slices_train" / "case_001_slice_1.nii.png"
 
 
-def test_check_of_good_data(pictures, capsys):
-    assert main(["check", str(pictures)]) == 0
+def test_check_of_good_data(images, capsys):
+    assert main(["check", str(images)]) == 0
     out = capsys.readouterr().out
     assert "oasis" in out and "4 subjects" in out and "no fault" in out
 
@@ -84,30 +84,30 @@ def twin(p): (p / "keras_png_slices_train" / "case_002_slice_0.nii.png").write_b
 
 
 @pytest.mark.parametrize("fault", [text_file, truncated, empty, blank, colour, sixteen_bit, other_size, bad_name, twin])
-def test_faulty_pictures_are_named_and_not_trained_on(pictures, tmp_path, capsys, fault):
-    fault(pictures)
-    before = snapshot(pictures)
-    assert main(["check", str(pictures)]) == 1
+def test_faulty_pictures_are_named_and_not_trained_on(images, tmp_path, capsys, fault):
+    fault(images)
+    before = snapshot(images)
+    assert main(["check", str(images)]) == 1
     assert "case_001_slice_1" in capsys.readouterr().out or fault is bad_name
-    message = refused(capsys, "train", "autoencoder", pictures, "--run", tmp_path / "run", *TINY)
+    message = refused(capsys, "train", "autoencoder", images, "--run", tmp_path / "run", *TINY)
     assert "--skip-faulty" in message
-    assert not (tmp_path / "run").exists() and snapshot(pictures) == before
+    assert not (tmp_path / "run").exists() and snapshot(images) == before
 
 
-def test_skip_faulty_says_what_it_left_out(pictures, tmp_path, capsys):
-    text_file(pictures)
-    assert main(["train", "autoencoder", str(pictures), "--run", str(tmp_path / "run"), "--skip-faulty", *TINY]) == 0
+def test_skip_faulty_says_what_it_left_out(images, tmp_path, capsys):
+    text_file(images)
+    assert main(["train", "autoencoder", str(images), "--run", str(tmp_path / "run"), "--skip-faulty", *TINY]) == 0
     assert "case_001_slice_1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", ["by name", "by picture"])
-def test_a_leak_is_always_refused(pictures, tmp_path, capsys, how):
-    train = pictures / "keras_png_slices_train"
-    target = "case_001_slice_0.nii.png" if how == "by name" else "case_009_slice_0.nii.png"
-    (pictures / "keras_png_slices_validate" / target).write_bytes((train / "case_001_slice_0.nii.png").read_bytes())
-    assert main(["check", str(pictures)]) == 1
+@pytest.mark.parametrize("options", ["by name", "by picture"])
+def test_a_leak_is_always_refused(images, tmp_path, capsys, options):
+    train = images / "keras_png_slices_train"
+    target = "case_001_slice_0.nii.png" if options == "by name" else "case_009_slice_0.nii.png"
+    (images / "keras_png_slices_validate" / target).write_bytes((train / "case_001_slice_0.nii.png").read_bytes())
+    assert main(["check", str(images)]) == 1
     for extra in ([], ["--skip-faulty"]):
-        message = refused(capsys, "train", "autoencoder", pictures, "--run", tmp_path / "run", *TINY, *extra)
+        message = refused(capsys, "train", "autoencoder", images, "--run", tmp_path / "run", *TINY, *extra)
         assert "001" in message
     assert not (tmp_path / "run").exists()
 
@@ -135,12 +135,12 @@ def test_volume_with_nan(tmp_path, capsys):
     assert "sub-03" in refused(capsys, "train", "autoencoder", tmp_path / "volumes", "--run", tmp_path / "run", *TINY)
 
 
-def test_a_folder_that_is_not_a_run_is_left_alone(pictures, capsys):
-    before = snapshot(pictures)
-    for words in (["train", "autoencoder", pictures, "--run", pictures], ["train", "ldm", pictures, "--run", pictures],
-                  ["reconstruct", pictures, pictures], ["sample", pictures], ["report", pictures]):
+def test_a_folder_that_is_not_a_run_is_left_alone(images, capsys):
+    before = snapshot(images)
+    for words in (["train", "autoencoder", images, "--run", images], ["train", "ldm", images, "--run", images],
+                  ["reconstruct", images, images], ["sample", images], ["report", images]):
         refused(capsys, *words, *(TINY if words[0] == "train" else ()))
-    assert snapshot(pictures) == before
+    assert snapshot(images) == before
 
 
 def test_json_is_one_object(tiny_run, tmp_path, capsys):
@@ -148,9 +148,9 @@ def test_json_is_one_object(tiny_run, tmp_path, capsys):
     capsys.readouterr()
     assert main(["reconstruct", str(run), str(data), "--split", "test", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert set(scores["floor_mean_slice"]) >= {"ssim", "ssim_brain"}
+    assert set(scores["baseline_mean_slice"]) >= {"ssim", "ssim_brain"}
     assert scores["n_slices"] >= scores["n_subjects"] >= 1 and scores["n_subjects_in_training"] == 0
-    assert 0 < scores["ssim"] <= 1 and 0 < scores["floor_mean_slice"]["ssim"] <= 1
+    assert 0 < scores["ssim"] <= 1 and 0 < scores["baseline_mean_slice"]["ssim"] <= 1
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -192,7 +192,7 @@ def test_two_samplings_at_once_get_a_folder_each(tmp_path):
     "Eight processes ask for the next folder at the same moment, and one holds a name that was asked for."
     def ask(k):
         gate.wait()
-        places.put([cli.pick_place(None, tmp_path / "samples" / "drawn").name for _ in range(20)])
+        places.put([cli.output_folder(None, tmp_path / "samples" / "drawn").name for _ in range(20)])
     fork = multiprocessing.get_context("fork")
     gate, places = fork.Barrier(8), fork.Queue()
     workers = [fork.Process(target=ask, args=(k,)) for k in range(8)]
@@ -205,13 +205,13 @@ def test_two_samplings_at_once_get_a_folder_each(tmp_path):
 def test_two_sample_commands_at_once(tiny_run, tmp_path, monkeypatch):
     "The second command runs from start to end while the first one samples: both succeed, and nothing is mixed."
     run = copy_run(tiny_run[0], tmp_path / "run")
-    words, call, inner = ["sample", str(run), "--n", "1", "--steps", "1", "--seed"], cli.draw_together, []
+    words, call, inner = ["sample", str(run), "--n", "1", "--steps", "1", "--seed"], cli.sample_across_processes, []
     def slow(*args):
         if not inner:
             inner.append(None)
             inner.append(main([*words, "1"]))
         return call(*args)
-    monkeypatch.setattr(cli, "draw_together", slow)
+    monkeypatch.setattr(cli, "sample_across_processes", slow)
     assert main([*words, "0"]) == 0 and inner == [None, 0]
     seeds = {p.parent.name: p.read_text().splitlines()[1] for p in (run / "samples").glob("drawn_*/manifest.csv")}
     assert set(seeds) == {"drawn_000", "drawn_001"} and len(set(seeds.values())) == 2
@@ -258,15 +258,15 @@ def test_resume_with_other_settings(tiny_run, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--batch-size 0", "--learning-rate -1", "--total-images 0", "--accumulate 3", "--log-with nobody"])
-def test_settings_with_which_training_cannot_work(pictures, tmp_path, capsys, flag):
+def test_settings_with_which_training_cannot_work(images, tmp_path, capsys, flag):
     name = flag.split()[0].strip("-").replace("-", "_")
-    assert name in refused(capsys, "train", "autoencoder", pictures, "--run", tmp_path / "run", *TINY, *flag.split())
+    assert name in refused(capsys, "train", "autoencoder", images, "--run", tmp_path / "run", *TINY, *flag.split())
 
 
-def test_ldm_refuses_other_data(tiny_run, pictures, tmp_path, capsys):
+def test_ldm_refuses_other_data(tiny_run, images, tmp_path, capsys):
     run = copy_run(tiny_run[0], tmp_path / "run")
     (run / "ldm.safetensors").unlink()
-    assert "not what the autoencoder was trained on" in refused(capsys, "train", "ldm", pictures, "--run", run, "--preset", "tiny", "--resume")
+    assert "not what the autoencoder was trained on" in refused(capsys, "train", "ldm", images, "--run", run, "--preset", "tiny", "--resume")
 
 
 def test_the_command_itself(tmp_path):
@@ -297,13 +297,13 @@ def test_scales_of_single_covariates(tiny_run, tmp_path, capsys):
     assert "asked for" in refused(capsys, *words[:-2], "age=2")
 
 
-def test_a_column_of_ones_own_is_learned_and_asked_for(pictures, tmp_path, capsys):
-    (pictures / "subjects.csv").write_text("subject,apoe,mmse\n001,e3,29\n002,e4,21\n003,e4,\n004,,25\n")
+def test_a_column_of_ones_own_is_learned_and_asked_for(images, tmp_path, capsys):
+    (images / "subjects.csv").write_text("subject,apoe,mmse\n001,e3,29\n002,e4,21\n003,e4,\n004,,25\n")
     run = tmp_path / "run"
-    said = refused(capsys, "train", "autoencoder", pictures, "--run", run, *TINY, "--columns", "apeo")
+    said = refused(capsys, "train", "autoencoder", images, "--run", run, *TINY, "--columns", "apeo")
     assert "apeo" in said and "apoe" in said and not run.exists()
-    assert main(["train", "autoencoder", str(pictures), "--run", str(run), *TINY, "--columns", "apoe", "mmse"]) == 0
-    assert main(["train", "ldm", str(pictures), "--run", str(run), *TINY]) == 0
+    assert main(["train", "autoencoder", str(images), "--run", str(run), *TINY, "--columns", "apoe", "mmse"]) == 0
+    assert main(["train", "ldm", str(images), "--run", str(run), *TINY]) == 0
     capsys.readouterr()
     assert main(["sample", str(run), "--n", "2", "--steps", "2", "--condition", "apoe=e4", "mmse=25"]) == 0
     assert "apoe (e3|e4), mmse (21 to 29)" in capsys.readouterr().out

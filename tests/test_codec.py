@@ -13,8 +13,8 @@ from brainldm.engineering.batches import Covariate, open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.training import load_autoencoder
 from brainldm.engineering.codec import (
-    SYNTHETIC, Codec, check_conditions, check_pictures, in_batches, manifest_of, save_gif,
-    save_pictures, to_bytes, told,
+    SYNTHETIC, Codec, check_conditions, check_images, in_batches, manifest_of, save_gif,
+    save_images, to_bytes, required_conditions,
 )
 
 
@@ -32,34 +32,34 @@ def test_reconstruct(codec, tiny_run):
 @pytest.mark.parametrize('n, conditions', [(1, {}), (3, dict(diagnosis='AD', slice=2)), (2, dict(slice=[1.5, None], diagnosis=['AD', None])),
                                            (65, dict(slice=np.arange(65)%6)), (2, dict(slice=torch.tensor([0., 3.])))])
 def test_saved_folder(tmp_path, n, conditions):
-    pictures = torch.rand(n, 1, 16, 16)*2-1
-    folder = save_pictures(pictures, tmp_path/'new'/'drawn', conditions, dict(seed=1, sampler='ddim'))
+    images = torch.rand(n, 1, 16, 16)*2-1
+    folder = save_images(images, tmp_path/'new'/'drawn', conditions, dict(seed=1, sampler='ddim'))
     table = read_manifest(folder)
     assert len(table)==n and set(table.split)<={'train', 'validate', 'test'}
     assert check_dataset(folder, DataConfig(size=16), progress=False).ok
     table = table.sort_values('path')
-    for path,picture in zip(table.path, pictures):
+    for path,image in zip(table.path, images):
         with Image.open(folder/path) as im:
             note = json.loads(im.info['brainldm'])
             assert note['synthetic'] is True and im.info['Description']==SYNTHETIC and note['seed']==1
-            assert np.array_equal(np.asarray(im), to_bytes(picture)[0])
+            assert np.array_equal(np.asarray(im), to_bytes(image)[0])
 
 
 def test_metadata_keeps_what_was_asked(tmp_path):
-    folder = save_pictures(torch.zeros(2, 1, 8, 8)+torch.tensor([0., .5]).view(2, 1, 1, 1), tmp_path/'a', dict(slice=[1.5, None]), {})
+    folder = save_images(torch.zeros(2, 1, 8, 8)+torch.tensor([0., .5]).view(2, 1, 1, 1), tmp_path/'a', dict(slice=[1.5, None]), {})
     notes = [json.loads(Image.open(folder/f'picture_{i:04d}.png').info['brainldm']) for i in range(2)]
     assert notes[0]['slice']==1.5 and 'slice' not in notes[1]
     assert manifest_of(dict(slice=[1.5, None]), 2)['slice'].tolist()==[2, 0]
 
 
 def test_nothing_is_overwritten(tiny_run, tmp_path):
-    pictures = torch.zeros(1, 1, 8, 8)
+    images = torch.zeros(1, 1, 8, 8)
     before = sorted(o.name for o in tiny_run[0].rglob('*'))
     for place in (tiny_run[0], tiny_run[0]/'config.json'):
-        with pytest.raises(FileExistsError, match='nothing is overwritten'): save_pictures(pictures, place, {}, {})
+        with pytest.raises(FileExistsError, match='nothing is overwritten'): save_images(images, place, {}, {})
     assert sorted(o.name for o in tiny_run[0].rglob('*'))==before
-    with pytest.raises(ValueError, match='3 values of age'): save_pictures(pictures, tmp_path/'b', dict(age=[1, 2, 3]), {})
-    with pytest.raises(ValueError, match='not finite'): save_pictures(pictures*float('nan'), tmp_path/'b', {}, {})
+    with pytest.raises(ValueError, match='3 values of age'): save_images(images, tmp_path/'b', dict(age=[1, 2, 3]), {})
+    with pytest.raises(ValueError, match='not finite'): save_images(images*float('nan'), tmp_path/'b', {}, {})
     assert not (tmp_path/'b').exists()
 
 
@@ -67,9 +67,9 @@ def test_a_folder_is_taken_once(tmp_path, monkeypatch):
     "Two processes found the same empty folder: whoever makes the first file has it, and the other is told."
     (tmp_path/'out').mkdir()
     monkeypatch.setattr(codec_module, 'refuse_taken', lambda o: o)             # as if both had looked before either wrote
-    first = save_pictures(torch.zeros(2, 1, 8, 8), tmp_path/'out', {}, dict(seed=1))
+    first = save_images(torch.zeros(2, 1, 8, 8), tmp_path/'out', {}, dict(seed=1))
     before = {o.name: o.read_bytes() for o in first.iterdir()}
-    with pytest.raises(FileExistsError, match='taken by another process. Expected'): save_pictures(torch.ones(2, 1, 8, 8), tmp_path/'out', {}, dict(seed=2))
+    with pytest.raises(FileExistsError, match='taken by another process. Expected'): save_images(torch.ones(2, 1, 8, 8), tmp_path/'out', {}, dict(seed=2))
     assert {o.name: o.read_bytes() for o in first.iterdir()}==before
 
 
@@ -114,14 +114,14 @@ def test_a_conditional_autoencoder_is_told_everything():
     codec,x = Codec(auto, 64),torch.zeros(2, 1, 64, 64)
     a,b = (codec.reconstruct(x, dict(scanner=torch.tensor([k, k]))) for k in (0, 1))
     assert (a-b).abs().max()>1e-6
-    assert list(told(auto, dict(scanner=torch.tensor([0]), age=torch.tensor([1.])), 'cpu'))==['scanner']
+    assert list(required_conditions(auto, dict(scanner=torch.tensor([0]), age=torch.tensor([1.])), 'cpu'))==['scanner']
     for call in (lambda: codec.encode(x), lambda: codec.decode(torch.zeros(1, 4, 8, 8)), lambda: codec.sample_stage1(1)):
         with pytest.raises(ValueError, match='no value of scanner'): call()
 
 
 def test_bytes_there_and_back():
-    grey = torch.arange(256)
-    assert to_bytes(grey/127.5-1).tolist()==grey.tolist()
+    gray = torch.arange(256)
+    assert to_bytes(gray/127.5-1).tolist()==gray.tolist()
     assert to_bytes(torch.tensor([-9., -1.001, 1.001, 9.])).tolist()==[0, 0, 255, 255]                     # clipped, never wrapped round
 
 
@@ -130,9 +130,9 @@ def test_bytes_there_and_back():
     (lambda p: p.expand(2, 3, 64, 64), ValueError, 'Expected (n, 1, 64, 64)'), (lambda p: p*float('nan'), ValueError, 'nan'),
     (lambda p: p.byte(), TypeError, 'torch.uint8'), (lambda p: p.numpy(), TypeError, 'Expected a float tensor')])
 def test_what_is_no_picture(change, error, message):
-    pictures = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))*2-1
-    assert check_pictures('f', pictures, 64)==2
-    with pytest.raises(error) as e: check_pictures('f', change(pictures), 64)
+    images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))*2-1
+    assert check_images('f', images, 64)==2
+    with pytest.raises(error) as e: check_images('f', change(images), 64)
     assert message in str(e.value)
 
 

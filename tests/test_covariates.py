@@ -9,13 +9,13 @@ from PIL import Image
 
 from brainldm.engineering.batches import (
     Covariate, SliceDataset, covariate_kind, covariate_notes, describe_manifest, encode_column, encode_covariates,
-    find_covariates, forget_unseen_levels, level_text, open_dataset, read_conditions, write_levels)
-from brainldm.engineering.cli import add_training_findings, known_values, main, read_request
+    find_covariates, mask_levels_not_in_train, level_text, open_dataset, read_conditions, write_levels)
+from brainldm.engineering.cli import add_training_findings, conditions_of_rows, main, read_condition_flags
 from brainldm.engineering.codec import check_conditions
 from brainldm.data import DataConfig, check_dataset
 from brainldm.engineering.stage2 import PRESETS
 from brainldm.advanced.fidelity import FeatureNet
-from brainldm.training import EVALUATOR_PATCH, AEConfig, describe, recall, size_multiple
+from brainldm.training import EVALUATOR_PATCH, AEConfig, covariates_to_dict, covariates_from_dict, size_multiple
 
 SITES = (Covariate('site', 'categorical', values=('1', '2', '10')), Covariate('age', 'continuous', range=(50., 90.)))
 
@@ -50,8 +50,8 @@ def test_other_texts_are_not_turned_into_numbers(value):
 def test_levels_of_former_runs_load():
     "Runs made before hold numbers where texts are now: their order decides the index, and stays."
     old = json.loads(json.dumps([dict(name='site', kind='categorical', values=[2.0, 1.0], range=None)]))
-    assert recall(old)[0].values==('2', '1') and encode_column([1, '2'], recall(old)[0]).tolist()==[1, 0]
-    assert recall(describe(recall(old)))==recall(old)
+    assert covariates_from_dict(old)[0].values==('2', '1') and encode_column([1, '2'], covariates_from_dict(old)[0]).tolist()==[1, 0]
+    assert covariates_from_dict(covariates_to_dict(covariates_from_dict(old)))==covariates_from_dict(old)
     with pytest.raises(ValueError, match='different values'): Covariate('site', 'categorical', values=(1, '1.0'))
 
 
@@ -93,17 +93,17 @@ def test_tables_of_two_origins_meet():
 # ---- one reader for conditions
 
 def test_every_way_to_ask_reads_alike():
-    asked = [read_request(dict(age=70.), ('site=1',), SITES), read_request({}, ('site=1.0', 'age=70'), SITES, '--to'),
+    requested = [read_condition_flags(dict(age=70.), ('site=1',), SITES), read_condition_flags({}, ('site=1.0', 'age=70'), SITES, '--to'),
              read_conditions(dict(site=1, age='70'), SITES), read_conditions(dict(site=np.float64(1), age=np.int64(70)), SITES)]
-    assert all(o==dict(site='1', age=70.) for o in asked)
+    assert all(o==dict(site='1', age=70.) for o in requested)
     assert check_conditions(dict(site=[1, '2'], age=70), SITES, 2)['site'].tolist()==[0, 1]
     assert check_conditions(dict(site=torch.tensor([10, 1])), SITES, 2)['site'].tolist()==[2, 0]
 
 
-@pytest.mark.parametrize('asked,said', [(dict(site=3), 'Expected one of 1, 2, 10'), (dict(site='nan'), 'Expected one of 1'), (dict(age=91), 'Expected 50 to 90'),
+@pytest.mark.parametrize('requested,said', [(dict(site=3), 'Expected one of 1, 2, 10'), (dict(site='nan'), 'Expected one of 1'), (dict(age=91), 'Expected 50 to 90'),
                                         (dict(age='nan'), 'Expected a number, 50 to 90'), (dict(age='old'), 'Expected a number, 50 to 90'), (dict(weight=3), 'unknown condition')])
-def test_what_cannot_be_asked_for(asked, said):
-    with pytest.raises(ValueError, match=said): read_conditions(asked, SITES)
+def test_what_cannot_be_asked_for(requested, said):
+    with pytest.raises(ValueError, match=said): read_conditions(requested, SITES)
 
 
 def test_another_case_is_named_not_taken():
@@ -113,7 +113,7 @@ def test_another_case_is_named_not_taken():
 
 def test_what_a_run_has_never_seen_is_left_open(capsys):
     rows = pd.DataFrame(dict(site=[1., 7., None], age=[60, 95, 70]))
-    assert known_values(rows, SITES)==dict(site=['1', None, None], age=[60., None, 70.])
+    assert conditions_of_rows(rows, SITES)==dict(site=['1', None, None], age=[60., None, 70.])
     assert 'site of 1 row(s), such as 7.0' in capsys.readouterr().out
 
 
@@ -150,7 +150,7 @@ def test_lines_of_the_covariates():
     lines = describe_manifest(rows, covariates)
     assert [o.split() for o in lines]==[['slice', 'number', '0', 'to', '2'],
         ['age', 'number', '60', 'to', '70;', 'unknown', 'for', '1', 'of', '4', 'subjects'], ['sex', 'category', '0', '(1),', '1', '(2)']]
-    settled,notes = forget_unseen_levels(write_levels(rows, covariates), covariates)
+    settled,notes = mask_levels_not_in_train(write_levels(rows, covariates), covariates)
     assert settled.sex.tolist()[:3]==['1', '0', '1'] and settled.sex.isna().tolist()==[False]*3+[True]
     assert len(covariate_notes(rows, covariates))==2 and 'd in test' in notes[0]
 

@@ -86,7 +86,7 @@ def test_a_failed_start_leaves_no_lock(dataset, tmp_path):
     train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
     with pytest.raises(FileExistsError): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
     train_autoencoder(dataset, tmp_path/'run', AE, resume=True, progress=False)              # finished: nothing to do
-    assert not runs.HELD
+    assert not runs.LOCKED_RUNS
     child = python(HOLDER, tmp_path/'run'); assert child.stdout.readline()=='locked\n'; child.kill(); child.communicate()
 
 
@@ -94,7 +94,7 @@ def test_whatever_stops_a_training_its_folder_is_free(dataset, tmp_path, monkeyp
     def broken(*_): raise ValueError('no mean')
     monkeypatch.setattr(training, 'mean_slices', broken)                        # after the folder is entered, before the first step
     with pytest.raises(ValueError, match='no mean'): train_autoencoder(dataset, tmp_path/'run', AE, progress=False)
-    assert not runs.HELD
+    assert not runs.LOCKED_RUNS
 
 
 def test_leftovers_of_the_dead_are_cleared(tmp_path):
@@ -166,7 +166,7 @@ def test_a_device_that_is_really_full(tmp_path):
 # ------------------------------------------------------------------ Ctrl-C and SIGTERM, from the command line
 
 @pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     "A folder for the command line."
     from brainldm.engineering.phantom import PhantomConfig, make_cohort
     return make_cohort(tmp_path_factory.mktemp('data')/'phantom', PhantomConfig(num_subjects=6, num_slices=6, size=32), progress=False)
@@ -178,8 +178,8 @@ FLAGS = '--size 32 --preset tiny --channels 8 16 --patch 2 --total-images 40000 
 
 @posix
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_the_command_line_saves_and_says_how_to_go_on(number, pictures, tmp_path):
-    words = ['train', 'autoencoder', pictures, '--run', tmp_path/'run', *FLAGS.split()]
+def test_the_command_line_saves_and_says_how_to_go_on(number, images, tmp_path):
+    words = ['train', 'autoencoder', images, '--run', tmp_path/'run', *FLAGS.split()]
     child = python(COMMAND, *words)
     until = time.time()+120
     while len(read_log(tmp_path/'run'/'log.jsonl'))<5 and child.poll() is None and time.time()<until: time.sleep(.02)

@@ -20,7 +20,7 @@ OASIS = Path(__file__).parents[1]/'../shared/data/oasis1'
 CONFIG = DataConfig(size=32, validate_fraction=.25, test_fraction=.25)
 
 
-def picture(seed, h=40, w=32):
+def image(seed, h=40, w=32):
     "A smooth blob with a black border, another for every seed."
     gen = np.random.default_rng(seed)
     out = np.zeros((h, w), np.uint8)
@@ -39,7 +39,7 @@ def make_oasis(root, splits=dict(train=6, validate=2, test=2), slices=3):
         for _ in range(n):
             case += 1
             for k in range(slices):
-                save(root/f'keras_png_slices_{split}/case_{case:03d}_slice_{k}.nii.png', picture(100*case+k))
+                save(root/f'keras_png_slices_{split}/case_{case:03d}_slice_{k}.nii.png', image(100*case+k))
     return root
 
 
@@ -50,13 +50,13 @@ def make_adni(root, splits=dict(train=4, test=1), slices=2):
             for _ in range(n):
                 case += 1
                 for k in range(slices):
-                    save(root/'AD_NC'/split/diagnosis/f'{218000+case}_{70+k}.jpeg', picture(100*case+k), quality=95)
+                    save(root/'AD_NC'/split/diagnosis/f'{218000+case}_{70+k}.jpeg', image(100*case+k), quality=95)
     return root
 
 
 def make_manifest(root, n=8, slices=2, **columns):
     rows = [dict(path=f'pictures/{i}-{k}.png', subject=f'{i:03d}', slice=k) for i in range(n) for k in range(slices)]
-    for r in rows: save(root/r['path'], picture(100*int(r['subject'])+r['slice']))
+    for r in rows: save(root/r['path'], image(100*int(r['subject'])+r['slice']))
     table = pd.DataFrame(rows).assign(**columns)
     table.to_csv(root/'manifest.csv', index=False)
     return root
@@ -64,7 +64,7 @@ def make_manifest(root, n=8, slices=2, **columns):
 
 def make_volume(path, vol=None, affine=np.diag([2., 2., 2., 1.]), dtype=np.uint8):
     path.parent.mkdir(parents=True, exist_ok=True)
-    vol = np.stack([picture(7+k).T for k in range(5)], -1) if vol is None else vol
+    vol = np.stack([image(7+k).T for k in range(5)], -1) if vol is None else vol
     nib.save(nib.Nifti1Image(vol.astype(dtype), affine), path)
     return path
 
@@ -95,7 +95,7 @@ def test_case_of_a_split_folder_does_not_matter(make, old, new, split, tmp_path)
 
 
 def test_case_of_a_volumes_name_does_not_matter(tmp_path):
-    for i in range(4): make_volume(tmp_path/f'{i}.nii.gz', np.stack([picture(10*i+k).T for k in range(5)], -1)).rename(tmp_path/f'{i}.NII.GZ')
+    for i in range(4): make_volume(tmp_path/f'{i}.nii.gz', np.stack([image(10*i+k).T for k in range(5)], -1)).rename(tmp_path/f'{i}.NII.GZ')
     report = look(tmp_path)
     assert report.ok and find_layout(tmp_path)=='nifti' and report.manifest.subject.nunique()==4
 
@@ -111,7 +111,7 @@ def test_a_folder_may_begin_with_dots(tmp_path):
 
 def test_oasis_label_maps_ignored_and_said(tmp_path):
     make_oasis(tmp_path)
-    save(tmp_path/'keras_png_slices_seg_train/seg_001_slice_0.nii.png', picture(0))
+    save(tmp_path/'keras_png_slices_seg_train/seg_001_slice_0.nii.png', image(0))
     (tmp_path/'readme.txt').write_text('x')
     report = look(tmp_path)
     assert report.ok and any('1 label maps' in o for o in report.notes) and any('readme.txt' in o for o in report.notes)
@@ -151,7 +151,7 @@ def test_manifest_file_or_folder(tmp_path):
 
 def test_manifest_of_volume_planes(tmp_path):
     make_volume(tmp_path/'a.nii.gz')
-    make_volume(tmp_path/'b.nii', np.stack([picture(90+k).T for k in range(5)], -1))
+    make_volume(tmp_path/'b.nii', np.stack([image(90+k).T for k in range(5)], -1))
     pd.DataFrame(dict(path=['a.nii.gz', 'b.nii', 'a.nii.gz'], subject=['1', '1', '1'], slice=[3, 3, 1])).to_csv(tmp_path/'manifest.csv')
     report = look(tmp_path)
     assert report.ok and report.manifest.plane.tolist()==[1, 3, 3]
@@ -268,24 +268,24 @@ def test_missing_and_empty_folder(tmp_path):
     with pytest.raises(ValueError, match='is one file'): look(tmp_path/'x.txt')
 
 
-def break_file(path, how):
-    if how=='unreadable': path.write_text('this is text')
-    if how=='empty file': path.write_bytes(b'')
-    if how=='blank': save(path, np.full((40, 32), 9, np.uint8))
-    if how=='truncated': raw = path.read_bytes(); path.write_bytes(raw[:len(raw)//2])
-    if how=='colour': save(path, np.stack([picture(1), picture(2), picture(3)], -1))
-    if how=='16-bit': Image.fromarray(picture(1).astype(np.uint16)*200).save(path, format='PNG')
-    if how=='size': save(path, picture(1, 44, 36))
-    if how=='name': path.rename(path.with_name('scan.png'))
-    if how=='duplicate': shutil.copy(path.with_name('case_002_slice_0.nii.png'), path)
+def break_file(path, options):
+    if options=='unreadable': path.write_text('this is text')
+    if options=='empty file': path.write_bytes(b'')
+    if options=='blank': save(path, np.full((40, 32), 9, np.uint8))
+    if options=='truncated': raw = path.read_bytes(); path.write_bytes(raw[:len(raw)//2])
+    if options=='colour': save(path, np.stack([image(1), image(2), image(3)], -1))
+    if options=='16-bit': Image.fromarray(image(1).astype(np.uint16)*200).save(path, format='PNG')
+    if options=='size': save(path, image(1, 44, 36))
+    if options=='name': path.rename(path.with_name('scan.png'))
+    if options=='duplicate': shutil.copy(path.with_name('case_002_slice_0.nii.png'), path)
 
 
-@pytest.mark.parametrize('how,kind', [('unreadable',)*2, ('empty file', 'empty'), ('blank', 'empty'), ('truncated',)*2, ('colour',)*2,
+@pytest.mark.parametrize('options,kind', [('unreadable',)*2, ('empty file', 'empty'), ('blank', 'empty'), ('truncated',)*2, ('colour',)*2,
                                       ('16-bit',)*2, ('size',)*2, ('name',)*2, ('duplicate',)*2])
-def test_fault(tmp_path, how, kind, capsys):
+def test_fault(tmp_path, options, kind, capsys):
     root = make_oasis(tmp_path/'in')
     bad = root/'keras_png_slices_train/case_001_slice_0.nii.png'
-    break_file(bad, how)
+    break_file(bad, options)
     before = {o: o.read_bytes() for o in root.rglob('*.png')}
     report = look(root)
     assert faults(report)==[kind] and not report.ok, str(report)
@@ -310,15 +310,15 @@ def test_colour_made_grey_on_request(tmp_path):
     root = make_oasis(tmp_path)
     path = root/'keras_png_slices_train/case_001_slice_0.nii.png'
     same = look(root).manifest.hash
-    grey = picture(100)
-    save(path, np.stack([grey]*3, -1))
-    assert look(root, DataConfig(to_grey=True)).manifest.hash.equals(same)
+    gray = image(100)
+    save(path, np.stack([gray]*3, -1))
+    assert look(root, DataConfig(to_gray=True)).manifest.hash.equals(same)
 
 
 def test_all_faults_at_once_and_nothing_left(tmp_path):
     root = make_oasis(tmp_path, dict(train=3), slices=1)
-    for i, how in enumerate(('unreadable', 'colour', 'blank')):
-        break_file(root/f'keras_png_slices_train/case_{i+1:03d}_slice_0.nii.png', how)
+    for i, options in enumerate(('unreadable', 'colour', 'blank')):
+        break_file(root/f'keras_png_slices_train/case_{i+1:03d}_slice_0.nii.png', options)
     report = look(root)
     assert faults(report)==['colour', 'empty', 'unreadable'] and len(report.manifest)==0 and '3 faults found' in str(report)
     with pytest.raises(ValueError, match='no slice left'): open_dataset(root, DataConfig(skip_faulty=True), progress=False)
@@ -340,7 +340,7 @@ def test_bad_manifest(tmp_path, column, value):
 
 def test_leak_by_name(tmp_path):
     root = make_oasis(tmp_path)
-    save(root/'keras_png_slices_test/case_001_slice_9.nii.png', picture(991))
+    save(root/'keras_png_slices_test/case_001_slice_9.nii.png', image(991))
     report = look(root)
     assert faults(report)==['leak'] and len(report.faults)==4 and '001' not in set(report.manifest.subject)
     assert 'subject 001 is in test and train' in str(report)
@@ -352,7 +352,7 @@ def test_leak_by_name(tmp_path):
 
 def test_leak_by_identical_pictures(tmp_path):
     root = make_oasis(tmp_path)
-    save(root/'keras_png_slices_test/case_077_slice_5.nii.png', picture(100), compress_level=0)     # other bytes, same pixels as case 001
+    save(root/'keras_png_slices_test/case_077_slice_5.nii.png', image(100), compress_level=0)     # other bytes, same pixels as case 001
     report = look(root)
     assert faults(report)==['leak'] and len(report.faults)==2
     assert set(report.faults.path.str.extract(r'case_(\d+)')[0])=={'001', '077'}
@@ -366,7 +366,7 @@ def test_leak_in_manifest(tmp_path):
 
 def test_copies_within_a_subject_keep_the_first(tmp_path):
     root = make_oasis(tmp_path)
-    save(root/'keras_png_slices_train/case_001_slice_1.nii.png', picture(100))
+    save(root/'keras_png_slices_train/case_001_slice_1.nii.png', image(100))
     report = look(root)
     assert report.faults.path.tolist()==['keras_png_slices_train/case_001_slice_1.nii.png'] and faults(report)==['duplicate']
 
@@ -414,7 +414,7 @@ def test_bad_config(kw):
 # ---- volumes
 
 def test_planes_and_foreground(tmp_path):
-    vol = np.stack([picture(7+k).T for k in range(6)], -1); vol[..., [0, 5]] = 0
+    vol = np.stack([image(7+k).T for k in range(6)], -1); vol[..., [0, 5]] = 0
     make_volume(tmp_path/'a.nii.gz', vol)
     report = look(tmp_path)
     assert report.ok and report.manifest.slice.tolist()==[1, 2, 3, 4] and any('2 planes without' in o for o in report.notes)
@@ -430,7 +430,7 @@ def turned(degrees):
     return out
 
 
-def float_head(): return np.stack([picture(7+k).T for k in range(5)], -1).astype(np.float32)
+def float_head(): return np.stack([image(7+k).T for k in range(5)], -1).astype(np.float32)
 
 
 @pytest.mark.parametrize('kind,vol,affine', [
@@ -449,7 +449,7 @@ def test_faulty_volume(tmp_path, kind, vol, affine):
 
 # ---- grids
 
-def other_head(i): return np.stack([picture(10*i+k).T for k in range(5)], -1)
+def other_head(i): return np.stack([image(10*i+k).T for k in range(5)], -1)
 
 
 def shifted(z):
@@ -554,7 +554,7 @@ def test_turned_pictures_are_said(tmp_path):
     root = make_oasis(tmp_path)
     path = root/'keras_png_slices_train/case_001_slice_0.nii.png'
     exif = Image.Exif(); exif[0x0112] = 6
-    save(path, np.rot90(picture(100)), exif=exif)
+    save(path, np.rot90(image(100)), exif=exif)
     report = look(root)
     assert report.ok and any('1 pictures turned upright' in o for o in report.notes), str(report)
 

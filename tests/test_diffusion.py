@@ -36,7 +36,7 @@ def test_other_cuts_and_columns_than_the_autoencoders_are_refused(change, match,
     other = SliceDataset(dataset.images, dataset.manifest); other.config = replace(AE.data, **change)
     begin('ldm', straight, tmp_path/'run')
     with pytest.raises(ValueError, match=f'refuse_leak: .*{match}'): train_ldm(other, tmp_path/'run', LDM, progress=False)
-    with pytest.raises(ValueError, match=f'settle_crop: .*{match}'): train_autoencoder(other, tmp_path/'new', AE, progress=False)
+    with pytest.raises(ValueError, match=f'resolve_crop: .*{match}'): train_autoencoder(other, tmp_path/'new', AE, progress=False)
     assert 'ldm' not in read_config(tmp_path/'run') and not (tmp_path/'new').exists()
 
 

@@ -138,8 +138,8 @@ def test_the_imports_are_those_of_python():
     for name, found in GRAPH.items():
         package = f"brainldm.{name}".rpartition(".")[0]
         written = re.findall(r"^\s*from (\.*[\w.]*) import", MODULES[name].text, re.M)
-        asked = {importlib.util.resolve_name(w, package) for w in written}
-        assert found == {a.removeprefix("brainldm.") for a in asked} & set(MODULES) - {name}
+        requested = {importlib.util.resolve_name(w, package) for w in written}
+        assert found == {a.removeprefix("brainldm.") for a in requested} & set(MODULES) - {name}
 
 
 def test_the_map_is_drawn_without_overlaps():
@@ -206,7 +206,7 @@ def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("oasis_cross-sectional.csv").write_text("ID,M/F,Hand,Age,Educ,SES,MMSE,CDR,eTIV,nWBV,ASF,Delay\nOAS1_0001_MR1,F,R,74,2,3,29,0,1344,0.743,1.306,N/A\n"
                                                  "OAS1_0002_MR1,M,R,80,4,1,21,0.5,1147,0.81,1.531,N/A\nOAS1_0003_MR1,F,R,20,,,,,1100,0.8,1.6,N/A\n")
-    people, pictures = blocks("python")
+    people, images = blocks("python")
     exec(people, {})
     table = read_subjects("oasis_subjects.csv")
     assert table.diagnosis.tolist()[:2] == ["NC", "AD"] and table.diagnosis.isna().tolist() == [False, False, True]
@@ -214,7 +214,7 @@ def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
     for person in ("P01", "P07", "P11", "P12"):
         for k in (30, 31):
             Image.effect_noise((64, 64), 60).save(f"pictures/{person}-z{k:03d}.png")     # no two alike
-    exec(pictures, {})
+    exec(images, {})
     Path("pictures/subjects.csv").write_text("subject,diagnosis\nP01,NC\nP07,AD\nP11,NC\nP12,AD\n")
     assert main(["check", "pictures", "--size", "64"]) == 0
     Path("table.csv").write_text(blocks("text")[1])
@@ -229,7 +229,7 @@ def test_every_fault_has_its_remedy():
     kinds = {n.args[at[n.func.id]].value for n in calls if len(n.args) > at[n.func.id] and isinstance(n.args[at[n.func.id]], ast.Constant)}
     rows = re.search(r"\| it says \|.*?\n\n", YOUR_DATA, re.S)[0]
     named = {k for line in rows.strip().splitlines() for k in re.findall(r"`([\w -]+)`", line.split("|")[1])}
-    assert named == kinds | {"duplicate", "two volumes", "contrast"}        # those are chosen by conditions in `find_copies`, `name_subjects`
+    assert named == kinds | {"duplicate", "two volumes", "contrast"}        # those are chosen by conditions in `find_duplicates`, `name_subjects`
 
 
 # The built site

@@ -13,7 +13,7 @@ from brainldm.advanced import evaluation
 from brainldm.data import DataConfig
 from brainldm.engineering.batches import Covariate, SliceDataset, open_dataset
 from brainldm.advanced.evaluation import (
-    alone_with_metrics, json_safe, mean_slice_floor, merge_metrics, never_seen, reconstruction_scores, score_slices, show_number,
+    lock_metrics, json_safe, mean_slice_baseline, merge_metrics, count_new_positions, reconstruction_scores, score_slices, show_number,
     subject_interval)
 from brainldm.engineering.runs import read_metrics
 from brainldm.engineering.codec import Codec
@@ -33,8 +33,8 @@ def test_floor_is_the_train_mean(dataset, tiny_run):
     train = dataset.subset('train')
     for k in range(6):
         rows = np.flatnonzero(train.manifest['slice']==k)
-        torch.testing.assert_close(mean_slice_floor(tiny_run[0], [k])[0], train.__getitems__(rows)['image'].mean(0), rtol=0, atol=1e-5)
-    assert never_seen(tiny_run[0], np.array([0, 5, 6, -1]))==2
+        torch.testing.assert_close(mean_slice_baseline(tiny_run[0], [k])[0], train.__getitems__(rows)['image'].mean(0), rtol=0, atol=1e-5)
+    assert count_new_positions(tiny_run[0], np.array([0, 5, 6, -1]))==2
 
 
 def test_scores_do_not_depend_on_batches(model, dataset, tiny_run):
@@ -76,7 +76,7 @@ def test_slices_without_brain_are_counted(model, dataset, tiny_run):
     assert scores['n_slices_without_brain']==1 and scores['ssim_brain'] is not None and np.isfinite(scores['ssim_brain'])
     assert scores['interval_95']['ssim'] is None and json.loads(json.dumps(scores, allow_nan=False))==scores
     scores = reconstruction_scores(model, SliceDataset(images[1:2], dataset.manifest[1:2].reset_index(drop=True), dataset.covariates), tiny_run[0])
-    assert scores['ssim_brain'] is None and scores['floor_mean_slice']['ssim_brain'] is None
+    assert scores['ssim_brain'] is None and scores['baseline_mean_slice']['ssim_brain'] is None
 
 
 def test_people_of_the_training_are_noticed(model, dataset, tiny_run):
@@ -127,6 +127,6 @@ def test_two_processes_measure_at_once(tmp_path, monkeypatch):
 
 
 def test_a_measurement_does_not_wait_for_ever(tmp_path):
-    with alone_with_metrics(tmp_path):
-        with pytest.raises(RuntimeError, match='another process has held .* Expected'), alone_with_metrics(tmp_path, seconds=.1): pass
+    with lock_metrics(tmp_path):
+        with pytest.raises(RuntimeError, match='another process has held .* Expected'), lock_metrics(tmp_path, seconds=.1): pass
     merge_metrics(tmp_path, 'a', {})                                           # free again

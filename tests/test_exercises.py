@@ -25,7 +25,7 @@ def test_exercises(notebook):
     assert prose.count("<details>") == prose.count("</details>") >= len(numbers), "an answer folded away for each"
     for n in numbers:
         assert sum(f"def check_{n}(" in t for t in shown) == 1, f"check_{n} tells right from wrong"
-        asked = [line for t in shown for line in t.splitlines() if re.match(rf"check_{n}\(", line)]
-        assert asked and all("None" in line for line in asked), f"check_{n} waits for the reader's answer"
+        requested = [line for t in shown for line in t.splitlines() if re.match(rf"check_{n}\(", line)]
+        assert requested and all("None" in line for line in requested), f"check_{n} waits for the reader's answer"
         assert any(re.search(rf"\bcheck_{n}\((?!None)", t) for t in hidden), f"the answer to exercise {n} is run"
         assert any(re.search(r"expect_fail|raises", t) for t in hidden), "a wrong answer is refused"

@@ -43,20 +43,20 @@ def codec(**settings):
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("request_", [{}, dict(slice=2, diagnosis="NC", seed=4, guidance_scale=2.)])
 def test_frames_end_in_the_sample(model, steps, request_):
-    frames = explore.draw_frames(model, steps, **request_)
+    frames = explore.sample_frames(model, steps, **request_)
     assert frames.shape == (steps, 64, 64) and frames.abs().max() <= 1
     torch.testing.assert_close(frames[-1], model.sample(1, steps=steps, **request_)[0, 0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("n", [2, 5])
 def test_between_starts_and_ends_at_its_seeds(model, n):
-    way = explore.draw_between(model, 7, 3, n=n, steps=3, slice=1)
+    way = explore.sample_between(model, 7, 3, n=n, steps=3, slice=1)
     ends = torch.cat([model.sample(1, seed=s, steps=3, slice=1)[0] for s in (7, 3)])
     torch.testing.assert_close(way[[0, -1]], ends, rtol=0, atol=1e-3)      # float32, another batch
 
 
 def test_between_runs_both_ways(model):
-    there, back = (explore.draw_between(model, a, b, n=5, steps=2) for a, b in ((0, 1), (1, 0)))
+    there, back = (explore.sample_between(model, a, b, n=5, steps=2) for a, b in ((0, 1), (1, 0)))
     torch.testing.assert_close(there, back.flip(0), rtol=0, atol=1e-3)
 
 
@@ -67,21 +67,21 @@ def test_between_runs_both_ways(model):
 ])
 def test_between_refuses(model, wrong, error, message):
     with pytest.raises(error, match=message):
-        explore.draw_between(model, **wrong)
+        explore.sample_between(model, **wrong)
 
 
 @pytest.mark.parametrize("k, settings", [(16, dict(kind="vq", num_embeddings=16, latent_channels=3)), (12, dict(kind="fsq", fsq_levels=(4, 3)))])
 def test_codebook_of_every_kind(k, settings):
     model = codec(**settings)
-    pictures = torch.rand(3, 1, 64, 64) * 2 - 1
-    book = explore.read_codebook(model, pictures)
+    images = torch.rand(3, 1, 64, 64) * 2 - 1
+    book = explore.read_codebook(model, images)
     assert book["codes"].shape == (3, 8, 8) and book["patches"].shape == (k, 8, 8) and book["counts"].shape == (8, 8, k)
     for code in range(k):                                                  # the slow way
         at = [(n, i, j) for n, i, j in (book["codes"] == code).nonzero().tolist()]
         mean = sum(book["decoded"][n, 0, 8*i:8*i+8, 8*j:8*j+8] for n, i, j in at) / max(len(at), 1)
         if at: torch.testing.assert_close(book["patches"][code], mean, rtol=1e-4, atol=1e-4)
         else: assert book["patches"][code].isnan().all()
-    leaf = explore.explore_codes(model, pictures)
+    leaf = explore.explore_codes(model, images)
     words = [code for _, code in leaf.controls["code"].options]
     assert sorted(words) == list(range(k))
     for code in (words[0], words[-1]):                                     # used, and probably not
@@ -111,7 +111,7 @@ def test_saved_picture_says_what_it_is():
 
 @pytest.mark.parametrize("low, high", [(0, 31), (0., 4.), (55.1, 88.3), (.61, .87), (-3.2, 3.9), (1100., 2004.), (5., 5.), (2.2, 2.2), (0., 299.)])
 def test_stops_lie_in_the_range(low, high):
-    stops = explore.find_stops(Covariate("x", "continuous", range=(low, high)))
+    stops = explore.slider_values(Covariate("x", "continuous", range=(low, high)))
     assert low <= min(stops) and max(stops) <= high and stops == sorted(set(stops)) and 1 <= len(stops) <= 300
 
 
@@ -129,14 +129,14 @@ def test_what_the_autoencoder_is_told_is_never_open(model):
 
         class autoencoder:
             covariates = (Covariate("slice", "continuous", range=(0, 5)),)
-    controls = explore.request_controls(Told)
+    controls = explore.condition_controls(Told)
     assert OPEN not in [v for _, v in controls["slice"].options] and OPEN in [v for _, v in controls["sex"].options]
 
 
 def test_every_choice_can_be_served(model):
     ask = explore.explore_sample(model)
     ask.controls["steps"].value = 1
-    for name, control in explore.request_controls(model).items():
+    for name, control in explore.condition_controls(model).items():
         for _, value in control.options:
             ask.controls[name].value = value
             assert "message" not in ask.note.value, (name, value)
@@ -146,67 +146,67 @@ def test_every_choice_can_be_served(model):
 # --- the class
 
 
-def make(draw, scrub="frame", **controls):
-    return Explorer(draw, {k: ipywidgets.IntSlider(v, 0, 20) for k, v in controls.items()}, "f({})", scrub)
+def make(render, scrub="frame", **controls):
+    return Explorer(render, {k: ipywidgets.IntSlider(v, 0, 20) for k, v in controls.items()}, "f({})", scrub)
 
 
-def grey(level):
+def gray(level):
     return to_png(torch.full((2, 2), level))
 
 
 def test_a_state_is_drawn_once():
     calls = []
-    e = make(lambda n: calls.append(n) or [grey(n / 20)], n=3)
+    e = make(lambda n: calls.append(n) or [gray(n / 20)], n=3)
     for n in (4, 3, 4, 3, 5): e.controls["n"].value = n
     assert calls == [3, 4, 5]
 
 
 @pytest.mark.parametrize("error", [ValueError("f: n=<7>. Try 8."), RuntimeError("x"), KeyError("k"), AttributeError(), MemoryError("full")])
 def test_every_error_is_a_message(error):
-    def draw(n):
+    def render(n):
         if n == 7: raise error
-        return [grey(n / 20)]
-    e = make(draw, n=3)
+        return [gray(n / 20)]
+    e = make(render, n=3)
     before = e.picture.value
     e.controls["n"].value = 7
     assert 'role="alert"' in e.note.value and "Traceback" not in e.note.value and "<7>" not in e.note.value
     assert "stale" in e.picture._dom_classes and e.picture.value == before
     e.controls["n"].value = 8
-    assert "stale" not in e.picture._dom_classes and "alert" not in e.note.value and e.picture.value == grey(8 / 20)
+    assert "stale" not in e.picture._dom_classes and "alert" not in e.note.value and e.picture.value == gray(8 / 20)
 
 
 def test_an_error_at_the_start_is_a_message_too():
-    def draw(n):
+    def render(n):
         if n == 0: raise ValueError("f: nothing. Try more.")
-        return [grey(.1), grey(.2)]
-    e = make(draw, n=0)
+        return [gray(.1), gray(.2)]
+    e = make(render, n=0)
     assert "Try more" in e.note.value
     e.scrubber.value = 1                                                   # nothing to scrub: no exception
     e.controls["n"].value = 2
-    assert e.picture.value == grey(.2)
+    assert e.picture.value == gray(.2)
 
 
 def test_it_says_that_it_draws():
     notes = []
     holder = {}
 
-    def draw(n):
+    def render(n):
         if "e" in holder: notes.append((holder["e"].note.value, "stale" in holder["e"].picture._dom_classes))
-        return [grey(n / 20)]
-    holder["e"] = e = make(draw, n=3)
+        return [gray(n / 20)]
+    holder["e"] = e = make(render, n=3)
     e.controls["n"].value = 4
     assert notes == [("drawing …", True)] and "drawing" not in e.note.value
 
 
 @pytest.mark.parametrize("sizes", [(4, 7, 4), (9, 1, 9), (1, 5, 20), (20, 2, 3)])
 def test_the_scrubber_keeps_its_place(sizes):
-    e = make(lambda n: [grey(i / 20) for i in range(n)], n=11)
+    e = make(lambda n: [gray(i / 20) for i in range(n)], n=11)
     for place in (11, 6, 1):                                               # the end, half-way, the start
         e.scrubber.value = place
         for n in sizes:
             e.controls["n"].value = n
             assert (e.scrubber.value, e.scrubber.max) == (1 + round((place - 1) / 10 * (n - 1)), n)
-            assert e.picture.value == grey((e.scrubber.value - 1) / 20)
+            assert e.picture.value == gray((e.scrubber.value - 1) / 20)
         e.controls["n"].value = 11
         assert e.scrubber.value == place
 
@@ -215,7 +215,7 @@ def test_the_note_is_the_python_that_draws_it(model):
     ask = explore.explore_sample(model)
     ask.controls["age"].value = OPEN
     text = ask.note.value.removeprefix("<code>").removesuffix("</code>").replace("&#x27;", "'")
-    frames = eval(text, dict(draw_frames=explore.draw_frames, model=model))
+    frames = eval(text, dict(sample_frames=explore.sample_frames, model=model))
     assert "age" not in text and ask.picture.value == to_png(frames[-1])
 
 

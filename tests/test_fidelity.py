@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from brainldm.engineering.batches import Covariate, SliceDataset
-from brainldm.advanced.fidelity import (POSITIVE, PROPORTION, FeatureNet, augment, beside_reference, coverage_scores, evaluator_rows,
+from brainldm.advanced.fidelity import (POSITIVE, PROPORTION, FeatureNet, augment, compare_with_reference, coverage_scores, evaluator_rows,
                                excess_distance, feature_net, fidelity_scores, frechet_distance, interval_within, kernel_distance,
-                               kernel_terms, leave_out_interval, match_rows, picture_features, pick_rows, read_pictures, reading_scores,
-                               reference_rotations, subject_auc, train_feature_net, without_each)
+                               kernel_terms, leave_out_interval, match_rows, image_features, pick_rows, predict_covariates, evaluator_scores,
+                               reference_rotations, subject_auc, train_feature_net, jackknife_means)
 from brainldm.engineering.loop import TrainConfig
 
 COVARIATES = (Covariate('slice', 'continuous', range=(0., 7.)), Covariate('diagnosis', 'categorical', values=('AD', 'NC')), Covariate('age', 'continuous', range=(50., 90.)))
@@ -19,16 +19,16 @@ SHORT = TrainConfig(total_images=96, batch_size=16, warmup_images=16)
 
 def cohort(people, seed=0, size=32, split='train'):
     "Discs with a dark hole: wide for AD, a little wider with age; sliding with the slice. Two groups of equal size, eight slices each."
-    rng,rows,pictures = np.random.default_rng(seed),[],[]
+    rng,rows,images = np.random.default_rng(seed),[],[]
     yy,xx = np.mgrid[:size, :size]-size/2+.5
     for p in range(people):
         diagnosis,age,base = ('AD', 'NC')[p%2],rng.uniform(50, 90),rng.normal()*.3
         for k in range(8):
             hole = 3.+1.5*(diagnosis=='AD')+.02*(age-70)+base
-            grey = np.where(np.hypot(yy-k/4, xx)<hole, 8, 200)*(np.hypot(yy, xx)<13)
-            pictures.append(np.clip(grey+rng.normal(size=grey.shape)*3*(grey>0), 0, 255).astype(np.uint8))
+            gray = np.where(np.hypot(yy-k/4, xx)<hole, 8, 200)*(np.hypot(yy, xx)<13)
+            images.append(np.clip(gray+rng.normal(size=gray.shape)*3*(gray>0), 0, 255).astype(np.uint8))
             rows.append(dict(path=f'{seed}_{p}_{k}', subject=f'{seed}_{p}', slice=k, diagnosis=diagnosis, age=age, split=split))
-    return SliceDataset(np.stack(pictures), pd.DataFrame(rows), list(COVARIATES))
+    return SliceDataset(np.stack(images), pd.DataFrame(rows), list(COVARIATES))
 
 
 @pytest.fixture(scope='module')
@@ -36,23 +36,23 @@ def train(): return cohort(16)
 
 
 @pytest.fixture(scope='module')
-def held(): return cohort(8, seed=1, split='validate')
+def held_out(): return cohort(8, seed=1, split='validate')
 
 
 @pytest.fixture(scope='module')
 def net(train): return train_feature_net(train, SHORT, channels=(16, 24))
 
 
-def test_match_rows(train, held):
-    rows = match_rows(held.manifest, train.manifest)
+def test_match_rows(train, held_out):
+    rows = match_rows(held_out.manifest, train.manifest)
     found = train.manifest.iloc[rows].reset_index(drop=True)
-    pd.testing.assert_frame_equal(found[['slice', 'diagnosis']], held.manifest[['slice', 'diagnosis']])
-    assert len(set(rows))==len(rows) and not np.array_equal(rows, match_rows(held.manifest, train.manifest, seed=1))
-    shuffled = held.manifest.sample(frac=1, random_state=0)                                # the index does not matter
+    pd.testing.assert_frame_equal(found[['slice', 'diagnosis']], held_out.manifest[['slice', 'diagnosis']])
+    assert len(set(rows))==len(rows) and not np.array_equal(rows, match_rows(held_out.manifest, train.manifest, seed=1))
+    shuffled = held_out.manifest.sample(frac=1, random_state=0)                                # the index does not matter
     assert (train.manifest.iloc[match_rows(shuffled, train.manifest)]['slice'].to_numpy()==shuffled['slice'].to_numpy()).all()
-    bare = held.manifest.drop(columns='diagnosis')
+    bare = held_out.manifest.drop(columns='diagnosis')
     assert (train.manifest.iloc[match_rows(bare, train.manifest)]['slice'].to_numpy()==bare['slice'].to_numpy()).all()
-    with pytest.raises(ValueError, match='match_rows: 8 unseen rows'): match_rows(train.manifest, held.manifest)
+    with pytest.raises(ValueError, match='match_rows: 8 unseen rows'): match_rows(train.manifest, held_out.manifest)
 
 
 @pytest.mark.parametrize('size', [32, 48, 128])
@@ -75,23 +75,23 @@ def test_augment_depends_on_its_generator_alone():
 def test_feature_net_is_kept(train, tmp_path):
     both = SliceDataset(train.images, train.manifest.assign(hash=[f'{i:032x}' for i in range(len(train))]), train.covariates)
     net = feature_net(tmp_path, both, SHORT, channels=(8, 8))
-    torch.testing.assert_close(picture_features(feature_net(tmp_path, both), train), picture_features(net, train))
-    taught = pick_rows(train, evaluator_rows(train.manifest))
-    torch.testing.assert_close(picture_features(train_feature_net(taught, SHORT, (8, 8)), train), picture_features(net, train))      # the same seed
+    torch.testing.assert_close(image_features(feature_net(tmp_path, both), train), image_features(net, train))
+    evaluator_subjects = pick_rows(train, evaluator_rows(train.manifest))
+    torch.testing.assert_close(image_features(train_feature_net(evaluator_subjects, SHORT, (8, 8)), train), image_features(net, train))      # the same seed
     assert (net.fraction, feature_net(tmp_path, both).fraction)==(.5, .5)
     other = SliceDataset(train.images, both.manifest.assign(hash='f'*32), train.covariates)
     with pytest.raises(ValueError, match='remove the file'): feature_net(tmp_path, other)
     with pytest.raises(ValueError, match='train rows alone'): train_feature_net(SliceDataset(train.images, train.manifest.assign(split='test'), train.covariates), SHORT)
 
 
-def test_readings(train, held, net):
-    read = read_pictures(net, held)
+def test_readings(train, held_out, net):
+    read = predict_covariates(net, held_out)
     assert list(read)==['slice', 'diagnosis', 'age'] and read.diagnosis.between(0, 1).all()
-    torch.testing.assert_close(picture_features(net, held), picture_features(net, held.__getitems__(range(len(held)))['image']))
-    scores = reading_scores(net, held)
-    assert set(scores)=={'slice', 'diagnosis', 'age'} and scores['diagnosis']['floor']==.5 and json.loads(json.dumps(scores, allow_nan=False))==scores
-    lost = SliceDataset(held.images, held.manifest.assign(diagnosis=None, age=np.where(held.manifest['slice']<4, np.nan, held.manifest.age)), held.covariates)
-    assert reading_scores(net, lost)['diagnosis']['auc'] is None and np.isfinite(reading_scores(net, lost)['age']['error'])
+    torch.testing.assert_close(image_features(net, held_out), image_features(net, held_out.__getitems__(range(len(held_out)))['image']))
+    scores = evaluator_scores(net, held_out)
+    assert set(scores)=={'slice', 'diagnosis', 'age'} and scores['diagnosis']['baseline']==.5 and json.loads(json.dumps(scores, allow_nan=False))==scores
+    lost = SliceDataset(held_out.images, held_out.manifest.assign(diagnosis=None, age=np.where(held_out.manifest['slice']<4, np.nan, held_out.manifest.age)), held_out.covariates)
+    assert evaluator_scores(net, lost)['diagnosis']['auc'] is None and np.isfinite(evaluator_scores(net, lost)['age']['error'])
 
 
 def test_auc_beside_sklearn():
@@ -101,7 +101,7 @@ def test_auc_beside_sklearn():
     assert subject_auc(score, truth, range(40))[0]==pytest.approx(roc_auc_score(truth, score))
     low,high = subject_auc(score, truth, range(40))[1]
     assert 0<=low<high<=1
-    assert subject_auc(np.arange(8.), np.arange(8)==7, range(8), draws=0)==(1., None)      # no resample holds both groups: no interval
+    assert subject_auc(np.arange(8.), np.arange(8)==7, range(8), num_resamples=0)==(1., None)      # no resample holds both groups: no interval
 
 
 @pytest.mark.parametrize('n, d', [(60, 3), (200, 8)])
@@ -140,16 +140,16 @@ def test_fidelity_refuses_few():
     x = torch.randn(64, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match='50 or more'): fidelity_scores(x[:40], x[:40], range(40))
     with pytest.raises(ValueError, match='as many of each'): fidelity_scores(x, x[:60], range(64))
-    with pytest.warns(UserWarning, match='A covariance needs 128 or more'): fidelity_scores(torch.randn(60, 64), torch.randn(60, 64), range(60), draws=2)
-    scores = fidelity_scores(x, torch.randn(64, 8, dtype=torch.float64), np.repeat(range(8), 8), draws=10)
+    with pytest.warns(UserWarning, match='A covariance needs 128 or more'): fidelity_scores(torch.randn(60, 64), torch.randn(60, 64), range(60), num_resamples=2)
+    scores = fidelity_scores(x, torch.randn(64, 8, dtype=torch.float64), np.repeat(range(8), 8), num_resamples=10)
     assert set(scores['interval_95'])=={'frechet', 'kid', 'precision', 'recall', 'density', 'coverage'} and all(a<=scores[k]<=b for k,(a,b) in scores['interval_95'].items())
     assert all(0<=scores['interval_95'][k][0] and scores['interval_95'][k][1]<=1 for k in ('precision', 'recall', 'coverage')) and scores['interval_95']['frechet'][0]>0
-    assert fidelity_scores(x, x, ['a', 'b', 'c', 'd']*16, draws=2)['interval_95']=={}
+    assert fidelity_scores(x, x, ['a', 'b', 'c', 'd']*16, num_resamples=2)['interval_95']=={}
 
 
 def test_leave_out_interval_beside_the_textbook():
     v = np.random.default_rng(0).normal(size=300)
-    low,high = leave_out_interval(lambda at: dict(m=v[at].mean()), range(300), draws=1_000)['m']
+    low,high = leave_out_interval(lambda at: dict(m=v[at].mean()), range(300), num_resamples=1_000)['m']
     assert high-low==pytest.approx(2*1.96*v.std()/300**.5, rel=.12) and low<v.mean()<high
 
 
@@ -166,10 +166,10 @@ def slices_of(rng, subjects, shift=0., each=False, between=.6):
     return torch.from_numpy(x[np.arange(n), np.arange(n)%8] if each else x.reshape(-1, 12))
 
 
-def dealt(rng, pool, held, rotations=5):
-    "Rows of a pool of subjects beside `held` of them, as `match_rows` deals them: at each position other subjects in each rotation."
+def dealt(rng, pool, held_out, rotations=5):
+    "Rows of a pool of subjects beside `held_out` of them, as `match_rows` deals them: at each position other subjects in each rotation."
     order = [rng.permutation(pool) for _ in range(8)]
-    return [np.stack([order[k][(r*held+np.arange(held))%pool]*8+k for k in range(8)], 1).ravel() for r in range(rotations)]
+    return [np.stack([order[k][(r*held_out+np.arange(held_out))%pool]*8+k for k in range(8)], 1).ravel() for r in range(rotations)]
 
 
 def test_kid_of_slices_in_subjects():
@@ -188,7 +188,7 @@ def test_kid_of_slices_in_subjects():
 
 def test_jackknife_beside_a_loop():
     rng = np.random.default_rng(1); a,b,who,own = slices_of(rng, 6),slices_of(rng, 6),np.repeat(list('cabdef'), 8),np.arange(48)%7
-    left = without_each(*kernel_terms(a, b, who, own), who)
+    left = jackknife_means(*kernel_terms(a, b, who, own), who)
     loop = [kernel_distance(a[at], b[at], who[at], own[at]) for at in (np.flatnonzero(who!=o) for o in 'cabdef')]
     np.testing.assert_allclose(left, loop, rtol=1e-9)
 
@@ -198,11 +198,11 @@ def test_recall_is_the_same_for_two_perfect_generators():
     rng,new,old = np.random.default_rng(2),[],[]
     who = np.repeat(np.arange(20), 8)
     for _ in range(40):
-        held,pool,perfect = slices_of(rng, 20, between=.9),slices_of(rng, 20, between=.9),slices_of(rng, 20, each=True, between=.9)
+        held_out,pool,perfect = slices_of(rng, 20, between=.9),slices_of(rng, 20, between=.9),slices_of(rng, 20, each=True, between=.9)
         rows = dealt(rng, 20, 20, 1)[0]
-        beside = coverage_scores(held, perfect, who)['recall']
-        new.append(coverage_scores(held, pool[rows], who, rows//8)['recall']-beside)
-        old.append(coverage_scores(held, pool[rows], who)['recall']-beside)
+        beside = coverage_scores(held_out, perfect, who)['recall']
+        new.append(coverage_scores(held_out, pool[rows], who, rows//8)['recall']-beside)
+        old.append(coverage_scores(held_out, pool[rows], who)['recall']-beside)
     assert abs(np.mean(new))<3*np.std(new)/40**.5+.005 and np.mean(old)<np.mean(new)-.01
 
 
@@ -212,8 +212,8 @@ def test_excess_interval_holds_the_truth(shift, truth):
     rng,hold = np.random.default_rng(3),[]
     who = np.repeat(np.arange(20), 8)
     for _ in range(200):
-        held,pool = slices_of(rng, 20),slices_of(rng, 60); rows = dealt(rng, 60, 20)
-        low,high = excess_distance(held, [slices_of(rng, 20, shift, each=True)], [pool[o] for o in rows], who, [o//8 for o in rows])['interval_95']
+        held_out,pool = slices_of(rng, 20),slices_of(rng, 60); rows = dealt(rng, 60, 20)
+        low,high = excess_distance(held_out, [slices_of(rng, 20, shift, each=True)], [pool[o] for o in rows], who, [o//8 for o in rows])['interval_95']
         hold.append(low<=truth<=high)
     assert .88<=np.mean(hold)<=(.995 if shift==0 else .99), np.mean(hold)
 
@@ -222,8 +222,8 @@ def test_proportions_hold_the_truth():
     rng,found,names = np.random.default_rng(4),[],['precision', 'recall', 'coverage']
     who = np.repeat(np.arange(16), 8)
     for _ in range(200):
-        held,other = slices_of(rng, 16),slices_of(rng, 16, each=True, between=.8)
-        def score(at): return coverage_scores(held[at], other[at], who[at])
+        held_out,other = slices_of(rng, 16),slices_of(rng, 16, each=True, between=.8)
+        def score(at): return coverage_scores(held_out[at], other[at], who[at])
         spans = leave_out_interval(score, who, 20, spans=dict.fromkeys(names, PROPORTION))
         found.append([(score(np.arange(128))[k], *spans[k]) for k in names])
     value,low,high = np.transpose(found)                                                 # each (3, 200)
@@ -240,29 +240,29 @@ def test_intervals_keep_to_their_range(span):
     assert interval_within(.5, .1, PROPORTION)==pytest.approx((.3175, .6825), abs=1e-4) and interval_within(1., 0., PROPORTION, 20)[0]<.9
 
 
-def test_rotations_take_subjects_the_network_has_not_seen(train, held):
+def test_rotations_take_subjects_the_network_has_not_seen(train, held_out):
     from brainldm.engineering.batches import SliceDataset
     table = pd.concat([train.manifest]+[train.manifest.assign(subject=train.manifest.subject+f'_{i}') for i in range(2)], ignore_index=True)
-    taught = evaluator_rows(table)
-    sets,seen = reference_rotations(held.manifest, table, taught)
-    assert seen==0 and len(sets)==5 and not taught[np.concatenate(sets)].any()
+    evaluator_subjects = evaluator_rows(table)
+    sets,seen = reference_rotations(held_out.manifest, table, evaluator_subjects)
+    assert seen==0 and len(sets)==5 and not evaluator_subjects[np.concatenate(sets)].any()
     for rows in sets:
         got = table.iloc[rows].reset_index(drop=True)
-        assert len(set(rows))==len(held) and (got['slice']==held.manifest['slice']).all() and (got.diagnosis==held.manifest.diagnosis).all()
+        assert len(set(rows))==len(held_out) and (got['slice']==held_out.manifest['slice']).all() and (got.diagnosis==held_out.manifest.diagnosis).all()
     assert not set(sets[0]) & set(sets[1])                                               # 24 subjects, 8 at a time: three rotations without one row twice
-    few,known = reference_rotations(held.manifest, train.manifest, np.arange(len(train))<8*14)      # two subjects are left: too few
+    few,known = reference_rotations(held_out.manifest, train.manifest, np.arange(len(train))<8*14)      # two subjects are left: too few
     assert known>0 and len(few)==5
-    by = table.assign(taught=taught).groupby('subject').taught
-    assert by.nunique().eq(1).all() and table[taught].groupby('diagnosis').subject.nunique().to_dict()==dict(AD=12, NC=12)
-    np.testing.assert_array_equal(evaluator_rows(table.sample(frac=1, random_state=1)), taught[table.sample(frac=1, random_state=1).index])
+    by = table.assign(evaluator_subjects=evaluator_subjects).groupby('subject').taught
+    assert by.nunique().eq(1).all() and table[evaluator_subjects].groupby('diagnosis').subject.nunique().to_dict()==dict(AD=12, NC=12)
+    np.testing.assert_array_equal(evaluator_rows(table.sample(frac=1, random_state=1)), evaluator_subjects[table.sample(frac=1, random_state=1).index])
 
 
 def test_scores_beside_their_reference():
     rng,who = np.random.default_rng(6),np.repeat(np.arange(20), 8)
-    held,pool = slices_of(rng, 20),slices_of(rng, 60); rows = dealt(rng, 60, 20)
+    held_out,pool = slices_of(rng, 20),slices_of(rng, 60); rows = dealt(rng, 60, 20)
     sets = [slices_of(rng, 20, .4, each=True) for _ in range(2)]
-    out = beside_reference(held, sets, [pool[o] for o in rows], who, [o//8 for o in rows], draws=5)
+    out = compare_with_reference(held_out, sets, [pool[o] for o in rows], who, [o//8 for o in rows], num_resamples=5)
     assert len(out['by_seed'])==2 and len(out['by_rotation'])==5 and out['excess']['interval_95'][0]>0
     assert out['excess']['kid']==pytest.approx(np.mean([o['kid'] for o in out['by_seed']])-out['reference']['kid'])
     assert out['by_seed'][0]['recall']==out['synthetic']['recall'] and json.loads(json.dumps(out))==json.loads(json.dumps(out, allow_nan=False))
-    assert out['reference']['kid']==pytest.approx(np.mean([kernel_distance(held, pool[o], who, o//8) for o in rows]))
+    assert out['reference']['kid']==pytest.approx(np.mean([kernel_distance(held_out, pool[o], who, o//8) for o in rows]))

@@ -7,7 +7,7 @@ from test_data import float_head, make_volume, save, turned
 
 from brainldm.engineering.checks import DataFault
 from brainldm.engineering.files import (
-    axial_picture, cache_folder, count_planes, decode_file, hash_picture, load_volume, read_picture,
+    axial_slice, cache_folder, count_planes, decode_file, hash_image, load_volume, read_gray_image,
     scale_to_bytes,
 )
 
@@ -27,10 +27,10 @@ def test_orientation_comes_from_the_affine(tmp_path, flips, order):
     affine = np.diag([1.5, 1.5, 3, 1.])
     moved, moved_affine = flipped(vol, affine, flips, order)
     make_volume(tmp_path/'sub-01_T1w.nii.gz', moved, moved_affine)
-    pictures, _ = decode_file(tmp_path/'sub-01_T1w.nii.gz', [0, 4])
-    assert pictures[0].shape==(14, 12)
-    assert np.argwhere(pictures[0]==200).tolist()==[[2, 2]]    # front at the top, left on the left
-    assert pictures[0][7, 5]==50 and pictures[1][7, 5]==90
+    images, _ = decode_file(tmp_path/'sub-01_T1w.nii.gz', [0, 4])
+    assert images[0].shape==(14, 12)
+    assert np.argwhere(images[0]==200).tolist()==[[2, 2]]    # front at the top, left on the left
+    assert images[0][7, 5]==50 and images[1][7, 5]==90
 
 
 def test_slightly_oblique_is_read(tmp_path):
@@ -54,9 +54,9 @@ def test_picture_and_volume_agree(tmp_path):
     vol = float_head().astype(np.uint8)
     make_volume(tmp_path/'a.nii.gz', vol)
     assert count_planes(tmp_path/'a.nii.gz')==5
-    save(tmp_path/'a.png', axial_picture(vol, 3))
+    save(tmp_path/'a.png', axial_slice(vol, 3))
     one, two = (decode_file(tmp_path/name, [k])[0][0] for name, k in (('a.png', -1), ('a.nii.gz', 3)))
-    assert hash_picture(one)==hash_picture(two)!=hash_picture(one.T)
+    assert hash_image(one)==hash_image(two)!=hash_image(one.T)
     with pytest.raises(DataFault, match='5 planes') as e: decode_file(tmp_path/'a.nii.gz', [0, 5])
     assert e.value.kind=='planes'
 
@@ -123,5 +123,5 @@ def test_exif_turns_are_obeyed(tmp_path, suffix, tag, undo):
     exif = Image.Exif(); exif[0x0112] = tag
     save(tmp_path/f'a.{suffix}', stored, exif=exif, **(dict(quality=100) if suffix=='jpg' else {}))
     save(tmp_path/f'b.{suffix}', stored, **(dict(quality=100) if suffix=='jpg' else {}))
-    picture, turned = read_picture(tmp_path/f'a.{suffix}')
-    assert (picture==undo(read_picture(tmp_path/f'b.{suffix}')[0])).all() and turned==(tag!=1)
+    image, turned = read_gray_image(tmp_path/f'a.{suffix}')
+    assert (image==undo(read_gray_image(tmp_path/f'b.{suffix}')[0])).all() and turned==(tag!=1)

@@ -24,18 +24,18 @@ from brainldm.engineering.loop import Learner, TrainConfig, train_batches
 from brainldm.advanced.prior import CodeTransformer, PriorConfig, prior_loss
 from brainldm.engineering.runs import pack_state, unpack_state
 from brainldm.scheduler import NoiseSchedule
-from brainldm.training import AEConfig, autoencoder_args, autoencoder_loss, build_autoencoder, make_critic
+from brainldm.training import AEConfig, autoencoder_args, autoencoder_loss, build_autoencoder, make_discriminator
 from brainldm.engineering.stage2 import LDMConfig, ldm_loss, unet_args
 from brainldm.unet import UNet
-from brainldm.advanced.volume import NeighbourUNet, VolumeConfig, volume_loss
+from brainldm.advanced.volume import NeighborUNet, VolumeConfig, volume_loss
 from brainldm.vqgan import FP16_SCALE, PatchDiscriminator
 from test_loop import AveragedConfig, line, line_data, line_loss
 
 ROOT,SLOW = Path(__file__).parents[1],bool(os.environ.get('BRAINLDM_SLOW'))
 COVARIATES = (Covariate('slice', 'continuous', range=(0, 4)), Covariate('diagnosis', 'categorical', values=('AD', 'NC')))
 KIND = dict(batch_size=4, warmup_images=16, log_every=2)
-AE = AEConfig(channels=(8, 16), latent_channels=2, attention_levels=(False, True), patch=2, num_embeddings=12, critic_channels=(8, 16), **KIND)
-CRITIC = dict(adversary=True, adversary_start=0, critic_warmup=0, random_weight=.1, feature_weight=.1)
+AE = AEConfig(channels=(8, 16), latent_channels=2, attention_levels=(False, True), patch=2, num_embeddings=12, discriminator_channels=(8, 16), **KIND)
+CRITIC = dict(adversarial=True, adversarial_start=0, discriminator_warmup=0, random_weight=.1, feature_weight=.1)
 LDM = LDMConfig(channels=(8, 16), num_res_blocks=1, attention_levels=(False, True), num_heads=2, cond_channels=8, ema_images=20, **KIND)
 PRIOR = PriorConfig(embed_dim=16, num_layers=2, num_heads=2, dropout=.1, replace_codes=.1, label_smoothing=.1, ema_images=20, **KIND)
 VOLUME = VolumeConfig(ema_images=20, **KIND)
@@ -47,8 +47,8 @@ def told(n=4): return dict(slice=torch.linspace(0, 1, n), diagnosis=torch.arange
 def autoencoder(precision='no', **change):
     config = replace(AE, data=replace(AE.data, size=32), precision=precision, **change)
     model = build_autoencoder(config.kind, autoencoder_args(config, COVARIATES))
-    critic = make_critic(config, COVARIATES)
-    return model,partial(autoencoder_loss, config=config, critic=critic),config,dict(image=torch.rand(4, 1, 32, 32)*2-1, **told()),critic
+    discriminator = make_discriminator(config, COVARIATES)
+    return model,partial(autoencoder_loss, config=config, discriminator=discriminator),config,dict(image=torch.rand(4, 1, 32, 32)*2-1, **told()),discriminator
 
 
 def ldm(precision='no', **change):
@@ -65,7 +65,7 @@ def prior(precision='no'):
 
 def volume(precision='no'):
     config = replace(VOLUME, precision=precision)
-    model,loss = NeighbourUNet(ldm()[0]),partial(volume_loss, config=config, schedule=NoiseSchedule(), covariates=COVARIATES)
+    model,loss = NeighborUNet(ldm()[0]),partial(volume_loss, config=config, schedule=NoiseSchedule(), covariates=COVARIATES)
     known = dict(below=torch.randn(4, 2, 8, 8), above=torch.randn(4, 2, 8, 8), known=torch.tensor([[True, False]]*4))
     return model,loss,config,dict(latent=torch.randn(4, 2, 8, 8), **known, **told()),None
 
@@ -77,8 +77,8 @@ TRAININGS = {'kl': autoencoder, 'kl and critic': partial(autoencoder, **CRITIC),
 
 def learner_of(make, precision='no'):
     torch.manual_seed(0)
-    model,loss,config,batch,critic = make(precision)
-    return Learner(model, loss, config, critic=critic),batch
+    model,loss,config,batch,discriminator = make(precision)
+    return Learner(model, loss, config, discriminator=discriminator),batch
 
 
 # ------------------------------------------------------------------ the source
@@ -87,8 +87,8 @@ def learner_of(make, precision='no'):
 def test_no_device_is_named_but_to_ask_for_it(path):
     "No .cuda(), and 'cuda' only in a comparison or as the answer to torch.cuda.is_available()."
     tree = ast.parse(path.read_text())
-    asked = {id(c) for n in ast.walk(tree) if isinstance(n, (ast.Compare, ast.IfExp)) for c in ast.walk(n)}
-    named = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value=='cuda' and id(n) not in asked]
+    requested = {id(c) for n in ast.walk(tree) if isinstance(n, (ast.Compare, ast.IfExp)) for c in ast.walk(n)}
+    named = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value=='cuda' and id(n) not in requested]
     called = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr=='cuda' and not (isinstance(n.value, ast.Name) and n.value.id=='torch')]
     assert not named and not called
 
@@ -146,7 +146,7 @@ class NoBlockingCopy(TorchDispatchMode):
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('name', [o for o in TRAININGS if 'critic' not in o and o!='volume'])
+@pytest.mark.parametrize('name', [o for o in TRAININGS if 'discriminator' not in o and o!='volume'])
 def test_no_copy_waits(name, monkeypatch):
     """Losses of fake tensors that say 'cuda': tables of the schedule are sent off, and nothing comes back.
 
@@ -199,10 +199,10 @@ def test_fused_optimizer(kind, fused, monkeypatch):
     made = SimpleNamespace(device=torch.device(kind), mixed_precision='no', num_processes=1, prepare=lambda *args: args, state=SimpleNamespace(),
                            gradient_state=SimpleNamespace())
     monkeypatch.setattr(loop, 'make_accelerator', lambda *args: made); monkeypatch.setattr(nn.Module, 'to', lambda self, device: self)
-    asked = {}
-    monkeypatch.setattr(torch.optim, 'AdamW', lambda *args, **kwargs: asked.update(kwargs))
+    requested = {}
+    monkeypatch.setattr(torch.optim, 'AdamW', lambda *args, **kwargs: requested.update(kwargs))
     Learner(line(), line_loss, TrainConfig())
-    assert asked['fused']==fused
+    assert requested['fused']==fused
 
 
 # ------------------------------------------------------------------ compiled without graph breaks
@@ -215,7 +215,7 @@ def forwards():
            'vq by gradient': (autoencoder(kind='vq', codebook_ema=False)[0], (x, cond, torch.rand(12))),
            'fsq': (autoencoder(kind='fsq', fsq_levels=(4, 3))[0], (x, cond, None)), 'unet': (ldm(dropout=.2)[0], (z, t, cond, drop)),
            'volume': (volume()[0], (z, t, cond, drop, torch.randn(4, 6, 8, 8))), 'prior': (prior()[0], (torch.randint(12, (4, 63)), cond, drop)),
-           'critic': (PatchDiscriminator(COVARIATES, (8, 16)), (x, cond)), 'features': (FeatureNet(COVARIATES, (8, 16), norm_num_groups=4), (x,))}
+           'discriminator': (PatchDiscriminator(COVARIATES, (8, 16)), (x, cond)), 'features': (FeatureNet(COVARIATES, (8, 16), norm_num_groups=4), (x,))}
     return out
 
 
@@ -224,7 +224,7 @@ def first(out):
     return first(next(iter(out.values()))) if isinstance(out, dict) else first(out[0]) if isinstance(out, (tuple, list)) else out
 
 
-NETWORKS = ('kl', 'vq', 'vq by gradient', 'fsq', 'unet', 'volume', 'prior', 'critic', 'features')
+NETWORKS = ('kl', 'vq', 'vq by gradient', 'fsq', 'unet', 'volume', 'prior', 'discriminator', 'features')
 
 
 @pytest.mark.parametrize('precision', ['no', 'bf16'] if SLOW else ['bf16'])
@@ -274,7 +274,7 @@ def fp16(learner, scale):
     "What accelerate prepares for precision='fp16' on a GPU: a scaler around loss and optimizer. (Autocast is left out: a CPU rounds otherwise.)"
     acc = learner.accelerator
     acc.scaler,acc.native_amp,acc.state._mixed_precision = torch.amp.GradScaler('cpu', init_scale=scale, growth_interval=10**6),True,'fp16'
-    with loop.own_state(acc):
+    with loop.isolated_state(acc):
         learner.optimizer = AcceleratedOptimizer(learner.optimizer.optimizer, device_placement=False, scaler=acc.scaler)
     acc._optimizers = [learner.optimizer]
     return learner
@@ -297,9 +297,9 @@ def test_a_scaled_critic_moves_both_networks_alike(monkeypatch):
     logs,ends = [],[]
     for scaled in (False, True):
         learner,batch = learner_of(TRAININGS['kl and critic'])
-        if scaled: fp16(learner, 2.**12); fp16(learner.critic, 2.**7)
+        if scaled: fp16(learner, 2.**12); fp16(learner.discriminator, 2.**7)
         logs.append([learner.step(batch) for _ in range(3)])
-        ends.append([*learner.raw.parameters(), *learner.critic.raw.parameters()])
+        ends.append([*learner.raw.parameters(), *learner.discriminator.raw.parameters()])
     assert scales==[1.]*3+[FP16_SCALE]*3
     for a,b in zip(*logs): torch.testing.assert_close(a['gan_weight'], b['gan_weight'], rtol=1e-3, atol=0)
     for a,b in zip(*ends): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

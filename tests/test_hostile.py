@@ -749,8 +749,8 @@ CALLS = {                                                # name: arguments of `s
 
 @pytest.mark.parametrize("name", CALLS)
 def test_call(name, model):
-    asked, said = CALLS[name]
-    with pytest.raises((ValueError, TypeError)) as e: model.sample(**{"n": 1, "steps": 1, **asked})
+    requested, said = CALLS[name]
+    with pytest.raises((ValueError, TypeError)) as e: model.sample(**{"n": 1, "steps": 1, **requested})
     assert said in str(e.value) and FORM.match(str(e.value)), e.value
 
 

@@ -14,12 +14,12 @@ from brainldm.advanced import audit
 from brainldm.engineering import report
 from brainldm.engineering.batches import open_dataset
 from brainldm.engineering.cli import main
-from brainldm.engineering.codec import save_pictures, to_bytes
+from brainldm.engineering.codec import save_images, to_bytes
 from brainldm.data import DataConfig
 from brainldm.advanced.fidelity import match_rows
 from brainldm.engineering.loop import TrainConfig
 from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.engineering.report import check_targets, draw_like, evaluate, evaluate_images, image_side, pair_images, read_images, report_samples
+from brainldm.engineering.report import check_targets, sample_matched, evaluate, evaluate_images, image_side, pair_images, read_images, report_samples
 from brainldm.engineering.runs import read_metrics
 from brainldm.sampling import BrainLDM
 from brainldm.training import AEConfig, train_autoencoder
@@ -32,7 +32,7 @@ def quick_audit(monkeypatch):
 
 
 SHORT = TrainConfig(total_images=96, batch_size=16, warmup_images=16)
-KNOBS = dict(split="test", features=SHORT, utility=None, channels=(8, 16))
+GENERATOR_OPTIONS = dict(split="test", features=SHORT, utility=None, channels=(8, 16))
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def world(own_cache, tmp_path_factory):
     dataset = open_dataset(data, config, progress=False)
     train_autoencoder(dataset, place / "run", AEConfig(data=config, total_images=64, batch_size=8, channels=(16,), attention_levels=(False,), patch=8,
                       latent_channels=4, warmup_images=16, validate_every=1_000_000, checkpoint_every=1_000_000), progress=False)
-    train, held = dataset.subset("train"), dataset.subset("test")
-    asked = train.manifest.iloc[match_rows(held.manifest, train.manifest)]
+    train, held_out = dataset.subset("train"), dataset.subset("test")
+    requested = train.manifest.iloc[match_rows(held_out.manifest, train.manifest)]
     model = BrainLDM.load(place / "run")
-    samples = torch.cat([draw_like(model, asked, "stage1", seed) for seed in (0, 1)])
-    twice = pd.concat([asked, asked])
-    save_pictures(samples, place / "images", {k: twice[k].tolist() for k in ("slice", "diagnosis", "age", "sex")}, dict(seed=0))
-    return dict(place=place, data=data, dataset=dataset, run=place / "run", images=place / "images", held=held.manifest)
+    samples = torch.cat([sample_matched(model, requested, "stage1", seed) for seed in (0, 1)])
+    twice = pd.concat([requested, requested])
+    save_images(samples, place / "images", {k: twice[k].tolist() for k in ("slice", "diagnosis", "age", "sex")}, dict(seed=0))
+    return dict(place=place, data=data, dataset=dataset, run=place / "run", images=place / "images", held_out=held_out.manifest)
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def change(folder, **columns):
 
 
 def test_both_ways_give_the_same_numbers(world, folder):
-    run = evaluate(world["run"], world["dataset"], "stage1", **KNOBS)
+    run = evaluate(world["run"], world["dataset"], "stage1", **GENERATOR_OPTIONS)
     assert len(run["fidelity"]["by_seed"]) == len(run["fidelity"]["excess"]["by_seed"]) == 2
-    own = evaluate_images(folder, world["dataset"], run=world["run"], **KNOBS)
+    own = evaluate_images(folder, world["dataset"], run=world["run"], **GENERATOR_OPTIONS)
     assert run["memorization"].pop("weights") and "weights" not in own["memorization"]          # whose weights were audited: of images, nobody knows
     for name in ("n", "n_subjects", "reading", "fidelity", "conditioning", "diversity", "memorization"):
         assert json.dumps(run[name]) == json.dumps(own[name]), name
@@ -79,7 +79,7 @@ def test_both_ways_give_the_same_numbers(world, folder):
 
 
 def test_command(world, folder, capsys):
-    evaluate_images(folder, world["dataset"], **KNOBS)                                     # leaves a network in the cache
+    evaluate_images(folder, world["dataset"], **GENERATOR_OPTIONS)                                     # leaves a network in the cache
     assert main(["evaluate", str(world["data"]), "--images", str(folder), "--split", "test", "--test-fraction", ".25", "--no-utility", "--json"]) == 0
     said = capsys.readouterr().out
     assert json.loads(said[said.index("{"):])["fidelity"] == read_metrics(folder)["samples images"]["fidelity"]
@@ -92,16 +92,16 @@ def test_command(world, folder, capsys):
 
 
 def test_sets_and_rows(world):
-    held = world["held"]
-    table = held[["slice", "diagnosis"]].sample(frac=1, random_state=0).reset_index(drop=True)
-    sets, rows = pair_images(pd.concat([table] * 3, ignore_index=True), held)
-    assert len(sets) == 3 and len(set(np.concatenate(sets))) == 3 * len(held) and rows.tolist() == list(range(len(held)))
+    held_out = world["held"]
+    table = held_out[["slice", "diagnosis"]].sample(frac=1, random_state=0).reset_index(drop=True)
+    sets, rows = pair_images(pd.concat([table] * 3, ignore_index=True), held_out)
+    assert len(sets) == 3 and len(set(np.concatenate(sets))) == 3 * len(held_out) and rows.tolist() == list(range(len(held_out)))
     for one in sets:
-        assert (table.iloc[one % len(table)].reset_index(drop=True)[["slice", "diagnosis"]] == held[["slice", "diagnosis"]]).all(axis=None)
-    some, rows = pair_images(table[3:], held)                                               # three held-out slices get none
-    assert len(some) == 1 and len(some[0]) == len(rows) == len(held) - 3 and len(set(some[0])) == len(rows)
+        assert (table.iloc[one % len(table)].reset_index(drop=True)[["slice", "diagnosis"]] == held_out[["slice", "diagnosis"]]).all(axis=None)
+    some, rows = pair_images(table[3:], held_out)                                               # three held-out slices get none
+    assert len(some) == 1 and len(some[0]) == len(rows) == len(held_out) - 3 and len(set(some[0])) == len(rows)
     with pytest.raises(ValueError, match="Expected 50 or more"):
-        pair_images(table[:40], held)
+        pair_images(table[:40], held_out)
 
 
 @pytest.mark.parametrize("columns, text", [

@@ -154,7 +154,7 @@ def test_trainings_of_one_program_do_not_mix(no_accelerator):
 
 @pytest.mark.parametrize("config,name", [
     (LDMConfig(snr_offset=1.), "snr_offset"), (AEConfig(random_weight=.1), "random_weight"), (AEConfig(feature_weight=.1), "feature_weight"),
-    (AEConfig(kind="vq", kl_period=100), "kl_period"), (AEConfig(adversary=True, total_images=10_000), "adversary")])
+    (AEConfig(kind="vq", kl_period=100), "kl_period"), (AEConfig(adversarial=True, total_images=10_000), "adversarial")])
 def test_a_setting_that_would_change_nothing_is_refused(config, name):
     with pytest.raises(ValueError, match=f"check_config: {name}=.* would change nothing. Expected .* Try "):
         check_config(config)

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.advanced.audit import (KINDS, CopySearch, audit_images, audit_line, audit_power, audit_statistics, candidate_moves,
-                            excess_p_values, extreme_threshold, folding_maps, memorization_audit, moved, nearest_copies,
+from brainldm.advanced.audit import (KINDS, CopySearch, audit_images, audit_summary, audit_power, audit_statistics, candidate_moves,
+                            excess_p_values, extreme_threshold, folding_maps, memorization_audit, transform_maps, nearest_copies,
                             plant_copies, reference_rows, smooth)
 from brainldm.engineering.batches import SliceDataset, open_dataset
 from brainldm.data import DataConfig
@@ -37,8 +37,8 @@ def search(splits): return CopySearch(splits[0])
 @pytest.fixture(scope='module')
 def audited(splits):
     "(audit, samples, reference) of held-out slices that stand for samples."
-    train,held = splits
-    return audit_images(all_images(held), train, held, trials=20)
+    train,held_out = splits
+    return audit_images(all_images(held_out), train, held_out, trials=20)
 
 
 def judge(images, search, splits, reference, power):
@@ -48,11 +48,11 @@ def judge(images, search, splits, reference, power):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_disguise_is_found(kind, splits, search):
-    train,held = splits
+    train,held_out = splits
     rows = np.arange(0, len(train), 7)
-    copies = plant_copies(kind, train.__getitems__(rows)['image'], all_images(held)[:len(rows)], torch.Generator().manual_seed(0))
+    copies = plant_copies(kind, train.__getitems__(rows)['image'], all_images(held_out)[:len(rows)], torch.Generator().manual_seed(0))
     assert copies.shape==(len(rows), 1, 128, 128) and copies.min()>=-1.001 and copies.max()<=1.001
-    found,away = nearest_copies(search, copies),nearest_copies(search, held)
+    found,away = nearest_copies(search, copies),nearest_copies(search, held_out)
     column = 'half' if kind=='one half' else 'whole'
     same = train.manifest.subject.to_numpy()[found[f'{column}_row']]==train.manifest.subject.to_numpy()[rows]
     assert same.all() and found[column].min()>away[column].max()
@@ -176,7 +176,7 @@ def test_moves_and_blur_beside_scipy():
     want = gaussian_filter(image[0, 0].numpy(), 1.3, mode='constant', truncate=8)
     np.testing.assert_allclose(smooth(image, 1.3)[0, 0].numpy(), want, atol=1e-5)
     blob = smooth(torch.nn.functional.pad(torch.rand(1, 21, 21), (10, 10, 10, 10)), 2.)
-    turned = moved(blob, torch.tensor([[0., 0., math.radians(20), 1., 1.]]))[0].numpy()
+    turned = transform_maps(blob, torch.tensor([[0., 0., math.radians(20), 1., 1.]]))[0].numpy()
     either = [rotate(blob[0].numpy(), a, reshape=False, order=1) for a in (20, -20)]
     assert min(np.abs(turned-o).max() for o in either)<.02
 
@@ -190,9 +190,9 @@ def test_reference_takes_every_subject():
 def test_verdicts_of_earlier_versions_are_none(tmp_path, audited):
     earlier = dict(share=.015, allowed=.02, verdict='passed', n=640, pixel={}, feature={})
     merge_metrics(tmp_path, 'samples prior', dict(memorization=earlier))
-    assert 'not audited' in audit_line(tmp_path, 'prior') and 'not audited' in audit_line(tmp_path, 'ldm')
+    assert 'not audited' in audit_summary(tmp_path, 'prior') and 'not audited' in audit_summary(tmp_path, 'ldm')
     merge_metrics(tmp_path, 'samples ldm', dict(memorization=audited[0]))
-    assert f"audit {audited[0]['verdict']}" in audit_line(tmp_path)
+    assert f"audit {audited[0]['verdict']}" in audit_summary(tmp_path)
     assert audit_verdicts({'samples a': [], 'samples b': {}, 'samples c': dict(memorization=1), 'bits': 3})==dict.fromkeys('abc', 'not audited')
 
 

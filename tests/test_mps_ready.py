@@ -17,11 +17,11 @@ from brainldm.advanced.audit import CopySearch, nearest_copies
 from brainldm.engineering.batches import open_dataset
 from brainldm.data import DataConfig
 from brainldm.advanced.evaluation import codebook_scores
-from brainldm.advanced.fidelity import FeatureNet, augment, picture_features
+from brainldm.advanced.fidelity import FeatureNet, augment, image_features
 from brainldm.advanced.prior import CodeSampler, CodeTransformer, code_bits
 from brainldm.sampling import BrainLDM
-from brainldm.training import AEConfig, autoencoder_args, build_autoencoder, start_from_data, validate_autoencoder
-from brainldm.advanced.volume import BrainVolumes, NeighbourUNet
+from brainldm.training import AEConfig, autoencoder_args, build_autoencoder, init_codebook_from_data, validate_autoencoder
+from brainldm.advanced.volume import BrainVolumes, NeighborUNet
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,12 +76,12 @@ def vq(dataset):
     return build_autoencoder('vq', autoencoder_args(config, ()))
 
 
-@pytest.mark.parametrize('how', [dict(), dict(sampler='ddpm', guidance_scale=2.), dict(sampler='dpmpp', guidance_scale=dict(slice=2.)), dict(eta=.5, guidance_scale=3., guidance_rescale=.5, guidance_interval=(.2, .8))], ids=str)
-def test_sampling(tiny_run, how):
+@pytest.mark.parametrize('options', [dict(), dict(sampler='ddpm', guidance_scale=2.), dict(sampler='dpmpp', guidance_scale=dict(slice=2.)), dict(eta=.5, guidance_scale=3., guidance_rescale=.5, guidance_interval=(.2, .8))], ids=str)
+def test_sampling(tiny_run, options):
     model = BrainLDM.load(tiny_run[0], device='cpu', precision='no')
     with Small(model.autoencoder, model.unet) as small:
         small.mark([model.latent_mean, model.latent_std])
-        assert model.sample(3, steps=3, slice=2, diagnosis='AD', batch_size=2, callback=lambda i,t,p: p.numpy(), **how).numpy().shape==(3, 1, 64, 64)
+        assert model.sample(3, steps=3, slice=2, diagnosis='AD', batch_size=2, callback=lambda i,t,p: p.numpy(), **options).numpy().shape==(3, 1, 64, 64)
 
 
 def test_edits_and_random_latents(tiny_run, dataset):
@@ -94,7 +94,7 @@ def test_edits_and_random_latents(tiny_run, dataset):
 
 def test_volumes(tiny_run):
     flat = BrainLDM.load(tiny_run[0], device='cpu', precision='no')
-    deep = BrainVolumes(flat.autoencoder, flat.size, NeighbourUNet(flat.unet), flat.schedule, flat.latent_mean, flat.latent_std)
+    deep = BrainVolumes(flat.autoencoder, flat.size, NeighborUNet(flat.unet), flat.schedule, flat.latent_mean, flat.latent_std)
     with Small(flat.autoencoder, flat.unet, deep.unet) as small:
         small.mark([flat.latent_mean, flat.latent_std])
         deep.sample_volume(1, steps=2, diagnosis='AD').numpy(); flat.sample_shared_noise(1, .5, steps=2).numpy()
@@ -104,7 +104,7 @@ def test_codes(dataset):
     auto,prior = vq(dataset),CodeTransformer(8, 8, dataset.covariates, embed_dim=16, num_layers=1, num_heads=2)
     model,batch = CodeSampler(auto, 64, prior, heights=next(c for c in dataset.covariates if c.name=='slice')),dataset.__getitems__([0, 1, 2])
     with Small(auto, prior):
-        start_from_data(auto, dataset, 0)
+        init_codebook_from_data(auto, dataset, 0)
         model.sample(2, slice=1, guidance_scale=2., top_k=4).numpy(); model.sample_stage1(2, slice=1).numpy()
         code_bits(prior, model.codes(batch['image'].to(torch.device('cpu'))).cpu(), batch).numpy()
         codebook_scores(model, dataset)
@@ -125,7 +125,7 @@ def test_features(dataset):
     with Small(net) as small:
         x = dataset.__getitems__([0, 1, 2])['image']; small.mark(x)
         augment(x, torch.Generator().manual_seed(0))
-        assert picture_features(net, dataset).numpy().dtype==np.float64
+        assert image_features(net, dataset).numpy().dtype==np.float64
         assert nearest_copies(CopySearch(dataset), x).shape==(3, 4)
 
 

@@ -252,7 +252,7 @@ def test_a_finished_training_is_lengthened(told, tmp_path, capsys):
     assert "lengthened from 80 to 160 images at 80. The learning rate rises again to 0.00045 and falls to 0" in said.out + said.err
 
 
-CRITIC = replace(AE, adversary=True, adversary_start=40, critic_warmup=16, critic_channels=(8, 16))
+CRITIC = replace(AE, adversarial=True, adversarial_start=40, discriminator_warmup=16, discriminator_channels=(8, 16))
 
 
 @pytest.mark.parametrize("name, config, at", [("autoencoder", AE, 100), ("autoencoder", AE, 84), ("autoencoder", CRITIC, 116), ("ldm", LDM, 100)])

@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command, **how):
+def run(*command, **options):
     "Run a command; a failure shows what it printed."
-    out = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, **how)
+    out = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, **options)
     assert out.returncode == 0, out.stdout + out.stderr
     return out.stdout
 

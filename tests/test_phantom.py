@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from brainldm.engineering import phantom
-from brainldm.engineering.phantom import PhantomConfig, draw_person, draw_warp, integrate, jacobian_determinant, make_cohort, make_subject
+from brainldm.engineering.phantom import PhantomConfig, sample_subject, sample_warp, integrate, jacobian_determinant, make_cohort, make_subject
 
 SMALL = dict(num_slices=4, size=40)
 
@@ -54,7 +54,7 @@ def test_people_and_seeds_differ():
 
 def test_streams_are_apart():
     "Diagnosis must not follow from the numbers that give the age: [seed, 0, 0] and [seed] would be one stream."
-    first = [draw_person(PhantomConfig(seed=s), 0) for s in range(400)]
+    first = [sample_subject(PhantomConfig(seed=s), 0) for s in range(400)]
     ad,age = np.array([p.diagnosis=='AD' for p in first]),np.array([p.age for p in first])
     assert abs(np.corrcoef(ad, age)[0, 1])<4/400**.5
 
@@ -97,8 +97,8 @@ def test_front_is_up():
 
 def test_nobody_is_folded():
     for i in range(25):
-        person = draw_person(PhantomConfig(num_subjects=25, seed=3), i)
-        warp = draw_warp(np.random.default_rng(i), person.atrophy)
+        person = sample_subject(PhantomConfig(num_subjects=25, seed=3), i)
+        warp = sample_warp(np.random.default_rng(i), person.atrophy)
         assert jacobian_determinant(warp/phantom.GRID_MM).min()>0
 
 
@@ -118,7 +118,7 @@ def test_more_disease_more_fluid():
 
 @pytest.mark.parametrize('share', [0, .25, .5, 1])
 def test_share_of_patients(share):
-    found = [draw_person(PhantomConfig(num_subjects=200, ad_fraction=share, seed=7), i).diagnosis=='AD' for i in range(200)]
+    found = [sample_subject(PhantomConfig(num_subjects=200, ad_fraction=share, seed=7), i).diagnosis=='AD' for i in range(200)]
     assert abs(np.mean(found)-share)<=.01
 
 
@@ -142,8 +142,8 @@ def test_both_formats_hold_the_same_pixels(cohorts):
     for name in ('sub-0001', 'sub-0004'):
         volume = np.asarray(nib.load(cohorts['nifti']/f'volumes/{name}.nii.gz').dataobj)
         for k in range(4):
-            with Image.open(cohorts['png']/f'images/{name}_slice_{k:02d}.png') as picture:
-                assert picture.mode=='L' and (np.asarray(picture)==volume[:, ::-1, k].T).all()
+            with Image.open(cohorts['png']/f'images/{name}_slice_{k:02d}.png') as pixels:
+                assert pixels.mode=='L' and (np.asarray(pixels)==volume[:, ::-1, k].T).all()
 
 
 def test_nifti_header(cohorts):

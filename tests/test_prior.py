@@ -19,7 +19,7 @@ from brainldm.engineering.runs import Checkpoint, load_weights, read_config, rea
 from brainldm.training import AEConfig, load_autoencoder, train_autoencoder
 from brainldm.advanced.prior import (
     PRIOR_PRESETS, CodeSampler, CodeTransformer, PriorConfig, cache_codes, code_bits, code_cells,
-    code_chances, code_floors, code_prices, draw_uniform, load_prior, neighbours, next_logits,
+    code_probabilities, code_baselines, code_costs, sample_uniform, load_prior, context_positions, next_logits,
     pick_codes, prior_loss, sample_codes, train_prior,
 )
 from brainldm.advanced import prior as module
@@ -136,7 +136,7 @@ def test_a_later_code_never_changes_an_earlier_prediction(precision, covariates)
 
 def test_neighbours_are_written_before_and_next_to_it():
     for side in (1, 2, 5):
-        near = neighbours(side)
+        near = context_positions(side)
         for place,(last,*above) in enumerate(near.tolist()):
             i,j = divmod(place, side)
             assert last==place-1
@@ -167,16 +167,16 @@ def test_cached_logits_equal_uncached(side, covariates, precision):
         start = n+m+1
 
 
-@pytest.mark.parametrize('how', [{}, dict(guidance_scale=2.), dict(guidance_scale=0.), dict(top_k=3), dict(temperature=.5, top_p=.7)])
+@pytest.mark.parametrize('options', [{}, dict(guidance_scale=2.), dict(guidance_scale=0.), dict(top_k=3), dict(temperature=.5, top_p=.7)])
 @pytest.mark.parametrize('rows', [0, 2])
-def test_cached_sampling_writes_the_same_codes(how, rows):
+def test_cached_sampling_writes_the_same_codes(options, rows):
     net,u,cond = awake(),torch.rand(3, 16, generator=torch.Generator().manual_seed(1)),told(3)
     prompt = random_codes().view(3, 4, 4)[:, :rows] if rows else None
     with torch.no_grad():
-        fast,slow = (sample_codes(net, u, cond, prompt=prompt, cached=o, **how) for o in (True, False))
+        fast,slow = (sample_codes(net, u, cond, prompt=prompt, cached=o, **options) for o in (True, False))
     assert torch.equal(fast, slow) and fast.shape==(3, 4, 4)
     if rows: assert torch.equal(fast[:, :rows], prompt)
-    assert not torch.equal(fast, sample_codes(net, 1-u-1e-3, cond, prompt=prompt, **how).detach())
+    assert not torch.equal(fast, sample_codes(net, 1-u-1e-3, cond, prompt=prompt, **options).detach())
 
 
 def test_without_covariates_guidance_changes_nothing():
@@ -214,13 +214,13 @@ def test_dropout_is_training_alone():
 def test_loss_hides_what_it_is_told_to_hide():
     net,batch = awake(),dict(latent=random_codes(8).view(8, 4, 4), **told(8))
     def bits(gen=0, **change):
-        config = replace(PRIOR, **{**dict(dropout=0., replace_codes=0., label_smoothing=0., drop_one=0., drop_all=0.), **change})
+        config = replace(PRIOR, **{**dict(dropout=0., replace_codes=0., label_smoothing=0., covariate_dropout=0., condition_dropout=0.), **change})
         return prior_loss(net, batch, torch.Generator().manual_seed(gen), 0, config, COVARIATES, 12)
     codes = batch['latent']
     full = code_bits(net, codes, told(8)).mean()
     torch.testing.assert_close(bits()[1]['bits'], full)
-    torch.testing.assert_close(bits(drop_all=1.)[1]['bits'], code_bits(net, codes, {}).mean())
-    torch.testing.assert_close(bits(drop_one=1.)[1]['bits'], code_bits(net, codes, {}).mean())
+    torch.testing.assert_close(bits(condition_dropout=1.)[1]['bits'], code_bits(net, codes, {}).mean())
+    torch.testing.assert_close(bits(covariate_dropout=1.)[1]['bits'], code_bits(net, codes, {}).mean())
     assert bits(replace_codes=.5)[1]['bits']!=full
     smooth,logs = bits(label_smoothing=.2)
     torch.testing.assert_close(logs['bits'], full)                             # the log is not smoothed
@@ -237,10 +237,10 @@ def slow_chances(logits, temperature, top_k, top_p):
     for row in logits.double():
         p = (row/temperature).softmax(0)
         order = sorted(range(len(p)), key=lambda i: -p[i].item())[:top_k or len(p)]
-        total,held,keep = sum(p[i] for i in order),0.,[]
+        total,held_out,keep = sum(p[i] for i in order),0.,[]
         for i in order:
-            if top_p<1 and held>=top_p*total: break
-            keep.append(i); held += p[i]
+            if top_p<1 and held_out>=top_p*total: break
+            keep.append(i); held_out += p[i]
         rows.append(torch.stack([p[i] if i in keep else p[i]*0 for i in range(len(p))])/sum(p[i] for i in keep))
     return torch.stack(rows)
 
@@ -250,24 +250,24 @@ def slow_chances(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize('temperature', [.3, 1., 2.])
 def test_chances_against_a_slow_version(temperature, top_k, top_p):
     logits = 2*torch.randn(5, 20, generator=torch.Generator().manual_seed(2))
-    chances,order = code_chances(logits, temperature, top_k, top_p)
-    assert (chances.diff(dim=1)<=0).all()
-    torch.testing.assert_close(torch.zeros(5, 20).scatter(1, order, chances).double(), slow_chances(logits, temperature, top_k, top_p), atol=1e-6, rtol=1e-5)
+    probabilities,order = code_probabilities(logits, temperature, top_k, top_p)
+    assert (probabilities.diff(dim=1)<=0).all()
+    torch.testing.assert_close(torch.zeros(5, 20).scatter(1, order, probabilities).double(), slow_chances(logits, temperature, top_k, top_p), atol=1e-6, rtol=1e-5)
 
 
 def test_extreme_chances():
     one = torch.full((1, 5), -1e4); one[0, 3] = 1e4
-    chances,order = code_chances(one, .01, None, .5)
-    assert order[0, 0]==3 and chances[0].tolist()==[1, 0, 0, 0, 0]
-    even,_ = code_chances(torch.zeros(1, 4), top_k=2)
+    probabilities,order = code_probabilities(one, .01, None, .5)
+    assert order[0, 0]==3 and probabilities[0].tolist()==[1, 0, 0, 0, 0]
+    even,_ = code_probabilities(torch.zeros(1, 4), top_k=2)
     assert even[0].tolist()==[.5, .5, 0, 0]                                    # ties: exactly two are kept
 
 
 def test_darts_land_as_often_as_the_chances_say():
-    chances,order = torch.tensor([.5, .25, .125, .125, 0.]),torch.tensor([4, 0, 3, 1, 2])
+    probabilities,order = torch.tensor([.5, .25, .125, .125, 0.]),torch.tensor([4, 0, 3, 1, 2])
     n = 800
     u = torch.arange(n)/n
-    codes = pick_codes(chances.expand(n, -1), order.expand(n, -1), u)
+    codes = pick_codes(probabilities.expand(n, -1), order.expand(n, -1), u)
     assert torch.bincount(codes, minlength=5).tolist()==[200, 100, 0, 100, 400]
     short = torch.tensor([[.5, .25, 0.]])                                      # a line that ends before the dart: rounding, in small
     assert pick_codes(short, torch.arange(3)[None], torch.tensor([.9]))==1
@@ -277,7 +277,7 @@ def test_a_code_that_is_not_allowed_is_never_written():
     net = awake()
     with torch.no_grad():
         for seed in range(20):
-            u = draw_uniform(2, 16, seed)
+            u = sample_uniform(2, 16, seed)
             codes = sample_codes(net, u, told(2), top_k=2).flatten(1)
             logits = net(codes[:, :-1], told(2))
             assert (logits>logits.gather(2, codes[..., None])).sum(2).max()<2
@@ -293,13 +293,13 @@ def test_greedy_is_the_most_probable_code():
 
 # ------------------------------------------------------------------ floors
 
-def slow_floor(train, train_cells, held, held_cells, k, strengths):
-    out = torch.empty(held.shape, dtype=torch.float64)
-    for index in np.ndindex(*held.shape):
+def slow_floor(train, train_cells, held_out, held_cells, k, strengths):
+    out = torch.empty(held_out.shape, dtype=torch.float64)
+    for index in np.ndindex(*held_out.shape):
         p = 1/k
         for here,there,s in zip(train_cells, held_cells, strengths):
             own = train[here==there[index]]
-            p = ((own==held[index]).sum().item()+s*p)/(len(own)+s)
+            p = ((own==held_out[index]).sum().item()+s*p)/(len(own)+s)
         out[index] = -math.log2(p)
     return out
 
@@ -307,19 +307,19 @@ def slow_floor(train, train_cells, held, held_cells, k, strengths):
 def test_floors_against_a_slow_version():
     gen = torch.Generator().manual_seed(0)
     slices,subjects = 3*torch.arange(4).repeat(10)-1,[f's{i//4}' for i in range(40)]           # numbers with gaps
-    train,held = (torch.randint(6, (n, 3, 3), generator=gen)*torch.randint(2, (n, 3, 3), generator=gen) for n in (40, 8))
-    found = code_floors(train, slices, subjects, held, slices[:8], 6)
+    train,held_out = (torch.randint(6, (n, 3, 3), generator=gen)*torch.randint(2, (n, 3, 3), generator=gen) for n in (40, 8))
+    found = code_baselines(train, slices, subjects, held_out, slices[:8], 6)
     assert list(found)==['uniform', 'histogram', 'place', 'place_slice'] and all(o.shape==(8,) for o in found.values())
     torch.testing.assert_close(found['uniform'], torch.full((8,), math.log2(6)))
     aside = torch.tensor([o in ('s0', 's5') for o in subjects])                # every fifth subject, in the order of their names
-    train,held = train.flatten(1),held.flatten(1)
+    train,held_out = train.flatten(1),held_out.flatten(1)
     slices = (slices+1)//3
     early,late,all_train,all_held = (code_cells(o, 9) for o in (slices[~aside], slices[aside], slices, slices[:8]))
     strengths = []
     for level,name in enumerate(('histogram', 'place', 'place_slice'), 1):
         price = lambda s: slow_floor(train[~aside], early[:level], train[aside], late[:level], 6, [*strengths, s]).mean()
         strengths.append(min((2.**o for o in range(-3, 11)), key=price))
-        want = slow_floor(train, all_train[:level], held, all_held[:level], 6, strengths)
+        want = slow_floor(train, all_train[:level], held_out, all_held[:level], 6, strengths)
         torch.testing.assert_close(found[name], want.mean(1).float())
 
 
@@ -329,21 +329,21 @@ def test_floors_find_what_is_there():
     subjects = [f's{i//8}' for i in range(240)]
     rule = torch.randint(16, (8, 4, 4), generator=gen)
     fixed = rule[slices]                                                       # place and slice decide the code
-    found = code_floors(fixed, slices, subjects, fixed[:16], slices[:16], 16)
+    found = code_baselines(fixed, slices, subjects, fixed[:16], slices[:16], 16)
     assert found['place_slice'].mean()<.1 and found['place'].mean()>1
     noise = torch.randint(16, (240, 4, 4), generator=gen)
-    found = code_floors(noise, slices, subjects, torch.randint(16, (400, 4, 4), generator=gen), slices.repeat(2)[:400], 16)
+    found = code_baselines(noise, slices, subjects, torch.randint(16, (400, 4, 4), generator=gen), slices.repeat(2)[:400], 16)
     assert all(3.99<o.mean()<4.05 for o in found.values())                     # nothing to find: not much is lost by looking
 
 
 def test_prices_of_a_run(straight, dataset):
     model = CodeSampler.load(straight, 'cpu', 'no')
-    found = code_prices(model, dataset)
-    held = dataset.subset('test')
-    codes = cache_codes(model.autoencoder, held, progress=False)
+    found = code_costs(model, dataset)
+    held_out = dataset.subset('test')
+    codes = cache_codes(model.autoencoder, held_out, progress=False)
     assert list(found)==['prior', 'uniform', 'histogram', 'place', 'place_slice'] and all(o.shape==(5,) for o in found.values())
-    assert torch.equal(found['prior'], code_bits(model.prior, codes, held.conditions))
-    with pytest.raises(ValueError, match="no row of split 'nobody'"): code_prices(model, dataset, 'nobody')
+    assert torch.equal(found['prior'], code_bits(model.prior, codes, held_out.conditions))
+    with pytest.raises(ValueError, match="no row of split 'nobody'"): code_costs(model, dataset, 'nobody')
 
 
 # ------------------------------------------------------------------ training
@@ -434,11 +434,11 @@ def test_what_a_run_says(straight, dataset):
     net,info = load_prior(straight)
     book = load_autoencoder(straight)[0].quantizer.codebook
     torch.testing.assert_close(net.vectors, torch.cat([(book-book.mean(0))/book.std(0), torch.zeros(1, 3)]))
-    held = dataset.subset('validate')
+    held_out = dataset.subset('validate')
     precision = pick_precision('auto', torch.device('cpu'))
-    codes = cache_codes(load_autoencoder(straight)[0], held, precision, progress=False)
+    codes = cache_codes(load_autoencoder(straight)[0], held_out, precision, progress=False)
     assert codes.shape==(5, 4, 4) and codes.dtype==torch.int64
-    assert abs(code_bits(net, codes, held.conditions, precision).mean().item()-info['val_bits'])<1e-6
+    assert abs(code_bits(net, codes, held_out.conditions, precision).mean().item()-info['val_bits'])<1e-6
 
 
 @pytest.mark.parametrize('change', [dict(precision='bf16'), dict(precision='no', accumulate=2), dict(covariates=()), dict(covariates=('slice',), dropout=0.)])
@@ -446,9 +446,9 @@ def test_other_settings(change, dataset, vq, tmp_path):
     run = tmp_path/'run'; shutil.copytree(vq, run)
     net = train_prior(dataset, run, replace(PRIOR, total_images=16, validate_every=16, **change), progress=False)
     model = CodeSampler.load(run, 'cpu', precision=change.get('precision', 'no'))
-    asked = {'slice': 2} if 'covariates' not in change or change['covariates'] else {}
-    pictures = model.sample(2, **asked)
-    assert pictures.shape==(2, 1, 32, 32) and pictures.isfinite().all() and pictures.dtype==torch.float32
+    requested = {'slice': 2} if 'covariates' not in change or change['covariates'] else {}
+    images = model.sample(2, **requested)
+    assert images.shape==(2, 1, 32, 32) and images.isfinite().all() and images.dtype==torch.float32
     assert [c.name for c in net.covariates]==[c.name for c in model.covariates]
 
 
@@ -464,14 +464,14 @@ def test_prices_in_the_words_of_the_run(dataset, straight):
     "Of people who are all healthy, NC is the first and only value; the prior calls it the second."
     model,rows = CodeSampler.load(straight, 'cpu', 'no'),dataset.manifest[dataset.manifest.diagnosis=='NC']
     parts = (SliceDataset(dataset.images[rows.index], rows.reset_index(drop=True), o) for o in (dataset.covariates, None))
-    a,b = (code_prices(model, o, 'train')['prior'] for o in parts)
+    a,b = (code_costs(model, o, 'train')['prior'] for o in parts)
     assert torch.equal(a, b)
 
 
 def test_floors_need_somebody_to_set_aside():
     maps,slices = torch.zeros(3, 2, 2, dtype=torch.int64),torch.arange(3)
-    with pytest.raises(ValueError, match='code_floors: 1 train subject'): code_floors(maps, slices, ['a']*3, maps, slices, 4)
-    assert all(o.isfinite().all() for o in code_floors(maps, slices, ['a', 'a', 'b'], maps, slices, 4).values())
+    with pytest.raises(ValueError, match='code_baselines: 1 train subject'): code_baselines(maps, slices, ['a']*3, maps, slices, 4)
+    assert all(o.isfinite().all() for o in code_baselines(maps, slices, ['a', 'a', 'b'], maps, slices, 4).values())
 
 
 def test_presets_and_settings():
@@ -517,9 +517,9 @@ ODD_NUMBERS = [(dict(temperature=0), ValueError, 'temperature=0'), (dict(tempera
                (dict(guidance_scale=-1), ValueError, 'guidance_scale=-1'), (dict(guidance_scale=math.nan), ValueError, 'nan'), (dict(guidance_scale=None), TypeError, 'None')]
 
 
-@pytest.mark.parametrize('how,error,words', ODD_NUMBERS)
-def test_odd_numbers(how, error, words):
-    with pytest.raises(error, match=words): sample_codes(awake(), torch.rand(2, 16), **how)
+@pytest.mark.parametrize('options,error,words', ODD_NUMBERS)
+def test_odd_numbers(options, error, words):
+    with pytest.raises(error, match=words): sample_codes(awake(), torch.rand(2, 16), **options)
 
 
 ODD_REQUESTS = [(dict(n=0), ValueError, 'n=0'), (dict(seed=-1), ValueError, 'seed=-1'), (dict(batch_size=0), ValueError, 'batch_size=0'), (dict(n=1.5), TypeError, 'n=1.5'),
@@ -530,9 +530,9 @@ ODD_REQUESTS = [(dict(n=0), ValueError, 'n=0'), (dict(seed=-1), ValueError, 'see
                 (dict(prompt=torch.full((1, 2, 4), 12)), ValueError, 'codes from 12 to 12'), (dict(prompt=torch.full((1, 2, 4), -1)), ValueError, 'codes from -1')]
 
 
-@pytest.mark.parametrize('how,error,words', ODD_REQUESTS)
-def test_odd_requests(how, error, words, straight):
-    with pytest.raises(error, match=words): CodeSampler.load(straight, 'cpu', 'no').sample(**how)
+@pytest.mark.parametrize('options,error,words', ODD_REQUESTS)
+def test_odd_requests(options, error, words, straight):
+    with pytest.raises(error, match=words): CodeSampler.load(straight, 'cpu', 'no').sample(**options)
 
 
 def test_odd_codes():
@@ -550,20 +550,20 @@ def test_odd_codes():
 
 def test_a_picture_depends_on_seed_and_number_alone(straight):
     model = CodeSampler.load(straight, 'cpu', 'no')
-    asked = dict(slice=[0, 1, 2, 3, 4], diagnosis=['AD', 'NC', None, 'AD', 'NC'])
-    together,apart = (model.sample(5, **asked, seed=3, batch_size=o) for o in (5, 2))
+    requested = dict(slice=[0, 1, 2, 3, 4], diagnosis=['AD', 'NC', None, 'AD', 'NC'])
+    together,apart = (model.sample(5, **requested, seed=3, batch_size=o) for o in (5, 2))
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
-    assert torch.equal(together, model.sample(5, **asked, seed=3, batch_size=5))
-    assert not torch.equal(together, model.sample(5, **asked, seed=4, batch_size=5))
+    assert torch.equal(together, model.sample(5, **requested, seed=3, batch_size=5))
+    assert not torch.equal(together, model.sample(5, **requested, seed=4, batch_size=5))
     assert together.min()>=-1 and together.max()<=1
 
 
 def test_a_begun_brain_is_completed(straight, dataset):
     model = CodeSampler.load(straight, 'cpu', 'no')
-    pictures = dataset.subset('test').__getitems__([0, 1])['image']
-    codes = model.codes(pictures)
-    torch.testing.assert_close(model.decode_codes(codes), model.reconstruct(pictures))
-    u = draw_uniform(2, 16, 0)
+    images = dataset.subset('test').__getitems__([0, 1])['image']
+    codes = model.codes(images)
+    torch.testing.assert_close(model.decode_codes(codes), model.reconstruct(images))
+    u = sample_uniform(2, 16, 0)
     made = sample_codes(model.prior, u, prompt=codes[:, :2])
     assert torch.equal(made[:, :2], codes[:, :2]) and not torch.equal(made[:, 2:], codes[:, 2:])
     torch.testing.assert_close(model.sample(2, prompt=codes[:, :2], batch_size=1), model.decode_codes(made), atol=1e-5, rtol=0)

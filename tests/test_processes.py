@@ -36,11 +36,11 @@ def train_all(data, out, batch, accumulate):
     "Every training, with so many pictures a process and a step."
     torch.set_num_threads(1)
     data = open_dataset(data, AE.data, progress=False)
-    how,whole = dict(batch_size=batch, accumulate=accumulate, log_every=accumulate),dict(batch_size=batch*accumulate)
-    train_autoencoder(data, out/'kl', replace(AE, **how), progress=False)
-    train_ldm(data, out/'kl', replace(LDM, **how), progress=False)
+    options,whole = dict(batch_size=batch, accumulate=accumulate, log_every=accumulate),dict(batch_size=batch*accumulate)
+    train_autoencoder(data, out/'kl', replace(AE, **options), progress=False)
+    train_ldm(data, out/'kl', replace(LDM, **options), progress=False)
     train_autoencoder(data, out/'vq', replace(VQ, **whole), progress=False)
-    train_prior(data, out/'vq', replace(PRIOR, **how), progress=False)
+    train_prior(data, out/'vq', replace(PRIOR, **options), progress=False)
 
 
 @pytest.fixture(scope='module')
@@ -82,11 +82,11 @@ def test_nothing_is_left_over(one_and_two):
 def test_two_processes_draw_what_one_draws(one_and_two, tmp_path):
     run = one_and_two[0]/'kl'
     line = ['sample', str(run), '--n', '5', '--steps', '3', '--slice', '2', '--out']
-    for name,how in (('one', []), ('two', TWO)):
+    for name,options in (('one', []), ('two', TWO)):
         script = tmp_path/f'{name}.py'                                         # torchrun would take --n for its own
         script.write_text(f'import sys\nfrom brainldm.engineering.cli import main\nprint("drawing")\nsys.exit(main({[*line, str(tmp_path/name)]!r}))\n')
-        done = subprocess.run([sys.executable, *how, str(script)], capture_output=True, text=True, timeout=200, env=ENV)
-        assert done.stdout.count('drawing')==(2 if how else 1)
+        done = subprocess.run([sys.executable, *options, str(script)], capture_output=True, text=True, timeout=200, env=ENV)
+        assert done.stdout.count('drawing')==(2 if options else 1)
         assert done.returncode==0 and done.stdout.count('5 synthetic pictures')==1, done.stdout+done.stderr
     ours,theirs = ({o.name: o.read_bytes() for o in (tmp_path/name).glob('*.png')} for name in ('one', 'two'))
     assert len(ours)==6 and ours==theirs                                       # five pictures and their grid

@@ -81,9 +81,9 @@ def test_no_person_sits_in_two_splits(people, validate, test, seed, random):
     by = dealt.groupby("subject").split.agg(set)
     assert (by.map(len) == 1).all() and set(dealt.split) <= set(data.SPLITS)
     assert len(data.find_leaks(dealt.assign(path="x"))) == 0
-    count, asked = by.map(min).value_counts(), [k for k, v in fractions.items() if v > 0]
+    count, requested = by.map(min).value_counts(), [k for k, v in fractions.items() if v > 0]
     assert count.get("train", 0) >= 1
-    if len(people) > len(asked): assert all(count.get(k, 0) >= 1 for k in asked)
+    if len(people) > len(requested): assert all(count.get(k, 0) >= 1 for k in requested)
     random.shuffle(rows)
     again = data.split_by_subject(pd.DataFrame(rows, columns=["subject", "diagnosis", "slice"]), fractions, seed)
     assert again.groupby("subject").split.agg(set).equals(by)
@@ -92,7 +92,7 @@ def test_no_person_sits_in_two_splits(people, validate, test, seed, random):
 # --- settings
 
 whole = st.integers(8, 4096)
-data_configs = st.builds(DataConfig, size=whole, crop=st.one_of(st.none(), st.just("auto"), whole), to_grey=st.booleans(), skip_faulty=st.booleans(),
+data_configs = st.builds(DataConfig, size=whole, crop=st.one_of(st.none(), st.just("auto"), whole), to_gray=st.booleans(), skip_faulty=st.booleans(),
                          planes=st.one_of(st.none(), st.tuples(st.integers(0, 90), st.integers(91, 300))), split_seed=st.integers(-9, 2**70),
                          validate_fraction=st.floats(0, .5), test_fraction=st.floats(0, .49), subjects=st.one_of(st.none(), names.map(Path)))
 
@@ -133,10 +133,10 @@ schedules = st.builds(dict, num_train_timesteps=st.integers(2, 1500), beta_sched
 
 @settings(max_examples=50, **QUICK)
 @given(schedules, st.floats(0, 1), st.integers(0, 9))
-def test_schedule(asked, at, seed):
+def test_schedule(requested, at, seed):
     "Signal falls all the way; what was mixed can be taken apart; the file brings back the same."
-    if asked["zero_terminal_snr"] and asked["prediction_type"] == "epsilon": asked["zero_terminal_snr"] = False
-    s = NoiseSchedule(**asked)
+    if requested["zero_terminal_snr"] and requested["prediction_type"] == "epsilon": requested["zero_terminal_snr"] = False
+    s = NoiseSchedule(**requested)
     assert NoiseSchedule(**json.loads(json.dumps(dataclasses.asdict(s)))) == s
     T, abar = s.num_train_timesteps, s.abar
     assert abar.shape == (T,) and (abar >= 0).all() and (abar < 1).all() and (abar[1:] < abar[:-1]).all()
@@ -184,9 +184,9 @@ def test_mutated_picture(kind, edits, more, cut):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.png"
         path.write_bytes(mutate(picture_bytes(kind), edits + more, cut))
-        try: picture = files.decode_picture(path)
+        try: image = files.decode_image(path)
         except DataFault as e: assert e.kind and str(e)
-        else: assert picture.dtype == np.uint8 and picture.ndim == 2
+        else: assert image.dtype == np.uint8 and image.ndim == 2
 
 
 VOLUME = nib.Nifti1Image(np.random.default_rng(0).random((5, 6, 4)).astype(np.float32), np.diag([2., 2., 3., 1.])).to_bytes()
@@ -274,12 +274,12 @@ def test_mutated_checkpoint(tiny_run, edits, cut, stage, share):
 @given(st.lists(names, min_size=1, max_size=8, unique_by=batches.level_text), st.data())
 def test_categories_come_back(values, source):
     c = Covariate("kind", "categorical", values=tuple(values))
-    asked = source.draw(st.lists(st.one_of(st.none(), st.sampled_from(values)), min_size=1, max_size=10))
-    codes = batches.encode_column(asked, c)
-    assert codes.dtype == torch.int64 and [None if k < 0 else values[k] for k in codes.tolist()] == asked
+    requested = source.draw(st.lists(st.one_of(st.none(), st.sampled_from(values)), min_size=1, max_size=10))
+    codes = batches.encode_column(requested, c)
+    assert codes.dtype == torch.int64 and [None if k < 0 else values[k] for k in codes.tolist()] == requested
     assert c.values == tuple(map(batches.level_text, values))
     stranger = "".join(values) + "x"
-    with pytest.raises(ValueError) as e: batches.encode_column([*asked, stranger], c)
+    with pytest.raises(ValueError) as e: batches.encode_column([*requested, stranger], c)
     assert FORM.match(str(e.value)) and repr(stranger) in str(e.value)
 
 
@@ -287,10 +287,10 @@ def test_categories_come_back(values, source):
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=10))
 def test_numbers_come_back(low, width, shares):
     c = Covariate("age", "continuous", range=(low, low + width))
-    asked = [None if u is None else low + u * width for u in shares]
-    codes = batches.encode_column(asked, c)
-    assert codes.dtype == torch.float32 and [bool(o) for o in codes.isnan()] == [o is None for o in asked]
-    for v, k in zip(asked, codes.tolist()):
+    requested = [None if u is None else low + u * width for u in shares]
+    codes = batches.encode_column(requested, c)
+    assert codes.dtype == torch.float32 and [bool(o) for o in codes.isnan()] == [o is None for o in requested]
+    for v, k in zip(requested, codes.tolist()):
         if v is not None: assert abs(low + k * width - v) <= 1e-6 * width + 1e-9 * abs(low)     # float32 shares
     for bad in (float("inf"), "text"):
         with pytest.raises(ValueError): batches.encode_column([bad], c)

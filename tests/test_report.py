@@ -8,11 +8,11 @@ import torch
 
 from brainldm.data import DataConfig
 from brainldm.engineering.batches import Covariate, open_dataset
-from brainldm.engineering.codec import middle_conditions
+from brainldm.engineering.codec import default_conditions
 from brainldm.engineering.stage2 import LDMConfig, train_ldm
 from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores, show_number
 from brainldm.advanced.prior import PriorConfig, train_prior
-from brainldm.engineering.report import check_targets, draw_by_condition, draw_like, evaluate, picture_uri, report, report_numbers, report_samples
+from brainldm.engineering.report import check_targets, sample_by_condition, sample_matched, evaluate, figure_uri, report, report_numbers, report_samples
 from brainldm.sampling import BrainLDM, Sampler
 from brainldm.training import AEConfig, train_autoencoder
 from brainldm.unet import UNet
@@ -70,7 +70,7 @@ def test_report_with_numbers(copy, model, dataset):
     scores = reconstruction_scores(model, dataset.subset('test'), copy)
     merge_metrics(copy, 'reconstruction test', scores)
     text = Page(report(copy, steps=2).read_text()).text
-    assert show_number(scores['ssim']) in text and show_number(scores['floor_mean_slice']['ssim_brain']) in text and 'n/a' in text     # one test person
+    assert show_number(scores['ssim']) in text and show_number(scores['baseline_mean_slice']['ssim_brain']) in text and 'n/a' in text     # one test person
 
 
 def test_report_refuses(tiny_run, tmp_path):
@@ -85,20 +85,20 @@ def test_grids_of_odd_runs(model):
     "No conditions; one slice position; an autoencoder with covariates of its own."
     parts = dict(schedule=model.schedule, latent_mean=model.latent_mean, latent_std=model.latent_std)
     free = Sampler(model.autoencoder, 64, UNet(4, (16,), 1, (True,), 2, (), 16).eval(), **parts)
-    assert len(draw_by_condition(free, columns=3, steps=2)[0].axes)==3
+    assert len(sample_by_condition(free, columns=3, steps=2)[0].axes)==3
     flat = (Covariate('slice', 'continuous', range=(4., 4.)), Covariate('diagnosis', 'categorical', values=('AD', 'NC', 'MCI')))
     one = Sampler(model.autoencoder, 64, UNet(4, (16,), 1, (True,), 2, flat, 16).eval(), **parts)
-    assert len(draw_by_condition(one, columns=3, steps=2)[0].axes)==3
+    assert len(sample_by_condition(one, columns=3, steps=2)[0].axes)==3
     auto = AutoencoderKL(4, (16,), 1, (False,), 8, covariates=(Covariate('site', 'categorical', values=('a', 'b')), Covariate('age', 'continuous', range=(50., 90.))))
     told = Sampler(auto, 64, model.unet, **parts)
-    assert middle_conditions(told)==dict(site='a', age=70.)
-    grid,walk = draw_by_condition(told, columns=40, steps=1)
+    assert default_conditions(told)==dict(site='a', age=70.)
+    grid,walk = sample_by_condition(told, columns=40, steps=1)
     assert len(grid.axes)==2*6 and len(walk.axes)==2*8
 
 
 def test_slices_without_brain_are_named():
     scores = dict(ssim=.5, ssim_brain=None, psnr=20., sharpness=None, interval_95=dict(ssim=None, ssim_brain=None), n_subjects=1, n_slices=2, n_slices_without_brain=1,
-                  floor_mean_slice=dict(ssim=.4, ssim_brain=None, psnr=None, sharpness=None))
+                  baseline_mean_slice=dict(ssim=.4, ssim_brain=None, psnr=None, sharpness=None))
     section = report_numbers({'reconstruction test': scores})
     assert section['table'][1][5]=='n/a [n/a, n/a]' and '1 of the slices of test have no brain' in section['text']
 
@@ -114,9 +114,9 @@ def judged(**change):
     excess = dict(kid=.01, interval_95=[-.03, .04])
     fidelity = dict(synthetic=one, reference=one, by_seed=[one, one], by_rotation=[one]*5, n_reference_seen=0, excess=dict(excess, by_seed=[excess, excess]))
     effect = {k: dict(value=1., interval_95=None) for k in ('slice_error', 'diagnosis_effect', 'fine_detail')}
-    scores = dict(n=640, n_subjects=20, split='validate', seed=0, how={}, reading=dict(slice=dict(error=.9, interval_95=None, floor=8.), sex=dict(auc=None, interval_95=None, floor=.5)),
-                  fidelity=fidelity, conditioning=dict(drawn=effect, train=effect, held=effect, slices=[1]), diversity={k: dict(ms_ssim=.7, interval_95=[.69, .71]) for k in ('drawn', 'train', 'held')},
-                  memorization=AUDIT, utility={k: dict(auc=.8, interval_95=[.75, .85]) for k in ('real', 'drawn', 'both')})
+    scores = dict(n=640, n_subjects=20, split='validate', seed=0, options={}, reading=dict(slice=dict(error=.9, interval_95=None, baseline=8.), sex=dict(auc=None, interval_95=None, baseline=.5)),
+                  fidelity=fidelity, conditioning=dict(synthetic=effect, train=effect, held_out=effect, slices=[1]), diversity={k: dict(ms_ssim=.7, interval_95=[.69, .71]) for k in ('synthetic', 'train', 'held_out')},
+                  memorization=AUDIT, utility={k: dict(auc=.8, interval_95=[.75, .85]) for k in ('real', 'synthetic', 'both')})
     return {**json.loads(json.dumps(scores)), **change}
 
 
@@ -130,7 +130,7 @@ def test_targets():
     assert check_targets(scores)[0][4]=='unclear' and 'excess KID over real subjects: unclear.' in report_samples('ldm', scores)['text']
     part = report_samples('ldm', judged(fidelity=dict(judged()['fidelity'], n_reference_seen=3)))
     assert 'was trained on 3 of them' in part['text'] and [o[0] for o in part['table'] if 'seed' in o[0]]==['excess KID, all seeds', 'excess KID, seed 1', 'excess KID, seed 2']
-    old = judged(fidelity={k: dict(kid=.01) for k in ('drawn', 'floor')})
+    old = judged(fidelity={k: dict(kid=.01) for k in ('synthetic', 'baseline')})
     assert 'earlier version' in report_samples('ldm', old)['text'] and not report_samples('ldm', old)['table']
     assert len(check_targets({k: v for k,v in judged().items() if k!='utility'}))==4
 
@@ -153,18 +153,18 @@ def test_real_pictures_stay_home(copy, layout, shown):
     settings = json.loads((copy/'config.json').read_text()); settings['autoencoder']['data']['layout'] = layout
     (copy/'config.json').write_text(json.dumps(settings)); merge_metrics(copy, 'samples ldm', judged())
     (copy/'evaluation').mkdir()
-    for name in ('drawn', 'audit', 'pairs'): (copy/'evaluation'/f'ldm_{name}.png').write_bytes(name.encode())
-    real = {picture_uri(o.read_bytes()) for o in (copy/'samples').glob('autoencoder_*.png')} | {picture_uri(b'pairs')}
+    for name in ('synthetic', 'audit', 'pairs'): (copy/'evaluation'/f'ldm_{name}.png').write_bytes(name.encode())
+    real = {figure_uri(o.read_bytes()) for o in (copy/'samples').glob('autoencoder_*.png')} | {figure_uri(b'pairs')}
     assert bool(real & set(Page(report(copy, steps=2).read_text()).addresses))==shown
-    assert picture_uri(b'pairs') in Page(report(copy, steps=2, real_pictures=True).read_text()).addresses
-    assert not real & set(Page(report(copy, steps=2, real_pictures=False).read_text()).addresses)
+    assert figure_uri(b'pairs') in Page(report(copy, steps=2, real_images=True).read_text()).addresses
+    assert not real & set(Page(report(copy, steps=2, real_images=False).read_text()).addresses)
 
 
 def test_draw_like_asks_what_the_rows_say(model, dataset):
     rows = dataset.manifest.iloc[[3, 20]]
-    asked = {c.name: rows[c.name].tolist() for c in model.covariates}
-    torch.testing.assert_close(draw_like(model, rows, steps=2, seed=5), model.sample(2, **asked, steps=2, seed=5))
-    assert draw_like(model, rows, 'stage1').shape==(2, 1, 64, 64)
+    requested = {c.name: rows[c.name].tolist() for c in model.covariates}
+    torch.testing.assert_close(sample_matched(model, rows, steps=2, seed=5), model.sample(2, **requested, steps=2, seed=5))
+    assert sample_matched(model, rows, 'stage1').shape==(2, 1, 64, 64)
 
 
 @pytest.mark.parametrize('told', [None, ()])
@@ -177,9 +177,9 @@ def test_codes_that_are_told_the_diagnosis(told, dataset, tmp_path):
     train_ldm(dataset, run, LDMConfig(covariates=told, num_res_blocks=1, cond_channels=16, preview_steps=2, **sizes, **shared), progress=False)
     assert 'Written code by code' in report(run, steps=2).read_text()
     rows,model = dataset.manifest.iloc[[0, 5, 12, 17]],BrainLDM.load(run)
-    asked = {k: rows[k].tolist() for k in ('slice', 'diagnosis')}
-    torch.testing.assert_close(draw_like(model, rows, 'stage1'), model.sample_stage1(4, **asked))
-    assert not torch.equal(model.sample_stage1(4, **asked), model.sample_stage1(4, diagnosis=asked['diagnosis']))
+    requested = {k: rows[k].tolist() for k in ('slice', 'diagnosis')}
+    torch.testing.assert_close(sample_matched(model, rows, 'stage1'), model.sample_stage1(4, **requested))
+    assert not torch.equal(model.sample_stage1(4, **requested), model.sample_stage1(4, diagnosis=requested['diagnosis']))
 
 
 def test_evaluate_refuses(copy, dataset, tmp_path):

@@ -19,7 +19,7 @@ from brainldm.engineering.runs import (
     Checkpoint, load_weights, open_run, pack_state, save_weights, unpack_state,
 )
 from brainldm.training import (
-    AEConfig, load_autoencoder, spread_rows, train_autoencoder, validate_autoencoder,
+    AEConfig, load_autoencoder, evenly_spaced_rows, train_autoencoder, validate_autoencoder,
 )
 from brainldm.engineering import runs
 from brainldm import training
@@ -138,12 +138,12 @@ def test_a_full_memory_in_validation_leaves_the_training_batch(where, tmp_path):
     wanted = train_autoencoder(dataset, tmp_path / "wanted", config, progress=False).state_dict()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AutoencoderKL, "forward", crowded)
-        asked = replace(config, auto_find_batch_size=True)
+        requested = replace(config, auto_find_batch_size=True)
         if where == "one":
             with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="train_autoencoder: out of memory outside of a training step"):
-                train_autoencoder(dataset, tmp_path / "run", asked, progress=False)
+                train_autoencoder(dataset, tmp_path / "run", requested, progress=False)
         else:
-            got = train_autoencoder(dataset, tmp_path / "run", asked, progress=False).state_dict()
+            got = train_autoencoder(dataset, tmp_path / "run", requested, progress=False).state_dict()
             assert all(torch.equal(got[k], wanted[k]) for k in wanted)
     found = json.loads((tmp_path / "run" / "config.json").read_text())["autoencoder"]["config"]
     assert (found["batch_size"], found["accumulate"]) == (8, 1)
@@ -153,6 +153,6 @@ def test_validation_in_chunks_gives_the_numbers_of_one_batch(tiny_run, tmp_path)
     run, data = tiny_run
     dataset = open_dataset(data, DataConfig(size=64, validate_fraction=0.2, test_fraction=0.2), progress=False)
     model, _ = load_autoencoder(run)
-    batch = spread_rows(dataset.subset("validate"), 128)
+    batch = evenly_spaced_rows(dataset.subset("validate"), 128)
     whole, parts = (validate_autoencoder(model, batch, tmp_path / "a.png", chunk=k) for k in (128, 2))
     assert set(whole) == set(parts) and all(whole[k] == pytest.approx(parts[k], rel=1e-4) for k in whole)

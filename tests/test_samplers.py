@@ -317,16 +317,16 @@ def test_bad_input_is_refused_by_name(call, error, says):
     assert says in str(e.value) and 'Expected' in str(e.value)
 
 
-@pytest.mark.parametrize('how', [dict(sampler='ddpm'), dict(sampler='ddim', eta=.7), dict(sampler='dpmpp'), dict(sampler='ddim')], ids=str)
-def test_an_image_does_not_depend_on_its_batch(how):
+@pytest.mark.parametrize('options', [dict(sampler='ddpm'), dict(sampler='ddim', eta=.7), dict(sampler='dpmpp'), dict(sampler='ddim')], ids=str)
+def test_an_image_does_not_depend_on_its_batch(options):
     "Fresh noise from one generator an image: five together are what three and two, or each alone, are. A network without sums makes it exact."
     x,schedule = rand(0, 5, 2, 3),W.NoiseSchedule()
-    def walk(at): return W.denoise(lambda x,t: .3*x, x[at], schedule, 6, generator=[torch.Generator().manual_seed(i) for i in at], **how)
+    def walk(at): return W.denoise(lambda x,t: .3*x, x[at], schedule, 6, generator=[torch.Generator().manual_seed(i) for i in at], **options)
     together = walk(range(5))
     assert torch.equal(torch.cat([walk(range(3)), walk([3, 4])]), together)
     assert torch.equal(torch.cat([walk([i]) for i in range(5)]), together)
-    if how!=dict(sampler='ddim') and how['sampler']!='dpmpp':
-        assert not torch.equal(walk([0, 1]), W.denoise(lambda x,t: .3*x, x[:2], schedule, 6, generator=[torch.Generator().manual_seed(i) for i in (7, 1)], **how))
+    if options!=dict(sampler='ddim') and options['sampler']!='dpmpp':
+        assert not torch.equal(walk([0, 1]), W.denoise(lambda x,t: .3*x, x[:2], schedule, 6, generator=[torch.Generator().manual_seed(i) for i in (7, 1)], **options))
 
 
 def test_as_many_generators_as_images():

@@ -8,8 +8,8 @@ import torch
 from brainldm.data import DataConfig
 from brainldm.engineering.batches import Covariate, encode_covariates, open_dataset
 from brainldm.engineering.runs import load_weights, save_weights
-from brainldm.sampling import (BrainLDM, Sampler, draw_noise, guide, load_denoiser, mix_conditions, skipped_steps, slerp,
-                               spread)
+from brainldm.sampling import (BrainLDM, Sampler, sample_noise, guide, load_denoiser, mix_conditions, skipped_steps, slerp,
+                               standard_deviation)
 from brainldm.unet import UNet
 from brainldm.vae import AutoencoderKL
 
@@ -27,39 +27,39 @@ def copy(tiny_run, tmp_path):
 def same(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('how', [dict(), dict(sampler='dpmpp'), dict(sampler='ddpm'), dict(eta=.6)], ids=str)
+@pytest.mark.parametrize('options', [dict(), dict(sampler='dpmpp'), dict(sampler='ddpm'), dict(eta=.6)], ids=str)
 @pytest.mark.parametrize('batch_size', [1, 3, 50])
-def test_batches_do_not_matter(model, batch_size, how):
-    asked = dict(how, slice=[0, 1, 2, 3, 4, 5, None], diagnosis=['AD', 'NC', None, 'AD', 'NC', None, 'AD'], steps=4, seed=9, guidance_scale=2.)
-    same(model.sample(7, batch_size=batch_size, **asked), model.sample(7, **asked))
+def test_batches_do_not_matter(model, batch_size, options):
+    requested = dict(options, slice=[0, 1, 2, 3, 4, 5, None], diagnosis=['AD', 'NC', None, 'AD', 'NC', None, 'AD'], steps=4, seed=9, guidance_scale=2.)
+    same(model.sample(7, batch_size=batch_size, **requested), model.sample(7, **requested))
 
 
-@pytest.mark.parametrize('how', [dict(), dict(sampler='dpmpp'), dict(sampler='ddpm'), dict(eta=.6)], ids=str)
-def test_parts_of_a_request_do_not_matter(model, how):
+@pytest.mark.parametrize('options', [dict(), dict(sampler='dpmpp'), dict(sampler='ddpm'), dict(eta=.6)], ids=str)
+def test_parts_of_a_request_do_not_matter(model, options):
     "Image 3 is image 3: in one go, or when another process begins with it."
-    how = dict(how, steps=4, slice=2, seed=3)
-    same(torch.cat([model.sample(3, **how), model.sample(4, first=3, **how)]), model.sample(7, **how))
+    options = dict(options, steps=4, slice=2, seed=3)
+    same(torch.cat([model.sample(3, **options), model.sample(4, first=3, **options)]), model.sample(7, **options))
 
 
 def test_first_three_of_eight(model): same(model.sample(8, steps=4, slice=2, seed=3)[:3], model.sample(3, steps=4, slice=2, seed=3))
 
 
-@pytest.mark.parametrize('how', [dict(sampler='ddpm'), dict(sampler='dpmpp', steps=5), dict(eta=.5), dict(guidance_scale=3., guidance_interval=(.2, .8)),
+@pytest.mark.parametrize('options', [dict(sampler='ddpm'), dict(sampler='dpmpp', steps=5), dict(eta=.5), dict(guidance_scale=3., guidance_interval=(.2, .8)),
                                  dict(guidance_scale=dict(slice=2., diagnosis=0.), slice=2, diagnosis='AD', guidance_rescale=.7), dict(steps=1), dict(steps=37, n=1), dict(guidance_scale=0.), dict(guidance_scale=7.5)])
-def test_repeats_itself(model, how):
-    how = dict(dict(n=2, steps=3, seed=1), **how)
-    a,b = model.sample(**how),model.sample(**how)
-    assert a.shape==(how['n'], 1, 64, 64) and a.isfinite().all() and a.min()>=-1 and a.max()<=1
+def test_repeats_itself(model, options):
+    options = dict(dict(n=2, steps=3, seed=1), **options)
+    a,b = model.sample(**options),model.sample(**options)
+    assert a.shape==(options['n'], 1, 64, 64) and a.isfinite().all() and a.min()>=-1 and a.max()<=1
     same(a, b)
 
 
 def test_noise_is_named_by_seed_and_number():
-    noise = draw_noise(50, (2, 3, 5), 7)
-    assert torch.equal(draw_noise(20, (2, 3, 5), 7, start=30), noise[30:])
-    assert len({o.numpy().tobytes() for s in range(20) for o in draw_noise(20, (2, 3, 5), s)})==400
+    noise = sample_noise(50, (2, 3, 5), 7)
+    assert torch.equal(sample_noise(20, (2, 3, 5), 7, start=30), noise[30:])
+    assert len({o.numpy().tobytes() for s in range(20) for o in sample_noise(20, (2, 3, 5), s)})==400
 
 
-@pytest.mark.parametrize('asked, message', [
+@pytest.mark.parametrize('requested, message', [
     (dict(diagnosis='MCI'), 'Expected one of AD, NC'), (dict(weight=70), "unknown condition 'weight'"), (dict(slice=6), 'Expected 0 to 5'),
     (dict(slice=-1), 'Expected 0 to 5'), (dict(age=200), 'age=200'), (dict(slice=float('inf')), 'slice=inf'), (dict(slice='top'), 'Expected a number'),
     (dict(n=3, slice=[1, 2]), 'Try n=2'), (dict(guidance_scale=-1), 'guidance_scale=-1'), (dict(guidance_scale=float('nan')), 'guidance_scale=nan'),
@@ -69,14 +69,14 @@ def test_noise_is_named_by_seed_and_number():
     (dict(guidance_interval=(.5,)), 'two shares'), (dict(guidance_rescale=1.5), 'guidance_rescale=1.5'), (dict(guidance_rescale=float('nan')), 'guidance_rescale=nan'),
     (dict(guidance_scale=dict(slice=2.)), 'Expected one of nothing'), (dict(slice=1, guidance_scale=dict(diagnosis=2.)), "'diagnosis'. Expected one of slice"),
     (dict(slice=1, guidance_scale=dict(slice=-1.)), 'Expected 0 or more')])
-def test_bad_requests(model, asked, message):
-    with pytest.raises(ValueError) as e: model.sample(**asked)
+def test_bad_requests(model, requested, message):
+    with pytest.raises(ValueError) as e: model.sample(**requested)
     assert message in str(e.value) and 'Expected' in str(e.value)
 
 
-@pytest.mark.parametrize('asked', [dict(n=2.5), dict(steps='30'), dict(seed=1.), dict(guidance_scale='2'), dict(guidance_scale=None), dict(n=True), dict(slice=1, guidance_scale=dict(slice='2'))])
-def test_bad_types(model, asked):
-    with pytest.raises(TypeError, match='sample: '): model.sample(**asked)
+@pytest.mark.parametrize('requested', [dict(n=2.5), dict(steps='30'), dict(seed=1.), dict(guidance_scale='2'), dict(guidance_scale=None), dict(n=True), dict(slice=1, guidance_scale=dict(slice='2'))])
+def test_bad_types(model, requested):
+    with pytest.raises(TypeError, match='sample: '): model.sample(**requested)
 
 
 @pytest.fixture(scope='module')
@@ -126,7 +126,7 @@ def test_rescale_keeps_direction_and_sets_the_spread(network):
     for share in (.3, 1.):
         got = guide(unet, cond, ['a', 'b'], 6., rescale=share)(x, t)
         torch.testing.assert_close(torch.cosine_similarity(got.flatten(1), full.flatten(1)), torch.ones(3), **close)
-        torch.testing.assert_close(spread(got), (1-share)*spread(full)+share*spread(plain), **close)
+        torch.testing.assert_close(standard_deviation(got), (1-share)*standard_deviation(full)+share*standard_deviation(plain), **close)
 
 
 def test_covariates_in_another_order_and_set(model):
@@ -162,14 +162,14 @@ def test_callback_sees_each_step_of_each_batch(model):
 def test_only_what_is_watched_is_decoded(model, monkeypatch, batch_size, decoded):
     seen,counts = [],[]
     monkeypatch.setattr(model.autoencoder, 'decode', lambda z, *args, call=model.autoencoder.decode: counts.append(len(z)) or call(z, *args))
-    how,watched = dict(steps=3, seed=1, batch_size=batch_size, slice=list(range(6))+[0, 1]),[0, 2, 5, 6]
-    last = model.sample(8, watched=watched, callback=lambda i,t,p: seen.append((i, p)), **how)
+    options,watched = dict(steps=3, seed=1, batch_size=batch_size, slice=list(range(6))+[0, 1]),[0, 2, 5, 6]
+    last = model.sample(8, watched=watched, callback=lambda i,t,p: seen.append((i, p)), **options)
     assert sum(counts)==decoded and sum(len(p) for _,p in seen)==4*3
     for i in range(3):
         shown = torch.cat([p for k,p in seen if k==i])
-        everything = []; model.sample(8, callback=lambda k,t,p: everything.append(p) if k==i else None, **how)
+        everything = []; model.sample(8, callback=lambda k,t,p: everything.append(p) if k==i else None, **options)
         same(shown, torch.cat(everything)[watched])
-    same(last, model.sample(8, **how))
+    same(last, model.sample(8, **options))
 
 
 @pytest.mark.parametrize('watched, error', [([8], ValueError), ([-1], ValueError), ([.5], TypeError)])
@@ -187,27 +187,27 @@ def test_samplers_agree_with_many_steps(model):
 
 
 def test_image_to_image(model, tiny_run):
-    pictures,asked = scans(tiny_run, 5),dict(slice=2, diagnosis='NC')
-    same(model.image_to_image(pictures, 1., steps=6, seed=4, **asked), model.sample(5, steps=6, seed=4, **asked))
+    images,requested = scans(tiny_run, 5),dict(slice=2, diagnosis='NC')
+    same(model.image_to_image(images, 1., steps=6, seed=4, **requested), model.sample(5, steps=6, seed=4, **requested))
     for sampler in ('ddim', 'dpmpp', 'ddpm'):
-        how = dict(steps=10, sampler=sampler, seed=4, **asked)
-        for b in (1, 2): same(model.image_to_image(pictures, .5, batch_size=b, **how), model.image_to_image(pictures, .5, **how))
-    far = [(model.image_to_image(pictures, w, steps=20, **asked)-model.reconstruct(pictures)).abs().mean() for w in (.1, .5, 1.)]
+        options = dict(steps=10, sampler=sampler, seed=4, **requested)
+        for b in (1, 2): same(model.image_to_image(images, .5, batch_size=b, **options), model.image_to_image(images, .5, **options))
+    far = [(model.image_to_image(images, w, steps=20, **requested)-model.reconstruct(images)).abs().mean() for w in (.1, .5, 1.)]
     assert far[0]<far[1]<far[2]
-    assert torch.equal(pictures, scans(tiny_run, 5))                           # what came in stays as it was
+    assert torch.equal(images, scans(tiny_run, 5))                           # what came in stays as it was
 
 
 def test_counterfactual(model, tiny_run):
-    pictures,known = scans(tiny_run, 3),dict(slice=[0., 1., 2.], diagnosis='NC')
-    back = {(steps, refine): (model.encode_standard(model.counterfactual(pictures, {}, known, steps=steps, refine=refine))
-                              -model.encode_standard(model.reconstruct(pictures))).abs().mean().item() for steps,refine in ((6, 0), (24, 0), (24, 2))}
+    images,known = scans(tiny_run, 3),dict(slice=[0., 1., 2.], diagnosis='NC')
+    back = {(steps, refine): (model.encode_standard(model.counterfactual(images, {}, known, steps=steps, refine=refine))
+                              -model.encode_standard(model.reconstruct(images))).abs().mean().item() for steps,refine in ((6, 0), (24, 0), (24, 2))}
     assert back[24, 2]<back[24, 0]<back[6, 0]                                 # more steps, and corrections, come back better
-    asked = dict(steps=6, refine=1)
-    same(model.counterfactual(pictures, dict(diagnosis='AD'), known, batch_size=2, **asked), model.counterfactual(pictures, dict(diagnosis='AD'), known, **asked))
-    a,b = (model.counterfactual(pictures, o, known, **asked) for o in ({}, dict(slice=5.)))
+    requested = dict(steps=6, refine=1)
+    same(model.counterfactual(images, dict(diagnosis='AD'), known, batch_size=2, **requested), model.counterfactual(images, dict(diagnosis='AD'), known, **requested))
+    a,b = (model.counterfactual(images, o, known, **requested) for o in ({}, dict(slice=5.)))
     assert (a-b).abs().max()>1e-6                                              # a network of a handful of steps hardly hears
-    a,b = (model.counterfactual(pictures, dict(slice=5.), known, strength=o, steps=10) for o in (.1, 1.))
-    assert (a-model.reconstruct(pictures)).abs().mean()<(b-model.reconstruct(pictures)).abs().mean()
+    a,b = (model.counterfactual(images, dict(slice=5.), known, strength=o, steps=10) for o in (.1, 1.))
+    assert (a-model.reconstruct(images)).abs().mean()<(b-model.reconstruct(images)).abs().mean()
 
 
 def test_interpolate(model, tiny_run):
@@ -221,7 +221,7 @@ def test_interpolate(model, tiny_run):
 
 
 def test_slerp_stays_on_the_sphere():
-    a,b = draw_noise(2, (3, 5, 7), 0)
+    a,b = sample_noise(2, (3, 5, 7), 0)
     b = b/b.norm()*a.norm()
     arc = slerp(a, b, torch.linspace(0, 1, 9))
     torch.testing.assert_close(arc.flatten(1).norm(dim=1), a.norm().expand(9))
@@ -231,7 +231,7 @@ def test_slerp_stays_on_the_sphere():
 def test_slerp_between_a_point_and_itself():
     "Rounding puts the cosine above 1, or the angle at 0."
     for i in range(50):
-        a = draw_noise(1, (4, 8, 8), 0, i)[0]
+        a = sample_noise(1, (4, 8, 8), 0, i)[0]
         for b in (a, 2*a, a+1e-6): torch.testing.assert_close(slerp(a, b, torch.linspace(0, 1, 3)), torch.stack([a, (a+b)/2, b]), rtol=1e-4, atol=1e-4)
 
 
@@ -247,11 +247,11 @@ def test_edits_of_a_conditional_autoencoder(model, tiny_run):
     torch.manual_seed(0)
     auto = AutoencoderKL(4, (16,), 1, (False,), 8, covariates=(own,))
     for p in auto.parameters(): torch.nn.init.normal_(p, std=.05)
-    both,pictures = Sampler(auto, 64, model.unet, model.schedule, model.latent_mean, model.latent_std),scans(tiny_run, 2)
-    one,other = (both.counterfactual(pictures, dict(scanner=o), dict(scanner='3T'), steps=3) for o in own.values)
+    both,images = Sampler(auto, 64, model.unet, model.schedule, model.latent_mean, model.latent_std),scans(tiny_run, 2)
+    one,other = (both.counterfactual(images, dict(scanner=o), dict(scanner='3T'), steps=3) for o in own.values)
     assert (one-other).abs().max()>1e-5
-    assert both.image_to_image(pictures, .5, steps=3, scanner='3T').shape==both.interpolate(*pictures.split(1), 2, dict(scanner='3T'), steps=3).shape
-    for call in (lambda: both.image_to_image(pictures), lambda: both.counterfactual(pictures, {}), lambda: both.interpolate(*pictures.split(1))):
+    assert both.image_to_image(images, .5, steps=3, scanner='3T').shape==both.interpolate(*images.split(1), 2, dict(scanner='3T'), steps=3).shape
+    for call in (lambda: both.image_to_image(images), lambda: both.counterfactual(images, {}), lambda: both.interpolate(*images.split(1))):
         with pytest.raises(ValueError, match='no value of scanner'): call()
     with pytest.raises(ValueError, match="guidance_scale for 'scanner'"): both.sample(1, scanner='3T', guidance_scale=dict(scanner=2.))
 

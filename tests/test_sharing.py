@@ -41,11 +41,11 @@ def test_what_ships_is_small_whole_and_free_of_pickles():
 @pytest.mark.parametrize('cls, name', [(BrainLDM, 'phantom-128'), (CodeSampler, 'phantom-128-codes')])
 def test_shipped_runs_draw_brains(cls, name):
     model = cls.load_pretrained(name, device='cpu')
-    asked = dict(diagnosis='AD', slice=16, age=75, seed=3)
-    pictures = model.sample(2, **asked, **(dict(steps=10, sampler='dpmpp') if cls is BrainLDM else {}))
-    assert pictures.shape==(2, 1, 128, 128) and pictures.isfinite().all()
-    assert (pictures[..., :8, :]<-.9).float().mean()>.9                          # air above the head
-    assert (pictures[..., 48:80, 32:96]>-.5).float().mean()>.5                   # tissue in its middle
+    requested = dict(diagnosis='AD', slice=16, age=75, seed=3)
+    images = model.sample(2, **requested, **(dict(steps=10, sampler='dpmpp') if cls is BrainLDM else {}))
+    assert images.shape==(2, 1, 128, 128) and images.isfinite().all()
+    assert (images[..., :8, :]<-.9).float().mean()>.9                          # air above the head
+    assert (images[..., 48:80, 32:96]>-.5).float().mean()>.5                   # tissue in its middle
     assert cls.from_pretrained(name).run==model.run
 
 

@@ -19,14 +19,14 @@ from brainldm.advanced.evaluation import codebook_scores, reconstruction_scores
 from brainldm.sampling import BrainLDM
 from brainldm.engineering.loop import check_config
 from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log, save_weights
-from brainldm.training import autoencoder_loss, load_autoencoder, make_critic, plot_history, train_autoencoder
+from brainldm.training import autoencoder_loss, load_autoencoder, make_discriminator, plot_history, train_autoencoder
 from brainldm.engineering.stage2 import train_ldm
 from test_training import AE, LDM, Crash, make_dataset, strike
 
 VQ = replace(AE, kind='vq', num_embeddings=16)
-KINDS = {'kl + critic': replace(AE, adversary=True, adversary_start=40, critic_warmup=16, critic_channels=(8, 16), random_weight=.1, feature_weight=.1),
+KINDS = {'kl + critic': replace(AE, adversarial=True, adversarial_start=40, discriminator_warmup=16, discriminator_channels=(8, 16), random_weight=.1, feature_weight=.1),
          'vq': VQ, 'vq by gradient': replace(VQ, codebook_ema=False, codebook_start='uniform'),
-         'vq + critic, told': replace(VQ, adversary=True, adversary_start=40, critic_warmup=16, critic_channels=(8, 16), random_weight=.1, adversary_loss='hinge',
+         'vq + critic, told': replace(VQ, adversarial=True, adversarial_start=40, discriminator_warmup=16, discriminator_channels=(8, 16), random_weight=.1, adversarial_loss='hinge',
                                       covariates=('slice', 'diagnosis')),
          'fsq': replace(AE, kind='fsq', fsq_levels=(4, 3, 3))}
 
@@ -69,35 +69,35 @@ def test_file_holds_the_trained_network_and_no_critic(name, dataset, straight):
     again = train_autoencoder(dataset, straight/name, KINDS[name], resume=True, progress=False)
     batch = dataset.__getitems__([0, 7, 29])
     with torch.no_grad(): assert torch.equal(model(batch['image'], batch)[0], again(batch['image'], batch)[0])
-    assert about['kind']==KINDS[name].kind and not any('critic' in k for k in load_weights(straight/name/'autoencoder.safetensors')[0])
+    assert about['kind']==KINDS[name].kind and not any('discriminator' in k for k in load_weights(straight/name/'autoencoder.safetensors')[0])
 
 
 @pytest.mark.parametrize('name', KINDS)
 def test_log_says_what_happened(name, straight):
     rows,config = read_log(straight/name/'log.jsonl'),KINDS[name]
-    judged,paid = [[o['images'] for o in rows if k in o] for k in ('critic_accuracy', 'gan_weight')]
-    assert judged==([32, 40, 48, 56, 64, 72, 80] if config.adversary else []) and paid==([48, 56, 64, 72, 80] if config.adversary else [])
+    judged,paid = [[o['images'] for o in rows if k in o] for k in ('discriminator_accuracy', 'gan_weight')]
+    assert judged==([32, 40, 48, 56, 64, 72, 80] if config.adversarial else []) and paid==([48, 56, 64, 72, 80] if config.adversarial else [])
     checked = [o for o in rows if 'val_ssim' in o]
     assert all(('val_codebook_usage' in o)==(config.kind!='kl') and 'val_sharpness' in o for o in checked)
-    assert len(plot_history(rows, 'autoencoder').axes)==(3 if config.adversary else 2)
+    assert len(plot_history(rows, 'autoencoder').axes)==(3 if config.adversarial else 2)
 
 
 def test_nothing_of_the_adversary_is_computed_before_its_time(dataset):
     config = KINDS['kl + critic']
-    critic,batch = make_critic(config, ()),dataset.__getitems__([0, 1, 2, 3])
+    discriminator,batch = make_discriminator(config, ()),dataset.__getitems__([0, 1, 2, 3])
     def never(*args): raise AssertionError('called')
-    critic.step = critic.raw.forward = never
+    discriminator.step = discriminator.raw.forward = never
     model,gen = training.build_autoencoder('kl', training.autoencoder_args(config)),torch.Generator()
-    for seen in (0, 20): autoencoder_loss(model, batch, gen, seen, config, critic)
-    with pytest.raises(AssertionError, match='called'): autoencoder_loss(model, batch, gen, 24, config, critic)
+    for seen in (0, 20): autoencoder_loss(model, batch, gen, seen, config, discriminator)
+    with pytest.raises(AssertionError, match='called'): autoencoder_loss(model, batch, gen, 24, config, discriminator)
 
 
 def test_gradient_of_codes_from_the_first_step(dataset):
     "The predecessor's codebook had no gradient for 10,000 steps: its loss hung on the critic's gate."
     config = KINDS['vq by gradient']
     model = training.build_autoencoder('vq', training.autoencoder_args(config))
-    critic = make_critic(replace(config, adversary=True, adversary_start=config.total_images-1, critic_warmup=0), ())
-    loss,_ = autoencoder_loss(model, dataset.__getitems__([0, 1, 2, 3]), torch.Generator(), 0, config, critic)
+    discriminator = make_discriminator(replace(config, adversarial=True, adversarial_start=config.total_images-1, discriminator_warmup=0), ())
+    loss,_ = autoencoder_loss(model, dataset.__getitems__([0, 1, 2, 3]), torch.Generator(), 0, config, discriminator)
     loss.backward()
     assert model.quantizer.codebook.grad.abs().max()>0 and model.encoder.stem.weight.grad.abs().max()>0
 
@@ -119,8 +119,8 @@ def test_stage_2_works_on_codes(name, dataset, straight, tmp_path):
     quantizer.register_forward_pre_hook(lambda *_: None)
     lookup = quantizer.lookup
     quantizer.lookup = lambda codes: seen.append(codes) or lookup(codes)       # generated latents pass through the quantiser
-    pictures = model.sample(3, slice=2, diagnosis='AD', steps=2)
-    assert pictures.shape==(3, 1, 32, 32) and pictures.isfinite().all() and seen[0].shape==(3, 8, 8)
+    images = model.sample(3, slice=2, diagnosis='AD', steps=2)
+    assert images.shape==(3, 1, 32, 32) and images.isfinite().all() and seen[0].shape==(3, 8, 8)
 
 
 @pytest.mark.parametrize('name', KINDS)
@@ -147,24 +147,24 @@ def test_codes_of_another_height_are_drawn_from_another_histogram(dataset, strai
 
 @pytest.mark.parametrize('name', KINDS)
 def test_scores(name, dataset, straight):
-    model,held = BrainLDM.load(straight/name, device='cpu'),dataset.subset('validate')
-    scores = reconstruction_scores(model, held, straight/name)
-    assert 0<=scores['sharpness'] and scores['floor_mean_slice']['sharpness']<1
-    assert ('perplexity' in scores)==(KINDS[name].kind!='kl') and codebook_scores(model, held).items()<=scores.items()
+    model,held_out = BrainLDM.load(straight/name, device='cpu'),dataset.subset('validate')
+    scores = reconstruction_scores(model, held_out, straight/name)
+    assert 0<=scores['sharpness'] and scores['baseline_mean_slice']['sharpness']<1
+    assert ('perplexity' in scores)==(KINDS[name].kind!='kl') and codebook_scores(model, held_out).items()<=scores.items()
 
 
 @pytest.mark.parametrize('change,message', [
     (dict(kind='gan'), "kind='gan'. Expected one of kl, vq, fsq"), (dict(num_embeddings=0), 'num_embeddings=0'), (dict(fsq_levels=(8, 2)), 'three levels or more'),
     (dict(fsq_levels=()), 'three levels or more'), (dict(restart_below=1.), 'less than 1'), (dict(restart_below=-.1), 'less than 1'), (dict(commitment_cost=-1.), '0 or more'),
-    (dict(adversary_loss='wgan'), 'Expected one of nonsaturating, hinge'), (dict(adversary_weight=-1.), '0 or more'), (dict(critic_warmup=-1), '0 or more'),
-    (dict(critic_rate=0.), 'above 0'), (dict(critic_channels=()), 'one number above 0 a level'), (dict(codebook_start='zeros'), 'Expected one of kmeans, uniform')])
+    (dict(adversarial_loss='wgan'), 'Expected one of nonsaturating, hinge'), (dict(adversarial_weight=-1.), '0 or more'), (dict(discriminator_warmup=-1), '0 or more'),
+    (dict(discriminator_learning_rate=0.), 'above 0'), (dict(discriminator_channels=()), 'one number above 0 a level'), (dict(codebook_start='zeros'), 'Expected one of kmeans, uniform')])
 def test_settings_that_cannot_work(change, message):
     with pytest.raises(ValueError, match='check_config: '+next(iter(change))) as e: check_config(replace(AE, **change))
     assert message in str(e.value)
 
 
-@pytest.mark.parametrize('change', [dict(adversary='no'), dict(codebook_ema=1), dict(compile='yes'), dict(auto_find_batch_size=0), dict(channels=(8, '8')),
-                                    dict(attention_levels=(0, 1)), dict(critic_channels=8), dict(covariates='slice'), dict(log_with=3), dict(data={})])
+@pytest.mark.parametrize('change', [dict(adversarial='no'), dict(codebook_ema=1), dict(compile='yes'), dict(auto_find_batch_size=0), dict(channels=(8, '8')),
+                                    dict(attention_levels=(0, 1)), dict(discriminator_channels=8), dict(covariates='slice'), dict(log_with=3), dict(data={})])
 def test_settings_of_another_type(change):
     with pytest.raises(TypeError, match='check_config: '+next(iter(change))): check_config(replace(AE, **change))
 
@@ -186,7 +186,7 @@ def test_resume_of_a_run_from_before_these_settings(straight, dataset, tmp_path)
     "A config.json that knows nothing of codes is read as what it was: a KL-VAE without a critic."
     train_autoencoder(dataset, tmp_path/'run', replace(AE, total_images=40), progress=False)
     path = tmp_path/'run'/'config.json'; settings = json.loads(path.read_text())
-    new = [k for k in settings['autoencoder']['config'] if k.startswith(('kind', 'num_emb', 'commit', 'codebook', 'restart', 'fsq', 'advers', 'critic', 'random', 'feature'))]
+    new = [k for k in settings['autoencoder']['config'] if k.startswith(('kind', 'num_emb', 'commit', 'codebook', 'restart', 'fsq', 'advers', 'discriminator', 'random', 'feature'))]
     for k in new: del settings['autoencoder']['config'][k]
     path.write_text(json.dumps(settings)); assert len(new)==17
     train_autoencoder(dataset, tmp_path/'run', replace(AE, total_images=40), resume=True, progress=False)
@@ -197,13 +197,13 @@ def test_resume_of_a_run_from_before_these_settings(straight, dataset, tmp_path)
 def phantom(tiny_run): return tiny_run[1]
 
 
-@pytest.mark.parametrize('flags', ['--kind vq --num-embeddings 32 --adversary --adversary-start 40 --critic-warmup 16', '--kind fsq --no-adversary', '--kind kl --adversary --adversary-start 40'])
+@pytest.mark.parametrize('flags', ['--kind vq --num-embeddings 32 --adversarial --adversarial-start 40 --discriminator-warmup 16', '--kind fsq --no-adversary', '--kind kl --adversarial --adversarial-start 40'])
 def test_the_command(flags, phantom, tmp_path, capsys):
     run = str(tmp_path/'run')
     short = '--preset tiny --total-images 80 --log-every 5 --validate-every 80 --checkpoint-every 80'.split()
     assert main(['train', 'autoencoder', str(phantom), '--run', run, *short, *flags.split()])==0
     config = read_config(run)['autoencoder']['config']
-    assert config['adversary']==('--adversary' in flags.split()) and config['kind']==flags.split()[1]
+    assert config['adversarial']==('--adversarial' in flags.split()) and config['kind']==flags.split()[1]
     assert main(['reconstruct', run, str(phantom), '--split', 'test'])==0
     out = capsys.readouterr().out
     assert 'sharpness' in out and ('codes used' in out)==(config['kind']!='kl')
@@ -241,7 +241,7 @@ def test_two_processes_end_with_one_codebook_and_one_critic(tmp_path):
                           capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
     assert done.returncode==0, done.stdout+done.stderr
     assert (tmp_path/'0').read_text()==(tmp_path/'1').read_text()
-    assert [o['images'] for o in read_log(tmp_path/'run'/'log.jsonl') if 'critic_accuracy' in o]==[32, 40, 48, 56, 64]
+    assert [o['images'] for o in read_log(tmp_path/'run'/'log.jsonl') if 'discriminator_accuracy' in o]==[32, 40, 48, 56, 64]
 
 
 def test_the_prior_on_the_command_line(phantom, tmp_path, capsys):

@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from test_data import CONFIG, faults, look, make_adni, make_oasis, make_volume, other_head, picture, save
+from test_data import CONFIG, faults, look, make_adni, make_oasis, make_volume, other_head, image, save
 
 from brainldm.engineering.batches import open_dataset
-from brainldm.data import find_layout, parse_picture, read_manifest
+from brainldm.data import find_layout, parse_image_path, read_manifest
 from brainldm.engineering.tables import find_modality, read_name, read_subjects, read_table, suspect_names
 
 
@@ -129,7 +129,7 @@ def test_folders_name_the_subject_where_files_are_called_alike(tmp_path):
 
 def test_a_manifest_with_visits_as_subjects(tmp_path):
     rows = [dict(path=f'{v}-{i}.png', subject=f'OAS1_{i:04d}_MR{v}', slice=3) for i in range(3) for v in (1, 2)]
-    for k, r in enumerate(rows): save(tmp_path/r['path'], picture(k))
+    for k, r in enumerate(rows): save(tmp_path/r['path'], image(k))
     pd.DataFrame(rows).to_csv(tmp_path/'manifest.csv', index=False)
     report = look(tmp_path)
     assert faults(report)==['subject'] and len(report.faults)==6 and 'visit of OAS1_0000' in str(report)
@@ -272,13 +272,13 @@ def test_a_table_that_matches_nobody_is_a_fault(tmp_path):
     ('Training/Mild Dementia/OAS1_0028_MR1_mpr-1_100.jpg', 'OAS1_0028_MR1_mpr-1', 'train', 'Mild Dementia'), ('AD/sub-01/sub-01_7.png', 'sub-01', None, 'AD'),
     ('test/P1/P1_7.png', 'P1', 'test', None)])
 def test_paths_of_pictures(path, unit, split, diagnosis):
-    said = parse_picture(path)
+    said = parse_image_path(path)
     assert (said['unit'], said['split'], said['diagnosis'])==(unit, split, diagnosis)
 
 
 def classes(root, split=lambda i: '', names=('AD', 'NC'), unit='{:06d}', n=8):
     for i in range(n):
-        for k in range(2): save(root/split(i)/names[i%2]/f'{unit.format(100+i)}_{78+k}.png', picture(10*i+k))
+        for k in range(2): save(root/split(i)/names[i%2]/f'{unit.format(100+i)}_{78+k}.png', image(10*i+k))
     return root
 
 
@@ -295,7 +295,7 @@ def test_class_folders(kind, kw, layout, tmp_path):
 
 def test_runs_of_the_kaggle_oasis_set_are_one_subject(tmp_path):
     for i in range(4):
-        for r in (1, 2): save(tmp_path/f'Data/Mild Dementia/OAS1_{i:04d}_MR1_mpr-{r}_100.jpg', picture(10*i+r))
+        for r in (1, 2): save(tmp_path/f'Data/Mild Dementia/OAS1_{i:04d}_MR1_mpr-{r}_100.jpg', image(10*i+r))
     report = look(tmp_path)
     assert report.ok and report.manifest.subject.nunique()==4 and set(report.manifest.session)=={'MR1 run-1', 'MR1 run-2'}
 
@@ -303,14 +303,14 @@ def test_runs_of_the_kaggle_oasis_set_are_one_subject(tmp_path):
 @pytest.mark.parametrize('name', ['mildDem{}.jpg', 'moderate_{}.jpg', 'nonDem{}.jpg', 'verymildDem{}.jpg', 'very_mild_{}.jpg', '26 ({}).jpg', 'non_{}.jpg',
                                   '0006f8d4-2b0a-4b8c-9d1e-0000000000{:02d}.jpg'])
 def test_a_set_without_subjects_is_refused_by_name(name, tmp_path):
-    for i in range(12): save(tmp_path/'train/Mild_Demented'/name.format(i), picture(i))
+    for i in range(12): save(tmp_path/'train/Mild_Demented'/name.format(i), image(i))
     with pytest.raises(ValueError, match='four-class') as e: look(tmp_path)
     assert 'manifest.csv' in str(e.value)
 
 
 def test_subject_folders_are_no_classes(tmp_path):
     for i in range(4):
-        for k in range(3): save(tmp_path/f'P{i:02d}/scan_{k}.png', picture(10*i+k))
+        for k in range(3): save(tmp_path/f'P{i:02d}/scan_{k}.png', image(10*i+k))
     with pytest.raises(ValueError, match="'scan' in the folders P00, P01"): look(tmp_path)
 
 

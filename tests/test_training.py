@@ -270,7 +270,7 @@ def changed(config, f):
     if f.name=='precision': return replace(config, precision='bf16' if v!='bf16' else 'no')
     if f.name in ('log_with', 'init_from'): return replace(config, **{f.name: 'wandb'})
     if f.name=='total_images': return replace(config, total_images=v-2)         # more of them is another matter: test_origins.py
-    kinds = dict(kind='vq', codebook_start='uniform', adversary_loss='hinge')
+    kinds = dict(kind='vq', codebook_start='uniform', adversarial_loss='hinge')
     if f.name in kinds: return replace(config, **{f.name: kinds[f.name]})
     if f.name=='snr_gamma': return replace(config, snr_gamma=5. if v is None else None)
     if isinstance(v, bool): return replace(config, **{f.name: not v})

@@ -6,7 +6,7 @@ from scipy.ndimage import gaussian_filter
 from torch.testing import assert_close
 from brainldm.engineering.batches import Covariate, encode_covariates
 from brainldm.engineering.layers import ResBlock
-from brainldm.vae import (LOGVAR_LIMITS, AutoencoderKL, Decoder, Encoder, LimitLogvar, check_levels, cyclical_weight, kl_loss, picture_scores,
+from brainldm.vae import (LOGVAR_LIMITS, AutoencoderKL, Decoder, Encoder, LimitLogvar, check_levels, cyclical_weight, kl_loss, image_scores,
                           reparameterize, run_levels)
 
 COVARIATES = (Covariate('slice', 'continuous', range=(0, 31)), Covariate('diagnosis', 'categorical', values=('AD', 'NC')))
@@ -27,7 +27,7 @@ def awake(model):
     return model
 
 
-def pictures(*shape, seed=0):
+def images(*shape, seed=0):
     "Smooth discs on black air, in [-1, 1]."
     gen,(b, h, w) = np.random.default_rng(seed),shape
     y,x = np.mgrid[-1:1:h*1j, -1:1:w*1j]
@@ -120,7 +120,7 @@ def test_no_log_variance_breaks_loss_or_sample(says, dtype):
 @pytest.mark.parametrize('says', [-50., 50., 1e4])
 def test_an_encoder_that_says_too_much_is_led_back(says):
     "Its bias lies beyond the limits: a plain clamp would give it no gradient for ever."
-    model,x = build((1, (8,), 1, (False,), 1)),pictures(2, 8, 8)
+    model,x = build((1, (8,), 1, (False,), 1)),images(2, 8, 8)
     bias = model.encoder.head[-1].bias
     with torch.no_grad(): bias[1] = says
     opt = torch.optim.AdamW([bias], lr=abs(says)/60, weight_decay=0.)
@@ -142,7 +142,7 @@ def test_ordinary_log_variances_and_not_a_number_pass():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_an_extreme_encoder_under_autocast(dtype):
-    model,x = build(),pictures(2, 16, 16)
+    model,x = build(),images(2, 16, 16)
     with torch.no_grad(): model.encoder.head[-1].bias.copy_(torch.tensor([3e4]*3+[3e4]*3))
     with torch.autocast('cpu', dtype):
         mu,logvar = model.encode(x)
@@ -151,7 +151,7 @@ def test_an_extreme_encoder_under_autocast(dtype):
 
 
 def test_training_lowers_the_error():
-    model,x = build((4, (16, 24), 1, (False, False), 2)),pictures(8, 32, 32)
+    model,x = build((4, (16, 24), 1, (False, False), 2)),images(8, 32, 32)
     opt,errors = torch.optim.AdamW(model.parameters(), lr=3e-3),[]
     for _ in range(40):
         recon,mu,logvar = model(x, eps=torch.randn(8, 4, 8, 8))
@@ -230,8 +230,8 @@ def slow_ssim(a, b):
 @pytest.mark.parametrize('size', [(32, 32), (24, 40), (64, 48)])
 @pytest.mark.parametrize('noise', [.01, .2, 1.])
 def test_scores_against_the_slow_version(size, noise):
-    real = pictures(3, *size); recon = (real+noise*torch.randn_like(real)).clamp(-1, 1)
-    scores = picture_scores(recon, real)
+    real = images(3, *size); recon = (real+noise*torch.randn_like(real)).clamp(-1, 1)
+    scores = image_scores(recon, real)
     for i in range(3):
         full,brain = slow_ssim(recon[i, 0], real[i, 0]),(real[i, 0]>-.8).numpy()
         assert scores['ssim'][i].item()==pytest.approx(full.mean(), abs=2e-4)
@@ -242,8 +242,8 @@ def test_scores_against_the_slow_version(size, noise):
 
 def test_scores_against_scikit_image():
     metrics = pytest.importorskip('skimage.metrics')
-    real = pictures(2, 64, 64); recon = (real+.2*torch.randn_like(real)*(real>-1)).clamp(-1, 1)   # air untouched: no border effects
-    scores = picture_scores(recon, real)
+    real = images(2, 64, 64); recon = (real+.2*torch.randn_like(real)*(real>-1)).clamp(-1, 1)   # air untouched: no border effects
+    scores = image_scores(recon, real)
     for i in range(2):
         a,b = ((o[i, 0].double().numpy()/2+.5) for o in (recon, real))
         _,full = metrics.structural_similarity(a, b, data_range=1., gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
@@ -252,14 +252,14 @@ def test_scores_against_scikit_image():
 
 
 def test_scores_of_perfect_black_and_empty_pictures():
-    real = pictures(2, 32, 32)
-    perfect,black = picture_scores(real, real),picture_scores(torch.full_like(real, -1), real)
+    real = images(2, 32, 32)
+    perfect,black = image_scores(real, real),image_scores(torch.full_like(real, -1), real)
     assert_close(perfect['ssim'], torch.ones(2)); assert_close(perfect['ssim_brain'], torch.ones(2)); assert perfect['psnr'].isinf().all()
     assert (black['ssim']>black['ssim_brain']+.2).all()                         # air is right by itself
-    assert picture_scores(real, torch.full_like(real, -1))['ssim_brain'].isnan().all()          # no brain, no score
-    assert all(v.shape==(1,) for v in picture_scores(real[:1], real[:1]).values())
+    assert image_scores(real, torch.full_like(real, -1))['ssim_brain'].isnan().all()          # no brain, no score
+    assert all(v.shape==(1,) for v in image_scores(real[:1], real[:1]).values())
 
 
 @pytest.mark.parametrize('a, b', [((2, 1, 32, 32), (3, 1, 32, 32)), ((2, 32, 32), (2, 32, 32)), ((2, 3, 32, 32), (2, 3, 32, 32))])
 def test_scores_refuse_other_shapes(a, b):
-    with pytest.raises(ValueError, match='picture_scores: shapes'): picture_scores(torch.zeros(a), torch.zeros(b))
+    with pytest.raises(ValueError, match='image_scores: shapes'): image_scores(torch.zeros(a), torch.zeros(b))

@@ -20,8 +20,8 @@ from brainldm.sampling import BrainLDM
 from brainldm.engineering.codec import SYNTHETIC
 from brainldm.engineering.runs import load_weights, open_run, read_log, save_weights
 from brainldm.training import AEConfig, train_autoencoder
-from brainldm.advanced.volume import (BrainVolumes, NeighbourUNet, VolumeConfig, correlate, drawing_order, find_neighbours,
-                             guess_spacing, lay_beside, look_beside, save_volumes, to_nifti, train_volume)
+from brainldm.advanced.volume import (BrainVolumes, NeighborUNet, VolumeConfig, correlate_noise, generation_order, find_neighbors,
+                             resolve_spacing, stack_neighbors, neighbors_of, save_volumes, to_nifti, train_volume)
 
 SHORT = VolumeConfig(total_images=96, batch_size=8, warmup_images=16, validate_every=48, checkpoint_every=16, log_every=1, ema_images=32, preview_steps=2)
 
@@ -51,8 +51,8 @@ def same(a, b): torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
 
 @pytest.mark.parametrize('batch_size', [1, 2, 5])
 def test_batches_do_not_matter(model, batch_size):
-    asked = dict(n=3, diagnosis=['AD', 'NC', 'AD'], steps=3, seed=4, guidance_scale=2.)
-    same(model.sample_volume(batch_size=batch_size, **asked), model.sample_volume(**asked))
+    requested = dict(n=3, diagnosis=['AD', 'NC', 'AD'], steps=3, seed=4, guidance_scale=2.)
+    same(model.sample_volume(batch_size=batch_size, **requested), model.sample_volume(**requested))
 
 
 def test_a_brain_is_named_by_seed_and_number(model):
@@ -65,34 +65,34 @@ def test_a_brain_is_named_by_seed_and_number(model):
 @pytest.mark.parametrize('sampler', ['ddim', 'dpmpp'])
 def test_a_brain_does_not_depend_on_its_batch(model, sampler):
     "Three at once, one at a time, or in two parts as two processes would make them."
-    how = dict(steps=2, seed=1, sampler=sampler, diagnosis='AD')
-    three = model.sample_volume(3, **how)
-    same(model.sample_volume(3, batch_size=1, **how), three)
-    same(torch.cat([model.sample_volume(2, **how), model.sample_volume(1, first=2, **how)]), three)
-    shared = model.sample_shared_noise(3, .5, **how)
-    same(torch.cat([model.sample_shared_noise(2, .5, **how), model.sample_shared_noise(1, .5, first=2, **how)]), shared)
-    with pytest.raises(ValueError, match='first=-1'): model.sample_volume(1, first=-1, **how)
+    options = dict(steps=2, seed=1, sampler=sampler, diagnosis='AD')
+    three = model.sample_volume(3, **options)
+    same(model.sample_volume(3, batch_size=1, **options), three)
+    same(torch.cat([model.sample_volume(2, **options), model.sample_volume(1, first=2, **options)]), three)
+    shared = model.sample_shared_noise(3, .5, **options)
+    same(torch.cat([model.sample_shared_noise(2, .5, **options), model.sample_shared_noise(1, .5, first=2, **options)]), shared)
+    with pytest.raises(ValueError, match='first=-1'): model.sample_volume(1, first=-1, **options)
 
 
 def test_every_slice_hears_its_neighbour_and_nobody_further(model):
     "Change one given slice: what follows it changes; without the chain nothing would."
-    pictures = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))*2-1
-    a,b = (model.sample_volume(1, steps=2, slices=range(1, 6), given={3: o[None]}) for o in pictures)
+    images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))*2-1
+    a,b = (model.sample_volume(1, steps=2, slices=range(1, 6), given={3: o[None]}) for o in images)
     assert all((a[0, k]-b[0, k]).abs().max()>1e-3 for k in (1, 2, 3))
-    both = model.sample_volume(1, steps=2, slices=range(1, 6), given={3: pictures[:1], 2: pictures[1:], 4: pictures[1:]})
-    one = model.sample_volume(1, steps=2, slices=range(1, 6), given={2: pictures[1:], 4: pictures[1:]})
+    both = model.sample_volume(1, steps=2, slices=range(1, 6), given={3: images[:1], 2: images[1:], 4: images[1:]})
+    one = model.sample_volume(1, steps=2, slices=range(1, 6), given={2: images[1:], 4: images[1:]})
     same(both[0, [0, 1, 3, 4]], one[0, [0, 1, 3, 4]])                          # slice 3 is walled in: slices 1 and 5 cannot hear it
 
 
 def test_what_is_given_comes_back(model):
-    pictures = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))*2-1
-    brains = model.sample_volume(2, steps=2, given={2: pictures})
-    same(brains[:, 2], model.reconstruct(pictures)[:, 0])
+    images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))*2-1
+    brains = model.sample_volume(2, steps=2, given={2: images})
+    same(brains[:, 2], model.reconstruct(images)[:, 0])
 
 
 def test_before_training_it_is_the_plain_model(tiny_run):
     flat = BrainLDM.load(tiny_run[0], device='cpu', precision='no')
-    fresh = BrainVolumes(flat.autoencoder, flat.size, NeighbourUNet(flat.unet), flat.schedule, flat.latent_mean, flat.latent_std)
+    fresh = BrainVolumes(flat.autoencoder, flat.size, NeighborUNet(flat.unet), flat.schedule, flat.latent_mean, flat.latent_std)
     same(fresh.sample_volume(1, steps=3, diagnosis='AD', seed=2), flat.sample_shared_noise(1, 0., steps=3, diagnosis='AD', seed=2))
 
 
@@ -101,17 +101,17 @@ def test_slices_can_be_chosen(model, sampler):
     assert model.sample_volume(1, slices=range(2, 5), steps=2, sampler=sampler).shape==(1, 3, 64, 64)
 
 
-@pytest.mark.parametrize('asked, message', [
+@pytest.mark.parametrize('requested, message', [
     (dict(slices=[0, 2, 4]), 'rise by 1'), (dict(slices=[3]), '2 or more'), (dict(slices=range(4, 9)), 'slice=6'), (dict(sampler='ddpm'), 'no fresh noise'),
     (dict(n=0), 'n=0'), (dict(n=1.5), 'n=1.5'), (dict(n='a'), "n='a'"), (dict(slice=3), 'Expected slices=...'), (dict(steps=0), 'steps=0'), (dict(batch_size=0), 'batch_size=0'), (dict(seed=-1), 'seed=-1'), (dict(diagnosis='MCI'), 'AD, NC'),
     (dict(n=2, age=[70, 71, 72]), '3 values of age for n=2'), (dict(age=300), 'age=300'), (dict(weight=3), 'weight'), (dict(guidance_scale=-1), 'guidance_scale'),
     (dict(given={9: torch.zeros(1, 1, 64, 64)}), 'slice 9'), (dict(given={2: torch.zeros(2, 1, 64, 64)}), 'Expected 1'), (dict(given={2: torch.full((1, 1, 64, 64), 255.)}), 'grey values'),
     (dict(given={2: torch.zeros(1, 1, 32, 32)}), 'shape')])
-def test_bad_requests(model, asked, message):
-    with pytest.raises((ValueError, TypeError)) as e: model.sample_volume(**{'n': 1, **asked})
+def test_bad_requests(model, requested, message):
+    with pytest.raises((ValueError, TypeError)) as e: model.sample_volume(**{'n': 1, **requested})
     assert message in str(e.value) and 'Expected' in str(e.value)
-    if not {'given', 'batch_size'}&set(asked):
-        with pytest.raises((ValueError, TypeError)) as e: model.sample_shared_noise(**{'n': 1, **asked})
+    if not {'given', 'batch_size'}&set(requested):
+        with pytest.raises((ValueError, TypeError)) as e: model.sample_shared_noise(**{'n': 1, **requested})
         assert message in str(e.value)
 
 
@@ -152,7 +152,7 @@ def test_an_autoencoder_that_is_told_more_than_the_slice(dataset, tmp_path):
 def test_the_run_is_loaded_where_this_process_computes(tiny_run, dataset, monkeypatch):
     "Under `accelerate launch --cpu` on a machine with a GPU, or on the second of two GPUs, that is not the first GPU."
     def load(run, device=None, *args): raise Crash(device)
-    monkeypatch.setattr(module, 'crew', lambda: SimpleNamespace(device=torch.device('cuda:1')))
+    monkeypatch.setattr(module, 'process_state', lambda: SimpleNamespace(device=torch.device('cuda:1')))
     monkeypatch.setattr(module.BrainLDM, 'load', load)
     with pytest.raises(Crash, match='cuda:1'): train_volume(dataset, tiny_run[0], SHORT, progress=False)
 
@@ -163,7 +163,7 @@ def test_finished_run_is_left_alone(trained, dataset):
     assert (trained/'volume.safetensors').read_bytes()==before
 
 
-@pytest.mark.parametrize('change, message', [(dict(hide_neighbour=1.), 'hide_neighbour'), (dict(neighbour_noise=-.1), 'neighbour_noise'), (dict(batch_size=0), 'batch_size')])
+@pytest.mark.parametrize('change, message', [(dict(neighbor_dropout=1.), 'neighbor_dropout'), (dict(neighbor_noise=-.1), 'neighbor_noise'), (dict(batch_size=0), 'batch_size')])
 def test_bad_settings(change, message, tiny_run, dataset, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path/'run')
     with pytest.raises(ValueError, match=message): train_volume(dataset, run, replace(SHORT, **change), progress=False)
@@ -201,17 +201,17 @@ def test_other_data_is_refused(trained, dataset, tmp_path):
 @pytest.mark.parametrize('depth', [2, 3, 8, 33])
 @pytest.mark.parametrize('given', [(), (0,), (1, 0)])
 def test_each_place_is_drawn_once_beside_a_known_one(depth, given):
-    rounds,drawn = drawing_order(depth, given),[k in given for k in range(depth)]
+    rounds,generated = generation_order(depth, given),[k in given for k in range(depth)]
     assert sorted([*sum(rounds, []), *given])==list(range(depth))
     for i,places in enumerate(rounds):
-        seen = look_beside(torch.zeros(1, depth, 1, 1, 1), drawn, places)
+        seen = neighbors_of(torch.zeros(1, depth, 1, 1, 1), generated, places)
         if i or given: assert (seen.sum((1, 2, 3))>0).all()                   # somebody stands beside it
-        for k in places: drawn[k] = True
+        for k in places: generated[k] = True
 
 
 def test_neighbours_are_of_the_same_person():
     rows = pd.DataFrame([(p, k) for p in 'abc' for k in range(7)], columns=['subject', 'slice']).sample(frac=.8, random_state=1)
-    for (i,row),(low,high) in zip(rows.reset_index(drop=True).iterrows(), find_neighbours(rows)):
+    for (i,row),(low,high) in zip(rows.reset_index(drop=True).iterrows(), find_neighbors(rows)):
         for at,step in ((low, -1), (high, 1)):
             there = ((rows.subject==row.subject) & (rows.slice==row.slice+step)).any()
             assert (at>=0)==there
@@ -220,11 +220,11 @@ def test_neighbours_are_of_the_same_person():
 
 def test_hidden_neighbours_leave_no_trace():
     nan = torch.full((2, 3, 4, 4), 5.)
-    assert lay_beside(nan, nan, torch.zeros(2, 2, dtype=torch.bool)).abs().sum()==0
+    assert stack_neighbors(nan, nan, torch.zeros(2, 2, dtype=torch.bool)).abs().sum()==0
 
 
 def test_correlation_keeps_every_slice_standard_normal():
-    noise = correlate(torch.randn(40_000*4, generator=torch.Generator().manual_seed(0)), 4, .7).view(-1, 4)
+    noise = correlate_noise(torch.randn(40_000*4, generator=torch.Generator().manual_seed(0)), 4, .7).view(-1, 4)
     torch.testing.assert_close(noise.T.cov().diag(), torch.ones(4), atol=5*(2/40_000)**.5, rtol=0)
 
 
@@ -256,16 +256,16 @@ def test_command_line(trained, tiny_run, tmp_path, capsys):
 
 # ---- voxel sizes: from the training data to the generated volume
 
-def opened(folder, tmp_path, **how):
+def opened(folder, tmp_path, **options):
     "Data and a run folder that was begun on them."
-    config = DataConfig(size=64, **how)
+    config = DataConfig(size=64, **options)
     dataset = open_dataset(folder, config, progress=False, cache_dir=tmp_path/'cache')
     open_run(tmp_path/'run', 'autoencoder', AEConfig(data=dataset.config), dataset)
     return dataset,tmp_path/'run'
 
 
-@pytest.mark.parametrize('how,spacing', [(dict(crop=72), (2.25, 3.)), (dict(), (2.5, 3.)), (dict(crop=32), (1., 3.))])
-def test_volumes_keep_the_voxel_size_of_the_training_data(tmp_path, how, spacing):
+@pytest.mark.parametrize('options,spacing', [(dict(crop=72), (2.25, 3.)), (dict(), (2.5, 3.)), (dict(crop=32), (1., 3.))])
+def test_volumes_keep_the_voxel_size_of_the_training_data(tmp_path, options, spacing):
     "64 x 80 pixels of 2 mm and planes of 3 mm, cropped and resized to 64 pixels."
     noise = np.random.default_rng(0)
     for i in range(4):
@@ -273,21 +273,21 @@ def test_volumes_keep_the_voxel_size_of_the_training_data(tmp_path, how, spacing
         vol[20:44, 24:56] = noise.uniform(100, 900, (24, 32, 4))
         (tmp_path/'in').mkdir(exist_ok=True)
         nib.save(nib.Nifti1Image(vol, np.diag([2., 2., 3., 1.])), tmp_path/f'in/sub-{i}.nii.gz')
-    dataset,run = opened(tmp_path/'in', tmp_path, **how)
+    dataset,run = opened(tmp_path/'in', tmp_path, **options)
     about = json.loads((run/'config.json').read_text())['autoencoder']['data']
-    assert about['voxel_mm']==[2., 3.] and about['left_known'] and guess_spacing(run)==spacing
-    folder = save_volumes(torch.zeros(1, 4, 64, 64), tmp_path/'out', {}, guess_spacing(run), {}, about['left_known'])
+    assert about['voxel_mm']==[2., 3.] and about['left_known'] and resolve_spacing(run)==spacing
+    folder = save_volumes(torch.zeros(1, 4, 64, 64), tmp_path/'out', {}, resolve_spacing(run), {}, about['left_known'])
     image = nib.load(folder/'brain_0000.nii.gz')
     assert np.allclose(image.header.get_zooms(), (spacing[0], *spacing)) and image.header['sform_code']==image.header['qform_code']==2
-    with pytest.raises(ValueError, match='Expected the same'): guess_spacing(run, (1., 1.))
+    with pytest.raises(ValueError, match='Expected the same'): resolve_spacing(run, (1., 1.))
     assert dataset.subset('train').manifest.attrs['voxel_mm']==(2., 3.)
 
 
 def test_pictures_claim_neither_size_nor_side(tmp_path):
     _,run = opened(cohort(tmp_path/'in', n=5, size=80), tmp_path)
     about = json.loads((run/'config.json').read_text())['autoencoder']['data']
-    assert about['voxel_mm'] is None and not about['left_known'] and guess_spacing(run) is None
-    assert guess_spacing(run, (2., 3.))==(2.5, 3.)                             # 80 pixels become 64
+    assert about['voxel_mm'] is None and not about['left_known'] and resolve_spacing(run) is None
+    assert resolve_spacing(run, (2., 3.))==(2.5, 3.)                             # 80 pixels become 64
     for spacing in (None, (2.5, 3.)):
         image = to_nifti(torch.zeros(4, 64, 64), spacing, {}, left_known=False)
         assert image.header['sform_code']==image.header['qform_code']==0 and b'left and right not known' in image.header['descrip'].item()
@@ -308,4 +308,4 @@ def test_what_is_not_known_is_said(tmp_path, tiny_run, capsys):
 
 def test_runs_of_former_versions_have_no_size(tmp_path):
     (tmp_path/'config.json').write_text(json.dumps(dict(autoencoder=dict(config=dict(data=dict(crop=208, size=128)), data=dict(hash='x')))))
-    assert guess_spacing(tmp_path) is None and guess_spacing(tmp_path, (1., 1.))==(1.625, 1.)
+    assert resolve_spacing(tmp_path) is None and resolve_spacing(tmp_path, (1., 1.))==(1.625, 1.)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from brainldm.engineering.batches import Covariate, encode_covariates
 from brainldm.vqgan import (FP16_SCALE, FSQ, VQVAE, CodeHistogram, PatchDiscriminator, VectorQuantizer, adaptive_weight, code_scores, count_codes,
-                            critic_accuracy, critic_loss, everyone, feature_loss, generator_loss, nearest_codes, restart_dead_codes,
+                            discriminator_accuracy, discriminator_loss, all_gather_rows, feature_loss, generator_loss, nearest_codes, restart_dead_codes,
                             smooth_counts, start_codebook, straight_through)
 
 COVARIATES = (Covariate('slice', 'continuous', range=(0, 31)), Covariate('diagnosis', 'categorical', values=('AD', 'NC')))
@@ -245,7 +245,7 @@ def one_of_two(rank, port, folder):
         model(x[mine], {'slice': h[mine]}, u if rank==0 else torch.rand(12))   # the first process decides on chance
     w = torch.ones(3, requires_grad=True); a = torch.tensor([1., 2., 3.])*(rank+1)
     weight = adaptive_weight((w*a).sum(), (w*(a-1)).sum(), w)
-    torch.save((model.state_dict(), everyone(torch.full((2, 1), float(rank))), weight), f'{folder}/{rank}.pt')
+    torch.save((model.state_dict(), all_gather_rows(torch.full((2, 1), float(rank))), weight), f'{folder}/{rank}.pt')
     torch.distributed.destroy_process_group()
 
 
@@ -304,8 +304,8 @@ def test_drawn_maps_are_not_transposed(side, bins):
     h,gen = CodeHistogram(side*side, side, bins),torch.Generator().manual_seed(0)
     own = torch.arange(side*side).view(side, side)                            # each place has its own code
     heights = (torch.arange(bins)+.5)/bins
-    for b,height in enumerate(heights): h.update((own.roll(b, 1)).expand(2, -1, -1), height.expand(2))
-    drawn = h.draw(heights, gen)
+    for b,position in enumerate(heights): h.update((own.roll(b, 1)).expand(2, -1, -1), position.expand(2))
+    drawn = h.sample(heights, gen)
     for b in range(bins): assert torch.equal(drawn[b], own.roll(b, 1))
 
 
@@ -314,13 +314,13 @@ def test_draws_follow_the_counts():
     h,gen = CodeHistogram(4, side=2, bins=2),torch.Generator().manual_seed(0)
     counts = torch.tensor([[3., 0., 1., 6.], [1., 1., 1., 1.], [0., 0., 0., 5.], [10., 20., 0., 70.]])
     h.counts[1] = counts.view(2, 2, 4)
-    n,drawn = 4000,h.draw(torch.full((4000,), .9), gen)
+    n,drawn = 4000,h.sample(torch.full((4000,), .9), gen)
     for place,expected in zip(range(4), counts):
         seen,expected = count_codes(drawn[:, place//2, place%2], 4).double().numpy(),expected.double().numpy(); used = expected>0
         assert seen[~used].sum()==0
         if used.sum()>1: assert chisquare(seen[used], n*expected[used]/expected.sum()).pvalue>1e-4
-    assert torch.equal(drawn, h.draw(torch.full((4000,), .9), torch.Generator().manual_seed(0)))
-    never = count_codes(h.draw(torch.full((n,), .1), gen), 4)                 # a height never seen: every code alike
+    assert torch.equal(drawn, h.sample(torch.full((4000,), .9), torch.Generator().manual_seed(0)))
+    never = count_codes(h.sample(torch.full((n,), .1), gen), 4)                 # a height never seen: every code alike
     assert chisquare(never.double().numpy()).pvalue>1e-4
 
 
@@ -331,7 +331,7 @@ def test_heights_decay_and_the_unknown():
     h.update(one(1, 3), torch.zeros(3)); h.update(one(2), torch.zeros(1)); h.update(one(3), torch.tensor([math.nan])); h.update(one(4), torch.ones(1))
     assert h.counts[0, 0, 0].tolist()==[0, 1.5, 1, 0, 0]                      # a step halves what was there, once
     assert h.counts[4, 1, 0].tolist()==[0, 0, 0, 1, 0] and h.counts[3, 0, 1].tolist()==[0, 0, 0, 0, 1]
-    drawn = h.draw(torch.full((500,), math.nan), gen).unique().tolist()
+    drawn = h.sample(torch.full((500,), math.nan), gen).unique().tolist()
     assert drawn==[1, 2, 3, 4]                                                # of any height, and of none
     with pytest.raises(ValueError, match=r'^CodeHistogram: codes of shape \(1, 2, 3\)\. Expected maps of \(2, 2\)\. Build the VQVAE with map_side = size of the pictures / factor\.$'):
         h.update(torch.zeros(1, 2, 3, dtype=torch.int64), torch.zeros(1))
@@ -340,8 +340,8 @@ def test_heights_decay_and_the_unknown():
 def counted_by_hand(h, batches):
     "What the histogram should hold, image by image and place by place."
     counts = torch.zeros_like(h.counts)
-    for indices,height in batches:
-        bins = h.stretch(height)
+    for indices,position in batches:
+        bins = h.stretch(position)
         counts[bins.unique()] *= h.decay
         for codes,b in zip(indices, bins):
             for i in range(codes.shape[0]):
@@ -461,32 +461,32 @@ def test_compiles(train):
 
 @pytest.mark.parametrize('kind', ['vq', 'fsq'])
 def test_meta_device(kind):
-    with torch.device('meta'): model = build(kind); critic = PatchDiscriminator(COVARIATES, (8, 16), 8)
-    assert {p.device.type for p in [*model.parameters(), *model.buffers(), *critic.parameters()]}=={'meta'}
+    with torch.device('meta'): model = build(kind); discriminator = PatchDiscriminator(COVARIATES, (8, 16), 8)
+    assert {p.device.type for p in [*model.parameters(), *model.buffers(), *discriminator.parameters()]}=={'meta'}
     assert {k: v.shape for k,v in model.state_dict().items()}=={k: v.shape for k,v in build(kind).state_dict().items()}
 
 
 # ---------------------------------------------------------------- the critic
 
 def test_critic_depends_on_the_condition_and_reaches_every_parameter():
-    critic,x = PatchDiscriminator(COVARIATES, (8, 16, 24), 8),torch.randn(1, 1, 24, 40).expand(2, -1, -1, -1)
-    logits,features = critic(x, {**TOLD, 'image': x})
+    discriminator,x = PatchDiscriminator(COVARIATES, (8, 16, 24), 8),torch.randn(1, 1, 24, 40).expand(2, -1, -1, -1)
+    logits,features = discriminator(x, {**TOLD, 'image': x})
     assert logits.shape==(2, 1, 3, 5) and [o.shape[1:] for o in features]==[(8, 12, 20), (16, 6, 10), (24, 3, 5)]
     assert (logits[0]-logits[1]).abs().max()>1e-4
-    for name in TOLD: assert (critic(x, {name: TOLD[name]})[0]-critic(x)[0]).abs().max()>1e-4
+    for name in TOLD: assert (discriminator(x, {name: TOLD[name]})[0]-discriminator(x)[0]).abs().max()>1e-4
     nothing = encode_covariates(dict(slice=[None, None], diagnosis=[None, None]), COVARIATES)
-    assert_close(critic(x, nothing)[0], critic(x)[0])
-    assert_close(critic(x[:1], {k: v[:1] for k,v in TOLD.items()})[0], logits[:1], atol=1e-5, rtol=1e-5)      # no batch statistics
+    assert_close(discriminator(x, nothing)[0], discriminator(x)[0])
+    assert_close(discriminator(x[:1], {k: v[:1] for k,v in TOLD.items()})[0], logits[:1], atol=1e-5, rtol=1e-5)      # no batch statistics
     logits.square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for n,p in critic.named_parameters() if n!='conditioner.null')
+    assert all(p.grad is not None and p.grad.any() for n,p in discriminator.named_parameters() if n!='conditioner.null')
     free = PatchDiscriminator(channels=(8,))
     assert_close(free(x, TOLD)[0], free(x)[0]); assert free(x)[0].shape==(2, 1, 12, 20)
 
 
 def test_critic_under_autocast():
-    critic,x = PatchDiscriminator(COVARIATES, (8, 16), 8),torch.randn(2, 1, 16, 16)
-    with torch.autocast('cpu', torch.bfloat16): logits,_ = critic(x, TOLD)
-    assert_close(logits.float(), critic(x, TOLD)[0], atol=.1, rtol=.05)
+    discriminator,x = PatchDiscriminator(COVARIATES, (8, 16), 8),torch.randn(2, 1, 16, 16)
+    with torch.autocast('cpu', torch.bfloat16): logits,_ = discriminator(x, TOLD)
+    assert_close(logits.float(), discriminator(x, TOLD)[0], atol=.1, rtol=.05)
 
 
 @pytest.mark.parametrize('channels', [(8, 12), (0,)])
@@ -499,23 +499,23 @@ def test_critic_refuses_channels(channels):
 def test_losses_are_balanced(kind, reals, fakes):
     "The fault: one real and two fake terms make a constant -1 a stable optimum."
     def slope(c):
-        c = torch.tensor(c, requires_grad=True); critic_loss(c.expand(reals), c.expand(fakes), kind).backward(); return c.grad.item()
+        c = torch.tensor(c, requires_grad=True); discriminator_loss(c.expand(reals), c.expand(fakes), kind).backward(); return c.grad.item()
     assert abs(slope(0.))<1e-7 and slope(-1.5)<0<slope(1.5)
     assert math.isclose(slope(-1.5), -slope(1.5), rel_tol=1e-5)
     if kind=='nonsaturating': assert slope(-.5)<0<slope(.5)
     else: assert abs(slope(-.5))<1e-7 and abs(slope(.5))<1e-7                 # flat in between: nothing to gain from a constant
-    assert critic_accuracy(torch.full((reals,), -1.), torch.full((fakes,), -1.))==.5
-    assert critic_accuracy(torch.ones(reals), -torch.ones(fakes))==1 and critic_accuracy(-torch.ones(reals), torch.ones(fakes))==0
+    assert discriminator_accuracy(torch.full((reals,), -1.), torch.full((fakes,), -1.))==.5
+    assert discriminator_accuracy(torch.ones(reals), -torch.ones(fakes))==1 and discriminator_accuracy(-torch.ones(reals), torch.ones(fakes))==0
 
 
 def test_losses_by_hand():
     real,fake = torch.tensor([.5, 2., -1.]),torch.tensor([-3., 0.])
-    assert math.isclose(critic_loss(real, fake).item(), ((.5+0+2)/3+(0+1)/2)/2, rel_tol=1e-6)
+    assert math.isclose(discriminator_loss(real, fake).item(), ((.5+0+2)/3+(0+1)/2)/2, rel_tol=1e-6)
     assert math.isclose(generator_loss(fake).item(), 1.5, rel_tol=1e-6)
     soft = lambda o: math.log1p(math.exp(o))
-    assert math.isclose(critic_loss(real, fake, 'nonsaturating').item(), ((soft(-.5)+soft(-2)+soft(1))/3+(soft(-3)+soft(0))/2)/2, rel_tol=1e-6)
+    assert math.isclose(discriminator_loss(real, fake, 'nonsaturating').item(), ((soft(-.5)+soft(-2)+soft(1))/3+(soft(-3)+soft(0))/2)/2, rel_tol=1e-6)
     assert math.isclose(generator_loss(fake, 'nonsaturating').item(), (soft(3)+soft(0))/2, rel_tol=1e-6)
-    with pytest.raises(ValueError, match=r"^critic_loss: kind='w'\. Expected 'hinge' or 'nonsaturating'\. Try kind='hinge'\.$"): critic_loss(real, fake, 'w')
+    with pytest.raises(ValueError, match=r"^discriminator_loss: kind='w'\. Expected 'hinge' or 'nonsaturating'\. Try kind='hinge'\.$"): discriminator_loss(real, fake, 'w')
     with pytest.raises(ValueError, match=r"^generator_loss: kind='w'\. Expected 'hinge' or 'nonsaturating'\. Try kind='hinge'\.$"): generator_loss(fake, 'w')
 
 
@@ -530,9 +530,9 @@ def test_feature_loss():
 
 @pytest.mark.parametrize('scale', [1e-3, 1., 1e4])
 def test_adaptive_weight_by_hand(scale):
-    model,critic,x = build().eval(),PatchDiscriminator(channels=(8, 16)),torch.randn(2, 1, 16, 16)
+    model,discriminator,x = build().eval(),PatchDiscriminator(channels=(8, 16)),torch.randn(2, 1, 16, 16)
     last = model.decoder.head[-1].weight
-    recon,_,_ = model(x); rec,gan = (recon-x).abs().mean(),scale*generator_loss(critic(recon)[0])
+    recon,_,_ = model(x); rec,gan = (recon-x).abs().mean(),scale*generator_loss(discriminator(recon)[0])
     weight = adaptive_weight(rec, gan, last, max_weight=1e9)
     a,b = (torch.autograd.grad(o, last, retain_graph=True)[0].double().square().sum().sqrt().item() for o in (rec, gan))
     assert math.isclose(weight.item(), a/(b+1e-6), rel_tol=1e-5) and not weight.requires_grad and last.grad is None
@@ -543,10 +543,10 @@ def test_adaptive_weight_by_hand(scale):
 def pulls(dtype, loud, scale):
     "The adaptive weight of a fresh decoder and critic, both in some precision, when both losses are so loud."
     torch.manual_seed(0)
-    net,critic,x = VQVAE(FSQ((5, 4, 3)), 8, (16, 16), 1, (False, False), 4),PatchDiscriminator(channels=(8, 16)),torch.rand(2, 1, 64, 64)*2-1
+    net,discriminator,x = VQVAE(FSQ((5, 4, 3)), 8, (16, 16), 1, (False, False), 4),PatchDiscriminator(channels=(8, 16)),torch.rand(2, 1, 64, 64)*2-1
     with torch.autocast('cpu', dtype, enabled=dtype!=torch.float32):
         recon = net(x)[0].float()
-        logits = critic(recon)[0].float()
+        logits = discriminator(recon)[0].float()
     rec,gan = F.l1_loss(recon, x)*loud,generator_loss(logits, 'nonsaturating')*loud
     return adaptive_weight(rec, gan, net.decoder.head[-1].weight, scale=scale)
 

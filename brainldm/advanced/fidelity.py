@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'EVALUATOR_FRACTION', 'REAL', 'POSITIVE', 'PROPORTION', 'SPANS', 'match_rows', 'FeatureNet', 'augment',
-           'reading_loss', 'picture_batches', 'picture_features', 'train_feature_net', 'evaluator_rows', 'pick_rows',
-           'feature_net', 'read_pictures', 'subject_auc', 'reading_scores', 'frechet_distance', 'kernel_terms',
+           'covariate_loss', 'image_batches', 'image_features', 'train_feature_net', 'evaluator_rows', 'pick_rows',
+           'feature_net', 'predict_covariates', 'subject_auc', 'evaluator_scores', 'frechet_distance', 'kernel_terms',
            'kernel_distance', 'coverage_scores', 'interval_within', 'leave_out_interval', 'set_scores',
-           'fidelity_scores', 'without_each', 'excess_distance', 'reference_rotations', 'beside_reference',
+           'fidelity_scores', 'jackknife_means', 'excess_distance', 'reference_rotations', 'compare_with_reference',
            'fine_detail']
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #df37c6d4
@@ -32,7 +32,7 @@ from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from .evaluation import json_safe, subject_interval
 from ..engineering.loop import Learner, TrainConfig, bare_model, fit, infer, seeded, train_batches
 from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
-from ..training import MISFITS, describe, recall
+from ..training import LOAD_ERRORS, covariates_to_dict, covariates_from_dict
 from ..vae import laplacian_variance
 
 FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=.05)   # of the feature network
@@ -42,15 +42,15 @@ SPANS = dict(frechet=POSITIVE, density=POSITIVE) | dict.fromkeys(('precision', '
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #bee6c3ed
 def match_rows(
-    held:pd.DataFrame, # Manifest rows of held-out subjects
+    held_out:pd.DataFrame, # Manifest rows of held-out subjects
     pool:pd.DataFrame, # Manifest rows to choose from
     seed:int=0, # Of the choice
     rotation:int=0, # Which part of the pool: another rotation takes other rows, as long as there are any
-)->np.ndarray: # For each row of `held` the position of a row in `pool`, none twice
+)->np.ndarray: # For each row of `held_out` the position of a row in `pool`, none twice
     "Find each held-out slice a row of the same position and diagnosis. Raises ValueError if there are too few."
-    names = [o for o in ('slice', 'diagnosis') if o in held and o in pool]
-    cells = [table[names].astype(object).fillna('').groupby(names).indices for table in (held, pool)]
-    out,rng = np.empty(len(held), np.int64),np.random.default_rng(seed)
+    names = [o for o in ('slice', 'diagnosis') if o in held_out and o in pool]
+    cells = [table[names].astype(object).fillna('').groupby(names).indices for table in (held_out, pool)]
+    out,rng = np.empty(len(held_out), np.int64),np.random.default_rng(seed)
     for key,rows in cells[0].items():
         found = cells[1].get(key, [])
         if len(found)<len(rows): raise ValueError(
@@ -84,45 +84,45 @@ class FeatureNet(nn.Module):
         for name,value in (('mean', 0.), ('std', 1.)): self.register_buffer(name, torch.full((channels[-1],), value))
 
     def pool(self,
-        pictures:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
+        images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
     )->Tensor: # Mean of each channel over all places (b, num_features)
         "What the network sees, wherever it is."
-        return self.body(pictures).mean((2, 3))
+        return self.body(images).mean((2, 3))
 
     def features(self,
-        pictures:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
+        images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
     )->Tensor: # Features (b, num_features), of mean 0 and deviation 1 over the train slices
         "Describe pictures, each feature in units of its spread."
-        return (self.pool(pictures).float()-self.mean)/self.std
+        return (self.pool(images).float()-self.mean)/self.std
 
     def forward(self,
-        pictures:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
+        images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
     )->dict[str, Tensor]: # By covariate: logits (b, values) of a category, or an encoded number (b, 1)
-        h = self.pool(pictures)
+        h = self.pool(images)
         return {name: head(h) for name,head in self.heads.items()}
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #fabc7377
 def augment(
-    pictures:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
+    images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
     generator:torch.Generator, # Source of chance, on their device
     shift:float=3., # Farthest shift, pixels
     contrast:float=.1, # Largest change of all grey values, as a share
     noise:float=.1, # Largest standard deviation of added noise
 )->Tensor: # The same brains, seen a little differently
     "Shift, brighten or darken, and spoil with noise: what a feature should not depend on."
-    b,chance = len(pictures),dict(generator=generator, device=pictures.device)
-    theta = torch.eye(2, 3, device=pictures.device).repeat(b, 1, 1)
-    theta[:, :, 2] = (torch.rand(b, 2, **chance)*2-1)*2*shift/pictures.shape[-1]
-    edge,sides = math.ceil(shift)+1,pictures.new_tensor(pictures.shape[:-3:-1])    # width, height
-    grid = F.affine_grid(theta, pictures.shape, align_corners=False)*(sides/(sides+2*edge))
-    wide = F.pad(pictures, [edge]*4, mode='replicate')                         # MPS samples beyond no other border than zeros
+    b,chance = len(images),dict(generator=generator, device=images.device)
+    theta = torch.eye(2, 3, device=images.device).repeat(b, 1, 1)
+    theta[:, :, 2] = (torch.rand(b, 2, **chance)*2-1)*2*shift/images.shape[-1]
+    edge,sides = math.ceil(shift)+1,images.new_tensor(images.shape[:-3:-1])    # width, height
+    grid = F.affine_grid(theta, images.shape, align_corners=False)*(sides/(sides+2*edge))
+    wide = F.pad(images, [edge]*4, mode='replicate')                         # MPS samples beyond no other border than zeros
     moved = F.grid_sample(wide, grid, align_corners=False)
     gain,level = torch.rand(2, b, 1, 1, 1, **chance)
-    grey = (moved+1)*(1+contrast*(2*gain-1))-1
-    return grey+noise*level*torch.randn(pictures.shape, **chance)
+    gray = (moved+1)*(1+contrast*(2*gain-1))-1
+    return gray+noise*level*torch.randn(images.shape, **chance)
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #d694216b
-def reading_loss(
+def covariate_loss(
     model:nn.Module, # A `FeatureNet`
     batch:dict[str, Tensor], # 'image' and encoded covariates
     generator:torch.Generator, # Source of the augmentation, on the batch's device
@@ -140,22 +140,22 @@ def reading_loss(
     return sum(losses.values())/len(losses),{k: v.detach() for k,v in losses.items()}
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #59a3d9ee
-def picture_batches(
-    pictures:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
+def image_batches(
+    images:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
     batch_size:int=64, # Pictures at a time
 )->Iterator[Tensor]: # Pictures (b, 1, h, w)
     "Drawn or scanned pictures, a few at a time."
-    if isinstance(pictures, Tensor): yield from pictures.split(batch_size)
-    else: yield from (o['image'] for o in eval_batches(pictures, batch_size))
+    if isinstance(images, Tensor): yield from images.split(batch_size)
+    else: yield from (o['image'] for o in eval_batches(images, batch_size))
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #0cdc227d
-def picture_features(
+def image_features(
     net:FeatureNet, # Trained
-    pictures:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
+    images:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
 )->Tensor: # Features (n, d), float64, on the CPU
     "The features of each picture."
     call,device = infer(net, method='features'),next(net.parameters()).device
-    return torch.cat([call(o.to(device)).cpu() for o in picture_batches(pictures)]).double()
+    return torch.cat([call(o.to(device)).cpu() for o in image_batches(images)]).double()
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #7f20dbd4
 def train_feature_net(
@@ -171,13 +171,13 @@ def train_feature_net(
         "judged. Try dataset.subset('train').")
     covariates = tuple(train.covariates)
     model = seeded(config.seed, lambda: FeatureNet(covariates, channels))
-    learner = Learner(model, partial(reading_loss, covariates=covariates), config)
+    learner = Learner(model, partial(covariate_loss, covariates=covariates), config)
     with tqdm(total=config.total_images, unit='img', desc='feature network', disable=not progress) as bar:
         def tell(seen, means): bar.update(seen-bar.n)
         batches = train_batches(train, config)
         fit(learner.step, batches, config.total_images, log_every=config.log_every, callbacks=(tell,))
     net = bare_model(learner)
-    found = picture_features(net, train)
+    found = image_features(net, train)
     net.mean.copy_(found.mean(0)); net.std.copy_(found.std(0).clamp(min=1e-6))  # a feature that never changes stays 0
     return net
 
@@ -222,7 +222,7 @@ def feature_net(
         net = train_feature_net(pick_rows(train, evaluator_rows(train.manifest, fraction)), config, channels, progress).cpu()
         net.fraction = fraction
         save_weights(path, net.state_dict(), dict(kind='feature_net', **data, channels=net.channels, fraction=net.fraction,
-                                                  covariates=describe(net.covariates), training=asdict(config)))
+                                                  covariates=covariates_to_dict(net.covariates), training=asdict(config)))
         return net
     tensors,about = load_weights(path)
     told = 'columns' if 'columns' in about else 'data'                         # a file from before knows the fingerprint only
@@ -232,20 +232,20 @@ def feature_net(
         f"{', '.join(k for k,v in about.get('columns', {}).items() if data['columns'].get(k)!=v) or 'none, or not known'}. "
         "Expected the same: scores by two networks do not "
         "compare. Give the data of this run, or remove the file and score everything anew.")
-    try: net = FeatureNet(recall(about['covariates']), tuple(about['channels']), fraction=about.get('fraction', 1.))
-    except MISFITS as e: raise ValueError(
+    try: net = FeatureNet(covariates_from_dict(about['covariates']), tuple(about['channels']), fraction=about.get('fraction', 1.))
+    except LOAD_ERRORS as e: raise ValueError(
         f"feature_net: {path} does not describe a network ({type(e).__name__}: {e}). Expected a file of this version. "
         "Remove it and score everything anew.") from None
     return fill_model(net, tensors, str(path)).eval()
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #8d191093
-def read_pictures(
+def predict_covariates(
     net:FeatureNet, # Trained
-    pictures:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
+    images:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
 )->pd.DataFrame: # One row a picture: numbers in their own units; of a category the probability of its first value
     "What the network reads off each picture."
     call,device = infer(net),next(net.parameters()).device
-    answers,out = [call(o.to(device)) for o in picture_batches(pictures)],{}
+    answers,out = [call(o.to(device)) for o in image_batches(images)],{}
     for c in net.covariates:
         a = torch.cat([o[c.name].float().cpu() for o in answers])
         a = a.softmax(1) if c.kind=='categorical' else c.range[0]+a*(c.range[1]-c.range[0])
@@ -258,7 +258,7 @@ def subject_auc(
     positive:np.ndarray, # The truth, True or False a slice (n,)
     subjects:np.ndarray, # Whose slice it is (n,)
     seed:int=0, # Of the resampling
-    draws:int=500, # Resamples
+    num_resamples:int=500, # Resamples
 )->tuple[float, tuple[float, float]|None]: # Area under the ROC curve over people, mean of the judges; 95 % interval, if draws hold both groups
     "A score a person, the mean of the slices; the share of pairs in the right order. Source: Hanley & McNeil 1982."
     table = np.column_stack([np.asarray(positive, float), np.asarray(scores, float)])
@@ -266,26 +266,26 @@ def subject_auc(
     truth,scores = people[:, 0]>.5,people[:, 1:]
     if truth.all() or not truth.any(): return math.nan,None
     def area(at): return float(np.mean([auc(o[at], truth[at]) for o in scores.T]))
-    pick = np.random.default_rng(seed).integers(len(people), size=(draws, len(people)))
+    pick = np.random.default_rng(seed).integers(len(people), size=(num_resamples, len(people)))
     drawn = [area(at) for at in pick if 0<truth[at].sum()<len(at)]             # a draw of one group alone has no AUC
     return area(slice(None)),tuple(np.quantile(drawn, [.025, .975]).tolist()) if drawn else None
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #d37500a8
-def reading_scores(
+def evaluator_scores(
     net:FeatureNet, # Trained
     dataset:SliceDataset, # Real slices of unseen people
 )->dict: # Of each number error, of two categories auc, with interval_95 and floor
     "How well the judge reads people it has never seen, beside saying the same to everybody."
-    found,table,out = read_pictures(net, dataset),dataset.manifest,{}
+    found,table,out = predict_covariates(net, dataset),dataset.manifest,{}
     for c in net.covariates:
         known = table[c.name].notna().to_numpy()
         truth,answer,who = (np.asarray(o)[known] for o in (table[c.name], found[c.name], table.subject))
         if c.kind=='continuous':
             truth = truth.astype(float); error,middle = np.abs(answer-truth),np.abs(truth-np.median(truth))
-            out[c.name] = dict(error=error.mean(), interval_95=subject_interval(error, who), floor=middle.mean())
+            out[c.name] = dict(error=error.mean(), interval_95=subject_interval(error, who), baseline=middle.mean())
         elif len(c.values)==2:
             area,interval = subject_auc(answer, truth==c.values[0], who)
-            out[c.name] = dict(auc=area, interval_95=interval, floor=.5)
+            out[c.name] = dict(auc=area, interval_95=interval, baseline=.5)
     return json_safe({k: {m: float(v) if np.isscalar(v) else v for m,v in o.items()} for k,o in out.items()})
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #087d97ec
@@ -338,18 +338,18 @@ def coverage_scores(
     other:Tensor, # Features (m, d)
     subjects:np.ndarray|None=None, # Subject of each real row (n,), no neighbors of each other; None: each has its own
     others:np.ndarray|None=None, # Subject of each other row (m,), likewise
-    neighbours:int=5, # k: a ball reaches to the k-th nearest neighbour of its centre
+    neighbors:int=5, # k: a ball reaches to the k-th nearest neighbour of its centre
 )->dict[str, float]: # precision, recall, density, coverage
     "Which points lie in which balls. Source: Kynkäänniemi et al. 2019, eq. 1, 2; Naeem et al. 2020, eq. 3, 4."
     def radius(points, labels): # Distance of the k-th nearest point of another subject (n,)
         who = torch.as_tensor(np.arange(len(points)) if labels is None else pd.factorize(np.asarray(labels))[0])
         apart = torch.cdist(points, points).masked_fill((who[:, None]==who).to(points.device), math.inf)
-        return apart.kthvalue(neighbours, dim=1).values
+        return apart.kthvalue(neighbors, dim=1).values
     between,mine,theirs = torch.cdist(real, other),radius(real, subjects),radius(other, others)    # (n, m), (n,), (m,)
     inside = between<=mine[:, None]
     def share(o): return o.cpu().double().mean().item()
     return dict(precision=share(inside.any(0)), recall=share((between<=theirs).any(1)),
-                density=inside.cpu().double().sum(0).mean().item()/neighbours, coverage=share(inside.any(1)))
+                density=inside.cpu().double().sum(0).mean().item()/neighbors, coverage=share(inside.any(1)))
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c75249e8
 def interval_within(
@@ -380,7 +380,7 @@ def interval_within(
 def leave_out_interval(
     score:Callable, # Called with positions (m,), gives a dict of numbers
     subjects:np.ndarray, # Subject of each row (n,)
-    draws:int=100, # Times that subjects are left out
+    num_resamples:int=100, # Times that subjects are left out
     part:float=.2, # Fraction of them that is left out
     seed:int=0, # Of the choice
     spans:dict[str, tuple]|None=None, # Range of each score that has one, as in `interval_within`
@@ -390,7 +390,7 @@ def leave_out_interval(
     people = who.max()+1
     if people<5: return {}
     away = round(part*people)
-    drawn = pd.DataFrame([score(np.flatnonzero(np.isin(who, rng.permutation(people)[away:]))) for _ in range(draws)])
+    drawn = pd.DataFrame([score(np.flatnonzero(np.isin(who, rng.permutation(people)[away:]))) for _ in range(num_resamples)])
     whole,scale = score(np.arange(len(who))),math.sqrt(people/away-1)
     return {k: interval_within(float(whole[k]), scale*float(drawn[k].std(ddof=0)), (spans or {}).get(k, REAL), people,
                                float(student.ppf(.975, people-1))) for k in drawn}
@@ -411,7 +411,7 @@ def fidelity_scores(
     real:Tensor, # Features of real slices (n, d)
     other:Tensor, # Features of as many others (n, d), row for row with the same conditions
     subjects:np.ndarray, # Subject of each real row (n,)
-    draws:int=100, # Times that subjects are left out
+    num_resamples:int=100, # Times that subjects are left out
     others:np.ndarray|None=None, # Subject of each other row (n,); None: each has its own, as images sampled one by one
 )->dict: # frechet, kid, precision, recall, density, coverage, n, interval_95
     "How near two sets are. Raises ValueError below 50 images; warns where the Fréchet distance is unsteady."
@@ -423,10 +423,10 @@ def fidelity_scores(
                             "read the Fréchet distance beside its real-vs-real reference only.", stacklevel=2)
     who,theirs = np.asarray(subjects),np.arange(n) if others is None else np.asarray(others)
     def score(at): return set_scores(real[at], other[at], who[at], theirs[at])
-    return dict(score(np.arange(n)), n=n, interval_95=leave_out_interval(score, who, draws, spans=SPANS))
+    return dict(score(np.arange(n)), n=n, interval_95=leave_out_interval(score, who, num_resamples, spans=SPANS))
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee03
-def without_each(
+def jackknife_means(
     terms:Tensor, # As from `kernel_terms` (n, n)
     apart:Tensor, # Which of them count (n, n)
     labels:np.ndarray, # What each row belongs to (n,)
@@ -452,11 +452,11 @@ def excess_distance(
     theirs = [kernel_terms(real, o, subjects, who) for o,who in zip(references, others)]
     ours = [kernel_terms(real, o, subjects) for o in sets]
     def mean(pairs): return float(np.mean([(t.sum()/a.sum()).item() for t,a in pairs]))
-    def left(pairs, labels): return np.mean([without_each(*o, who) for o,who in zip(pairs, labels)], axis=0)
+    def left(pairs, labels): return np.mean([jackknife_means(*o, who) for o,who in zip(pairs, labels)], axis=0)
     def variance(o): return (len(o)-1)*o.var()
     known,each = np.unique(np.concatenate(others)),np.arange(len(real))
     def spread(pairs, who): # Over all train subjects: one that a rotation lacks moves nothing there
-        found = pd.Series(without_each(*pairs, who), index=pd.unique(np.asarray(who)))
+        found = pd.Series(jackknife_means(*pairs, who), index=pd.unique(np.asarray(who)))
         return found.reindex(known).fillna((pairs[0].sum()/pairs[1].sum()).item()).to_numpy()
     by_train = variance(np.mean([spread(o, who) for o,who in zip(theirs, others)], axis=0))
     more = max(0., by_train-variance(left(theirs, [each]*len(theirs))))
@@ -468,44 +468,44 @@ def excess_distance(
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee08
 def reference_rotations(
-    held:pd.DataFrame, # Manifest rows of held-out subjects
+    held_out:pd.DataFrame, # Manifest rows of held-out subjects
     train:pd.DataFrame, # Manifest rows of train subjects
-    taught:np.ndarray, # True where the feature network has learned from the row's subject, as from `evaluator_rows`
+    evaluator_subjects:np.ndarray, # True where the feature network has learned from the row's subject, as from `evaluator_rows`
     rotations:int=5, # Sets to make
 )->tuple[list[np.ndarray], int]: # For each rotation the train row beside each held-out row; subjects the network has seen
     """Which real slices of train subjects stand beside held-out ones as the real-vs-real reference.
 
     They are of subjects that the feature network has not seen, if those are enough for each position and diagnosis."""
-    names = [o for o in ('slice', 'diagnosis') if o in held and o in train]
+    names = [o for o in ('slice', 'diagnosis') if o in held_out and o in train]
     def count(table): return table[names].astype(object).fillna('').groupby(names).size()
-    need = count(held)
-    enough = (count(train[~taught]).reindex(need.index).fillna(0)>=need).all()
-    pool = np.flatnonzero(~taught if enough else np.ones(len(train), bool))
-    sets = [pool[match_rows(held, train.iloc[pool], rotation=r)] for r in range(rotations)]
+    need = count(held_out)
+    enough = (count(train[~evaluator_subjects]).reindex(need.index).fillna(0)>=need).all()
+    pool = np.flatnonzero(~evaluator_subjects if enough else np.ones(len(train), bool))
+    sets = [pool[match_rows(held_out, train.iloc[pool], rotation=r)] for r in range(rotations)]
     used = np.unique(np.concatenate(sets))
-    return sets,int(train.subject.iloc[used[taught[used]]].nunique())
+    return sets,int(train.subject.iloc[used[evaluator_subjects[used]]].nunique())
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee09
-def beside_reference(
+def compare_with_reference(
     real:Tensor, # Features of held-out slices (n, d)
     sets:list[Tensor], # Features of synthetic sets, one a sampling seed, each (n, d), row for row with the same conditions
     references:list[Tensor], # Features of real slices of train subjects, one a rotation, each (n, d), likewise
     subjects:np.ndarray, # Subject of each held-out row (n,)
     others:list[np.ndarray], # Subject of each row of each reference (n,)
-    draws:int=100, # Times that subjects are left out
+    num_resamples:int=100, # Times that subjects are left out
 )->dict: # synthetic (the first set), by_seed, reference (mean of its rotations), by_rotation, excess
     "All scores of synthetic sets beside those of real ones. Raises ValueError below 50 images."
     turns = [set_scores(real, o, subjects, who) for o,who in zip(references, others)]
-    return dict(synthetic=fidelity_scores(real, sets[0], subjects, draws),
+    return dict(synthetic=fidelity_scores(real, sets[0], subjects, num_resamples),
                 by_seed=[set_scores(real, o, subjects) for o in sets],
                 reference={k: float(np.mean([o[k] for o in turns])) for k in turns[0]}, by_rotation=turns,
                 excess=excess_distance(real, sets, references, subjects, others))
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #9a7762c6
 def fine_detail(
-    pictures:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1]
+    images:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1]
     outline:float=.1, # Grey, 0 to 1, above which a pixel is brain
 )->np.ndarray: # Variance of the Laplacian of grey values inside the brain (n,); NaN without brain
     "How much detail a picture has (notebook 02): low is blurred, high is noisy."
-    greys = ((part.cpu().double()+1)/2 for part in picture_batches(pictures))
-    return np.concatenate([laplacian_variance(o, o>outline).cpu().numpy() for o in greys])
+    grays = ((part.cpu().double()+1)/2 for part in image_batches(images))
+    return np.concatenate([laplacian_variance(o, o>outline).cpu().numpy() for o in grays])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'NEEDS', 'TrainConfig', 'is_kind', 'check_numbers', 'check_effect', 'check_config', 'lr_at', 'ema_decay',
-           'Average', 'step_seed', 'ignore_interrupts', 'train_batches', 'crew', 'own_state', 'make_accelerator',
-           'seeded', 'Learner', 'smaller_batch', 'bare_model', 'mixed_precision', 'infer', 'split_rows', 'in_chunks',
-           'to_device', 'mean_logs', 'check_finite', 'fit', 'every']
+           'Average', 'step_seed', 'ignore_interrupts', 'train_batches', 'process_state', 'isolated_state',
+           'make_accelerator', 'seeded', 'Learner', 'split_batch_size', 'bare_model', 'mixed_precision', 'infer',
+           'split_rows', 'in_chunks', 'to_device', 'mean_logs', 'check_finite', 'fit', 'call_every']
 
 # %% ../../nbs/engineering/29_loop.ipynb #26d4c6a1
 import math
@@ -61,16 +61,16 @@ class TrainConfig:
 # %% ../../nbs/engineering/29_loop.ipynb #5465b47e
 LIMITS = (
     ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every '
-     'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps num_embeddings critic_rate '
+     'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps num_embeddings discriminator_learning_rate '
      'embed_dim num_layers unet_levels',
      lambda v: v>0, 'a number above 0'),
-    ('warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost adversary_start adversary_weight '
-     'adversary_max_weight critic_warmup random_weight feature_weight neighbour_noise snr_offset', lambda v: v>=0, '0 or more'),
-    ('restart_below dropout replace_codes label_smoothing hide_neighbour', lambda v: 0<=v<1,
+    ('warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost adversarial_start adversarial_weight '
+     'adversarial_max_weight discriminator_warmup random_weight feature_weight neighbor_noise snr_offset', lambda v: v>=0, '0 or more'),
+    ('restart_below dropout replace_codes label_smoothing neighbor_dropout', lambda v: 0<=v<1,
      'a share, 0 or more and less than 1'),
     ('snr_gamma', lambda v: v is None or 0<v<math.inf, 'a number above 0, or None'),
-    ('drop_one drop_all', lambda v: 0<=v<=1, 'a probability, 0 to 1'),
-    ('channels critic_channels', lambda v: len(v)>0 and min(v)>0, 'one number above 0 a level'),
+    ('covariate_dropout condition_dropout', lambda v: 0<=v<=1, 'a probability, 0 to 1'),
+    ('channels discriminator_channels', lambda v: len(v)>0 and min(v)>0, 'one number above 0 a level'),
     ('fsq_levels', lambda v: len(v)>0 and min(v)>2, 'three levels or more for each channel'),
 ) # What the settings of a configuration may be: names, test, words
 
@@ -104,10 +104,10 @@ def check_numbers(
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e01
 NEEDS = (
     ('snr_offset', lambda c: c.snr_gamma, 'snr_gamma: the offset belongs to that limit', 'snr_gamma=5'),
-    ('random_weight feature_weight', lambda c: c.adversary, 'an adversary', 'adversary=True'),
+    ('random_weight feature_weight', lambda c: c.adversarial, 'an adversary', 'adversarial=True'),
     ('kl_period', lambda c: c.kind=='kl', 'Gaussian latents', "kind='kl'"),
-    ('adversary', lambda c: c.adversary_start<c.total_images, 'to be heard before training ends',
-     'a smaller adversary_start, or more total_images'),
+    ('adversarial', lambda c: c.adversarial_start<c.total_images, 'to be heard before training ends',
+     'a smaller adversarial_start, or more total_images'),
 ) # Settings that do nothing alone: names, what they need as a test, in words, and what to try
 
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e02
@@ -223,13 +223,13 @@ def train_batches(
                       pin_memory=torch.cuda.is_available())
 
 # %% ../../nbs/engineering/29_loop.ipynb #5010c79b
-def crew()->PartialState: # Device of this process, its number, how many there are, and whether it is the first
+def process_state()->PartialState: # Device of this process, its number, how many there are, and whether it is the first
     "The processes that were started together. Without a GPU the environment must say so: ACCELERATE_USE_CPU=true."
     return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))         # set by `accelerate launch --cpu`
 
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e03
 @contextmanager
-def own_state(
+def isolated_state(
     acc:Accelerator|None=None, # Whose settings accelerate shall see meanwhile; None: none yet
 ): # A context; afterwards the host program's settings are what they were
     "Set up a training without touching what the program around it told accelerate."
@@ -247,8 +247,8 @@ def make_accelerator(
     run:Path|None=None, # Run folder, for a tracker's files
 )->Accelerator: # Knows device, precision and processes
     "A fresh accelerator, beside any other that this program has."
-    precision = pick_precision(config.precision, crew().device)
-    with own_state():
+    precision = pick_precision(config.precision, process_state().device)
+    with isolated_state():
         return Accelerator(mixed_precision=precision, project_dir=run, log_with=config.log_with,
                            gradient_accumulation_steps=config.accumulate)
 
@@ -273,19 +273,19 @@ class Learner:
         loss_fn:Callable, # See above
         config:TrainConfig, # Rates, lengths and precision
         run:Path|None=None, # Run folder, for a tracker's files
-        critic:'Learner|None'=None, # An adversary that `loss_fn` lets learn; its state is kept with this one's
+        discriminator:'Learner|None'=None, # An adversary that `loss_fn` lets learn; its state is kept with this one's
     ):
         check_config(config)
         self.accelerator = acc = make_accelerator(config, run)
-        self.config,self.loss_fn,self.raw,self.seen,self.critic = config,loss_fn,model.to(acc.device),0,critic
+        self.config,self.loss_fn,self.raw,self.seen,self.discriminator = config,loss_fn,model.to(acc.device),0,discriminator
         self.stretches = [(0, config.total_images)]                            # images seen, and length from there on
-        self.precision,self.images_a_step = acc.mixed_precision,config.batch_size*acc.num_processes   # all of them
-        half_life,update = getattr(config, 'ema_images', 0),self.images_a_step*config.accumulate
+        self.precision,self.images_per_step = acc.mixed_precision,config.batch_size*acc.num_processes   # all of them
+        half_life,update = getattr(config, 'ema_images', 0),self.images_per_step*config.accumulate
         self.ema = Average(model, lambda: ema_decay(self.seen, update, half_life)) if half_life else None
         optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(.9, .99),
                                       weight_decay=config.weight_decay, fused=acc.device.type in ('cpu', 'cuda'))
         if config.compile: model.compile()
-        with own_state(acc): self.model,self.optimizer = acc.prepare(model, optimizer)
+        with isolated_state(acc): self.model,self.optimizer = acc.prepare(model, optimizer)
 
     def step(self,
         batch:dict[str, Tensor], # One batch, on any device
@@ -295,20 +295,20 @@ class Learner:
         batch = {k: v.to(acc.device, non_blocking=True) for k,v in batch.items()}
         place = self.seen+acc.process_index*config.batch_size
         generator = torch.Generator(acc.device).manual_seed(step_seed(config.seed, place))
-        start = self.seen - self.seen%(self.images_a_step*config.accumulate)   # of this update of the weights
-        for group in self.optimizer.param_groups: group['lr'] = self.rate(start)
+        start = self.seen - self.seen%(self.images_per_step*config.accumulate)   # of this update of the weights
+        for group in self.optimizer.param_groups: group['lr'] = self.learning_rate_at(start)
         with acc.accumulate(self.model):
             ask = partial(self.loss_fn, self.model, batch, generator, start)
             loss,logs = seeded(step_seed(config.seed, place, stream=1), ask)
             acc.backward(loss)
             if acc.sync_gradients: logs['grad_norm'] = acc.clip_grad_norm_(self.raw.parameters(), config.clip_norm)
             self.optimizer.step(); self.optimizer.zero_grad()
-        self.seen += self.images_a_step
+        self.seen += self.images_per_step
         if self.ema is not None and acc.sync_gradients: self.ema.update_parameters(self.raw)
         if acc.scaler: logs.pop('grad_norm', None)                             # fp16 skips a step that overflowed
         return dict(loss=loss.detach(), **logs)
 
-    def rate(self,
+    def learning_rate_at(self,
         seen:int, # Images seen
     )->float: # Learning rate of the update that begins there
         "The schedule of `lr_at`, which rises anew where the training was lengthened."
@@ -320,16 +320,16 @@ class Learner:
     )->None:
         "Say how this training was lengthened, to it and to its adversary."
         self.stretches = [tuple(o) for o in stretches]
-        if self.critic is not None: self.critic.lengthen(stretches)
+        if self.discriminator is not None: self.discriminator.lengthen(stretches)
 
 # %% ../../nbs/engineering/29_loop.ipynb #24515b1a
-def smaller_batch(
+def split_batch_size(
     config:TrainConfig, # A configuration whose batch does not fit in memory
 )->TrainConfig: # The same with smaller batches, of which more are added up: an update of the weights stays what it was
     "Cut a batch into its fewest equal parts. Raises ValueError if it holds one picture only."
     b = config.batch_size
     if b<2: raise ValueError(
-        f"smaller_batch: batch_size={b}. Expected 2 or more: one picture cannot be divided. Try a smaller network or size.")
+        f"split_batch_size: batch_size={b}. Expected 2 or more: one picture cannot be divided. Try a smaller network or size.")
     parts = next(n for n in range(2, b+1) if b%n==0)
     return replace(config, batch_size=b//parts, accumulate=config.accumulate*parts, log_every=config.log_every*parts)
 
@@ -388,7 +388,7 @@ def in_chunks(
     size:int, # Rows at a time, at first
 )->Callable: # The same function, whose need of memory does not grow with the batch
     "Ask a network about many rows, a few at a time; when memory runs out, fewer still, with a warning."
-    def asked(*args, **kwargs):
+    def requested(*args, **kwargs):
         nonlocal size
         rows = len(args[0])
         while True:
@@ -403,7 +403,7 @@ def in_chunks(
                 continue
             if isinstance(answers[0], Tensor): return torch.cat(answers)
             return tuple(torch.cat(o) for o in zip(*answers))
-    return asked
+    return requested
 
 # %% ../../nbs/engineering/29_loop.ipynb #acfc106d
 def to_device(
@@ -439,7 +439,7 @@ def fit(
     batches:Iterable[dict], # Batches, without end
     total_images:int, # Stop once this many pictures have been seen, counting repeats
     seen:int=0, # Pictures seen before, when going on
-    images_a_step:int|None=None, # Pictures a step of all processes together; None: as many as the batch holds
+    images_per_step:int|None=None, # Pictures a step of all processes together; None: as many as the batch holds
     log_every:int=10, # Steps between two calls of the callbacks
     callbacks:tuple=(), # Each called as `cb(seen, means)` with the means since the last call
 )->int: # Pictures seen at the end
@@ -452,7 +452,7 @@ def fit(
         if batch is None: raise ValueError(f"fit: `batches` ended after {seen} of {total_images} pictures. "
                                            "Expected an endless stream. Check that the train split is not empty.")
         logs.append(step(batch))
-        seen += images_a_step or len(next(iter(batch.values())))
+        seen += images_per_step or len(next(iter(batch.values())))
         if len(logs)<log_every and seen<total_images: continue
         means,logs = mean_logs(logs),[]
         check_finite(means, seen)
@@ -460,7 +460,7 @@ def fit(
     return seen
 
 # %% ../../nbs/engineering/29_loop.ipynb #6d080475
-def every(
+def call_every(
     num_images:int, # Pictures between two calls
     cb:Callable, # Called as cb(seen, means)
     total_images:int, # At the end it is called in any case

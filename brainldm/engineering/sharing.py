@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'ADVICE', 'strip_settings', 'to_half', 'generator_hash', 'audit_verdicts', 'open_verdicts',
            'refuse_unaudited', 'card_with_override', 'pack_weights', 'pack_run', 'pretrained_run', 'locate_run',
-           'push_run', 'Shared', 'fetch_run']
+           'push_run', 'SharedModel', 'fetch_run']
 
 # %% ../../nbs/engineering/33_sharing.ipynb #7a548283
 import hashlib
@@ -208,17 +208,17 @@ def push_run(
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url)
 
 # %% ../../nbs/engineering/33_sharing.ipynb #badbad3c
-class Shared:
+class SharedModel:
     "What a model that was loaded from a run folder needs in order to be handed on. The heir has `load(folder)` and `run`."
     run:Path|None=None # Folder that the model was loaded from
 
     @classmethod
     def load_pretrained(cls,
         name:str='phantom-128', # A run that ships with brainldm
-        **how, # What `load` takes: device, precision
-    )->'Shared': # Ready to use
+        **options, # What `load` takes: device, precision
+    )->'SharedModel': # Ready to use
         "Load a run that ships with brainldm. Raises ValueError for a name that does not exist."
-        return cls.load(pretrained_run(name), **how)
+        return cls.load(pretrained_run(name), **options)
 
     @classmethod
     def from_pretrained(cls,
@@ -226,10 +226,10 @@ class Shared:
         revision:str|None=None, # Branch, tag or commit on the hub; None: the newest
         token:str|None=None, # For private repositories
         cache_dir:str|Path|None=None, # Where downloads are kept
-        **how, # What `load` takes: device, precision
-    )->'Shared': # Ready to use
+        **options, # What `load` takes: device, precision
+    )->'SharedModel': # Ready to use
         "Load a run from wherever it is. Raises FileNotFoundError, or what the hub library raises without a network."
-        return cls.load(locate_run(source, revision, token, cache_dir), **how)
+        return cls.load(locate_run(source, revision, token, cache_dir), **options)
 
     def save_pretrained(self,
         folder:str|Path, # New folder
@@ -250,11 +250,11 @@ class Shared:
         return push_run(self.came_from('push_to_hub'), repo_id, private, half, token, without_audit)
 
     def came_from(self,
-        asker:str, # Method that wants to know, for the message
+        caller:str, # Method that wants to know, for the message
     )->Path: # Folder that the model was loaded from
         "Where the run lies. Raises ValueError for a model that was put together by hand."
         if self.run is None: raise ValueError(
-            f"{asker}: this {type(self).__name__} was put together by hand. Expected one that was loaded from a run folder. "
+            f"{caller}: this {type(self).__name__} was put together by hand. Expected one that was loaded from a run folder. "
             "Try load(run).")
         return self.run
 

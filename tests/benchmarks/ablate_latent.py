@@ -49,7 +49,7 @@ class Ablation:
 def variants(run: Path) -> dict[str, dict]:
     "Prices of the latent: weight of the KL term, and of decoding a halved latent into anything but the halved picture."
     config = read_config(run)["autoencoder"]["config"]
-    if config.get("kind", "kl") != "kl" or config.get("adversary"):
+    if config.get("kind", "kl") != "kl" or config.get("adversarial"):
         raise SystemExit(f"ablate_latent: {run.name} has codes or a critic. Expected a plain KL autoencoder. Train one with `brainldm train autoencoder`.")
     kept = config["kl_weight"]
     return {
@@ -87,7 +87,7 @@ def tune(name: str, prices: dict, dataset, job: Ablation) -> Path:
         def tell(seen, means):
             bar.update(seen - bar.n)
             bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if k in ("l1", "kl", "half")})
-        fit(learner.step, train_batches(dataset.subset("train"), config), config.total_images, 0, learner.images_a_step, config.log_every, (tell,))
+        fit(learner.step, train_batches(dataset.subset("train"), config), config.total_images, 0, learner.images_per_step, config.log_every, (tell,))
     run.mkdir(parents=True, exist_ok=True)
     shutil.copy(job.run / "train_mean.safetensors", run)
     settings = dict(read_config(job.run)["autoencoder"])

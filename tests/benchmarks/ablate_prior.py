@@ -24,10 +24,10 @@ from torch import nn
 from brainldm.engineering.devices import pick_precision
 from brainldm.engineering.batches import open_dataset
 from brainldm.engineering.loop import Learner, fit, seeded, train_batches
-from brainldm.training import load_autoencoder, pick_covariates, spread_rows
+from brainldm.training import load_autoencoder, pick_covariates, evenly_spaced_rows
 from brainldm.engineering.stage2 import LatentDataset
 from brainldm.advanced.prior import (
-    PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_floors, code_vectors,
+    PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_baselines, code_vectors,
     prior_args, prior_loss,
 )
 from brainldm.engineering.cli import data_config
@@ -171,24 +171,24 @@ def measure(name: str, variant: Variant, codes: dict, dataset, args: dict, vecto
     begin = clock()
     seen = fit(learner.step, train_batches(parts["train"], config), config.total_images)
     took = clock() - begin
-    looks = (spread_rows(parts[o], len(parts["validate"])) for o in ("train", "validate"))  # as many train rows as held-out ones
-    train, held = (code_bits(learner.ema.module, o["latent"], o, learner.precision) for o in looks)
-    row = dict(parameters=sum(p.numel() for p in net.parameters()), train_bits=train.mean().item(), seconds=1000 * took / seen, held=held.tolist())
+    looks = (evenly_spaced_rows(parts[o], len(parts["validate"])) for o in ("train", "validate"))  # as many train rows as held-out ones
+    train, held_out = (code_bits(learner.ema.module, o["latent"], o, learner.precision) for o in looks)
+    row = dict(parameters=sum(p.numel() for p in net.parameters()), train_bits=train.mean().item(), seconds=1000 * took / seen, held_out=held_out.tolist())
     file.write_text(json.dumps(row))
-    print(f"{name}, seed {config.seed}: {held.mean():.4f} bits per code held out", flush=True)
+    print(f"{name}, seed {config.seed}: {held_out.mean():.4f} bits per code held out", flush=True)
     return row
 
 
 def tabulate(rows: dict[str, list[dict]], subjects: list[str]) -> pd.DataFrame:
     "Bits per code, and how far from the base; a standard error over subjects, each subject's slices and all seeds taken together."
     table = {}
-    held = {k: np.mean([o["held"] for o in v], axis=0) for k, v in rows.items()}
-    people = {k: pd.Series(v).groupby(np.array(subjects)).mean() for k, v in held.items()}
+    held_out = {k: np.mean([o["held"] for o in v], axis=0) for k, v in rows.items()}
+    people = {k: pd.Series(v).groupby(np.array(subjects)).mean() for k, v in held_out.items()}
     for name, each in rows.items():
         gap = (people[name] - people["base"]) / people["base"].mean()
         table[name] = {
             "parameters, M": each[0]["parameters"] / 1e6,
-            "held-out bits": held[name].mean(),
+            "held-out bits": held_out[name].mean(),
             "over base, %": 100 * gap.mean(),
             "(s.e. over subjects)": 100 * gap.sem(),
             "train bits": np.mean([o["train_bits"] for o in each]),
@@ -215,7 +215,7 @@ def main(job: Ablation) -> pd.DataFrame:
     args = prior_args(names["base"].config, autoencoder, about["size"], pick_covariates(dataset.covariates, None))
     parts = {o: dataset.subset(o).manifest for o in codes}
     heights = {k: torch.tensor(o.slice.to_numpy()) for k, o in parts.items()}
-    floors = code_floors(codes["train"], heights["train"], parts["train"].subject.tolist(), codes["validate"], heights["validate"], args["num_embeddings"])
+    floors = code_baselines(codes["train"], heights["train"], parts["train"].subject.tolist(), codes["validate"], heights["validate"], args["num_embeddings"])
     floors = {k: v.mean().item() for k, v in floors.items()}
     chosen = ["base"] + [k for k in names if k != "base" and (not job.only or k in job.only.split(","))]
     every = [variants(replace(job, seed=job.seed + i)) for i in range(job.seeds)]

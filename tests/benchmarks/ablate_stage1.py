@@ -19,7 +19,7 @@ from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.engineering.phantom import PhantomConfig, make_cohort
 from brainldm.engineering.batches import open_dataset
 from brainldm.engineering.runs import read_log
-from brainldm.training import AEConfig, spread_rows, train_autoencoder
+from brainldm.training import AEConfig, evenly_spaced_rows, train_autoencoder
 from brainldm.engineering.stage2 import PRESETS
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.evaluation import reconstruction_scores
@@ -44,18 +44,18 @@ class Ablation:
 def variants(images: int, seed: int, preset: str) -> dict[str, AEConfig]:
     "The ladder: each row adds one thing to the row named in its label."
     base = replace(PRESETS[preset][0], total_images=images, validate_every=images // 3, checkpoint_every=images // 3, seed=seed)
-    critic = dict(adversary=True, adversary_start=images // 2, critic_warmup=images // 6)
+    discriminator = dict(adversarial=True, adversarial_start=images // 2, discriminator_warmup=images // 6)
     codes = replace(base, kind="vq", latent_channels=8, codebook_ema=False, codebook_start="uniform", restart_below=0.0)
     return {
         "KL, L1 only": base,
-        "KL + adversary": replace(base, **critic),
-        "KL + adversary + features": replace(base, **critic, feature_weight=0.05),
-        "KL + adversary + random latents": replace(base, **critic, random_weight=0.1),
+        "KL + adversary": replace(base, **discriminator),
+        "KL + adversary + features": replace(base, **discriminator, feature_weight=0.05),
+        "KL + adversary + random latents": replace(base, **discriminator, random_weight=0.1),
         "VQ, plain": codes,
         "VQ + k-means": replace(codes, codebook_start="kmeans"),
         "VQ + k-means + EMA": replace(codes, codebook_start="kmeans", codebook_ema=True),
         "VQ + k-means + EMA + restart": replace(codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1),
-        "VQ, all of it + adversary": replace(codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1, **critic),
+        "VQ, all of it + adversary": replace(codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1, **discriminator),
         "FSQ (8, 5, 5, 5)": replace(base, kind="fsq"),
     }
 
@@ -67,11 +67,11 @@ def measure(name: str, config: AEConfig, dataset, job: Ablation) -> dict:
     train_autoencoder(dataset, run, config, resume=(run / "config.json").is_file())
     model = BrainLDM.load(run)
     scores = reconstruction_scores(model, dataset.subset(job.split), run)
-    critic = [o["critic_accuracy"] for o in read_log(run / "log.jsonl") if "critic_accuracy" in o]
+    discriminator = [o["discriminator_accuracy"] for o in read_log(run / "log.jsonl") if "discriminator_accuracy" in o]
     row = {k: scores.get(k) for k in ("ssim", "ssim_brain", "psnr", "sharpness", "codebook_usage", "perplexity")}
-    row["critic_accuracy"] = sum(critic[-10:]) / len(critic[-10:]) if critic else None
-    batch = spread_rows(dataset.subset(job.split), 5)
-    return dict(row=row, floor=scores["floor_mean_slice"], recon=model.reconstruct(batch["image"], batch)[2, 0])
+    row["discriminator_accuracy"] = sum(discriminator[-10:]) / len(discriminator[-10:]) if discriminator else None
+    batch = evenly_spaced_rows(dataset.subset(job.split), 5)
+    return dict(row=row, baseline=scores["baseline_mean_slice"], recon=model.reconstruct(batch["image"], batch)[2, 0])
 
 
 def draw(rows: dict[str, dict], original: torch.Tensor, title: str, path: Path) -> None:
@@ -93,19 +93,19 @@ def main(job: Ablation) -> pd.DataFrame:
     every = [variants(job.images, job.seed + i, job.preset) for i in range(job.seeds)]
     found = {k: [measure(k, o[k], dataset, job) for o in every] for k in configs}
     rows, numbers = {k: v[0] for k, v in found.items()}, {k: [o["row"] for o in v] for k, v in found.items()}
-    original = spread_rows(dataset.subset(job.split), 5)["image"][2, 0]
+    original = evenly_spaced_rows(dataset.subset(job.split), 5)["image"][2, 0]
     for name, title in (("KL", "The critic brings back edges that the absolute error gave away"), ("codes", "The same bits, better and better used")):
         draw({k: o for k, o in rows.items() if k.startswith("KL") == (name == "KL")}, original, title, job.out / f"{name.lower()}.png")
     table = seeds.mean_over_seeds(numbers).round(3)
     groups = {base: {k: v for k, v in numbers.items() if k.startswith("KL") == base.startswith("KL")} for base in ("KL, L1 only", "VQ, plain")}
     said = "\n".join(seeds.describe(group, base, MEASURES) for base, group in groups.items())
-    floor = next(iter(rows.values()))["floor"]
+    floor = next(iter(rows.values()))["baseline"]
     where = dict(data=str(job.data.name) if job.data else "phantom, 48 people, 6 slices, seed 0", split=job.split, images=job.images, seed=job.seed, seeds=job.seeds,
                  torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
     print(table.to_string(na_rep=""), said, sep="\n")
     print("floor, the mean slice:", {k: round(v, 3) for k, v in floor.items()})
     print(where)
-    (job.out / "table.json").write_text(json.dumps(dict(where=where, floor=floor, rows=json.loads(table.T.to_json()), said=said), indent=1))
+    (job.out / "table.json").write_text(json.dumps(dict(where=where, baseline=floor, rows=json.loads(table.T.to_json()), said=said), indent=1))
     return table
 
 

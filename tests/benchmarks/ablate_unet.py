@@ -28,7 +28,7 @@ from brainldm.engineering.runs import read_config, read_log
 from brainldm.engineering.stage2 import PRESETS, LDMConfig, train_ldm
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.fidelity import feature_net, match_rows
-from brainldm.engineering.report import draw_like, judge_pictures
+from brainldm.engineering.report import sample_matched, evaluate_samples
 from brainldm.engineering.cli import data_config
 
 import seeds
@@ -118,10 +118,10 @@ def measure(source: Path, name: str, config: LDMConfig, dataset, job: Ablation) 
     train_ldm(dataset, run, config, resume=True)
     took = time.time() - begin
     rows, model = match_rows(dataset.subset("validate").manifest, dataset.subset("train").manifest, seed=job.seed), BrainLDM.load(run)
-    pictures = draw_like(model, dataset.subset("train").manifest.iloc[rows], generator="ldm", seed=job.seed, steps=job.steps, sampler="dpmpp")
-    save_figure(show_grid(pictures[:64, 0], ncols=16, title=f"{source.name}: {name}", size=0.5), run / "drawn.png")
+    images = sample_matched(model, dataset.subset("train").manifest.iloc[rows], generator="ldm", seed=job.seed, steps=job.steps, sampler="dpmpp")
+    save_figure(show_grid(images[:64, 0], ncols=16, title=f"{source.name}: {name}", size=0.5), run / "drawn.png")
     errors = [o["val_mse"] for o in read_log(run / "log.jsonl") if o["stage"] == "ldm" and "val_mse" in o]
-    row = {"parameters, M": sum(p.numel() for p in model.unet.parameters()) / 1e6, "val_mse": errors[-1], **judge(pictures, rows, dataset, job), "seconds": took}
+    row = {"parameters, M": sum(p.numel() for p in model.unet.parameters()) / 1e6, "val_mse": errors[-1], **judge(images, rows, dataset, job), "seconds": took}
     (run / "judged.json").write_text(json.dumps(row))
     return row
 
@@ -134,11 +134,11 @@ def decoded(source: Path, dataset, job: Ablation) -> dict:
     return judge(torch.cat([model.reconstruct(o["image"], o) for o in batches]), rows, dataset, job)
 
 
-def judge(pictures: torch.Tensor, rows, dataset, job: Ablation) -> dict:
+def judge(images: torch.Tensor, rows, dataset, job: Ablation) -> dict:
     "The numbers that decide, beside their floors."
     (job.out / "judge").mkdir(parents=True, exist_ok=True)
     net = feature_net(job.out / "judge", dataset)
-    scores = judge_pictures(net, pictures, rows, dataset.subset("train"), dataset.subset("validate"), utility=None)
+    scores = evaluate_samples(net, images, rows, dataset.subset("train"), dataset.subset("validate"), utility=None)
     drawn, real = scores["conditioning"]["drawn"], scores["conditioning"]["train"]
     fidelity, reference = scores["fidelity"]["synthetic"], scores["fidelity"]["reference"]
     return {
@@ -157,11 +157,11 @@ def judge(pictures: torch.Tensor, rows, dataset, job: Ablation) -> dict:
 
 def choose(known: dict, only: str) -> dict:
     "The variants that were asked for. Raises SystemExit for a name that is none."
-    asked = [k for k in only.split(",") if k] or list(known)
-    unknown = sorted(set(asked) - set(known))
+    requested = [k for k in only.split(",") if k] or list(known)
+    unknown = sorted(set(requested) - set(known))
     if unknown:
         raise SystemExit(f"ablation: unknown variant {unknown}. Expected some of {list(known)}.")
-    return {k: v for k, v in known.items() if k in asked}
+    return {k: v for k, v in known.items() if k in requested}
 
 
 def each_seed(job) -> list:
@@ -182,8 +182,8 @@ def tell(rows: dict[str, list[dict]], base: str, job, *sizes: str) -> pd.DataFra
 def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
     dataset, jobs = open_dataset(job.data, data_config(job.runs[0], None)), each_seed(job)
-    asked = ["base", *(k for k in choose(variants(job), job.only) if k != "base")]  # the base is what all others are compared with
-    todo = [(job.runs[0], k) for k in asked] + [(run, "base") for run in job.runs[1:]]
+    requested = ["base", *(k for k in choose(variants(job), job.only) if k != "base")]  # the base is what all others are compared with
+    todo = [(job.runs[0], k) for k in requested] + [(run, "base") for run in job.runs[1:]]
     rows = {}
     for run, k in todo:
         with added_skips() if k == "skips added" else nullcontext():

@@ -30,7 +30,7 @@ from brainldm.advanced import volume
 from brainldm.engineering.runs import Checkpoint, load_weights, read_log
 from test_training import AE, LDM, make_dataset
 
-VQ = replace(AE, kind='vq', num_embeddings=12, adversary=True, adversary_start=40, critic_warmup=16, critic_channels=(8, 16))
+VQ = replace(AE, kind='vq', num_embeddings=12, adversarial=True, adversarial_start=40, discriminator_warmup=16, discriminator_channels=(8, 16))
 PRIOR = prior.PriorConfig(total_images=80, batch_size=4, log_every=2, warmup_images=16, validate_every=40, checkpoint_every=24, embed_dim=16,
                           num_layers=2, num_heads=2, ema_images=20)
 VOLUME = volume.VolumeConfig(total_images=80, batch_size=4, log_every=2, warmup_images=16, validate_every=40, checkpoint_every=24, ema_images=20,

@@ -15,7 +15,7 @@ import pandas as pd
 import psutil
 import torch
 import tyro
-from peers import Side, autoencoders, latents, pictures, unets, vqvaes
+from peers import Side, autoencoders, latents, images, unets, vqvaes
 from timing import DTYPES, Job, autocast, count, device_and_precision, draw_ratios, interleave, machine, publish, ratio, seconds
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,7 +39,7 @@ def sides(kind: str, job: Networks, device) -> tuple[dict[str, Side], dict]:
     "The networks of one kind, ours first, and their batch."
     if kind=='unet': return unets(job.preset),latents(job.unet_batch_size, job.preset, device, job.size)
     made = vqvaes(job.preset, device) if kind=='codes' else autoencoders(job.preset, job.size, device)
-    return made,pictures(job.batch_size, job.size, device)
+    return made,images(job.batch_size, job.size, device)
 
 
 def trainer(side: Side, batch: dict, device, precision: str) -> Callable:

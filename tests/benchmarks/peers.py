@@ -141,7 +141,7 @@ def unets(preset: str) -> dict[str, Side]:
             'diffusers UNet2DConditionModel': diffusers_unet(preset, count(ours.net))}
 
 
-def pictures(n: int, size: int, device: torch.device) -> dict[str, Tensor]:
+def images(n: int, size: int, device: torch.device) -> dict[str, Tensor]:
     "A batch of noise in the shape of pictures: no time depends on what is in them."
     return dict(image=torch.rand(n, 1, size, size, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device))
 

@@ -9,7 +9,7 @@ import time
 import torch
 
 from brainldm.engineering.batches import Covariate
-from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, draw_uniform, sample_codes
+from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, sample_uniform, sample_codes
 
 REPEATS = 5
 
@@ -18,7 +18,7 @@ def measure(batch_size):
     config = PRIOR_PRESETS['laptop']
     covariates = (Covariate('slice', 'continuous', range=(0, 31)),)
     net = CodeTransformer(1024, 16, covariates, config.embed_dim, config.num_layers, config.num_heads, code_dim=8).eval()
-    u,cond = draw_uniform(batch_size, 256, 0),dict(slice=torch.linspace(0, 1, batch_size))
+    u,cond = sample_uniform(batch_size, 256, 0),dict(slice=torch.linspace(0, 1, batch_size))
     seconds = {True: [], False: []}
     with torch.no_grad():
         sample_codes(net, u[:1], {'slice': cond['slice'][:1]})                 # warm up

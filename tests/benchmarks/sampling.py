@@ -15,7 +15,7 @@ import tyro
 from peers import COVARIATES, Side, diffusers_unet, latents, our_autoencoder, our_unet
 from timing import DTYPES, Job, autocast, count, device_and_precision, draw_ratios, interleave, machine, publish, quartiles, ratio
 
-from brainldm.sampling import BrainLDM, listen
+from brainldm.sampling import BrainLDM, conditional_denoiser
 from brainldm.scheduler import NoiseSchedule
 from brainldm.advanced.solvers import SAMPLERS, denoise
 from brainldm.engineering.loop import infer
@@ -53,8 +53,8 @@ def diffusers_loop(side: Side, batch: dict, steps: int, device, precision):
 
 def our_loop(model: BrainLDM, cond: dict, batch: dict, sampler: str, steps: int):
     "From noise to latents, as `BrainLDM.sample` does it."
-    how = dict(steps=steps, sampler=sampler)
-    return denoise(listen(model, cond, how), batch['latent'], model.schedule, steps, sampler, generator=torch.Generator().manual_seed(0))
+    options = dict(steps=steps, sampler=sampler)
+    return denoise(conditional_denoiser(model, cond, options), batch['latent'], model.schedule, steps, sampler, generator=torch.Generator().manual_seed(0))
 
 
 def whole(model: BrainLDM, n: int, sampler: str, steps: int):

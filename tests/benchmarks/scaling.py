@@ -17,7 +17,7 @@ import psutil
 import torch
 import tyro
 from networks import in_fresh_process, trainer
-from peers import latents, our_autoencoder, our_unet, pictures
+from peers import latents, our_autoencoder, our_unet, images
 from PIL import Image
 from timing import Job, device_and_precision, interleave, machine, publish, ratio, seconds
 from torch import nn
@@ -98,7 +98,7 @@ def latent_memory(path: Path, shape: tuple[int, ...]) -> float:
 def write_files(folder: Path, n: int, size: int) -> Path:
     "A data set of PNG files with its manifest."
     folder.mkdir()
-    for i,picture in enumerate(brains(n, size)): Image.fromarray(picture).save(folder/f'{i}.png')
+    for i,image in enumerate(brains(n, size)): Image.fromarray(image).save(folder/f'{i}.png')
     manifest(n).drop(columns='plane').assign(path=[f'{i}.png' for i in range(n)]).to_csv(folder/'manifest.csv', index=False)
     return folder/'manifest.csv'
 
@@ -106,7 +106,7 @@ def write_files(folder: Path, n: int, size: int) -> Path:
 def by_size(job: Scaling, device, precision) -> list[dict]:
     "A training step of both networks at every size."
     rows = []
-    kinds = dict(autoencoder=lambda s: (our_autoencoder(job.preset, s, device), pictures(job.batch_size, s, device)),
+    kinds = dict(autoencoder=lambda s: (our_autoencoder(job.preset, s, device), images(job.batch_size, s, device)),
                  unet=lambda s: (our_unet(job.preset), latents(job.batch_size, job.preset, device, s)))
     for kind,make in kinds.items():
         calls = {s: trainer(*make(s), device, precision) for s in job.sizes}
@@ -123,7 +123,7 @@ def by_count(job: Scaling, folder: Path, device, precision) -> list[dict]:
     size,b,f = config.data.size,config.batch_size,config.patch*2**(len(config.channels)-1)
     paths = {n: make_memmap(folder, n, size) for n in job.counts}
     lines = {n: iter(train_batches(open_memmap(o), config)) for n,o in paths.items()}
-    train = trainer(our_autoencoder(job.preset, size, device), pictures(b, size, device), device, precision)
+    train = trainer(our_autoencoder(job.preset, size, device), images(b, size, device), device, precision)
     calls = {n: lambda line=line: [next(line) for _ in range(job.batches)] for n,line in lines.items()}
     t = interleave({**calls, 'training': train}, job, device)
     rows = [dict(what=f'loader / training, {n:,} pictures', **ratio(job.batches*t.training, t[n], '>= 20'),

@@ -26,9 +26,9 @@ from torch import nn
 from brainldm.engineering.batches import open_dataset
 from brainldm.engineering.phantom import PhantomConfig, make_cohort
 from brainldm.engineering.loop import Learner, to_device, train_batches
-from brainldm.training import autoencoder_loss, spread_rows
+from brainldm.training import autoencoder_loss, evenly_spaced_rows
 from brainldm.engineering.stage2 import PRESETS
-from brainldm.vae import picture_scores
+from brainldm.vae import image_scores
 
 BATCH = 13                                                                     # of the recipe
 
@@ -93,13 +93,13 @@ def run_lap(runner: Runner, x, job, device, precision):
     while spent<until: spent += seconds(one, job.clock, device)
     runner.net.eval()
     with torch.no_grad(), autocast(device, precision): recon = torch.cat([runner.answer(o) for o in x.split(16)])
-    ssim = picture_scores(recon.float().clamp(-1, 1), x)['ssim'].mean().item()
+    ssim = image_scores(recon.float().clamp(-1, 1), x)['ssim'].mean().item()
     runner.curve.append((spent, seen, ssim))
 
 
 def race(dataset, job: Race, seed: int, device, precision) -> dict[str, Runner]:
     "One race to its end."
-    train,x = dataset.subset('train'),to_device(spread_rows(dataset.subset('validate'), job.held_out), device)['image']
+    train,x = dataset.subset('train'),to_device(evenly_spaced_rows(dataset.subset('validate'), job.held_out), device)['image']
     side = our_autoencoder(job.preset, x.shape[-1], device)                    # its weights are those of seed 0 in every race
     runners = {'brainldm': ours(side, train, job, seed, precision)}
     runners |= {f'MONAI, rate {rate:g}': monai(monai_autoencoder(job.preset, count(side.net)), train, job, seed, precision, device, rate) for rate in job.rates}
@@ -118,7 +118,7 @@ def summarise(races: list[dict[str, Runner]], job: Race) -> pd.DataFrame:
         ends = pd.DataFrame([(*o[name].curve[-1], races[i]['brainldm'].curve[-1][0]) for i,o in enumerate(races)], columns=['s', 'n', 'ssim', 'ours'])
         share = (ends.ours/ends.s).quantile([.25, .5, .75])
         rows.append(dict(what=name if name=='brainldm' else f'brainldm / {name}', ratio=share[.5], q1=share[.25], q3=share[.75],
-                         target='' if name=='brainldm' else '<= 0.3', seconds=ends.s.median(), pictures=int(ends.n.median()), ssim=ends.ssim.median(),
+                         target='' if name=='brainldm' else '<= 0.3', seconds=ends.s.median(), images=int(ends.n.median()), ssim=ends.ssim.median(),
                          arrived=f'{(ends.ssim>=job.ssim).sum()} of {len(ends)}', parameters=count(races[0][name].net)))
     return pd.DataFrame(rows)
 

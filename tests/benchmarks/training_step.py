@@ -28,7 +28,7 @@ from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, prior_loss
 from brainldm.engineering.loop import Learner, TrainConfig, fit, seeded, step_seed, to_device, train_batches
 from brainldm.engineering.runs import StopRequest, stage_callbacks
 from brainldm.training import autoencoder_args, autoencoder_loss, build_autoencoder
-from brainldm.engineering.stage2 import PRESETS, LatentDataset, drop_mask, ldm_loss, unet_args
+from brainldm.engineering.stage2 import PRESETS, LatentDataset, condition_dropout_mask, ldm_loss, unet_args
 from brainldm.unet import UNet
 from brainldm.vae import kl_loss
 
@@ -88,7 +88,7 @@ def ldm_stage(preset: str, folder: Path, n: int = 4096) -> Stage:
     def fixed(batch):
         x,b,device = batch['latent'],len(batch['latent']),batch['latent'].device
         t,target,gen = torch.randint(1000, (b,), device=device),torch.randn_like(x),torch.Generator(device)
-        drop,cond = drop_mask(b, len(COVARIATES), config.drop_one, config.drop_all, gen),{c.name: batch[c.name] for c in COVARIATES}
+        drop,cond = condition_dropout_mask(b, len(COVARIATES), config.covariate_dropout, config.condition_dropout, gen),{c.name: batch[c.name] for c in COVARIATES}
         def error(net):
             pred = net(x, t, cond, drop)
             return lambda: F.mse_loss(pred.float(), target)
@@ -105,7 +105,7 @@ def prior_stage(preset: str, folder: Path, n: int = 4096) -> Stage:
                                        dropout=config.dropout)
     def fixed(batch):
         codes,device = batch['latent'].flatten(1),batch['latent'].device
-        drop = drop_mask(len(codes), len(COVARIATES), config.drop_one, config.drop_all, torch.Generator(device))
+        drop = condition_dropout_mask(len(codes), len(COVARIATES), config.covariate_dropout, config.condition_dropout, torch.Generator(device))
         cond = {c.name: batch[c.name] for c in COVARIATES}
         def error(net):
             logits = net(codes[:, :-1], cond, drop)

@@ -16,11 +16,11 @@ import tyro
 
 from brainldm.engineering.plotting import save_figure, show_planes
 from brainldm.engineering.batches import open_dataset
-from brainldm.vae import picture_scores
+from brainldm.vae import image_scores
 from brainldm.sampling import BrainLDM
-from brainldm.advanced.volume import BrainVolumes, neighbour_scores
+from brainldm.advanced.volume import BrainVolumes, neighbor_scores
 from brainldm.advanced.evaluation import json_safe, subject_interval
-from brainldm.advanced.fidelity import feature_net, read_pictures
+from brainldm.advanced.fidelity import feature_net, predict_covariates
 from brainldm.engineering.cli import data_config
 
 
@@ -36,22 +36,22 @@ class Volumes:
     correlations: tuple[float, ...] = (0.0, 0.9, 1.0)  # Of shared noise: 0 draws each slice alone, 1 shares one field
 
 
-def stacks(held, brains: int) -> tuple[torch.Tensor, pd.DataFrame]:
+def stacks(held_out, brains: int) -> tuple[torch.Tensor, pd.DataFrame]:
     "Scans of so many people (n, s, h, w), evenly over the diagnoses, and a row for each."
-    people = held.manifest.drop_duplicates("subject")
+    people = held_out.manifest.drop_duplicates("subject")
     if "diagnosis" in people:
         people = people.assign(turn=people.groupby("diagnosis").cumcount()).sort_values(["turn", "diagnosis"], kind="stable")
-    table = held.manifest.assign(row=range(len(held)))
+    table = held_out.manifest.assign(row=range(len(held_out)))
     rows = [table[table.subject == o].sort_values("slice").row.tolist() for o in people.subject[:brains]]
-    return torch.stack([held.__getitems__(o)["image"][:, 0] for o in rows]), people[:brains].reset_index(drop=True)
+    return torch.stack([held_out.__getitems__(o)["image"][:, 0] for o in rows]), people[:brains].reset_index(drop=True)
 
 
 def score(volumes: torch.Tensor, net, slices: np.ndarray) -> dict:
     "Numbers of some brains (n, s, h, w)."
-    near = neighbour_scores(volumes)
+    near = neighbor_scores(volumes)
     apart = min(4, volumes.shape[1] - 1)
-    far = picture_scores(*(o.flatten(0, 1)[:, None] for o in (volumes[:, :-apart], volumes[:, apart:])))["ssim"].mean().item()
-    read = read_pictures(net, volumes.flatten(0, 1)[:, None])["slice"]
+    far = image_scores(*(o.flatten(0, 1)[:, None] for o in (volumes[:, :-apart], volumes[:, apart:])))["ssim"].mean().item()
+    read = predict_covariates(net, volumes.flatten(0, 1)[:, None])["slice"]
     who = np.arange(len(volumes)).astype(str)
     return {
         "SSIM of neighbours": near["ssim"].mean().item(),
@@ -68,12 +68,12 @@ def main(job: Volumes) -> pd.DataFrame:
     dataset = open_dataset(job.data, data_config(job.run, None))
     real, people = stacks(dataset.subset("validate"), job.brains)
     slices = np.sort(dataset.manifest["slice"].unique())
-    asked = {c.name: people[c.name].tolist() for c in model.covariates if c.name != "slice"}
-    how = dict(slices=slices, steps=job.steps, seed=job.seed, sampler="dpmpp", **asked)
+    requested = {c.name: people[c.name].tolist() for c in model.covariates if c.name != "slice"}
+    options = dict(slices=slices, steps=job.steps, seed=job.seed, sampler="dpmpp", **requested)
     net = feature_net(job.run, dataset)
-    ways = {"neighbours": lambda: model.sample_volume(len(people), **how)}
+    ways = {"neighbours": lambda: model.sample_volume(len(people), **options)}
     for rho in job.correlations:
-        ways[f"noise correlated {rho:g}"] = partial(alone.sample_shared_noise, len(people), noise_correlation=rho, **how)
+        ways[f"noise correlated {rho:g}"] = partial(alone.sample_shared_noise, len(people), noise_correlation=rho, **options)
     rows = {"scans": score(real, net, slices)}
     for name, draw in ways.items():
         volumes = draw()
