@@ -27,6 +27,7 @@ lab: $(VENV)/.ok ## Open the course in JupyterLab
 export: $(VENV)/.ok ## Clean the notebooks and write brainldm/ from them
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/docstrings.py
 	$(BIN)/python tools/symbols.py
 
 course: $(VENV)/.ok ## Run every notebook with its long cells and store what it shows; says how long each took
@@ -39,6 +40,7 @@ check: $(VENV)/.ok ## Notebooks clean and in step with the package, lint
 	$(BIN)/python tools/in_step.py
 	$(BIN)/python tools/symbols.py --check
 	$(BIN)/ruff check --select E9,F --ignore F401,F811 brainldm tests tools setup.py
+	$(BIN)/ruff check --select E501,E701,E702,E703 --line-length 100 nbs tools setup.py
 
 test: check ## Everything CI runs: check, every notebook, pytest
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal

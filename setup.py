@@ -1,4 +1,5 @@
 """Packaging for brainldm. Every value lives in settings.ini; edit there, not here."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -26,253 +26,648 @@ from .sampling import sample_noise
 
 # %% ../nbs/08_analysis.ipynb #5979d364
 def check_vectors(
-    where:str, # Function that asks, for the message
-    vectors, # What arrived: array or tensor
-)->np.ndarray: # The same as (n, d) float64
-    "Refuse what is no table of finite numbers. Raises ValueError."
-    v = vectors.detach().float().cpu().numpy() if isinstance(vectors, Tensor) else np.asarray(vectors)
-    if v.ndim!=2 or len(v)<3: raise ValueError(
-        f"{where}: vectors of shape {v.shape}. Expected (n, d), three rows or more. Try latents.flatten(1).")
+    where: str,  # Function that asks, for the message
+    vectors,  # What arrived: array or tensor
+) -> np.ndarray:  # The same as (n, d) float64
+    """Refuse what is no table of finite numbers.
+
+    Parameters
+    ----------
+    where : str
+        Function that asks, for the message.
+    vectors
+        What arrived: array or tensor.
+
+    Returns
+    -------
+    np.ndarray
+        The same as (n, d) float64.
+
+    Raises
+    ------
+    ValueError
+    """
+    v = (
+        vectors.detach().float().cpu().numpy()
+        if isinstance(vectors, Tensor)
+        else np.asarray(vectors)
+    )
+    if v.ndim != 2 or len(v) < 3:
+        raise ValueError(
+            f"{where}: vectors of shape {v.shape}. Expected (n, d), three rows or more. Try"
+            " latents.flatten(1)."
+        )
     bad = ~np.isfinite(v).all(1)
-    if bad.any(): raise ValueError(
-        f"{where}: {bad.sum()} of {len(v)} rows hold NaN or infinity, first row {bad.argmax()}. "
-        "Expected finite numbers. Leave those rows out, or check the network.")
+    if bad.any():
+        raise ValueError(
+            f"{where}: {bad.sum()} of {len(v)} rows hold NaN or infinity, first row {bad.argmax()}."
+            " Expected finite numbers. Leave those rows out, or check the network."
+        )
     return v.astype(np.float64)
 
 # %% ../nbs/08_analysis.ipynb #b01b6307
 def embed(
-    vectors, # A row a slice (n, d)
-    method:str='umap', # 'umap', 'tsne' or 'pca'
-    seed:int=0, # Another seed, another map
-    n_neighbors:int=15, # Neighbours that each point is kept together with; t-SNE's perplexity
-)->np.ndarray: # Points of the map (n, 2)
-    """Put rows on a map. Source: McInnes et al. 2018; van der Maaten & Hinton 2008.
+    vectors,  # A row a slice (n, d)
+    method: str = 'umap',  # 'umap', 'tsne' or 'pca'
+    seed: int = 0,  # Another seed, another map
+    n_neighbors: int = 15,  # Neighbours that each point is kept together with; t-SNE's perplexity
+) -> np.ndarray:  # Points of the map (n, 2)
+    """Put rows on a map.
 
-    Raises ValueError for another method, one column, or as many neighbours as rows."""
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    method : str, default 'umap'
+        'umap', 'tsne' or 'pca'.
+    seed : int, default 0
+        Another seed, another map.
+    n_neighbors : int, default 15
+        Neighbours that each point is kept together with; t-SNE's perplexity.
+
+    Returns
+    -------
+    np.ndarray
+        Points of the map (n, 2).
+
+    Raises
+    ------
+    ValueError
+        For another method, one column, or as many neighbours as rows.
+
+    References
+    ----------
+    McInnes et al. 2018; van der Maaten & Hinton 2008.
+    """
     v = check_vectors('embed', vectors)
     check_choice('embed', 'method', method, ('umap', 'tsne', 'pca'))
-    if v.shape[1]<2: raise ValueError(f"embed: vectors of shape {v.shape}. Expected two columns or more. "
-                                      "Draw a histogram of one.")
-    if not 2<=n_neighbors<len(v): raise ValueError(f"embed: n_neighbors={n_neighbors} for {len(v)} rows. "
-                                                   f"Expected 2 to {len(v)-1}. Try {min(15, len(v)-1)}.")
+    if v.shape[1] < 2:
+        raise ValueError(
+            f"embed: vectors of shape {v.shape}. Expected two columns or more. "
+            "Draw a histogram of one."
+        )
+    if not 2 <= n_neighbors < len(v):
+        raise ValueError(
+            f"embed: n_neighbors={n_neighbors} for {len(v)} rows. "
+            f"Expected 2 to {len(v)-1}. Try {min(15, len(v)-1)}."
+        )
     v = PCA(min(50, *v.shape), random_state=seed).fit_transform(v)
-    if method=='pca': return v[:, :2]
-    if method=='tsne': return TSNE(perplexity=n_neighbors, random_state=seed).fit_transform(v)
-    from umap import UMAP                                                      # seconds: it compiles itself
+    if method == 'pca':
+        return v[:, :2]
+    if method == 'tsne':
+        return TSNE(perplexity=n_neighbors, random_state=seed).fit_transform(v)
+    from umap import UMAP  # seconds: it compiles itself
+
     return UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1).fit_transform(v)
 
 # %% ../nbs/08_analysis.ipynb #2da83a34
 def plot_points(
-    ax:plt.Axes, # Where to draw
-    points:np.ndarray, # Points (n, 2)
-    values:pd.Series, # What to colour by (n,); missing is grey
-    name:str, # Title of the panel
-)->None:
-    "One panel of a map: a colour scale for numbers, a legend for up to ten categories."
-    values,known = values.reset_index(drop=True),values.notna().to_numpy()
+    ax: plt.Axes,  # Where to draw
+    points: np.ndarray,  # Points (n, 2)
+    values: pd.Series,  # What to colour by (n,); missing is grey
+    name: str,  # Title of the panel
+) -> None:
+    """One panel of a map: a colour scale for numbers, a legend for up to ten categories.
+
+    Parameters
+    ----------
+    ax : plt.Axes
+        Where to draw.
+    points : np.ndarray
+        Points (n, 2).
+    values : pd.Series
+        What to colour by (n,); missing is grey.
+    name : str
+        Title of the panel.
+    """
+    values, known = values.reset_index(drop=True), values.notna().to_numpy()
     ax.scatter(*points[~known].T, s=6, c='lightgrey')
     if pd.api.types.is_numeric_dtype(values):
         seen = ax.scatter(*points[known].T, s=6, c=values[known], cmap='viridis')
-        ax.figure.colorbar(seen, ax=ax, location='bottom', aspect=30, pad=.02).ax.tick_params(labelsize=7)
+        ax.figure.colorbar(seen, ax=ax, location='bottom', aspect=30, pad=0.02).ax.tick_params(
+            labelsize=7
+        )
     else:
         kinds = sorted(values[known].unique())
-        for i,kind in enumerate(kinds): ax.scatter(*points[values==kind].T, s=6, color=f'C{i%10}', label=str(kind))
-        if len(kinds)<=10: ax.legend(frameon=False, fontsize=7, loc='upper center', bbox_to_anchor=(.5, 0), ncols=3)
-    ax.set(xticks=[], yticks=[]); ax.set_title(name, fontsize=9)
+        for i, kind in enumerate(kinds):
+            ax.scatter(*points[values == kind].T, s=6, color=f'C{i%10}', label=str(kind))
+        if len(kinds) <= 10:
+            ax.legend(
+                frameon=False, fontsize=7, loc='upper center', bbox_to_anchor=(0.5, 0), ncols=3
+            )
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(name, fontsize=9)
 
 # %% ../nbs/08_analysis.ipynb #c3f1185a
 def plot_embedding(
-    points:np.ndarray, # Points of a map (n, 2), from `embed`
-    table:pd.DataFrame, # What is known of each point, such as a manifest (n rows)
-    names:tuple[str, ...]=('slice', 'diagnosis', 'age', 'subject'), # Columns to colour by, a panel each
-    title:str='', # The sentence a reader should check against the picture
-)->plt.Figure: # One panel a column
-    "Draw one map several times, each time coloured by something else. Raises ValueError for rows or columns that lack."
-    if len(points)!=len(table): raise ValueError(
-        f"plot_embedding: {len(points)} points and {len(table)} rows. Expected one row a point. Check both.")
+    points: np.ndarray,  # Points of a map (n, 2), from `embed`
+    table: pd.DataFrame,  # What is known of each point, such as a manifest (n rows)
+    # Columns to colour by, a panel each
+    names: tuple[str, ...] = ('slice', 'diagnosis', 'age', 'subject'),
+    title: str = '',  # The sentence a reader should check against the picture
+) -> plt.Figure:  # One panel a column
+    """Draw one map several times, each time coloured by something else.
+
+    Parameters
+    ----------
+    points : np.ndarray
+        Points of a map (n, 2), from `embed`.
+    table : pd.DataFrame
+        What is known of each point, such as a manifest (n rows).
+    names : tuple[str, ...], default ('slice', 'diagnosis', 'age', 'subject')
+        Columns to colour by, a panel each.
+    title : str, default ''
+        The sentence a reader should check against the picture.
+
+    Returns
+    -------
+    plt.Figure
+        One panel a column.
+
+    Raises
+    ------
+    ValueError
+        For rows or columns that lack.
+    """
+    if len(points) != len(table):
+        raise ValueError(
+            f"plot_embedding: {len(points)} points and {len(table)} rows. Expected one row a point."
+            " Check both."
+        )
     lacking = [o for o in names if o not in table]
-    if lacking: raise ValueError(
-        f"plot_embedding: no column {lacking[0]!r}. Expected some of {list(table)}. Check `names`.")
-    fig,axs = plt.subplots(1, len(names), figsize=(min(7.5, 2.6*len(names)), 2.6), squeeze=False, layout='constrained')
-    for ax,name in zip(axs[0], names): plot_points(ax, points, table[name], name)
+    if lacking:
+        raise ValueError(
+            f"plot_embedding: no column {lacking[0]!r}. Expected some of {list(table)}. Check"
+            " `names`."
+        )
+    fig, axs = plt.subplots(
+        1,
+        len(names),
+        figsize=(min(7.5, 2.6 * len(names)), 2.6),
+        squeeze=False,
+        layout='constrained',
+    )
+    for ax, name in zip(axs[0], names):
+        plot_points(ax, points, table[name], name)
     fig.suptitle(title, fontsize=10)
     return fig
 
 # %% ../nbs/08_analysis.ipynb #323d21d3
 def nearest(
-    vectors:np.ndarray, # Rows (n, d)
-    k:int, # Neighbours
-)->np.ndarray: # Numbers of the k nearest other rows (n, k)
-    "Who is near whom."
+    vectors: np.ndarray,  # Rows (n, d)
+    k: int,  # Neighbours
+) -> np.ndarray:  # Numbers of the k nearest other rows (n, k)
+    """Who is near whom.
+
+    Parameters
+    ----------
+    vectors : np.ndarray
+        Rows (n, d).
+    k : int
+        Neighbours.
+
+    Returns
+    -------
+    np.ndarray
+        Numbers of the k nearest other rows (n, k).
+    """
     return NearestNeighbors(n_neighbors=k).fit(vectors).kneighbors(return_distance=False)
 
 # %% ../nbs/08_analysis.ipynb #f517c2bf
 def neighborhood_preservation(
-    vectors, # Rows before the map (n, d)
-    points, # Their points on the map (n, 2)
-    n_neighbors:int=15, # Neighbours to compare
-)->float: # Share of neighbours that stayed neighbours; by chance n_neighbors/(n-1)
-    "How far a map tells the truth about who is near whom."
-    a,b = (nearest(check_vectors('neighborhood_preservation', o), n_neighbors) for o in (vectors, points))
-    return float(np.mean([len(set(i)&set(j))/n_neighbors for i,j in zip(a, b)]))
+    vectors,  # Rows before the map (n, d)
+    points,  # Their points on the map (n, 2)
+    n_neighbors: int = 15,  # Neighbours to compare
+) -> float:  # Share of neighbours that stayed neighbours; by chance n_neighbors/(n-1)
+    """How far a map tells the truth about who is near whom.
+
+    Parameters
+    ----------
+    vectors
+        Rows before the map (n, d).
+    points
+        Their points on the map (n, 2).
+    n_neighbors : int, default 15
+        Neighbours to compare.
+
+    Returns
+    -------
+    float
+        Share of neighbours that stayed neighbours; by chance n_neighbors/(n-1).
+    """
+    a, b = (
+        nearest(check_vectors('neighborhood_preservation', o), n_neighbors)
+        for o in (vectors, points)
+    )
+    return float(np.mean([len(set(i) & set(j)) / n_neighbors for i, j in zip(a, b)]))
 
 # %% ../nbs/08_analysis.ipynb #0147d391
 def fold_predictions(
-    vectors:np.ndarray, # Rows (n, d)
-    targets:np.ndarray, # What to predict (n, m): m questions at the price of one
-    folds:np.ndarray, # Fold of each row (n,)
-    penalty:float=1., # Ridge penalty, in units of the mean squared length of a row
-)->np.ndarray: # Predictions (n, m), each by a probe that saw none of its fold
-    "Ridge regression with cross-validation, all targets at once. Source: Hoerl & Kennard 1970; the dual form."
+    vectors: np.ndarray,  # Rows (n, d)
+    targets: np.ndarray,  # What to predict (n, m): m questions at the price of one
+    folds: np.ndarray,  # Fold of each row (n,)
+    penalty: float = 1.0,  # Ridge penalty, in units of the mean squared length of a row
+) -> np.ndarray:  # Predictions (n, m), each by a probe that saw none of its fold
+    """Ridge regression with cross-validation, all targets at once.
+
+    Parameters
+    ----------
+    vectors : np.ndarray
+        Rows (n, d).
+    targets : np.ndarray
+        What to predict (n, m): m questions at the price of one.
+    folds : np.ndarray
+        Fold of each row (n,).
+    penalty : float, default 1.0
+        Ridge penalty, in units of the mean squared length of a row.
+
+    Returns
+    -------
+    np.ndarray
+        Predictions (n, m), each by a probe that saw none of its fold.
+
+    References
+    ----------
+    Hoerl & Kennard 1970; the dual form.
+    """
     predicted = np.empty(targets.shape)
     for fold in np.unique(folds):
-        seen = folds!=fold
-        mean,std = vectors[seen].mean(0),vectors[seen].std(0)
-        x = (vectors-mean)/np.where(std>0, std, 1)/vectors.shape[1]**.5        # a constant says nothing
-        k,base = x@x[seen].T,targets[seen].mean(0)
-        weights = np.linalg.solve(k[seen]+penalty*np.eye(seen.sum()), targets[seen]-base)
-        predicted[~seen] = k[~seen]@weights+base
+        seen = folds != fold
+        mean, std = vectors[seen].mean(0), vectors[seen].std(0)
+        x = (
+            (vectors - mean) / np.where(std > 0, std, 1) / vectors.shape[1] ** 0.5
+        )  # a constant says nothing
+        k, base = x @ x[seen].T, targets[seen].mean(0)
+        weights = np.linalg.solve(k[seen] + penalty * np.eye(seen.sum()), targets[seen] - base)
+        predicted[~seen] = k[~seen] @ weights + base
     return predicted
 
 # %% ../nbs/08_analysis.ipynb #60e2b489
 def assign_folds(
-    target:np.ndarray, # What will be predicted (n,)
-    groups:np.ndarray, # Whose row it is (n,)
-    folds:int, # Number of folds
-    rng:np.random.Generator, # Breaks ties
-)->np.ndarray: # Fold of each row (n,); a person is never in two
-    "Deal people into folds, the same mixture of targets in each."
-    who,at = np.unique(groups, return_inverse=True)
-    means = np.bincount(at, target)/np.bincount(at)
+    target: np.ndarray,  # What will be predicted (n,)
+    groups: np.ndarray,  # Whose row it is (n,)
+    folds: int,  # Number of folds
+    rng: np.random.Generator,  # Breaks ties
+) -> np.ndarray:  # Fold of each row (n,); a person is never in two
+    """Deal people into folds, the same mixture of targets in each.
+
+    Parameters
+    ----------
+    target : np.ndarray
+        What will be predicted (n,).
+    groups : np.ndarray
+        Whose row it is (n,).
+    folds : int
+        Number of folds.
+    rng : np.random.Generator
+        Breaks ties.
+
+    Returns
+    -------
+    np.ndarray
+        Fold of each row (n,); a person is never in two.
+    """
+    who, at = np.unique(groups, return_inverse=True)
+    means = np.bincount(at, target) / np.bincount(at)
     order = np.lexsort((rng.random(len(who)), means))
-    return (np.argsort(order)%folds)[at]
+    return (np.argsort(order) % folds)[at]
 
 # %% ../nbs/08_analysis.ipynb #1142e755
 def auc(
-    predicted:np.ndarray, # Scores (n,)
-    target:np.ndarray, # 0 or 1 (n,)
-)->float: # Chance that a 1 scores above a 0; NaN without both
-    "Area under the ROC curve by ranks. Source: Mann & Whitney 1947."
-    ones = target==1; n1,n0 = ones.sum(),(~ones).sum()
-    return float((rankdata(predicted)[ones].sum()-n1*(n1+1)/2)/(n1*n0)) if n1 and n0 else float('nan')
+    predicted: np.ndarray,  # Scores (n,)
+    target: np.ndarray,  # 0 or 1 (n,)
+) -> float:  # Chance that a 1 scores above a 0; NaN without both
+    """Area under the ROC curve by ranks.
+
+    Parameters
+    ----------
+    predicted : np.ndarray
+        Scores (n,).
+    target : np.ndarray
+        0 or 1 (n,).
+
+    Returns
+    -------
+    float
+        Chance that a 1 scores above a 0; NaN without both.
+
+    References
+    ----------
+    Mann & Whitney 1947.
+    """
+    ones = target == 1
+    n1, n0 = ones.sum(), (~ones).sum()
+    return (
+        float((rankdata(predicted)[ones].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+        if n1 and n0
+        else float('nan')
+    )
 
 # %% ../nbs/08_analysis.ipynb #972a54e0
 def r2(
-    predicted:np.ndarray, # Predictions (n,)
-    target:np.ndarray, # Numbers (n,)
-)->float: # Share of variance explained: 1 perfect, 0 no better than the mean
-    "Coefficient of determination."
-    return float(1-((predicted-target)**2).sum()/((target-target.mean())**2).sum())
+    predicted: np.ndarray,  # Predictions (n,)
+    target: np.ndarray,  # Numbers (n,)
+) -> float:  # Share of variance explained: 1 perfect, 0 no better than the mean
+    """Coefficient of determination.
+
+    Parameters
+    ----------
+    predicted : np.ndarray
+        Predictions (n,).
+    target : np.ndarray
+        Numbers (n,).
+
+    Returns
+    -------
+    float
+        Share of variance explained: 1 perfect, 0 no better than the mean.
+    """
+    return float(1 - ((predicted - target) ** 2).sum() / ((target - target.mean()) ** 2).sum())
 
 # %% ../nbs/08_analysis.ipynb #2163dd42
 def shuffle_target(
-    target:np.ndarray, # What is asked (n,)
-    groups:np.ndarray, # Whose row it is (n,)
-    folds:np.ndarray, # Fold of each row (n,)
-    rng:np.random.Generator, # Source of chance
-)->np.ndarray: # The same values, dealt anew (n,)
-    "Swap a fact about people between people of a fold, and a fact about slices between slices of a person."
-    who,first,at = np.unique(groups, return_index=True, return_inverse=True)
+    target: np.ndarray,  # What is asked (n,)
+    groups: np.ndarray,  # Whose row it is (n,)
+    folds: np.ndarray,  # Fold of each row (n,)
+    rng: np.random.Generator,  # Source of chance
+) -> np.ndarray:  # The same values, dealt anew (n,)
+    """Swap a fact about people between people of a fold, and a fact about slices between slices of a
+    person.
+
+    Parameters
+    ----------
+    target : np.ndarray
+        What is asked (n,).
+    groups : np.ndarray
+        Whose row it is (n,).
+    folds : np.ndarray
+        Fold of each row (n,).
+    rng : np.random.Generator
+        Source of chance.
+
+    Returns
+    -------
+    np.ndarray
+        The same values, dealt anew (n,).
+    """
+    who, first, at = np.unique(groups, return_index=True, return_inverse=True)
     out = target.copy()
-    if (target==target[first][at]).all():                                      # the same in all rows of a person
+    if (target == target[first][at]).all():  # the same in all rows of a person
         out = out[first]
-        for fold in np.unique(folds[first]): out[folds[first]==fold] = rng.permutation(out[folds[first]==fold])
+        for fold in np.unique(folds[first]):
+            out[folds[first] == fold] = rng.permutation(out[folds[first] == fold])
         return out[at]
-    for i in range(len(who)): out[at==i] = rng.permutation(out[at==i])
+    for i in range(len(who)):
+        out[at == i] = rng.permutation(out[at == i])
     return out
 
 # %% ../nbs/08_analysis.ipynb #e65778e0
 def bootstrap(
-    score, # Called as score(predicted, target)
-    predicted:np.ndarray, # Predictions (n,)
-    target:np.ndarray, # Truth (n,)
-    groups:np.ndarray, # Number of the person of each row (n,), 0 and up
-    rng:np.random.Generator, # Source of chance
-    num_resamples:int=500, # Resamples
-)->tuple[float, float]: # 95 % interval
-    "How far a score moves with other people. Source: Davison & Hinkley 1997, sec. 3.8."
-    rows = [np.flatnonzero(groups==i) for i in range(groups.max()+1)]
-    picks = (np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(num_resamples))
+    score,  # Called as score(predicted, target)
+    predicted: np.ndarray,  # Predictions (n,)
+    target: np.ndarray,  # Truth (n,)
+    groups: np.ndarray,  # Number of the person of each row (n,), 0 and up
+    rng: np.random.Generator,  # Source of chance
+    num_resamples: int = 500,  # Resamples
+) -> tuple[float, float]:  # 95 % interval
+    """How far a score moves with other people.
+
+    Parameters
+    ----------
+    score
+        Called as score(predicted, target).
+    predicted : np.ndarray
+        Predictions (n,).
+    target : np.ndarray
+        Truth (n,).
+    groups : np.ndarray
+        Number of the person of each row (n,), 0 and up.
+    rng : np.random.Generator
+        Source of chance.
+    num_resamples : int, default 500
+        Resamples.
+
+    Returns
+    -------
+    tuple[float, float]
+        95 % interval.
+
+    References
+    ----------
+    Davison & Hinkley 1997, sec. 3.8.
+    """
+    rows = [np.flatnonzero(groups == i) for i in range(groups.max() + 1)]
+    picks = (
+        np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
+        for _ in range(num_resamples)
+    )
     scores = [score(predicted[i], target[i]) for i in picks]
-    return tuple(np.nanquantile(scores, [.025, .975]).tolist())                # NaN: a draw of one class alone
+    return tuple(np.nanquantile(scores, [0.025, 0.975]).tolist())  # NaN: a draw of one class alone
 
 # %% ../nbs/08_analysis.ipynb #b258e932
 def check_probe(
-    vectors, # Rows (n, d)
-    target, # What to predict (n,)
-    groups, # Whose row it is (n,)
-    folds:int, # Number of folds
-)->tuple: # vectors (n, d), target (n,) as numbers, number of the person (n,), whether there are two classes
-    "Refuse a question that a probe cannot answer. Raises ValueError."
-    v,who = check_vectors('probe', vectors),pd.factorize(np.asarray(groups), sort=True)[0]
+    vectors,  # Rows (n, d)
+    target,  # What to predict (n,)
+    groups,  # Whose row it is (n,)
+    folds: int,  # Number of folds
+    # vectors (n, d), target (n,) as numbers, number of the person (n,), whether there are two
+    # classes
+) -> tuple:
+    """Refuse a question that a probe cannot answer.
+
+    Parameters
+    ----------
+    vectors
+        Rows (n, d).
+    target
+        What to predict (n,).
+    groups
+        Whose row it is (n,).
+    folds : int
+        Number of folds.
+
+    Returns
+    -------
+    tuple
+
+    Raises
+    ------
+    ValueError
+    """
+    v, who = check_vectors('probe', vectors), pd.factorize(np.asarray(groups), sort=True)[0]
     y = pd.Series(target.cpu().numpy() if isinstance(target, Tensor) else np.asarray(target))
-    if not len(v)==len(y)==len(who): raise ValueError(
-        f"probe: {len(v)} vectors, {len(y)} targets, {len(who)} groups. Expected as many of each. Check the rows.")
-    unknown = y.isna()|(who<0)|(y==-1 if pd.api.types.is_integer_dtype(y) else False)
-    if unknown.any(): raise ValueError(
-        f"probe: {unknown.sum()} rows without a target or a group. Expected all known. Leave those rows out.")
+    if not len(v) == len(y) == len(who):
+        raise ValueError(
+            f"probe: {len(v)} vectors, {len(y)} targets, {len(who)} groups. Expected as many of"
+            " each. Check the rows."
+        )
+    unknown = y.isna() | (who < 0) | (y == -1 if pd.api.types.is_integer_dtype(y) else False)
+    if unknown.any():
+        raise ValueError(
+            f"probe: {unknown.sum()} rows without a target or a group. Expected all known. Leave"
+            " those rows out."
+        )
     kinds = sorted(y.unique())
-    if len(kinds)<2 or len(kinds)>2 and not pd.api.types.is_numeric_dtype(y): raise ValueError(
-        f"probe: {len(kinds)} categories, {kinds[:4]}. Expected two, or numbers. Choose two, or one against the rest.")
-    if who.max()+1<2*folds: raise ValueError(
-        f"probe: {who.max()+1} people for {folds} folds. Expected two a fold or more. Try fewer folds, or more people.")
-    return v,(y==kinds[1]).to_numpy(float) if len(kinds)==2 else y.to_numpy(float),who,len(kinds)==2
+    if len(kinds) < 2 or len(kinds) > 2 and not pd.api.types.is_numeric_dtype(y):
+        raise ValueError(
+            f"probe: {len(kinds)} categories, {kinds[:4]}. Expected two, or numbers. Choose two, or"
+            " one against the rest."
+        )
+    if who.max() + 1 < 2 * folds:
+        raise ValueError(
+            f"probe: {who.max()+1} people for {folds} folds. Expected two a fold or more. Try fewer"
+            " folds, or more people."
+        )
+    return (
+        v,
+        (y == kinds[1]).to_numpy(float) if len(kinds) == 2 else y.to_numpy(float),
+        who,
+        len(kinds) == 2,
+    )
 
 # %% ../nbs/08_analysis.ipynb #34a3fe11
 def probe(
-    vectors, # A row a slice (n, d)
-    target, # What to ask (n,): two categories, or numbers; a category is scored for the alphabetically second
-    groups, # Whose slice it is (n,): people, never rows
-    folds:int=5, # Parts into which people are dealt
-    seed:int=0, # Of dealing, shuffling and resampling
-    shuffles:int=100, # Shuffled targets for the floor
-    penalty:float=1., # Of the ridge, see `fold_predictions`
-)->dict: # metric ('AUC' or 'R2'), score, interval_95, floor and baseline_95 (shuffled), num_people
+    vectors,  # A row a slice (n, d)
+    # What to ask (n,): two categories, or numbers; a category is scored for the alphabetically
+    # second
+    target,
+    groups,  # Whose slice it is (n,): people, never rows
+    folds: int = 5,  # Parts into which people are dealt
+    seed: int = 0,  # Of dealing, shuffling and resampling
+    shuffles: int = 100,  # Shuffled targets for the floor
+    penalty: float = 1.0,  # Of the ridge, see `fold_predictions`
+    # metric ('AUC' or 'R2'), score, interval_95, floor and baseline_95 (shuffled), num_people
+) -> dict:
     """How well a straight cut through the vectors answers a question about people it has not seen.
 
-    Source: Alain & Bengio 2017; floor as in Ojala & Garriga 2010. Raises ValueError."""
-    v,y,who,two = check_probe(vectors, target, groups, folds)
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    target
+        What to ask (n,): two categories, or numbers; a category is scored for the alphabetically
+        second.
+    groups
+        Whose slice it is (n,): people, never rows.
+    folds : int, default 5
+        Parts into which people are dealt.
+    seed : int, default 0
+        Of dealing, shuffling and resampling.
+    shuffles : int, default 100
+        Shuffled targets for the floor.
+    penalty : float, default 1.0
+        Of the ridge, see `fold_predictions`.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Alain & Bengio 2017; floor as in Ojala & Garriga 2010.
+    """
+    v, y, who, two = check_probe(vectors, target, groups, folds)
     rng = np.random.default_rng(seed)
     fold = assign_folds(y, who, folds, rng)
-    truth = np.stack([y]+[shuffle_target(y, who, fold, rng) for _ in range(shuffles)], 1)
+    truth = np.stack([y] + [shuffle_target(y, who, fold, rng) for _ in range(shuffles)], 1)
     said = fold_predictions(v, truth, fold, penalty)
     first = np.unique(who, return_index=True)[1]
-    if (y==y[first][who]).all():                                               # a fact about people: one vote each
-        said = np.stack([np.bincount(who, o)/np.bincount(who) for o in said.T], 1)
-        truth,who = truth[first],np.arange(len(first))
+    if (y == y[first][who]).all():  # a fact about people: one vote each
+        said = np.stack([np.bincount(who, o) / np.bincount(who) for o in said.T], 1)
+        truth, who = truth[first], np.arange(len(first))
     score = auc if two else r2
-    real,*null = [score(p, t) for p,t in zip(said.T, truth.T)]
-    return dict(metric='AUC' if two else 'R2', score=real, baseline=float(np.mean(null)), num_people=len(first),
-                interval_95=bootstrap(score, said[:, 0], truth[:, 0], who, rng),
-                baseline_95=tuple(np.quantile(null, [.025, .975]).tolist()))
+    real, *null = [score(p, t) for p, t in zip(said.T, truth.T)]
+    return dict(
+        metric='AUC' if two else 'R2',
+        score=real,
+        baseline=float(np.mean(null)),
+        num_people=len(first),
+        interval_95=bootstrap(score, said[:, 0], truth[:, 0], who, rng),
+        baseline_95=tuple(np.quantile(null, [0.025, 0.975]).tolist()),
+    )
 
 # %% ../nbs/08_analysis.ipynb #1da37f65
 def describe_probe(
-    result:dict, # As from `probe`
-)->str: # One line
-    "A score with its interval, its floor and the number of people."
-    r = result; between = lambda o: f'[{o[0]:.2f}, {o[1]:.2f}]'
-    return (f"{r['metric']} {r['score']:.2f} {between(r['interval_95'])}, shuffled {r['baseline']:.2f} "
-            f"{between(r['baseline_95'])}, {r['num_people']} people")
+    result: dict,  # As from `probe`
+) -> str:  # One line
+    """A score with its interval, its floor and the number of people.
+
+    Parameters
+    ----------
+    result : dict
+        As from `probe`.
+
+    Returns
+    -------
+    str
+        One line.
+    """
+    r = result
+    between = lambda o: f'[{o[0]:.2f}, {o[1]:.2f}]'
+    return (
+        f"{r['metric']} {r['score']:.2f} {between(r['interval_95'])}, shuffled {r['baseline']:.2f} "
+        f"{between(r['baseline_95'])}, {r['num_people']} people"
+    )
 
 # %% ../nbs/08_analysis.ipynb #8fb94e43
 def bottleneck_features(
-    unet:UNet, # Trained denoiser
-    latents:Tensor, # Standardised latents (n, c, h, w)
-    schedule:NoiseSchedule, # The chain that it was trained on
-    t:int, # Timestep, whose noise is added
-    cond:dict[str, Tensor]|None=None, # What the network is told, each (n,); None: nothing
-    seed:int=0, # Of the noise; the same in every call
-    precision:str='no', # Mixed precision to compute in
-    batch_size:int=64, # Latents at a time
-)->Tensor: # The deepest layer, averaged over its places (n, channels), on the CPU
-    "What a denoiser makes of noised latents. Raises ValueError for a step outside the schedule."
-    if t not in range(schedule.num_train_timesteps): raise ValueError(
-        f"bottleneck_features: t={t!r}. Expected a whole number from 0 to {schedule.num_train_timesteps-1}. Try t=100.")
-    device,call,out = next(unet.parameters()).device,infer(unet, precision, 'bottleneck'),[]
+    unet: UNet,  # Trained denoiser
+    latents: Tensor,  # Standardised latents (n, c, h, w)
+    schedule: NoiseSchedule,  # The chain that it was trained on
+    t: int,  # Timestep, whose noise is added
+    cond: dict[str, Tensor] | None = None,  # What the network is told, each (n,); None: nothing
+    seed: int = 0,  # Of the noise; the same in every call
+    precision: str = 'no',  # Mixed precision to compute in
+    batch_size: int = 64,  # Latents at a time
+) -> Tensor:  # The deepest layer, averaged over its places (n, channels), on the CPU
+    """What a denoiser makes of noised latents.
+
+    Parameters
+    ----------
+    unet : UNet
+        Trained denoiser.
+    latents : Tensor
+        Standardised latents (n, c, h, w).
+    schedule : NoiseSchedule
+        The chain that it was trained on.
+    t : int
+        Timestep, whose noise is added.
+    cond : dict[str, Tensor] | None, default None
+        What the network is told, each (n,); None: nothing.
+    seed : int, default 0
+        Of the noise; the same in every call.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Latents at a time.
+
+    Returns
+    -------
+    Tensor
+        The deepest layer, averaged over its places (n, channels), on the CPU.
+
+    Raises
+    ------
+    ValueError
+        For a step outside the schedule.
+    """
+    if t not in range(schedule.num_train_timesteps):
+        raise ValueError(
+            f"bottleneck_features: t={t!r}. Expected a whole number from 0 to"
+            f" {schedule.num_train_timesteps-1}. Try t=100."
+        )
+    device, call, out = next(unet.parameters()).device, infer(unet, precision, 'bottleneck'), []
     for i in range(0, len(latents), batch_size):
-        x,told = latents[i:i+batch_size].to(device),{k: v[i:i+batch_size].to(device) for k,v in (cond or {}).items()}
+        x, told = latents[i : i + batch_size].to(device), {
+            k: v[i : i + batch_size].to(device) for k, v in (cond or {}).items()
+        }
         ts = torch.full((len(x),), t, device=device)
-        noised = add_noise(x, sample_noise(len(x), tuple(x.shape[1:]), seed, i, device), ts, schedule.abar)
+        noised = add_noise(
+            x, sample_noise(len(x), tuple(x.shape[1:]), seed, i, device), ts, schedule.abar
+        )
         out.append(call(noised, ts, told).float().mean((2, 3)).cpu())
     return torch.cat(out)

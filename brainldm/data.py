@@ -23,670 +23,1511 @@ import pandas as pd
 
 from .engineering.checks import DataFault, printable
 from brainldm.engineering.files import (
-    ARCHIVES, as_faults, count_planes, decode_file, foreground_side, hash_image, list_files,
-    map_files, read_grid, unpack,
+    ARCHIVES,
+    as_faults,
+    count_planes,
+    decode_file,
+    foreground_side,
+    hash_image,
+    list_files,
+    map_files,
+    read_grid,
+    unpack,
 )
 from brainldm.engineering.tables import (
-    ALIASES, LABELS, join_subjects, name_subjects, read_name, read_subjects, read_table,
+    ALIASES,
+    LABELS,
+    join_subjects,
+    name_subjects,
+    read_name,
+    read_subjects,
+    read_table,
 )
 
 SPLITS = ('train', 'validate', 'test')
-SPLIT_FOLDERS = dict(train='train', training='train', val='validate', valid='validate', validate='validate',
-                     validation='validate', test='test', testing='test') # What folders of splits are called, in any case
-FIXED_KINDS = dict(slice='continuous', diagnosis='categorical', age='continuous', sex='categorical')  # Covariate -> kind
-COLUMNS = ['path', 'plane', 'subject', 'slice', 'diagnosis', 'split']     # every manifest starts with these
-TABLES = ('subjects.csv', 'participants.tsv') # Tables of subjects that are read without being named; the first one counts
-OASIS_IMAGE = (r'(?:^|/)keras_png_slices_(?P<split>train|validate|test)/'
-                 r'case_(?P<unit>[^/]+)_slice_(?P<slice>\d{1,9})(?:\.nii)?\.png$')
-IMAGE_PATH = r'(?:^|/)(?P<unit>[^/]+)_(?P<slice>\d{1,9})\.(?:jpe?g|png)$'     # any other picture: a name and a number
-NO_SUBJECT = (r'(?:^|/)(?:(?:very|non|mild|moderate)[ _]?(?:mild)?[ _]?(?:dem(?:ented|entia)?)?[ _]?\(?\d*\)?|\d+ ?\(\d+\)|'
-              r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22})\.(?:jpe?g|png)$')     # mildDem0, moderate_10, 26 (19), a uuid
+SPLIT_FOLDERS = dict(
+    train='train',
+    training='train',
+    val='validate',
+    valid='validate',
+    validate='validate',
+    # What folders of splits are called, in any case
+    validation='validate',
+    test='test',
+    testing='test',
+)
+# Covariate -> kind
+FIXED_KINDS = dict(slice='continuous', diagnosis='categorical', age='continuous', sex='categorical')
+# every manifest starts with these
+COLUMNS = ['path', 'plane', 'subject', 'slice', 'diagnosis', 'split']
+# Tables of subjects that are read without being named; the first one counts
+TABLES = ('subjects.csv', 'participants.tsv')
+OASIS_IMAGE = (
+    r'(?:^|/)keras_png_slices_(?P<split>train|validate|test)/'
+    r'case_(?P<unit>[^/]+)_slice_(?P<slice>\d{1,9})(?:\.nii)?\.png$'
+)
+# any other picture: a name and a number
+IMAGE_PATH = r'(?:^|/)(?P<unit>[^/]+)_(?P<slice>\d{1,9})\.(?:jpe?g|png)$'
+NO_SUBJECT = (
+    r'(?:^|/)(?:(?:very|non|mild|moderate)[ _]?(?:mild)?[ _]?(?:dem(?:ented|entia)?)?['
+    r' _]?\(?\d*\)?|\d+ ?\(\d+\)|'
+    # mildDem0, moderate_10, 26 (19), a uuid
+    r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22})\.(?:jpe?g|png)$'
+)
 
 # %% ../nbs/01_data.ipynb #b51f65f4
 @dataclass
 class DataConfig:
-    "How a folder of scans becomes square pictures. Raises ValueError or TypeError for a setting that cannot work."
-    size:int=128 # Side of the square pictures that come out, pixels
-    crop:int|Literal['auto']|None=None # Central square to keep before resizing, pixels; None: all, padded to a square; auto: see `find_crop`
-    planes:tuple[int,int]|None=None # First and last+1 axial plane of volumes; None keeps every plane with foreground
-    to_gray:bool=False # Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault
-    split_seed:int=0 # Seed of the split
-    validate_fraction:float=.1 # Share of subjects for validation where the folders give none
-    test_fraction:float=.1 # Share of subjects for testing where the folders give no split at all
-    subjects:Path|None=None # Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv in the data folder
-    only:str|None=None # Pattern of the file names to use, such as *_T1w.nii.gz; None uses all
-    columns:tuple[str, ...]=() # Further columns to learn, besides slice, diagnosis, age and sex, such as apoe
-    categorical:tuple[str, ...]=() # Columns to learn as categories though they hold numbers, such as site or apoe
-    continuous:tuple[str, ...]=() # Columns to learn as numbers though they hold few whole ones, such as education
-    skip_faulty:bool=False # Train without the faulty files instead of refusing
+    """How a folder of scans becomes square pictures.
+
+    Attributes
+    ----------
+    size : int, default 128
+        Side of the square pictures that come out, pixels.
+    crop : int | Literal['auto'] | None, default None
+        Central square to keep before resizing, pixels; None: all, padded to a square; auto: see
+        `find_crop`.
+    planes : tuple[int, int] | None, default None
+        First and last+1 axial plane of volumes; None keeps every plane with foreground.
+    to_gray : bool, default False
+        Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault.
+    split_seed : int, default 0
+        Seed of the split.
+    validate_fraction : float, default 0.1
+        Share of subjects for validation where the folders give none.
+    test_fraction : float, default 0.1
+        Share of subjects for testing where the folders give no split at all.
+    subjects : Path | None, default None
+        Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
+        in the data folder.
+    only : str | None, default None
+        Pattern of the file names to use, such as *_T1w.nii.gz; None uses all.
+    columns : tuple[str, ...], default ()
+        Further columns to learn, besides slice, diagnosis, age and sex, such as apoe.
+    categorical : tuple[str, ...], default ()
+        Columns to learn as categories though they hold numbers, such as site or apoe.
+    continuous : tuple[str, ...], default ()
+        Columns to learn as numbers though they hold few whole ones, such as education.
+    skip_faulty : bool, default False
+        Train without the faulty files instead of refusing.
+
+    Raises
+    ------
+    ValueError
+        For a setting that cannot work.
+    TypeError
+        For a setting that cannot work.
+    """
+
+    size: int = 128  # Side of the square pictures that come out, pixels
+    # Central square to keep before resizing, pixels; None: all, padded to a square; auto: see
+    # `find_crop`
+    crop: int | Literal['auto'] | None = None
+    # First and last+1 axial plane of volumes; None keeps every plane with foreground
+    planes: tuple[int, int] | None = None
+    to_gray: bool = False  # Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault
+    split_seed: int = 0  # Seed of the split
+    validate_fraction: float = 0.1  # Share of subjects for validation where the folders give none
+    # Share of subjects for testing where the folders give no split at all
+    test_fraction: float = 0.1
+    # Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
+    # in the data folder
+    subjects: Path | None = None
+    only: str | None = None  # Pattern of the file names to use, such as *_T1w.nii.gz; None uses all
+    # Further columns to learn, besides slice, diagnosis, age and sex, such as apoe
+    columns: tuple[str, ...] = ()
+    # Columns to learn as categories though they hold numbers, such as site or apoe
+    categorical: tuple[str, ...] = ()
+    # Columns to learn as numbers though they hold few whole ones, such as education
+    continuous: tuple[str, ...] = ()
+    skip_faulty: bool = False  # Train without the faulty files instead of refusing
 
     def __post_init__(self):
         self.check_types()
         for name in ('size', 'crop'):
             n = getattr(self, name)
-            if n not in (None, 'auto') and not 8<=n<=4096: raise ValueError(
-                f"DataConfig: {name}={n}. Expected 8 to 4096 pixels. Try {name}=128.")
+            if n not in (None, 'auto') and not 8 <= n <= 4096:
+                raise ValueError(
+                    f"DataConfig: {name}={n}. Expected 8 to 4096 pixels. Try {name}=128."
+                )
         fractions = self.validate_fraction, self.test_fraction
-        if not (min(fractions)>=0 and sum(fractions)<1): raise ValueError(                    # NaN is neither
-            f"DataConfig: validate_fraction={fractions[0]}, test_fraction={fractions[1]}. Expected shares of at "
-            "least 0 "
-            "that leave something to train on. Try 0.1 and 0.1.")
+        if not (min(fractions) >= 0 and sum(fractions) < 1):
+            raise ValueError(  # NaN is neither
+                f"DataConfig: validate_fraction={fractions[0]}, test_fraction={fractions[1]}."
+                " Expected shares of at least 0 that leave something to train on. Try 0.1 and 0.1."
+            )
         if self.planes is not None:
             self.planes = tuple(self.planes)
-            if len(self.planes)!=2 or not 0<=self.planes[0]<self.planes[1]: raise ValueError(
-                f"DataConfig: planes={self.planes}. Expected first and last+1, as in range(). Try planes=(60, 92).")
-        if self.subjects is not None: self.subjects = Path(self.subjects)
-        for name in ('columns', 'categorical', 'continuous'): setattr(self, name, tuple(getattr(self, name)))
+            if len(self.planes) != 2 or not 0 <= self.planes[0] < self.planes[1]:
+                raise ValueError(
+                    f"DataConfig: planes={self.planes}. Expected first and last+1, as in range()."
+                    " Try planes=(60, 92)."
+                )
+        if self.subjects is not None:
+            self.subjects = Path(self.subjects)
+        for name in ('columns', 'categorical', 'continuous'):
+            setattr(self, name, tuple(getattr(self, name)))
         self.check_kinds()
 
-    def check_types(self)->None: # Nothing: it raises or returns
-        "Refuse what a hand-written config.json may get wrong. Raises TypeError."
+    def check_types(self) -> None:  # Nothing: it raises or returns
+        """Refuse what a hand-written config.json may get wrong.
+
+        Raises
+        ------
+        TypeError
+        """
         whole = lambda v: isinstance(v, (int, np.integer)) and not isinstance(v, bool)
         names = lambda v: isinstance(v, (tuple, list)) and all(isinstance(o, str) for o in v)
-        fits = dict(size=whole(self.size), crop=self.crop in (None, 'auto') or whole(self.crop),
-                    planes=self.planes is None or isinstance(self.planes, (tuple, list)) and all(map(whole, self.planes)),
-                    split_seed=whole(self.split_seed), subjects=isinstance(self.subjects, (type(None), str, Path)),
-                    only=isinstance(self.only, (type(None), str)),
-                    **{k: isinstance(getattr(self, k), (int, float)) for k in ('validate_fraction', 'test_fraction')},
-                    **{k: isinstance(getattr(self, k), bool) for k in ('to_gray', 'skip_faulty')},
-                    **{k: names(getattr(self, k)) for k in ('columns', 'categorical', 'continuous')})
-        for name in (k for k,fit in fits.items() if not fit): raise TypeError(
-            f"DataConfig: {name}={getattr(self, name)!r}. Expected {type(self).__annotations__[name]}. Check its type; "
-            f"the default is {type(self).__dataclass_fields__[name].default!r}.")
+        fits = dict(
+            size=whole(self.size),
+            crop=self.crop in (None, 'auto') or whole(self.crop),
+            planes=self.planes is None
+            or isinstance(self.planes, (tuple, list))
+            and all(map(whole, self.planes)),
+            split_seed=whole(self.split_seed),
+            subjects=isinstance(self.subjects, (type(None), str, Path)),
+            only=isinstance(self.only, (type(None), str)),
+            **{
+                k: isinstance(getattr(self, k), (int, float))
+                for k in ('validate_fraction', 'test_fraction')
+            },
+            **{k: isinstance(getattr(self, k), bool) for k in ('to_gray', 'skip_faulty')},
+            **{k: names(getattr(self, k)) for k in ('columns', 'categorical', 'continuous')},
+        )
+        for name in (k for k, fit in fits.items() if not fit):
+            raise TypeError(
+                f"DataConfig: {name}={getattr(self, name)!r}. Expected"
+                f" {type(self).__annotations__[name]}. Check its type; the default is"
+                f" {type(self).__dataclass_fields__[name].default!r}."
+            )
 
-    def check_kinds(self)->None: # Nothing: it raises or returns
-        "Refuse a column of two kinds, and another kind for a column whose kind is fixed. Raises ValueError."
-        for kind,other in (('categorical', 'continuous'), ('continuous', 'categorical')):
+    def check_kinds(self) -> None:  # Nothing: it raises or returns
+        """Refuse a column of two kinds, and another kind for a column whose kind is fixed.
+
+        Raises
+        ------
+        ValueError
+        """
+        for kind, other in (('categorical', 'continuous'), ('continuous', 'categorical')):
             for name in getattr(self, kind):
                 fixed = FIXED_KINDS.get(name, kind)
-                if fixed==kind and name not in getattr(self, other): continue
+                if fixed == kind and name not in getattr(self, other):
+                    continue
                 raise ValueError(
-                    f"DataConfig: {kind}={getattr(self, kind)} and {name!r} is {other}. Expected one kind for each "
-                    f"column; {', '.join(f'{k} is {v}' for k,v in FIXED_KINDS.items())}. Take {name!r} out of {kind}.")
+                    f"DataConfig: {kind}={getattr(self, kind)} and {name!r} is {other}. Expected"
+                    " one kind for each column;"
+                    f" {', '.join(f'{k} is {v}' for k,v in FIXED_KINDS.items())}. Take {name!r} out"
+                    f" of {kind}."
+                )
 
 # %% ../nbs/01_data.ipynb #pars0001
 def parse_image_path(
-    path:str, # Path of a picture, from the data folder
-)->dict|None: # unit, slice, split, diagnosis, place; None for a name without a number of the slice
-    "Read what folders and name of a picture say. A folder that names the subject is no class."
+    path: str,  # Path of a picture, from the data folder
+    # unit, slice, split, diagnosis, place; None for a name without a number of the slice
+) -> dict | None:
+    """Read what folders and name of a picture say. A folder that names the subject is no class.
+
+    Parameters
+    ----------
+    path : str
+        Path of a picture, from the data folder.
+
+    Returns
+    -------
+    dict | None
+    """
     m = re.search(IMAGE_PATH, path, re.IGNORECASE)
-    if not m: return None
+    if not m:
+        return None
     folders = path.split('/')[:-1]
-    at = [i for i,o in enumerate(folders) if o.lower() in SPLIT_FOLDERS]
+    at = [i for i, o in enumerate(folders) if o.lower() in SPLIT_FOLDERS]
     split = SPLIT_FOLDERS[folders[at[-1]].lower()] if at else None
-    classes = [o for o in folders[at[-1]+1 if at else 0:] if o!=m['unit'] and not read_name(o)]
-    return dict(unit=m['unit'], slice=int(m['slice']), split=split, diagnosis=classes[-1] if classes else None,
-                place='/'.join([*folders, m['unit']]))
+    classes = [o for o in folders[at[-1] + 1 if at else 0 :] if o != m['unit'] and not read_name(o)]
+    return dict(
+        unit=m['unit'],
+        slice=int(m['slice']),
+        split=split,
+        diagnosis=classes[-1] if classes else None,
+        place='/'.join([*folders, m['unit']]),
+    )
 
 # %% ../nbs/01_data.ipynb #pars0003
 def find_image_layout(
-    root:Path, # Folder
-)->str|None: # 'adni' with folders of splits, 'classes' without; None where the names do not say whose slice is what
-    "Tell class folders of pictures from any other pictures. Raises ValueError for sets in which nobody can be told apart."
+    root: Path,  # Folder
+    # 'adni' with folders of splits, 'classes' without; None where the names do not say whose
+    # slice is what
+) -> str | None:
+    """Tell class folders of pictures from any other pictures.
+
+    Parameters
+    ----------
+    root : Path
+        Folder.
+
+    Returns
+    -------
+    str | None
+
+    Raises
+    ------
+    ValueError
+        For sets in which nobody can be told apart.
+    """
     paths = [o for o in list_files(root) if re.search(r'\.(?:png|jpe?g)$', o, re.IGNORECASE)]
     lost = [o for o in paths if re.search(NO_SUBJECT, o, re.IGNORECASE)]
-    if 2*len(lost)>len(paths): raise ValueError(
-        f"find_layout: '{root}' holds pictures such as {lost[0]}: the four-class Alzheimer's set of Kaggle, or one like it. Its names "
-        "number the slices of a class, and do not say whose they are. Expected names with a subject: without them no split keeps a "
-        "subject on one side, and every score is too good. Take a set with subjects, such as the OASIS pictures "
-        "(OAS1_0028_MR1_mpr-1_100.jpg), or list files and subjects in a manifest.csv, if you know them.")
+    if 2 * len(lost) > len(paths):
+        raise ValueError(
+            f"find_layout: '{root}' holds pictures such as {lost[0]}: the four-class Alzheimer's"
+            " set of Kaggle, or one like it. Its names number the slices of a class, and do not"
+            " say whose they are. Expected names with a subject: without them no split keeps a"
+            " subject on one side, and every score is too good. Take a set with subjects, such as"
+            " the OASIS pictures (OAS1_0028_MR1_mpr-1_100.jpg), or list files and subjects in a"
+            " manifest.csv, if you know them."
+        )
     read = [parse_image_path(o) or {} for o in paths]
     told = [o for o in read if o and (o['diagnosis'] or o['split'] or read_name(o['place']))]
-    if not told or 2*len(told)<len(paths): return None
+    if not told or 2 * len(told) < len(paths):
+        return None
     pairs = pd.DataFrame(told)[['unit', 'diagnosis']].dropna().drop_duplicates()
     twice = pairs.unit.duplicated(keep=False)
-    if 2*twice.sum()>len(told) or 2*pairs.unit[twice].nunique()>pairs.unit.nunique(): raise ValueError(
-        f"find_layout: '{root}' has pictures of {pairs.unit[twice].iloc[0]!r} in the folders {', '.join(pairs.diagnosis[twice][:2])}. Expected a "
-        "folder for each class, and names that begin with the subject. If the folders are subjects, list the files in a manifest.csv "
-        "with columns path, subject, slice.")
+    if 2 * twice.sum() > len(told) or 2 * pairs.unit[twice].nunique() > pairs.unit.nunique():
+        raise ValueError(
+            f"find_layout: '{root}' has pictures of {pairs.unit[twice].iloc[0]!r} in the folders"
+            f" {', '.join(pairs.diagnosis[twice][:2])}. Expected a folder for each class, and names"
+            " that begin with the subject. If the folders are subjects, list the files in a"
+            " manifest.csv with columns path, subject, slice."
+        )
     return 'adni' if any(o['split'] for o in told) else 'classes'
 
 # %% ../nbs/01_data.ipynb #2313cae4
 def find_layout(
-    root:str|Path, # Data folder, CSV manifest or archive
-)->str: # 'phantom', 'manifest', 'oasis', 'adni', 'classes' or 'nifti'
-    "Name the layout of a data folder from the names in it. Raises FileNotFoundError or ValueError."
+    root: str | Path,  # Data folder, CSV manifest or archive
+) -> str:  # 'phantom', 'manifest', 'oasis', 'adni', 'classes' or 'nifti'
+    """Name the layout of a data folder from the names in it.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+
+    Returns
+    -------
+    str
+        'phantom', 'manifest', 'oasis', 'adni', 'classes' or 'nifti'.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     root = Path(root)
-    if not root.exists(): raise FileNotFoundError(
-        f"find_layout: '{root}' does not exist. Expected a folder of scans or a CSV manifest. Check the path.")
+    if not root.exists():
+        raise FileNotFoundError(
+            f"find_layout: '{root}' does not exist. Expected a folder of scans or a CSV manifest."
+            " Check the path."
+        )
     if root.is_file():
-        if root.suffix.lower() in ('.csv', '.tsv'): return 'manifest'
+        if root.suffix.lower() in ('.csv', '.tsv'):
+            return 'manifest'
         raise ValueError(
-            f"find_layout: '{root}' is one file. Expected a folder, a .csv manifest, or one of {', '.join(ARCHIVES)}. "
-            f"Try '{root.parent}'.")
-    if (root/'phantom.json').exists(): return 'phantom'
-    if (root/'manifest.csv').exists(): return 'manifest'
-    def has(names): return any(next(root.glob(up+o), None) for o in names for up in ('', '*/'))
-    if has(f'keras_png_slices_{s}' for s in SPLITS): return 'oasis'
-    if has(f'{s}/{d}' for s in SPLITS for d in ('AD', 'NC')): return 'adni'
-    if any(next(root.rglob(o), None) for o in ('*.[nN][iI][iI]', '*.[nN][iI][iI].[gG][zZ]')): return 'nifti'
+            f"find_layout: '{root}' is one file. Expected a folder, a .csv manifest, or one of"
+            f" {', '.join(ARCHIVES)}. Try '{root.parent}'."
+        )
+    if (root / 'phantom.json').exists():
+        return 'phantom'
+    if (root / 'manifest.csv').exists():
+        return 'manifest'
+
+    def has(names):
+        return any(next(root.glob(up + o), None) for o in names for up in ('', '*/'))
+
+    if has(f'keras_png_slices_{s}' for s in SPLITS):
+        return 'oasis'
+    if has(f'{s}/{d}' for s in SPLITS for d in ('AD', 'NC')):
+        return 'adni'
+    if any(next(root.rglob(o), None) for o in ('*.[nN][iI][iI]', '*.[nN][iI][iI].[gG][zZ]')):
+        return 'nifti'
     layout = find_image_layout(root)
-    if layout: return layout
+    if layout:
+        return layout
     found = sorted(o.name for o in root.iterdir())
     analyze = next(root.rglob('*.[iI][mM][gG]'), None)
     raise ValueError(
-        f"find_layout: '{root}' holds {', '.join(found[:5]) or 'nothing'}{' ...' if len(found)>5 else ''}. Expected "
-        "AD_NC/train/AD, folders of classes with names such as 218391_78.png, "
-        "keras_png_slices_train, .nii or .nii.gz volumes, a manifest.csv or a phantom.json. "
-        + (f"{analyze.name} is Analyze, which does not say where left is: turn it into NIfTI with a tool that knows the study. " if analyze else '') +
-        "Try the folder above or below, or list the files in a manifest.csv with columns path, subject, slice.")
+        f"find_layout: '{root}' holds"
+        f" {', '.join(found[:5]) or 'nothing'}{' ...' if len(found)>5 else ''}. Expected"
+        " AD_NC/train/AD, folders of classes with names such as 218391_78.png,"
+        " keras_png_slices_train, .nii or .nii.gz volumes, a manifest.csv or a phantom.json. "
+        + (
+            f"{analyze.name} is Analyze, which does not say where left is: turn it into NIfTI with"
+            " a tool that knows the study. "
+            if analyze
+            else ''
+        )
+        + "Try the folder above or below, or list the files in a manifest.csv with columns path,"
+        " subject, slice."
+    )
 
 # %% ../nbs/01_data.ipynb #pick0001
 def pick_files(
-    root:Path, # Data folder
-    suffix:str, # Regular expression of the suffixes that count
-    only:str|None=None, # Pattern of file names, as in a shell
-)->tuple: # Paths of images, sorted; notes about all other files
-    "List the images below a folder: no label maps, and nothing that `only` does not match."
+    root: Path,  # Data folder
+    suffix: str,  # Regular expression of the suffixes that count
+    only: str | None = None,  # Pattern of file names, as in a shell
+) -> tuple:  # Paths of images, sorted; notes about all other files
+    """List the images below a folder: no label maps, and nothing that `only` does not match.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    suffix : str
+        Regular expression of the suffixes that count.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+
+    Returns
+    -------
+    tuple
+        Paths of images, sorted; notes about all other files.
+    """
     files = list_files(root)
     images = [o for o in files if re.search(suffix, o, re.IGNORECASE)]
-    labels = [o for o in images if re.search(LABELS+'|keras_png_slices_seg_', o, re.IGNORECASE)]
+    labels = [o for o in images if re.search(LABELS + '|keras_png_slices_seg_', o, re.IGNORECASE)]
     rest = [o for o in images if o not in set(labels)]
-    used = [o for o in rest if not only or fnmatch.fnmatch(o.rsplit('/', 1)[-1].lower(), only.lower())]
-    if only and not used: raise ValueError(
-        f"pick_files: only={only!r} matches none of {len(rest)} files such as {(rest or ['none'])[0]}. Expected a pattern of whole file "
-        "names. Try '*_T1w*'.")
-    other = [o for o in files if o not in {*images, *TABLES, 'dataset_description.json', 'participants.json'}]
-    return used, [f'{len(o)} {what} ignored: {", ".join(o[:3])}' for o,what in (
-        (labels, 'label maps'), (other, 'other files'), ([o for o in rest if o not in set(used)], f'files unlike {only}')) if o]
+    used = [
+        o for o in rest if not only or fnmatch.fnmatch(o.rsplit('/', 1)[-1].lower(), only.lower())
+    ]
+    if only and not used:
+        raise ValueError(
+            f"pick_files: only={only!r} matches none of {len(rest)} files such as"
+            f" {(rest or ['none'])[0]}. Expected a pattern of whole file names. Try '*_T1w*'."
+        )
+    other = [
+        o
+        for o in files
+        if o not in {*images, *TABLES, 'dataset_description.json', 'participants.json'}
+    ]
+    return used, [
+        f'{len(o)} {what} ignored: {", ".join(o[:3])}'
+        for o, what in (
+            (labels, 'label maps'),
+            (other, 'other files'),
+            ([o for o in rest if o not in set(used)], f'files unlike {only}'),
+        )
+        if o
+    ]
 
 # %% ../nbs/01_data.ipynb #43843280
 def list_images(
-    root:Path, # Data folder
-    layout:str, # 'adni', 'classes' or 'oasis'
-    only:str|None=None, # Pattern of file names, as in a shell
-)->tuple: # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    "Read unit, slice, split and diagnosis off the paths of a folder of pictures."
-    paths,notes = pick_files(root, r'\.(?:png|jpe?g)$', only)
+    root: Path,  # Data folder
+    layout: str,  # 'adni', 'classes' or 'oasis'
+    only: str | None = None,  # Pattern of file names, as in a shell
+) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
+    """Read unit, slice, split and diagnosis off the paths of a folder of pictures.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    layout : str
+        'adni', 'classes' or 'oasis'.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+
+    Returns
+    -------
+    tuple
+        Rows (with `unit` and `place`, from which the subject is found), faults, notes.
+    """
+    paths, notes = pick_files(root, r'\.(?:png|jpe?g)$', only)
     columns = ['unit', 'slice', 'split', 'diagnosis', 'place']
-    if layout=='oasis':
+    if layout == 'oasis':
         read = [re.search(OASIS_IMAGE, o, re.IGNORECASE) for o in paths]
-        read = [dict(m.groupdict(), place=m['unit'], slice=int(m['slice']), split=m['split'].lower()) if m else {} for m in read]
-    else: read = [parse_image_path(o) or {} for o in paths]
-    rows = pd.DataFrame([dict(dict.fromkeys(columns), **o) for o in read], columns=columns, dtype=object)
+        read = [
+            (
+                dict(
+                    m.groupdict(), place=m['unit'], slice=int(m['slice']), split=m['split'].lower()
+                )
+                if m
+                else {}
+            )
+            for m in read
+        ]
+    else:
+        read = [parse_image_path(o) or {} for o in paths]
+    rows = pd.DataFrame(
+        [dict(dict.fromkeys(columns), **o) for o in read], columns=columns, dtype=object
+    )
     rows.insert(0, 'path', paths)
-    lost = rows.unit.isna() | (rows.split.isna() if layout=='adni' else False)
-    expected = dict(adni='train/AD/218391_78.jpeg', classes='AD/218391_78.jpeg').get(layout, 'keras_png_slices_train/case_001_slice_0.nii.png')
+    lost = rows.unit.isna() | (rows.split.isna() if layout == 'adni' else False)
+    expected = dict(adni='train/AD/218391_78.jpeg', classes='AD/218391_78.jpeg').get(
+        layout, 'keras_png_slices_train/case_001_slice_0.nii.png'
+    )
     faults = as_faults(rows.path[lost], 'name', f'does not parse; expected a name like {expected}')
     rows = rows[~lost].assign(slice=lambda o: o.slice.astype(int), subject=lambda o: o.unit)
     return rows, faults, notes
 
 # %% ../nbs/01_data.ipynb #unit0001
 def name_units(
-    paths:list, # Paths of volumes
-)->tuple: # What each volume is called; what its subject is called if no study's rule is known
-    "Call a volume by its name, or by its whole path where names repeat."
+    paths: list,  # Paths of volumes
+) -> tuple:  # What each volume is called; what its subject is called if no study's rule is known
+    """Call a volume by its name, or by its whole path where names repeat.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes.
+
+    Returns
+    -------
+    tuple
+        What each volume is called; what its subject is called if no study's rule is known.
+    """
     bare = [re.sub(r'\.nii(?:\.gz)?$', '', o, flags=re.IGNORECASE) for o in paths]
     names = [o.rsplit('/', 1)[-1] for o in bare]
-    if len(set(names))==len(names): return names, names
+    if len(set(names)) == len(names):
+        return names, names
     usual = max(set(names), key=names.count)
-    return bare, [o[:-len(usual)-1] if n==usual and o!=usual else o for o,n in zip(bare, names)]
+    return bare, [
+        o[: -len(usual) - 1] if n == usual and o != usual else o for o, n in zip(bare, names)
+    ]
 
 # %% ../nbs/01_data.ipynb #31c7564e
 def list_volumes(
-    root:Path, # Folder of .nii or .nii.gz
-    config:DataConfig, # For `planes` and `only`
-)->tuple: # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    "One row for each wanted axial plane of each volume."
-    paths,notes = pick_files(root, r'\.nii(?:\.gz)?$', config.only)
-    rows,faults = [], []
-    for path,unit,subject in zip(paths, *name_units(paths)):
+    root: Path,  # Folder of .nii or .nii.gz
+    config: DataConfig,  # For `planes` and `only`
+) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
+    """One row for each wanted axial plane of each volume.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of .nii or .nii.gz.
+    config : DataConfig
+        For `planes` and `only`.
+
+    Returns
+    -------
+    tuple
+        Rows (with `unit` and `place`, from which the subject is found), faults, notes.
+    """
+    paths, notes = pick_files(root, r'\.nii(?:\.gz)?$', config.only)
+    rows, faults = [], []
+    for path, unit, subject in zip(paths, *name_units(paths)):
         try:
-            n = count_planes(root/path)
-            first,last = config.planes or (0, n)
-            if last>n: raise DataFault('planes', f'{n} planes; planes={config.planes} asks for more')
+            n = count_planes(root / path)
+            first, last = config.planes or (0, n)
+            if last > n:
+                raise DataFault('planes', f'{n} planes; planes={config.planes} asks for more')
             rows += [(path, k, subject, k, unit, path) for k in range(first, last)]
-        except DataFault as e: faults.append((path, e.kind, str(e)))
-    return (pd.DataFrame(rows, columns=[*COLUMNS[:4], 'unit', 'place']), as_faults(*(zip(*faults) if faults else [[]])), notes)
+        except DataFault as e:
+            faults.append((path, e.kind, str(e)))
+    return (
+        pd.DataFrame(rows, columns=[*COLUMNS[:4], 'unit', 'place']),
+        as_faults(*(zip(*faults) if faults else [[]])),
+        notes,
+    )
 
 # %% ../nbs/01_data.ipynb #visi0001
 def visits_as_subjects(
-    rows:pd.DataFrame, # Rows of a manifest: path, subject
-)->pd.DataFrame: # Faults of kind 'subject'
-    "Find subjects of a manifest that are visits of one subject by the rule of a known study."
+    rows: pd.DataFrame,  # Rows of a manifest: path, subject
+) -> pd.DataFrame:  # Faults of kind 'subject'
+    """Find subjects of a manifest that are visits of one subject by the rule of a known study.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows of a manifest: path, subject.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'subject'.
+    """
     first = rows.drop_duplicates('subject')
     real = first.subject.map(lambda o: (read_name(o) or {}).get('subject', o))
     bad = real.duplicated(keep=False)
-    return as_faults(first.path[bad], 'subject', (first.subject[bad]+' is a visit of '+real[bad]
-                     +', which has others. Expected one name a subject. Write it into the column subject, and the visit into session').tolist())
+    return as_faults(
+        first.path[bad],
+        'subject',
+        (
+            first.subject[bad]
+            + ' is a visit of '
+            + real[bad]
+            + ', which has others. Expected one name a subject. Write it into the column subject,'
+            ' and the visit into session'
+        ).tolist(),
+    )
 
 # %% ../nbs/01_data.ipynb #76a17105
 def list_manifest(
-    path:Path, # CSV with columns path, subject, slice; optional plane, diagnosis, split and covariates
-)->tuple: # Rows, faults, notes
-    "Read a manifest that somebody wrote. A row of a volume takes the plane `plane`, or `slice` without such a column."
+    # CSV with columns path, subject, slice; optional plane, diagnosis, split and covariates
+    path: Path,
+) -> tuple:  # Rows, faults, notes
+    """Read a manifest that somebody wrote.
+
+    A row of a volume takes the plane `plane`, or `slice` without such a column.
+
+    Parameters
+    ----------
+    path : Path
+        CSV with columns path, subject, slice; optional plane, diagnosis, split and covariates.
+
+    Returns
+    -------
+    tuple
+        Rows, faults, notes.
+    """
     rows = read_table(path, ('path', 'subject', 'slice'))
     for col in {'slice', 'plane'} & set(rows):
-        if (rows[col]%1!=0).any() or not rows[col].between(0, 1e9).all(): raise ValueError(
-            f"list_manifest: {col} {rows[col].min():g} to {rows[col].max():g} in '{path}'. Expected whole numbers "
-            "from 0. Check the column.")
+        if (rows[col] % 1 != 0).any() or not rows[col].between(0, 1e9).all():
+            raise ValueError(
+                f"list_manifest: {col} {rows[col].min():g} to {rows[col].max():g} in '{path}'."
+                " Expected whole numbers from 0. Check the column."
+            )
         rows[col] = rows[col].astype(int)
-    away = [o for o in rows.path if os.path.isabs(o) or Path(os.path.normpath(o)).parts[:1]==('..',)]
-    if away: raise ValueError(
-        f"list_manifest: path {away[0]!r} in '{path}' leads out of its folder. Expected files below '{path.parent}', so "
-        "that data and manifest move together. Put the manifest above the pictures, and write paths from there.")
+    away = [
+        o for o in rows.path if os.path.isabs(o) or Path(os.path.normpath(o)).parts[:1] == ('..',)
+    ]
+    if away:
+        raise ValueError(
+            f"list_manifest: path {away[0]!r} in '{path}' leads out of its folder. Expected files"
+            f" below '{path.parent}', so that data and manifest move together. Put the manifest"
+            " above the pictures, and write paths from there."
+        )
     volume = rows.path.str.contains(r'\.nii(?:\.gz)?$', case=False, regex=True)
     rows['plane'] = rows['plane' if 'plane' in rows else 'slice'].where(volume, -1)
     return rows.drop(columns='hash', errors='ignore'), visits_as_subjects(rows), rows.attrs['notes']
 
 # %% ../nbs/01_data.ipynb #529b4927
 def split_by_subject(
-    manifest:pd.DataFrame, # Rows with subject and diagnosis
-    fractions:dict, # Share of the subjects by split, such as dict(validate=.1, test=.1); the rest is train
-    seed:int=0, # Another seed, another split
-)->pd.DataFrame: # The rows, with a new column `split`
-    "Deal whole subjects to splits, the same mix of diagnoses in each. The order of the rows does not matter."
+    manifest: pd.DataFrame,  # Rows with subject and diagnosis
+    # Share of the subjects by split, such as dict(validate=.1, test=.1); the rest is train
+    fractions: dict,
+    seed: int = 0,  # Another seed, another split
+) -> pd.DataFrame:  # The rows, with a new column `split`
+    """Deal whole subjects to splits, the same mix of diagnoses in each.
+
+    The order of the rows does not matter.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows with subject and diagnosis.
+    fractions : dict
+        Share of the subjects by split, such as dict(validate=.1, test=.1); the rest is train.
+    seed : int, default 0
+        Another seed, another split.
+
+    Returns
+    -------
+    pd.DataFrame
+        The rows, with a new column `split`.
+    """
     people = manifest.drop_duplicates('subject')[['subject', 'diagnosis']].fillna({'diagnosis': ''})
-    people['ticket'] = [hashlib.blake2b(f'{seed}:{o}'.encode(), digest_size=8).hexdigest() for o in people.subject]
-    people = people.sort_values('ticket')                                    # a shuffle that only names and seed decide
+    people['ticket'] = [
+        hashlib.blake2b(f'{seed}:{o}'.encode(), digest_size=8).hexdigest() for o in people.subject
+    ]
+    people = people.sort_values('ticket')  # a shuffle that only names and seed decide
     group = people.groupby('diagnosis').ticket
-    people['place'] = (group.cumcount()+.5)/group.transform('size')             # 0..1 within the diagnosis
-    people = people.sort_values(['place', 'ticket'])                            # diagnoses interleaved
-    requested,n = {k:v for k,v in fractions.items() if v>0}, len(people)
-    splits,left = [], n-1                                                       # one subject at least stays in train
-    for i,(split,share) in enumerate(requested.items()):
-        count = min(max(1, round(share*n)), left-len(splits)-(len(requested)-1-i)) if n>len(requested) else 0
-        splits += [split]*count
-    people['split'] = splits + ['train']*(n-len(splits))
+    people['place'] = (group.cumcount() + 0.5) / group.transform(
+        'size'
+    )  # 0..1 within the diagnosis
+    people = people.sort_values(['place', 'ticket'])  # diagnoses interleaved
+    requested, n = {k: v for k, v in fractions.items() if v > 0}, len(people)
+    splits, left = [], n - 1  # one subject at least stays in train
+    for i, (split, share) in enumerate(requested.items()):
+        count = (
+            min(max(1, round(share * n)), left - len(splits) - (len(requested) - 1 - i))
+            if n > len(requested)
+            else 0
+        )
+        splits += [split] * count
+    people['split'] = splits + ['train'] * (n - len(splits))
     return manifest.assign(split=manifest.subject.map(people.set_index('subject').split))
 
 # %% ../nbs/01_data.ipynb #51ab69e5
 def assign_splits(
-    rows:pd.DataFrame, # Rows with subject, diagnosis and split, missing where nobody gave one
-    config:DataConfig, # For the fractions and the seed
-)->tuple: # Rows with every split filled in, notes
-    "Keep the splits that were given; deal subjects where none were, and carve validate out of train where it is "
+    rows: pd.DataFrame,  # Rows with subject, diagnosis and split, missing where nobody gave one
+    config: DataConfig,  # For the fractions and the seed
+) -> tuple:  # Rows with every split filled in, notes
+    """Keep the splits that were given; deal subjects where none were, and carve validate out of train
+    where it is
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject, diagnosis and split, missing where nobody gave one.
+    config : DataConfig
+        For the fractions and the seed.
+
+    Returns
+    -------
+    tuple
+        Rows with every split filled in, notes.
+    """
     "missing."
-    given,notes = set(rows.split.dropna()), []
-    if given-set(SPLITS): raise ValueError(
-        f"assign_splits: split '{sorted(given-set(SPLITS))[0]}'. Expected one of {', '.join(SPLITS)}. Rename it in "
-        "the table.")
+    given, notes = set(rows.split.dropna()), []
+    if given - set(SPLITS):
+        raise ValueError(
+            f"assign_splits: split '{sorted(given-set(SPLITS))[0]}'. Expected one of"
+            f" {', '.join(SPLITS)}. Rename it in the table."
+        )
     if not given:
         fractions = dict(validate=config.validate_fraction, test=config.test_fraction)
         rows = split_by_subject(rows, fractions, config.split_seed)
         notes.append(f'splits made by subject, seed {config.split_seed}')
-    elif rows.split.isna().any(): raise ValueError(
-        f"assign_splits: subject '{rows.subject[rows.split.isna()].iloc[0]}' has no split and others do. "
-        "Expected a split for everybody or for nobody. Fill the column or remove it.")
+    elif rows.split.isna().any():
+        raise ValueError(
+            f"assign_splits: subject '{rows.subject[rows.split.isna()].iloc[0]}' has no split and"
+            " others do. Expected a split for everybody or for nobody. Fill the column or"
+            " remove it."
+        )
     elif 'train' in given and 'validate' not in given and config.validate_fraction:
-        train = rows.split=='train'
-        carved = split_by_subject(rows[train], dict(validate=config.validate_fraction), config.split_seed)
+        train = rows.split == 'train'
+        carved = split_by_subject(
+            rows[train], dict(validate=config.validate_fraction), config.split_seed
+        )
         rows = pd.concat([carved, rows[~train]])
-        n = carved.subject[carved.split=='validate'].nunique()
+        n = carved.subject[carved.split == 'validate'].nunique()
         notes.append(f'validate made from {n} subjects of train, seed {config.split_seed}')
-    if 'train' in set(rows.split) and 'validate' not in set(rows.split): notes.append(
-        f'no validation subject ({rows.subject.nunique()} subjects in all): training needs one, so give 3 subjects or more, or a split of your own')
+    if 'train' in set(rows.split) and 'validate' not in set(rows.split):
+        notes.append(
+            f'no validation subject ({rows.subject.nunique()} subjects in all): training needs one,'
+            ' so give 3 subjects or more, or a split of your own'
+        )
     return rows, notes
 
 # %% ../nbs/01_data.ipynb #bf11fcb9
 def find_leaks(
-    rows:pd.DataFrame, # Rows with subject and split
-)->pd.DataFrame: # Faults of kind 'leak'
-    "Find every row of a subject that sits in two splits."
+    rows: pd.DataFrame,  # Rows with subject and split
+) -> pd.DataFrame:  # Faults of kind 'leak'
+    """Find every row of a subject that sits in two splits.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject and split.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'leak'.
+    """
     pairs = rows[['subject', 'split']].dropna().drop_duplicates()
-    both = pairs[pairs.subject.duplicated(keep=False)].groupby('subject').split.agg(lambda o: ' and '.join(sorted(o)))
+    both = (
+        pairs[pairs.subject.duplicated(keep=False)]
+        .groupby('subject')
+        .split.agg(lambda o: ' and '.join(sorted(o)))
+    )
     bad = rows[rows.subject.isin(both.index)]
-    return as_faults(bad.path, 'leak', ('subject '+bad.subject+' is in '+bad.subject.map(both)).tolist())
+    return as_faults(
+        bad.path, 'leak', ('subject ' + bad.subject + ' is in ' + bad.subject.map(both)).tolist()
+    )
 
 # %% ../nbs/01_data.ipynb #grid1002
 def group_grids(
-    grids:list, # `Grid` of each volume
-)->np.ndarray: # Group of each volume (n,), 0 for the largest
-    "Put together the volumes whose voxels lie at the same places."
-    known,found = [],[]
+    grids: list,  # `Grid` of each volume
+) -> np.ndarray:  # Group of each volume (n,), 0 for the largest
+    """Put together the volumes whose voxels lie at the same places.
+
+    Parameters
+    ----------
+    grids : list
+        `Grid` of each volume.
+
+    Returns
+    -------
+    np.ndarray
+        Group of each volume (n,), 0 for the largest.
+    """
+    known, found = [], []
     for grid in grids:
-        at = next((i for i,o in enumerate(known) if grid.same(o)), len(known))
-        known += [grid]*(at==len(known))
+        at = next((i for i, o in enumerate(known) if grid.same(o)), len(known))
+        known += [grid] * (at == len(known))
         found.append(at)
     order = pd.Series(found, dtype=int).value_counts().index.tolist()
     return np.array([order.index(o) for o in found], int)
 
 # %% ../nbs/01_data.ipynb #grid1003
 def compare_grids(
-    paths:list, # Paths of volumes
-    grids:list, # `Grid` of each
-)->pd.DataFrame: # Faults of kind 'grid'
-    "Name every volume that does not share the grid of most, with the numbers side by side."
+    paths: list,  # Paths of volumes
+    grids: list,  # `Grid` of each
+) -> pd.DataFrame:  # Faults of kind 'grid'
+    """Name every volume that does not share the grid of most, with the numbers side by side.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes.
+    grids : list
+        `Grid` of each.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'grid'.
+    """
     group = group_grids(grids)
-    n,most = len(grids),int((group==0).sum())
-    bad = range(n) if 2*most<=n else np.flatnonzero(group)
+    n, most = len(grids), int((group == 0).sum())
+    bad = range(n) if 2 * most <= n else np.flatnonzero(group)
     text = []
     for i in bad if group.any() else ():
-        rival = grids[int(np.argmax(group==(0 if group[i] else 1)))]
-        mine,its = grids[i].describe(),rival.describe()
-        unlike = [k for k in mine if mine[k]!=its[k]] or ['origin']
+        rival = grids[int(np.argmax(group == (0 if group[i] else 1)))]
+        mine, its = grids[i].describe(), rival.describe()
+        unlike = [k for k in mine if mine[k] != its[k]] or ['origin']
         side = ['; '.join(f'{k} {o[k]}' for k in unlike) for o in (mine, its)]
-        count = (group==(0 if group[i] else 1)).sum()
-        text.append(f'{side[0]}, and {count} of {n} volumes have {side[1]}. ' + (
-            'Resample it to their grid' if 2*most>n else 'No grid has a majority: resample all to one'))
+        count = (group == (0 if group[i] else 1)).sum()
+        text.append(
+            f'{side[0]}, and {count} of {n} volumes have {side[1]}. '
+            + (
+                'Resample it to their grid'
+                if 2 * most > n
+                else 'No grid has a majority: resample all to one'
+            )
+        )
     return as_faults([paths[i] for i in bad] if text else [], 'grid', text)
 
 # %% ../nbs/01_data.ipynb #grid1005
 def find_voxel_mm(
-    rows:pd.DataFrame, # Rows with path, plane and slice
-    grid, # `Grid` that the volumes share
-)->tuple|None: # Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance
-    "Turn the spacing of planes into the spacing of slices, which a manifest may number otherwise."
+    rows: pd.DataFrame,  # Rows with path, plane and slice
+    grid,  # `Grid` that the volumes share
+    # Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance
+) -> tuple | None:
+    """Turn the spacing of planes into the spacing of slices, which a manifest may number otherwise.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, plane and slice.
+    grid
+        `Grid` that the volumes share.
+
+    Returns
+    -------
+    tuple | None
+    """
     by = rows.groupby('path')
-    planes,slices = (by[o].max()-by[o].min() for o in ('plane', 'slice'))
-    step = (planes/slices)[slices>0]
-    offset = rows.plane-rows.slice*(step.iloc[0] if len(step) else 1)
-    if step.nunique()>1 or not (offset==by.plane.transform('min')-by.slice.transform('min')*(
-            step.iloc[0] if len(step) else 1)).all(): return None
-    dx,dy,dz = grid.voxel_mm
-    return (round((dx+dy)/2, 4), round(dz*float(step.iloc[0] if len(step) else 1), 4))
+    planes, slices = (by[o].max() - by[o].min() for o in ('plane', 'slice'))
+    step = (planes / slices)[slices > 0]
+    offset = rows.plane - rows.slice * (step.iloc[0] if len(step) else 1)
+    if (
+        step.nunique() > 1
+        or not (
+            offset == by.plane.transform('min') - by.slice.transform('min') * (
+                step.iloc[0] if len(step) else 1
+            )
+        ).all()
+    ):
+        return None
+    dx, dy, dz = grid.voxel_mm
+    return (round((dx + dy) / 2, 4), round(dz * float(step.iloc[0] if len(step) else 1), 4))
 
 # %% ../nbs/01_data.ipynb #grid1007
 def check_grids(
-    root:Path, # Data folder
-    rows:pd.DataFrame, # Rows, of volumes or of pictures
-)->tuple: # Faults of kind 'grid', voxel_mm or None
-    "Read the header of every volume and compare. A header that cannot be read is left to the look at the file."
-    volumes = rows[rows.plane>=0]
+    root: Path,  # Data folder
+    rows: pd.DataFrame,  # Rows, of volumes or of pictures
+) -> tuple:  # Faults of kind 'grid', voxel_mm or None
+    """Read the header of every volume and compare.
+
+    A header that cannot be read is left to the look at the file.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    rows : pd.DataFrame
+        Rows, of volumes or of pictures.
+
+    Returns
+    -------
+    tuple
+        Faults of kind 'grid', voxel_mm or None.
+    """
+    volumes = rows[rows.plane >= 0]
     found = []
     for path in volumes.path.unique():
-        try: found.append((path, read_grid(root/path)))
-        except DataFault: continue
-    if not found: return as_faults([]), None
-    paths,grids = zip(*found)
+        try:
+            found.append((path, read_grid(root / path)))
+        except DataFault:
+            continue
+    if not found:
+        return as_faults([]), None
+    paths, grids = zip(*found)
     faults = compare_grids(paths, grids)
-    if len(volumes)<len(rows) or len(faults)==len(paths): return faults, None    # pictures among them, or no grid for all
+    # pictures among them, or no grid for all
+    if len(volumes) < len(rows) or len(faults) == len(paths):
+        return faults, None
     most = grids[int(np.argmin(group_grids(grids)))]
     return faults, find_voxel_mm(volumes[~volumes.path.isin(faults.path)], most)
 
 # %% ../nbs/01_data.ipynb #5220f832
 @dataclass
 class Findings:
-    "What a look at the data found. Print it; `ok` is False if there are faults."
-    manifest:pd.DataFrame # The good rows, one a slice
-    faults:pd.DataFrame # Columns path, fault, detail
-    notes:list # Sentences about what was ignored, not found or decided
-    sizes:pd.Series|None=None # Pictures by height x width, once decoded
-    crop:int|None=None # What `config.crop` comes to, in pixels
-    voxel_mm:tuple|None=None # Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known
-    covariates:tuple=() # One line for each condition to learn, as from `describe_manifest` (notebook 27)
+    """What a look at the data found. Print it; `ok` is False if there are faults.
+
+    Attributes
+    ----------
+    manifest : pd.DataFrame
+        The good rows, one a slice.
+    faults : pd.DataFrame
+        Columns path, fault, detail.
+    notes : list
+        Sentences about what was ignored, not found or decided.
+    sizes : pd.Series | None, default None
+        Pictures by height x width, once decoded.
+    crop : int | None, default None
+        What `config.crop` comes to, in pixels.
+    voxel_mm : tuple | None, default None
+        Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known.
+    covariates : tuple, default ()
+        One line for each condition to learn, as from `describe_manifest` (notebook 27).
+    """
+
+    manifest: pd.DataFrame  # The good rows, one a slice
+    faults: pd.DataFrame  # Columns path, fault, detail
+    notes: list  # Sentences about what was ignored, not found or decided
+    sizes: pd.Series | None = None  # Pictures by height x width, once decoded
+    crop: int | None = None  # What `config.crop` comes to, in pixels
+    # Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known
+    voxel_mm: tuple | None = None
+    # One line for each condition to learn, as from `describe_manifest` (notebook 27)
+    covariates: tuple = ()
 
     @property
-    def ok(self)->bool: # True if nothing is wrong
-        "Whether there is no fault."
+    def ok(self) -> bool:  # True if nothing is wrong
+        """Whether there is no fault.
+
+        Returns
+        -------
+        bool
+            True if nothing is wrong.
+        """
         return not len(self.faults)
 
     def __str__(self):
         rows = self.manifest.fillna({'diagnosis': 'unknown'})
-        table = rows.groupby(['split', 'diagnosis']).agg(subjects=('subject', 'nunique'), slices=('slice', 'size'))
+        table = rows.groupby(['split', 'diagnosis']).agg(
+            subjects=('subject', 'nunique'), slices=('slice', 'size')
+        )
         table = table.reindex(SPLITS, level='split')
         layout = self.manifest.attrs.get('layout', 'unknown')
-        visits = f" in {len(rows[['subject', 'session']].drop_duplicates())} sessions" if 'session' in rows else ''
-        out = [f'layout {layout}: {rows.subject.nunique()} subjects{visits}, {len(rows)} slices', '']
+        visits = (
+            f" in {len(rows[['subject', 'session']].drop_duplicates())} sessions"
+            if 'session' in rows
+            else ''
+        )
+        out = [
+            f'layout {layout}: {rows.subject.nunique()} subjects{visits}, {len(rows)} slices',
+            '',
+        ]
         out += [table.reset_index().to_string(index=False), ''] if len(table) else []
-        if self.sizes is not None: out += ['height x width: ' + ', '.join(f'{k} ({v})' for k,v in self.sizes.items())]
-        if self.voxel_mm: out += ['pixels of {0:g} x {0:g} mm, slices {1:g} mm apart'.format(*self.voxel_mm)]
-        if self.covariates: out += ['covariates (train subjects):', *(f'  {printable(o)}' for o in self.covariates)]
+        if self.sizes is not None:
+            out += ['height x width: ' + ', '.join(f'{k} ({v})' for k, v in self.sizes.items())]
+        if self.voxel_mm:
+            out += ['pixels of {0:g} x {0:g} mm, slices {1:g} mm apart'.format(*self.voxel_mm)]
+        if self.covariates:
+            out += ['covariates (train subjects):', *(f'  {printable(o)}' for o in self.covariates)]
         out += [f'note: {printable(o)}' for o in self.notes]
-        for kind,part in self.faults.groupby('fault'):
-            lines = (part.path+': '+part.detail).map(printable).tolist()
+        for kind, part in self.faults.groupby('fault'):
+            lines = (part.path + ': ' + part.detail).map(printable).tolist()
             out += ['', f'fault: {kind} ({len(lines)})'] + [f'  {o}' for o in lines[:50]]
-            out += [f'  ... and {len(lines)-50} more, all of them in report.faults'] if len(lines)>50 else []
-        return '\n'.join(out + ['', 'no fault found' if self.ok else f'{len(self.faults)} fault{"s"*(len(self.faults)>1)} found'])
+            out += (
+                [f'  ... and {len(lines)-50} more, all of them in report.faults']
+                if len(lines) > 50
+                else []
+            )
+        return '\n'.join(
+            out
+            + [
+                '',
+                (
+                    'no fault found'
+                    if self.ok
+                    else f'{len(self.faults)} fault{"s"*(len(self.faults)>1)} found'
+                ),
+            ]
+        )
 
 # %% ../nbs/01_data.ipynb #fint0001
 def find_table(
-    root:Path, # Data folder
-    config:DataConfig, # For `subjects`
-)->tuple: # Path of the table of subjects or None; notes
-    "Where the facts about subjects are: the table that was named, else subjects.csv, else participants.tsv, perhaps one folder down."
-    if config.subjects is not None: return config.subjects, []
-    here = [root/o for o in TABLES if (root/o).is_file()]
+    root: Path,  # Data folder
+    config: DataConfig,  # For `subjects`
+) -> tuple:  # Path of the table of subjects or None; notes
+    """Where the facts about subjects are: the table that was named, else subjects.csv, else
+    participants.tsv, perhaps one folder down.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    config : DataConfig
+        For `subjects`.
+
+    Returns
+    -------
+    tuple
+        Path of the table of subjects or None; notes.
+    """
+    if config.subjects is not None:
+        return config.subjects, []
+    here = [root / o for o in TABLES if (root / o).is_file()]
     below = sorted(root.glob('*/participants.tsv'))
-    if not here: here = below[:1] if len(below)==1 else []
-    if not here: return None, [f'{len(below)} participants.tsv below: none is read. Name one with --subjects']*bool(below)
-    return here[0], [f'{here[0].name} is read']*(here[0].name!=TABLES[0]) + [f'{o.name} is not read, for there is {here[0].name}' for o in here[1:]]
+    if not here:
+        here = below[:1] if len(below) == 1 else []
+    if not here:
+        return None, [
+            f'{len(below)} participants.tsv below: none is read. Name one with --subjects'
+        ] * bool(below)
+    return here[0], [f'{here[0].name} is read'] * (here[0].name != TABLES[0]) + [
+        f'{o.name} is not read, for there is {here[0].name}' for o in here[1:]
+    ]
 
 # %% ../nbs/01_data.ipynb #tell0001
 def note_unused_columns(
-    rows:pd.DataFrame, # Rows with all that is known
-    config:DataConfig, # For `columns` and kinds
-)->list: # Sentences
-    "Name the columns that no model will see, and the one each resembles."
-    used = {*COLUMNS, 'age', 'sex', 'session', 'hash', *config.columns, *config.categorical, *config.continuous}
+    rows: pd.DataFrame,  # Rows with all that is known
+    config: DataConfig,  # For `columns` and kinds
+) -> list:  # Sentences
+    """Name the columns that no model will see, and the one each resembles.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with all that is known.
+    config : DataConfig
+        For `columns` and kinds.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
+    used = {
+        *COLUMNS,
+        'age',
+        'sex',
+        'session',
+        'hash',
+        *config.columns,
+        *config.categorical,
+        *config.continuous,
+    }
     left = [o for o in rows if o not in used and rows[o].notna().any()]
-    said = [f"columns not used: {', '.join(left)}. To learn one: --columns NAME"]*bool(left)
-    words = {a: k for k,v in ALIASES.items() for a in (k, *v)}
+    said = [f"columns not used: {', '.join(left)}. To learn one: --columns NAME"] * bool(left)
+    words = {a: k for k, v in ALIASES.items() for a in (k, *v)}
     for o in left:
-        near = difflib.get_close_matches(o.strip().casefold().replace(' ', '_'), words, 1, .75)
-        if near: said.append(f'column {o} is not used, and resembles {words[near[0]]}: rename it if that is what it is')
+        near = difflib.get_close_matches(o.strip().casefold().replace(' ', '_'), words, 1, 0.75)
+        if near:
+            said.append(
+                f'column {o} is not used, and resembles {words[near[0]]}: rename it if that is what'
+                ' it is'
+            )
     return said
 
 # %% ../nbs/01_data.ipynb #doub0001
 def note_ambiguous_numbers(
-    rows:pd.DataFrame, # Rows with path, unit, subject
-    table:pd.DataFrame|None=None, # From `read_subjects`
-)->list: # Sentences
-    "Say that a bare number may be an image and not a subject, where no table says what it is."
+    rows: pd.DataFrame,  # Rows with path, unit, subject
+    table: pd.DataFrame | None = None,  # From `read_subjects`
+) -> list:  # Sentences
+    """Say that a bare number may be an image and not a subject, where no table says what it is.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, unit, subject.
+    table : pd.DataFrame | None, default None
+        From `read_subjects`.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     bare = rows[rows.unit.str.fullmatch(r'\d{4,}').fillna(False).astype(bool)]
     said = [] if table is None else [o[0] if isinstance(o, tuple) else o for o in table.index]
-    if not len(bare) or table is not None and (table.index.name=='image' or bare.subject.isin(said).all()): return []
-    return [f'what {bare.unit.iloc[0]} is in {bare.path.iloc[0]}, a subject or one of several images of one, is not known: it is taken for a subject. '
-            'If it is an image, visits of one subject may sit in two splits: give a table with columns image and subject']
+    if (
+        not len(bare)
+        or table is not None
+        and (table.index.name == 'image' or bare.subject.isin(said).all())
+    ):
+        return []
+    return [
+        f'what {bare.unit.iloc[0]} is in {bare.path.iloc[0]}, a subject or one of several images of'
+        ' one, is not known: it is taken for a subject. If it is an image, visits of one subject'
+        ' may sit in two splits: give a table with columns image and subject'
+    ]
 
 # %% ../nbs/01_data.ipynb #name0001
 def name_rows(
-    rows:pd.DataFrame, # From `list_images` or `list_volumes`, or from a manifest
-    table:pd.DataFrame|None, # From `read_subjects`
-    config:DataConfig, # For `columns` and kinds
-)->tuple: # Rows with subject, session where a subject has several, and covariates; faults; notes
-    "Settle whose each row is, and what is known of them."
-    faults,notes = as_faults([]),[]
+    rows: pd.DataFrame,  # From `list_images` or `list_volumes`, or from a manifest
+    table: pd.DataFrame | None,  # From `read_subjects`
+    config: DataConfig,  # For `columns` and kinds
+    # Rows with subject, session where a subject has several, and covariates; faults; notes
+) -> tuple:
+    """Settle whose each row is, and what is known of them.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        From `list_images` or `list_volumes`, or from a manifest.
+    table : pd.DataFrame | None
+        From `read_subjects`.
+    config : DataConfig
+        For `columns` and kinds.
+
+    Returns
+    -------
+    tuple
+    """
+    faults, notes = as_faults([]), []
     if 'unit' in rows:
-        rows,faults,notes = name_subjects(rows, table)
-        notes = notes+note_ambiguous_numbers(rows, table)
-    elif table is not None and table.index.name=='image': raise ValueError(
-        'name_rows: a manifest, and a table with a column image. Expected one of them to say whose each image is. Put the subject into the '
-        'manifest, and use a table with one row a subject.')
-    rows = rows.reset_index(drop=True).reindex(columns=[*COLUMNS, *rows.columns.difference(COLUMNS, sort=False)])
-    rows = rows.assign(plane=rows.plane.fillna(-1)).astype(dict(plane=int, diagnosis=object, split=object))
+        rows, faults, notes = name_subjects(rows, table)
+        notes = notes + note_ambiguous_numbers(rows, table)
+    elif table is not None and table.index.name == 'image':
+        raise ValueError(
+            'name_rows: a manifest, and a table with a column image. Expected one of them to say'
+            ' whose each image is. Put the subject into the manifest, and use a table with one row'
+            ' a subject.'
+        )
+    rows = rows.reset_index(drop=True).reindex(
+        columns=[*COLUMNS, *rows.columns.difference(COLUMNS, sort=False)]
+    )
+    rows = rows.assign(plane=rows.plane.fillna(-1)).astype(
+        dict(plane=int, diagnosis=object, split=object)
+    )
     if table is not None:
-        rows,more,said = join_subjects(rows, table)
-        faults,notes = pd.concat([faults, more], ignore_index=True),notes+said
+        rows, more, said = join_subjects(rows, table)
+        faults, notes = pd.concat([faults, more], ignore_index=True), notes + said
     if 'unit' in rows:
-        several = rows.groupby('subject').unit.nunique().max()>1 if len(rows) else False
+        several = rows.groupby('subject').unit.nunique().max() > 1 if len(rows) else False
         rows = rows.assign(session=rows.label) if several else rows.drop(columns='session')
         rows = rows.drop(columns=['unit', 'place', 'listed', 'label'])
-    elif 'session' not in rows and rows.duplicated(['subject', 'slice', 'plane']).any(): notes.append(
-        'some subjects have several rows for one slice: a column session would tell their scans apart')
-    return rows, faults, notes+note_unused_columns(rows, config)
+    elif 'session' not in rows and rows.duplicated(['subject', 'slice', 'plane']).any():
+        notes.append(
+            'some subjects have several rows for one slice: a column session would tell their scans'
+            ' apart'
+        )
+    return rows, faults, notes + note_unused_columns(rows, config)
 
 # %% ../nbs/01_data.ipynb #cd35b365
 def list_slices(
-    root:str|Path, # Data folder, CSV manifest or archive
-    config:DataConfig, # Planes, seed and table of subjects
-)->Findings: # Rows that parse, faults of names, headers and splits; no pixel is read
-    "List every slice with its subject, split and covariates. Raises ValueError if there is none."
-    given,root = Path(root),unpack(root)
+    root: str | Path,  # Data folder, CSV manifest or archive
+    config: DataConfig,  # Planes, seed and table of subjects
+) -> Findings:  # Rows that parse, faults of names, headers and splits; no pixel is read
+    """List every slice with its subject, split and covariates.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig
+        Planes, seed and table of subjects.
+
+    Returns
+    -------
+    Findings
+        Rows that parse, faults of names, headers and splits; no pixel is read.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    given, root = Path(root), unpack(root)
     layout = find_layout(root)
     if layout in ('manifest', 'phantom'):
-        path = root if root.is_file() else root/('slices.csv' if layout=='phantom' else 'manifest.csv')
-        (rows,faults,notes),root = list_manifest(path), path.parent
-    elif layout=='nifti': rows,faults,notes = list_volumes(root, config)
-    else: rows,faults,notes = list_images(root, layout, config.only)
-    if root!=given and given.is_file() and root!=given.parent: notes = [f'{given.name} was unpacked', *notes]
-    odd = np.array([not (path+subject).isprintable() for path,subject in zip(rows.path, rows.subject)], bool)
-    said = as_faults(rows.path[odd], 'name', 'holds characters that do not print; expected text. Rename it')
-    rows,faults = rows[~odd],pd.concat([faults, said], ignore_index=True)
-    if not len(rows) and not len(faults): raise ValueError(
-        f"list_slices: '{root}' looks like layout {layout} and holds no scan. Expected pictures or volumes. Check "
-        "the folder.")
-    table,more = find_table(root, config)
-    rows,unclear,said = name_rows(rows, None if table is None else read_subjects(table), config)
+        path = (
+            root
+            if root.is_file()
+            else root / ('slices.csv' if layout == 'phantom' else 'manifest.csv')
+        )
+        (rows, faults, notes), root = list_manifest(path), path.parent
+    elif layout == 'nifti':
+        rows, faults, notes = list_volumes(root, config)
+    else:
+        rows, faults, notes = list_images(root, layout, config.only)
+    if root != given and given.is_file() and root != given.parent:
+        notes = [f'{given.name} was unpacked', *notes]
+    odd = np.array(
+        [not (path + subject).isprintable() for path, subject in zip(rows.path, rows.subject)], bool
+    )
+    said = as_faults(
+        rows.path[odd], 'name', 'holds characters that do not print; expected text. Rename it'
+    )
+    rows, faults = rows[~odd], pd.concat([faults, said], ignore_index=True)
+    if not len(rows) and not len(faults):
+        raise ValueError(
+            f"list_slices: '{root}' looks like layout {layout} and holds no scan. Expected pictures"
+            " or volumes. Check the folder."
+        )
+    table, more = find_table(root, config)
+    rows, unclear, said = name_rows(rows, None if table is None else read_subjects(table), config)
     notes = [*notes, *more, *said]
     pairs = rows[['subject', 'diagnosis']].dropna().drop_duplicates()
     both = pairs.subject[pairs.subject.duplicated()]
-    if len(both): notes.append(f'{len(both)} subjects with two diagnoses: {", ".join(both[:5])}')
-    leaks = find_leaks(rows)                                                   # before any subject is moved
-    rows,more = assign_splits(rows, config)
-    rank = lambda o: o.map(SPLITS.index) if o.name=='split' else o
-    odd,voxel_mm = check_grids(root, rows)
+    if len(both):
+        notes.append(f'{len(both)} subjects with two diagnoses: {", ".join(both[:5])}')
+    leaks = find_leaks(rows)  # before any subject is moved
+    rows, more = assign_splits(rows, config)
+    rank = lambda o: o.map(SPLITS.index) if o.name == 'split' else o
+    odd, voxel_mm = check_grids(root, rows)
     rows = rows[~rows.path.isin(odd.path)]
-    order = ['split', 'subject', *['session']*('session' in rows), 'slice', 'path']
+    order = ['split', 'subject', *['session'] * ('session' in rows), 'slice', 'path']
     rows = rows.sort_values(order, key=rank, ignore_index=True)
     rows.attrs = dict(layout=layout, root=str(root), voxel_mm=voxel_mm)
-    return Findings(rows, pd.concat([faults, unclear, leaks, odd], ignore_index=True), notes+more, voxel_mm=voxel_mm)
+    return Findings(
+        rows,
+        pd.concat([faults, unclear, leaks, odd], ignore_index=True),
+        notes + more,
+        voxel_mm=voxel_mm,
+    )
 
 # %% ../nbs/01_data.ipynb #6e46a91f
 def refuse_faults(
-    report:Findings, # What was found
-    skip_faulty:bool=False, # Go on without the faulty files; a leak is refused all the same
-)->None:
-    "Raise ValueError if the data should not be trained on; print what is left out with `skip_faulty`."
-    leaks = report.faults[report.faults.fault=='leak']
+    report: Findings,  # What was found
+    skip_faulty: bool = False,  # Go on without the faulty files; a leak is refused all the same
+) -> None:
+    """Raise ValueError if the data should not be trained on; print what is left out with
+    `skip_faulty`.
+
+    Parameters
+    ----------
+    report : Findings
+        What was found.
+    skip_faulty : bool, default False
+        Go on without the faulty files; a leak is refused all the same.
+    """
+    leaks = report.faults[report.faults.fault == 'leak']
     shown = leaks if len(leaks) else report.faults
-    every = ('  '+shown.fault+': '+shown.path+': '+shown.detail).map(printable).tolist()
-    lines = '\n'.join(every[:5] + ['  ...']*(len(every)>5))
-    if len(leaks): raise ValueError(
-        f"refuse_faults: a leak, {len(leaks)} files.\n{lines}\nExpected each person in one split. "
-        "Move or remove the files; skip_faulty does not apply to a leak.")
-    if len(shown) and not skip_faulty: raise ValueError(
-        f"refuse_faults: {len(shown)} faults.\n{lines}\nExpected none. See them all with `brainldm check`, repair "
-        "the files, "
-        "or leave them out with --skip-faulty.")
-    if not len(report.manifest): raise ValueError(
-        f"refuse_faults: no slice left, {len(shown)} faults.\n{lines}\nExpected one good slice or more. Check the "
-        "folder.")
-    if len(shown): print('\n'.join([f'left out {len(shown)} faulty files:', *every]))
+    every = ('  ' + shown.fault + ': ' + shown.path + ': ' + shown.detail).map(printable).tolist()
+    lines = '\n'.join(every[:5] + ['  ...'] * (len(every) > 5))
+    if len(leaks):
+        raise ValueError(
+            f"refuse_faults: a leak, {len(leaks)} files.\n{lines}\nExpected each person in one"
+            " split. Move or remove the files; skip_faulty does not apply to a leak."
+        )
+    if len(shown) and not skip_faulty:
+        raise ValueError(
+            f"refuse_faults: {len(shown)} faults.\n{lines}\nExpected none. See them all with"
+            " `brainldm check`, repair the files, or leave them out with --skip-faulty."
+        )
+    if not len(report.manifest):
+        raise ValueError(
+            f"refuse_faults: no slice left, {len(shown)} faults.\n{lines}\nExpected one good slice"
+            " or more. Check the folder."
+        )
+    if len(shown):
+        print('\n'.join([f'left out {len(shown)} faulty files:', *every]))
 
 # %% ../nbs/01_data.ipynb #d1e3e5f1
 def read_manifest(
-    root:str|Path, # Data folder, CSV manifest or archive
-    config:DataConfig=DataConfig(), # Planes, seed and table of subjects
-)->pd.DataFrame: # One row a slice: path, plane, subject, slice, diagnosis, split, covariates
-    "List every slice without reading a pixel. Raises ValueError at the first fault of a name, a header or a split."
+    root: str | Path,  # Data folder, CSV manifest or archive
+    config: DataConfig = DataConfig(),  # Planes, seed and table of subjects
+) -> pd.DataFrame:  # One row a slice: path, plane, subject, slice, diagnosis, split, covariates
+    """List every slice without reading a pixel.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig, default DataConfig()
+        Planes, seed and table of subjects.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row a slice: path, plane, subject, slice, diagnosis, split, covariates.
+
+    Raises
+    ------
+    ValueError
+        At the first fault of a name, a header or a split.
+    """
     report = list_slices(root, config)
     refuse_faults(report, config.skip_faulty)
     return report.manifest
 
 # %% ../nbs/01_data.ipynb #brig0001
 def upper_intensity(
-    image:np.ndarray, # Picture (h, w), uint8
-)->int: # Grey value
-    "The grey value below which 95 % of the pixels above 0 lie."
+    image: np.ndarray,  # Picture (h, w), uint8
+) -> int:  # Grey value
+    """The grey value below which 95 % of the pixels above 0 lie.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Picture (h, w), uint8.
+
+    Returns
+    -------
+    int
+        Grey value.
+    """
     counts = np.bincount(image.ravel(), minlength=256)[1:].cumsum()
-    return int(np.searchsorted(counts, .95*counts[-1])+1) if counts[-1] else 0
+    return int(np.searchsorted(counts, 0.95 * counts[-1]) + 1) if counts[-1] else 0
 
 # %% ../nbs/01_data.ipynb #6ad05ffe
 def inspect_files(
-    rows:pd.DataFrame, # Manifest
-    config:DataConfig, # For `to_gray`
-    progress:bool=True, # Show a bar
-)->tuple: # The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done to each file
-    "Decode every file once and write down what is in it."
-    root,planes = Path(rows.attrs['root']), rows.plane.to_numpy()
+    rows: pd.DataFrame,  # Manifest
+    config: DataConfig,  # For `to_gray`
+    progress: bool = True,  # Show a bar
+    # The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done
+    # to each file
+) -> tuple:
+    """Decode every file once and write down what is in it.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Manifest.
+    config : DataConfig
+        For `to_gray`.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    tuple
+    """
+    root, planes = Path(rows.attrs['root']), rows.plane.to_numpy()
+
     def look(path, at):
-        try: images,done = decode_file(root/path, planes[at], config.to_gray)
-        except DataFault as e: return [('', 0, 0, 0, 0, False, e.kind, str(e))]*len(at), {}
-        return [(hash_image(o), *o.shape, foreground_side(o), upper_intensity(o), o.min()==o.max(), '', '')
-                for o in images], dict(done, path=path)
+        try:
+            images, done = decode_file(root / path, planes[at], config.to_gray)
+        except DataFault as e:
+            return [('', 0, 0, 0, 0, False, e.kind, str(e))] * len(at), {}
+        return [
+            (
+                hash_image(o),
+                *o.shape,
+                foreground_side(o),
+                upper_intensity(o),
+                o.min() == o.max(),
+                '',
+                '',
+            )
+            for o in images
+        ], dict(done, path=path)
+
     found = map_files(look, rows, progress, 'check')
     names = ['hash', '_height', '_width', '_side', '_bright', '_blank', '_fault', '_detail']
-    seen = pd.DataFrame([o for _,(seen,_) in found for o in seen], columns=names)
+    seen = pd.DataFrame([o for _, (seen, _) in found for o in seen], columns=names)
     seen = seen.astype({'_blank': bool})
-    seen.index = np.concatenate([at for at,_ in found]) if found else []
-    return rows.join(seen.sort_index()), pd.DataFrame([done for _,(_,done) in found if done])
+    seen.index = np.concatenate([at for at, _ in found]) if found else []
+    return rows.join(seen.sort_index()), pd.DataFrame([done for _, (_, done) in found if done])
 
 # %% ../nbs/01_data.ipynb #done0001
 def note_read_changes(
-    done:pd.DataFrame, # What `inspect_files` did, one row a file
-)->list: # Sentences
-    "Say what was changed on reading, and where the first example is."
+    done: pd.DataFrame,  # What `inspect_files` did, one row a file
+) -> list:  # Sentences
+    """Say what was changed on reading, and where the first example is.
+
+    Parameters
+    ----------
+    done : pd.DataFrame
+        What `inspect_files` did, one row a file.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     said = []
-    for col,text in dict(turned='{n} pictures turned upright as their EXIF tag says, such as {path}',
-                         nan='{n} volumes with NaN outside the brain, taken as 0, such as {path}',
-                         negative='{n} volumes with values below 0, set to 0: at most {most:.1%} of the bright end, in {path}',
-                         clipped='{n} volumes scaled by the 99.9th percentile of their voxels above 0; at most '
-                                 '{most:.2%} of those voxels clipped').items():
-        part = done[done[col].fillna(0)>0] if col in done else done[:0]
-        if not len(part): continue
+    for col, text in dict(
+        turned='{n} pictures turned upright as their EXIF tag says, such as {path}',
+        nan='{n} volumes with NaN outside the brain, taken as 0, such as {path}',
+        negative=(
+            '{n} volumes with values below 0, set to 0: at most {most:.1%} of the bright end, in'
+            ' {path}'
+        ),
+        clipped=(
+            '{n} volumes scaled by the 99.9th percentile of their voxels above 0; at most '
+            '{most:.2%} of those voxels clipped'
+        ),
+    ).items():
+        part = done[done[col].fillna(0) > 0] if col in done else done[:0]
+        if not len(part):
+            continue
         most = part.loc[part[col].astype(float).idxmax()]
         said.append(text.format(n=len(part), most=float(most[col]), path=most.path))
     return said
 
 # %% ../nbs/01_data.ipynb #dark0001
 def find_dark(
-    rows:pd.DataFrame, # Good rows with subject and `_bright`, as from `inspect_files`
-)->list: # Sentences
-    "Name the subjects whose slices are less than half as bright as usual. Bytes are not scaled, so this can happen."
+    rows: pd.DataFrame,  # Good rows with subject and `_bright`, as from `inspect_files`
+) -> list:  # Sentences
+    """Name the subjects whose slices are less than half as bright as usual.
+
+    Bytes are not scaled, so this can happen.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with subject and `_bright`, as from `inspect_files`.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     by = rows.groupby('subject')._bright.median()
-    dark = by[by<.5*by.median()].sort_values()
-    if len(by)<3 or not len(dark): return []
-    names = ', '.join(f'{k} ({v:.0f})' for k,v in dark[:5].items()) + ' ...'*(len(dark)>5)
-    return [f'{len(dark)} of {len(by)} subjects far darker than the others, whose bright grey values are about '
-            f'{by.median():.0f} of 255: {names}. Look at them before you train']
+    dark = by[by < 0.5 * by.median()].sort_values()
+    if len(by) < 3 or not len(dark):
+        return []
+    names = ', '.join(f'{k} ({v:.0f})' for k, v in dark[:5].items()) + ' ...' * (len(dark) > 5)
+    return [
+        f'{len(dark)} of {len(by)} subjects far darker than the others, whose bright grey values'
+        f' are about {by.median():.0f} of 255: {names}. Look at them before you train'
+    ]
 
 # %% ../nbs/01_data.ipynb #16829009
 def find_duplicates(
-    rows:pd.DataFrame, # Rows with hash, subject, split, path
-)->pd.DataFrame: # Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere
-    "Find identical pictures: every copy if two subjects share it, all but the first within one subject."
+    rows: pd.DataFrame,  # Rows with hash, subject, split, path
+) -> pd.DataFrame:  # Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere
+    """Find identical pictures: every copy if two subjects share it, all but the first within one
+    subject.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with hash, subject, split, path.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere.
+    """
     twice = rows[rows.hash.duplicated(keep=False)]
     group = twice.groupby('hash')
-    leak = group.split.transform('nunique')>1
-    first,last = group.path.transform('first'), group.path.transform('last')
-    text = 'the same picture as '+first.where(twice.path!=first, last)+np.where(leak, ', which is in another split', '')
-    bad = leak | (group.subject.transform('nunique')>1) | twice.duplicated('hash')
-    return pd.DataFrame(dict(path=twice.path, fault=np.where(leak, 'leak', 'duplicate'), detail=text))[bad]
+    leak = group.split.transform('nunique') > 1
+    first, last = group.path.transform('first'), group.path.transform('last')
+    text = (
+        'the same picture as '
+        + first.where(twice.path != first, last)
+        + np.where(leak, ', which is in another split', '')
+    )
+    bad = leak | (group.subject.transform('nunique') > 1) | twice.duplicated('hash')
+    return pd.DataFrame(
+        dict(path=twice.path, fault=np.where(leak, 'leak', 'duplicate'), detail=text)
+    )[bad]
 
 # %% ../nbs/01_data.ipynb #2fc8ad57
 def find_row_faults(
-    rows:pd.DataFrame, # Rows with what `inspect_files` saw
-)->tuple: # Good rows, faults, sizes
-    "Turn what was seen into faults: does not decode, blank, another size than most, a copy."
-    decoded = rows[rows._fault=='']
-    size = decoded._height.astype(str)+' x '+decoded._width.astype(str)
+    rows: pd.DataFrame,  # Rows with what `inspect_files` saw
+) -> tuple:  # Good rows, faults, sizes
+    """Turn what was seen into faults: does not decode, blank, another size than most, a copy.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with what `inspect_files` saw.
+
+    Returns
+    -------
+    tuple
+        Good rows, faults, sizes.
+    """
+    decoded = rows[rows._fault == '']
+    size = decoded._height.astype(str) + ' x ' + decoded._width.astype(str)
     sizes = size.value_counts()
     usual = sizes.index[0] if len(sizes) else ''
-    blank,odd = decoded[decoded._blank], decoded[~decoded._blank & (size!=usual)]
-    good = decoded[~decoded._blank & (size==usual)]
+    blank, odd = decoded[decoded._blank], decoded[~decoded._blank & (size != usual)]
+    good = decoded[~decoded._blank & (size == usual)]
     copies = find_duplicates(good)
-    broken = rows[rows._fault!=''].drop_duplicates('path')
-    where = ('; plane '+blank.plane.astype(str)).where(blank.plane>=0, '')
-    faults = [as_faults(broken.path, broken._fault, broken._detail),
-              as_faults(blank.path, 'empty', 'every pixel is the same'+where),
-              as_faults(odd.path, 'size', size[odd.index]+', most are '+usual), copies]
-    good = good.drop(copies.index).drop(columns=['_height', '_width', '_blank', '_fault', '_detail'])     # `_side`, `_bright` stay
+    broken = rows[rows._fault != ''].drop_duplicates('path')
+    where = ('; plane ' + blank.plane.astype(str)).where(blank.plane >= 0, '')
+    faults = [
+        as_faults(broken.path, broken._fault, broken._detail),
+        as_faults(blank.path, 'empty', 'every pixel is the same' + where),
+        as_faults(odd.path, 'size', size[odd.index] + ', most are ' + usual),
+        copies,
+    ]
+    # `_side`, `_bright` stay
+    good = good.drop(copies.index).drop(
+        columns=['_height', '_width', '_blank', '_fault', '_detail']
+    )
     return good, pd.concat(faults, ignore_index=True), sizes
 
 # %% ../nbs/01_data.ipynb #ab8a1d69
 def find_crop(
-    rows:pd.DataFrame, # Good rows with `_side`, as from `find_row_faults`
-    side:int, # Longer side of the pictures
-    margin:float=.15, # Room around the largest train head, for heads not seen yet
-)->int|None: # Central square to keep, a multiple of 16 pixels; None where that would be everything
-    "Frame the heads: the largest one of the train split and a margin."
-    train = rows[rows.split=='train'] if (rows.split=='train').any() else rows
-    crop = math.ceil(train._side.max()*(1+margin)/16)*16 if len(train) else side
-    return crop if crop<side else None
+    rows: pd.DataFrame,  # Good rows with `_side`, as from `find_row_faults`
+    side: int,  # Longer side of the pictures
+    margin: float = 0.15,  # Room around the largest train head, for heads not seen yet
+    # Central square to keep, a multiple of 16 pixels; None where that would be everything
+) -> int | None:
+    """Frame the heads: the largest one of the train split and a margin.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with `_side`, as from `find_row_faults`.
+    side : int
+        Longer side of the pictures.
+    margin : float, default 0.15
+        Room around the largest train head, for heads not seen yet.
+
+    Returns
+    -------
+    int | None
+    """
+    train = rows[rows.split == 'train'] if (rows.split == 'train').any() else rows
+    crop = math.ceil(train._side.max() * (1 + margin) / 16) * 16 if len(train) else side
+    return crop if crop < side else None
 
 # %% ../nbs/01_data.ipynb #27a0bda2
 def check_dataset(
-    root:str|Path, # Data folder, CSV manifest or archive
-    config:DataConfig=DataConfig(), # Settings
-    progress:bool=True, # Show a bar with the time left
-    inspect:Callable=inspect_files, # How the files are looked at; `open_dataset` does it once for all processes
-)->Findings: # Good rows (with a `hash` of the pixels), faults, notes, sizes
-    "Look at every file of a data set and write down all that is wrong with it. Nothing is changed."
+    root: str | Path,  # Data folder, CSV manifest or archive
+    config: DataConfig = DataConfig(),  # Settings
+    progress: bool = True,  # Show a bar with the time left
+    # How the files are looked at; `open_dataset` does it once for all processes
+    inspect: Callable = inspect_files,
+) -> Findings:  # Good rows (with a `hash` of the pixels), faults, notes, sizes
+    """Look at every file of a data set and write down all that is wrong with it. Nothing is changed.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig, default DataConfig()
+        Settings.
+    progress : bool, default True
+        Show a bar with the time left.
+    inspect : Callable, default inspect_files
+        How the files are looked at; `open_dataset` does it once for all processes.
+
+    Returns
+    -------
+    Findings
+        Good rows (with a `hash` of the pixels), faults, notes, sizes.
+    """
     listed = list_slices(root, config)
-    rows,done = inspect(listed.manifest, config, progress)
-    notes = listed.notes+note_read_changes(done)
-    if listed.manifest.attrs['layout']=='nifti' and config.planes is None:
-        outside = (rows._fault=='') & rows._blank
+    rows, done = inspect(listed.manifest, config, progress)
+    notes = listed.notes + note_read_changes(done)
+    if listed.manifest.attrs['layout'] == 'nifti' and config.planes is None:
+        outside = (rows._fault == '') & rows._blank
         rows = rows[~outside]
-        if outside.any(): notes.append(f'{outside.sum()} planes without foreground left out')
-    good,faults,sizes = find_row_faults(rows)
+        if outside.any():
+            notes.append(f'{outside.sum()} planes without foreground left out')
+    good, faults, sizes = find_row_faults(rows)
     notes += find_dark(good)
     side = max(map(int, sizes.index[0].split(' x '))) if len(sizes) else config.size
-    crop = find_crop(good, side) if config.crop=='auto' else config.crop
-    if config.crop=='auto': notes.append(f'crop auto: {f"the central {crop} of {side} pixels" if crop else "nothing to crop"}')
-    if (crop or side)<config.size: notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
-    good = good[~good.path.isin(listed.faults.path)].drop(columns=['_side', '_bright']).reset_index(drop=True)
+    crop = find_crop(good, side) if config.crop == 'auto' else config.crop
+    if config.crop == 'auto':
+        notes.append(
+            f'crop auto: {f"the central {crop} of {side} pixels" if crop else "nothing to crop"}'
+        )
+    if (crop or side) < config.size:
+        notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
+    good = (
+        good[~good.path.isin(listed.faults.path)]
+        .drop(columns=['_side', '_bright'])
+        .reset_index(drop=True)
+    )
     good.attrs = dict(listed.manifest.attrs, side=crop or side)
-    return Findings(good, pd.concat([listed.faults, faults], ignore_index=True), notes, sizes, crop,
-                    listed.voxel_mm)
+    return Findings(
+        good,
+        pd.concat([listed.faults, faults], ignore_index=True),
+        notes,
+        sizes,
+        crop,
+        listed.voxel_mm,
+    )

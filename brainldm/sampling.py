@@ -27,396 +27,1126 @@ from .engineering.loop import infer, mixed_precision, to_device
 from .engineering.runs import check_trained_on, fill_model, load_weights, read_config
 from .training import LOAD_ERRORS, load_autoencoder, covariates_from_dict
 from brainldm.engineering.codec import (
-    Codec, check_conditions, check_images, check_sample_counts, check_integer, image_generators,
-    in_batches, required_conditions,
+    Codec,
+    check_conditions,
+    check_images,
+    check_sample_counts,
+    check_integer,
+    image_generators,
+    in_batches,
+    required_conditions,
 )
 
 # %% ../nbs/07_sampling.ipynb #ba0fd6b5
 def sample_noise(
-    n:int, # Pictures
-    shape:tuple[int, ...], # Shape of one latent (c, h, w)
-    seed:int, # Seed of the whole drawing, 0 or more
-    start:int=0, # Number of the first picture
-    device:torch.device|str='cpu', # Where the noise shall be
-)->Tensor: # Standard normal noise (n, c, h, w)
-    "Noise for pictures start, start+1, …: picture i depends on seed and i alone, not on the size of the batch."
-    own = [np.random.default_rng((seed, start+i)).standard_normal(shape, dtype=np.float32) for i in range(n)]
+    n: int,  # Pictures
+    shape: tuple[int, ...],  # Shape of one latent (c, h, w)
+    seed: int,  # Seed of the whole drawing, 0 or more
+    start: int = 0,  # Number of the first picture
+    device: torch.device | str = 'cpu',  # Where the noise shall be
+) -> Tensor:  # Standard normal noise (n, c, h, w)
+    """Noise for pictures start, start+1, …: picture i depends on seed and i alone, not on the size of
+    the batch.
+
+    Parameters
+    ----------
+    n : int
+        Pictures.
+    shape : tuple[int, ...]
+        Shape of one latent (c, h, w).
+    seed : int
+        Seed of the whole drawing, 0 or more.
+    start : int, default 0
+        Number of the first picture.
+    device : torch.device | str, default 'cpu'
+        Where the noise shall be.
+
+    Returns
+    -------
+    Tensor
+        Standard normal noise (n, c, h, w).
+    """
+    own = [
+        np.random.default_rng((seed, start + i)).standard_normal(shape, dtype=np.float32)
+        for i in range(n)
+    ]
     return torch.from_numpy(np.stack(own)).to(device)
 
 # %% ../nbs/07_sampling.ipynb #3143bca9
 def standard_deviation(
-    x:Tensor, # Batch (b, ...)
-)->Tensor: # Standard deviation of each row (b, 1, ...)
-    "How far the numbers of each row lie apart."
+    x: Tensor,  # Batch (b, ...)
+) -> Tensor:  # Standard deviation of each row (b, 1, ...)
+    """How far the numbers of each row lie apart.
+
+    Parameters
+    ----------
+    x : Tensor
+        Batch (b, ...).
+
+    Returns
+    -------
+    Tensor
+        Standard deviation of each row (b, 1, ...).
+    """
     return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 # %% ../nbs/07_sampling.ipynb #8a4105ed
 def guide(
-    unet:Callable, # Called as unet(xt, t, cond, drop)
-    cond:dict[str, Tensor], # Encoded conditions that the network knows, each (b,)
-    names:list[str], # Covariates of the network, one a token
-    guidance_scale:float|dict[str, float]=1., # 1: as the data say; 0: unconditional; above 1: exaggerate. Or one a covariate
-    interval:tuple[float, float]=(0., math.inf), # Timesteps t at which to guide: from (included) and to (not)
-    rescale:float=0., # Share of the way to the spread of the conditional answer, 0 to 1
-)->Callable: # A function (xt, t) -> prediction, for `denoise`
-    "Push the answer away from what the network would say knowing less. Source: Ho & Salimans 2022, eq. 6."
-    scales = guidance_scale if isinstance(guidance_scale, dict) else {None: guidance_scale}      # None: all of them
-    scales = {k: w for k,w in scales.items() if w!=1 and names}
-    hidden = torch.tensor([[False]*len(names)]+[[k is None or o==k for o in names] for k in scales])
+    unet: Callable,  # Called as unet(xt, t, cond, drop)
+    cond: dict[str, Tensor],  # Encoded conditions that the network knows, each (b,)
+    names: list[str],  # Covariates of the network, one a token
+    # 1: as the data say; 0: unconditional; above 1: exaggerate. Or one a covariate
+    guidance_scale: float | dict[str, float] = 1.0,
+    # Timesteps t at which to guide: from (included) and to (not)
+    interval: tuple[float, float] = (0.0, math.inf),
+    rescale: float = 0.0,  # Share of the way to the spread of the conditional answer, 0 to 1
+) -> Callable:  # A function (xt, t) -> prediction, for `denoise`
+    """Push the answer away from what the network would say knowing less.
+
+    Parameters
+    ----------
+    unet : Callable
+        Called as unet(xt, t, cond, drop).
+    cond : dict[str, Tensor]
+        Encoded conditions that the network knows, each (b,).
+    names : list[str]
+        Covariates of the network, one a token.
+    guidance_scale : float | dict[str, float], default 1.0
+        1: as the data say; 0: unconditional; above 1: exaggerate. Or one a covariate.
+    interval : tuple[float, float], default (0.0, math.inf)
+        Timesteps t at which to guide: from (included) and to (not).
+    rescale : float, default 0.0
+        Share of the way to the spread of the conditional answer, 0 to 1.
+
+    Returns
+    -------
+    Callable
+        A function (xt, t) -> prediction, for `denoise`.
+
+    References
+    ----------
+    Ho & Salimans 2022, eq. 6.
+    """
+    # None: all of them
+    scales = guidance_scale if isinstance(guidance_scale, dict) else {None: guidance_scale}
+    scales = {k: w for k, w in scales.items() if w != 1 and names}
+    hidden = torch.tensor(
+        [[False] * len(names)] + [[k is None or o == k for o in names] for k in scales]
+    )
+
     def answer(xt, t):
-        inside = ((t>=interval[0])&(t<interval[1])).view(-1, *[1]*(xt.ndim-1))
-        if not scales or not inside.any(): return unet(xt, t, cond, None).float()
-        m,b = len(hidden),len(xt)
-        drop = hidden.to(xt.device).repeat_interleave(b, 0)                    # first all known, then one part a scale
-        parts = unet(torch.cat([xt]*m), torch.cat([t]*m), {k: torch.cat([v]*m) for k,v in cond.items()}, drop)
-        known,*less = parts.float().chunk(m)
-        pushed = known+sum((w-1)*(known-o) for w,o in zip(scales.values(), less))
-        if rescale: pushed = pushed*(1-rescale+rescale*standard_deviation(known)/standard_deviation(pushed))
+        inside = ((t >= interval[0]) & (t < interval[1])).view(-1, *[1] * (xt.ndim - 1))
+        if not scales or not inside.any():
+            return unet(xt, t, cond, None).float()
+        m, b = len(hidden), len(xt)
+        # first all known, then one part a scale
+        drop = hidden.to(xt.device).repeat_interleave(b, 0)
+        parts = unet(
+            torch.cat([xt] * m),
+            torch.cat([t] * m),
+            {k: torch.cat([v] * m) for k, v in cond.items()},
+            drop,
+        )
+        known, *less = parts.float().chunk(m)
+        pushed = known + sum((w - 1) * (known - o) for w, o in zip(scales.values(), less))
+        if rescale:
+            pushed = pushed * (
+                1 - rescale + rescale * standard_deviation(known) / standard_deviation(pushed)
+            )
         return torch.where(inside, pushed, known)
+
     return answer
 
 # %% ../nbs/07_sampling.ipynb #18f5cbd3
 def check_guidance(
-    guidance_scale:float|dict[str, float], # Strength of the conditions, one for all or one a covariate
-    interval:tuple[float, float], # Part of the chain to guide in, as shares of T
-    rescale:float, # Share of the way to the spread of the conditional answer
-    requested:list[str], # Covariates of the denoiser for which there are values
-)->None: # Nothing: it raises or returns
-    "Refuse a guidance that makes no sense. Raises ValueError, or TypeError for what is no number."
-    scales = guidance_scale if isinstance(guidance_scale, dict) else {'guidance_scale': guidance_scale}
-    for name,w in scales.items():
-        if isinstance(w, bool) or not isinstance(w, (int, float, np.number)): raise TypeError(
-            f"sample: guidance_scale={guidance_scale!r}. Expected a number, or one a covariate. Try guidance_scale=1.")
-        if not 0<=w<math.inf: raise ValueError(f"sample: guidance_scale={guidance_scale}. Expected 0 or more: "
-            "1 follows the data, above 1 exaggerates the condition. Try 1.")
-        if scales is guidance_scale and name not in requested: raise ValueError(
-            f"sample: guidance_scale for {name!r}. Expected one of {', '.join(requested) or 'nothing'}, the covariates that "
-            f"were asked for. Try sample(..., {name}=...).")
-    if len(interval)!=2 or not 0<=interval[0]<interval[1]<=1: raise ValueError(
-        f"sample: guidance_interval={interval}. Expected two shares of the chain, 0 (clean) <= from < to <= 1 (noise). "
-        "Try (0.2, 0.8).")
-    if not 0<=rescale<=1: raise ValueError(
-        f"sample: guidance_rescale={rescale}. Expected 0 (off) to 1. Try 0.7.")
+    # Strength of the conditions, one for all or one a covariate
+    guidance_scale: float | dict[str, float],
+    interval: tuple[float, float],  # Part of the chain to guide in, as shares of T
+    rescale: float,  # Share of the way to the spread of the conditional answer
+    requested: list[str],  # Covariates of the denoiser for which there are values
+) -> None:  # Nothing: it raises or returns
+    """Refuse a guidance that makes no sense.
+
+    Parameters
+    ----------
+    guidance_scale : float | dict[str, float]
+        Strength of the conditions, one for all or one a covariate.
+    interval : tuple[float, float]
+        Part of the chain to guide in, as shares of T.
+    rescale : float
+        Share of the way to the spread of the conditional answer.
+    requested : list[str]
+        Covariates of the denoiser for which there are values.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For what is no number.
+    """
+    scales = (
+        guidance_scale if isinstance(guidance_scale, dict) else {'guidance_scale': guidance_scale}
+    )
+    for name, w in scales.items():
+        if isinstance(w, bool) or not isinstance(w, (int, float, np.number)):
+            raise TypeError(
+                f"sample: guidance_scale={guidance_scale!r}. Expected a number, or one a covariate."
+                " Try guidance_scale=1."
+            )
+        if not 0 <= w < math.inf:
+            raise ValueError(
+                f"sample: guidance_scale={guidance_scale}. Expected 0 or more: "
+                "1 follows the data, above 1 exaggerates the condition. Try 1."
+            )
+        if scales is guidance_scale and name not in requested:
+            raise ValueError(
+                f"sample: guidance_scale for {name!r}. Expected one of"
+                f" {', '.join(requested) or 'nothing'}, the covariates that were asked for. Try"
+                f" sample(..., {name}=...)."
+            )
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(
+            f"sample: guidance_interval={interval}. Expected two shares of the chain, 0 (clean) <="
+            " from < to <= 1 (noise). Try (0.2, 0.8)."
+        )
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"sample: guidance_rescale={rescale}. Expected 0 (off) to 1. Try 0.7.")
 
 # %% ../nbs/07_sampling.ipynb #c2556766
 def conditional_denoiser(
-    model, # A `Sampler`
-    cond:dict[str, Tensor], # Encoded conditions, each (b,), on the model's device
-    options:dict, # guidance_scale, guidance_interval and guidance_rescale, where they are not 1, all and none
-)->Callable: # A function (xt, t) -> prediction
-    "The denoiser under conditions and guidance, as `denoise` and `invert` want it."
-    names,T = [c.name for c in model.unet.covariates],model.schedule.num_train_timesteps
-    heard = {k: v for k,v in cond.items() if k in names}
-    start,stop = options.get('guidance_interval', (0., 1.))
-    return guide(infer(model.unet, model.precision), heard, names, options.get('guidance_scale', 1.), (T*start, T*stop),
-                 options.get('guidance_rescale', 0.))
+    model,  # A `Sampler`
+    cond: dict[str, Tensor],  # Encoded conditions, each (b,), on the model's device
+    # guidance_scale, guidance_interval and guidance_rescale, where they are not 1, all and none
+    options: dict,
+) -> Callable:  # A function (xt, t) -> prediction
+    """The denoiser under conditions and guidance, as `denoise` and `invert` want it.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    cond : dict[str, Tensor]
+        Encoded conditions, each (b,), on the model's device.
+    options : dict
+        guidance_scale, guidance_interval and guidance_rescale, where they are not 1, all and none.
+
+    Returns
+    -------
+    Callable
+        A function (xt, t) -> prediction.
+    """
+    names, T = [c.name for c in model.unet.covariates], model.schedule.num_train_timesteps
+    heard = {k: v for k, v in cond.items() if k in names}
+    start, stop = options.get('guidance_interval', (0.0, 1.0))
+    return guide(
+        infer(model.unet, model.precision),
+        heard,
+        names,
+        options.get('guidance_scale', 1.0),
+        (T * start, T * stop),
+        options.get('guidance_rescale', 0.0),
+    )
 
 # %% ../nbs/07_sampling.ipynb #49870c02
 def sample_batch(
-    model, # A `Sampler`
-    noise:Tensor, # Standard normal noise (b, c, h, w), or latents at the noise of step `start`, on the model's device
-    cond:dict[str, Tensor], # Encoded conditions, each (b,), on the model's device
-    options:dict, # steps, and where they are not the usual: sampler, eta, start and what `conditional_denoiser` takes
-    seed:int=0, # Of fresh noise, if the sampler needs some
-    callback:Callable|None=None, # Called as callback(i, t, images) with the clean images expected at step i
-    tick:Callable=lambda n: None, # Called with the number of pictures after each network call
-    first:int=0, # Number of the first image; with `seed` it names the fresh noise of each
-    watched:list[int]|None=None, # Places in the batch of the images that `callback` is shown; None: all of them
-)->Tensor: # New pictures (b, 1, size, size) in [-1, 1], on the CPU
-    "Denoise with guidance, undo the standardisation, decode. Raises RuntimeError if a number is not finite."
+    model,  # A `Sampler`
+    # Standard normal noise (b, c, h, w), or latents at the noise of step `start`, on the model's
+    # device
+    noise: Tensor,
+    cond: dict[str, Tensor],  # Encoded conditions, each (b,), on the model's device
+    # steps, and where they are not the usual: sampler, eta, start and what `conditional_denoiser`
+    # takes
+    options: dict,
+    seed: int = 0,  # Of fresh noise, if the sampler needs some
+    # Called as callback(i, t, images) with the clean images expected at step i
+    callback: Callable | None = None,
+    tick: Callable = lambda n: None,  # Called with the number of pictures after each network call
+    first: int = 0,  # Number of the first image; with `seed` it names the fresh noise of each
+    # Places in the batch of the images that `callback` is shown; None: all of them
+    watched: list[int] | None = None,
+) -> Tensor:  # New pictures (b, 1, size, size) in [-1, 1], on the CPU
+    """Denoise with guidance, undo the standardisation, decode.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    noise : Tensor
+        Standard normal noise (b, c, h, w), or latents at the noise of step `start`, on the model's
+        device.
+    cond : dict[str, Tensor]
+        Encoded conditions, each (b,), on the model's device.
+    options : dict
+        steps, and where they are not the usual: sampler, eta, start and what `conditional_denoiser`
+        takes.
+    seed : int, default 0
+        Of fresh noise, if the sampler needs some.
+    callback : Callable | None, default None
+        Called as callback(i, t, images) with the clean images expected at step i.
+    tick : Callable, default lambda n: None
+        Called with the number of pictures after each network call.
+    first : int, default 0
+        Number of the first image; with `seed` it names the fresh noise of each.
+    watched : list[int] | None, default None
+        Places in the batch of the images that `callback` is shown; None: all of them.
+
+    Returns
+    -------
+    Tensor
+        New pictures (b, 1, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    RuntimeError
+        If a number is not finite.
+    """
     at = slice(None) if watched is None else watched
+
     def show(i, t, _, x0):
         tick(len(x0))
-        if callback and at: callback(i, t, model.decode_standard(x0[at], {k: v[at] for k,v in cond.items()}))
-    with mixed_precision(model.device, model.precision):                       # cast the weights once, not at each step
-        z = denoise(conditional_denoiser(model, cond, options), noise, model.schedule, options['steps'], options.get('sampler', 'ddim'), options.get('eta', 0.),
-                    image_generators(len(noise), seed, first), callback=show, start=options.get('start', 0))
-    if not z.isfinite().all(): raise RuntimeError(
-        f"sample: latents not finite, guidance_scale={options.get('guidance_scale', 1.)}, precision={model.precision!r}. "
-        "Expected numbers. Try BrainLDM.load(run, precision='no'), or a smaller guidance_scale.")
+        if callback and at:
+            callback(i, t, model.decode_standard(x0[at], {k: v[at] for k, v in cond.items()}))
+
+    with mixed_precision(model.device, model.precision):  # cast the weights once, not at each step
+        z = denoise(
+            conditional_denoiser(model, cond, options),
+            noise,
+            model.schedule,
+            options['steps'],
+            options.get('sampler', 'ddim'),
+            options.get('eta', 0.0),
+            image_generators(len(noise), seed, first),
+            callback=show,
+            start=options.get('start', 0),
+        )
+    if not z.isfinite().all():
+        raise RuntimeError(
+            f"sample: latents not finite, guidance_scale={options.get('guidance_scale', 1.)},"
+            f" precision={model.precision!r}. Expected numbers. Try BrainLDM.load(run,"
+            " precision='no'), or a smaller guidance_scale."
+        )
     return model.decode_standard(z, cond)
 
 # %% ../nbs/07_sampling.ipynb #68353dea
 def check_steps(
-    steps:int, # Network calls asked for
-    num_train_timesteps:int, # T of the chain
-)->None: # Nothing: it raises or returns
-    "Refuse a walk that the chain cannot be walked in. Raises ValueError, or TypeError for a number that is not whole."
+    steps: int,  # Network calls asked for
+    num_train_timesteps: int,  # T of the chain
+) -> None:  # Nothing: it raises or returns
+    """Refuse a walk that the chain cannot be walked in.
+
+    Parameters
+    ----------
+    steps : int
+        Network calls asked for.
+    num_train_timesteps : int
+        T of the chain.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For a number that is not whole.
+    """
     check_integer('steps', steps, 1, 30)
-    if steps>num_train_timesteps: raise ValueError(
-        f"sample: steps={steps}. Expected 1 to {num_train_timesteps}, the steps of its training chain. Try steps=30.")
+    if steps > num_train_timesteps:
+        raise ValueError(
+            f"sample: steps={steps}. Expected 1 to {num_train_timesteps}, the steps of its training"
+            " chain. Try steps=30."
+        )
 
 # %% ../nbs/07_sampling.ipynb #081eeec2
 def check_watched(
-    watched:Iterable[int], # Places of images, from 0
-    n:int, # Images
-)->list[int]: # The same, each once, in order
-    "Refuse to watch an image that is not sampled. Raises ValueError, or TypeError for a number that is not whole."
+    watched: Iterable[int],  # Places of images, from 0
+    n: int,  # Images
+) -> list[int]:  # The same, each once, in order
+    """Refuse to watch an image that is not sampled.
+
+    Parameters
+    ----------
+    watched : Iterable[int]
+        Places of images, from 0.
+    n : int
+        Images.
+
+    Returns
+    -------
+    list[int]
+        The same, each once, in order.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For a number that is not whole.
+    """
     places = sorted(set(watched))
-    for k in places: check_integer('watched', k, 0, 0)
-    if places and places[-1]>=n: raise ValueError(
-        f"sample: watched={places[-1]} of n={n} images. Expected 0 to {n-1}. Try watched=range({min(4, n)}).")
+    for k in places:
+        check_integer('watched', k, 0, 0)
+    if places and places[-1] >= n:
+        raise ValueError(
+            f"sample: watched={places[-1]} of n={n} images. Expected 0 to {n-1}. Try"
+            f" watched=range({min(4, n)})."
+        )
     return places
 
 # %% ../nbs/07_sampling.ipynb #5aadedc2
 def prepare_conditions(
-    model, # A `Sampler`
-    conditions:dict, # What was asked: a value or a list of values by covariate name; None is unknown
-    n:int, # Pictures
-    options:dict, # As `sample_batch` takes it
-    seed:int, # Seed
-    batch_size:int, # Pictures at a time
-    first:int=0, # Number of the first picture
-)->dict[str, Tensor]: # Encoded conditions, each (n,)
-    "Check a whole request before anything is computed. Raises ValueError, TypeError, or FileNotFoundError without a denoiser."
-    if model.unet is None: raise FileNotFoundError(
-        "sample: this run has no ldm.safetensors, only an autoencoder. Expected a trained diffusion model. "
-        "Run `brainldm train ldm` first.")
-    check_sample_counts(n, seed, batch_size, first); check_steps(options['steps'], model.schedule.num_train_timesteps)
+    model,  # A `Sampler`
+    # What was asked: a value or a list of values by covariate name; None is unknown
+    conditions: dict,
+    n: int,  # Pictures
+    options: dict,  # As `sample_batch` takes it
+    seed: int,  # Seed
+    batch_size: int,  # Pictures at a time
+    first: int = 0,  # Number of the first picture
+) -> dict[str, Tensor]:  # Encoded conditions, each (n,)
+    """Check a whole request before anything is computed.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    conditions : dict
+        What was asked: a value or a list of values by covariate name; None is unknown.
+    n : int
+        Pictures.
+    options : dict
+        As `sample_batch` takes it.
+    seed : int
+        Seed.
+    batch_size : int
+        Pictures at a time.
+    first : int, default 0
+        Number of the first picture.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Encoded conditions, each (n,).
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    FileNotFoundError
+        Without a denoiser.
+    """
+    if model.unet is None:
+        raise FileNotFoundError(
+            "sample: this run has no ldm.safetensors, only an autoencoder. Expected a trained"
+            " diffusion model. Run `brainldm train ldm` first."
+        )
+    check_sample_counts(n, seed, batch_size, first)
+    check_steps(options['steps'], model.schedule.num_train_timesteps)
     check_choice('sample', 'sampler', options.get('sampler', 'ddim'), SAMPLERS)
     cond = check_conditions(conditions, model.covariates, n)
     requested = [c.name for c in model.unet.covariates if c.name in cond]
-    check_guidance(options.get('guidance_scale', 1.), options.get('guidance_interval', (0., 1.)), options.get('guidance_rescale', 0.), requested)
-    required_conditions(model.autoencoder, cond, 'cpu')                                       # refuse now, not after the walk
+    check_guidance(
+        options.get('guidance_scale', 1.0),
+        options.get('guidance_interval', (0.0, 1.0)),
+        options.get('guidance_rescale', 0.0),
+        requested,
+    )
+    required_conditions(model.autoencoder, cond, 'cpu')  # refuse now, not after the walk
     return cond
 
 # %% ../nbs/07_sampling.ipynb #aa140a99
 def sample_images(
-    model, # A `Sampler`: a run with a trained denoiser
-    n:int=1, # Pictures to draw
-    diagnosis:str|list[str]|None=None, # One for all or one each; None leaves it open
-    slice:float|list[float]|None=None, # Slice number, as in the training data
-    age:float|list[float]|None=None, # Years
-    sex:str|list[str]|None=None, # As written in the training data
-    steps:int=30, # Network calls, 1 to T
-    guidance_scale:float|dict[str, float]=1., # 1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate
-    guidance_interval:tuple[float, float]=(0., 1.), # Part of the chain to guide in: shares of T, 0 clean, 1 noise
-    guidance_rescale:float=0., # Share of the way back to the contrast of the unguided answer, 0 to 1
-    seed:int=0, # Same seed, same machine: same pictures
-    sampler:str='ddim', # 'ddim', 'ddpm' or 'dpmpp'
-    eta:float=0., # Fresh noise in 'ddim', 0 to 1
-    batch_size:int=32, # Pictures at a time
-    first:int=0, # Number of the first picture: a long drawing may be made in parts
-    progress:bool=False, # Show a bar
-    callback:Callable|None=None, # Called in each batch as callback(i, t, images) with the images expected at step i
-    watched:Iterable[int]|None=None, # Which images `callback` is shown, by place from 0; None: all. Others are decoded once
-    **others, # Any other covariate that the run knows, by name
-)->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
+    model,  # A `Sampler`: a run with a trained denoiser
+    n: int = 1,  # Pictures to draw
+    diagnosis: str | list[str] | None = None,  # One for all or one each; None leaves it open
+    slice: float | list[float] | None = None,  # Slice number, as in the training data
+    age: float | list[float] | None = None,  # Years
+    sex: str | list[str] | None = None,  # As written in the training data
+    steps: int = 30,  # Network calls, 1 to T
+    # 1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate
+    guidance_scale: float | dict[str, float] = 1.0,
+    # Part of the chain to guide in: shares of T, 0 clean, 1 noise
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    # Share of the way back to the contrast of the unguided answer, 0 to 1
+    guidance_rescale: float = 0.0,
+    seed: int = 0,  # Same seed, same machine: same pictures
+    sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
+    eta: float = 0.0,  # Fresh noise in 'ddim', 0 to 1
+    batch_size: int = 32,  # Pictures at a time
+    first: int = 0,  # Number of the first picture: a long drawing may be made in parts
+    progress: bool = False,  # Show a bar
+    # Called in each batch as callback(i, t, images) with the images expected at step i
+    callback: Callable | None = None,
+    # Which images `callback` is shown, by place from 0; None: all. Others are decoded once
+    watched: Iterable[int] | None = None,
+    **others,  # Any other covariate that the run knows, by name
+) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
     """Draw pictures with the conditions asked for; what is not named is left open.
 
-    Source: Song et al. 2021, sec. 4.2 (DDIM). Raises ValueError or TypeError for what the run cannot serve."""
-    options = dict(steps=steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
-               guidance_rescale=guidance_rescale, sampler=sampler, eta=eta)
-    cond = prepare_conditions(model, dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), n, options, seed, batch_size, first)
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    n : int, default 1
+        Pictures to draw.
+    diagnosis : str | list[str] | None, default None
+        One for all or one each; None leaves it open.
+    slice : float | list[float] | None, default None
+        Slice number, as in the training data.
+    age : float | list[float] | None, default None
+        Years.
+    sex : str | list[str] | None, default None
+        As written in the training data.
+    steps : int, default 30
+        Network calls, 1 to T.
+    guidance_scale : float | dict[str, float], default 1.0
+        1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        Share of the way back to the contrast of the unguided answer, 0 to 1.
+    seed : int, default 0
+        Same seed, same machine: same pictures.
+    sampler : str, default 'ddim'
+        'ddim', 'ddpm' or 'dpmpp'.
+    eta : float, default 0.0
+        Fresh noise in 'ddim', 0 to 1.
+    batch_size : int, default 32
+        Pictures at a time.
+    first : int, default 0
+        Number of the first picture: a long drawing may be made in parts.
+    progress : bool, default False
+        Show a bar.
+    callback : Callable | None, default None
+        Called in each batch as callback(i, t, images) with the images expected at step i.
+    watched : Iterable[int] | None, default None
+        Which images `callback` is shown, by place from 0; None: all. Others are decoded once.
+    **others
+        Any other covariate that the run knows, by name.
+
+    Returns
+    -------
+    Tensor
+        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+        For what the run cannot serve.
+    TypeError
+        For what the run cannot serve.
+
+    References
+    ----------
+    Song et al. 2021, sec. 4.2 (DDIM).
+    """
+    options = dict(
+        steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        guidance_rescale=guidance_rescale,
+        sampler=sampler,
+        eta=eta,
+    )
+    cond = prepare_conditions(
+        model,
+        dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others),
+        n,
+        options,
+        seed,
+        batch_size,
+        first,
+    )
     watched = None if watched is None else check_watched(watched, n)
-    shape,images = (model.autoencoder.latent_channels, *[model.size//model.autoencoder.factor]*2),[]
-    with tqdm(total=n*steps, unit='step', desc='sample', disable=not progress) as bar:
-        for i,stop,part in in_batches(cond, n, batch_size, model.device):
-            noise = sample_noise(stop-i, shape, seed, first+i, model.device)
-            here = None if watched is None else [k-i for k in watched if i<=k<stop]
-            images.append(sample_batch(model, noise, part, options, seed, callback, bar.update, first+i, here))
+    shape, images = (
+        model.autoencoder.latent_channels,
+        *[model.size // model.autoencoder.factor] * 2,
+    ), []
+    with tqdm(total=n * steps, unit='step', desc='sample', disable=not progress) as bar:
+        for i, stop, part in in_batches(cond, n, batch_size, model.device):
+            noise = sample_noise(stop - i, shape, seed, first + i, model.device)
+            here = None if watched is None else [k - i for k in watched if i <= k < stop]
+            images.append(
+                sample_batch(
+                    model, noise, part, options, seed, callback, bar.update, first + i, here
+                )
+            )
     return torch.cat(images)
 
 # %% ../nbs/07_sampling.ipynb #b69e8eb3
 class Sampler(Codec):
-    "A codec with a denoiser: draws new pictures under the conditions asked for."
-    def __init__(self,
-        autoencoder:nn.Module, # Trained autoencoder
-        size:int, # Side of its pictures, pixels
-        unet:UNet|None=None, # Trained denoiser; None: reconstruct only
-        schedule:NoiseSchedule|None=None, # The chain that the denoiser was trained on
-        latent_mean:Tensor|None=None, # Mean of each latent channel over the train slices (1, c, 1, 1)
-        latent_std:Tensor|None=None, # Standard deviation, same shape
-        precision:str='no', # Mixed precision to compute in: 'no', 'bf16' or 'fp16'
-        slice_covariate:Covariate|None=None, # The covariate 'slice' of the data, by which random codes are drawn
+    """A codec with a denoiser: draws new pictures under the conditions asked for.
+
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its pictures, pixels.
+    unet : UNet | None, default None
+        Trained denoiser; None: reconstruct only.
+    schedule : NoiseSchedule | None, default None
+        The chain that the denoiser was trained on.
+    latent_mean : Tensor | None, default None
+        Mean of each latent channel over the train slices (1, c, 1, 1).
+    latent_std : Tensor | None, default None
+        Standard deviation, same shape.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are drawn.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,  # Trained autoencoder
+        size: int,  # Side of its pictures, pixels
+        unet: UNet | None = None,  # Trained denoiser; None: reconstruct only
+        schedule: NoiseSchedule | None = None,  # The chain that the denoiser was trained on
+        # Mean of each latent channel over the train slices (1, c, 1, 1)
+        latent_mean: Tensor | None = None,
+        latent_std: Tensor | None = None,  # Standard deviation, same shape
+        precision: str = 'no',  # Mixed precision to compute in: 'no', 'bf16' or 'fp16'
+        # The covariate 'slice' of the data, by which random codes are drawn
+        slice_covariate: Covariate | None = None,
     ):
         super().__init__(autoencoder, size, precision, slice_covariate)
-        self.unet,self.schedule,self.latent_mean,self.latent_std = unet,schedule,latent_mean,latent_std
+        self.unet, self.schedule, self.latent_mean, self.latent_std = (
+            unet,
+            schedule,
+            latent_mean,
+            latent_std,
+        )
 
     @property
-    def covariates(self)->tuple[Covariate, ...]: # Names, kinds, values and ranges
-        "What `sample` can be asked for: the denoiser's covariates, then those that only the autoencoder knows."
+    def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
+        """What `sample` can be asked for: the denoiser's covariates, then those that only the
+        autoencoder knows.
+
+        Returns
+        -------
+        tuple[Covariate, ...]
+            Names, kinds, values and ranges.
+        """
         return () if self.unet is None else self._joined(self.unet.covariates)
 
-    def decode_standard(self,
-        z:Tensor, # Standardised latents (b, c, h, w), as the denoiser makes them
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
-    )->Tensor: # Pictures (b, 1, size, size) in [-1, 1]
-        "Undo the standardisation, then decode."
-        return self.decode(z*self.latent_std+self.latent_mean, cond)
+    def decode_standard(
+        self,
+        z: Tensor,  # Standardised latents (b, c, h, w), as the denoiser makes them
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+    ) -> Tensor:  # Pictures (b, 1, size, size) in [-1, 1]
+        """Undo the standardisation, then decode.
 
-    def encode_standard(self,
-        images:Tensor, # Pictures (b, 1, size, size) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
-    )->Tensor: # Standardised latents (b, c, h, w), as the denoiser knows them
-        "Encode, then standardise."
-        return (self.encode(images, cond)-self.latent_mean)/self.latent_std
+        Parameters
+        ----------
+        z : Tensor
+            Standardised latents (b, c, h, w), as the denoiser makes them.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
 
-    sample = sample_images                                                   # a function in a class is a method
+        Returns
+        -------
+        Tensor
+            Pictures (b, 1, size, size) in [-1, 1].
+        """
+        return self.decode(z * self.latent_std + self.latent_mean, cond)
+
+    def encode_standard(
+        self,
+        images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+    ) -> Tensor:  # Standardised latents (b, c, h, w), as the denoiser knows them
+        """Encode, then standardise.
+
+        Parameters
+        ----------
+        images : Tensor
+            Pictures (b, 1, size, size) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            Standardised latents (b, c, h, w), as the denoiser knows them.
+        """
+        return (self.encode(images, cond) - self.latent_mean) / self.latent_std
+
+    sample = sample_images  # a function in a class is a method
 
 # %% ../nbs/07_sampling.ipynb #939b4edc
 def load_denoiser(
-    run:str|Path, # Run folder
-    latent_channels:int, # Channels of its autoencoder's latents
-    weights:str='ema', # 'ema': the average of the weights, or 'raw': the last ones
-)->dict: # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
-    "Build the denoiser of a run from its file alone. Raises FileNotFoundError, or ValueError if it does not fit."
+    run: str | Path,  # Run folder
+    latent_channels: int,  # Channels of its autoencoder's latents
+    weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
+) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
+    """Build the denoiser of a run from its file alone.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    latent_channels : int
+        Channels of its autoencoder's latents.
+    weights : str, default 'ema'
+        'ema': the average of the weights, or 'raw': the last ones.
+
+    Returns
+    -------
+    dict
+        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If it does not fit.
+    """
     check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
-    tensors,about = load_weights(Path(run)/'ldm.safetensors')
-    if about.get('kind')!='ldm': raise ValueError(
-        f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected 'ldm'. Check the file names.")
+    tensors, about = load_weights(Path(run) / 'ldm.safetensors')
+    if about.get('kind') != 'ldm':
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected"
+            " 'ldm'. Check the file names."
+        )
     try:
         args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
-        parts = dict(unet=UNet(**args), schedule=NoiseSchedule(**about['schedule']), latent_mean=tensors['latent_mean'],
-                     latent_std=tensors['latent_std'])
-    except LOAD_ERRORS as e: raise ValueError(
-        f"BrainLDM.load: {run}/ldm.safetensors does not describe a denoiser ({type(e).__name__}: {e}). "
-        "Expected a file of this version. Train again, or take it from a backup.") from None
-    if args['in_channels']!=latent_channels: raise ValueError(
-        f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the autoencoder makes "
-        f"{latent_channels}. Expected two files of one run. Train the ldm again.")
-    part = {k.removeprefix(weights+'.'): v for k,v in tensors.items() if k.startswith(weights+'.')}
-    if not part: raise ValueError(
-        f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a training; a run that was packed for "
-        "others holds the averaged ones only. Try weights='ema'.")
+        parts = dict(
+            unet=UNet(**args),
+            schedule=NoiseSchedule(**about['schedule']),
+            latent_mean=tensors['latent_mean'],
+            latent_std=tensors['latent_std'],
+        )
+    except LOAD_ERRORS as e:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors does not describe a denoiser"
+            f" ({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it"
+            " from a backup."
+        ) from None
+    if args['in_channels'] != latent_channels:
+        raise ValueError(
+            f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the"
+            f" autoencoder makes {latent_channels}. Expected two files of one run. Train the ldm"
+            " again."
+        )
+    part = {
+        k.removeprefix(weights + '.'): v for k, v in tensors.items() if k.startswith(weights + '.')
+    }
+    if not part:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a"
+            " training; a run that was packed for others holds the averaged ones only. Try"
+            " weights='ema'."
+        )
     fill_model(parts['unet'], part, f'{run}/ldm.safetensors').eval()
     return parts
 
 # %% ../nbs/07_sampling.ipynb #310e18a0
 class BrainLDM(Sampler):
-    "A trained run, ready to use: encode, decode and reconstruct pictures, and sample new ones."
+    """A trained run, ready to use: encode, decode and reconstruct pictures, and sample new ones.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
+
     @classmethod
-    def load(cls,
-        run:str|Path, # Run folder, from `brainldm train`
-        device:str|None=None, # Where to compute; None: a GPU if there is one
-        precision:str='auto', # 'auto', 'no', 'bf16' or 'fp16'
-        weights:str='ema', # 'ema': the average of the weights, or 'raw': the last ones
-    )->'BrainLDM': # Ready to use
-        "Load a run. Raises FileNotFoundError without an autoencoder, ValueError on files that do not fit."
-        device,_ = pick_device(device),read_config(run)
-        autoencoder,about = load_autoencoder(run)
-        trained = (Path(run)/'ldm.safetensors').is_file()
-        if trained: check_trained_on(Path(run)/'ldm.safetensors', autoencoder=autoencoder)
+    def load(
+        cls,
+        run: str | Path,  # Run folder, from `brainldm train`
+        device: str | None = None,  # Where to compute; None: a GPU if there is one
+        precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
+        weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
+    ) -> 'BrainLDM':  # Ready to use
+        """Load a run.
+
+        Parameters
+        ----------
+        run : str | Path
+            Run folder, from `brainldm train`.
+        device : str | None, default None
+            Where to compute; None: a GPU if there is one.
+        precision : str, default 'auto'
+            'auto', 'no', 'bf16' or 'fp16'.
+        weights : str, default 'ema'
+            'ema': the average of the weights, or 'raw': the last ones.
+
+        Returns
+        -------
+        BrainLDM
+            Ready to use.
+
+        Raises
+        ------
+        FileNotFoundError
+            Without an autoencoder.
+        ValueError
+            On files that do not fit.
+        """
+        device, _ = pick_device(device), read_config(run)
+        autoencoder, about = load_autoencoder(run)
+        trained = (Path(run) / 'ldm.safetensors').is_file()
+        if trained:
+            check_trained_on(Path(run) / 'ldm.safetensors', autoencoder=autoencoder)
         parts = load_denoiser(run, autoencoder.latent_channels, weights) if trained else {}
-        parts = {k: v if k=='schedule' else v.to(device) for k,v in parts.items()}
-        slice_covariate = Covariate(**about['slice_covariate']) if about.get('slice_covariate') else None
-        model = cls(autoencoder.to(device), about['size'], precision=pick_precision(precision, device), slice_covariate=slice_covariate, **parts)
+        parts = {k: v if k == 'schedule' else v.to(device) for k, v in parts.items()}
+        slice_covariate = (
+            Covariate(**about['slice_covariate']) if about.get('slice_covariate') else None
+        )
+        model = cls(
+            autoencoder.to(device),
+            about['size'],
+            precision=pick_precision(precision, device),
+            slice_covariate=slice_covariate,
+            **parts
+        )
         model.run = Path(run)
         return model
 
 # %% ../nbs/07_sampling.ipynb #d0153beb
 def skipped_steps(
-    steps:int, # Steps of the whole walk
-    strength:float, # Share of it to do, above 0 to 1
-)->int: # Steps to leave out at the noisy end, as diffusers counts them
-    "Where a walk of some strength starts. Raises ValueError if no step is left."
-    if not 0<strength<=1 or int(steps*strength)==0: raise ValueError(
-        f"skipped_steps: strength={strength} of steps={steps}. Expected above 0 to 1, and one step or more. Try 0.6.")
-    return steps-int(steps*strength)
+    steps: int,  # Steps of the whole walk
+    strength: float,  # Share of it to do, above 0 to 1
+) -> int:  # Steps to leave out at the noisy end, as diffusers counts them
+    """Where a walk of some strength starts.
+
+    Parameters
+    ----------
+    steps : int
+        Steps of the whole walk.
+    strength : float
+        Share of it to do, above 0 to 1.
+
+    Returns
+    -------
+    int
+        Steps to leave out at the noisy end, as diffusers counts them.
+
+    Raises
+    ------
+    ValueError
+        If no step is left.
+    """
+    if not 0 < strength <= 1 or int(steps * strength) == 0:
+        raise ValueError(
+            f"skipped_steps: strength={strength} of steps={steps}. Expected above 0 to 1, and one"
+            " step or more. Try 0.6."
+        )
+    return steps - int(steps * strength)
 
 # %% ../nbs/07_sampling.ipynb #3b97a7af
 def image_to_image(
-    model, # A `Sampler`: a run with a trained denoiser
-    images:Tensor, # Pictures to start from (n, 1, size, size) in [-1, 1]
-    strength:float=.6, # Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left
-    steps:int=30, # Steps of the whole walk; strength*steps network calls
-    guidance_scale:float|dict[str, float]=1., # As in `sample`
-    seed:int=0, # Of the noise that is added
-    sampler:str='ddim', # 'ddim', 'ddpm' or 'dpmpp'
-    batch_size:int=32, # Pictures at a time
-    **conditions, # What the new pictures shall be: diagnosis, slice, age, sex, …
-)->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-    "Draw the pictures anew from half-noise. Source: Meng et al. 2022, alg. 1. Raises ValueError or TypeError."
+    model,  # A `Sampler`: a run with a trained denoiser
+    images: Tensor,  # Pictures to start from (n, 1, size, size) in [-1, 1]
+    # Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left
+    strength: float = 0.6,
+    steps: int = 30,  # Steps of the whole walk; strength*steps network calls
+    guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`
+    seed: int = 0,  # Of the noise that is added
+    sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
+    batch_size: int = 32,  # Pictures at a time
+    **conditions,  # What the new pictures shall be: diagnosis, slice, age, sex, …
+) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
+    """Draw the pictures anew from half-noise.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    images : Tensor
+        Pictures to start from (n, 1, size, size) in [-1, 1].
+    strength : float, default 0.6
+        Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left.
+    steps : int, default 30
+        Steps of the whole walk; strength*steps network calls.
+    guidance_scale : float | dict[str, float], default 1.0
+        As in `sample`.
+    seed : int, default 0
+        Of the noise that is added.
+    sampler : str, default 'ddim'
+        'ddim', 'ddpm' or 'dpmpp'.
+    batch_size : int, default 32
+        Pictures at a time.
+    **conditions
+        What the new pictures shall be: diagnosis, slice, age, sex, …
+
+    Returns
+    -------
+    Tensor
+        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+
+    References
+    ----------
+    Meng et al. 2022, alg. 1.
+    """
     n = check_images('image_to_image', images, model.size)
-    options = dict(steps=steps, guidance_scale=guidance_scale, sampler=sampler, start=skipped_steps(steps, strength))
-    cond,out = prepare_conditions(model, conditions, n, options, seed, batch_size),[]
+    options = dict(
+        steps=steps,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+        start=skipped_steps(steps, strength),
+    )
+    cond, out = prepare_conditions(model, conditions, n, options, seed, batch_size), []
     level = sampling_timesteps(steps, model.schedule.num_train_timesteps, start=options['start'])[0]
-    for i,stop,part in in_batches(cond, n, batch_size, model.device):
+    for i, stop, part in in_batches(cond, n, batch_size, model.device):
         z = model.encode_standard(images[i:stop], part)
-        noise = sample_noise(stop-i, tuple(z.shape[1:]), seed, i, model.device)
-        out.append(sample_batch(model, add_noise(z, noise, level, model.schedule.abar), part, options, seed, first=i))
+        noise = sample_noise(stop - i, tuple(z.shape[1:]), seed, i, model.device)
+        out.append(
+            sample_batch(
+                model, add_noise(z, noise, level, model.schedule.abar), part, options, seed, first=i
+            )
+        )
     return torch.cat(out)
+
 
 Sampler.image_to_image = image_to_image
 
 # %% ../nbs/07_sampling.ipynb #f6d96590
 def find_noise(
-    model, # A `Sampler`
-    images:Tensor, # Pictures (b, 1, size, size) in [-1, 1]
-    cond:dict[str, Tensor], # Encoded conditions, what is known of them, each (b,), on the model's device
-    options:dict, # steps, start, refine
-)->Tensor: # Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the pictures
-    "Encode the pictures and read the walk backwards, without guidance. Source: Song et al. 2021, sec. 4.3."
+    model,  # A `Sampler`
+    images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
+    # Encoded conditions, what is known of them, each (b,), on the model's device
+    cond: dict[str, Tensor],
+    options: dict,  # steps, start, refine
+    # Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the
+    # pictures
+) -> Tensor:
+    """Encode the pictures and read the walk backwards, without guidance.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    images : Tensor
+        Pictures (b, 1, size, size) in [-1, 1].
+    cond : dict[str, Tensor]
+        Encoded conditions, what is known of them, each (b,), on the model's device.
+    options : dict
+        steps, start, refine.
+
+    Returns
+    -------
+    Tensor
+
+    References
+    ----------
+    Song et al. 2021, sec. 4.3.
+    """
     z = model.encode_standard(images, cond)
     with mixed_precision(model.device, model.precision):
-        return invert(conditional_denoiser(model, cond, {}), z, model.schedule, options['steps'], start=options['start'], refine=options['refine'])
+        return invert(
+            conditional_denoiser(model, cond, {}),
+            z,
+            model.schedule,
+            options['steps'],
+            start=options['start'],
+            refine=options['refine'],
+        )
 
 # %% ../nbs/07_sampling.ipynb #1a00dd52
 def counterfactual(
-    model, # A `Sampler`: a run with a trained denoiser
-    images:Tensor, # Pictures to edit (n, 1, size, size) in [-1, 1]
-    to:dict, # What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is the round trip
-    given:dict|None=None, # What is known of the pictures, in the same form; stays as it is where `to` says nothing
-    strength:float=1., # Share of the walk to undo: below 1 the coarse shape is kept
-    steps:int=50, # Steps of the whole walk, each way
-    guidance_scale:float|dict[str, float]=1., # As in `sample`, on the way back
-    refine:int=1, # Corrections of each step on the way to the noise, see `invert`
-    batch_size:int=32, # Pictures at a time
-)->Tensor: # The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU
-    "Walk to the noise of each picture, then back under changed conditions. Raises ValueError or TypeError."
-    n,given = check_images('counterfactual', images, model.size),given or {}
-    options = dict(steps=steps, guidance_scale=guidance_scale, start=skipped_steps(steps, strength), refine=refine)
+    model,  # A `Sampler`: a run with a trained denoiser
+    images: Tensor,  # Pictures to edit (n, 1, size, size) in [-1, 1]
+    # What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is the
+    # round trip
+    to: dict,
+    # What is known of the pictures, in the same form; stays as it is where `to` says nothing
+    given: dict | None = None,
+    strength: float = 1.0,  # Share of the walk to undo: below 1 the coarse shape is kept
+    steps: int = 50,  # Steps of the whole walk, each way
+    guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`, on the way back
+    refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
+    batch_size: int = 32,  # Pictures at a time
+) -> Tensor:  # The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU
+    """Walk to the noise of each picture, then back under changed conditions.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    images : Tensor
+        Pictures to edit (n, 1, size, size) in [-1, 1].
+    to : dict
+        What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is the
+        round trip.
+    given : dict | None, default None
+        What is known of the pictures, in the same form; stays as it is where `to` says nothing.
+    strength : float, default 1.0
+        Share of the walk to undo: below 1 the coarse shape is kept.
+    steps : int, default 50
+        Steps of the whole walk, each way.
+    guidance_scale : float | dict[str, float], default 1.0
+        As in `sample`, on the way back.
+    refine : int, default 1
+        Corrections of each step on the way to the noise, see `invert`.
+    batch_size : int, default 32
+        Pictures at a time.
+
+    Returns
+    -------
+    Tensor
+        The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    """
+    n, given = check_images('counterfactual', images, model.size), given or {}
+    options = dict(
+        steps=steps,
+        guidance_scale=guidance_scale,
+        start=skipped_steps(steps, strength),
+        refine=refine,
+    )
     after = prepare_conditions(model, {**given, **to}, n, options, 0, batch_size)
-    before,out = prepare_conditions(model, given, n, dict(steps=steps), 0, batch_size),[]
-    for (i,stop,old),(_,_,new) in zip(*(in_batches(o, n, batch_size, model.device) for o in (before, after))):
-        out.append(sample_batch(model, find_noise(model, images[i:stop], old, options), new, options))
+    before, out = prepare_conditions(model, given, n, dict(steps=steps), 0, batch_size), []
+    for (i, stop, old), (_, _, new) in zip(
+        *(in_batches(o, n, batch_size, model.device) for o in (before, after))
+    ):
+        out.append(
+            sample_batch(model, find_noise(model, images[i:stop], old, options), new, options)
+        )
     return torch.cat(out)
+
 
 Sampler.counterfactual = counterfactual
 
 # %% ../nbs/07_sampling.ipynb #92ccc675
 def slerp(
-    a:Tensor, # One point (c, h, w)
-    b:Tensor, # Another
-    u:Tensor, # Shares of the way from a to b (n,)
-)->Tensor: # Points on the great circle between them (n, c, h, w)
-    "Spherical interpolation. Source: Shoemake 1985."
-    angle = torch.arccos(((a*b).sum()/a.norm()/b.norm()).clamp(-1, 1))        # rounding can pass 1
-    u = u.to(a).view(-1, *[1]*a.ndim)
-    if angle.sin()<1e-4: return (1-u)*a+u*b                                    # no circle to speak of: a straight line
-    return ((1-u)*angle).sin()/angle.sin()*a + (u*angle).sin()/angle.sin()*b
+    a: Tensor,  # One point (c, h, w)
+    b: Tensor,  # Another
+    u: Tensor,  # Shares of the way from a to b (n,)
+) -> Tensor:  # Points on the great circle between them (n, c, h, w)
+    """Spherical interpolation.
+
+    Parameters
+    ----------
+    a : Tensor
+        One point (c, h, w).
+    b : Tensor
+        Another.
+    u : Tensor
+        Shares of the way from a to b (n,).
+
+    Returns
+    -------
+    Tensor
+        Points on the great circle between them (n, c, h, w).
+
+    References
+    ----------
+    Shoemake 1985.
+    """
+    angle = torch.arccos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))  # rounding can pass 1
+    u = u.to(a).view(-1, *[1] * a.ndim)
+    if angle.sin() < 1e-4:
+        return (1 - u) * a + u * b  # no circle to speak of: a straight line
+    return ((1 - u) * angle).sin() / angle.sin() * a + (u * angle).sin() / angle.sin() * b
 
 # %% ../nbs/07_sampling.ipynb #d184b406
 def mix_conditions(
-    cond:dict[str, Tensor], # Encoded conditions of the two ends, each (2,)
-    u:Tensor, # Shares of the way (n,)
-)->dict[str, Tensor]: # Encoded conditions along the way, each (n,)
-    "Numbers run evenly from one end to the other. Raises ValueError for a category, or a gap, at one end only."
-    for k,v in cond.items():
-        if torch.equal(v[0].isnan(), v[1].isnan()) and (v.is_floating_point() or v[0]==v[1]): continue
-        raise ValueError(f"interpolate: {k} differs between the ends. Expected the same category, or numbers at both: "
-                         f"nothing lies between two categories. Try it without {k}, which leaves it open.")
-    return {k: v[0]+u.to(v.device)*(v[1]-v[0]) if v.is_floating_point() else v[:1].expand(len(u)) for k,v in cond.items()}
+    cond: dict[str, Tensor],  # Encoded conditions of the two ends, each (2,)
+    u: Tensor,  # Shares of the way (n,)
+) -> dict[str, Tensor]:  # Encoded conditions along the way, each (n,)
+    """Numbers run evenly from one end to the other.
+
+    Parameters
+    ----------
+    cond : dict[str, Tensor]
+        Encoded conditions of the two ends, each (2,).
+    u : Tensor
+        Shares of the way (n,).
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Encoded conditions along the way, each (n,).
+
+    Raises
+    ------
+    ValueError
+        For a category, or a gap, at one end only.
+    """
+    for k, v in cond.items():
+        if torch.equal(v[0].isnan(), v[1].isnan()) and (v.is_floating_point() or v[0] == v[1]):
+            continue
+        raise ValueError(
+            f"interpolate: {k} differs between the ends. Expected the same category, or numbers at"
+            f" both: nothing lies between two categories. Try it without {k}, which leaves it open."
+        )
+    return {
+        k: v[0] + u.to(v.device) * (v[1] - v[0]) if v.is_floating_point() else v[:1].expand(len(u))
+        for k, v in cond.items()
+    }
 
 # %% ../nbs/07_sampling.ipynb #e92719bd
 def interpolate(
-    model, # A `Sampler`: a run with a trained denoiser
-    a:Tensor, # One picture (1, 1, size, size) in [-1, 1]
-    b:Tensor, # Another
-    n:int=8, # Pictures, both ends included; 2 or more
-    given:dict|None=None, # What is known of them: a value, or two, by covariate name
-    steps:int=50, # Steps of the walk, each way
-    refine:int=1, # Corrections of each step on the way to the noise, see `invert`
-    batch_size:int=32, # Pictures at a time
-)->Tensor: # Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the CPU
-    "Brains between two brains: a great circle between their noises. Raises ValueError or TypeError."
+    model,  # A `Sampler`: a run with a trained denoiser
+    a: Tensor,  # One picture (1, 1, size, size) in [-1, 1]
+    b: Tensor,  # Another
+    n: int = 8,  # Pictures, both ends included; 2 or more
+    given: dict | None = None,  # What is known of them: a value, or two, by covariate name
+    steps: int = 50,  # Steps of the walk, each way
+    refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
+    batch_size: int = 32,  # Pictures at a time
+    # Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the CPU
+) -> Tensor:
+    """Brains between two brains: a great circle between their noises.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    a : Tensor
+        One picture (1, 1, size, size) in [-1, 1].
+    b : Tensor
+        Another.
+    n : int, default 8
+        Pictures, both ends included; 2 or more.
+    given : dict | None, default None
+        What is known of them: a value, or two, by covariate name.
+    steps : int, default 50
+        Steps of the walk, each way.
+    refine : int, default 1
+        Corrections of each step on the way to the noise, see `invert`.
+    batch_size : int, default 32
+        Pictures at a time.
+
+    Returns
+    -------
+    Tensor
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    """
     check_sample_counts(n, 0, batch_size)
-    if [check_images('interpolate', o, model.size) for o in (a, b)]!=[1, 1] or n<2: raise ValueError(
-        f"interpolate: {len(a)} and {len(b)} pictures, n={n}. Expected one and one, and n of 2 or more. Try a[:1], b[:1].")
+    if [check_images('interpolate', o, model.size) for o in (a, b)] != [1, 1] or n < 2:
+        raise ValueError(
+            f"interpolate: {len(a)} and {len(b)} pictures, n={n}. Expected one and one, and n of 2"
+            " or more. Try a[:1], b[:1]."
+        )
     options = dict(steps=steps, start=0, refine=refine)
-    ends,u = prepare_conditions(model, given or {}, 2, options, 0, batch_size),torch.linspace(0, 1, n)
+    ends, u = prepare_conditions(model, given or {}, 2, options, 0, batch_size), torch.linspace(
+        0, 1, n
+    )
     between = mix_conditions(ends, u)
     noise = slerp(*find_noise(model, torch.cat([a, b]), to_device(ends, model.device), options), u)
-    return torch.cat([sample_batch(model, noise[i:stop], part, options) for i,stop,part in in_batches(between, n, batch_size, model.device)])
+    return torch.cat(
+        [
+            sample_batch(model, noise[i:stop], part, options)
+            for i, stop, part in in_batches(between, n, batch_size, model.device)
+        ]
+    )
+
 
 Sampler.interpolate = interpolate

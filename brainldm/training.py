@@ -35,481 +35,1204 @@ from .data import DataConfig
 from .engineering.batches import Covariate, SliceDataset
 from .vae import Autoencoder, AutoencoderKL, cyclical_weight, kl_loss, image_scores
 from brainldm.vqgan import (
-    FP16_SCALE, FSQ, VQVAE, PatchDiscriminator, VectorQuantizer, adaptive_weight, code_scores,
-    count_codes, discriminator_accuracy, discriminator_loss, feature_loss, generator_loss, start_codebook,
+    FP16_SCALE,
+    FSQ,
+    VQVAE,
+    PatchDiscriminator,
+    VectorQuantizer,
+    adaptive_weight,
+    code_scores,
+    count_codes,
+    discriminator_accuracy,
+    discriminator_loss,
+    feature_loss,
+    generator_loss,
+    start_codebook,
 )
 from brainldm.engineering.loop import (
-    Learner, TrainConfig, bare_model, in_chunks, infer, mixed_precision, seeded, to_device,
+    Learner,
+    TrainConfig,
+    bare_model,
+    in_chunks,
+    infer,
+    mixed_precision,
+    seeded,
+    to_device,
 )
 from brainldm.engineering.runs import (
-    Checkpoint, enter_run, fill_model, is_finished, load_weights, run_stage, save_weights,
-    unpack_state, weights_hash, retry_on_oom,
+    Checkpoint,
+    enter_run,
+    fill_model,
+    is_finished,
+    load_weights,
+    run_stage,
+    save_weights,
+    unpack_state,
+    weights_hash,
+    retry_on_oom,
 )
 from .engineering.sharing import locate_run
 
 # %% ../nbs/06_training.ipynb #ada11ce1
 def mean_slices(
-    dataset:SliceDataset, # Train split
-)->tuple[Tensor, list[int]]: # Mean pictures (m, h, w) float32 in [-1, 1], and the slice number of each
-    "The average picture of each slice position: what a model that ignores its input can best predict."
+    dataset: SliceDataset,  # Train split
+    # Mean pictures (m, h, w) float32 in [-1, 1], and the slice number of each
+) -> tuple[Tensor, list[int]]:
+    """The average picture of each slice position: what a model that ignores its input can best
+    predict.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Train split.
+
+    Returns
+    -------
+    tuple[Tensor, list[int]]
+    """
     numbers = dataset.manifest.slice.to_numpy()
     kinds = sorted({int(o) for o in numbers})
-    means = [np.asarray(dataset.images[np.flatnonzero(numbers==k)], np.float32).mean(0) for k in kinds]
-    return torch.from_numpy(np.stack(means))/127.5-1,kinds
+    means = [
+        np.asarray(dataset.images[np.flatnonzero(numbers == k)], np.float32).mean(0) for k in kinds
+    ]
+    return torch.from_numpy(np.stack(means)) / 127.5 - 1, kinds
 
 # %% ../nbs/06_training.ipynb #673f6568
 @dataclass
 class AEConfig(TrainConfig):
-    "Everything that decides an autoencoder."
-    data:DataConfig=field(default_factory=DataConfig) # How pictures are found, cut and split
-    latent_channels:int=8 # Channels of the latent
-    channels:tuple[int, ...]=(96, 128) # Features at each level, largest picture first
-    num_res_blocks:int=1 # Residual blocks a level
-    attention_levels:tuple[bool, ...]=(False, False) # Levels with self-attention
-    patch:int=4 # Side of the pixel blocks that the stem folds into channels
-    unet_levels:int=2 # Levels of the UNet that stage 2 will train on the latents: their side must divide; 1: any side
-    covariates:tuple[str, ...]=() # Covariates that encoder and decoder are told
-    kl_weight:float=1e-6 # Weight of the KL term beside the mean absolute error
-    kl_period:int=0 # Pictures a cycle of a rising KL weight; 0 keeps it constant
-    kind:Literal['kl', 'vq', 'fsq']='kl' # Latents: Gaussians, codes of a codebook, or codes of rounded channels
-    num_embeddings:int=1024 # (vq) Codes in the codebook; a code has latent_channels numbers
-    commitment_cost:float=.25 # (vq) Weight of the pull on the encoder towards its codes
-    codebook_ema:bool=True # (vq) Codes follow the mean of their vectors; else they learn by gradient
-    codebook_start:Literal['kmeans', 'uniform']='kmeans' # (vq) Where the codes are at first
-    restart_below:float=.1 # (vq) Codes used less than this share of an equal share start anew; 0: never
-    fsq_levels:tuple[int, ...]=(8, 5, 5, 5) # (fsq) Levels of each latent channel
-    adversarial:bool=False # Train a critic beside the autoencoder, against blur
-    adversarial_start:int=10_000 # Pictures seen before the critic's verdict reaches the autoencoder
-    adversarial_weight:float=1. # Pull of the critic on the decoder's last layer; 1 pulls as hard as the reconstruction
-    adversarial_max_weight:float=.01 # Ceiling of the adaptive weight that makes both pulls equal
-    adversarial_loss:Literal['nonsaturating', 'hinge']='nonsaturating' # How the critic is taught
-    discriminator_warmup:int=2_000 # Pictures from which the critic alone learns, before its verdict counts
-    discriminator_learning_rate:float=5e-4 # Highest learning rate of the critic
-    discriminator_channels:tuple[int, ...]=(32, 64, 128) # Features of the critic after each halving
-    random_weight:float=0. # Weight of fooling the critic with decoded random latents
-    feature_weight:float=0. # Weight of the difference in the critic's features
+    """Everything that decides an autoencoder.
+
+    Attributes
+    ----------
+    total_images : int, default 20000
+        Pictures to see before training ends.
+    batch_size : int, default 8
+        Pictures a step, on each process.
+    accumulate : int, default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : float, default 0.002
+        Highest learning rate of AdamW.
+    warmup_images : int, default 1000
+        Pictures over which the learning rate rises from 0.
+    weight_decay : float, default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : float, default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : int, default 5000
+        Pictures between two looks at the validate subjects.
+    checkpoint_every : int, default 5000
+        Pictures between two checkpoints.
+    log_every : int, default 10
+        Steps between two lines of the log.
+    num_workers : int, default 0
+        Processes that load pictures; 0 loads in the training process.
+    seed : int, default 0
+        Seed of the weights, the order of the pictures and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate knows, such as tensorboard or wandb.
+    data : DataConfig, default DataConfig()
+        How pictures are found, cut and split.
+    latent_channels : int, default 8
+        Channels of the latent.
+    channels : tuple[int, ...], default (96, 128)
+        Features at each level, largest picture first.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False)
+        Levels with self-attention.
+    patch : int, default 4
+        Side of the pixel blocks that the stem folds into channels.
+    unet_levels : int, default 2
+        Levels of the UNet that stage 2 will train on the latents: their side must divide; 1: any
+        side.
+    covariates : tuple[str, ...], default ()
+        Covariates that encoder and decoder are told.
+    kl_weight : float, default 1e-06
+        Weight of the KL term beside the mean absolute error.
+    kl_period : int, default 0
+        Pictures a cycle of a rising KL weight; 0 keeps it constant.
+    kind : Literal['kl', 'vq', 'fsq'], default 'kl'
+        Latents: Gaussians, codes of a codebook, or codes of rounded channels.
+    num_embeddings : int, default 1024
+        (vq) Codes in the codebook; a code has latent_channels numbers.
+    commitment_cost : float, default 0.25
+        (vq) Weight of the pull on the encoder towards its codes.
+    codebook_ema : bool, default True
+        (vq) Codes follow the mean of their vectors; else they learn by gradient.
+    codebook_start : Literal['kmeans', 'uniform'], default 'kmeans'
+        (vq) Where the codes are at first.
+    restart_below : float, default 0.1
+        (vq) Codes used less than this share of an equal share start anew; 0: never.
+    fsq_levels : tuple[int, ...], default (8, 5, 5, 5)
+        (fsq) Levels of each latent channel.
+    adversarial : bool, default False
+        Train a critic beside the autoencoder, against blur.
+    adversarial_start : int, default 10000
+        Pictures seen before the critic's verdict reaches the autoencoder.
+    adversarial_weight : float, default 1.0
+        Pull of the critic on the decoder's last layer; 1 pulls as hard as the reconstruction.
+    adversarial_max_weight : float, default 0.01
+        Ceiling of the adaptive weight that makes both pulls equal.
+    adversarial_loss : Literal['nonsaturating', 'hinge'], default 'nonsaturating'
+        How the critic is taught.
+    discriminator_warmup : int, default 2000
+        Pictures from which the critic alone learns, before its verdict counts.
+    discriminator_learning_rate : float, default 0.0005
+        Highest learning rate of the critic.
+    discriminator_channels : tuple[int, ...], default (32, 64, 128)
+        Features of the critic after each halving.
+    random_weight : float, default 0.0
+        Weight of fooling the critic with decoded random latents.
+    feature_weight : float, default 0.0
+        Weight of the difference in the critic's features.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)  # How pictures are found, cut and split
+    latent_channels: int = 8  # Channels of the latent
+    channels: tuple[int, ...] = (96, 128)  # Features at each level, largest picture first
+    num_res_blocks: int = 1  # Residual blocks a level
+    attention_levels: tuple[bool, ...] = (False, False)  # Levels with self-attention
+    patch: int = 4  # Side of the pixel blocks that the stem folds into channels
+    # Levels of the UNet that stage 2 will train on the latents: their side must divide; 1: any
+    # side
+    unet_levels: int = 2
+    covariates: tuple[str, ...] = ()  # Covariates that encoder and decoder are told
+    kl_weight: float = 1e-6  # Weight of the KL term beside the mean absolute error
+    kl_period: int = 0  # Pictures a cycle of a rising KL weight; 0 keeps it constant
+    # Latents: Gaussians, codes of a codebook, or codes of rounded channels
+    kind: Literal['kl', 'vq', 'fsq'] = 'kl'
+    num_embeddings: int = 1024  # (vq) Codes in the codebook; a code has latent_channels numbers
+    commitment_cost: float = 0.25  # (vq) Weight of the pull on the encoder towards its codes
+    # (vq) Codes follow the mean of their vectors; else they learn by gradient
+    codebook_ema: bool = True
+    codebook_start: Literal['kmeans', 'uniform'] = 'kmeans'  # (vq) Where the codes are at first
+    # (vq) Codes used less than this share of an equal share start anew; 0: never
+    restart_below: float = 0.1
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)  # (fsq) Levels of each latent channel
+    adversarial: bool = False  # Train a critic beside the autoencoder, against blur
+    # Pictures seen before the critic's verdict reaches the autoencoder
+    adversarial_start: int = 10_000
+    # Pull of the critic on the decoder's last layer; 1 pulls as hard as the reconstruction
+    adversarial_weight: float = 1.0
+    # Ceiling of the adaptive weight that makes both pulls equal
+    adversarial_max_weight: float = 0.01
+    # How the critic is taught
+    adversarial_loss: Literal['nonsaturating', 'hinge'] = 'nonsaturating'
+    # Pictures from which the critic alone learns, before its verdict counts
+    discriminator_warmup: int = 2_000
+    discriminator_learning_rate: float = 5e-4  # Highest learning rate of the critic
+    # Features of the critic after each halving
+    discriminator_channels: tuple[int, ...] = (32, 64, 128)
+    random_weight: float = 0.0  # Weight of fooling the critic with decoded random latents
+    feature_weight: float = 0.0  # Weight of the difference in the critic's features
 
 # %% ../nbs/06_training.ipynb #a2475a3f
 def evenly_spaced_rows(
-    dataset:SliceDataset, # Rows to choose from
-    n:int, # How many to take at most
-)->dict[str, Tensor]: # One batch
-    "The same few rows each time, spread evenly over a data set."
-    return dataset.__getitems__(np.linspace(0, len(dataset)-1, min(n, len(dataset))).round().astype(int))
+    dataset: SliceDataset,  # Rows to choose from
+    n: int,  # How many to take at most
+) -> dict[str, Tensor]:  # One batch
+    """The same few rows each time, spread evenly over a data set.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Rows to choose from.
+    n : int
+        How many to take at most.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        One batch.
+    """
+    return dataset.__getitems__(
+        np.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().astype(int)
+    )
 
 # %% ../nbs/06_training.ipynb #99321c11
 def pick_covariates(
-    covariates:list[Covariate], # What the data has
-    names:tuple[str, ...]|None, # What the model shall know; None is all
-)->tuple[Covariate, ...]: # Those, in the order of the data
-    "Choose covariates by name. Raises ValueError for a name that the data lacks."
+    covariates: list[Covariate],  # What the data has
+    names: tuple[str, ...] | None,  # What the model shall know; None is all
+) -> tuple[Covariate, ...]:  # Those, in the order of the data
+    """Choose covariates by name.
+
+    Parameters
+    ----------
+    covariates : list[Covariate]
+        What the data has.
+    names : tuple[str, ...] | None
+        What the model shall know; None is all.
+
+    Returns
+    -------
+    tuple[Covariate, ...]
+        Those, in the order of the data.
+
+    Raises
+    ------
+    ValueError
+        For a name that the data lacks.
+    """
     have = {c.name: c for c in covariates}
     for name in names or ():
-        if name not in have: raise ValueError(
-            f"pick_covariates: '{name}' is not in the data. Expected some of {list(have)}. "
-            "Check the spelling; further columns of the table are learned with --columns NAME.")
+        if name not in have:
+            raise ValueError(
+                f"pick_covariates: '{name}' is not in the data. Expected some of {list(have)}. "
+                "Check the spelling; further columns of the table are learned with --columns NAME."
+            )
     return tuple(c for c in covariates if names is None or c.name in names)
 
 # %% ../nbs/06_training.ipynb #4e337d12
 def covariates_to_dict(
-    covariates:tuple[Covariate, ...], # Covariates of a model
-)->list[dict]: # The same as JSON
-    "Covariates for a file's description; `covariates_from_dict` reads them back."
+    covariates: tuple[Covariate, ...],  # Covariates of a model
+) -> list[dict]:  # The same as JSON
+    """Covariates for a file's description; `covariates_from_dict` reads them back.
+
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        Covariates of a model.
+
+    Returns
+    -------
+    list[dict]
+        The same as JSON.
+    """
     return [asdict(c) for c in covariates]
 
 # %% ../nbs/06_training.ipynb #b86ecc67
 def covariates_from_dict(
-    described:list[dict], # As from `covariates_to_dict`, perhaps read from a file
-)->tuple[Covariate, ...]: # The covariates
-    "Covariates from a file's description. Raises one of `LOAD_ERRORS` where it describes none."
+    described: list[dict],  # As from `covariates_to_dict`, perhaps read from a file
+) -> tuple[Covariate, ...]:  # The covariates
+    """Covariates from a file's description.
+
+    Raises one of `LOAD_ERRORS` where it describes none.
+
+    Parameters
+    ----------
+    described : list[dict]
+        As from `covariates_to_dict`, perhaps read from a file.
+
+    Returns
+    -------
+    tuple[Covariate, ...]
+        The covariates.
+    """
     return tuple(Covariate(**o) for o in described)
 
 # %% ../nbs/06_training.ipynb #b1ca3c47
-LOAD_ERRORS = (KeyError, TypeError, ValueError, AttributeError, RuntimeError,
-           ArithmeticError) # What building a network raises when its description is wrong
+LOAD_ERRORS = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+)  # What building a network raises when its description is wrong
 
 # %% ../nbs/06_training.ipynb #37a219d5
-EVALUATOR_PATCH = 4 # Side of the pixel blocks that the evaluator folds into channels (notebook 16)
+# Side of the pixel blocks that the evaluator folds into channels (notebook 16)
+EVALUATOR_PATCH = 4
+
 
 def size_multiple(
-    config:AEConfig, # The autoencoder, and the levels of the UNet to come
-)->int: # Pixels
-    "What the side of the images must be a multiple of, so that every stage can be trained: autoencoder, UNet, evaluator."
-    return math.lcm(config.patch*2**(len(config.channels)-1+config.unet_levels-1), EVALUATOR_PATCH)
+    config: AEConfig,  # The autoencoder, and the levels of the UNet to come
+) -> int:  # Pixels
+    """What the side of the images must be a multiple of, so that every stage can be trained:
+    autoencoder, UNet, evaluator.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The autoencoder, and the levels of the UNet to come.
+
+    Returns
+    -------
+    int
+        Pixels.
+    """
+    return math.lcm(
+        config.patch * 2 ** (len(config.channels) - 1 + config.unet_levels - 1), EVALUATOR_PATCH
+    )
 
 # %% ../nbs/06_training.ipynb #7f0db9ec
 def check_size(
-    dataset:SliceDataset, # What is to be trained on
-    size:int, # Side of the pictures that the configuration names
-    factor:int, # The side must be a multiple of this
-)->None: # Nothing: it raises or returns
-    "Refuse pictures that the network cannot take, before a run folder is made. Raises ValueError."
+    dataset: SliceDataset,  # What is to be trained on
+    size: int,  # Side of the pictures that the configuration names
+    factor: int,  # The side must be a multiple of this
+) -> None:  # Nothing: it raises or returns
+    """Refuse pictures that the network cannot take, before a run folder is made.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        What is to be trained on.
+    size : int
+        Side of the pictures that the configuration names.
+    factor : int
+        The side must be a multiple of this.
+
+    Raises
+    ------
+    ValueError
+    """
     shape = tuple(dataset.images.shape[1:])
-    if shape!=(size, size): raise ValueError(
-        f"check_size: pictures of {shape[0]} x {shape[1]} pixels, and the configuration says size={size}. "
-        "Expected the same. "
-        "Open the data with the DataConfig of the run.")
-    if size%factor: raise ValueError(
-        f"check_size: size={size}. Expected a multiple of {factor}, which the stages of this configuration need. "
-        f"Try size={math.ceil(size/factor)*factor}.")
+    if shape != (size, size):
+        raise ValueError(
+            f"check_size: pictures of {shape[0]} x {shape[1]} pixels, and the configuration says"
+            f" size={size}. Expected the same. Open the data with the DataConfig of the run."
+        )
+    if size % factor:
+        raise ValueError(
+            f"check_size: size={size}. Expected a multiple of {factor}, which the stages of this"
+            f" configuration need. Try size={math.ceil(size/factor)*factor}."
+        )
 
 # %% ../nbs/06_training.ipynb #aabfb6a2
 def reconstruction_loss(
-    model:nn.Module, # An autoencoder of config.kind
-    batch:dict[str, Tensor], # 'image' and encoded covariates
-    generator:torch.Generator, # Source of the latent's noise, on the batch's device
-    seen:int, # Pictures seen so far, for a cyclical KL weight
-    config:AEConfig, # Weights of the terms
-)->tuple[Tensor, Tensor, dict[str, Tensor]]: # Reconstruction (b, 1, h, w), the loss, and its parts for the log
-    "Mean absolute error plus the price of the latent. Source: Rombach et al. 2022, app. G; van den Oord 2017, eq. 3."
-    x,chance = batch['image'],dict(generator=generator, device=batch['image'].device)
-    if config.kind!='kl':
-        recon,_,price = model(x, batch, torch.rand(config.num_embeddings, **chance))
+    model: nn.Module,  # An autoencoder of config.kind
+    batch: dict[str, Tensor],  # 'image' and encoded covariates
+    generator: torch.Generator,  # Source of the latent's noise, on the batch's device
+    seen: int,  # Pictures seen so far, for a cyclical KL weight
+    config: AEConfig,  # Weights of the terms
+    # Reconstruction (b, 1, h, w), the loss, and its parts for the log
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Mean absolute error plus the price of the latent.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An autoencoder of config.kind.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of the latent's noise, on the batch's device.
+    seen : int
+        Pictures seen so far, for a cyclical KL weight.
+    config : AEConfig
+        Weights of the terms.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, dict[str, Tensor]]
+
+    References
+    ----------
+    Rombach et al. 2022, app. G; van den Oord 2017, eq. 3.
+    """
+    x, chance = batch['image'], dict(generator=generator, device=batch['image'].device)
+    if config.kind != 'kl':
+        recon, _, price = model(x, batch, torch.rand(config.num_embeddings, **chance))
         l1 = F.l1_loss(recon.float(), x)
-        return recon,l1+price,dict(l1=l1.detach(), vq=price.detach())
-    f = config.patch*2**(len(config.channels)-1)
-    eps = torch.randn(len(x), config.latent_channels, x.shape[2]//f, x.shape[3]//f, **chance)
-    recon,mu,logvar = model(x, batch, eps)
-    l1,kl = F.l1_loss(recon.float(), x),kl_loss(mu.float(), logvar.float())
-    weight = cyclical_weight(seen, config.kl_period, config.kl_weight) if config.kl_period else config.kl_weight
-    return recon,l1+weight*kl,dict(l1=l1.detach(), kl=kl.detach())
+        return recon, l1 + price, dict(l1=l1.detach(), vq=price.detach())
+    f = config.patch * 2 ** (len(config.channels) - 1)
+    eps = torch.randn(len(x), config.latent_channels, x.shape[2] // f, x.shape[3] // f, **chance)
+    recon, mu, logvar = model(x, batch, eps)
+    l1, kl = F.l1_loss(recon.float(), x), kl_loss(mu.float(), logvar.float())
+    weight = (
+        cyclical_weight(seen, config.kl_period, config.kl_weight)
+        if config.kl_period
+        else config.kl_weight
+    )
+    return recon, l1 + weight * kl, dict(l1=l1.detach(), kl=kl.detach())
 
 # %% ../nbs/06_training.ipynb #8a9d1e1f
 def discriminator_step(
-    model:nn.Module, # A PatchDiscriminator
-    batch:dict[str, Tensor], # 'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,)
-    generator:torch.Generator, # Not looked at: nothing here is drawn
-    seen:int, # Pictures seen so far; nothing here depends on it
-    config:AEConfig, # How the critic is taught
-)->tuple[Tensor, dict[str, Tensor]]: # The loss, and what to log
-    "Teach the critic to tell scans from decoded pictures. Source: as of `discriminator_loss`."
-    real,fake = batch['real'],batch['fake']
-    times = 1+len(fake)//len(real)
-    cond = {k: v.repeat(times) for k,v in batch.items() if k not in ('real', 'fake')}
-    logits,_ = model(torch.cat([real, fake]), cond)
-    real,fake = logits.float().split([len(real), len(fake)])
+    model: nn.Module,  # A PatchDiscriminator
+    # 'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,)
+    batch: dict[str, Tensor],
+    generator: torch.Generator,  # Not looked at: nothing here is drawn
+    seen: int,  # Pictures seen so far; nothing here depends on it
+    config: AEConfig,  # How the critic is taught
+) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and what to log
+    """Teach the critic to tell scans from decoded pictures.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A PatchDiscriminator.
+    batch : dict[str, Tensor]
+        'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,).
+    generator : torch.Generator
+        Not looked at: nothing here is drawn.
+    seen : int
+        Pictures seen so far; nothing here depends on it.
+    config : AEConfig
+        How the critic is taught.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and what to log.
+
+    References
+    ----------
+    As of `discriminator_loss`.
+    """
+    real, fake = batch['real'], batch['fake']
+    times = 1 + len(fake) // len(real)
+    cond = {k: v.repeat(times) for k, v in batch.items() if k not in ('real', 'fake')}
+    logits, _ = model(torch.cat([real, fake]), cond)
+    real, fake = logits.float().split([len(real), len(fake)])
     loss = discriminator_loss(real, fake, config.adversarial_loss)
-    return loss,dict(discriminator_loss=loss.detach(), discriminator_accuracy=discriminator_accuracy(real, fake).detach())
+    return loss, dict(
+        discriminator_loss=loss.detach(),
+        discriminator_accuracy=discriminator_accuracy(real, fake).detach(),
+    )
 
 # %% ../nbs/06_training.ipynb #9e9bb49d
 def make_discriminator(
-    config:AEConfig, # Sizes and rates
-    covariates:tuple[Covariate, ...], # What the autoencoder is told, and so the critic
-    run:Path|None=None, # Run folder
-)->Learner|None: # A training of its own; None without an adversary
-    "The second network of an adversarial training."
-    if not config.adversarial: return None
-    if config.compile: torch._functorch.config.donated_buffer = False      # the weight asks a graph for gradients twice
-    discriminator = seeded(config.seed+1, lambda: PatchDiscriminator(covariates, config.discriminator_channels))
+    config: AEConfig,  # Sizes and rates
+    covariates: tuple[Covariate, ...],  # What the autoencoder is told, and so the critic
+    run: Path | None = None,  # Run folder
+) -> Learner | None:  # A training of its own; None without an adversary
+    """The second network of an adversarial training.
+
+    Parameters
+    ----------
+    config : AEConfig
+        Sizes and rates.
+    covariates : tuple[Covariate, ...]
+        What the autoencoder is told, and so the critic.
+    run : Path | None, default None
+        Run folder.
+
+    Returns
+    -------
+    Learner | None
+        A training of its own; None without an adversary.
+    """
+    if not config.adversarial:
+        return None
+    # the weight asks a graph for gradients twice
+    if config.compile:
+        torch._functorch.config.donated_buffer = False
+    discriminator = seeded(
+        config.seed + 1, lambda: PatchDiscriminator(covariates, config.discriminator_channels)
+    )
     config = replace(config, learning_rate=config.discriminator_learning_rate, compile=False)
     return Learner(discriminator, partial(discriminator_step, config=config), config, run)
 
 # %% ../nbs/06_training.ipynb #2eb4feda
 def generator_step(
-    discriminator:Learner, # Its network is used, and not changed
-    batch:dict[str, Tensor], # 'image' and encoded covariates
-    fakes:list[Tensor], # Reconstructions (b, 1, h, w), and perhaps decoded random latents
-    config:AEConfig, # Weights
-)->tuple[Tensor, Tensor]: # Loss of being recognised, and loss of looking different to the critic, scalars
-    "What the autoencoder pays to its critic."
-    frozen = {k: v.detach() for k,v in discriminator.raw.named_parameters()}          # no gradient reaches the critic itself
+    discriminator: Learner,  # Its network is used, and not changed
+    batch: dict[str, Tensor],  # 'image' and encoded covariates
+    fakes: list[Tensor],  # Reconstructions (b, 1, h, w), and perhaps decoded random latents
+    config: AEConfig,  # Weights
+    # Loss of being recognised, and loss of looking different to the critic, scalars
+) -> tuple[Tensor, Tensor]:
+    """What the autoencoder pays to its critic.
+
+    Parameters
+    ----------
+    discriminator : Learner
+        Its network is used, and not changed.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    fakes : list[Tensor]
+        Reconstructions (b, 1, h, w), and perhaps decoded random latents.
+    config : AEConfig
+        Weights.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+    """
+    # no gradient reaches the critic itself
+    frozen = {k: v.detach() for k, v in discriminator.raw.named_parameters()}
     judge = lambda x: torch.func.functional_call(discriminator.raw, frozen, (x, batch))
-    logits,features = judge(fakes[0])
+    logits, features = judge(fakes[0])
     gan = generator_loss(logits.float(), config.adversarial_loss)
-    for o in fakes[1:]: gan = gan+config.random_weight*generator_loss(judge(o)[0].float(), config.adversarial_loss)
-    if not config.feature_weight: return gan,gan.new_zeros(())
-    with torch.no_grad(): seen = judge(batch['image'])[1]
-    return gan,feature_loss(seen, features)
+    for o in fakes[1:]:
+        gan = gan + config.random_weight * generator_loss(
+            judge(o)[0].float(), config.adversarial_loss
+        )
+    if not config.feature_weight:
+        return gan, gan.new_zeros(())
+    with torch.no_grad():
+        seen = judge(batch['image'])[1]
+    return gan, feature_loss(seen, features)
 
 # %% ../nbs/06_training.ipynb #503eeb2e
 def autoencoder_loss(
-    model:nn.Module, # An autoencoder of config.kind
-    batch:dict[str, Tensor], # 'image' and encoded covariates
-    generator:torch.Generator, # Source of noise, on the batch's device
-    seen:int, # Pictures seen before this update of the weights
-    config:AEConfig, # Weights of the terms
-    discriminator:Learner|None=None, # The adversary, which learns here before it is asked
-)->tuple[Tensor, dict[str, Tensor]]: # The loss, and its parts for the log
-    "The loss of stage 1: reconstruction, and the critic's verdict once it counts. Source: Esser et al. 2021, eq. 5-7."
-    recon,loss,logs = reconstruction_loss(model, batch, generator, seen, config)
-    if discriminator is None or seen<config.adversarial_start-config.discriminator_warmup: return loss,logs
-    bare,fakes = discriminator.accelerator.unwrap_model(model),[recon]
+    model: nn.Module,  # An autoencoder of config.kind
+    batch: dict[str, Tensor],  # 'image' and encoded covariates
+    generator: torch.Generator,  # Source of noise, on the batch's device
+    seen: int,  # Pictures seen before this update of the weights
+    config: AEConfig,  # Weights of the terms
+    discriminator: Learner | None = None,  # The adversary, which learns here before it is asked
+) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
+    """The loss of stage 1: reconstruction, and the critic's verdict once it counts.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An autoencoder of config.kind.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of noise, on the batch's device.
+    seen : int
+        Pictures seen before this update of the weights.
+    config : AEConfig
+        Weights of the terms.
+    discriminator : Learner | None, default None
+        The adversary, which learns here before it is asked.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Esser et al. 2021, eq. 5-7.
+    """
+    recon, loss, logs = reconstruction_loss(model, batch, generator, seen, config)
+    if discriminator is None or seen < config.adversarial_start - config.discriminator_warmup:
+        return loss, logs
+    bare, fakes = discriminator.accelerator.unwrap_model(model), [recon]
     if config.random_weight:
-        z = bare.random_latents(len(recon), recon.shape[-1]//bare.factor, generator, batch)
-        with mixed_precision(z.device, discriminator.precision): fakes.append(bare.decode(z, batch))
-    discriminator.seen,cond = seen,{k: v for k,v in batch.items() if k!='image'}
+        z = bare.random_latents(len(recon), recon.shape[-1] // bare.factor, generator, batch)
+        with mixed_precision(z.device, discriminator.precision):
+            fakes.append(bare.decode(z, batch))
+    discriminator.seen, cond = seen, {k: v for k, v in batch.items() if k != 'image'}
     logs |= discriminator.step(dict(cond, real=batch['image'], fake=torch.cat(fakes).detach()))
     logs.pop('loss')
-    if seen<config.adversarial_start: return loss,logs
-    gan,features = generator_step(discriminator, batch, fakes, config)
+    if seen < config.adversarial_start:
+        return loss, logs
+    gan, features = generator_step(discriminator, batch, fakes, config)
     last = bare.decoder.head[-1].weight
-    scale = 1. if discriminator.accelerator.scaler is None else FP16_SCALE            # no scaler reaches these gradients
-    weight = config.adversarial_weight*adaptive_weight(loss, gan, last, config.adversarial_max_weight, scale)
+    # no scaler reaches these gradients
+    scale = 1.0 if discriminator.accelerator.scaler is None else FP16_SCALE
+    weight = config.adversarial_weight * adaptive_weight(
+        loss, gan, last, config.adversarial_max_weight, scale
+    )
     logs |= dict(gan=gan.detach(), gan_weight=weight)
-    if config.feature_weight: logs['features'] = features.detach()
-    return loss+weight*gan+config.feature_weight*features,logs
+    if config.feature_weight:
+        logs['features'] = features.detach()
+    return loss + weight * gan + config.feature_weight * features, logs
 
 # %% ../nbs/06_training.ipynb #452fdc61
 def validate_autoencoder(
-    model:nn.Module, # The autoencoder
-    batch:dict[str, Tensor], # Held-out pictures, the same each time
-    path:Path, # Where the picture goes
-    precision:str='no', # Mixed precision to compute in
-    chunk:int=32, # Pictures at a time: what fits into memory beside a training
-)->dict[str, float]: # val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has some
-    "Look at held-out slices: numbers for the log, originals above reconstructions for the eye."
+    model: nn.Module,  # The autoencoder
+    batch: dict[str, Tensor],  # Held-out pictures, the same each time
+    path: Path,  # Where the picture goes
+    precision: str = 'no',  # Mixed precision to compute in
+    chunk: int = 32,  # Pictures at a time: what fits into memory beside a training
+    # val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
+    # some
+) -> dict[str, float]:
+    """Look at held-out slices: numbers for the log, originals above reconstructions for the eye.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The autoencoder.
+    batch : dict[str, Tensor]
+        Held-out pictures, the same each time.
+    path : Path
+        Where the picture goes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    chunk : int, default 32
+        Pictures at a time: what fits into memory beside a training.
+
+    Returns
+    -------
+    dict[str, float]
+    """
     x = batch['image']
-    look,coded = infer(model, precision),hasattr(model, 'quantizer')
-    recon,*codes = in_chunks(lambda x,cond: look(x, cond)[:1+coded], chunk)(x, batch)
+    look, coded = infer(model, precision), hasattr(model, 'quantizer')
+    recon, *codes = in_chunks(lambda x, cond: look(x, cond)[: 1 + coded], chunk)(x, batch)
     recon = recon.clamp(-1, 1).float()
     scores = image_scores(recon, x)
-    k = np.linspace(0, len(x)-1, min(6, len(x))).round().astype(int)
+    k = np.linspace(0, len(x) - 1, min(6, len(x))).round().astype(int)
     pair = torch.stack([x[k, 0], recon[k, 0]]).cpu()
     title = f"SSIM {scores['ssim'].mean():.3f} on held-out slices"
     save_figure(show_grid(pair, row_labels=['original', 'decoded'], title=title), path)
     used = code_scores(count_codes(codes[0], model.quantizer.num_embeddings)) if coded else {}
-    scores = {k: v.nanmean().item() for k,v in scores.items()} | used
-    return {'val_l1': F.l1_loss(recon, x).item(), **{f'val_{k}': v for k,v in scores.items()}}
+    scores = {k: v.nanmean().item() for k, v in scores.items()} | used
+    return {'val_l1': F.l1_loss(recon, x).item(), **{f'val_{k}': v for k, v in scores.items()}}
 
 # %% ../nbs/06_training.ipynb #988bc002
 def autoencoder_args(
-    config:AEConfig, # The configuration
-    covariates:tuple[Covariate, ...]=(), # What encoder and decoder are told
-)->dict: # Arguments of `build_autoencoder`, beside the kind
-    "The part of a configuration that decides the architecture."
+    config: AEConfig,  # The configuration
+    covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are told
+) -> dict:  # Arguments of `build_autoencoder`, beside the kind
+    """The part of a configuration that decides the architecture.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are told.
+
+    Returns
+    -------
+    dict
+        Arguments of `build_autoencoder`, beside the kind.
+    """
     names = 'channels num_res_blocks attention_levels patch'.split()
     args = dict({o: getattr(config, o) for o in names}, covariates=covariates)
-    if config.kind=='kl': return dict(args, latent_channels=config.latent_channels)
-    codebook = dict(num_embeddings=config.num_embeddings, embedding_dim=config.latent_channels, ema=config.codebook_ema,
-                    commitment_cost=config.commitment_cost, restart_below=config.restart_below)
-    return dict(args, quantizer=codebook if config.kind=='vq' else dict(levels=config.fsq_levels),
-                map_side=config.data.size//(config.patch*2**(len(config.channels)-1)))
+    if config.kind == 'kl':
+        return dict(args, latent_channels=config.latent_channels)
+    codebook = dict(
+        num_embeddings=config.num_embeddings,
+        embedding_dim=config.latent_channels,
+        ema=config.codebook_ema,
+        commitment_cost=config.commitment_cost,
+        restart_below=config.restart_below,
+    )
+    return dict(
+        args,
+        quantizer=codebook if config.kind == 'vq' else dict(levels=config.fsq_levels),
+        map_side=config.data.size // (config.patch * 2 ** (len(config.channels) - 1)),
+    )
 
 # %% ../nbs/06_training.ipynb #67f27140
 def build_autoencoder(
-    kind:str, # 'kl', 'vq' or 'fsq'
-    args:dict, # As from `autoencoder_args`
-)->Autoencoder: # With fresh weights
-    "Make an autoencoder of one of the three kinds. Raises ValueError for another kind."
-    if kind=='kl': return AutoencoderKL(**args)
+    kind: str,  # 'kl', 'vq' or 'fsq'
+    args: dict,  # As from `autoencoder_args`
+) -> Autoencoder:  # With fresh weights
+    """Make an autoencoder of one of the three kinds.
+
+    Parameters
+    ----------
+    kind : str
+        'kl', 'vq' or 'fsq'.
+    args : dict
+        As from `autoencoder_args`.
+
+    Returns
+    -------
+    Autoencoder
+        With fresh weights.
+
+    Raises
+    ------
+    ValueError
+        For another kind.
+    """
+    if kind == 'kl':
+        return AutoencoderKL(**args)
     quantizers = dict(vq=VectorQuantizer, fsq=FSQ)
-    if kind not in quantizers: raise ValueError(
-        f"build_autoencoder: kind={kind!r}. Expected 'kl', 'vq' or 'fsq'. "
-        "Check that the file was written by this version.")
-    return VQVAE(quantizers[kind](**args['quantizer']), **{k: v for k,v in args.items() if k!='quantizer'})
+    if kind not in quantizers:
+        raise ValueError(
+            f"build_autoencoder: kind={kind!r}. Expected 'kl', 'vq' or 'fsq'. "
+            "Check that the file was written by this version."
+        )
+    return VQVAE(
+        quantizers[kind](**args['quantizer']), **{k: v for k, v in args.items() if k != 'quantizer'}
+    )
 
 # %% ../nbs/06_training.ipynb #38e614a5
 def load_autoencoder(
-    run:Path, # Run folder
-)->tuple[Autoencoder, dict]: # The network in evaluation mode on the CPU, and its description
-    "Build the autoencoder of a run from its file alone. Raises FileNotFoundError or ValueError."
-    tensors,info = load_weights(Path(run)/'autoencoder.safetensors')
+    run: Path,  # Run folder
+) -> tuple[Autoencoder, dict]:  # The network in evaluation mode on the CPU, and its description
+    """Build the autoencoder of a run from its file alone.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[Autoencoder, dict]
+        The network in evaluation mode on the CPU, and its description.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
+    tensors, info = load_weights(Path(run) / 'autoencoder.safetensors')
     try:
         args = dict(info['args'], covariates=covariates_from_dict(info['args']['covariates']))
-        model,_ = build_autoencoder(info['kind'], args),info['size']
-    except LOAD_ERRORS as e: raise ValueError(
-        f"load_autoencoder: the description of {run}/autoencoder.safetensors does not describe an autoencoder "
-        f"({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it from a backup.") from None
-    return fill_model(model, tensors, f'{run}/autoencoder.safetensors').eval(),info
+        model, _ = build_autoencoder(info['kind'], args), info['size']
+    except LOAD_ERRORS as e:
+        raise ValueError(
+            f"load_autoencoder: the description of {run}/autoencoder.safetensors does not describe"
+            f" an autoencoder ({type(e).__name__}: {e}). Expected a file of this version. Train"
+            " again, or take it from a backup."
+        ) from None
+    return fill_model(model, tensors, f'{run}/autoencoder.safetensors').eval(), info
 
 # %% ../nbs/06_training.ipynb #a0060e02
-FREE = {'covariates', 'dropout', 'commitment_cost', 'restart_below'} # Arguments that change no weight's shape or meaning
+# Arguments that change no weight's shape or meaning
+FREE = {'covariates', 'dropout', 'commitment_cost', 'restart_below'}
 
 # %% ../nbs/06_training.ipynb #a0060e03
 def refuse_architecture(
-    now:dict, # Arguments of the network that is to be trained
-    then:dict, # Those of the network whose weights it is to start from
-    source:str, # Where those are, for the message
-)->None: # Nothing: it raises or returns
-    "Name the settings in which two networks differ. Raises ValueError."
+    now: dict,  # Arguments of the network that is to be trained
+    then: dict,  # Those of the network whose weights it is to start from
+    source: str,  # Where those are, for the message
+) -> None:  # Nothing: it raises or returns
+    """Name the settings in which two networks differ.
+
+    Parameters
+    ----------
+    now : dict
+        Arguments of the network that is to be trained.
+    then : dict
+        Those of the network whose weights it is to start from.
+    source : str
+        Where those are, for the message.
+
+    Raises
+    ------
+    ValueError
+    """
+
     def flat(args):
-        args = json.loads(json.dumps({k: v for k,v in args.items() if k!='covariates'}))
-        nested = {kk: vv for v in args.values() if isinstance(v, dict) for kk,vv in v.items()}
-        return {k: v for k,v in (args | nested).items() if not isinstance(v, dict) and k not in FREE}
-    a,b = flat(now),flat(then)
-    odd = [f'{k}={a.get(k)!r}, there {b.get(k)!r}' for k in sorted({*a, *b}) if a.get(k)!=b.get(k)]
-    if odd: raise ValueError(f"init_from: the network of {source} is another one: {'; '.join(odd)}. Expected the same "
-                             "settings. Give those of the source, or leave --init-from out.")
+        args = json.loads(json.dumps({k: v for k, v in args.items() if k != 'covariates'}))
+        nested = {kk: vv for v in args.values() if isinstance(v, dict) for kk, vv in v.items()}
+        return {
+            k: v for k, v in (args | nested).items() if not isinstance(v, dict) and k not in FREE
+        }
+
+    a, b = flat(now), flat(then)
+    odd = [
+        f'{k}={a.get(k)!r}, there {b.get(k)!r}' for k in sorted({*a, *b}) if a.get(k) != b.get(k)
+    ]
+    if odd:
+        raise ValueError(
+            f"init_from: the network of {source} is another one: {'; '.join(odd)}. Expected the"
+            " same settings. Give those of the source, or leave --init-from out."
+        )
 
 # %% ../nbs/06_training.ipynb #a0060e04
 def match_covariates(
-    now:tuple[Covariate, ...], # What the network is to learn
-    then:tuple[Covariate, ...], # What the source has learned
-)->tuple[dict[str, Covariate], list[str]]: # Those of the source that can be taken, by name, and notes about all others
-    "Which covariates keep what was learned of them: those of the same name and kind."
-    old,new,notes = {c.name: c for c in then},{c.name: c for c in now},[]
+    now: tuple[Covariate, ...],  # What the network is to learn
+    then: tuple[Covariate, ...],  # What the source has learned
+    # Those of the source that can be taken, by name, and notes about all others
+) -> tuple[dict[str, Covariate], list[str]]:
+    """Which covariates keep what was learned of them: those of the same name and kind.
+
+    Parameters
+    ----------
+    now : tuple[Covariate, ...]
+        What the network is to learn.
+    then : tuple[Covariate, ...]
+        What the source has learned.
+
+    Returns
+    -------
+    tuple[dict[str, Covariate], list[str]]
+    """
+    old, new, notes = {c.name: c for c in then}, {c.name: c for c in now}, []
     for c in now:
         o = old.get(c.name)
-        if o is None: notes.append(f'{c.name} starts fresh')
-        elif o.kind!=c.kind: notes.append(f'{c.name} starts fresh: it was {o.kind}, and is {c.kind}')
-        elif c.kind=='categorical' and set(c.values)-set(o.values):
-            notes.append(f"{c.name}: {', '.join(str(v) for v in c.values if v not in o.values)} starts fresh")
-        elif c.range!=o.range:
-            notes.append(f'{c.name}: {c.range[0]:g} to {c.range[1]:g} stand where {o.range[0]:g} to {o.range[1]:g} stood')
+        if o is None:
+            notes.append(f'{c.name} starts fresh')
+        elif o.kind != c.kind:
+            notes.append(f'{c.name} starts fresh: it was {o.kind}, and is {c.kind}')
+        elif c.kind == 'categorical' and set(c.values) - set(o.values):
+            notes.append(
+                f"{c.name}: {', '.join(str(v) for v in c.values if v not in o.values)} starts fresh"
+            )
+        elif c.range != o.range:
+            notes.append(
+                f'{c.name}: {c.range[0]:g} to {c.range[1]:g} stand where {o.range[0]:g} to'
+                f' {o.range[1]:g} stood'
+            )
     notes += [f'{k} is not learned any more' for k in old if k not in new]
-    return {k: c for k,c in old.items() if k in new and new[k].kind==c.kind},notes
+    return {k: c for k, c in old.items() if k in new and new[k].kind == c.kind}, notes
 
 # %% ../nbs/06_training.ipynb #a0060e05
 def adopt_weights(
-    model:nn.Module, # Fresh; filled in place
-    source:nn.Module, # A trained network of the same architecture, perhaps with other covariates
-    what:str, # Where that one is, for the message
-)->list[str]: # What happened to the covariates, a phrase each
-    "Copy weights, those of covariates by name. Raises ValueError if one has covariates and the other has none."
-    now,then = tuple(model.covariates),tuple(source.covariates)
-    if bool(now)!=bool(then): raise ValueError(
-        f"init_from: {what} has learned {', '.join(c.name for c in then) or 'no covariate'}, and this network is to learn "
-        f"{', '.join(c.name for c in now) or 'none'}. Expected covariates in both, or in none. Choose others with "
-        "--covariates.")
-    kept,notes = match_covariates(now, then)
-    theirs,filled = source.state_dict(),{}
-    for k,own in model.state_dict().items():
+    model: nn.Module,  # Fresh; filled in place
+    source: nn.Module,  # A trained network of the same architecture, perhaps with other covariates
+    what: str,  # Where that one is, for the message
+) -> list[str]:  # What happened to the covariates, a phrase each
+    """Copy weights, those of covariates by name.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Fresh; filled in place.
+    source : nn.Module
+        A trained network of the same architecture, perhaps with other covariates.
+    what : str
+        Where that one is, for the message.
+
+    Returns
+    -------
+    list[str]
+        What happened to the covariates, a phrase each.
+
+    Raises
+    ------
+    ValueError
+        If one has covariates and the other has none.
+    """
+    now, then = tuple(model.covariates), tuple(source.covariates)
+    if bool(now) != bool(then):
+        raise ValueError(
+            f"init_from: {what} has learned {', '.join(c.name for c in then) or 'no covariate'},"
+            f" and this network is to learn {', '.join(c.name for c in now) or 'none'}. Expected"
+            " covariates in both, or in none. Choose others with --covariates."
+        )
+    kept, notes = match_covariates(now, then)
+    theirs, filled = source.state_dict(), {}
+    for k, own in model.state_dict().items():
         name = (re.search(r'conditioner\.embed\.([^.]+)\.', k) or [None, None])[1]
-        if name and name not in kept or k.startswith(('histogram.', 'vectors')): filled[k] = own      # of this run's data
+        # of this run's data
+        if name and name not in kept or k.startswith(('histogram.', 'vectors')):
+            filled[k] = own
         elif k.endswith('conditioner.null'):
-            rows = {c.name: i for i,c in enumerate(then)}
-            filled[k] = torch.stack([theirs[k][rows[c.name]] if c.name in rows else own[i] for i,c in enumerate(now)])
-        elif name and kept[name].kind=='categorical':
-            values,known = next(c.values for c in now if c.name==name),kept[name].values
-            filled[k] = torch.stack([theirs[k][known.index(v)] if v in known else own[i] for i,v in enumerate(values)])
-        elif k in theirs: filled[k] = theirs[k]
+            rows = {c.name: i for i, c in enumerate(then)}
+            filled[k] = torch.stack(
+                [theirs[k][rows[c.name]] if c.name in rows else own[i] for i, c in enumerate(now)]
+            )
+        elif name and kept[name].kind == 'categorical':
+            values, known = next(c.values for c in now if c.name == name), kept[name].values
+            filled[k] = torch.stack(
+                [theirs[k][known.index(v)] if v in known else own[i] for i, v in enumerate(values)]
+            )
+        elif k in theirs:
+            filled[k] = theirs[k]
     fill_model(model, filled, what)
     return notes
 
 # %% ../nbs/06_training.ipynb #a0060e06
 def is_begun(
-    run:Path, # Run folder
-    stage:str, # One of its stages
-    resume:bool, # Whether the stage goes on where it stopped
-)->bool: # True if weights will come from a state of its own
-    "Whether a stage has a state from which it will go on."
-    return resume and bool(Checkpoint(run/'state'/stage).files())
+    run: Path,  # Run folder
+    stage: str,  # One of its stages
+    resume: bool,  # Whether the stage goes on where it stopped
+) -> bool:  # True if weights will come from a state of its own
+    """Whether a stage has a state from which it will go on.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        One of its stages.
+    resume : bool
+        Whether the stage goes on where it stopped.
+
+    Returns
+    -------
+    bool
+        True if weights will come from a state of its own.
+    """
+    return resume and bool(Checkpoint(run / 'state' / stage).files())
 
 # %% ../nbs/06_training.ipynb #a0060e07
 def origin_of(
-    config:TrainConfig, # Says from which run the weights came
-    source:nn.Module, # The network there
-    notes:list[str], # What happened to its covariates
-)->dict: # What config.json says of it
-    "Write down where weights came from: run, hash and what was not taken; and say it."
-    if notes: warnings.warn(f"init_from: started from {config.init_from}. {'; '.join(notes)}.")
+    config: TrainConfig,  # Says from which run the weights came
+    source: nn.Module,  # The network there
+    notes: list[str],  # What happened to its covariates
+) -> dict:  # What config.json says of it
+    """Write down where weights came from: run, hash and what was not taken; and say it.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Says from which run the weights came.
+    source : nn.Module
+        The network there.
+    notes : list[str]
+        What happened to its covariates.
+
+    Returns
+    -------
+    dict
+        What config.json says of it.
+    """
+    if notes:
+        warnings.warn(f"init_from: started from {config.init_from}. {'; '.join(notes)}.")
     return dict(run=config.init_from, weights=weights_hash(source), notes=notes)
 
 # %% ../nbs/06_training.ipynb #a0060e08
 def adopt_autoencoder(
-    model:nn.Module, # Fresh; filled in place
-    config:AEConfig, # Says from which run
-    args:dict, # Arguments of `model`, as from `autoencoder_args`
-)->dict: # Where the weights came from, for config.json
-    "Fill an autoencoder with the weights of another run. Raises ValueError, or FileNotFoundError if there is none."
-    source,about = load_autoencoder(locate_run(config.init_from))
-    refuse_architecture(dict(args, kind=config.kind), dict(about['args'], kind=about['kind']), config.init_from)
+    model: nn.Module,  # Fresh; filled in place
+    config: AEConfig,  # Says from which run
+    args: dict,  # Arguments of `model`, as from `autoencoder_args`
+) -> dict:  # Where the weights came from, for config.json
+    """Fill an autoencoder with the weights of another run.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Fresh; filled in place.
+    config : AEConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `autoencoder_args`.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there is none.
+    """
+    source, about = load_autoencoder(locate_run(config.init_from))
+    refuse_architecture(
+        dict(args, kind=config.kind), dict(about['args'], kind=about['kind']), config.init_from
+    )
     return origin_of(config, source, adopt_weights(model, source, config.init_from))
 
 # %% ../nbs/06_training.ipynb #532be527
 def compare_opening(
-    dataset:SliceDataset, # Data, perhaps from `open_dataset`
-    config:DataConfig, # How it should have been opened
-)->str: # The settings in which it was not, in words; '' also for data made by hand, which says nothing
-    "Compare how pictures were cut and which columns are told; everything else shows in what a stage was given (notebook 05c)."
+    dataset: SliceDataset,  # Data, perhaps from `open_dataset`
+    config: DataConfig,  # How it should have been opened
+    # The settings in which it was not, in words; '' also for data made by hand, which says
+    # nothing
+) -> str:
+    """Compare how pictures were cut and which columns are told; everything else shows in what a stage
+    was given (notebook 05c).
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Data, perhaps from `open_dataset`.
+    config : DataConfig
+        How it should have been opened.
+
+    Returns
+    -------
+    str
+    """
     have = dataset.config
-    odd = [k for k in ('size', 'crop', 'columns', 'categorical', 'continuous') if have and getattr(have, k)!=getattr(config, k)]
+    odd = [
+        k
+        for k in ('size', 'crop', 'columns', 'categorical', 'continuous')
+        if have and getattr(have, k) != getattr(config, k)
+    ]
     return ', '.join(f'{k}={getattr(have, k)!r}, not {getattr(config, k)!r}' for k in odd)
 
 # %% ../nbs/06_training.ipynb #a907dd2e
 def resolve_crop(
-    config:AEConfig, # Configuration, perhaps with data.crop='auto'
-    dataset:SliceDataset, # Data as `open_dataset` gave it
-)->AEConfig: # The same with a number of pixels, or None, in its place
-    "Write down how pictures are cut, so that data opened later is cut the same way. Raises ValueError if that is not known."
-    if config.data.crop=='auto':
-        if dataset.config is None: raise ValueError(
-            "resolve_crop: crop='auto' and a data set that was not made by open_dataset. "
-            "Expected one that knows its crop. Use open_dataset(root, config.data), or give a number.")
+    config: AEConfig,  # Configuration, perhaps with data.crop='auto'
+    dataset: SliceDataset,  # Data as `open_dataset` gave it
+) -> AEConfig:  # The same with a number of pixels, or None, in its place
+    """Write down how pictures are cut, so that data opened later is cut the same way.
+
+    Parameters
+    ----------
+    config : AEConfig
+        Configuration, perhaps with data.crop='auto'.
+    dataset : SliceDataset
+        Data as `open_dataset` gave it.
+
+    Returns
+    -------
+    AEConfig
+        The same with a number of pixels, or None, in its place.
+
+    Raises
+    ------
+    ValueError
+        If that is not known.
+    """
+    if config.data.crop == 'auto':
+        if dataset.config is None:
+            raise ValueError(
+                "resolve_crop: crop='auto' and a data set that was not made by open_dataset."
+                " Expected one that knows its crop. Use open_dataset(root, config.data), or give a"
+                " number."
+            )
         config = replace(config, data=replace(config.data, crop=dataset.config.crop))
     odd = compare_opening(dataset, config.data)
-    if odd: raise ValueError(f"resolve_crop: the data was opened with {odd}. Expected what config.data says. "
-                             "Use open_dataset(root, config.data).")
+    if odd:
+        raise ValueError(
+            f"resolve_crop: the data was opened with {odd}. Expected what config.data says. "
+            "Use open_dataset(root, config.data)."
+        )
     return config
 
 # %% ../nbs/06_training.ipynb #20b815f0
 def init_codebook_from_data(
-    model:VQVAE, # Fresh; its codebook is replaced
-    dataset:SliceDataset, # Train split
-    seed:int, # Of the clustering
-    chunk:int=32, # Pictures at a time
-)->None:
-    "Put a codebook where the fresh encoder's vectors are, before the first step."
+    model: VQVAE,  # Fresh; its codebook is replaced
+    dataset: SliceDataset,  # Train split
+    seed: int,  # Of the clustering
+    chunk: int = 32,  # Pictures at a time
+) -> None:
+    """Put a codebook where the fresh encoder's vectors are, before the first step.
+
+    Parameters
+    ----------
+    model : VQVAE
+        Fresh; its codebook is replaced.
+    dataset : SliceDataset
+        Train split.
+    seed : int
+        Of the clustering.
+    chunk : int, default 32
+        Pictures at a time.
+    """
     batch = evenly_spaced_rows(dataset, 128)
-    z,_ = in_chunks(infer(model, method='encode'), chunk)(batch['image'], batch)
+    z, _ = in_chunks(infer(model, method='encode'), chunk)(batch['image'], batch)
     start_codebook(model.quantizer, rearrange(z, 'b d h w -> (b h w) d'), seed)
 
 # %% ../nbs/06_training.ipynb #7b6c6359
 @retry_on_oom
 def train_autoencoder(
-    dataset:SliceDataset, # Checked data with its splits
-    run:Path, # Run folder, made if it is not there
-    config:AEConfig, # Everything else
-    resume:bool=False, # Go on where a former call stopped
-    progress:bool=True, # Show a bar
-)->Autoencoder: # The trained autoencoder
-    "Train stage 1 on the train subjects and look at validate subjects on the way. Writes RUN/autoencoder.safetensors."
-    run,train,held_out = Path(run),dataset.subset('train'),dataset.subset('validate')
+    dataset: SliceDataset,  # Checked data with its splits
+    run: Path,  # Run folder, made if it is not there
+    config: AEConfig,  # Everything else
+    resume: bool = False,  # Go on where a former call stopped
+    progress: bool = True,  # Show a bar
+) -> Autoencoder:  # The trained autoencoder
+    """Train stage 1 on the train subjects and look at validate subjects on the way.
+
+    Writes RUN/autoencoder.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Checked data with its splits.
+    run : Path
+        Run folder, made if it is not there.
+    config : AEConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Autoencoder
+        The trained autoencoder.
+    """
+    run, train, held_out = Path(run), dataset.subset('train'), dataset.subset('validate')
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = autoencoder_args(config, covariates)
     model = seeded(config.seed, lambda: build_autoencoder(config.kind, args))
     check_size(dataset, config.data.size, size_multiple(config))
     config = resolve_crop(config, dataset)
     origin = None
-    if config.init_from and not is_begun(run, 'autoencoder', resume): origin = adopt_autoencoder(model, config, args)
-    elif config.kind=='vq' and config.codebook_start=='kmeans':
+    if config.init_from and not is_begun(run, 'autoencoder', resume):
+        origin = adopt_autoencoder(model, config, args)
+    elif config.kind == 'vq' and config.codebook_start == 'kmeans':
         init_codebook_from_data(model, train, config.seed, config.batch_size)
     discriminator = make_discriminator(config, covariates, run)
-    learner = Learner(model, partial(autoencoder_loss, config=config, discriminator=discriminator), config, run, discriminator)
+    learner = Learner(
+        model,
+        partial(autoencoder_loss, config=config, discriminator=discriminator),
+        config,
+        run,
+        discriminator,
+    )
     state = enter_run(learner, run, 'autoencoder', dataset, resume, covariates, origin=origin)
-    if is_finished(state, config, run/'autoencoder.safetensors'):
+    if is_finished(state, config, run / 'autoencoder.safetensors'):
         unpack_state(learner, *state)
         return bare_model(learner)
     if learner.accelerator.is_main_process:
-        means,numbers = mean_slices(train)
-        save_weights(run/'train_mean.safetensors', dict(means=means), dict(slices=numbers))
+        means, numbers = mean_slices(train)
+        save_weights(run / 'train_mean.safetensors', dict(means=means), dict(slices=numbers))
     batch = to_device(evenly_spaced_rows(held_out, 128), learner.accelerator.device)
-    def image(seen): return run/'samples'/f'autoencoder_{seen:09d}.png'
-    slice_covariate = next((o for o in covariates_to_dict(dataset.covariates) if o['name']=='slice'), None)
-    info = dict(kind=config.kind, args=dict(args, covariates=covariates_to_dict(covariates)), size=config.data.size,
-                slice_covariate=slice_covariate)
-    run_stage(learner, train, run, 'autoencoder', state, progress=progress,
-        validate=lambda seen: validate_autoencoder(model, batch, image(seen), learner.precision, config.batch_size),
-        export=lambda seen: save_weights(run/'autoencoder.safetensors', model.state_dict(), dict(info, images=seen)))
+
+    def image(seen):
+        return run / 'samples' / f'autoencoder_{seen:09d}.png'
+
+    slice_covariate = next(
+        (o for o in covariates_to_dict(dataset.covariates) if o['name'] == 'slice'), None
+    )
+    info = dict(
+        kind=config.kind,
+        args=dict(args, covariates=covariates_to_dict(covariates)),
+        size=config.data.size,
+        slice_covariate=slice_covariate,
+    )
+    run_stage(
+        learner,
+        train,
+        run,
+        'autoencoder',
+        state,
+        progress=progress,
+        validate=lambda seen: validate_autoencoder(
+            model, batch, image(seen), learner.precision, config.batch_size
+        ),
+        export=lambda seen: save_weights(
+            run / 'autoencoder.safetensors', model.state_dict(), dict(info, images=seen)
+        ),
+    )
     return bare_model(learner)
 
 # %% ../nbs/06_training.ipynb #8072b627
 def plot_history(
-    records:list[dict], # Lines of log.jsonl
-    stage:str, # 'autoencoder', 'ldm' or 'prior'
-)->plt.Figure: # Training; what was measured on validate subjects; the critic's accuracy, if there is one
-    "Draw the course of one training. Raises ValueError if the log has no line of this stage."
-    rows = [o for o in records if o['stage']==stage]
-    if not rows: raise ValueError(f"plot_history: no record of stage {stage!r} among {len(records)}. "
-                                  "Expected a training's log. Train first.")
-    seen,checked = [o for o in rows if 'loss' in o],[o for o in rows if any(k.startswith('val_') for k in o)]
+    records: list[dict],  # Lines of log.jsonl
+    stage: str,  # 'autoencoder', 'ldm' or 'prior'
+    # Training; what was measured on validate subjects; the critic's accuracy, if there is one
+) -> plt.Figure:
+    """Draw the course of one training.
+
+    Parameters
+    ----------
+    records : list[dict]
+        Lines of log.jsonl.
+    stage : str
+        'autoencoder', 'ldm' or 'prior'.
+
+    Returns
+    -------
+    plt.Figure
+
+    Raises
+    ------
+    ValueError
+        If the log has no line of this stage.
+    """
+    rows = [o for o in records if o['stage'] == stage]
+    if not rows:
+        raise ValueError(
+            f"plot_history: no record of stage {stage!r} among {len(records)}. "
+            "Expected a training's log. Train first."
+        )
+    seen, checked = [o for o in rows if 'loss' in o], [
+        o for o in rows if any(k.startswith('val_') for k in o)
+    ]
     errors = dict(l1='mean absolute error', mse='mean squared error', bits='bits per code')
     main = next((k for k in errors if seen and k in seen[0]), 'loss')
     judged = [o for o in seen if 'discriminator_accuracy' in o]
-    fig,axs = plt.subplots(1, 3 if judged else 2, figsize=(7.5, 2.6), layout='constrained')
-    images,values = (np.array([o[k] for o in seen]) for k in ('images', main))
-    axs[0].plot(images, values, lw=.6, alpha=.4, color='C0')
-    window = max(1, len(values)//50)
-    axs[0].plot(images[window-1:], np.convolve(values, np.ones(window)/window, 'valid') if seen else [], color='C0')
-    title = 'train' + (f', mean of {window} records' if window>1 else '')
+    fig, axs = plt.subplots(1, 3 if judged else 2, figsize=(7.5, 2.6), layout='constrained')
+    images, values = (np.array([o[k] for o in seen]) for k in ('images', main))
+    axs[0].plot(images, values, lw=0.6, alpha=0.4, color='C0')
+    window = max(1, len(values) // 50)
+    axs[0].plot(
+        images[window - 1 :],
+        np.convolve(values, np.ones(window) / window, 'valid') if seen else [],
+        color='C0',
+    )
+    title = 'train' + (f', mean of {window} records' if window > 1 else '')
     axs[0].set(yscale='log', xlabel='pictures seen', ylabel=errors.get(main, main), title=title)
-    for k in sorted({k for o in checked for k in o if k.startswith('val_')} - {'val_psnr', 'val_l1', 'val_perplexity'}):
+    for k in sorted(
+        {k for o in checked for k in o if k.startswith('val_')}
+        - {'val_psnr', 'val_l1', 'val_perplexity'}
+    ):
         axs[1].plot([o['images'] for o in checked], [o[k] for o in checked], 'o-', ms=3, label=k)
     axs[1].set(xlabel='pictures seen', title='validate subjects')
-    if checked: axs[1].legend(frameon=False, fontsize=7)
+    if checked:
+        axs[1].legend(frameon=False, fontsize=7)
     if judged:
-        axs[2].plot([o['images'] for o in judged], [o['discriminator_accuracy'] for o in judged], lw=.7, color='C2')
-        axs[2].axhline(.5, color='k', lw=.7, ls=':', label='guessing')
-        axs[2].set(ylim=(0, 1.02), xlabel='pictures seen', title="critic's accuracy"); axs[2].legend(frameon=False)
+        axs[2].plot(
+            [o['images'] for o in judged],
+            [o['discriminator_accuracy'] for o in judged],
+            lw=0.7,
+            color='C2',
+        )
+        axs[2].axhline(0.5, color='k', lw=0.7, ls=':', label='guessing')
+        axs[2].set(ylim=(0, 1.02), xlabel='pictures seen', title="critic's accuracy")
+        axs[2].legend(frameon=False)
     fig.suptitle(stage)
     return fig

@@ -9,83 +9,181 @@ __all__ = ['timestep_embedding', 'ConditionEmbedding', 'check_condition_tensors'
 # %% ../nbs/05_unet.ipynb #b41acfae
 import math
 import torch
-from torch import Tensor,nn
+from torch import Tensor, nn
 from .engineering.checks import check_divides
 from .engineering.batches import Covariate
 from brainldm.engineering.layers import (
-    AttentionBlock, Conditioner, CrossAttention, Downsample, ResBlock, Upsample,
+    AttentionBlock,
+    Conditioner,
+    CrossAttention,
+    Downsample,
+    ResBlock,
+    Upsample,
 )
 
 # %% ../nbs/05_unet.ipynb #d471593e
 def timestep_embedding(
-    t:Tensor, # Timesteps (b,), whole or not
-    channels:int, # Length of the embedding, even
-    max_period:float=10_000., # The slowest hand turns about 1/max_period radians a step
-)->Tensor: # Cosines, then sines (b, channels), float32
-    "Clock hands that turn at many speeds. Source: Vaswani et al. 2017, sec. 3.5. Raises ValueError for odd `channels`."
+    t: Tensor,  # Timesteps (b,), whole or not
+    channels: int,  # Length of the embedding, even
+    max_period: float = 10_000.0,  # The slowest hand turns about 1/max_period radians a step
+) -> Tensor:  # Cosines, then sines (b, channels), float32
+    """Clock hands that turn at many speeds.
+
+    Parameters
+    ----------
+    t : Tensor
+        Timesteps (b,), whole or not.
+    channels : int
+        Length of the embedding, even.
+    max_period : float, default 10000.0
+        The slowest hand turns about 1/max_period radians a step.
+
+    Returns
+    -------
+    Tensor
+        Cosines, then sines (b, channels), float32.
+
+    Raises
+    ------
+    ValueError
+        For odd `channels`.
+
+    References
+    ----------
+    Vaswani et al. 2017, sec. 3.5.
+    """
     check_divides('timestep_embedding', 2, channels=channels)
-    half = channels//2
-    freqs = torch.exp(-math.log(max_period)/half*torch.arange(half, device=t.device))
-    angles = t[:, None].float()*freqs                                          # (b, channels/2)
+    half = channels // 2
+    freqs = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device))
+    angles = t[:, None].float() * freqs  # (b, channels/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 # %% ../nbs/05_unet.ipynb #b4645e88
 class ConditionEmbedding(nn.Module):
-    "Time and covariates as one embedding for every block, and the covariates as tokens for cross-attention."
-    def __init__(self,
-        channels:int, # Length of the sinusoidal embedding of time
-        emb_channels:int, # Length of the embedding that comes out
-        covariates:tuple[Covariate, ...], # What may be told, in the order of `drop`; may be empty
-        cond_channels:int, # Length of a covariate token
+    """Time and covariates as one embedding for every block, and the covariates as tokens for
+    cross-attention.
+
+    Parameters
+    ----------
+    channels : int
+        Length of the sinusoidal embedding of time.
+    emb_channels : int
+        Length of the embedding that comes out.
+    covariates : tuple[Covariate, ...]
+        What may be told, in the order of `drop`; may be empty.
+    cond_channels : int
+        Length of a covariate token.
+    """
+
+    def __init__(
+        self,
+        channels: int,  # Length of the sinusoidal embedding of time
+        emb_channels: int,  # Length of the embedding that comes out
+        covariates: tuple[Covariate, ...],  # What may be told, in the order of `drop`; may be empty
+        cond_channels: int,  # Length of a covariate token
     ):
         super().__init__()
-        self.channels,self.names = channels,[c.name for c in covariates]
-        self.time = nn.Sequential(nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+        self.channels, self.names = channels, [c.name for c in covariates]
+        self.time = nn.Sequential(
+            nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
         self.conditioner = Conditioner(covariates, cond_channels) if covariates else None
         self.proj = nn.Linear(cond_channels, emb_channels) if covariates else None
 
-    def forward(self,
-        x:Tensor, # Noised latents (b, c, h, w), for their dtype and number
-        t:Tensor, # Timesteps (b,)
-        cond:dict[str, Tensor]|None, # Encoded covariates by name, each (b,)
-        drop:Tensor|None, # True where a token is to be dropped (b, n)
-    )->tuple[Tensor, Tensor|None]: # Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None
+    def forward(
+        self,
+        x: Tensor,  # Noised latents (b, c, h, w), for their dtype and number
+        t: Tensor,  # Timesteps (b,)
+        cond: dict[str, Tensor] | None,  # Encoded covariates by name, each (b,)
+        drop: Tensor | None,  # True where a token is to be dropped (b, n)
+        # Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None
+    ) -> tuple[Tensor, Tensor | None]:
         check_condition_tensors(cond, drop, len(x), self.names)
         emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
-        if self.conditioner is None: return emb,None
+        if self.conditioner is None:
+            return emb, None
         tokens = self.conditioner(cond or {}, len(x), drop)
         return emb + self.proj(tokens.mean(1)), tokens
 
 # %% ../nbs/05_unet.ipynb #0acd6d6d
 def check_condition_tensors(
-    cond:dict[str, Tensor]|None, # Encoded covariates by name
-    drop:Tensor|None, # Tokens to drop
-    batch_size:int, # b
-    names:list[str], # Covariates that the network knows
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse covariates that the network was not built for, and values or a `drop` of another shape. Raises ValueError."
+    cond: dict[str, Tensor] | None,  # Encoded covariates by name
+    drop: Tensor | None,  # Tokens to drop
+    batch_size: int,  # b
+    names: list[str],  # Covariates that the network knows
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse covariates that the network was not built for, and values or a `drop` of another shape.
+
+    Parameters
+    ----------
+    cond : dict[str, Tensor] | None
+        Encoded covariates by name.
+    drop : Tensor | None
+        Tokens to drop.
+    batch_size : int
+        b.
+    names : list[str]
+        Covariates that the network knows.
+
+    Raises
+    ------
+    ValueError
+    """
     unknown = [k for k in cond or {} if k not in names]
-    if unknown: raise ValueError(f"UNet: cond holds {unknown}. Expected some of {names}. "
-                                 "Check the names, or build the network with these covariates.")
-    for k,v in (cond or {}).items():
-        if v.shape!=(batch_size,): raise ValueError(
-            f"UNet: cond['{k}'] of shape {tuple(v.shape)}. Expected ({batch_size},). Give one value for each latent.")
-    if drop is not None and (drop.shape!=(batch_size, len(names)) or drop.dtype!=torch.bool): raise ValueError(
-        f"UNet: drop of shape {tuple(drop.shape)} and {drop.dtype}. Expected ({batch_size}, {len(names)}) and "
-        f"torch.bool. Give one column for each of {names}.")
+    if unknown:
+        raise ValueError(
+            f"UNet: cond holds {unknown}. Expected some of {names}. "
+            "Check the names, or build the network with these covariates."
+        )
+    for k, v in (cond or {}).items():
+        if v.shape != (batch_size,):
+            raise ValueError(
+                f"UNet: cond['{k}'] of shape {tuple(v.shape)}. Expected ({batch_size},). Give one"
+                " value for each latent."
+            )
+    if drop is not None and (drop.shape != (batch_size, len(names)) or drop.dtype != torch.bool):
+        raise ValueError(
+            f"UNet: drop of shape {tuple(drop.shape)} and {drop.dtype}. Expected ({batch_size},"
+            f" {len(names)}) and torch.bool. Give one column for each of {names}."
+        )
 
 # %% ../nbs/05_unet.ipynb #e8da17b8
 class UNetBlock(nn.Module):
-    "A residual block told the time; then, where asked, pixels look at each other and at the covariates."
-    def __init__(self,
-        in_channels:int, # Channels in
-        out_channels:int, # Channels out
-        emb_channels:int, # Length of the embedding of time and covariates
-        attention:bool, # Whether pixels attend
-        context_channels:int|None, # Length of a covariate token; None if there are no covariates
-        num_heads:int, # Attention heads
-        norm_num_groups:int, # Groups in each GroupNorm
-        dropout:float=0., # Share of the features that training leaves out
+    """A residual block told the time; then, where asked, pixels look at each other and at the
+    covariates.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels in.
+    out_channels : int
+        Channels out.
+    emb_channels : int
+        Length of the embedding of time and covariates.
+    attention : bool
+        Whether pixels attend.
+    context_channels : int | None
+        Length of a covariate token; None if there are no covariates.
+    num_heads : int
+        Attention heads.
+    norm_num_groups : int
+        Groups in each GroupNorm.
+    dropout : float, default 0.0
+        Share of the features that training leaves out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # Channels in
+        out_channels: int,  # Channels out
+        emb_channels: int,  # Length of the embedding of time and covariates
+        attention: bool,  # Whether pixels attend
+        context_channels: (
+            int | None
+        ),  # Length of a covariate token; None if there are no covariates
+        num_heads: int,  # Attention heads
+        norm_num_groups: int,  # Groups in each GroupNorm
+        dropout: float = 0.0,  # Share of the features that training leaves out
     ):
         super().__init__()
         shared = dict(num_heads=num_heads, norm_num_groups=norm_num_groups)
@@ -94,165 +192,420 @@ class UNetBlock(nn.Module):
         ask = attention and context_channels
         self.cross_attn = CrossAttention(out_channels, context_channels, **shared) if ask else None
 
-    def forward(self,
-        x:Tensor, # Features (b, in_channels, h, w)
-        emb:Tensor, # Embedding of time and covariates (b, emb_channels)
-        tokens:Tensor|None, # Covariate tokens (b, n, context_channels)
-    )->Tensor: # Features (b, out_channels, h, w)
+    def forward(
+        self,
+        x: Tensor,  # Features (b, in_channels, h, w)
+        emb: Tensor,  # Embedding of time and covariates (b, emb_channels)
+        tokens: Tensor | None,  # Covariate tokens (b, n, context_channels)
+    ) -> Tensor:  # Features (b, out_channels, h, w)
+        """Features (b, out_channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w).
+        emb : Tensor
+            Embedding of time and covariates (b, emb_channels).
+        tokens : Tensor | None
+            Covariate tokens (b, n, context_channels).
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, h, w).
+        """
         x = self.res(x, emb)
-        if self.self_attn is not None: x = self.self_attn(x)
+        if self.self_attn is not None:
+            x = self.self_attn(x)
         return x if self.cross_attn is None else self.cross_attn(x, tokens)
 
 # %% ../nbs/05_unet.ipynb #1b66b661
 def down_level(
-    channels:tuple[int, ...], # Features at each level
-    i:int, # Which level, 0 is the largest
-    num_res_blocks:int, # Blocks
-    **kwargs, # Other arguments of each `UNetBlock`
-)->nn.ModuleList: # Downsample (but for the first level), then the blocks
-    "One level on the way down."
+    channels: tuple[int, ...],  # Features at each level
+    i: int,  # Which level, 0 is the largest
+    num_res_blocks: int,  # Blocks
+    **kwargs,  # Other arguments of each `UNetBlock`
+) -> nn.ModuleList:  # Downsample (but for the first level), then the blocks
+    """One level on the way down.
+
+    Parameters
+    ----------
+    channels : tuple[int, ...]
+        Features at each level.
+    i : int
+        Which level, 0 is the largest.
+    num_res_blocks : int
+        Blocks.
+    **kwargs
+        Other arguments of each `UNetBlock`.
+
+    Returns
+    -------
+    nn.ModuleList
+        Downsample (but for the first level), then the blocks.
+    """
     blocks = [UNetBlock(channels[i], channels[i], **kwargs) for _ in range(num_res_blocks)]
-    return nn.ModuleList(([Downsample(channels[i-1], channels[i])] if i else []) + blocks)
+    return nn.ModuleList(([Downsample(channels[i - 1], channels[i])] if i else []) + blocks)
 
 # %% ../nbs/05_unet.ipynb #a7ede5c9
 def up_level(
-    channels:tuple[int, ...], # Features at each level
-    i:int, # Which level, 0 is the largest
-    num_res_blocks:int, # Blocks
-    **kwargs, # Other arguments of each `UNetBlock`
-)->nn.ModuleList: # Upsample (but for the deepest level), then blocks with room for a skip each
-    "One level on the way up."
-    blocks = [UNetBlock(2*channels[i], channels[i], **kwargs) for _ in range(num_res_blocks)]
-    return nn.ModuleList(([Upsample(channels[i+1], channels[i])] if i+1<len(channels) else []) + blocks)
+    channels: tuple[int, ...],  # Features at each level
+    i: int,  # Which level, 0 is the largest
+    num_res_blocks: int,  # Blocks
+    **kwargs,  # Other arguments of each `UNetBlock`
+) -> nn.ModuleList:  # Upsample (but for the deepest level), then blocks with room for a skip each
+    """One level on the way up.
+
+    Parameters
+    ----------
+    channels : tuple[int, ...]
+        Features at each level.
+    i : int
+        Which level, 0 is the largest.
+    num_res_blocks : int
+        Blocks.
+    **kwargs
+        Other arguments of each `UNetBlock`.
+
+    Returns
+    -------
+    nn.ModuleList
+        Upsample (but for the deepest level), then blocks with room for a skip each.
+    """
+    blocks = [UNetBlock(2 * channels[i], channels[i], **kwargs) for _ in range(num_res_blocks)]
+    return nn.ModuleList(
+        ([Upsample(channels[i + 1], channels[i])] if i + 1 < len(channels) else []) + blocks
+    )
 
 # %% ../nbs/05_unet.ipynb #8103b064
 class UNetDown(nn.Module):
-    "The left arm of the U and its bottom. Source: Ronneberger et al. 2015, fig. 1; Ho et al. 2020, app. B."
-    def __init__(self,
-        in_channels:int, # Channels of the latents
-        channels:tuple[int, ...], # Features at each level
-        num_res_blocks:int, # Blocks a level
-        attention_levels:tuple[bool, ...], # Levels with attention
-        **kwargs, # Other arguments of each `UNetBlock`
+    """The left arm of the U and its bottom.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels of the latents.
+    channels : tuple[int, ...]
+        Features at each level.
+    num_res_blocks : int
+        Blocks a level.
+    attention_levels : tuple[bool, ...]
+        Levels with attention.
+    **kwargs
+        Other arguments of each `UNetBlock`.
+
+    References
+    ----------
+    Ronneberger et al. 2015, fig. 1; Ho et al. 2020, app. B.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # Channels of the latents
+        channels: tuple[int, ...],  # Features at each level
+        num_res_blocks: int,  # Blocks a level
+        attention_levels: tuple[bool, ...],  # Levels with attention
+        **kwargs,  # Other arguments of each `UNetBlock`
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.levels = nn.ModuleList(down_level(channels, i, num_res_blocks, attention=attend, **kwargs)
-                                    for i,attend in enumerate(attention_levels))
-        self.middle = nn.ModuleList(UNetBlock(channels[-1], channels[-1], attention=attend, **kwargs)
-                                    for attend in (attention_levels[-1], False))
+        self.levels = nn.ModuleList(
+            down_level(channels, i, num_res_blocks, attention=attend, **kwargs)
+            for i, attend in enumerate(attention_levels)
+        )
+        self.middle = nn.ModuleList(
+            UNetBlock(channels[-1], channels[-1], attention=attend, **kwargs)
+            for attend in (attention_levels[-1], False)
+        )
 
-    def forward(self,
-        x:Tensor, # Noised latents (b, in_channels, h, w)
-        *told, # Embedding (b, emb_channels) and tokens (b, n, cond_channels)
-    )->tuple[Tensor, list]: # Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before it
-        x,skips = self.conv_in(x),[]
+    def forward(
+        self,
+        x: Tensor,  # Noised latents (b, in_channels, h, w)
+        *told,  # Embedding (b, emb_channels) and tokens (b, n, cond_channels)
+        # Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
+        # it
+    ) -> tuple[Tensor, list]:
+        x, skips = self.conv_in(x), []
         for block in [block for level in self.levels for block in level]:
-            if isinstance(block, Downsample): x = block(x)
-            else: skips.append(x := block(x, *told))
-        for block in self.middle: x = block(x, *told)
-        return x,skips
+            if isinstance(block, Downsample):
+                x = block(x)
+            else:
+                skips.append(x := block(x, *told))
+        for block in self.middle:
+            x = block(x, *told)
+        return x, skips
 
 # %% ../nbs/05_unet.ipynb #4f26bb14
 class UNetUp(nn.Module):
-    "The right arm of the U; its last layer starts at 0. Source: as for `UNetDown`."
-    def __init__(self,
-        out_channels:int, # Channels of the latents
-        channels:tuple[int, ...], # Features at each level, largest first, as in `UNetDown`
-        num_res_blocks:int, # Blocks a level
-        attention_levels:tuple[bool, ...], # Levels with attention
-        **kwargs, # Other arguments of each `UNetBlock`
+    """The right arm of the U; its last layer starts at 0.
+
+    Parameters
+    ----------
+    out_channels : int
+        Channels of the latents.
+    channels : tuple[int, ...]
+        Features at each level, largest first, as in `UNetDown`.
+    num_res_blocks : int
+        Blocks a level.
+    attention_levels : tuple[bool, ...]
+        Levels with attention.
+    **kwargs
+        Other arguments of each `UNetBlock`.
+
+    References
+    ----------
+    As for `UNetDown`.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,  # Channels of the latents
+        channels: tuple[int, ...],  # Features at each level, largest first, as in `UNetDown`
+        num_res_blocks: int,  # Blocks a level
+        attention_levels: tuple[bool, ...],  # Levels with attention
+        **kwargs,  # Other arguments of each `UNetBlock`
     ):
         super().__init__()
-        self.levels = nn.ModuleList(up_level(channels, i, num_res_blocks, attention=attention_levels[i], **kwargs)
-                                    for i in reversed(range(len(channels))))
-        self.head = nn.Sequential(nn.GroupNorm(kwargs['norm_num_groups'], channels[0]), nn.SiLU(),
-                                  nn.Conv2d(channels[0], out_channels, 3, padding=1))
-        nn.init.zeros_(self.head[-1].weight); nn.init.zeros_(self.head[-1].bias)   # a fresh network answers 0
+        self.levels = nn.ModuleList(
+            up_level(channels, i, num_res_blocks, attention=attention_levels[i], **kwargs)
+            for i in reversed(range(len(channels)))
+        )
+        self.head = nn.Sequential(
+            nn.GroupNorm(kwargs['norm_num_groups'], channels[0]),
+            nn.SiLU(),
+            nn.Conv2d(channels[0], out_channels, 3, padding=1),
+        )
+        # a fresh network answers 0
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
 
-    def forward(self,
-        x:Tensor, # Bottleneck (b, channels[-1], h/factor, w/factor)
-        skips:list, # Outputs of the blocks on the way down
-        *told, # Embedding (b, emb_channels) and tokens (b, n, cond_channels)
-    )->Tensor: # Answer (b, out_channels, h, w)
+    def forward(
+        self,
+        x: Tensor,  # Bottleneck (b, channels[-1], h/factor, w/factor)
+        skips: list,  # Outputs of the blocks on the way down
+        *told,  # Embedding (b, emb_channels) and tokens (b, n, cond_channels)
+    ) -> Tensor:  # Answer (b, out_channels, h, w)
+        """Answer (b, out_channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Bottleneck (b, channels[-1], h/factor, w/factor).
+        skips : list
+            Outputs of the blocks on the way down.
+        *told
+            Embedding (b, emb_channels) and tokens (b, n, cond_channels).
+
+        Returns
+        -------
+        Tensor
+            Answer (b, out_channels, h, w).
+        """
         skips = list(skips)
         for block in [block for level in self.levels for block in level]:
-            x = block(x) if isinstance(block, Upsample) else block(torch.cat([x, skips.pop()], dim=1), *told)
+            x = (
+                block(x)
+                if isinstance(block, Upsample)
+                else block(torch.cat([x, skips.pop()], dim=1), *told)
+            )
         return self.head(x)
 
 # %% ../nbs/05_unet.ipynb #930e634a
 def check_unet(
-    channels:tuple[int, ...], # Features at each level
-    attention_levels:tuple[bool, ...], # Levels with attention
-    num_res_blocks:int, # Blocks a level
-    num_heads:int, # Attention heads
-    norm_num_groups:int, # Groups in each GroupNorm
-    dropout:float, # Share of the features that training leaves out
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse a UNet that cannot be built. Raises ValueError."
-    if not channels or len(channels)!=len(attention_levels): raise ValueError(
-        f"UNet: channels={tuple(channels)}, attention_levels={tuple(attention_levels)}. "
-        "Expected one of each a level, one level or more. Make the two tuples equally long.")
-    if num_res_blocks<1: raise ValueError(f"UNet: num_res_blocks={num_res_blocks}. Expected 1 or more. Try 2.")
-    if not 0<=dropout<1: raise ValueError(
-        f"UNet: dropout={dropout}. Expected a share, 0 or more and less than 1. Try 0.1.")
-    for n,attention in zip(channels, attention_levels):
+    channels: tuple[int, ...],  # Features at each level
+    attention_levels: tuple[bool, ...],  # Levels with attention
+    num_res_blocks: int,  # Blocks a level
+    num_heads: int,  # Attention heads
+    norm_num_groups: int,  # Groups in each GroupNorm
+    dropout: float,  # Share of the features that training leaves out
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse a UNet that cannot be built.
+
+    Parameters
+    ----------
+    channels : tuple[int, ...]
+        Features at each level.
+    attention_levels : tuple[bool, ...]
+        Levels with attention.
+    num_res_blocks : int
+        Blocks a level.
+    num_heads : int
+        Attention heads.
+    norm_num_groups : int
+        Groups in each GroupNorm.
+    dropout : float
+        Share of the features that training leaves out.
+
+    Raises
+    ------
+    ValueError
+    """
+    if not channels or len(channels) != len(attention_levels):
+        raise ValueError(
+            f"UNet: channels={tuple(channels)}, attention_levels={tuple(attention_levels)}. "
+            "Expected one of each a level, one level or more. Make the two tuples equally long."
+        )
+    if num_res_blocks < 1:
+        raise ValueError(f"UNet: num_res_blocks={num_res_blocks}. Expected 1 or more. Try 2.")
+    if not 0 <= dropout < 1:
+        raise ValueError(
+            f"UNet: dropout={dropout}. Expected a share, 0 or more and less than 1. Try 0.1."
+        )
+    for n, attention in zip(channels, attention_levels):
         check_divides('UNet', norm_num_groups, channels=n)
-        if attention: check_divides('UNet', num_heads, channels=n)
+        if attention:
+            check_divides('UNet', num_heads, channels=n)
     check_divides('UNet', 2, channels=channels[0])
 
 # %% ../nbs/05_unet.ipynb #c4afd22e
 def check_input(
-    x:Tensor, # Noised latents (b, in_channels, h, w)
-    t:Tensor, # Timesteps (b,)
-    in_channels:int, # Channels expected
-    factor:int, # What height and width must be multiples of
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse a batch that the network cannot take. Raises ValueError."
-    if x.ndim!=4 or x.shape[1]!=in_channels or x.shape[2]%factor or x.shape[3]%factor: raise ValueError(
-        f"UNet: x of shape {tuple(x.shape)}. Expected (b, {in_channels}, h, w) with h and w multiples of {factor}. "
-        "Check in_channels, or pad the latents.")
-    if t.shape!=x.shape[:1]: raise ValueError(
-        f"UNet: t of shape {tuple(t.shape)} for {len(x)} latents. Expected ({len(x)},). "
-        f"Try torch.full(({len(x)},), step).")
+    x: Tensor,  # Noised latents (b, in_channels, h, w)
+    t: Tensor,  # Timesteps (b,)
+    in_channels: int,  # Channels expected
+    factor: int,  # What height and width must be multiples of
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse a batch that the network cannot take.
+
+    Parameters
+    ----------
+    x : Tensor
+        Noised latents (b, in_channels, h, w).
+    t : Tensor
+        Timesteps (b,).
+    in_channels : int
+        Channels expected.
+    factor : int
+        What height and width must be multiples of.
+
+    Raises
+    ------
+    ValueError
+    """
+    if x.ndim != 4 or x.shape[1] != in_channels or x.shape[2] % factor or x.shape[3] % factor:
+        raise ValueError(
+            f"UNet: x of shape {tuple(x.shape)}. Expected (b, {in_channels}, h, w) with h and w"
+            f" multiples of {factor}. Check in_channels, or pad the latents."
+        )
+    if t.shape != x.shape[:1]:
+        raise ValueError(
+            f"UNet: t of shape {tuple(t.shape)} for {len(x)} latents. Expected ({len(x)},). "
+            f"Try torch.full(({len(x)},), step)."
+        )
 
 # %% ../nbs/05_unet.ipynb #8d7954c3
 class UNet(nn.Module):
-    """A network that sees noised latents, the time and named covariates, and says what the schedule asks of it.
+    """A network that sees noised latents, the time and named covariates, and says what the schedule
+    asks of it.
 
-    Source: Ho et al. 2020, app. B; Rombach et al. 2022, sec. 3.3. Raises ValueError for sizes that do not fit."""
-    def __init__(self,
-        in_channels:int, # Channels of the latents
-        channels:tuple[int, ...]=(96, 160), # Features at each level; each next level has half the size
-        num_res_blocks:int=2, # Blocks a level, on the way down and again on the way up
-        attention_levels:tuple[bool, ...]=(True, True), # Levels with self- and cross-attention
-        num_heads:int=4, # Attention heads
-        covariates:tuple[Covariate, ...]=(), # What the network may be told, in the order of `drop`
-        cond_channels:int=128, # Length of a covariate token
-        norm_num_groups:int=8, # Groups in each GroupNorm
-        dropout:float=0., # Share of each block's features that training leaves out
+    Parameters
+    ----------
+    in_channels : int
+        Channels of the latents.
+    channels : tuple[int, ...], default (96, 160)
+        Features at each level; each next level has half the size.
+    num_res_blocks : int, default 2
+        Blocks a level, on the way down and again on the way up.
+    attention_levels : tuple[bool, ...], default (True, True)
+        Levels with self- and cross-attention.
+    num_heads : int, default 4
+        Attention heads.
+    covariates : tuple[Covariate, ...], default ()
+        What the network may be told, in the order of `drop`.
+    cond_channels : int, default 128
+        Length of a covariate token.
+    norm_num_groups : int, default 8
+        Groups in each GroupNorm.
+    dropout : float, default 0.0
+        Share of each block's features that training leaves out.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not fit.
+
+    References
+    ----------
+    Ho et al. 2020, app. B; Rombach et al. 2022, sec. 3.3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # Channels of the latents
+        # Features at each level; each next level has half the size
+        channels: tuple[int, ...] = (96, 160),
+        num_res_blocks: int = 2,  # Blocks a level, on the way down and again on the way up
+        attention_levels: tuple[bool, ...] = (True, True),  # Levels with self- and cross-attention
+        num_heads: int = 4,  # Attention heads
+        # What the network may be told, in the order of `drop`
+        covariates: tuple[Covariate, ...] = (),
+        cond_channels: int = 128,  # Length of a covariate token
+        norm_num_groups: int = 8,  # Groups in each GroupNorm
+        dropout: float = 0.0,  # Share of each block's features that training leaves out
     ):
         super().__init__()
         check_unet(channels, attention_levels, num_res_blocks, num_heads, norm_num_groups, dropout)
-        self.in_channels,self.factor,self.covariates = in_channels,2**(len(channels)-1),tuple(covariates)
-        emb_channels = 4*channels[0]
-        shape = dict(channels=channels, num_res_blocks=num_res_blocks, attention_levels=attention_levels,
-                     emb_channels=emb_channels, context_channels=cond_channels if covariates else None,
-                     num_heads=num_heads, norm_num_groups=norm_num_groups, dropout=dropout)
+        self.in_channels, self.factor, self.covariates = (
+            in_channels,
+            2 ** (len(channels) - 1),
+            tuple(covariates),
+        )
+        emb_channels = 4 * channels[0]
+        shape = dict(
+            channels=channels,
+            num_res_blocks=num_res_blocks,
+            attention_levels=attention_levels,
+            emb_channels=emb_channels,
+            context_channels=cond_channels if covariates else None,
+            num_heads=num_heads,
+            norm_num_groups=norm_num_groups,
+            dropout=dropout,
+        )
         self.told = ConditionEmbedding(channels[0], emb_channels, self.covariates, cond_channels)
-        self.down,self.up = UNetDown(in_channels, **shape),UNetUp(in_channels, **shape)
+        self.down, self.up = UNetDown(in_channels, **shape), UNetUp(in_channels, **shape)
 
-    def bottleneck(self, x:Tensor, t:Tensor, cond:dict[str, Tensor]|None=None, drop:Tensor|None=None)->Tensor:
-        "Features at the bottom of the U (b, channels[-1], h/factor, w/factor); arguments as in `forward`."
+    def bottleneck(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: dict[str, Tensor] | None = None,
+        drop: Tensor | None = None,
+    ) -> Tensor:
+        """Features at the bottom of the U (b, channels[-1], h/factor, w/factor); arguments as in
+        `forward`.
+
+        Returns
+        -------
+        Tensor
+        """
         check_input(x, t, self.in_channels, self.factor)
         return self.down(x, *self.told(x, t, cond, drop))[0]
 
-    def forward(self,
-        x:Tensor, # Noised latents (b, in_channels, h, w), h and w multiples of `factor`
-        t:Tensor, # Timesteps (b,)
-        cond:dict[str, Tensor]|None=None, # Encoded covariates by name, each (b,): index or -1, number or NaN, or absent
-        drop:Tensor|None=None, # True where a token is to be dropped (b, n)
-    )->Tensor: # Estimate of noise, v or clean latents (b, in_channels, h, w)
+    def forward(
+        self,
+        x: Tensor,  # Noised latents (b, in_channels, h, w), h and w multiples of `factor`
+        t: Tensor,  # Timesteps (b,)
+        # Encoded covariates by name, each (b,): index or -1, number or NaN, or absent
+        cond: dict[str, Tensor] | None = None,
+        drop: Tensor | None = None,  # True where a token is to be dropped (b, n)
+    ) -> Tensor:  # Estimate of noise, v or clean latents (b, in_channels, h, w)
+        """Estimate of noise, v or clean latents (b, in_channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, in_channels, h, w), h and w multiples of `factor`.
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates by name, each (b,): index or -1, number or NaN, or absent.
+        drop : Tensor | None, default None
+            True where a token is to be dropped (b, n).
+
+        Returns
+        -------
+        Tensor
+            Estimate of noise, v or clean latents (b, in_channels, h, w).
+        """
         check_input(x, t, self.in_channels, self.factor)
         told = self.told(x, t, cond, drop)
         return self.up(*self.down(x, *told), *told)

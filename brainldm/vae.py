@@ -13,286 +13,744 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 
 from .engineering.batches import Covariate
 from .engineering.layers import AttentionBlock, Conditioner, Downsample, ResBlock, Upsample
 
 # %% ../nbs/02_vae.ipynb #42417f8d
 def run_levels(
-    levels:nn.ModuleList, # Lists of blocks
-    x:Tensor, # Features (b, c, h, w)
-    emb:Tensor|None, # Embedding of the condition (b, emb_channels)
-)->Tensor: # Features after the last block
-    "Run the blocks in order; only a `ResBlock` is told the condition."
+    levels: nn.ModuleList,  # Lists of blocks
+    x: Tensor,  # Features (b, c, h, w)
+    emb: Tensor | None,  # Embedding of the condition (b, emb_channels)
+) -> Tensor:  # Features after the last block
+    """Run the blocks in order; only a `ResBlock` is told the condition.
+
+    Parameters
+    ----------
+    levels : nn.ModuleList
+        Lists of blocks.
+    x : Tensor
+        Features (b, c, h, w).
+    emb : Tensor | None
+        Embedding of the condition (b, emb_channels).
+
+    Returns
+    -------
+    Tensor
+        Features after the last block.
+    """
     for blocks in levels:
-        for block in blocks: x = block(x, emb) if isinstance(block, ResBlock) else block(x)
+        for block in blocks:
+            x = block(x, emb) if isinstance(block, ResBlock) else block(x)
     return x
 
 # %% ../nbs/02_vae.ipynb #e5f88aa3
 def check_levels(
-    where:str, # Name of the class that asks, for the message
-    channels:tuple[int, ...], # Features at each level
-    attention_levels:tuple[bool, ...], # Levels with self-attention
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse tuples that do not describe the same levels. Raises ValueError."
-    if not channels or len(channels)!=len(attention_levels): raise ValueError(
-        f"{where}: {len(channels)} channels and {len(attention_levels)} attention_levels. "
-        "Expected one of each a level, and at least one level. Make the two tuples equally long.")
+    where: str,  # Name of the class that asks, for the message
+    channels: tuple[int, ...],  # Features at each level
+    attention_levels: tuple[bool, ...],  # Levels with self-attention
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse tuples that do not describe the same levels.
+
+    Parameters
+    ----------
+    where : str
+        Name of the class that asks, for the message.
+    channels : tuple[int, ...]
+        Features at each level.
+    attention_levels : tuple[bool, ...]
+        Levels with self-attention.
+
+    Raises
+    ------
+    ValueError
+    """
+    if not channels or len(channels) != len(attention_levels):
+        raise ValueError(
+            f"{where}: {len(channels)} channels and {len(attention_levels)} attention_levels."
+            " Expected one of each a level, and at least one level. Make the two tuples equally"
+            " long."
+        )
 
 # %% ../nbs/02_vae.ipynb #e89faf6b
 class Encoder(nn.Module):
     """Fold, convolve and halve a slice down to a small map of features.
 
-    Source: Esser et al. 2021, table 7, with a pixel-unshuffle stem (Shi et al. 2016) in place of full-size layers.
-    Raises ValueError if the tuples are not equally long, or channels do not divide into groups."""
-    def __init__(self,
-        in_channels:int=1, # Channels of the picture
-        out_channels:int=16, # Channels of the map; a KL-VAE needs two a latent channel
-        channels:tuple[int, ...]=(64, 96, 128), # Features at each level; each next level has half the size
-        num_res_blocks:int=1, # Residual blocks a level
-        attention_levels:tuple[bool, ...]=(False, False, True), # Levels with self-attention
-        patch:int=2, # Side of the pixel blocks that the stem folds into channels
-        emb_channels:int|None=None, # Length of the condition's embedding; None for none
+    Parameters
+    ----------
+    in_channels : int, default 1
+        Channels of the picture.
+    out_channels : int, default 16
+        Channels of the map; a KL-VAE needs two a latent channel.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Features at each level; each next level has half the size.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False, True)
+        Levels with self-attention.
+    patch : int, default 2
+        Side of the pixel blocks that the stem folds into channels.
+    emb_channels : int | None, default None
+        Length of the condition's embedding; None for none.
+
+    Raises
+    ------
+    ValueError
+        If the tuples are not equally long, or channels do not divide into groups.
+
+    References
+    ----------
+    Esser et al. 2021, table 7, with a pixel-unshuffle stem (Shi et al. 2016) in place of full-size
+    layers.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,  # Channels of the picture
+        out_channels: int = 16,  # Channels of the map; a KL-VAE needs two a latent channel
+        # Features at each level; each next level has half the size
+        channels: tuple[int, ...] = (64, 96, 128),
+        num_res_blocks: int = 1,  # Residual blocks a level
+        attention_levels: tuple[bool, ...] = (False, False, True),  # Levels with self-attention
+        patch: int = 2,  # Side of the pixel blocks that the stem folds into channels
+        emb_channels: int | None = None,  # Length of the condition's embedding; None for none
     ):
         super().__init__()
         check_levels('Encoder', channels, attention_levels)
         self.patch = patch
-        self.stem = nn.Conv2d(in_channels*patch**2, channels[0], 3, padding=1)
-        self.levels,wide = nn.ModuleList(),channels[0]
-        for i,(width,attend) in enumerate(zip(channels, attention_levels)):
+        self.stem = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
+        self.levels, wide = nn.ModuleList(), channels[0]
+        for i, (width, attend) in enumerate(zip(channels, attention_levels)):
             blocks = [Downsample(wide, width)] if i else []
             blocks += [ResBlock(width, width, emb_channels) for _ in range(num_res_blocks)]
-            self.levels.append(nn.ModuleList(blocks + [AttentionBlock(width)]*attend)); wide = width
-        self.head = nn.Sequential(nn.GroupNorm(8, wide), nn.SiLU(), nn.Conv2d(wide, out_channels, 3, padding=1))
+            self.levels.append(nn.ModuleList(blocks + [AttentionBlock(width)] * attend))
+            wide = width
+        self.head = nn.Sequential(
+            nn.GroupNorm(8, wide), nn.SiLU(), nn.Conv2d(wide, out_channels, 3, padding=1)
+        )
 
-    def forward(self,
-        x:Tensor, # Pictures (b, in_channels, h, w) in [-1, 1]
-        emb:Tensor|None=None, # Embedding of the condition (b, emb_channels)
-    )->Tensor: # Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1)
+    def forward(
+        self,
+        x: Tensor,  # Pictures (b, in_channels, h, w) in [-1, 1]
+        emb: Tensor | None = None,  # Embedding of the condition (b, emb_channels)
+    ) -> Tensor:  # Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1)
+        """Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1).
+
+        Parameters
+        ----------
+        x : Tensor
+            Pictures (b, in_channels, h, w) in [-1, 1].
+        emb : Tensor | None, default None
+            Embedding of the condition (b, emb_channels).
+
+        Returns
+        -------
+        Tensor
+            Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1).
+        """
         x = self.stem(F.pixel_unshuffle(x, self.patch))
         return self.head(run_levels(self.levels, x, emb))
 
 # %% ../nbs/02_vae.ipynb #1402c861
 class Decoder(nn.Module):
-    "The encoder's mirror: convolve, double, and unfold the channels back into pixels. Source: as for `Encoder`."
-    def __init__(self,
-        in_channels:int=8, # Channels of the latent
-        out_channels:int=1, # Channels of the picture
-        channels:tuple[int, ...]=(64, 96, 128), # Features at each level, largest picture first, as in the encoder
-        num_res_blocks:int=1, # Residual blocks a level
-        attention_levels:tuple[bool, ...]=(False, False, True), # Levels with self-attention
-        patch:int=2, # Side of the pixel blocks that the last layer unfolds
-        emb_channels:int|None=None, # Length of the condition's embedding; None for none
+    """The encoder's mirror: convolve, double, and unfold the channels back into pixels.
+
+    Parameters
+    ----------
+    in_channels : int, default 8
+        Channels of the latent.
+    out_channels : int, default 1
+        Channels of the picture.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Features at each level, largest picture first, as in the encoder.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False, True)
+        Levels with self-attention.
+    patch : int, default 2
+        Side of the pixel blocks that the last layer unfolds.
+    emb_channels : int | None, default None
+        Length of the condition's embedding; None for none.
+
+    References
+    ----------
+    As for `Encoder`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 8,  # Channels of the latent
+        out_channels: int = 1,  # Channels of the picture
+        # Features at each level, largest picture first, as in the encoder
+        channels: tuple[int, ...] = (64, 96, 128),
+        num_res_blocks: int = 1,  # Residual blocks a level
+        attention_levels: tuple[bool, ...] = (False, False, True),  # Levels with self-attention
+        patch: int = 2,  # Side of the pixel blocks that the last layer unfolds
+        emb_channels: int | None = None,  # Length of the condition's embedding; None for none
     ):
         super().__init__()
         check_levels('Decoder', channels, attention_levels)
-        self.patch,wide = patch,channels[-1]
-        self.stem,self.levels = nn.Conv2d(in_channels, wide, 3, padding=1),nn.ModuleList()
-        for i,(width,attend) in enumerate(zip(channels[::-1], attention_levels[::-1])):
+        self.patch, wide = patch, channels[-1]
+        self.stem, self.levels = nn.Conv2d(in_channels, wide, 3, padding=1), nn.ModuleList()
+        for i, (width, attend) in enumerate(zip(channels[::-1], attention_levels[::-1])):
             blocks = [Upsample(wide, width)] if i else []
-            blocks += [AttentionBlock(width)]*attend
+            blocks += [AttentionBlock(width)] * attend
             blocks += [ResBlock(width, width, emb_channels) for _ in range(num_res_blocks)]
-            self.levels.append(nn.ModuleList(blocks)); wide = width
-        self.head = nn.Sequential(nn.GroupNorm(8, wide), nn.SiLU(),
-                                  nn.Conv2d(wide, out_channels*patch**2, 3, padding=1))
+            self.levels.append(nn.ModuleList(blocks))
+            wide = width
+        self.head = nn.Sequential(
+            nn.GroupNorm(8, wide), nn.SiLU(), nn.Conv2d(wide, out_channels * patch**2, 3, padding=1)
+        )
 
-    def forward(self,
-        z:Tensor, # Latents (b, in_channels, h, w)
-        emb:Tensor|None=None, # Embedding of the condition (b, emb_channels)
-    )->Tensor: # Pictures (b, out_channels, h*f, w*f), not clipped
+    def forward(
+        self,
+        z: Tensor,  # Latents (b, in_channels, h, w)
+        emb: Tensor | None = None,  # Embedding of the condition (b, emb_channels)
+    ) -> Tensor:  # Pictures (b, out_channels, h*f, w*f), not clipped
+        """Pictures (b, out_channels, h*f, w*f), not clipped.
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents (b, in_channels, h, w).
+        emb : Tensor | None, default None
+            Embedding of the condition (b, emb_channels).
+
+        Returns
+        -------
+        Tensor
+            Pictures (b, out_channels, h*f, w*f), not clipped.
+        """
         return F.pixel_shuffle(self.head(run_levels(self.levels, self.stem(z), emb)), self.patch)
 
 # %% ../nbs/02_vae.ipynb #0667538e
 def at_least_float32(
-    x:Tensor, # Numbers of any precision
-)->Tensor: # The same, in float32 where they had 16 bits
-    "Exponentials and squares leave the range of 16 bits soon: 65,504 is the largest number of fp16."
+    x: Tensor,  # Numbers of any precision
+) -> Tensor:  # The same, in float32 where they had 16 bits
+    """Exponentials and squares leave the range of 16 bits soon: 65,504 is the largest number of fp16.
+
+    Parameters
+    ----------
+    x : Tensor
+        Numbers of any precision.
+
+    Returns
+    -------
+    Tensor
+        The same, in float32 where they had 16 bits.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/02_vae.ipynb #a266ffab
 def reparameterize(
-    mu:Tensor, # Means (b, c, h, w)
-    logvar:Tensor, # Log-variances, same shape
-    eps:Tensor, # Standard normal noise, same shape
-)->Tensor: # Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits
-    "A sample that gradients can pass through. Source: Kingma & Welling 2014, sec. 2.4."
-    mu,logvar = at_least_float32(mu),at_least_float32(logvar)
-    return mu + (logvar/2).exp()*eps
+    mu: Tensor,  # Means (b, c, h, w)
+    logvar: Tensor,  # Log-variances, same shape
+    eps: Tensor,  # Standard normal noise, same shape
+) -> Tensor:  # Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits
+    """A sample that gradients can pass through.
+
+    Parameters
+    ----------
+    mu : Tensor
+        Means (b, c, h, w).
+    logvar : Tensor
+        Log-variances, same shape.
+    eps : Tensor
+        Standard normal noise, same shape.
+
+    Returns
+    -------
+    Tensor
+        Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits.
+
+    References
+    ----------
+    Kingma & Welling 2014, sec. 2.4.
+    """
+    mu, logvar = at_least_float32(mu), at_least_float32(logvar)
+    return mu + (logvar / 2).exp() * eps
 
 # %% ../nbs/02_vae.ipynb #14b222e9
 def kl_loss(
-    mu:Tensor, # Means (b, c, h, w)
-    logvar:Tensor, # Log-variances, same shape
-)->Tensor: # Mean over all latents of KL(N(mu, exp(logvar)) || N(0, 1)), nats, a scalar
-    "How far the posterior is from a standard normal, in float32 or more. Source: Kingma & Welling 2014, appendix B."
-    mu,logvar = at_least_float32(mu),at_least_float32(logvar)
-    return .5*(mu**2 + logvar.exp() - 1 - logvar).mean()
+    mu: Tensor,  # Means (b, c, h, w)
+    logvar: Tensor,  # Log-variances, same shape
+) -> Tensor:  # Mean over all latents of KL(N(mu, exp(logvar)) || N(0, 1)), nats, a scalar
+    """How far the posterior is from a standard normal, in float32 or more.
+
+    Parameters
+    ----------
+    mu : Tensor
+        Means (b, c, h, w).
+    logvar : Tensor
+        Log-variances, same shape.
+
+    Returns
+    -------
+    Tensor
+        Mean over all latents of KL(N(mu, exp(logvar)) || N(0, 1)), nats, a scalar.
+
+    References
+    ----------
+    Kingma & Welling 2014, appendix B.
+    """
+    mu, logvar = at_least_float32(mu), at_least_float32(logvar)
+    return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
 
 # %% ../nbs/02_vae.ipynb #c517b8eb
 def cyclical_weight(
-    seen:int, # Pictures seen so far
-    period:int, # Pictures a cycle
-    max_weight:float, # Weight at the top
-    ramp:float=.5, # Share of a cycle that is spent rising, in (0, 1]
-)->float: # Weight in [0, max_weight]
-    "A weight which rises from 0, stays, and starts again. Source: Fu et al. 2019, eq. 6. Raises ValueError."
-    if period<1 or not 0<ramp<=1: raise ValueError(
-        f"cyclical_weight: period={period}, ramp={ramp}. Expected period >= 1 and ramp in (0, 1]. Check both.")
-    return max_weight*min(1., (seen%period)/period/ramp)
+    seen: int,  # Pictures seen so far
+    period: int,  # Pictures a cycle
+    max_weight: float,  # Weight at the top
+    ramp: float = 0.5,  # Share of a cycle that is spent rising, in (0, 1]
+) -> float:  # Weight in [0, max_weight]
+    """A weight which rises from 0, stays, and starts again.
+
+    Parameters
+    ----------
+    seen : int
+        Pictures seen so far.
+    period : int
+        Pictures a cycle.
+    max_weight : float
+        Weight at the top.
+    ramp : float, default 0.5
+        Share of a cycle that is spent rising, in (0, 1].
+
+    Returns
+    -------
+    float
+        Weight in [0, max_weight].
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Fu et al. 2019, eq. 6.
+    """
+    if period < 1 or not 0 < ramp <= 1:
+        raise ValueError(
+            f"cyclical_weight: period={period}, ramp={ramp}. Expected period >= 1 and ramp in (0,"
+            " 1]. Check both."
+        )
+    return max_weight * min(1.0, (seen % period) / period / ramp)
 
 # %% ../nbs/02_vae.ipynb #e6627258
 class Autoencoder(nn.Module):
-    """An encoder, a decoder, and the covariates that both are told: what every kind of autoencoder here shares.
+    """An encoder, a decoder, and the covariates that both are told: what every kind of autoencoder
+    here shares.
 
-    Raises ValueError on a picture of another shape."""
-    def __init__(self,
-        latent_channels:int, # Channels of the latent, which the decoder reads
-        code_channels:int, # Channels that the encoder writes
-        channels:tuple[int, ...]=(64, 96, 128), # Features at each level
-        num_res_blocks:int=1, # Residual blocks a level
-        attention_levels:tuple[bool, ...]=(False, False, True), # Levels with self-attention
-        patch:int=2, # Side of the pixel blocks folded by the stem
-        covariates:tuple[Covariate, ...]=(), # What encoder and decoder are told, if anything
-        cond_channels:int=64, # Length of the condition's embedding
+    Parameters
+    ----------
+    latent_channels : int
+        Channels of the latent, which the decoder reads.
+    code_channels : int
+        Channels that the encoder writes.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Features at each level.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False, True)
+        Levels with self-attention.
+    patch : int, default 2
+        Side of the pixel blocks folded by the stem.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are told, if anything.
+    cond_channels : int, default 64
+        Length of the condition's embedding.
+
+    Raises
+    ------
+    ValueError
+        On a picture of another shape.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,  # Channels of the latent, which the decoder reads
+        code_channels: int,  # Channels that the encoder writes
+        channels: tuple[int, ...] = (64, 96, 128),  # Features at each level
+        num_res_blocks: int = 1,  # Residual blocks a level
+        attention_levels: tuple[bool, ...] = (False, False, True),  # Levels with self-attention
+        patch: int = 2,  # Side of the pixel blocks folded by the stem
+        covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are told, if anything
+        cond_channels: int = 64,  # Length of the condition's embedding
     ):
         super().__init__()
         check_levels(type(self).__name__, channels, attention_levels)
-        self.latent_channels,self.factor = latent_channels,patch*2**(len(channels)-1)
+        self.latent_channels, self.factor = latent_channels, patch * 2 ** (len(channels) - 1)
         self.conditioner = Conditioner(covariates, cond_channels) if covariates else None
-        same = dict(channels=channels, num_res_blocks=num_res_blocks, attention_levels=attention_levels,
-                    patch=patch, emb_channels=cond_channels if covariates else None)
-        self.encoder,self.decoder = Encoder(1, code_channels, **same),Decoder(latent_channels, 1, **same)
+        same = dict(
+            channels=channels,
+            num_res_blocks=num_res_blocks,
+            attention_levels=attention_levels,
+            patch=patch,
+            emb_channels=cond_channels if covariates else None,
+        )
+        self.encoder, self.decoder = Encoder(1, code_channels, **same), Decoder(
+            latent_channels, 1, **same
+        )
 
     @property
-    def covariates(self)->tuple[Covariate, ...]: # What encoder and decoder are told, in order
-        "The covariates that this autoencoder knows."
+    def covariates(self) -> tuple[Covariate, ...]:  # What encoder and decoder are told, in order
+        """The covariates that this autoencoder knows.
+
+        Returns
+        -------
+        tuple[Covariate, ...]
+            What encoder and decoder are told, in order.
+        """
         return self.conditioner.covariates if self.conditioner else ()
 
-    def embed(self,
-        cond:dict[str, Tensor]|None, # Encoded covariates by name, each (b,); others than the model's are not looked at
-        batch_size:int, # b
-    )->Tensor|None: # Mean of the condition tokens (b, cond_channels), or None in an unconditional model
-        "What the residual blocks hear of the covariates."
-        if self.conditioner is None: return None
+    def embed(
+        self,
+        # Encoded covariates by name, each (b,); others than the model's are not looked at
+        cond: dict[str, Tensor] | None,
+        batch_size: int,  # b
+        # Mean of the condition tokens (b, cond_channels), or None in an unconditional model
+    ) -> Tensor | None:
+        """What the residual blocks hear of the covariates.
+
+        Parameters
+        ----------
+        cond : dict[str, Tensor] | None
+            Encoded covariates by name, each (b,); others than the model's are not looked at.
+        batch_size : int
+            b.
+
+        Returns
+        -------
+        Tensor | None
+        """
+        if self.conditioner is None:
+            return None
         known = {c.name: cond[c.name] for c in self.covariates if cond and c.name in cond}
         return self.conditioner(known, batch_size).mean(1)
 
-    def squeeze(self,
-        x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
-    )->Tensor: # What the encoder says (b, code_channels, h/f, w/f)
-        "Run the encoder. Raises ValueError on a picture of another shape."
-        if x.ndim!=4 or x.shape[1]!=1 or x.shape[2]%self.factor or x.shape[3]%self.factor: raise ValueError(
-            f"{type(self).__name__}.encode: pictures of shape {tuple(x.shape)}. Expected (b, 1, h, w) with h and w "
-            f"multiples of {self.factor}. Load them with brainldm.engineering.batches, or pad them.")
+    def squeeze(
+        self,
+        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
+    ) -> Tensor:  # What the encoder says (b, code_channels, h/f, w/f)
+        """Run the encoder.
+
+        Parameters
+        ----------
+        x : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            What the encoder says (b, code_channels, h/f, w/f).
+
+        Raises
+        ------
+        ValueError
+            On a picture of another shape.
+        """
+        if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(
+                f"{type(self).__name__}.encode: pictures of shape {tuple(x.shape)}. Expected (b, 1,"
+                f" h, w) with h and w multiples of {self.factor}. Load them with"
+                " brainldm.engineering.batches, or pad them."
+            )
         return self.encoder(x, self.embed(cond, len(x)))
 
-    def decode(self,
-        z:Tensor, # Latents (b, latent_channels, h, w)
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
-    )->Tensor: # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
-        "Turn latents into pictures."
+    def decode(
+        self,
+        z: Tensor,  # Latents (b, latent_channels, h, w)
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
+    ) -> Tensor:  # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
+        """Turn latents into pictures.
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents (b, latent_channels, h, w).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped.
+        """
         return self.decoder(z, self.embed(cond, len(z)))
 
 # %% ../nbs/02_vae.ipynb #66fcc659
-LOGVAR_LIMITS = -30.,20. # Of a log-variance. Source: Rombach et al. 2022, code (DiagonalGaussianDistribution)
+# Of a log-variance. Source: Rombach et al. 2022, code (DiagonalGaussianDistribution)
+LOGVAR_LIMITS = -30.0, 20.0
+
 
 class LimitLogvar(torch.autograd.Function):
     """Clamp to `LOGVAR_LIMITS`; beyond them only gradients that lead back inside pass. NaN stays NaN.
 
-    Source: the one-sided gradient of Ballé et al. 2018, code (lower bound)."""
+    References
+    ----------
+    The one-sided gradient of Ballé et al. 2018, code (lower bound).
+    """
+
     @staticmethod
-    def forward(ctx,
-        logvar:Tensor, # What the encoder says
-    )->Tensor: # The same within the limits
+    def forward(
+        ctx,
+        logvar: Tensor,  # What the encoder says
+    ) -> Tensor:  # The same within the limits
+        """The same within the limits.
+
+        Parameters
+        ----------
+        ctx
+        logvar : Tensor
+            What the encoder says.
+
+        Returns
+        -------
+        Tensor
+            The same within the limits.
+        """
         ctx.save_for_backward(logvar)
         return logvar.clamp(*LOGVAR_LIMITS)
 
     @staticmethod
-    def backward(ctx,
-        grad:Tensor, # Gradient of what came out
-    )->Tensor: # Gradient of what the encoder says
-        "Stop what leads further out."
-        logvar, = ctx.saved_tensors
-        low,high = LOGVAR_LIMITS
-        stuck = ((logvar<low) & (grad>0)) | ((logvar>high) & (grad<0))         # descent moves against the gradient
-        return grad.masked_fill(stuck, 0.)
+    def backward(
+        ctx,
+        grad: Tensor,  # Gradient of what came out
+    ) -> Tensor:  # Gradient of what the encoder says
+        """Stop what leads further out.
+
+        Parameters
+        ----------
+        ctx
+        grad : Tensor
+            Gradient of what came out.
+
+        Returns
+        -------
+        Tensor
+            Gradient of what the encoder says.
+        """
+        (logvar,) = ctx.saved_tensors
+        low, high = LOGVAR_LIMITS
+        # descent moves against the gradient
+        stuck = ((logvar < low) & (grad > 0)) | ((logvar > high) & (grad < 0))
+        return grad.masked_fill(stuck, 0.0)
 
 # %% ../nbs/02_vae.ipynb #040596bd
 class AutoencoderKL(Autoencoder):
-    """A variational autoencoder: a slice becomes a Gaussian over latents, and a latent becomes a slice.
+    """A variational autoencoder: a slice becomes a Gaussian over latents, and a latent becomes a
+    slice.
 
-    Source: Kingma & Welling 2014; Rombach et al. 2022, sec. 3.1. Raises ValueError on a picture of another shape."""
-    def __init__(self,
-        latent_channels:int=8, # Channels of the latent
-        *args, # As of `Autoencoder`, from `channels` on
-        **kwargs, # As of `Autoencoder`
+    Parameters
+    ----------
+    latent_channels : int, default 8
+        Channels of the latent.
+    *args
+        As of `Autoencoder`, from `channels` on.
+    **kwargs
+        As of `Autoencoder`.
+
+    Raises
+    ------
+    ValueError
+        On a picture of another shape.
+
+    References
+    ----------
+    Kingma & Welling 2014; Rombach et al. 2022, sec. 3.1.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int = 8,  # Channels of the latent
+        *args,  # As of `Autoencoder`, from `channels` on
+        **kwargs,  # As of `Autoencoder`
     ):
-        super().__init__(latent_channels, 2*latent_channels, *args, **kwargs)
+        super().__init__(latent_channels, 2 * latent_channels, *args, **kwargs)
 
-    def encode(self,
-        x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
-    )->tuple[Tensor, Tensor]: # Mean and log-variance (limited, see `LimitLogvar`), each (b, latent_channels, h/f, w/f)
-        "Turn pictures into Gaussians over latents. Raises ValueError on a picture of another shape."
-        mu,logvar = self.squeeze(x, cond).chunk(2, dim=1)
-        return mu,LimitLogvar.apply(logvar)
+    def encode(
+        self,
+        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
+        # Mean and log-variance (limited, see `LimitLogvar`), each (b, latent_channels, h/f, w/f)
+    ) -> tuple[Tensor, Tensor]:
+        """Turn pictures into Gaussians over latents.
 
-    def forward(self,
-        x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
-        eps:Tensor|None=None, # Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean
-    )->tuple[Tensor, Tensor, Tensor]: # Reconstruction (b, 1, h, w), mean and log-variance of the latents
-        mu,logvar = self.encode(x, cond)
+        Parameters
+        ----------
+        x : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+
+        Raises
+        ------
+        ValueError
+            On a picture of another shape.
+        """
+        mu, logvar = self.squeeze(x, cond).chunk(2, dim=1)
+        return mu, LimitLogvar.apply(logvar)
+
+    def forward(
+        self,
+        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
+        # Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean
+        eps: Tensor | None = None,
+        # Reconstruction (b, 1, h, w), mean and log-variance of the latents
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mu, logvar = self.encode(x, cond)
         z = mu if eps is None else reparameterize(mu, logvar, eps)
-        return self.decode(z, cond),mu,logvar
+        return self.decode(z, cond), mu, logvar
 
-    def random_latents(self,
-        n:int, # How many
-        side:int, # Height and width of a latent
-        generator:torch.Generator, # Source of chance; says the device
-        cond:dict[str, Tensor]|None=None, # Not looked at: the prior is the same for everybody
-    )->Tensor: # Draws of N(0, 1) (n, latent_channels, side, side)
-        "Draw latents from the prior that the KL term pulls towards."
-        return torch.randn(n, self.latent_channels, side, side, generator=generator, device=generator.device)
+    def random_latents(
+        self,
+        n: int,  # How many
+        side: int,  # Height and width of a latent
+        generator: torch.Generator,  # Source of chance; says the device
+        cond: dict[str, Tensor] | None = None,  # Not looked at: the prior is the same for everybody
+    ) -> Tensor:  # Draws of N(0, 1) (n, latent_channels, side, side)
+        """Draw latents from the prior that the KL term pulls towards.
+
+        Parameters
+        ----------
+        n : int
+            How many.
+        side : int
+            Height and width of a latent.
+        generator : torch.Generator
+            Source of chance; says the device.
+        cond : dict[str, Tensor] | None, default None
+            Not looked at: the prior is the same for everybody.
+
+        Returns
+        -------
+        Tensor
+            Draws of N(0, 1) (n, latent_channels, side, side).
+        """
+        return torch.randn(
+            n, self.latent_channels, side, side, generator=generator, device=generator.device
+        )
 
 # %% ../nbs/02_vae.ipynb #c9a20b34
 def laplacian_variance(
-    gray:Tensor, # Pictures (b, 1, h, w)
-    brain:Tensor, # True inside the brain, same shape
-)->Tensor: # Variance of the Laplacian where all eight neighbours are brain, too (b,); NaN without brain
-    "How much fine detail a picture has. Source: Pech-Pacheco et al. 2000, eq. 7."
-    kernel = gray.new_tensor([[0, -.25, 0], [-.25, 1, -.25], [0, -.25, 0]]).view(1, 1, 3, 3)
-    air = F.pad((~brain).to(gray), [1]*4, value=1.)                            # outside the picture is no brain
-    edges = F.conv2d(gray, kernel, padding=1).masked_fill(F.max_pool2d(air, 3, 1)>0, math.nan).flatten(1)
-    return (edges-edges.nanmean(1, keepdim=True)).square().nanmean(1)
+    gray: Tensor,  # Pictures (b, 1, h, w)
+    brain: Tensor,  # True inside the brain, same shape
+    # Variance of the Laplacian where all eight neighbours are brain, too (b,); NaN without brain
+) -> Tensor:
+    """How much fine detail a picture has.
+
+    Parameters
+    ----------
+    gray : Tensor
+        Pictures (b, 1, h, w).
+    brain : Tensor
+        True inside the brain, same shape.
+
+    Returns
+    -------
+    Tensor
+
+    References
+    ----------
+    Pech-Pacheco et al. 2000, eq. 7.
+    """
+    kernel = gray.new_tensor([[0, -0.25, 0], [-0.25, 1, -0.25], [0, -0.25, 0]]).view(1, 1, 3, 3)
+    air = F.pad((~brain).to(gray), [1] * 4, value=1.0)  # outside the picture is no brain
+    edges = (
+        F.conv2d(gray, kernel, padding=1)
+        .masked_fill(F.max_pool2d(air, 3, 1) > 0, math.nan)
+        .flatten(1)
+    )
+    return (edges - edges.nanmean(1, keepdim=True)).square().nanmean(1)
 
 # %% ../nbs/02_vae.ipynb #ffde05b5
 def sharpness(
-    recon:Tensor, # Reconstructions (b, 1, h, w)
-    real:Tensor, # Originals, same shape and range
-    brain:Tensor, # True inside the brain of the original, same shape
-)->Tensor: # Variance of the Laplacian inside the brain, reconstruction over original (b,); NaN without brain
-    "How much of the fine detail is left: below 1 is blurred, above 1 is noisy."
-    return laplacian_variance(recon, brain)/laplacian_variance(real, brain)
+    recon: Tensor,  # Reconstructions (b, 1, h, w)
+    real: Tensor,  # Originals, same shape and range
+    brain: Tensor,  # True inside the brain of the original, same shape
+    # Variance of the Laplacian inside the brain, reconstruction over original (b,); NaN without
+    # brain
+) -> Tensor:
+    """How much of the fine detail is left: below 1 is blurred, above 1 is noisy.
+
+    Parameters
+    ----------
+    recon : Tensor
+        Reconstructions (b, 1, h, w).
+    real : Tensor
+        Originals, same shape and range.
+    brain : Tensor
+        True inside the brain of the original, same shape.
+
+    Returns
+    -------
+    Tensor
+    """
+    return laplacian_variance(recon, brain) / laplacian_variance(real, brain)
 
 # %% ../nbs/02_vae.ipynb #6c7b7e49
 def image_scores(
-    recon:Tensor, # Reconstructions (b, 1, h, w) in [-1, 1]
-    real:Tensor, # Originals, same shape and range
-)->dict[str, Tensor]: # ssim, ssim_brain, psnr (dB), sharpness of each picture, each (b,); NaN where there is no brain
-    """Score reconstructions on [0, 1], over the whole picture and over its brain (pixels of the original above 0.1).
+    recon: Tensor,  # Reconstructions (b, 1, h, w) in [-1, 1]
+    real: Tensor,  # Originals, same shape and range
+    # ssim, ssim_brain, psnr (dB), sharpness of each picture, each (b,); NaN where there is no
+    # brain
+) -> dict[str, Tensor]:
+    """Score reconstructions on [0, 1], over the whole picture and over its brain (pixels of the
+    original above 0.1).
 
-    Source: Wang et al. 2004, eq. 13, Gaussian window 11x11 with sigma 1.5, pictures mirrored at the border.
-    Raises ValueError on unequal shapes."""
-    if recon.shape!=real.shape or real.ndim!=4 or real.shape[1]!=1: raise ValueError(
-        f"image_scores: shapes {tuple(recon.shape)} and {tuple(real.shape)}. Expected (b, 1, h, w) "
-        "twice. Check the order.")
-    recon,real = (o.float()/2+.5 for o in (recon, real))
-    _,full = structural_similarity_index_measure(recon, real, sigma=1.5, kernel_size=11, data_range=1.,
-                                                 reduction='none', return_full_image=True)     # (b, 1, h, w)
-    brain = real>.1
-    psnr = peak_signal_noise_ratio(recon, real, data_range=1., reduction='none', dim=(1, 2, 3))
-    return dict(ssim=full.mean((1, 2, 3)), ssim_brain=(full*brain).sum((1, 2, 3))/brain.sum((1, 2, 3)), psnr=psnr,
-                sharpness=sharpness(recon, real, brain))
+    Parameters
+    ----------
+    recon : Tensor
+        Reconstructions (b, 1, h, w) in [-1, 1].
+    real : Tensor
+        Originals, same shape and range.
+
+    Returns
+    -------
+    dict[str, Tensor]
+
+    Raises
+    ------
+    ValueError
+        On unequal shapes.
+
+    References
+    ----------
+    Wang et al. 2004, eq. 13, Gaussian window 11x11 with sigma 1.5, pictures mirrored at the border.
+    """
+    if recon.shape != real.shape or real.ndim != 4 or real.shape[1] != 1:
+        raise ValueError(
+            f"image_scores: shapes {tuple(recon.shape)} and {tuple(real.shape)}. Expected (b, 1, h,"
+            " w) twice. Check the order."
+        )
+    recon, real = (o.float() / 2 + 0.5 for o in (recon, real))
+    _, full = structural_similarity_index_measure(
+        recon,
+        real,
+        sigma=1.5,
+        kernel_size=11,
+        data_range=1.0,
+        # (b, 1, h, w)
+        reduction='none',
+        return_full_image=True,
+    )
+    brain = real > 0.1
+    psnr = peak_signal_noise_ratio(recon, real, data_range=1.0, reduction='none', dim=(1, 2, 3))
+    return dict(
+        ssim=full.mean((1, 2, 3)),
+        ssim_brain=(full * brain).sum((1, 2, 3)) / brain.sum((1, 2, 3)),
+        psnr=psnr,
+        sharpness=sharpness(recon, real, brain),
+    )

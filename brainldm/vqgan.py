@@ -26,51 +26,142 @@ from .vae import Autoencoder
 
 # %% ../nbs/03_vqgan.ipynb #0af11b8c
 def nearest_codes(
-    vectors:Tensor, # Vectors (n, d)
-    codebook:Tensor, # Codes (k, d)
-)->tuple[Tensor, Tensor]: # Index of the nearest code (n,), int64, and its squared distance (n,)
-    "Which code is nearest to each vector, in float32 also under autocast. Source: van den Oord et al. 2017, eq. 1."
-    vectors,codebook = vectors.float(),codebook.float()
-    with torch.autocast(vectors.device.type, enabled=False):                   # distances in bf16 confuse neighbours
-        gaps = vectors.square().sum(1, keepdim=True)-2*vectors@codebook.T+codebook.square().sum(1)     # (n, k)
-    gap,indices = gaps.min(1)
-    return indices,gap.clamp(min=0)                                            # rounding can fall below 0
+    vectors: Tensor,  # Vectors (n, d)
+    codebook: Tensor,  # Codes (k, d)
+) -> tuple[Tensor, Tensor]:  # Index of the nearest code (n,), int64, and its squared distance (n,)
+    """Which code is nearest to each vector, in float32 also under autocast.
+
+    Parameters
+    ----------
+    vectors : Tensor
+        Vectors (n, d).
+    codebook : Tensor
+        Codes (k, d).
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Index of the nearest code (n,), int64, and its squared distance (n,).
+
+    References
+    ----------
+    Van den Oord et al. 2017, eq. 1.
+    """
+    vectors, codebook = vectors.float(), codebook.float()
+    # distances in bf16 confuse neighbours
+    with torch.autocast(vectors.device.type, enabled=False):
+        # (n, k)
+        gaps = (
+            vectors.square().sum(1, keepdim=True)
+            - 2 * vectors @ codebook.T
+            + codebook.square().sum(1)
+        )
+    gap, indices = gaps.min(1)
+    return indices, gap.clamp(min=0)  # rounding can fall below 0
 
 # %% ../nbs/03_vqgan.ipynb #2f5e2e05
 def straight_through(
-    z:Tensor, # What the encoder said
-    zq:Tensor, # The same, rounded to codes
-)->Tensor: # The value of `zq`, with the gradient of `z`
-    "Round on the way forward, pretend not to on the way back. Source: Bengio et al. 2013, sec. 4."
-    return z+(zq-z).detach()
+    z: Tensor,  # What the encoder said
+    zq: Tensor,  # The same, rounded to codes
+) -> Tensor:  # The value of `zq`, with the gradient of `z`
+    """Round on the way forward, pretend not to on the way back.
+
+    Parameters
+    ----------
+    z : Tensor
+        What the encoder said.
+    zq : Tensor
+        The same, rounded to codes.
+
+    Returns
+    -------
+    Tensor
+        The value of `zq`, with the gradient of `z`.
+
+    References
+    ----------
+    Bengio et al. 2013, sec. 4.
+    """
+    return z + (zq - z).detach()
 
 # %% ../nbs/03_vqgan.ipynb #46013f81
 def count_codes(
-    indices:Tensor, # Codes, any shape, int64
-    num_embeddings:int, # Codes there are, k
-)->Tensor: # How often each occurs (k,), float32
-    "Count codes without asking the device for an answer, as `bincount` would."
+    indices: Tensor,  # Codes, any shape, int64
+    num_embeddings: int,  # Codes there are, k
+) -> Tensor:  # How often each occurs (k,), float32
+    """Count codes without asking the device for an answer, as `bincount` would.
+
+    Parameters
+    ----------
+    indices : Tensor
+        Codes, any shape, int64.
+    num_embeddings : int
+        Codes there are, k.
+
+    Returns
+    -------
+    Tensor
+        How often each occurs (k,), float32.
+    """
     flat = indices.flatten()
     counts = torch.zeros(num_embeddings, device=flat.device)
     return counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
 
 # %% ../nbs/03_vqgan.ipynb #ca18a235
 def code_scores(
-    counts:Tensor, # How often each code was used (k,)
-)->dict[str, float]: # codebook_usage: share of codes used; perplexity: equally used codes of this entropy
-    "How much of a codebook is in use. Source: entropy, Shannon 1948. Raises ValueError if nothing was counted."
-    if not counts.sum()>0: raise ValueError(f"code_scores: {len(counts)} codes, none used. Expected counts of at least "
-                                            "one picture. Encode some first.")
+    counts: Tensor,  # How often each code was used (k,)
+    # codebook_usage: share of codes used; perplexity: equally used codes of this entropy
+) -> dict[str, float]:
+    """How much of a codebook is in use.
+
+    Parameters
+    ----------
+    counts : Tensor
+        How often each code was used (k,).
+
+    Returns
+    -------
+    dict[str, float]
+
+    Raises
+    ------
+    ValueError
+        If nothing was counted.
+
+    References
+    ----------
+    Entropy, Shannon 1948.
+    """
+    if not counts.sum() > 0:
+        raise ValueError(
+            f"code_scores: {len(counts)} codes, none used. Expected counts of at least "
+            "one picture. Encode some first."
+        )
     p = double_on_cpu(counts)
-    p = p/p.sum()
-    return dict(codebook_usage=(p>0).sum().item()/len(p), perplexity=torch.special.entr(p).sum().exp().item())
+    p = p / p.sum()
+    return dict(
+        codebook_usage=(p > 0).sum().item() / len(p),
+        perplexity=torch.special.entr(p).sum().exp().item(),
+    )
 
 # %% ../nbs/03_vqgan.ipynb #ef40a7ea
 def all_gather_rows(
-    rows:Tensor, # Rows of this process (n, ...), equally many on each
-)->Tensor: # Rows of all processes, in their order (n * processes, ...)
-    "What all processes of a training saw; a process that is alone gets its own rows back."
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return rows
+    rows: Tensor,  # Rows of this process (n, ...), equally many on each
+) -> Tensor:  # Rows of all processes, in their order (n * processes, ...)
+    """What all processes of a training saw; a process that is alone gets its own rows back.
+
+    Parameters
+    ----------
+    rows : Tensor
+        Rows of this process (n, ...), equally many on each.
+
+    Returns
+    -------
+    Tensor
+        Rows of all processes, in their order (n * processes, ...).
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
@@ -79,355 +170,885 @@ def all_gather_rows(
 class VectorQuantizer(nn.Module):
     """A codebook: each vector of a map is replaced by the nearest code.
 
-    Source: van den Oord et al. 2017, eq. 1-3, and app. A.1 for the moving average. Raises ValueError on other maps."""
-    def __init__(self,
-        num_embeddings:int=1024, # Codes k
-        embedding_dim:int=8, # Length d of a code
-        commitment_cost:float=.25, # Weight of the pull on the encoder towards its code
-        ema:bool=True, # Codes follow the mean of their vectors; False: codes learn by gradient
-        decay:float=.99, # Share of the old statistics kept each step, in [0, 1)
-        restart_below:float=.1, # Codes used less than this share of an equal share start anew; 0: never
+    Parameters
+    ----------
+    num_embeddings : int, default 1024
+        Codes k.
+    embedding_dim : int, default 8
+        Length d of a code.
+    commitment_cost : float, default 0.25
+        Weight of the pull on the encoder towards its code.
+    ema : bool, default True
+        Codes follow the mean of their vectors; False: codes learn by gradient.
+    decay : float, default 0.99
+        Share of the old statistics kept each step, in [0, 1).
+    restart_below : float, default 0.1
+        Codes used less than this share of an equal share start anew; 0: never.
+
+    Raises
+    ------
+    ValueError
+        On other maps.
+
+    References
+    ----------
+    Van den Oord et al. 2017, eq. 1-3, and app. A.1 for the moving average.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int = 1024,  # Codes k
+        embedding_dim: int = 8,  # Length d of a code
+        commitment_cost: float = 0.25,  # Weight of the pull on the encoder towards its code
+        ema: bool = True,  # Codes follow the mean of their vectors; False: codes learn by gradient
+        decay: float = 0.99,  # Share of the old statistics kept each step, in [0, 1)
+        # Codes used less than this share of an equal share start anew; 0: never
+        restart_below: float = 0.1,
     ):
         super().__init__()
-        self.num_embeddings,self.embedding_dim,self.commitment_cost = num_embeddings,embedding_dim,commitment_cost
-        self.ema,self.decay,self.restart_below = ema,decay,restart_below
-        codebook = torch.empty(num_embeddings, embedding_dim).uniform_(-1/num_embeddings, 1/num_embeddings)
-        if ema: self.register_buffer('codebook', codebook)
-        else: self.codebook = nn.Parameter(codebook)
-        self.register_buffer('cluster_size', torch.ones(num_embeddings))       # running number of vectors of each code
-        self.register_buffer('cluster_sum', codebook.clone())                  # running sum of its vectors
+        self.num_embeddings, self.embedding_dim, self.commitment_cost = (
+            num_embeddings,
+            embedding_dim,
+            commitment_cost,
+        )
+        self.ema, self.decay, self.restart_below = ema, decay, restart_below
+        codebook = torch.empty(num_embeddings, embedding_dim).uniform_(
+            -1 / num_embeddings, 1 / num_embeddings
+        )
+        if ema:
+            self.register_buffer('codebook', codebook)
+        else:
+            self.codebook = nn.Parameter(codebook)
+        # running number of vectors of each code
+        self.register_buffer('cluster_size', torch.ones(num_embeddings))
+        self.register_buffer('cluster_sum', codebook.clone())  # running sum of its vectors
 
-    def bound(self,
-        z:Tensor, # Map of vectors (b, d, h, w), as the encoder says them
-    )->Tensor: # (b, d, h, w), float32
-        "The map that is compared to codes: here the same."
+    def bound(
+        self,
+        z: Tensor,  # Map of vectors (b, d, h, w), as the encoder says them
+    ) -> Tensor:  # (b, d, h, w), float32
+        """The map that is compared to codes: here the same.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w), as the encoder says them.
+
+        Returns
+        -------
+        Tensor
+            (b, d, h, w), float32.
+        """
         return z.float()
 
-    def nearest(self,
-        z:Tensor, # Map of vectors (b, d, h, w)
-    )->Tensor: # Its index (b, h, w), int64
-        "The nearest code at each place. Raises ValueError on a map of another shape."
-        if z.ndim!=4 or z.shape[1]!=self.embedding_dim: raise ValueError(
-            f"VectorQuantizer: a map of shape {tuple(z.shape)}. Expected (b, {self.embedding_dim}, h, w). "
-            "Give the encoder as many channels as a code has.")
-        indices,_ = nearest_codes(rearrange(z, 'b d h w -> (b h w) d'), self.codebook)
+    def nearest(
+        self,
+        z: Tensor,  # Map of vectors (b, d, h, w)
+    ) -> Tensor:  # Its index (b, h, w), int64
+        """The nearest code at each place.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w).
+
+        Returns
+        -------
+        Tensor
+            Its index (b, h, w), int64.
+
+        Raises
+        ------
+        ValueError
+            On a map of another shape.
+        """
+        if z.ndim != 4 or z.shape[1] != self.embedding_dim:
+            raise ValueError(
+                f"VectorQuantizer: a map of shape {tuple(z.shape)}. Expected (b,"
+                f" {self.embedding_dim}, h, w). Give the encoder as many channels as a code has."
+            )
+        indices, _ = nearest_codes(rearrange(z, 'b d h w -> (b h w) d'), self.codebook)
         return indices.view(len(z), *z.shape[2:])
 
-    def lookup(self,
-        indices:Tensor, # Codes (b, h, w), int64
-    )->Tensor: # Their vectors (b, d, h, w), float32
-        "Turn codes into vectors."
+    def lookup(
+        self,
+        indices: Tensor,  # Codes (b, h, w), int64
+    ) -> Tensor:  # Their vectors (b, d, h, w), float32
+        """Turn codes into vectors.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Codes (b, h, w), int64.
+
+        Returns
+        -------
+        Tensor
+            Their vectors (b, d, h, w), float32.
+        """
         return rearrange(F.embedding(indices, self.codebook.float()), 'b h w d -> b d h w')
 
-    def forward(self,
-        z:Tensor, # Map of vectors (b, d, h, w)
-        u:Tensor|None=None, # Uniform numbers in [0, 1) (k,), for the restart of dead codes; None: no restart
-    )->tuple[Tensor, Tensor, Tensor]: # Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder
+    def forward(
+        self,
+        z: Tensor,  # Map of vectors (b, d, h, w)
+        # Uniform numbers in [0, 1) (k,), for the restart of dead codes; None: no restart
+        u: Tensor | None = None,
+        # Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder
+    ) -> tuple[Tensor, Tensor, Tensor]:
         z = self.bound(z)
         indices = self.nearest(z)
         zq = self.lookup(indices)
-        loss = self.commitment_cost*F.mse_loss(z, zq.detach())
-        if not self.ema: loss = loss+F.mse_loss(zq, z.detach())
-        if self.training: self.learn(rearrange(z.detach(), 'b d h w -> (b h w) d'), indices.flatten(), u)
-        return straight_through(z, zq),indices,loss
+        loss = self.commitment_cost * F.mse_loss(z, zq.detach())
+        if not self.ema:
+            loss = loss + F.mse_loss(zq, z.detach())
+        if self.training:
+            self.learn(rearrange(z.detach(), 'b d h w -> (b h w) d'), indices.flatten(), u)
+        return straight_through(z, zq), indices, loss
 
     @torch.no_grad()
-    def learn(self,
-        vectors:Tensor, # What the encoder said (n, d), float32
-        indices:Tensor, # Their codes (n,)
-        u:Tensor|None=None, # Uniform numbers in [0, 1) (k,), for the restart; None: no restart
-    )->None:
-        "Let the codes follow the vectors of all processes. Source: van den Oord et al. 2017, app. A.1."
-        vectors,indices = all_gather_rows(vectors),all_gather_rows(indices)
-        self.cluster_size.lerp_(count_codes(indices, self.num_embeddings), 1-self.decay)
-        self.cluster_sum.lerp_(torch.zeros_like(self.cluster_sum).index_add_(0, indices, vectors), 1-self.decay)
-        if self.ema: self.codebook.copy_(self.cluster_sum/smooth_counts(self.cluster_size)[:, None])
-        if u is not None and self.restart_below: restart_dead_codes(self, vectors, all_gather_rows(u)[:self.num_embeddings])
+    def learn(
+        self,
+        vectors: Tensor,  # What the encoder said (n, d), float32
+        indices: Tensor,  # Their codes (n,)
+        u: (
+            Tensor | None
+        ) = None,  # Uniform numbers in [0, 1) (k,), for the restart; None: no restart
+    ) -> None:
+        """Let the codes follow the vectors of all processes.
+
+        Parameters
+        ----------
+        vectors : Tensor
+            What the encoder said (n, d), float32.
+        indices : Tensor
+            Their codes (n,).
+        u : Tensor | None, default None
+            Uniform numbers in [0, 1) (k,), for the restart; None: no restart.
+
+        References
+        ----------
+        Van den Oord et al. 2017, app. A.1.
+        """
+        vectors, indices = all_gather_rows(vectors), all_gather_rows(indices)
+        self.cluster_size.lerp_(count_codes(indices, self.num_embeddings), 1 - self.decay)
+        self.cluster_sum.lerp_(
+            torch.zeros_like(self.cluster_sum).index_add_(0, indices, vectors), 1 - self.decay
+        )
+        if self.ema:
+            self.codebook.copy_(self.cluster_sum / smooth_counts(self.cluster_size)[:, None])
+        if u is not None and self.restart_below:
+            restart_dead_codes(self, vectors, all_gather_rows(u)[: self.num_embeddings])
 
 # %% ../nbs/03_vqgan.ipynb #03d1457f
 @torch.no_grad()
 def start_codebook(
-    quantizer:VectorQuantizer, # Its codes are replaced
-    vectors:Tensor, # What the encoder says about some pictures (n, d), n at least the number of codes
-    seed:int=0, # Of the clustering
-)->None:
-    "Put the codes where the encoder's vectors are, by k-means. Raises ValueError with fewer vectors than codes."
+    quantizer: VectorQuantizer,  # Its codes are replaced
+    # What the encoder says about some pictures (n, d), n at least the number of codes
+    vectors: Tensor,
+    seed: int = 0,  # Of the clustering
+) -> None:
+    """Put the codes where the encoder's vectors are, by k-means.
+
+    Parameters
+    ----------
+    quantizer : VectorQuantizer
+        Its codes are replaced.
+    vectors : Tensor
+        What the encoder says about some pictures (n, d), n at least the number of codes.
+    seed : int, default 0
+        Of the clustering.
+
+    Raises
+    ------
+    ValueError
+        With fewer vectors than codes.
+    """
     k = quantizer.num_embeddings
-    if len(vectors)<k: raise ValueError(f"start_codebook: {len(vectors)} vectors for {k} codes. Expected at least as "
-                                        "many. Encode more pictures, or use fewer codes.")
-    found = KMeans(k, n_init=1, max_iter=20, random_state=seed).fit(vectors.detach().cpu().float().numpy())
+    if len(vectors) < k:
+        raise ValueError(
+            f"start_codebook: {len(vectors)} vectors for {k} codes. Expected at least as "
+            "many. Encode more pictures, or use fewer codes."
+        )
+    found = KMeans(k, n_init=1, max_iter=20, random_state=seed).fit(
+        vectors.detach().cpu().float().numpy()
+    )
     quantizer.codebook.copy_(torch.from_numpy(found.cluster_centers_))
     sizes = torch.bincount(torch.from_numpy(found.labels_).long(), minlength=k).clamp(min=1).float()
-    quantizer.cluster_size.copy_(sizes/sizes.mean())                           # light, as of a fresh codebook
-    quantizer.cluster_sum.copy_(quantizer.codebook*quantizer.cluster_size[:, None])
+    quantizer.cluster_size.copy_(sizes / sizes.mean())  # light, as of a fresh codebook
+    quantizer.cluster_sum.copy_(quantizer.codebook * quantizer.cluster_size[:, None])
 
 # %% ../nbs/03_vqgan.ipynb #42f0754b
 def smooth_counts(
-    counts:Tensor, # Running number of vectors of each code (k,)
-    eps:float=1e-5, # Added to each
-)->Tensor: # Nearly the same numbers, none of them 0, with the same sum (k,)
-    "Keep a code that nobody uses from dividing by zero. Source: van den Oord et al. 2017, code (Laplace smoothing)."
+    counts: Tensor,  # Running number of vectors of each code (k,)
+    eps: float = 1e-5,  # Added to each
+) -> Tensor:  # Nearly the same numbers, none of them 0, with the same sum (k,)
+    """Keep a code that nobody uses from dividing by zero.
+
+    Parameters
+    ----------
+    counts : Tensor
+        Running number of vectors of each code (k,).
+    eps : float, default 1e-05
+        Added to each.
+
+    Returns
+    -------
+    Tensor
+        Nearly the same numbers, none of them 0, with the same sum (k,).
+
+    References
+    ----------
+    Van den Oord et al. 2017, code (Laplace smoothing).
+    """
     total = counts.sum()
-    return (counts+eps)/(total+len(counts)*eps)*total
+    return (counts + eps) / (total + len(counts) * eps) * total
 
 # %% ../nbs/03_vqgan.ipynb #dac51c5e
 @torch.no_grad()
 def restart_dead_codes(
-    quantizer:VectorQuantizer, # Its dead codes are replaced, with their running statistics
-    vectors:Tensor, # What the encoder said (n, d)
-    u:Tensor, # Uniform numbers in [0, 1) (k,)
-)->None:
-    """Move codes that are hardly used to where the codebook fits worst, with an equal share of use to begin with.
+    quantizer: VectorQuantizer,  # Its dead codes are replaced, with their running statistics
+    vectors: Tensor,  # What the encoder said (n, d)
+    u: Tensor,  # Uniform numbers in [0, 1) (k,)
+) -> None:
+    """Move codes that are hardly used to where the codebook fits worst, with an equal share of use to
+    begin with.
 
-    Source: Zeghidour et al. 2022, sec. III-C; chosen by squared distance as in Arthur & Vassilvitskii 2007."""
-    size,total = quantizer.cluster_size,quantizer.cluster_size.sum()
-    share = total/len(size)
-    dead = (size<quantizer.restart_below*share)[:, None]                       # (k, 1)
+    Parameters
+    ----------
+    quantizer : VectorQuantizer
+        Its dead codes are replaced, with their running statistics.
+    vectors : Tensor
+        What the encoder said (n, d).
+    u : Tensor
+        Uniform numbers in [0, 1) (k,).
+
+    References
+    ----------
+    Zeghidour et al. 2022, sec. III-C; chosen by squared distance as in Arthur & Vassilvitskii 2007.
+    """
+    size, total = quantizer.cluster_size, quantizer.cluster_size.sum()
+    share = total / len(size)
+    dead = (size < quantizer.restart_below * share)[:, None]  # (k, 1)
     chance = nearest_codes(vectors, quantizer.codebook)[1].cumsum(0)
-    fresh = vectors[torch.searchsorted(chance, u*chance[-1]).clamp(max=len(vectors)-1)]
+    fresh = vectors[torch.searchsorted(chance, u * chance[-1]).clamp(max=len(vectors) - 1)]
     quantizer.codebook.copy_(torch.where(dead, fresh, quantizer.codebook))
-    quantizer.cluster_sum.copy_(torch.where(dead, fresh*share, quantizer.cluster_sum))
+    quantizer.cluster_sum.copy_(torch.where(dead, fresh * share, quantizer.cluster_sum))
     size.copy_(torch.where(dead[:, 0], share, size))
 
 # %% ../nbs/03_vqgan.ipynb #b078ea33
 class FSQ(nn.Module):
     """Codes without a codebook: each channel is squashed and rounded to a few levels.
 
-    Source: Mentzer et al. 2024, sec. 3.1 and listing. Raises ValueError on other maps or fewer than three levels."""
-    def __init__(self,
-        levels:tuple[int, ...]=(8, 5, 5, 5), # Levels of each channel, at least 3; their product is the number of codes
+    Parameters
+    ----------
+    levels : tuple[int, ...], default (8, 5, 5, 5)
+        Levels of each channel, at least 3; their product is the number of codes.
+
+    Raises
+    ------
+    ValueError
+        On other maps or fewer than three levels.
+
+    References
+    ----------
+    Mentzer et al. 2024, sec. 3.1 and listing.
+    """
+
+    def __init__(
+        self,
+        # Levels of each channel, at least 3; their product is the number of codes
+        levels: tuple[int, ...] = (8, 5, 5, 5),
     ):
         super().__init__()
-        if not levels or min(levels)<3: raise ValueError(
-            f"FSQ: levels={levels}. Expected three or more for each channel. Try (8, 5, 5, 5) for 1,000 codes.")
-        self.num_embeddings,self.embedding_dim = math.prod(levels),len(levels)
+        if not levels or min(levels) < 3:
+            raise ValueError(
+                f"FSQ: levels={levels}. Expected three or more for each channel. Try (8, 5, 5, 5)"
+                " for 1,000 codes."
+            )
+        self.num_embeddings, self.embedding_dim = math.prod(levels), len(levels)
         sizes = torch.tensor(levels)
         self.register_buffer('sizes', sizes.view(-1, 1, 1), persistent=False)
-        self.register_buffer('basis', (sizes.cumprod(0)//sizes).view(-1, 1, 1), persistent=False)
+        self.register_buffer('basis', (sizes.cumprod(0) // sizes).view(-1, 1, 1), persistent=False)
 
-    def bound(self,
-        z:Tensor, # Map of vectors (b, d, h, w), as the encoder says them
-    )->Tensor: # In about [-1, 1], not yet rounded (b, d, h, w), float32
-        "Squash each channel. Raises ValueError on a map of another shape."
-        if z.ndim!=4 or z.shape[1]!=self.embedding_dim: raise ValueError(
-            f"FSQ: a map of shape {tuple(z.shape)}. Expected (b, {self.embedding_dim}, h, w). "
-            "Give the encoder one channel for each entry of levels.")
-        half,shift = (self.sizes-1)*(1+1e-3)/2,(self.sizes%2==0)*.5            # even: half of the levels below 0
-        return ((z.float()+(shift/half).atanh()).tanh()*half-shift)/(self.sizes//2)
+    def bound(
+        self,
+        z: Tensor,  # Map of vectors (b, d, h, w), as the encoder says them
+    ) -> Tensor:  # In about [-1, 1], not yet rounded (b, d, h, w), float32
+        """Squash each channel.
 
-    def nearest(self,
-        z:Tensor, # Map of squashed vectors (b, d, h, w)
-    )->Tensor: # Its number (b, h, w), int64
-        "Round to the nearest code at each place."
-        half = self.sizes//2
-        digits = (z.float()*half).round().long()+half                          # 0 to L-1, once cut off
-        return (digits.clamp(min=0).minimum(self.sizes-1)*self.basis).sum(1)
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w), as the encoder says them.
 
-    def lookup(self,
-        indices:Tensor, # Codes (b, h, w), int64
-    )->Tensor: # Their vectors (b, d, h, w), float32, in [-1, 1]
-        "Turn codes into vectors."
-        half = self.sizes//2
-        return ((indices[:, None]//self.basis)%self.sizes-half)/half.float()
+        Returns
+        -------
+        Tensor
+            In about [-1, 1], not yet rounded (b, d, h, w), float32.
 
-    def forward(self,
-        z:Tensor, # Map of vectors (b, d, h, w), as the encoder says them
-        u:Tensor|None=None, # Not looked at: no code can die
-    )->tuple[Tensor, Tensor, Tensor]: # Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0
+        Raises
+        ------
+        ValueError
+            On a map of another shape.
+        """
+        if z.ndim != 4 or z.shape[1] != self.embedding_dim:
+            raise ValueError(
+                f"FSQ: a map of shape {tuple(z.shape)}. Expected (b, {self.embedding_dim}, h, w). "
+                "Give the encoder one channel for each entry of levels."
+            )
+        # even: half of the levels below 0
+        half, shift = (self.sizes - 1) * (1 + 1e-3) / 2, (self.sizes % 2 == 0) * 0.5
+        return ((z.float() + (shift / half).atanh()).tanh() * half - shift) / (self.sizes // 2)
+
+    def nearest(
+        self,
+        z: Tensor,  # Map of squashed vectors (b, d, h, w)
+    ) -> Tensor:  # Its number (b, h, w), int64
+        """Round to the nearest code at each place.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of squashed vectors (b, d, h, w).
+
+        Returns
+        -------
+        Tensor
+            Its number (b, h, w), int64.
+        """
+        half = self.sizes // 2
+        digits = (z.float() * half).round().long() + half  # 0 to L-1, once cut off
+        return (digits.clamp(min=0).minimum(self.sizes - 1) * self.basis).sum(1)
+
+    def lookup(
+        self,
+        indices: Tensor,  # Codes (b, h, w), int64
+    ) -> Tensor:  # Their vectors (b, d, h, w), float32, in [-1, 1]
+        """Turn codes into vectors.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Codes (b, h, w), int64.
+
+        Returns
+        -------
+        Tensor
+            Their vectors (b, d, h, w), float32, in [-1, 1].
+        """
+        half = self.sizes // 2
+        return ((indices[:, None] // self.basis) % self.sizes - half) / half.float()
+
+    def forward(
+        self,
+        z: Tensor,  # Map of vectors (b, d, h, w), as the encoder says them
+        u: Tensor | None = None,  # Not looked at: no code can die
+        # Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         z = self.bound(z)
         indices = self.nearest(z)
-        return straight_through(z, self.lookup(indices)),indices,z.new_zeros(())
+        return straight_through(z, self.lookup(indices)), indices, z.new_zeros(())
 
 # %% ../nbs/03_vqgan.ipynb #7c707969
 class CodeHistogram(nn.Module):
-    "How often each code occurs at each place of the map, by height in the head: a running count of what training saw."
-    def __init__(self,
-        num_embeddings:int, # Codes k
-        side:int=16, # Height and width of the map
-        bins:int=8, # Stretches of slice positions that share their counts
-        decay:float=.998, # Share of a stretch's old counts that is kept when it is seen again
+    """How often each code occurs at each place of the map, by height in the head: a running count of
+    what training saw.
+
+    Parameters
+    ----------
+    num_embeddings : int
+        Codes k.
+    side : int, default 16
+        Height and width of the map.
+    bins : int, default 8
+        Stretches of slice positions that share their counts.
+    decay : float, default 0.998
+        Share of a stretch's old counts that is kept when it is seen again.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,  # Codes k
+        side: int = 16,  # Height and width of the map
+        bins: int = 8,  # Stretches of slice positions that share their counts
+        decay: float = 0.998,  # Share of a stretch's old counts that is kept when it is seen again
     ):
         super().__init__()
-        self.bins,self.decay = bins,decay
-        self.register_buffer('counts', torch.zeros(bins+1, side, side, num_embeddings))    # the last: slice not known
+        self.bins, self.decay = bins, decay
+        # the last: slice not known
+        self.register_buffer('counts', torch.zeros(bins + 1, side, side, num_embeddings))
 
-    def stretch(self,
-        position:Tensor, # Slice positions (b,) in [0, 1], or NaN
-    )->Tensor: # Their bin (b,), int64
-        "Which stretch of the head each slice lies in; the last bin is for those of unknown height."
-        known = (position.nan_to_num()*self.bins).long().clamp(0, self.bins-1)
+    def stretch(
+        self,
+        position: Tensor,  # Slice positions (b,) in [0, 1], or NaN
+    ) -> Tensor:  # Their bin (b,), int64
+        """Which stretch of the head each slice lies in; the last bin is for those of unknown height.
+
+        Parameters
+        ----------
+        position : Tensor
+            Slice positions (b,) in [0, 1], or NaN.
+
+        Returns
+        -------
+        Tensor
+            Their bin (b,), int64.
+        """
+        known = (position.nan_to_num() * self.bins).long().clamp(0, self.bins - 1)
         return torch.where(position.isnan(), self.bins, known)
 
     @torch.no_grad()
-    def update(self,
-        indices:Tensor, # Codes (b, side, side)
-        position:Tensor, # Slice positions (b,) in [0, 1], or NaN
-    )->None:
-        "Count the codes of a batch. Raises ValueError on maps of another size."
-        if indices.shape[1:]!=self.counts.shape[1:3]: raise ValueError(
-            f"CodeHistogram: codes of shape {tuple(indices.shape)}. Expected maps of {tuple(self.counts.shape[1:3])}. "
-            "Build the VQVAE with map_side = size of the pictures / factor.")
-        indices,bins = all_gather_rows(indices).flatten(1),self.stretch(all_gather_rows(position))
+    def update(
+        self,
+        indices: Tensor,  # Codes (b, side, side)
+        position: Tensor,  # Slice positions (b,) in [0, 1], or NaN
+    ) -> None:
+        """Count the codes of a batch.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Codes (b, side, side).
+        position : Tensor
+            Slice positions (b,) in [0, 1], or NaN.
+
+        Raises
+        ------
+        ValueError
+            On maps of another size.
+        """
+        if indices.shape[1:] != self.counts.shape[1:3]:
+            raise ValueError(
+                f"CodeHistogram: codes of shape {tuple(indices.shape)}. Expected maps of"
+                f" {tuple(self.counts.shape[1:3])}. Build the VQVAE with map_side = size of the"
+                " pictures / factor."
+            )
+        indices, bins = all_gather_rows(indices).flatten(1), self.stretch(all_gather_rows(position))
         kept = torch.ones_like(self.counts[:, 0, 0, 0]).index_fill_(0, bins, self.decay)
-        self.counts.mul_(kept.view(-1, 1, 1, 1))                               # in place: no image has a table of its own
-        rows = bins[:, None]*indices.shape[1]+torch.arange(indices.shape[1], device=bins.device)
-        cells = (rows*self.counts.shape[-1]+indices).flatten()
+        self.counts.mul_(kept.view(-1, 1, 1, 1))  # in place: no image has a table of its own
+        rows = bins[:, None] * indices.shape[1] + torch.arange(indices.shape[1], device=bins.device)
+        cells = (rows * self.counts.shape[-1] + indices).flatten()
         self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=self.counts.dtype))
 
-    def sample(self,
-        position:Tensor, # Slice positions (b,) in [0, 1]; NaN: of any height
-        generator:torch.Generator, # Source of chance; says the device
-    )->Tensor: # Codes (b, side, side)
-        "Draw maps of codes, each place by itself."
-        counts = self.counts[self.stretch(position)]                             # (b, side, side, k)
+    def sample(
+        self,
+        position: Tensor,  # Slice positions (b,) in [0, 1]; NaN: of any height
+        generator: torch.Generator,  # Source of chance; says the device
+    ) -> Tensor:  # Codes (b, side, side)
+        """Draw maps of codes, each place by itself.
+
+        Parameters
+        ----------
+        position : Tensor
+            Slice positions (b,) in [0, 1]; NaN: of any height.
+        generator : torch.Generator
+            Source of chance; says the device.
+
+        Returns
+        -------
+        Tensor
+            Codes (b, side, side).
+        """
+        counts = self.counts[self.stretch(position)]  # (b, side, side, k)
         counts = torch.where(position.isnan().view(-1, 1, 1, 1), self.counts.sum(0), counts)
-        counts = counts+(counts.sum(-1, keepdim=True)==0)                      # never seen: every code alike
+        counts = counts + (counts.sum(-1, keepdim=True) == 0)  # never seen: every code alike
         heap = counts.cumsum(-1)
         u = torch.rand(heap.shape[:3], generator=generator, device=heap.device)[..., None]
-        return torch.searchsorted(heap, u*heap[..., -1:], right=True).squeeze(-1).clamp(max=heap.shape[-1]-1)
+        return (
+            torch.searchsorted(heap, u * heap[..., -1:], right=True)
+            .squeeze(-1)
+            .clamp(max=heap.shape[-1] - 1)
+        )
 
 # %% ../nbs/03_vqgan.ipynb #1e9c9799
 class VQVAE(Autoencoder):
     """An autoencoder whose latent is a map of codes: a slice becomes a sentence.
 
-    Source: van den Oord et al. 2017, sec. 3; Esser et al. 2021, sec. 3.1.
-    Raises ValueError on a picture or a map of another shape."""
-    def __init__(self,
-        quantizer:nn.Module, # A `VectorQuantizer` or an `FSQ`
-        map_side:int=16, # Height and width of the code map of the pictures trained on
-        *args, # As of `Autoencoder`, from `channels` on
-        **kwargs, # As of `Autoencoder`
+    Parameters
+    ----------
+    quantizer : nn.Module
+        A `VectorQuantizer` or an `FSQ`.
+    map_side : int, default 16
+        Height and width of the code map of the pictures trained on.
+    *args
+        As of `Autoencoder`, from `channels` on.
+    **kwargs
+        As of `Autoencoder`.
+
+    Raises
+    ------
+    ValueError
+        On a picture or a map of another shape.
+
+    References
+    ----------
+    Van den Oord et al. 2017, sec. 3; Esser et al. 2021, sec. 3.1.
+    """
+
+    def __init__(
+        self,
+        quantizer: nn.Module,  # A `VectorQuantizer` or an `FSQ`
+        map_side: int = 16,  # Height and width of the code map of the pictures trained on
+        *args,  # As of `Autoencoder`, from `channels` on
+        **kwargs,  # As of `Autoencoder`
     ):
         super().__init__(quantizer.embedding_dim, quantizer.embedding_dim, *args, **kwargs)
-        self.quantizer,self.histogram = quantizer,CodeHistogram(quantizer.num_embeddings, map_side)
-        self._ddp_params_and_buffers_to_ignore = ['histogram.counts']          # counted alike on all: nothing to broadcast
+        self.quantizer, self.histogram = quantizer, CodeHistogram(
+            quantizer.num_embeddings, map_side
+        )
+        # counted alike on all: nothing to broadcast
+        self._ddp_params_and_buffers_to_ignore = ['histogram.counts']
 
-    def encode(self,
-        x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
-    )->tuple[Tensor, Tensor]: # Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f)
-        "Turn pictures into codes. Raises ValueError on a picture of another shape."
+    def encode(
+        self,
+        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
+        # Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f)
+    ) -> tuple[Tensor, Tensor]:
+        """Turn pictures into codes.
+
+        Parameters
+        ----------
+        x : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+
+        Raises
+        ------
+        ValueError
+            On a picture of another shape.
+        """
         z = self.quantizer.bound(self.squeeze(x, cond))
-        return z,self.quantizer.nearest(z)
+        return z, self.quantizer.nearest(z)
 
-    def decode_codes(self,
-        indices:Tensor, # Codes (b, h, w), int64
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
-    )->Tensor: # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
-        "Turn codes into pictures."
+    def decode_codes(
+        self,
+        indices: Tensor,  # Codes (b, h, w), int64
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
+    ) -> Tensor:  # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
+        """Turn codes into pictures.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Codes (b, h, w), int64.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped.
+        """
         return super().decode(self.quantizer.lookup(indices), cond)
 
-    def decode(self,
-        z:Tensor, # Latents (b, d, h, w), rounded to codes first
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional model
-    )->Tensor: # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
-        "Round latents to codes, and turn those into pictures."
+    def decode(
+        self,
+        z: Tensor,  # Latents (b, d, h, w), rounded to codes first
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
+    ) -> Tensor:  # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
+        """Round latents to codes, and turn those into pictures.
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents (b, d, h, w), rounded to codes first.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped.
+        """
         return self.decode_codes(self.quantizer.nearest(z), cond)
 
-    def forward(self,
-        x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates; 'slice' is also what the histogram counts by
-        u:Tensor|None=None, # Uniform numbers in [0, 1) (k,), for the restart of dead codes
-    )->tuple[Tensor, Tensor, Tensor]: # Reconstruction (b, 1, h, w), codes (b, h/f, w/f), loss of the quantiser
-        zq,indices,loss = self.quantizer(self.squeeze(x, cond), u)
-        if self.training: self.histogram.update(indices, (cond or {}).get('slice', x.new_full(x.shape[:1], math.nan)))
-        return super().decode(zq, cond),indices,loss
+    def forward(
+        self,
+        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        # Encoded covariates; 'slice' is also what the histogram counts by
+        cond: dict[str, Tensor] | None = None,
+        u: Tensor | None = None,  # Uniform numbers in [0, 1) (k,), for the restart of dead codes
+        # Reconstruction (b, 1, h, w), codes (b, h/f, w/f), loss of the quantiser
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        zq, indices, loss = self.quantizer(self.squeeze(x, cond), u)
+        if self.training:
+            self.histogram.update(
+                indices, (cond or {}).get('slice', x.new_full(x.shape[:1], math.nan))
+            )
+        return super().decode(zq, cond), indices, loss
 
-    def random_latents(self,
-        n:int, # How many
-        side:int, # Height and width of a latent, which must be the map's
-        generator:torch.Generator, # Source of chance; says the device
-        cond:dict[str, Tensor]|None=None, # 'slice' (n,) says at which height; without it, any
-    )->Tensor: # Latents (n, d, side, side)
-        "Draw codes place by place, as often as training saw them there. Raises ValueError for another side."
-        if side!=(own := self.histogram.counts.shape[1]): raise ValueError(
-            f"VQVAE.random_latents: side={side}. Expected {own}, the side of the maps trained on. Try side={own}.")
+    def random_latents(
+        self,
+        n: int,  # How many
+        side: int,  # Height and width of a latent, which must be the map's
+        generator: torch.Generator,  # Source of chance; says the device
+        cond: dict[str, Tensor] | None = None,  # 'slice' (n,) says at which height; without it, any
+    ) -> Tensor:  # Latents (n, d, side, side)
+        """Draw codes place by place, as often as training saw them there.
+
+        Parameters
+        ----------
+        n : int
+            How many.
+        side : int
+            Height and width of a latent, which must be the map's.
+        generator : torch.Generator
+            Source of chance; says the device.
+        cond : dict[str, Tensor] | None, default None
+            'slice' (n,) says at which height; without it, any.
+
+        Returns
+        -------
+        Tensor
+            Latents (n, d, side, side).
+
+        Raises
+        ------
+        ValueError
+            For another side.
+        """
+        if side != (own := self.histogram.counts.shape[1]):
+            raise ValueError(
+                f"VQVAE.random_latents: side={side}. Expected {own}, the side of the maps trained"
+                f" on. Try side={own}."
+            )
         position = (cond or {}).get('slice', torch.full((n,), math.nan, device=generator.device))
         return self.quantizer.lookup(self.histogram.sample(position, generator))
 
 # %% ../nbs/03_vqgan.ipynb #c8a4f567
 class PatchDiscriminator(nn.Module):
-    """A critic that judges patches: one logit for each, above 0 for real, given the covariates of the slice.
+    """A critic that judges patches: one logit for each, above 0 for real, given the covariates of the
+    slice.
 
-    Source: Isola et al. 2017, sec. 3.2.2 (patches); Miyato & Koyama 2018, eq. 4 (projection of the condition).
-    Raises ValueError if the channels do not divide into 8 groups."""
-    def __init__(self,
-        covariates:tuple[Covariate, ...]=(), # What it is told about a slice
-        channels:tuple[int, ...]=(32, 64, 128), # Features after each halving
-        cond_channels:int=64, # Length of a condition token
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...], default ()
+        What it is told about a slice.
+    channels : tuple[int, ...], default (32, 64, 128)
+        Features after each halving.
+    cond_channels : int, default 64
+        Length of a condition token.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not divide into 8 groups.
+
+    References
+    ----------
+    Isola et al. 2017, sec. 3.2.2 (patches); Miyato & Koyama 2018, eq. 4 (projection of the
+    condition).
+    """
+
+    def __init__(
+        self,
+        covariates: tuple[Covariate, ...] = (),  # What it is told about a slice
+        channels: tuple[int, ...] = (32, 64, 128),  # Features after each halving
+        cond_channels: int = 64,  # Length of a condition token
     ):
         super().__init__()
-        for c in channels: check_divides('PatchDiscriminator', 8, channels=c)
+        for c in channels:
+            check_divides('PatchDiscriminator', 8, channels=c)
         widths = (1, *channels)
-        norms = [nn.Identity(), *(nn.GroupNorm(8, c) for c in channels[1:])]   # none on the pixels themselves
-        self.levels = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 4, stride=2, padding=1), norm, nn.LeakyReLU(.2))
-                                    for a,b,norm in zip(widths, channels, norms))
+        # none on the pixels themselves
+        norms = [nn.Identity(), *(nn.GroupNorm(8, c) for c in channels[1:])]
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 4, stride=2, padding=1), norm, nn.LeakyReLU(0.2))
+            for a, b, norm in zip(widths, channels, norms)
+        )
         self.head = nn.Conv2d(channels[-1], 1, 3, padding=1)
         self.conditioner = Conditioner(covariates, cond_channels) if covariates else None
         self.project = nn.Linear(cond_channels, channels[-1]) if covariates else None
 
-    def forward(self,
-        x:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates; others than its own are not looked at
-    )->tuple[Tensor, list[Tensor]]: # Logits of the patches (b, 1, h/8, w/8), and the features of each level
+    def forward(
+        self,
+        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        # Encoded covariates; others than its own are not looked at
+        cond: dict[str, Tensor] | None = None,
+        # Logits of the patches (b, 1, h/8, w/8), and the features of each level
+    ) -> tuple[Tensor, list[Tensor]]:
         features = []
-        for level in self.levels: features.append(x := level(x))
+        for level in self.levels:
+            features.append(x := level(x))
         logits = self.head(x)
-        if self.conditioner is None: return logits,features
-        known = {c.name: cond[c.name] for c in self.conditioner.covariates if cond and c.name in cond}
-        told = self.project(self.conditioner(known, len(x)).mean(1))           # (b, c)
-        return logits+torch.einsum('bchw,bc->bhw', x, told.to(x))[:, None]/x.shape[1]**.5,features
+        if self.conditioner is None:
+            return logits, features
+        known = {
+            c.name: cond[c.name] for c in self.conditioner.covariates if cond and c.name in cond
+        }
+        told = self.project(self.conditioner(known, len(x)).mean(1))  # (b, c)
+        return (
+            logits + torch.einsum('bchw,bc->bhw', x, told.to(x))[:, None] / x.shape[1] ** 0.5,
+            features,
+        )
 
 # %% ../nbs/03_vqgan.ipynb #1b8b5596
 def discriminator_loss(
-    real:Tensor, # Logits of real patches
-    fake:Tensor, # Logits of generated patches
-    kind:str='hinge', # 'hinge' or 'nonsaturating'
-)->Tensor: # Scalar: half for the real ones, half for the fake ones, however many there are of each
-    "What the critic wants to be small. Source: Lim & Ye 2017, sec. 3 (hinge); Goodfellow et al. 2014, eq. 1."
-    if kind=='hinge': return (F.relu(1-real).mean()+F.relu(1+fake).mean())/2
-    if kind=='nonsaturating': return (F.softplus(-real).mean()+F.softplus(fake).mean())/2
-    raise ValueError(f"discriminator_loss: kind={kind!r}. Expected 'hinge' or 'nonsaturating'. Try kind='hinge'.")
+    real: Tensor,  # Logits of real patches
+    fake: Tensor,  # Logits of generated patches
+    kind: str = 'hinge',  # 'hinge' or 'nonsaturating'
+    # Scalar: half for the real ones, half for the fake ones, however many there are of each
+) -> Tensor:
+    """What the critic wants to be small.
+
+    Parameters
+    ----------
+    real : Tensor
+        Logits of real patches.
+    fake : Tensor
+        Logits of generated patches.
+    kind : str, default 'hinge'
+        'hinge' or 'nonsaturating'.
+
+    Returns
+    -------
+    Tensor
+
+    References
+    ----------
+    Lim & Ye 2017, sec. 3 (hinge); Goodfellow et al. 2014, eq. 1.
+    """
+    if kind == 'hinge':
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    if kind == 'nonsaturating':
+        return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+    raise ValueError(
+        f"discriminator_loss: kind={kind!r}. Expected 'hinge' or 'nonsaturating'. Try kind='hinge'."
+    )
 
 # %% ../nbs/03_vqgan.ipynb #2b13914d
 def generator_loss(
-    fake:Tensor, # Logits of generated patches
-    kind:str='hinge', # 'hinge' or 'nonsaturating'
-)->Tensor: # Scalar
-    "What the autoencoder wants to be small: to be taken for real. Source: as of `discriminator_loss`."
-    if kind=='hinge': return -fake.mean()
-    if kind=='nonsaturating': return F.softplus(-fake).mean()
-    raise ValueError(f"generator_loss: kind={kind!r}. Expected 'hinge' or 'nonsaturating'. Try kind='hinge'.")
+    fake: Tensor,  # Logits of generated patches
+    kind: str = 'hinge',  # 'hinge' or 'nonsaturating'
+) -> Tensor:  # Scalar
+    """What the autoencoder wants to be small: to be taken for real.
+
+    Parameters
+    ----------
+    fake : Tensor
+        Logits of generated patches.
+    kind : str, default 'hinge'
+        'hinge' or 'nonsaturating'.
+
+    Returns
+    -------
+    Tensor
+        Scalar.
+
+    References
+    ----------
+    As of `discriminator_loss`.
+    """
+    if kind == 'hinge':
+        return -fake.mean()
+    if kind == 'nonsaturating':
+        return F.softplus(-fake).mean()
+    raise ValueError(
+        f"generator_loss: kind={kind!r}. Expected 'hinge' or 'nonsaturating'. Try kind='hinge'."
+    )
 
 # %% ../nbs/03_vqgan.ipynb #c6352091
 def discriminator_accuracy(
-    real:Tensor, # Logits of real patches
-    fake:Tensor, # Logits of generated patches
-)->Tensor: # Share of patches judged rightly, half the weight on each kind; 0.5 is guessing, 1 is certainty
-    "How well the critic tells patches apart."
-    return ((real>0).float().mean()+(fake<0).float().mean())/2
+    real: Tensor,  # Logits of real patches
+    fake: Tensor,  # Logits of generated patches
+    # Share of patches judged rightly, half the weight on each kind; 0.5 is guessing, 1 is
+    # certainty
+) -> Tensor:
+    """How well the critic tells patches apart.
+
+    Parameters
+    ----------
+    real : Tensor
+        Logits of real patches.
+    fake : Tensor
+        Logits of generated patches.
+
+    Returns
+    -------
+    Tensor
+    """
+    return ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
 
 # %% ../nbs/03_vqgan.ipynb #dd59f4ce
 def feature_loss(
-    real:list[Tensor], # The critic's features of the originals, level by level
-    fake:list[Tensor], # Its features of the reconstructions
-)->Tensor: # Scalar: mean over the levels of the relative mean absolute difference
-    "Compare pictures by what the critic sees in them. Source: Larsen et al. 2016, eq. 7; Wang et al. 2018, eq. 4."
-    gaps = [F.l1_loss(f.float(), r.detach().float())/r.detach().float().abs().mean() for r,f in zip(real, fake)]
+    real: list[Tensor],  # The critic's features of the originals, level by level
+    fake: list[Tensor],  # Its features of the reconstructions
+) -> Tensor:  # Scalar: mean over the levels of the relative mean absolute difference
+    """Compare pictures by what the critic sees in them.
+
+    Parameters
+    ----------
+    real : list[Tensor]
+        The critic's features of the originals, level by level.
+    fake : list[Tensor]
+        Its features of the reconstructions.
+
+    Returns
+    -------
+    Tensor
+        Scalar: mean over the levels of the relative mean absolute difference.
+
+    References
+    ----------
+    Larsen et al. 2016, eq. 7; Wang et al. 2018, eq. 4.
+    """
+    gaps = [
+        F.l1_loss(f.float(), r.detach().float()) / r.detach().float().abs().mean()
+        for r, f in zip(real, fake)
+    ]
     return torch.stack(gaps).mean()
 
 # %% ../nbs/03_vqgan.ipynb #510b4cf3
-FP16_SCALE = 1024. # Factor on losses whose gradients pass through 16 bits, where numbers below 6e-8 are 0
+# Factor on losses whose gradients pass through 16 bits, where numbers below 6e-8 are 0
+FP16_SCALE = 1024.0
 
 # %% ../nbs/03_vqgan.ipynb #114d1b5a
 def adaptive_weight(
-    rec:Tensor, # Loss of the reconstruction, a scalar with a graph
-    gan:Tensor, # Loss of the generator, a scalar with a graph
-    last:Tensor, # Weight of the decoder's last layer
-    max_weight:float=1e4, # The weight is clamped to [0, max_weight]
-    scale:float=1., # Factor on both losses while gradients are taken, and out of them again: above 1 for fp16
-)->Tensor: # Weight of the generator's loss, a scalar without a graph
-    "Let critic and reconstruction pull equally at the last layer. Source: Esser et al. 2021, eq. 7."
-    def pull(loss): return all_gather_rows(torch.autograd.grad(loss*scale, last, retain_graph=True)[0][None]).mean(0).norm()/scale
-    norms = pull(rec),pull(gan)
-    return (norms[0]/(norms[1]+1e-6)).clamp(0, max_weight).detach()
+    rec: Tensor,  # Loss of the reconstruction, a scalar with a graph
+    gan: Tensor,  # Loss of the generator, a scalar with a graph
+    last: Tensor,  # Weight of the decoder's last layer
+    max_weight: float = 1e4,  # The weight is clamped to [0, max_weight]
+    # Factor on both losses while gradients are taken, and out of them again: above 1 for fp16
+    scale: float = 1.0,
+) -> Tensor:  # Weight of the generator's loss, a scalar without a graph
+    """Let critic and reconstruction pull equally at the last layer.
+
+    Parameters
+    ----------
+    rec : Tensor
+        Loss of the reconstruction, a scalar with a graph.
+    gan : Tensor
+        Loss of the generator, a scalar with a graph.
+    last : Tensor
+        Weight of the decoder's last layer.
+    max_weight : float, default 10000.0
+        The weight is clamped to [0, max_weight].
+    scale : float, default 1.0
+        Factor on both losses while gradients are taken, and out of them again: above 1 for fp16.
+
+    Returns
+    -------
+    Tensor
+        Weight of the generator's loss, a scalar without a graph.
+
+    References
+    ----------
+    Esser et al. 2021, eq. 7.
+    """
+
+    def pull(loss):
+        return (
+            all_gather_rows(torch.autograd.grad(loss * scale, last, retain_graph=True)[0][None])
+            .mean(0)
+            .norm()
+            / scale
+        )
+
+    norms = pull(rec), pull(gan)
+    return (norms[0] / (norms[1] + 1e-6)).clamp(0, max_weight).detach()

@@ -1,6 +1,7 @@
 """The page of `explore` in a real browser. Skipped where playwright, Chromium or Voila is missing.
 
 BRAINLDM_SHOTS=folder keeps screenshots. CHROMIUM=path picks the browser."""
+
 import os
 import re
 import shutil
@@ -17,11 +18,16 @@ from brainldm.engineering.runs import load_weights, save_weights
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.skipif(not CHROMIUM, reason="no Chromium"), pytest.mark.skipif(not find_spec("voila"), reason="no voila")]
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium"),
+    pytest.mark.skipif(not find_spec("voila"), reason="no voila"),
+]
 
-ARGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync").split()
-SLOW = 300_000                                                             # ms for the first picture: imports on a busy machine
+ARGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+SLOW = 300_000  # ms for the first picture: imports on a busy machine
 SERVE = """import signal, sys
 from brainldm.engineering.explore import explore
 signal.signal(signal.SIGINT, signal.default_int_handler)                   # a parent in the background may ignore it
@@ -30,7 +36,8 @@ explore(sys.argv[1], 0, open_browser=False)"""
 
 @pytest.fixture(scope="module")
 def run(tiny_run, tmp_path_factory):
-    "The tiny run with a denoiser that hears its conditions: a few steps of training leave it nearly deaf."
+    """The tiny run with a denoiser that hears its conditions: a few steps of training leave it
+    nearly deaf."""
     folder = Path(shutil.copytree(tiny_run[0], tmp_path_factory.mktemp("browser") / "run"))
     tensors, about = load_weights(folder / "ldm.safetensors")
     loud = {k: v * (8 if "conditioner" in k and v.ndim > 1 else 1) for k, v in tensors.items()}
@@ -43,11 +50,23 @@ def url(run, tmp_path_factory):
     "A page, served as a user would; ended by Ctrl-C, which must leave nothing behind."
     home = tmp_path_factory.mktemp("home")
     env = dict(os.environ, OMP_NUM_THREADS="1", TMPDIR=str(home), PYTHONUNBUFFERED="1")
-    for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
+    for k in (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "IPYTHONDIR",
+        "MPLCONFIGDIR",
+    ):
         env[k] = str(tmp_path_factory.mktemp("jupyter") / k.lower())
-    server = subprocess.Popen([sys.executable, "-c", SERVE, run], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVE, run],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     said, found = "", None
-    for line in server.stdout:                                             # a library may have a word to say before it
+    for line in server.stdout:  # a library may have a word to say before it
         said, found = said + line, re.match(r"http://127\.0\.0\.1:(\d+)", line)
         if found:
             break
@@ -63,15 +82,26 @@ def url(run, tmp_path_factory):
 
 class Page:
     "A browser page that notes what it complains of and what it asks of others."
+
     def __init__(self, browser, url, width, height):
         self.page = browser.new_page(viewport=dict(width=width, height=height))
         self.page.set_default_timeout(60_000)
         self.complaints, self.outside = [], []
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
+        self.page.on(
+            "console", lambda m: self.complaints.append(m.text) if m.type == "error" else None
+        )
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.on("request", lambda r: self.outside.append(r.url) if not re.match(r"(https?|ws)://127\.0\.0\.1:|data:|blob:", r.url) else None)
+        self.page.on(
+            "request",
+            lambda r: (
+                self.outside.append(r.url)
+                if not re.match(r"(https?|ws)://127\.0\.0\.1:|data:|blob:", r.url)
+                else None
+            ),
+        )
         self.page.route(re.compile(r"^https?://(?!127\.0\.0\.1:)"), lambda route: route.abort())
-        self.page.goto(url, timeout=SLOW, wait_until="domcontentloaded")   # the cell runs during this
+        # the cell runs during this
+        self.page.goto(url, timeout=SLOW, wait_until="domcontentloaded")
         self.page.locator(".brainldm code").first.wait_for(timeout=SLOW)
 
     @property
@@ -80,18 +110,24 @@ class Page:
 
     def pixels(self):
         "What is painted, without the file around it."
-        return self.explorer.locator("img").evaluate("""async i => { await i.decode(); const c = document.createElement('canvas');
+        return self.explorer.locator("img").evaluate(
+            """async i => { await i.decode(); const c = document.createElement('canvas');
             c.width = i.naturalWidth; c.height = i.naturalHeight; const x = c.getContext('2d'); x.drawImage(i, 0, 0);
-            return Array.from(x.getImageData(0, 0, c.width, c.height).data).join(); }""")
+            return Array.from(x.getImageData(0, 0, c.width, c.height).data).join(); }"""
+        )
 
     def press(self, name, key):
         "Move the slider that stands beside a name by one key; focus it, never click."
-        box = self.explorer.locator(".widget-inline-hbox", has=self.page.get_by_text(name, exact=True))
+        box = self.explorer.locator(
+            ".widget-inline-hbox", has=self.page.get_by_text(name, exact=True)
+        )
         box.get_by_role("slider").focus()
         self.page.keyboard.press(key)
 
     def says(self, words):
-        sync_api.expect(self.explorer.locator("code, .message")).to_contain_text(words, timeout=120_000)
+        sync_api.expect(self.explorer.locator("code, .message")).to_contain_text(
+            words, timeout=120_000
+        )
 
     def shot(self, name):
         if folder := os.environ.get("BRAINLDM_SHOTS"):
@@ -102,7 +138,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as pw:                                 # Debian's browser: its own would be downloaded
+    with sync_api.sync_playwright() as pw:  # Debian's browser: its own would be downloaded
         b = pw.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGS)
         yield b
         b.close()
@@ -112,7 +148,7 @@ def browser():
 def wide(browser, url):
     page = Page(browser, url, 1200, 900)
     yield page
-    assert not page.complaints and not page.outside                        # no console error, nothing asked of others
+    assert not page.complaints and not page.outside  # no console error, nothing asked of others
     page.page.close()
 
 
@@ -129,13 +165,15 @@ def test_every_control_changes_the_picture(wide):
     assert changes(wide, lambda: wide.press("seed", "ArrowRight"), "seed=1)")
     assert changes(wide, lambda: wide.press("slice", "ArrowLeft"), "slice=2,")
     assert changes(wide, lambda: wide.press("guidance", "ArrowRight"), "guidance_scale=1.5")
-    assert changes(wide, lambda: wide.explorer.locator("select").first.select_option("NC"), "diagnosis='NC'")
-    assert not changes(wide, lambda: None, "diagnosis='NC'")               # and a picture at rest stays
+    assert changes(
+        wide, lambda: wide.explorer.locator("select").first.select_option("NC"), "diagnosis='NC'"
+    )
+    assert not changes(wide, lambda: None, "diagnosis='NC'")  # and a picture at rest stays
 
 
 def test_open_is_no_value(wide):
     wide.explorer.locator("select").first.select_option("open")
-    wide.says("sample_frames(model, slice=2, age=")                          # no diagnosis in the call
+    wide.says("sample_frames(model, slice=2, age=")  # no diagnosis in the call
     sync_api.expect(wide.explorer.locator("select").first).to_have_value(re.compile("0|open"))
     wide.press("slice", "Home")
     wide.says("sample_frames(model, age=")
@@ -176,14 +214,16 @@ def test_on_a_phone(browser, url):
     phone = Page(browser, url, 390, 844)
     phone.shot("phone")
     assert phone.page.evaluate("document.documentElement.scrollWidth") <= 390
-    phone.pixels()                                                         # painted by now
-    for control in phone.explorer.locator(".widget-inline-hbox:has([role=slider]), select, img").all():
+    phone.pixels()  # painted by now
+    for control in phone.explorer.locator(
+        ".widget-inline-hbox:has([role=slider]), select, img"
+    ).all():
         box = control.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["height"] >= 24
     tracks = phone.explorer.locator(".noUi-target").all()
-    assert len(tracks) == 6                                                # slice, age, guidance, steps, seed, and the scrubber
+    assert len(tracks) == 6  # slice, age, guidance, steps, seed, and the scrubber
     for track in tracks:
-        assert track.bounding_box()["width"] >= 120                        # room for a thumb
+        assert track.bounding_box()["width"] >= 120  # room for a thumb
     assert changes(phone, lambda: phone.press("seed", "ArrowRight"), "seed=1)")
     assert not phone.complaints and not phone.outside
     phone.page.close()

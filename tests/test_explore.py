@@ -1,4 +1,6 @@
-"The explorers without a browser: pure functions, controls, the class around them, and the server that is refused or ends."
+"""The explorers without a browser: pure functions, controls, the class around them, and the server
+that is refused or ends."""
+
 import json
 import shutil
 import socket
@@ -22,7 +24,9 @@ from brainldm.engineering.codec import SYNTHETIC, Codec
 from brainldm.training import AEConfig, autoencoder_args, build_autoencoder
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,9 @@ def model(tiny_run):
 def codec(**settings):
     "An untrained autoencoder with codes."
     torch.manual_seed(0)
-    config = AEConfig(data=DataConfig(size=64), channels=(16,), attention_levels=(False,), patch=8, **settings)
+    config = AEConfig(
+        data=DataConfig(size=64), channels=(16,), attention_levels=(False,), patch=8, **settings
+    )
     return Codec(build_autoencoder(config.kind, autoencoder_args(config)).eval(), 64)
 
 
@@ -41,18 +47,22 @@ def codec(**settings):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
-@pytest.mark.parametrize("request_", [{}, dict(slice=2, diagnosis="NC", seed=4, guidance_scale=2.)])
+@pytest.mark.parametrize(
+    "request_", [{}, dict(slice=2, diagnosis="NC", seed=4, guidance_scale=2.0)]
+)
 def test_frames_end_in_the_sample(model, steps, request_):
     frames = explore.sample_frames(model, steps, **request_)
     assert frames.shape == (steps, 64, 64) and frames.abs().max() <= 1
-    torch.testing.assert_close(frames[-1], model.sample(1, steps=steps, **request_)[0, 0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        frames[-1], model.sample(1, steps=steps, **request_)[0, 0], rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("n", [2, 5])
 def test_between_starts_and_ends_at_its_seeds(model, n):
     way = explore.sample_between(model, 7, 3, n=n, steps=3, slice=1)
     ends = torch.cat([model.sample(1, seed=s, steps=3, slice=1)[0] for s in (7, 3)])
-    torch.testing.assert_close(way[[0, -1]], ends, rtol=0, atol=1e-3)      # float32, another batch
+    torch.testing.assert_close(way[[0, -1]], ends, rtol=0, atol=1e-3)  # float32, another batch
 
 
 def test_between_runs_both_ways(model):
@@ -60,31 +70,53 @@ def test_between_runs_both_ways(model):
     torch.testing.assert_close(there, back.flip(0), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("wrong, error, message", [
-    (dict(seed_a=2, seed_b=2), ValueError, "two different seeds"), (dict(n=1), ValueError, "n of 2 or more"),
-    (dict(seed_a=-1), ValueError, "seed=-1"), (dict(steps=0), ValueError, "steps=0"), (dict(steps=1.5), TypeError, "steps=1.5"),
-    (dict(slice=99), ValueError, "slice=99"), (dict(mood="good"), ValueError, "mood"), (dict(slice=[1, 2]), ValueError, "2 values of slice"),
-])
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        (dict(seed_a=2, seed_b=2), ValueError, "two different seeds"),
+        (dict(n=1), ValueError, "n of 2 or more"),
+        (dict(seed_a=-1), ValueError, "seed=-1"),
+        (dict(steps=0), ValueError, "steps=0"),
+        (dict(steps=1.5), TypeError, "steps=1.5"),
+        (dict(slice=99), ValueError, "slice=99"),
+        (dict(mood="good"), ValueError, "mood"),
+        (dict(slice=[1, 2]), ValueError, "2 values of slice"),
+    ],
+)
 def test_between_refuses(model, wrong, error, message):
     with pytest.raises(error, match=message):
         explore.sample_between(model, **wrong)
 
 
-@pytest.mark.parametrize("k, settings", [(16, dict(kind="vq", num_embeddings=16, latent_channels=3)), (12, dict(kind="fsq", fsq_levels=(4, 3)))])
+@pytest.mark.parametrize(
+    "k, settings",
+    [
+        (16, dict(kind="vq", num_embeddings=16, latent_channels=3)),
+        (12, dict(kind="fsq", fsq_levels=(4, 3))),
+    ],
+)
 def test_codebook_of_every_kind(k, settings):
     model = codec(**settings)
     images = torch.rand(3, 1, 64, 64) * 2 - 1
     book = explore.read_codebook(model, images)
-    assert book["codes"].shape == (3, 8, 8) and book["patches"].shape == (k, 8, 8) and book["counts"].shape == (8, 8, k)
-    for code in range(k):                                                  # the slow way
+    assert (
+        book["codes"].shape == (3, 8, 8)
+        and book["patches"].shape == (k, 8, 8)
+        and book["counts"].shape == (8, 8, k)
+    )
+    for code in range(k):  # the slow way
         at = [(n, i, j) for n, i, j in (book["codes"] == code).nonzero().tolist()]
-        mean = sum(book["decoded"][n, 0, 8*i:8*i+8, 8*j:8*j+8] for n, i, j in at) / max(len(at), 1)
-        if at: torch.testing.assert_close(book["patches"][code], mean, rtol=1e-4, atol=1e-4)
-        else: assert book["patches"][code].isnan().all()
+        mean = sum(
+            book["decoded"][n, 0, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8] for n, i, j in at
+        ) / max(len(at), 1)
+        if at:
+            torch.testing.assert_close(book["patches"][code], mean, rtol=1e-4, atol=1e-4)
+        else:
+            assert book["patches"][code].isnan().all()
     leaf = explore.explore_codes(model, images)
     words = [code for _, code in leaf.controls["code"].options]
     assert sorted(words) == list(range(k))
-    for code in (words[0], words[-1]):                                     # used, and probably not
+    for code in (words[0], words[-1]):  # used, and probably not
         leaf.controls["code"].value = code
         assert "message" not in leaf.note.value
 
@@ -95,10 +127,11 @@ def test_noise_explorer_serves_every_schedule():
     for name in noise.controls["beta_schedule"].options:
         for zero in (True, False):
             for t in (0, 999) if zero else (999,):
-                for k, v in dict(beta_schedule=name, zero_terminal_snr=zero, t=t).items(): noise.controls[k].value = v
+                for k, v in dict(beta_schedule=name, zero_terminal_snr=zero, t=t).items():
+                    noise.controls[k].value = v
                 assert "message" not in noise.note.value
                 seen.add(noise.picture.value)
-    assert len(seen) >= 7                                                  # the starts of two kinds may look alike
+    assert len(seen) >= 7  # the starts of two kinds may look alike
 
 
 def test_saved_picture_says_what_it_is():
@@ -109,10 +142,28 @@ def test_saved_picture_says_what_it_is():
 # --- controls
 
 
-@pytest.mark.parametrize("low, high", [(0, 31), (0., 4.), (55.1, 88.3), (.61, .87), (-3.2, 3.9), (1100., 2004.), (5., 5.), (2.2, 2.2), (0., 299.)])
+@pytest.mark.parametrize(
+    "low, high",
+    [
+        (0, 31),
+        (0.0, 4.0),
+        (55.1, 88.3),
+        (0.61, 0.87),
+        (-3.2, 3.9),
+        (1100.0, 2004.0),
+        (5.0, 5.0),
+        (2.2, 2.2),
+        (0.0, 299.0),
+    ],
+)
 def test_stops_lie_in_the_range(low, high):
     stops = explore.slider_values(Covariate("x", "continuous", range=(low, high)))
-    assert low <= min(stops) and max(stops) <= high and stops == sorted(set(stops)) and 1 <= len(stops) <= 300
+    assert (
+        low <= min(stops)
+        and max(stops) <= high
+        and stops == sorted(set(stops))
+        and 1 <= len(stops) <= 300
+    )
 
 
 @pytest.mark.parametrize("values", [("AD", "NC"), ("1", "2", "3"), ("only",)])
@@ -125,12 +176,18 @@ def test_categories_come_as_they_are(values):
 
 def test_what_the_autoencoder_is_told_is_never_open(model):
     class Told:
-        covariates = (Covariate("slice", "continuous", range=(0, 5)), Covariate("sex", "categorical", values=("F", "M")))
+        covariates = (
+            Covariate("slice", "continuous", range=(0, 5)),
+            Covariate("sex", "categorical", values=("F", "M")),
+        )
 
         class autoencoder:
             covariates = (Covariate("slice", "continuous", range=(0, 5)),)
+
     controls = explore.condition_controls(Told)
-    assert OPEN not in [v for _, v in controls["slice"].options] and OPEN in [v for _, v in controls["sex"].options]
+    assert OPEN not in [v for _, v in controls["slice"].options] and OPEN in [
+        v for _, v in controls["sex"].options
+    ]
 
 
 def test_every_choice_can_be_served(model):
@@ -140,14 +197,18 @@ def test_every_choice_can_be_served(model):
         for _, value in control.options:
             ask.controls[name].value = value
             assert "message" not in ask.note.value, (name, value)
-    assert all(not c.continuous_update for c in ask.controls.values() if hasattr(c, "continuous_update"))
+    assert all(
+        not c.continuous_update for c in ask.controls.values() if hasattr(c, "continuous_update")
+    )
 
 
 # --- the class
 
 
 def make(render, scrub="frame", **controls):
-    return Explorer(render, {k: ipywidgets.IntSlider(v, 0, 20) for k, v in controls.items()}, "f({})", scrub)
+    return Explorer(
+        render, {k: ipywidgets.IntSlider(v, 0, 20) for k, v in controls.items()}, "f({})", scrub
+    )
 
 
 def gray(level):
@@ -157,33 +218,55 @@ def gray(level):
 def test_a_state_is_drawn_once():
     calls = []
     e = make(lambda n: calls.append(n) or [gray(n / 20)], n=3)
-    for n in (4, 3, 4, 3, 5): e.controls["n"].value = n
+    for n in (4, 3, 4, 3, 5):
+        e.controls["n"].value = n
     assert calls == [3, 4, 5]
 
 
-@pytest.mark.parametrize("error", [ValueError("f: n=<7>. Try 8."), RuntimeError("x"), KeyError("k"), AttributeError(), MemoryError("full")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("f: n=<7>. Try 8."),
+        RuntimeError("x"),
+        KeyError("k"),
+        AttributeError(),
+        MemoryError("full"),
+    ],
+)
 def test_every_error_is_a_message(error):
     def render(n):
-        if n == 7: raise error
+        if n == 7:
+            raise error
         return [gray(n / 20)]
+
     e = make(render, n=3)
     before = e.picture.value
     e.controls["n"].value = 7
-    assert 'role="alert"' in e.note.value and "Traceback" not in e.note.value and "<7>" not in e.note.value
+    assert (
+        'role="alert"' in e.note.value
+        and "Traceback" not in e.note.value
+        and "<7>" not in e.note.value
+    )
     assert "stale" in e.picture._dom_classes and e.picture.value == before
     e.controls["n"].value = 8
-    assert "stale" not in e.picture._dom_classes and "alert" not in e.note.value and e.picture.value == gray(8 / 20)
+    assert (
+        "stale" not in e.picture._dom_classes
+        and "alert" not in e.note.value
+        and e.picture.value == gray(8 / 20)
+    )
 
 
 def test_an_error_at_the_start_is_a_message_too():
     def render(n):
-        if n == 0: raise ValueError("f: nothing. Try more.")
-        return [gray(.1), gray(.2)]
+        if n == 0:
+            raise ValueError("f: nothing. Try more.")
+        return [gray(0.1), gray(0.2)]
+
     e = make(render, n=0)
     assert "Try more" in e.note.value
-    e.scrubber.value = 1                                                   # nothing to scrub: no exception
+    e.scrubber.value = 1  # nothing to scrub: no exception
     e.controls["n"].value = 2
-    assert e.picture.value == gray(.2)
+    assert e.picture.value == gray(0.2)
 
 
 def test_it_says_that_it_draws():
@@ -191,8 +274,10 @@ def test_it_says_that_it_draws():
     holder = {}
 
     def render(n):
-        if "e" in holder: notes.append((holder["e"].note.value, "stale" in holder["e"].picture._dom_classes))
+        if "e" in holder:
+            notes.append((holder["e"].note.value, "stale" in holder["e"].picture._dom_classes))
         return [gray(n / 20)]
+
     holder["e"] = e = make(render, n=3)
     e.controls["n"].value = 4
     assert notes == [("drawing …", True)] and "drawing" not in e.note.value
@@ -201,7 +286,7 @@ def test_it_says_that_it_draws():
 @pytest.mark.parametrize("sizes", [(4, 7, 4), (9, 1, 9), (1, 5, 20), (20, 2, 3)])
 def test_the_scrubber_keeps_its_place(sizes):
     e = make(lambda n: [gray(i / 20) for i in range(n)], n=11)
-    for place in (11, 6, 1):                                               # the end, half-way, the start
+    for place in (11, 6, 1):  # the end, half-way, the start
         e.scrubber.value = place
         for n in sizes:
             e.controls["n"].value = n
@@ -237,7 +322,9 @@ def test_written_page_names_its_run(tmp_path, name):
     notebook = explore.write_page(tmp_path / name, tmp_path / "page")
     nbformat.validate(nbformat.read(notebook, 4))
     called = []
-    source = json.loads(notebook.read_text())["cells"][0]["source"].replace("from brainldm.engineering.explore import page\n", "")
+    source = json.loads(notebook.read_text())["cells"][0]["source"].replace(
+        "from brainldm.engineering.explore import page\n", ""
+    )
     eval(source, dict(page=called.append))
     assert called == [str(tmp_path / name)]
 
@@ -257,13 +344,22 @@ def served(tmp_path, monkeypatch):
 
     def serve(run, code, open_browser=False):
         def start(notebook, port, log):
-            started.append((subprocess.Popen([sys.executable, "-c", code, str(port)], stdout=log, stderr=log), notebook))
+            started.append(
+                (
+                    subprocess.Popen(
+                        [sys.executable, "-c", code, str(port)], stdout=log, stderr=log
+                    ),
+                    notebook,
+                )
+            )
             return started[-1][0]
+
         monkeypatch.setattr(explore, "start_server", start)
         explore.explore(run, 0, open_browser)
+
     yield serve, started
     server, notebook = started[0]
-    assert server.poll() is not None and not notebook.parent.exists()      # nothing is left behind
+    assert server.poll() is not None and not notebook.parent.exists()  # nothing is left behind
     assert not list(tmp_path.glob("brainldm_*"))
 
 
@@ -273,7 +369,10 @@ def test_a_server_that_dies_is_reported(tiny_run, served):
         serve(tiny_run[0], "print('out of luck', flush=True); raise SystemExit(3)")
 
 
-LISTENS = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(60)"
+LISTENS = (
+    "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1])));"
+    " time.sleep(60)"
+)
 
 
 def test_ctrl_c_ends_the_server(tiny_run, served, monkeypatch, capsys):
@@ -286,6 +385,7 @@ def test_ctrl_c_ends_the_server(tiny_run, served, monkeypatch, capsys):
             interrupted.append(self)
             raise KeyboardInterrupt
         return wait(self, timeout)
+
     monkeypatch.setattr(subprocess.Popen, "wait", wait_)
     serve(tiny_run[0], LISTENS)
     assert interrupted and "http://127.0.0.1:" in capsys.readouterr().out
@@ -296,7 +396,8 @@ def test_browser_is_opened_on_demand(tiny_run, served, monkeypatch, capsys, want
     serve, _ = served
     opened = []
     monkeypatch.setattr(explore.webbrowser, "open", opened.append)
-    with pytest.raises(RuntimeError, match="ended with status 0"):         # it says hello once, and leaves
+    # it says hello once, and leaves
+    with pytest.raises(RuntimeError, match="ended with status 0"):
         serve(tiny_run[0], LISTENS.replace("time.sleep(60)", "s.accept(); time.sleep(1)"), wanted)
     assert len(opened) == wanted and all(url in capsys.readouterr().out for url in opened)
 
@@ -314,7 +415,8 @@ def test_taken_port(tiny_run):
 
 def test_run_without_denoiser(tiny_run, tmp_path):
     (tmp_path / "run").mkdir()
-    for name in ("config.json", "autoencoder.safetensors"): shutil.copy(tiny_run[0] / name, tmp_path / "run" / name)
+    for name in ("config.json", "autoencoder.safetensors"):
+        shutil.copy(tiny_run[0] / name, tmp_path / "run" / name)
     with pytest.raises(FileNotFoundError, match="brainldm train ldm"):
         explore.explore(tmp_path / "run", 0, open_browser=False)
 
@@ -322,6 +424,11 @@ def test_run_without_denoiser(tiny_run, tmp_path):
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_notebooks_hold_no_widgets(notebook):
     doc = json.loads(notebook.read_text())
-    stored = [c["id"] for c in doc["cells"] for o in c.get("outputs", []) if any("widget" in k for k in o.get("data", {}))]
+    stored = [
+        c["id"]
+        for c in doc["cells"]
+        for o in c.get("outputs", [])
+        if any("widget" in k for k in o.get("data", {}))
+    ]
     assert not stored, f"clear the outputs of cells {stored}: a stored widget shows nothing"
     assert "widgets" not in doc["metadata"]

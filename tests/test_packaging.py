@@ -1,4 +1,6 @@
-"""The source distribution builds, and the wheel made from it alone works: version, shipped weights, command."""
+"""The source distribution builds, and the wheel made from it alone works: version, shipped
+weights, command."""
+
 import os
 import subprocess
 import sys
@@ -13,19 +15,23 @@ ROOT = Path(__file__).parents[1]
 
 def run(*command, **options):
     "Run a command; a failure shows what it printed."
-    out = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, **options)
+    out = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=600, **options
+    )
     assert out.returncode == 0, out.stdout + out.stderr
     return out.stdout
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    "(sdist, wheel made from it), built from the files that git tracks, so that nothing untracked helps."
+    """(sdist, wheel made from it), built from the files that git tracks, so that nothing untracked
+    helps."""
     source, to = (tmp_path_factory.mktemp(name) for name in ("source", "dist"))
     for name in run("git", "ls-files", "-z", cwd=ROOT).split("\0")[:-1]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", to, source)   # wheel from the sdist
+    # wheel from the sdist
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", to, source)
     return next(to.glob("*.tar.gz")), next(to.glob("*.whl"))
 
 
@@ -43,12 +49,26 @@ def test_wheel_holds_every_module_and_weight(built):
 
 
 def test_installed_wheel_generates_an_image(built, tmp_path):
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path / "site", built[1])
-    code = ("import brainldm, sys; assert brainldm.__file__.startswith(sys.argv[1]), brainldm.__file__\n"
-            "from brainldm.sampling import BrainLDM\n"
-            "image = BrainLDM.load_pretrained('phantom-128').sample(1, steps=2, seed=0)\n"
-            "print(brainldm.__version__, tuple(image.shape), bool(image.isfinite().all()))")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        tmp_path / "site",
+        built[1],
+    )
+    code = (
+        "import brainldm, sys; assert brainldm.__file__.startswith(sys.argv[1]),"
+        " brainldm.__file__\nfrom brainldm.sampling import BrainLDM\nimage ="
+        " BrainLDM.load_pretrained('phantom-128').sample(1, steps=2,"
+        " seed=0)\nprint(brainldm.__version__, tuple(image.shape), bool(image.isfinite().all()))"
+    )
     env = dict(os.environ, PYTHONPATH=str(tmp_path / "site"), OMP_NUM_THREADS="1")
     out = run(sys.executable, "-c", code, tmp_path / "site", env=env, cwd=tmp_path)
     assert out.split()[-5:] == ["(1,", "1,", "128,", "128)", "True"]
-    assert "usage" in run(sys.executable, "-m", "brainldm.engineering.cli", "--help", env=env, cwd=tmp_path)
+    assert "usage" in run(
+        sys.executable, "-m", "brainldm.engineering.cli", "--help", env=env, cwd=tmp_path
+    )

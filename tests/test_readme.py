@@ -1,4 +1,5 @@
 """What the README shows is there and runs."""
+
 import re
 import subprocess
 import sys
@@ -26,6 +27,11 @@ def test_links_and_targets_exist():
 
 
 def test_the_commands_it_names_exist():
-    helped = subprocess.run([sys.executable, "-m", "brainldm.engineering.cli", "--help"], capture_output=True, text=True, check=True).stdout
+    helped = subprocess.run(
+        [sys.executable, "-m", "brainldm.engineering.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for command in set(re.findall(r"\bbrainldm ([a-z]+)\b", README)):
         assert command in helped

@@ -1,11 +1,14 @@
-"""Run the lessons in order with their long cells and store what they print and draw; say how long each took.
+"""Run the lessons in order with their long cells and store what they print and draw; say how long
+each took.
 
-    python tools/course.py                    every lesson
-    python tools/course.py 07 08a             these lessons
-    python tools/course.py --short 07 08a     without their long cells, whose stored outputs stay
+python tools/course.py                    every lesson
+python tools/course.py 07 08a             these lessons
+python tools/course.py --short 07 08a     without their long cells, whose stored outputs stay
 
-Cells marked `#| gpu` run where there is one; elsewhere their stored outputs stay. What progress bars drew is not stored. A lesson that
-fails is left as it was, and the exit status is 1. Times of whole lessons go to docs/course.json, from which the site tells them."""
+Cells marked `#| gpu` run where there is one; elsewhere their stored outputs stay. What progress
+bars drew is not stored. A lesson that fails is left as it was, and the exit status is 1. Times
+of whole lessons go to docs/course.json, from which the site tells them."""
+
 import json
 import platform
 import re
@@ -32,16 +35,25 @@ def number(path):
 
 def chosen(numbers):
     "Notebooks to run, in order."
-    found = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    found = sorted(
+        p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts
+    )
     unknown = sorted(set(numbers) - {number(p) for p in found})
     if unknown:
-        raise SystemExit(f"course: no lesson {', '.join(unknown)}. Expected some of {' '.join(number(p) for p in found)}.")
+        raise SystemExit(
+            f"course: no lesson {', '.join(unknown)}. Expected some of"
+            f" {' '.join(number(p) for p in found)}."
+        )
     return [p for p in found if not numbers or number(p) in numbers]
 
 
 def set_aside(cells, marks):
     "Empty the cells that shall not run; what they held, by id."
-    found = {c["id"]: (c.source, c.outputs) for c in cells if c.cell_type == "code" and re.match(rf"#\|\s*({'|'.join(marks)})\b", c.source)}
+    found = {
+        c["id"]: (c.source, c.outputs)
+        for c in cells
+        if c.cell_type == "code" and re.match(rf"#\|\s*({'|'.join(marks)})\b", c.source)
+    }
     for cell in cells:
         if cell["id"] in found:
             cell.source = "pass"
@@ -49,8 +61,13 @@ def set_aside(cells, marks):
 
 
 def stored(outputs):
-    "Outputs as a reader shall find them: no widgets, no passed states of progress bars, one text where there were several."
-    kept = [shown_output(o) for o in outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    """Outputs as a reader shall find them: no widgets, no passed states of progress bars, one text
+    where there were several."""
+    kept = [
+        shown_output(o)
+        for o in outputs
+        if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
+    ]
     return [nbformat.from_dict(o) for o in streams_joined([o for o in kept if o is not None])]
 
 
@@ -58,23 +75,32 @@ def run(path, marks):
     "Execute a notebook, write it back with its outputs, clean. Seconds that it took."
     doc, start = nbformat.read(path, 4), time.time()
     aside = set_aside(doc.cells, marks)
-    NotebookClient(doc, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        doc, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     for cell in (c for c in doc.cells if c.cell_type == "code"):
         cell.source, cell.outputs = aside.get(cell["id"], (cell.source, cell.outputs))
         cell.outputs = stored(cell.outputs)
     doc.metadata.pop("widgets", None)
     took = time.time() - start
     nbformat.write(doc, path)
-    subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True)
+    subprocess.run(
+        [Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=ROOT, check=True
+    )
     return took
 
 
 def main(numbers):
     "Run what was asked for. Exit status."
     short = "--short" in numbers
-    numbers, marks = [n for n in numbers if n != "--short"], ["slow"] * short + ["gpu"] * (not torch.cuda.is_available())
+    numbers, marks = [n for n in numbers if n != "--short"], ["slow"] * short + ["gpu"] * (
+        not torch.cuda.is_available()
+    )
     known = json.loads(TIMES.read_text()) if TIMES.is_file() else {}
-    where = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    where = (
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()},"
+        f" {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    )
     paths, times = chosen(numbers), {}
     for path in (bar := tqdm(paths, unit="lesson")):
         bar.set_description(path.stem)
@@ -86,7 +112,10 @@ def main(numbers):
             bar.write(f"{path.stem}: {e}")
         TIMES.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     for path in paths:
-        print(f"{path.stem:15} {'%5.1f min' % (times[path.stem] / 60) if path.stem in times else 'failed'}")
+        print(
+            f"{path.stem:15}"
+            f" {'%5.1f min' % (times[path.stem] / 60) if path.stem in times else 'failed'}"
+        )
     print(f"together {sum(times.values()) / 60:.0f} minutes on {where}")
     return len(times) < len(paths)
 

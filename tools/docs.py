@@ -1,10 +1,13 @@
-"""Write the documentation site: lessons with their stored outputs, API pages, a map of the modules. Needs no network.
+"""Write the documentation site: lessons with their stored outputs, API pages, a map of the
+modules. Needs no network.
 
-    python tools/docs.py             _site/src, then Sphinx: _site/html/index.html
-    python tools/docs.py FOLDER      the same in another folder
+python tools/docs.py             _site/src, then Sphinx: _site/html/index.html
+python tools/docs.py FOLDER      the same in another folder
 
-The sources of the site are README.md, docs/, nbs/ and brainldm/; nothing is kept twice. Everything but the last step,
-Sphinx, is this file and the standard library, so that a test can look at it without Sphinx."""
+The sources of the site are README.md, docs/, nbs/ and brainldm/; nothing is kept twice.
+Everything but the last step, Sphinx, is this file and the standard library, so that a test can
+look at it without Sphinx."""
+
 import ast
 import html
 import io
@@ -15,13 +18,18 @@ import sys
 import tokenize
 from pathlib import Path
 
+import docstrings
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "brainldm"
-TRACKS = {"nbs": "Core", "advanced": "Advanced", "engineering": "Engineering"}                # folder and caption, in the order of reading
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/benchmarks/README.md")   # copied to where their links expect each other
+# folder and caption, in the order of reading
+TRACKS = {"nbs": "Core", "advanced": "Advanced", "engineering": "Engineering"}
+# copied to where their links expect each other
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/benchmarks/README.md")
 
 
 # Lessons
+
 
 def plain(text):
     "Markdown as a voice would read it: no marks, links, formulas or code fences."
@@ -35,19 +43,25 @@ def written(node):
     if isinstance(node, ast.JoinedStr):
         start = node.values[0].value if isinstance(node.values[0], ast.Constant) else ""
         return re.split(r"[:(,]", start)[0].strip() if len(start) > 12 else ""
-    return node.value.strip() if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    return (
+        node.value.strip() if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    )
 
 
 def titles(code):
-    "Titles that a cell gives to its figures, where they are written out: of whole figures, else of single panels."
+    """Titles that a cell gives to its figures, where they are written out: of whole figures, else
+    of single panels."""
     try:
         tree = ast.parse(re.sub(r"^\s*[!%].*$", "pass", code, flags=re.M))
     except SyntaxError:
         return []
     figures, panels = [], []
     for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
-        name, named = getattr(call.func, "attr", getattr(call.func, "id", "")), [k.value for k in call.keywords if k.arg == "title"]
-        if name == "suptitle" or re.match("(show|plot)_", name):           # show_planes(brains, names, 2., 'The claim')
+        name, named = getattr(call.func, "attr", getattr(call.func, "id", "")), [
+            k.value for k in call.keywords if k.arg == "title"
+        ]
+        # show_planes(brains, names, 2., 'The claim')
+        if name == "suptitle" or re.match("(show|plot)_", name):
             figures += named + [o for o in call.args if name == "suptitle" or " " in written(o)]
         elif name in ("set_title", "set"):
             panels += named + call.args[:1]
@@ -57,24 +71,33 @@ def titles(code):
 
 
 def claim(markdown):
-    "The sentence of a prose cell that says something about the figure below it: the last bold one, else the last one."
+    """The sentence of a prose cell that says something about the figure below it: the last bold
+    one, else the last one."""
     paragraphs = [p for p in re.split(r"\n\s*\n", markdown) if plain(p)]
     bold = [plain(b) for p in paragraphs for b in re.findall(r"\*\*([^*]+)\*\*", p)]
     last = plain(paragraphs[-1]) if paragraphs else ""
-    return ([b for b in bold if len(b) > 20] or [re.split(r"(?<=[.?!])\s+", last)[-1].rstrip(":")])[-1]
+    return ([b for b in bold if len(b) > 20] or [re.split(r"(?<=[.?!])\s+", last)[-1].rstrip(":")])[
+        -1
+    ]
 
 
 def alt_text(code, before):
-    "What a figure shows, for whoever cannot see it: its title, else the claim that stands before it."
+    """What a figure shows, for whoever cannot see it: its title, else the claim that stands before
+    it."""
     return "; ".join(titles(code)) or claim(before) or "Figure drawn by the code above"
 
 
 def shown_output(output):
-    "An output without what needs a kernel, and without the passed states of a progress bar; None if nothing is left."
+    """An output without what needs a kernel, and without the passed states of a progress bar; None
+    if nothing is left."""
     data = {k: v for k, v in output.get("data", {}).items() if "widget" not in k}
     if "data" in output:
         return dict(output, data=data) if data else None
-    text = "".join(output.get("text", "")) if isinstance(output.get("text"), list) else output.get("text", "")
+    text = (
+        "".join(output.get("text", ""))
+        if isinstance(output.get("text"), list)
+        else output.get("text", "")
+    )
     lines = [line.split("\r")[-1] for line in re.sub(r"\r+\n", "\n", text).split("\n")]
     kept = [line for line in lines if not re.search(r"\d+%\|.*\||\d+it \[", line)]
     return dict(output, text="\n".join(kept)) if "".join(kept).strip() else None
@@ -84,7 +107,11 @@ def streams_joined(outputs):
     "One stream after the other as one: a cell that printed twenty lines printed one text."
     joined = []
     for o in outputs:
-        if joined and o["output_type"] == joined[-1]["output_type"] == "stream" and o["name"] == joined[-1]["name"]:
+        if (
+            joined
+            and o["output_type"] == joined[-1]["output_type"] == "stream"
+            and o["name"] == joined[-1]["name"]
+        ):
             joined[-1] = dict(joined[-1], text=joined[-1]["text"].rstrip("\n") + "\n" + o["text"])
         else:
             joined.append(o)
@@ -92,7 +119,8 @@ def streams_joined(outputs):
 
 
 def lesson_cells(cells, stem):
-    "The cells of a notebook that a reader sees, each figure with alt text, each exported cell with a place to link to."
+    """The cells of a notebook that a reader sees, each figure with alt text, each exported cell
+    with a place to link to."""
     before = ""
     for cell in cells:
         source = "".join(cell["source"])
@@ -105,7 +133,12 @@ def lesson_cells(cells, stem):
         if "hide" in directives or not source.strip():
             continue
         if {"export", "exports"} & set(directives):
-            yield dict(cell_type="markdown", id=f"to-{cell['id']}", metadata={}, source=f"({stem}-{cell['id']})=")
+            yield dict(
+                cell_type="markdown",
+                id=f"to-{cell['id']}",
+                metadata={},
+                source=f"({stem}-{cell['id']})=",
+            )
         outputs = streams_joined([o for o in map(shown_output, cell["outputs"]) if o])
         look = dict(mystnb=dict(image=dict(alt=alt_text(source, before))))
         yield dict(cell, source=source, outputs=outputs, execution_count=None, metadata=look)
@@ -115,31 +148,36 @@ def lesson(path):
     "A notebook as the site shows it."
     doc = json.loads(path.read_text(encoding="utf-8"))
     language = dict(name="python", pygments_lexer="ipython3")
-    return dict(doc, cells=list(lesson_cells(doc["cells"], path.stem)), metadata=dict(kernelspec=doc["metadata"].get("kernelspec", {}), language_info=language))
+    return dict(
+        doc,
+        cells=list(lesson_cells(doc["cells"], path.stem)),
+        metadata=dict(kernelspec=doc["metadata"].get("kernelspec", {}), language_info=language),
+    )
 
 
 def notebooks():
     "Core, advanced, engineering, each in the order of its numbers."
-    return sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    return sorted(
+        p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts
+    )
 
 
 def lesson_file(stem):
     "Where a lesson lies, as seen from the root: nbs/engineering/23_files.ipynb."
-    return next((p.relative_to(ROOT).as_posix() for p in notebooks() if p.stem == stem), f"nbs/{stem}.ipynb")
+    return next(
+        (p.relative_to(ROOT).as_posix() for p in notebooks() if p.stem == stem), f"nbs/{stem}.ipynb"
+    )
 
 
 # API pages
-
-def comments(text):
-    "Comment by line number."
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
 
 
 def prose(text):
     "A docstring or comment as Markdown: marks outside of `code` mean themselves."
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(p if i % 2 else re.sub(r"([\\*_$<\[\]{}|~^])", r"\\\1", p) for i, p in enumerate(parts))
+    return "".join(
+        p if i % 2 else re.sub(r"([\\*_$<\[\]{}|~^])", r"\\\1", p) for i, p in enumerate(parts)
+    )
 
 
 def code(node):
@@ -148,29 +186,57 @@ def code(node):
 
 
 class Module:
-    "A module of the package, read without importing it: its public names in order, with comments and places."
+    """A module of the package, read without importing it: its public names in order, with comments
+    and places."""
+
     def __init__(self, path):
         self.text = path.read_text(encoding="utf-8")
         inside = path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else Path(path.name)
         self.name = ".".join(inside.with_suffix("").parts)
-        self.tree, self.comments = ast.parse(self.text), comments(self.text)
+        self.tree = ast.parse(self.text)
+        self.comments = docstrings.Comments(self.text)
         self.doc = ast.get_docstring(self.tree) or ""
-        listed = next((n.value for n in self.tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), None)
+        listed = next(
+            (
+                n.value
+                for n in self.tree.body
+                if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"
+            ),
+            None,
+        )
         self.public = ast.literal_eval(listed) if listed is not None else []
-        self.cells = [(i, *m.groups()) for i, line in enumerate(self.text.splitlines(), 1)
-                      if (m := re.match(r"# %% .*?([\w.]+)\.ipynb #(\S+)", line))]
+        self.cells = [
+            (i, *m.groups())
+            for i, line in enumerate(self.text.splitlines(), 1)
+            if (m := re.match(r"# %% .*?([\w.]+)\.ipynb #(\S+)", line))
+        ]
 
     def named(self):
         "(name, node) of each public name."
         for node in self.tree.body:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
-            names = [getattr(node, "name", ""), *(n.id for t in targets for n in getattr(t, "elts", [t]) if isinstance(n, ast.Name))]
+            names = [
+                getattr(node, "name", ""),
+                *(
+                    n.id
+                    for t in targets
+                    for n in getattr(t, "elts", [t])
+                    if isinstance(n, ast.Name)
+                ),
+            ]
             yield from ((n, node) for n in names if n in self.public)
 
     def lent(self, cls):
-        "(method, function) of functions that a class is given as methods, as in `Sampler.interpolate = interpolate`."
-        given = [(n.targets[0], n.value) for n in self.tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Attribute)]
-        return [(t.attr, ast.unparse(value)) for t, value in given if ast.unparse(t.value) == cls.name]
+        """(method, function) of functions that a class is given as methods, as in
+        `Sampler.interpolate = interpolate`."""
+        given = [
+            (n.targets[0], n.value)
+            for n in self.tree.body
+            if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Attribute)
+        ]
+        return [
+            (t.attr, ast.unparse(value)) for t, value in given if ast.unparse(t.value) == cls.name
+        ]
 
     def source(self, node):
         "Link to the cell of the lesson that a name comes from."
@@ -180,56 +246,123 @@ class Module:
     def lessons(self):
         return list(dict.fromkeys(stem for _, stem, _ in self.cells))
 
-    def comment(self, node):
-        return self.comments.get(node.end_lineno, self.comments.get(node.lineno, "")) if node is not None else ""
+    def comment(self, node, default=None):
+        "What is said of an argument, a field, an answer or a constant: above its line or after it."
+        if node is None:
+            return ""
+        last = max(node.end_lineno, default.end_lineno if default is not None else 0)
+        return self.comments.of(node.lineno, last)
 
     def arguments(self, fn):
-        "(name, annotation, default, comment) of each argument of a function; a bare * as a name alone."
+        """(name, annotation, default, comment) of each argument of a function; a bare * as a name
+        alone."""
         a = fn.args
         required = [None] * (len(a.posonlyargs) + len(a.args) - len(a.defaults))
         named = list(zip(a.posonlyargs + a.args, required + a.defaults))
-        rows = [(n.arg, n.annotation, d, self.comment(n)) for n, d in named]
-        rows += [("*" + (a.vararg.arg if a.vararg else ""), a.vararg and a.vararg.annotation, None, self.comment(a.vararg))] if a.vararg or a.kwonlyargs else []
-        rows += [(n.arg, n.annotation, d, self.comment(n)) for n, d in zip(a.kwonlyargs, a.kw_defaults)]
-        return rows + ([("**" + a.kwarg.arg, a.kwarg.annotation, None, self.comment(a.kwarg))] if a.kwarg else [])
+        rows = [(n.arg, n.annotation, d, self.comment(n, d)) for n, d in named]
+        rows += (
+            [
+                (
+                    "*" + (a.vararg.arg if a.vararg else ""),
+                    a.vararg and a.vararg.annotation,
+                    None,
+                    self.comment(a.vararg),
+                )
+            ]
+            if a.vararg or a.kwonlyargs
+            else []
+        )
+        rows += [
+            (n.arg, n.annotation, d, self.comment(n, d))
+            for n, d in zip(a.kwonlyargs, a.kw_defaults)
+        ]
+        return rows + (
+            [("**" + a.kwarg.arg, a.kwarg.annotation, None, self.comment(a.kwarg))]
+            if a.kwarg
+            else []
+        )
 
     def fields(self, cls):
         "The same of the fields of a dataclass."
-        return [(n.target.id, n.annotation, n.value, self.comment(n)) for n in cls.body if isinstance(n, ast.AnnAssign)]
+        return [
+            (n.target.id, n.annotation, n.value, self.comment(n))
+            for n in cls.body
+            if isinstance(n, ast.AnnAssign)
+        ]
 
 
 def signature(name, rows):
-    return f"{name}({', '.join(n + (f'={ast.unparse(d)}' if d is not None else '') for n, _, d, _ in rows)})"
+    shown = [n if d is None else f"{n}={ast.unparse(d)}" for n, _, d, _ in rows]
+    return f"{name}({', '.join(shown)})"
 
 
 def table(rows):
     rows = [r for r in rows if r[0] != "*"]
     lines = [f"| `{n}` | {prose(c)} | {code(t)} | {code(d)} |" for n, t, d, c in rows]
-    return ["| argument | meaning | type | default |", "|---|---|---|---|", *lines, ""] if rows else []
+    return (
+        ["| argument | meaning | type | default |", "|---|---|---|---|", *lines, ""] if rows else []
+    )
 
 
 def decorated(node, *names):
     return any(set(names) & set(re.findall(r"\w+", ast.unparse(d))) for d in node.decorator_list)
 
 
+def about(node):
+    "What a docstring says beside the arguments and the answer, which have a table of their own."
+    said = docstrings.parts(ast.get_docstring(node) or "")
+    raised = re.split(r"^(?=\S)", said.get("Raises", ""), flags=re.M)[1:]
+    pairs = (text.partition("\n") for text in raised)
+    raised = [f"`{name}` {' '.join(when.split())}".strip() for name, _, when in pairs]
+    lines = [prose(said[""]), ""]
+    if raised:
+        lines += [f"**Raises** {prose('; '.join(raised))}", ""]
+    if "References" in said:
+        lines += [f"**Source** {prose(' '.join(said['References'].split()))}", ""]
+    return lines
+
+
 def entry(module, kind, node, name, rows=None, more=(), flags=()):
-    "One name on an API page: how it is called, its docstring, arguments and return, and what belongs inside of it."
-    doc = prose(ast.get_docstring(node) or "") if hasattr(node, "body") else prose(module.comment(node))
+    """One name on an API page: how it is called, its docstring, arguments and return, and what
+    belongs inside of it."""
+    doc = about(node) if hasattr(node, "body") else [prose(module.comment(node)), ""]
     returns = getattr(node, "returns", None)
-    back = f"**Returns** {code(returns)}" + (f": {prose(module.comment(returns))}" if module.comment(returns) else "")
+    back = f"**Returns** {code(returns)}" + (
+        f": {prose(module.comment(returns))}" if module.comment(returns) else ""
+    )
     fence = ":" * (4 if kind in ("method", "property") else 5)
-    return [f"{fence}{{py:{kind}}} {name if rows is None else signature(name, rows)}", *(f":{f}:" for f in flags), "", doc, "", *table(rows or []),
-            *([back, ""] if code(returns) not in ("", "`None`") else []), *more, fence, ""]
+    return [
+        f"{fence}{{py:{kind}}} {name if rows is None else signature(name, rows)}",
+        *(f":{f}:" for f in flags),
+        "",
+        *doc,
+        *table(rows or []),
+        *([back, ""] if code(returns) not in ("", "`None`") else []),
+        *more,
+        fence,
+        "",
+    ]
 
 
 def methods(module, cls):
     "Entries of the public methods of a class."
-    for node in (n for n in cls.body if isinstance(n, ast.FunctionDef) and (n.name[0] != "_" or n.name == "__call__")):
+    for node in (
+        n
+        for n in cls.body
+        if isinstance(n, ast.FunctionDef) and (n.name[0] != "_" or n.name == "__call__")
+    ):
         if decorated(node, "property", "cached_property"):
             yield from entry(module, "property", node, node.name)
         else:
-            rows = module.arguments(node)[0 if decorated(node, "staticmethod") else 1:]
-            yield from entry(module, "method", node, node.name, rows, flags=[k for k in ("classmethod", "staticmethod") if decorated(node, k)])
+            rows = module.arguments(node)[0 if decorated(node, "staticmethod") else 1 :]
+            yield from entry(
+                module,
+                "method",
+                node,
+                node.name,
+                rows,
+                flags=[k for k in ("classmethod", "staticmethod") if decorated(node, k)],
+            )
 
 
 def public_entry(module, name, node):
@@ -238,26 +371,66 @@ def public_entry(module, name, node):
     if isinstance(node, ast.FunctionDef):
         return entry(module, "function", node, name, module.arguments(node), link)
     if isinstance(node, ast.ClassDef):
-        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-        rows = module.arguments(init)[1:] if init else module.fields(node) if decorated(node, "dataclass") else []
-        bases = [f"Extends {', '.join(f'{{py:obj}}`.{ast.unparse(b)}`' for b in node.bases)}.", ""] if node.bases else []
-        lent = [f"Its method `{method}` is {{py:func}}`{name}`." for method, name in module.lent(node)] + [""]
-        return entry(module, "class", node, node.name, rows, [*bases, *lent, *link, *methods(module, node)])
+        init = next(
+            (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None
+        )
+        rows = (
+            module.arguments(init)[1:]
+            if init
+            else module.fields(node) if decorated(node, "dataclass") else []
+        )
+        bases = (
+            [f"Extends {', '.join(f'{{py:obj}}`.{ast.unparse(b)}`' for b in node.bases)}.", ""]
+            if node.bases
+            else []
+        )
+        lent = [
+            f"Its method `{method}` is {{py:func}}`{name}`." for method, name in module.lent(node)
+        ] + [""]
+        return entry(
+            module, "class", node, node.name, rows, [*bases, *lent, *link, *methods(module, node)]
+        )
     return entry(module, "data", node, name, more=link)
 
 
 def first_sentence(node):
-    return prose(re.split(r"(?<=\.)\s", ast.get_docstring(node) or "")[0]) if hasattr(node, "body") else ""
+    return (
+        prose(re.split(r"(?<=\.)\s", ast.get_docstring(node) or "")[0])
+        if hasattr(node, "body")
+        else ""
+    )
 
 
 def api_page(module):
     "One module as a page."
     named = list(module.named())
-    lessons = " and ".join(f"[{s.replace('_', ' ')}](../{lesson_file(s)})" for s in module.lessons())
-    rows = [f"| {{py:obj}}`{n} <brainldm.{module.name}.{n}>` | {first_sentence(node) or prose(module.comment(node))} |" for n, node in named]
+    lessons = " and ".join(
+        f"[{s.replace('_', ' ')}](../{lesson_file(s)})" for s in module.lessons()
+    )
+    rows = [
+        f"| {{py:obj}}`{n} <brainldm.{module.name}.{n}>` |"
+        f" {first_sentence(node) or prose(module.comment(node))} |"
+        for n, node in named
+    ]
     body = [line for n, node in named for line in public_entry(module, n, node)]
-    return "\n".join([f"# {module.name}", "", prose(module.doc), "", f"Made in lesson {lessons}.", "", f"```{{py:module}} brainldm.{module.name}", "```", "",
-                      "| name | what it is |", "|---|---|", *rows, "", *body])
+    return "\n".join(
+        [
+            f"# {module.name}",
+            "",
+            prose(module.doc),
+            "",
+            f"Made in lesson {lessons}.",
+            "",
+            f"```{{py:module}} brainldm.{module.name}",
+            "```",
+            "",
+            "| name | what it is |",
+            "|---|---|",
+            *rows,
+            "",
+            *body,
+        ]
+    )
 
 
 def modules():
@@ -265,6 +438,7 @@ def modules():
 
 
 # The map of the modules
+
 
 def imports(module, known):
     "Modules of the package that a module imports."
@@ -275,7 +449,11 @@ def imports(module, known):
             base = here[: len(here) - n.level + 1] if n.level else []
             parts = [*base, *(n.module or "").split(".")]
             inside = ".".join(p for p in parts[1:] if p)
-            found |= {inside} if inside in known else {".".join(filter(None, (inside, a.name))) for a in n.names}
+            found |= (
+                {inside}
+                if inside in known
+                else {".".join(filter(None, (inside, a.name))) for a in n.names}
+            )
     return (found & known) - {module.name}
 
 
@@ -286,22 +464,28 @@ def reachable(graph, start):
 
 def reduced(graph):
     "The same order with as few arrows as possible: none where a detour leads to the same place."
-    return {a: {b for b in to if not any(b in reachable(graph, c) for c in to - {b})} for a, to in graph.items()}
+    return {
+        a: {b for b in to if not any(b in reachable(graph, c) for c in to - {b})}
+        for a, to in graph.items()
+    }
 
 
 def layers(graph):
     "Layer by module: 0 for those that import nothing, else one above the highest that they import."
     height = {}
+
     def of(a):
         height[a] = height.get(a, max((of(b) + 1 for b in graph[a]), default=0))
         return height[a]
+
     return {a: of(a) for a in sorted(graph)}
 
 
 def ordered(graph):
     """Rows of places, top row first, and the links between neighbouring rows.
 
-    A link over several rows gets a place in each, so that it bends around boxes; places are sorted by the mean of their neighbours."""
+    A link over several rows gets a place in each, so that it bends around boxes; places are
+    sorted by the mean of their neighbours."""
     height, links, rows = layers(graph), [], {}
     for a in graph:
         rows.setdefault(height[a], []).append(a)
@@ -315,17 +499,20 @@ def ordered(graph):
     for sweep in range(24):
         at = {p: i - (len(row) - 1) / 2 for row in rows for i, p in enumerate(row)}
         for row in rows if sweep % 2 else rows[::-1]:
-            near = {p: [at[b if a == p else a] for a, b in links if p in (a, b)] or [at[p]] for p in row}
+            near = {
+                p: [at[b if a == p else a] for a, b in links if p in (a, b)] or [at[p]] for p in row
+            }
             row.sort(key=lambda p: sum(near[p]) / len(near[p]))
             at |= {p: i - (len(row) - 1) / 2 for i, p in enumerate(row)}
     return rows, links
 
 
-BOX, GAP, STEP = (100, 36), 10, 80                                     # size of a box, room around it, distance of rows
+BOX, GAP, STEP = (100, 36), 10, 80  # size of a box, room around it, distance of rows
 
 
 def places(rows, links):
-    "Middle (x, y) of each place: as straight below its neighbours as the order and the width of the boxes allow."
+    """Middle (x, y) of each place: as straight below its neighbours as the order and the width of
+    the boxes allow."""
     room = lambda p: (BOX[0] if isinstance(p, str) else BOX[0] / 8) + GAP
     x = {p: 0.0 for row in rows for p in row}
     for sweep in range(40):
@@ -338,24 +525,45 @@ def places(rows, links):
             shift = sum(w - g for w, g in zip(want, got)) / len(row)
             x |= {p: g + shift for p, g in zip(row, got)}
     left = min(x.values()) - BOX[0] / 2 - 4
-    return {p: (round(x[p] - left), i * STEP + BOX[1] // 2 + 4) for i, row in enumerate(rows) for p in row}
+    return {
+        p: (round(x[p] - left), i * STEP + BOX[1] // 2 + 4)
+        for i, row in enumerate(rows)
+        for p in row
+    }
 
 
 def map_svg(graph, about):
-    "The drawing: who imports whom, imports below. Boxes link to API pages; colours follow the page."
+    """The drawing: who imports whom, imports below.
+
+    Boxes link to API pages; colours follow the page."""
     rows, links = ordered(graph)
     at, half, lines = places(rows, links), BOX[1] // 2, []
     for a, b in links:
         (xa, ya), (xb, yb) = at[a], at[b]
         start, end = ya + half, yb - half - (5 if isinstance(b, str) else 0)
-        on = '" marker-end="url(#tip)' if isinstance(b, str) else f" V{yb + half}"                        # an arrow head, or straight past the boxes
-        lines.append(f'<path d="M{xa},{start} C{xa},{(start + end) // 2} {xb},{(start + end) // 2} {xb},{end}{on}"/>')
-    boxes = [f'<a href="api/{p}.html"><rect x="{x - BOX[0] // 2}" y="{y - half}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/>'
-             f'<text x="{x}" y="{y + 5}">{p.split(".")[-1]}</text></a>' for p, (x, y) in at.items() if isinstance(p, str)]
-    width, height = max(x for x, _ in at.values()) + BOX[0] // 2 + 4, (len(rows) - 1) * STEP + BOX[1] + 8
-    return (f'<svg class="modules" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(about)}" xmlns="http://www.w3.org/2000/svg">'
-            '<defs><marker id="tip" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z"/></marker></defs>'
-            f'<g class="links">{"".join(lines)}</g>{"".join(boxes)}</svg>')
+        # an arrow head, or straight past the boxes
+        on = '" marker-end="url(#tip)' if isinstance(b, str) else f" V{yb + half}"
+        lines.append(
+            f'<path d="M{xa},{start} C{xa},{(start + end) // 2} {xb},{(start + end) // 2}'
+            f' {xb},{end}{on}"/>'
+        )
+    boxes = [
+        f'<a href="api/{p}.html"><rect x="{x - BOX[0] // 2}" y="{y - half}" width="{BOX[0]}"'
+        f' height="{BOX[1]}" rx="6"/><text x="{x}" y="{y + 5}">{p.split(".")[-1]}</text></a>'
+        for p, (x, y) in at.items()
+        if isinstance(p, str)
+    ]
+    width, height = (
+        max(x for x, _ in at.values()) + BOX[0] // 2 + 4,
+        (len(rows) - 1) * STEP + BOX[1] + 8,
+    )
+    return (
+        f'<svg class="modules" viewBox="0 0 {width} {height}" role="img"'
+        f' aria-label="{html.escape(about)}" xmlns="http://www.w3.org/2000/svg"><defs><marker'
+        ' id="tip" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="7" markerHeight="7"'
+        ' orient="auto"><path d="M0,0 L8,4 L0,8 z"/></marker></defs><g'
+        f' class="links">{"".join(lines)}</g>{"".join(boxes)}</svg>'
+    )
 
 
 def map_page(found):
@@ -364,26 +572,64 @@ def map_page(found):
     full = {m.name: imports(m, known) for m in found}
     graph, first = reduced(full), {m.name: m.lessons()[0] for m in found}
     order = sorted(known, key=lambda n: first[n])
-    about = "Map of the modules. " + " ".join(f"{a} imports {', '.join(sorted(graph[a])) or 'none of the others'}." for a in order)
-    rows = [f"| [{a}](api/{a}.md) | [{first[a].split('_')[0]}]({lesson_file(first[a])}) | {', '.join(f'`{b}`' for b in order if b in full[a]) or 'none'} |" for a in order]
-    return "\n".join([
-        "# Map of the modules", "",
-        "Drawn from the imports themselves. An arrow points to what a module imports; a module that is reached by way of another has no arrow of its own. "
-        "Nothing points upwards: a module uses earlier lessons only.", "",
-        "```{raw} html", f'<div class="modules-frame">{map_svg(graph, about)}</div>', "```", "",
-        "| module | lesson | imports |", "|---|---|---|", *rows, ""])
+    about = "Map of the modules. " + " ".join(
+        f"{a} imports {', '.join(sorted(graph[a])) or 'none of the others'}." for a in order
+    )
+    rows = [
+        f"| [{a}](api/{a}.md) | [{first[a].split('_')[0]}]({lesson_file(first[a])}) |"
+        f" {', '.join(f'`{b}`' for b in order if b in full[a]) or 'none'} |"
+        for a in order
+    ]
+    return "\n".join(
+        [
+            "# Map of the modules",
+            "",
+            (
+                "Drawn from the imports themselves. An arrow points to what a module imports; a"
+                " module that is reached by way of another has no arrow of its own. Nothing points"
+                " upwards: a module uses earlier lessons only."
+            ),
+            "",
+            "```{raw} html",
+            f'<div class="modules-frame">{map_svg(graph, about)}</div>',
+            "```",
+            "",
+            "| module | lesson | imports |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def course_page():
     "How long each lesson takes with its long cells, as the last `make course` measured it."
     known = json.loads((ROOT / "docs" / "course.json").read_text(encoding="utf-8"))
-    rows = [f"| [{p.stem.replace('_', ' ')}](nbs/{p.relative_to(ROOT / 'nbs').as_posix()}) | {known[n]['seconds'] / 60:.1f} | {known[n]['where']} |"
-            for p in notebooks() if (n := p.stem.split("_")[0]) in known]
-    return "\n".join(["# How long the lessons take", "", "Minutes for a whole lesson, the long cells (`#| slow`) included; measured by `make course`.", "",
-                      "| lesson | minutes | on |", "|---|---|---|", *rows, ""])
+    rows = [
+        f"| [{p.stem.replace('_', ' ')}](nbs/{p.relative_to(ROOT / 'nbs').as_posix()}) |"
+        f" {known[n]['seconds'] / 60:.1f} | {known[n]['where']} |"
+        for p in notebooks()
+        if (n := p.stem.split("_")[0]) in known
+    ]
+    return "\n".join(
+        [
+            "# How long the lessons take",
+            "",
+            (
+                "Minutes for a whole lesson, the long cells (`#| slow`) included; measured by `make"
+                " course`."
+            ),
+            "",
+            "| lesson | minutes | on |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 # The site
+
 
 def contents(caption, *entries):
     return ["```{toctree}", ":hidden:", f":caption: {caption}", "", *entries, "```", ""]
@@ -408,11 +654,27 @@ def write_sources(src):
     for page in (*PAGES, *pages):
         text = (ROOT / page).read_text(encoding="utf-8")
         (src / page).parent.mkdir(parents=True, exist_ok=True)
-        (src / page).write_text(re.sub(r"(\]\((?:\.\./)*)README\.md", r"\1index.md", text), encoding="utf-8")
+        (src / page).write_text(
+            re.sub(r"(\]\((?:\.\./)*)README\.md", r"\1index.md", text), encoding="utf-8"
+        )
     (src / "README.md").rename(src / "index.md")
-    toc = [*(line for track, caption in TRACKS.items() for line in contents(caption, *(p.relative_to(ROOT).with_suffix("").as_posix() for p in notebooks() if p.parent.name == track))), *contents("Use it", *(p.removesuffix(".md") for p in pages), "modules", "course"),
-           *contents("Modules", *(f"api/{m.name}" for m in sorted(found, key=lambda m: m.lessons()))),
-           *contents("Project", "tests/benchmarks/README", "CONTRIBUTING", "CHANGELOG")]
+    toc = [
+        *(
+            line
+            for track, caption in TRACKS.items()
+            for line in contents(
+                caption,
+                *(
+                    p.relative_to(ROOT).with_suffix("").as_posix()
+                    for p in notebooks()
+                    if p.parent.name == track
+                ),
+            )
+        ),
+        *contents("Use it", *(p.removesuffix(".md") for p in pages), "modules", "course"),
+        *contents("Modules", *(f"api/{m.name}" for m in sorted(found, key=lambda m: m.lessons()))),
+        *contents("Project", "tests/benchmarks/README", "CONTRIBUTING", "CHANGELOG"),
+    ]
     with (src / "index.md").open("a", encoding="utf-8") as front:
         front.write("\n\n" + "\n".join(toc))
 
@@ -422,10 +684,25 @@ def main(to):
     try:
         from sphinx.cmd.build import build_main
     except ImportError:
-        sys.exit("docs: Sphinx is not installed. Expected the docs extra. Try pip install -e '.[dev,docs]'.")
+        sys.exit(
+            "docs: Sphinx is not installed. Expected the docs extra. Try pip install -e"
+            " '.[dev,docs]'."
+        )
     shutil.rmtree(to / "html", ignore_errors=True)
     write_sources(to / "src")
-    status = build_main(["-W", "--keep-going", "-q", "-b", "html", "-d", str(to / "doctrees"), str(to / "src"), str(to / "html")])
+    status = build_main(
+        [
+            "-W",
+            "--keep-going",
+            "-q",
+            "-b",
+            "html",
+            "-d",
+            str(to / "doctrees"),
+            str(to / "src"),
+            str(to / "html"),
+        ]
+    )
     print(to / "html" / "index.html" if status == 0 else "docs: not built")
     return status
 

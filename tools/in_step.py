@@ -1,10 +1,15 @@
-"""Exit 1 unless every notebook is clean and brainldm/ is what nbdev writes from the notebooks. Changes nothing."""
+"""Exit 1 unless every notebook is clean and brainldm/ is what nbdev writes from the notebooks.
+
+Changes nothing."""
+
 import filecmp
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import docstrings
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -20,12 +25,22 @@ def rebuild(to):
             module.unlink()
     for command in ("nbdev_clean", "nbdev_export"):
         subprocess.run([BIN / command], cwd=to, check=True)
+    docstrings.write(to / "brainldm")
 
 
 def differences(to):
     "Files that a clean export would change."
-    names = {str(p.relative_to(base)) for base in (ROOT, to) for kind in ("nbs/**/*.ipynb", "brainldm/**/*.py") for p in base.glob(kind)}
-    same = lambda n: (ROOT / n).is_file() and (to / n).is_file() and filecmp.cmp(ROOT / n, to / n, shallow=False)
+    names = {
+        str(p.relative_to(base))
+        for base in (ROOT, to)
+        for kind in ("nbs/**/*.ipynb", "brainldm/**/*.py")
+        for p in base.glob(kind)
+    }
+    same = (
+        lambda n: (ROOT / n).is_file()
+        and (to / n).is_file()
+        and filecmp.cmp(ROOT / n, to / n, shallow=False)
+    )
     return sorted(n for n in names if not same(n))
 
 
@@ -33,4 +48,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         rebuild(Path(folder))
         stale = differences(Path(folder))
-    sys.exit("out of step: " + ", ".join(stale) + ". Edit the notebooks, then run `make export`." if stale else 0)
+    sys.exit(
+        "out of step: " + ", ".join(stale) + ". Edit the notebooks, then run `make export`."
+        if stale
+        else 0
+    )

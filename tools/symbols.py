@@ -1,7 +1,8 @@
 """One table of all symbols, gathered from the tables with which the lessons begin: docs/symbols.md.
 
-    python tools/symbols.py             write it
-    python tools/symbols.py --check     exit status 1 if it is not what the lessons say"""
+python tools/symbols.py             write it
+python tools/symbols.py --check     exit status 1 if it is not what the lessons say"""
+
 import json
 import re
 import sys
@@ -11,10 +12,12 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "symbols.md"
 HEAD = """# Symbols
 
-Every symbol of the course, in the order in which the lessons bring them. Each lesson begins with its own part of this table; this page is gathered from
-there by `python tools/symbols.py`. Alphabets are short: where a letter serves twice, the column on the right says which lesson means what.
+Every symbol of the course, in the order in which the lessons bring them. Each lesson begins with
+its own part of this table; this page is gathered from there by `python tools/symbols.py`. Alphabets
+are short: where a letter serves twice, the column on the right says which lesson means what.
 
-Shape letters are the same everywhere: `b` batch, `c` channels, `h w` rows and columns of a slice, `x y z` axes of a scan (to the right, to the front, up), `n` how many.
+Shape letters are the same everywhere: `b` batch, `c` channels, `h w` rows and columns of a slice,
+`x y z` axes of a scan (to the right, to the front, up), `n` how many.
 
 | symbol | in code | meaning | lesson |
 |---|---|---|---|
@@ -30,10 +33,12 @@ def rows(path):
     "Symbol, code and meaning of each row of a lesson's table."
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"][:8]:
         lines = "".join(cell["source"]).splitlines()
-        start = next((i for i, line in enumerate(lines) if re.match(r"\|\s*symbol\s*\|", line)), None)
+        start = next(
+            (i for i, line in enumerate(lines) if re.match(r"\|\s*symbol\s*\|", line)), None
+        )
         if cell["cell_type"] != "markdown" or start is None:
             continue
-        for line in lines[start + 2:]:
+        for line in lines[start + 2 :]:
             if not line.startswith("|"):
                 break
             symbol, *code, meaning = cells_of(line)
@@ -43,13 +48,21 @@ def rows(path):
 def page():
     "The whole page."
     lines = []
-    for path in sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts):
+    for path in sorted(
+        p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts
+    ):
         lesson = f"[{path.stem.split('_')[0]}](../{path.relative_to(ROOT).as_posix()})"
-        lines += [f"| {symbol} | {code} | {meaning} | {lesson} |" for symbol, code, meaning in rows(path)]
+        lines += [
+            f"| {symbol} | {code} | {meaning} | {lesson} |" for symbol, code, meaning in rows(path)
+        ]
     return HEAD + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(None if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page() else "symbols: docs/symbols.md is stale. Run `make export`.")
+        sys.exit(
+            None
+            if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()
+            else "symbols: docs/symbols.md is stale. Run `make export`."
+        )
     PAGE.write_text(page(), encoding="utf-8")

@@ -37,529 +37,1293 @@ from ..engineering.stage2 import prediction_error
 from ..engineering.codec import to_bytes
 from .prior import cache_codes, code_bits
 from brainldm.advanced.fidelity import (
-    POSITIVE, PROPORTION, FeatureNet, fine_detail, leave_out_interval, image_batches,
-    image_features, predict_covariates, subject_auc, train_feature_net,
+    POSITIVE,
+    PROPORTION,
+    FeatureNet,
+    fine_detail,
+    leave_out_interval,
+    image_batches,
+    image_features,
+    predict_covariates,
+    subject_auc,
+    train_feature_net,
 )
 
-UTILITY = TrainConfig(total_images=6_000, batch_size=16, warmup_images=600, weight_decay=.05)       # of classifiers
+# of classifiers
+UTILITY = TrainConfig(total_images=6_000, batch_size=16, warmup_images=600, weight_decay=0.05)
 
 # %% ../../nbs/advanced/17_audit.ipynb #8e461d6f
 def csf_fraction(
-    images:Tensor|SliceDataset, # Skull-stripped pictures (n, 1, h, w) in [-1, 1]
-    dark:float=.25, # Grey, 0 to 1, below which a pixel inside the head is fluid
-    outline:float=.1, # Grey above which a pixel belongs to the head; the holes inside do as well
-)->np.ndarray: # Share of fluid in the head (n,); NaN where there is no head
-    "How much of a head is cerebrospinal fluid (CSF): ventricles and sulci, as far as the outline encloses them."
+    images: Tensor | SliceDataset,  # Skull-stripped pictures (n, 1, h, w) in [-1, 1]
+    dark: float = 0.25,  # Grey, 0 to 1, below which a pixel inside the head is fluid
+    # Grey above which a pixel belongs to the head; the holes inside do as well
+    outline: float = 0.1,
+) -> np.ndarray:  # Share of fluid in the head (n,); NaN where there is no head
+    """How much of a head is cerebrospinal fluid (CSF): ventricles and sulci, as far as the outline
+    encloses them.
+
+    Parameters
+    ----------
+    images : Tensor | SliceDataset
+        Skull-stripped pictures (n, 1, h, w) in [-1, 1].
+    dark : float, default 0.25
+        Grey, 0 to 1, below which a pixel inside the head is fluid.
+    outline : float, default 0.1
+        Grey above which a pixel belongs to the head; the holes inside do as well.
+
+    Returns
+    -------
+    np.ndarray
+        Share of fluid in the head (n,); NaN where there is no head.
+    """
     out = []
     for part in image_batches(images):
-        gray = (part[:, 0].float().cpu().numpy()+1)/2
-        head = np.stack([binary_fill_holes(o) for o in gray>outline])
+        gray = (part[:, 0].float().cpu().numpy() + 1) / 2
+        head = np.stack([binary_fill_holes(o) for o in gray > outline])
         size = head.sum((1, 2))
-        out.append((head&(gray<dark)).sum((1, 2))/np.where(size>0, size, np.nan))
+        out.append((head & (gray < dark)).sum((1, 2)) / np.where(size > 0, size, np.nan))
     return np.concatenate(out)
 
 # %% ../../nbs/advanced/17_audit.ipynb #9fba5338
 def ventricle_slices(
-    fraction:np.ndarray, # `csf_fraction` of train slices (n,)
-    slices:np.ndarray, # Their slice numbers (n,)
-    part:float=.375, # Share of the positions to choose; of the 32 of OASIS it takes 16 to 27
-)->np.ndarray: # Slice numbers, rising
-    "The positions at which heads hold most fluid: the height of the lateral ventricles."
-    means = pd.Series(np.asarray(fraction)).groupby(np.asarray(slices)).mean().sort_values(ascending=False, kind='stable')
-    return np.sort(means.index[:max(1, round(part*len(means)))].to_numpy())
+    fraction: np.ndarray,  # `csf_fraction` of train slices (n,)
+    slices: np.ndarray,  # Their slice numbers (n,)
+    part: float = 0.375,  # Share of the positions to choose; of the 32 of OASIS it takes 16 to 27
+) -> np.ndarray:  # Slice numbers, rising
+    """The positions at which heads hold most fluid: the height of the lateral ventricles.
+
+    Parameters
+    ----------
+    fraction : np.ndarray
+        `csf_fraction` of train slices (n,).
+    slices : np.ndarray
+        Their slice numbers (n,).
+    part : float, default 0.375
+        Share of the positions to choose; of the 32 of OASIS it takes 16 to 27.
+
+    Returns
+    -------
+    np.ndarray
+        Slice numbers, rising.
+    """
+    means = (
+        pd.Series(np.asarray(fraction))
+        .groupby(np.asarray(slices))
+        .mean()
+        .sort_values(ascending=False, kind='stable')
+    )
+    return np.sort(means.index[: max(1, round(part * len(means)))].to_numpy())
 
 # %% ../../nbs/advanced/17_audit.ipynb #07f354c0
 def remove_group_means(
-    values:np.ndarray, # A number a slice (n,)
-    *groups:np.ndarray, # What each slice belongs to, each (n,)
-)->np.ndarray: # The numbers minus the mean of their group (n,); NaN where the group is not known
-    "What is left when everything that the groups explain is taken away."
+    values: np.ndarray,  # A number a slice (n,)
+    *groups: np.ndarray,  # What each slice belongs to, each (n,)
+    # The numbers minus the mean of their group (n,); NaN where the group is not known
+) -> np.ndarray:
+    """What is left when everything that the groups explain is taken away.
+
+    Parameters
+    ----------
+    values : np.ndarray
+        A number a slice (n,).
+    *groups : np.ndarray
+        What each slice belongs to, each (n,).
+
+    Returns
+    -------
+    np.ndarray
+    """
     values = pd.Series(np.asarray(values, float))
-    return (values-values.groupby([np.asarray(o) for o in groups]).transform('mean')).to_numpy()
+    return (values - values.groupby([np.asarray(o) for o in groups]).transform('mean')).to_numpy()
 
 # %% ../../nbs/advanced/17_audit.ipynb #74b81bd0
 def diagnosis_effect(
-    fraction:np.ndarray, # `csf_fraction` of each slice (n,)
-    diagnosis:np.ndarray, # Diagnosis of each (n,)
-    slices:np.ndarray, # Slice number of each (n,)
-    groups:tuple[str, str]=('AD', 'NC'), # Who is compared with whom
-)->float: # Cohen's d: difference of the means in units of the spread within a group; NaN if one is absent
-    "How much more fluid there is in disease, position by position. Source: Cohen 1988, eq. 2.5.1."
-    left,diagnosis = remove_group_means(fraction, slices),np.asarray(diagnosis)
-    a,b = (o[np.isfinite(o)] for o in (left[diagnosis==g] for g in groups))
-    if min(len(a), len(b))<2: return math.nan
-    within = ((len(a)-1)*a.var(ddof=1)+(len(b)-1)*b.var(ddof=1))/(len(a)+len(b)-2)
-    return float((a.mean()-b.mean())/math.sqrt(within))
+    fraction: np.ndarray,  # `csf_fraction` of each slice (n,)
+    diagnosis: np.ndarray,  # Diagnosis of each (n,)
+    slices: np.ndarray,  # Slice number of each (n,)
+    groups: tuple[str, str] = ('AD', 'NC'),  # Who is compared with whom
+    # Cohen's d: difference of the means in units of the spread within a group; NaN if one is
+    # absent
+) -> float:
+    """How much more fluid there is in disease, position by position.
+
+    Parameters
+    ----------
+    fraction : np.ndarray
+        `csf_fraction` of each slice (n,).
+    diagnosis : np.ndarray
+        Diagnosis of each (n,).
+    slices : np.ndarray
+        Slice number of each (n,).
+    groups : tuple[str, str], default ('AD', 'NC')
+        Who is compared with whom.
+
+    Returns
+    -------
+    float
+
+    References
+    ----------
+    Cohen 1988, eq. 2.5.1.
+    """
+    left, diagnosis = remove_group_means(fraction, slices), np.asarray(diagnosis)
+    a, b = (o[np.isfinite(o)] for o in (left[diagnosis == g] for g in groups))
+    if min(len(a), len(b)) < 2:
+        return math.nan
+    within = ((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2)
+    return float((a.mean() - b.mean()) / math.sqrt(within))
 
 # %% ../../nbs/advanced/17_audit.ipynb #2dc5ee94
 def age_slope(
-    fraction:np.ndarray, # `csf_fraction` of each slice (n,)
-    age:np.ndarray, # Years (n,)
-    *groups:np.ndarray, # Slice number and diagnosis of each (n,)
-)->float: # Change of the share in ten years; NaN if no two ages of a group differ
-    "Slope of fluid over age among slices of the same groups."
-    y,x = (remove_group_means(o, *groups) for o in (fraction, age))
-    known = np.isfinite(x*y)
-    return float(10*(x*y)[known].sum()/(x*x)[known].sum()) if (x[known]**2).sum()>0 else math.nan
+    fraction: np.ndarray,  # `csf_fraction` of each slice (n,)
+    age: np.ndarray,  # Years (n,)
+    *groups: np.ndarray,  # Slice number and diagnosis of each (n,)
+) -> float:  # Change of the share in ten years; NaN if no two ages of a group differ
+    """Slope of fluid over age among slices of the same groups.
+
+    Parameters
+    ----------
+    fraction : np.ndarray
+        `csf_fraction` of each slice (n,).
+    age : np.ndarray
+        Years (n,).
+    *groups : np.ndarray
+        Slice number and diagnosis of each (n,).
+
+    Returns
+    -------
+    float
+        Change of the share in ten years; NaN if no two ages of a group differ.
+    """
+    y, x = (remove_group_means(o, *groups) for o in (fraction, age))
+    known = np.isfinite(x * y)
+    return (
+        float(10 * (x * y)[known].sum() / (x * x)[known].sum())
+        if (x[known] ** 2).sum() > 0
+        else math.nan
+    )
 
 # %% ../../nbs/advanced/17_audit.ipynb #5d934189
 def condition_effects(
-    net:FeatureNet, # Trained to read slices
-    images:Tensor|SliceDataset, # Pictures (n, 1, h, w)
-    table:pd.DataFrame, # What they should show: slice; diagnosis, age where known; and subject
-    middle:np.ndarray, # Slice numbers at which to look for fluid
-)->dict[str, dict]: # slice_error, diagnosis_effect, fine_detail, and age_slope where ages are known: value, interval_95
-    "What pictures say about position, disease and age, and how much detail they have."
-    fraction,detail,slices = csf_fraction(images),fine_detail(images),table['slice'].to_numpy(float)
-    error,inside = np.abs(predict_covariates(net, images)['slice'].to_numpy()-slices),np.isin(slices, middle)
+    net: FeatureNet,  # Trained to read slices
+    images: Tensor | SliceDataset,  # Pictures (n, 1, h, w)
+    table: pd.DataFrame,  # What they should show: slice; diagnosis, age where known; and subject
+    middle: np.ndarray,  # Slice numbers at which to look for fluid
+    # slice_error, diagnosis_effect, fine_detail, and age_slope where ages are known: value,
+    # interval_95
+) -> dict[str, dict]:
+    """What pictures say about position, disease and age, and how much detail they have.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained to read slices.
+    images : Tensor | SliceDataset
+        Pictures (n, 1, h, w).
+    table : pd.DataFrame
+        What they should show: slice; diagnosis, age where known; and subject.
+    middle : np.ndarray
+        Slice numbers at which to look for fluid.
+
+    Returns
+    -------
+    dict[str, dict]
+    """
+    fraction, detail, slices = (
+        csf_fraction(images),
+        fine_detail(images),
+        table['slice'].to_numpy(float),
+    )
+    error, inside = np.abs(predict_covariates(net, images)['slice'].to_numpy() - slices), np.isin(
+        slices, middle
+    )
     diagnosis = table.diagnosis.to_numpy() if 'diagnosis' in table else np.full(len(table), '')
+
     def score(at):
         k = at[inside[at]]
-        out = dict(slice_error=error[at].mean(), fine_detail=np.nanmean(detail[at]),
-                   diagnosis_effect=diagnosis_effect(fraction[k], diagnosis[k], slices[k]))
-        if 'age' in table: out['age_slope'] = age_slope(fraction[k], table.age.to_numpy(float)[k], slices[k], diagnosis[k])
+        out = dict(
+            slice_error=error[at].mean(),
+            fine_detail=np.nanmean(detail[at]),
+            diagnosis_effect=diagnosis_effect(fraction[k], diagnosis[k], slices[k]),
+        )
+        if 'age' in table:
+            out['age_slope'] = age_slope(
+                fraction[k], table.age.to_numpy(float)[k], slices[k], diagnosis[k]
+            )
         return out
+
     ranges = dict.fromkeys(('slice_error', 'fine_detail'), POSITIVE)
     spans = leave_out_interval(score, table.subject, spans=ranges)
-    return {k: dict(value=float(v), interval_95=spans.get(k)) for k,v in score(np.arange(len(table))).items()}
+    return {
+        k: dict(value=float(v), interval_95=spans.get(k))
+        for k, v in score(np.arange(len(table))).items()
+    }
 
 # %% ../../nbs/advanced/17_audit.ipynb #4f25e7eb
 def same_condition_pairs(
-    table:pd.DataFrame, # Rows with slice, and diagnosis and subject where known: two visits of one subject make no pair
-    most:int=500, # Pairs to keep at most
-    seed:int=0, # Of the choice
-)->np.ndarray: # Positions of the two rows of each pair (m, 2)
-    "Pairs of rows with the same slice and diagnosis, of different subjects. Raises ValueError if there are none."
+    # Rows with slice, and diagnosis and subject where known: two visits of one subject make no
+    # pair
+    table: pd.DataFrame,
+    most: int = 500,  # Pairs to keep at most
+    seed: int = 0,  # Of the choice
+) -> np.ndarray:  # Positions of the two rows of each pair (m, 2)
+    """Pairs of rows with the same slice and diagnosis, of different subjects.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        Rows with slice, and diagnosis and subject where known: two visits of one subject make no
+        pair.
+    most : int, default 500
+        Pairs to keep at most.
+    seed : int, default 0
+        Of the choice.
+
+    Returns
+    -------
+    np.ndarray
+        Positions of the two rows of each pair (m, 2).
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
     names = [o for o in ('slice', 'diagnosis') if o in table]
     cells = table[names].astype(object).fillna('').groupby(names).ngroup().to_numpy()
     who = pd.factorize(table.subject)[0] if 'subject' in table else np.arange(len(table))
-    pairs = np.argwhere(np.triu((cells[:, None]==cells)&(who[:, None]!=who), 1))
-    if not len(pairs): raise ValueError(
-        f"same_condition_pairs: {len(table)} rows, no two of the same {' and '.join(names)}. Expected several of each. "
-        "Hold back more people.")
+    pairs = np.argwhere(np.triu((cells[:, None] == cells) & (who[:, None] != who), 1))
+    if not len(pairs):
+        raise ValueError(
+            f"same_condition_pairs: {len(table)} rows, no two of the same {' and '.join(names)}."
+            " Expected several of each. Hold back more people."
+        )
     return pairs[np.random.default_rng(seed).permutation(len(pairs))[:most]]
 
 # %% ../../nbs/advanced/17_audit.ipynb #4f1966f9
 def pair_similarity(
-    images:Tensor, # Pictures (n, 1, h, w) in [-1, 1]
-    pairs:np.ndarray, # Positions of two pictures each (m, 2)
-)->np.ndarray: # MS-SSIM of each pair (m,), 1 for equal pictures
-    "Similarity at as many scales as the size allows. Source: Wang et al. 2003, eq. 7, with the weights of sec. 3.2."
-    side,weights = min(images.shape[-2:]),(.0448, .2856, .3001, .2363, .1333)
-    scales = min(5, int(math.log2(side/16))+1)                                 # the last must hold 11 pixels
-    betas = tuple(o/sum(weights[:scales]) for o in weights[:scales])
-    gray,out = (images.float()+1)/2,[]
+    images: Tensor,  # Pictures (n, 1, h, w) in [-1, 1]
+    pairs: np.ndarray,  # Positions of two pictures each (m, 2)
+) -> np.ndarray:  # MS-SSIM of each pair (m,), 1 for equal pictures
+    """Similarity at as many scales as the size allows.
+
+    Parameters
+    ----------
+    images : Tensor
+        Pictures (n, 1, h, w) in [-1, 1].
+    pairs : np.ndarray
+        Positions of two pictures each (m, 2).
+
+    Returns
+    -------
+    np.ndarray
+        MS-SSIM of each pair (m,), 1 for equal pictures.
+
+    References
+    ----------
+    Wang et al. 2003, eq. 7, with the weights of sec. 3.2.
+    """
+    side, weights = min(images.shape[-2:]), (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    scales = min(5, int(math.log2(side / 16)) + 1)  # the last must hold 11 pixels
+    betas = tuple(o / sum(weights[:scales]) for o in weights[:scales])
+    gray, out = (images.float() + 1) / 2, []
     for part in torch.as_tensor(pairs).split(64):
-        metric = MultiScaleStructuralSimilarityIndexMeasure(data_range=1., betas=betas, reduction='none')
+        metric = MultiScaleStructuralSimilarityIndexMeasure(
+            data_range=1.0, betas=betas, reduction='none'
+        )
         metric = metric.to(gray.device)
         out.append(metric(gray[part[:, 0]], gray[part[:, 1]]).reshape(-1).cpu())
     return torch.cat(out).double().numpy()
 
 # %% ../../nbs/advanced/17_audit.ipynb #29a4093e
 def diversity_scores(
-    sets:dict[str, Tensor], # Sets of pictures, each (n, 1, h, w), row for row with the same conditions
-    table:pd.DataFrame, # Their conditions: slice, diagnosis where known; and subject
-    most:int=500, # Pairs to compare
-)->dict[str, dict]: # By set: ms_ssim, interval_95, n_pairs
-    "How alike pictures with the same conditions are; the same pairs of rows in each set."
-    pairs,out = same_condition_pairs(table, most),{}
-    for name,images in sets.items():
+    # Sets of pictures, each (n, 1, h, w), row for row with the same conditions
+    sets: dict[str, Tensor],
+    table: pd.DataFrame,  # Their conditions: slice, diagnosis where known; and subject
+    most: int = 500,  # Pairs to compare
+) -> dict[str, dict]:  # By set: ms_ssim, interval_95, n_pairs
+    """How alike pictures with the same conditions are; the same pairs of rows in each set.
+
+    Parameters
+    ----------
+    sets : dict[str, Tensor]
+        Sets of pictures, each (n, 1, h, w), row for row with the same conditions.
+    table : pd.DataFrame
+        Their conditions: slice, diagnosis where known; and subject.
+    most : int, default 500
+        Pairs to compare.
+
+    Returns
+    -------
+    dict[str, dict]
+        By set: ms_ssim, interval_95, n_pairs.
+    """
+    pairs, out = same_condition_pairs(table, most), {}
+    for name, images in sets.items():
         values = pair_similarity(images, pairs)
-        def score(at): return dict(ms_ssim=float(values[np.isin(pairs, at).all(1)].mean()))
-        span = leave_out_interval(score, table.subject, spans=dict(ms_ssim=PROPORTION)).get('ms_ssim')
+
+        def score(at):
+            return dict(ms_ssim=float(values[np.isin(pairs, at).all(1)].mean()))
+
+        span = leave_out_interval(score, table.subject, spans=dict(ms_ssim=PROPORTION)).get(
+            'ms_ssim'
+        )
         out[name] = dict(ms_ssim=float(values.mean()), interval_95=span, n_pairs=len(pairs))
     return out
 
 # %% ../../nbs/advanced/17_audit.ipynb #fac762ca
 def as_dataset(
-    images:Tensor, # Drawn pictures (n, 1, h, w) in [-1, 1]
-    table:pd.DataFrame, # Rows with whose conditions they were drawn
-    covariates:list[Covariate], # What they shall teach
-)->SliceDataset: # Rows of a train split
-    "Let drawn pictures stand where scanned ones stood."
-    return SliceDataset(to_bytes(images[:, 0]), table.reset_index(drop=True).assign(split='train'), covariates)
+    images: Tensor,  # Drawn pictures (n, 1, h, w) in [-1, 1]
+    table: pd.DataFrame,  # Rows with whose conditions they were drawn
+    covariates: list[Covariate],  # What they shall teach
+) -> SliceDataset:  # Rows of a train split
+    """Let drawn pictures stand where scanned ones stood.
+
+    Parameters
+    ----------
+    images : Tensor
+        Drawn pictures (n, 1, h, w) in [-1, 1].
+    table : pd.DataFrame
+        Rows with whose conditions they were drawn.
+    covariates : list[Covariate]
+        What they shall teach.
+
+    Returns
+    -------
+    SliceDataset
+        Rows of a train split.
+    """
+    return SliceDataset(
+        to_bytes(images[:, 0]), table.reset_index(drop=True).assign(split='train'), covariates
+    )
 
 # %% ../../nbs/advanced/17_audit.ipynb #1ccc17b1
 def utility_scores(
-    sources:dict[str, SliceDataset], # What to learn from: rows of a train split
-    held_out:SliceDataset, # Real slices of unseen people
-    config:TrainConfig=UTILITY, # Length and rates of each training
-    channels:tuple[int, ...]=(64, 96, 128), # As in `FeatureNet`
-    seeds:int=3, # Trainings from each source
-    progress:bool=False, # Show a bar
-)->dict[str, dict]: # By source: auc, the mean over seeds; auc_by_seed; interval_95 over people
-    "How well a diagnosis is learned from each. Source: Esteban et al. 2017, sec. 4.2. Raises ValueError without one."
-    found = [c for c in held_out.covariates if c.name=='diagnosis' and len(c.values or ())==2]
-    if not found: raise ValueError(
-        "utility_scores: no diagnosis of two values. Expected one to learn, such as AD and NC. Leave this measure out.")
-    known,out = held_out.manifest.diagnosis.notna().to_numpy(),{}
-    truth,who = ((held_out.manifest.diagnosis==found[0].values[0])[known],held_out.manifest.subject[known])
+    sources: dict[str, SliceDataset],  # What to learn from: rows of a train split
+    held_out: SliceDataset,  # Real slices of unseen people
+    config: TrainConfig = UTILITY,  # Length and rates of each training
+    channels: tuple[int, ...] = (64, 96, 128),  # As in `FeatureNet`
+    seeds: int = 3,  # Trainings from each source
+    progress: bool = False,  # Show a bar
+) -> dict[str, dict]:  # By source: auc, the mean over seeds; auc_by_seed; interval_95 over people
+    """How well a diagnosis is learned from each.
+
+    Parameters
+    ----------
+    sources : dict[str, SliceDataset]
+        What to learn from: rows of a train split.
+    held_out : SliceDataset
+        Real slices of unseen people.
+    config : TrainConfig, default UTILITY
+        Length and rates of each training.
+    channels : tuple[int, ...], default (64, 96, 128)
+        As in `FeatureNet`.
+    seeds : int, default 3
+        Trainings from each source.
+    progress : bool, default False
+        Show a bar.
+
+    Returns
+    -------
+    dict[str, dict]
+        By source: auc, the mean over seeds; auc_by_seed; interval_95 over people.
+
+    Raises
+    ------
+    ValueError
+        Without one.
+
+    References
+    ----------
+    Esteban et al. 2017, sec. 4.2.
+    """
+    found = [c for c in held_out.covariates if c.name == 'diagnosis' and len(c.values or ()) == 2]
+    if not found:
+        raise ValueError(
+            "utility_scores: no diagnosis of two values. Expected one to learn, such as AD and NC."
+            " Leave this measure out."
+        )
+    known, out = held_out.manifest.diagnosis.notna().to_numpy(), {}
+    truth, who = (
+        (held_out.manifest.diagnosis == found[0].values[0])[known],
+        held_out.manifest.subject[known],
+    )
     for name in tqdm(sources, desc='classifiers', disable=not progress):
         source = SliceDataset(sources[name].images, sources[name].manifest, found)
-        nets = [train_feature_net(source, replace(config, seed=config.seed+i), channels) for i in range(seeds)]
-        scores = np.stack([predict_covariates(o, held_out).diagnosis.to_numpy()[known] for o in nets], axis=1)
-        auc,span = subject_auc(scores, truth, who)
+        nets = [
+            train_feature_net(source, replace(config, seed=config.seed + i), channels)
+            for i in range(seeds)
+        ]
+        scores = np.stack(
+            [predict_covariates(o, held_out).diagnosis.to_numpy()[known] for o in nets], axis=1
+        )
+        auc, span = subject_auc(scores, truth, who)
         each = [subject_auc(o, truth, who, num_resamples=0)[0] for o in scores.T]
         out[name] = dict(auc=auc, auc_by_seed=each, interval_95=span)
     return out
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10003
 def smooth(
-    images:Tensor, # Images (..., h, w)
-    sigma:float, # Standard deviation of the Gaussian, pixels
-)->Tensor: # The same, blurred; 0 beyond the edge
-    "Blur with a Gaussian, as a product with a banded matrix on either side."
-    def band(n): # (n, n)
+    images: Tensor,  # Images (..., h, w)
+    sigma: float,  # Standard deviation of the Gaussian, pixels
+) -> Tensor:  # The same, blurred; 0 beyond the edge
+    """Blur with a Gaussian, as a product with a banded matrix on either side.
+
+    Parameters
+    ----------
+    images : Tensor
+        Images (..., h, w).
+    sigma : float
+        Standard deviation of the Gaussian, pixels.
+
+    Returns
+    -------
+    Tensor
+        The same, blurred; 0 beyond the edge.
+    """
+
+    def band(n):  # (n, n)
         at = torch.arange(n).to(images)
-        return torch.exp(-(at[:, None]-at).square()/(2*sigma**2))/(sigma*math.sqrt(2*math.pi))
-    return band(images.shape[-2])@images@band(images.shape[-1])
+        return torch.exp(-(at[:, None] - at).square() / (2 * sigma**2)) / (
+            sigma * math.sqrt(2 * math.pi)
+        )
+
+    return band(images.shape[-2]) @ images @ band(images.shape[-1])
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10004
-FRAME = 128 # Side of the frame in which images are compared, pixels: larger and smaller ones are resized
-SIDE = 64 # Side of the maps that are compared
+# Side of the frame in which images are compared, pixels: larger and smaller ones are resized
+FRAME = 128
+SIDE = 64  # Side of the maps that are compared
+
 
 def folding_maps(
-    images:Tensor, # Skull-stripped images (n, 1, h, w) in [-1, 1]
-)->Tensor: # Maps (n, SIDE, SIDE), on the same device: folds and ventricles, about 0 on average, 0 outside the brain
-    "The pattern of sulci and gyri: a band of spatial frequencies, divided by its own local contrast."
+    images: Tensor,  # Skull-stripped images (n, 1, h, w) in [-1, 1]
+    # Maps (n, SIDE, SIDE), on the same device: folds and ventricles, about 0 on average, 0
+    # outside the brain
+) -> Tensor:
+    """The pattern of sulci and gyri: a band of spatial frequencies, divided by its own local contrast.
+
+    Parameters
+    ----------
+    images : Tensor
+        Skull-stripped images (n, 1, h, w) in [-1, 1].
+
+    Returns
+    -------
+    Tensor
+    """
     x = images.float()
-    if x.shape[-1]!=FRAME: x = F.interpolate(x, (FRAME, FRAME), mode='bilinear', antialias=True)
-    gray = ((x+1)/2).clamp(0, 1)
-    inside = (smooth((gray>.1).float(), 1.5)>.5).float()
-    near,wide = (smooth(inside, sigma)+1e-3 for sigma in (1., 4.))             # weights: the outside does not count
-    band = (smooth(gray*inside, 1.)/near-smooth(gray*inside, 4.)/wide)*inside
-    contrast = (smooth(band.square(), 4.)/wide+.02**2).sqrt()
-    return F.adaptive_avg_pool2d(band/contrast*inside, SIDE)[:, 0]
+    if x.shape[-1] != FRAME:
+        x = F.interpolate(x, (FRAME, FRAME), mode='bilinear', antialias=True)
+    gray = ((x + 1) / 2).clamp(0, 1)
+    inside = (smooth((gray > 0.1).float(), 1.5) > 0.5).float()
+    # weights: the outside does not count
+    near, wide = (smooth(inside, sigma) + 1e-3 for sigma in (1.0, 4.0))
+    band = (smooth(gray * inside, 1.0) / near - smooth(gray * inside, 4.0) / wide) * inside
+    contrast = (smooth(band.square(), 4.0) / wide + 0.02**2).sqrt()
+    return F.adaptive_avg_pool2d(band / contrast * inside, SIDE)[:, 0]
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10007
 def transform_maps(
-    maps:Tensor, # Maps (n, h, w)
-    moves:Tensor, # Shift along x and y in halves of a side, turn in radians, scale, and -1 to mirror, 1 not to (n, 5)
-)->Tensor: # Maps (n, h, w), sampled between pixels; 0 where nothing was
-    "Shift, turn, rescale and mirror, each map in its own way."
-    x,y,turn,scale,flip = moves.to(maps).unbind(-1)
-    c,s = torch.cos(turn)*scale,torch.sin(turn)*scale
-    theta = torch.stack([c*flip, -s, x, s*flip, c, y], -1).view(-1, 2, 3)
+    maps: Tensor,  # Maps (n, h, w)
+    # Shift along x and y in halves of a side, turn in radians, scale, and -1 to mirror, 1 not to
+    # (n, 5)
+    moves: Tensor,
+) -> Tensor:  # Maps (n, h, w), sampled between pixels; 0 where nothing was
+    """Shift, turn, rescale and mirror, each map in its own way.
+
+    Parameters
+    ----------
+    maps : Tensor
+        Maps (n, h, w).
+    moves : Tensor
+        Shift along x and y in halves of a side, turn in radians, scale, and -1 to mirror, 1 not to
+        (n, 5).
+
+    Returns
+    -------
+    Tensor
+        Maps (n, h, w), sampled between pixels; 0 where nothing was.
+    """
+    x, y, turn, scale, flip = moves.to(maps).unbind(-1)
+    c, s = torch.cos(turn) * scale, torch.sin(turn) * scale
+    theta = torch.stack([c * flip, -s, x, s * flip, c, y], -1).view(-1, 2, 3)
     grid = F.affine_grid(theta, (len(maps), 1, *maps.shape[-2:]), align_corners=False)
     return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0]
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10008
 def candidate_moves(
-    size:int, # Side of the images, pixels
-    shift:float=3., # Largest shift looked for, pixels of the images
-    turn:float=5., # Largest turn, degrees
-    scale:float=.05, # Largest change of scale
-)->Tensor: # As for `transform_maps` (m, 5): shifts, turns and scales, each as it is and mirrored
-    "Moves of which one is near enough to every move looked for that `refine_moves` finds the rest of the way."
-    far = max(shift*FRAME/size-1, 0)                                           # one pixel of the frame is near enough
-    at = (torch.linspace(-far, far, 2*math.ceil(far/2)+1)*2/FRAME).tolist()
-    parts = (-1., -.5, .5, 1.)
-    rows = [(x, y, 0., 1., 1.) for x in at for y in at]
-    rows += [(0., 0., math.radians(turn*o), 1., 1.) for o in parts]+[(0., 0., 0., 1+scale*o, 1.) for o in parts]
+    size: int,  # Side of the images, pixels
+    shift: float = 3.0,  # Largest shift looked for, pixels of the images
+    turn: float = 5.0,  # Largest turn, degrees
+    scale: float = 0.05,  # Largest change of scale
+    # As for `transform_maps` (m, 5): shifts, turns and scales, each as it is and mirrored
+) -> Tensor:
+    """Moves of which one is near enough to every move looked for that `refine_moves` finds the rest of
+    the way.
+
+    Parameters
+    ----------
+    size : int
+        Side of the images, pixels.
+    shift : float, default 3.0
+        Largest shift looked for, pixels of the images.
+    turn : float, default 5.0
+        Largest turn, degrees.
+    scale : float, default 0.05
+        Largest change of scale.
+
+    Returns
+    -------
+    Tensor
+    """
+    far = max(shift * FRAME / size - 1, 0)  # one pixel of the frame is near enough
+    at = (torch.linspace(-far, far, 2 * math.ceil(far / 2) + 1) * 2 / FRAME).tolist()
+    parts = (-1.0, -0.5, 0.5, 1.0)
+    rows = [(x, y, 0.0, 1.0, 1.0) for x in at for y in at]
+    rows += [(0.0, 0.0, math.radians(turn * o), 1.0, 1.0) for o in parts] + [
+        (0.0, 0.0, 0.0, 1 + scale * o, 1.0) for o in parts
+    ]
     rows = torch.tensor(rows)
-    return torch.cat([rows, rows*torch.tensor([1., 1., 1., 1., -1.])])
+    return torch.cat([rows, rows * torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0])])
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10009
 def correlations(
-    products:list[Tensor], # Sums of products over the left half, and over the right half
-    ours:list[Tensor], # Sums of squares of one map over both halves
-    theirs:list[Tensor], # The same of the other map; all three broadcast
-)->Tensor: # Correlation of the whole, and the larger one of both halves (2, ...)
-    "Normalized correlation of two maps. A scan of which one half was copied keeps one half's correlation."
-    whole = sum(products)/(sum(ours)*sum(theirs)+1e-6).sqrt()
-    halves = [p/(a*b+1e-6).sqrt() for p,a,b in zip(products, ours, theirs)]
+    products: list[Tensor],  # Sums of products over the left half, and over the right half
+    ours: list[Tensor],  # Sums of squares of one map over both halves
+    theirs: list[Tensor],  # The same of the other map; all three broadcast
+) -> Tensor:  # Correlation of the whole, and the larger one of both halves (2, ...)
+    """Normalized correlation of two maps.
+
+    A scan of which one half was copied keeps one half's correlation.
+
+    Parameters
+    ----------
+    products : list[Tensor]
+        Sums of products over the left half, and over the right half.
+    ours : list[Tensor]
+        Sums of squares of one map over both halves.
+    theirs : list[Tensor]
+        The same of the other map; all three broadcast.
+
+    Returns
+    -------
+    Tensor
+        Correlation of the whole, and the larger one of both halves (2, ...).
+    """
+    whole = sum(products) / (sum(ours) * sum(theirs) + 1e-6).sqrt()
+    halves = [p / (a * b + 1e-6).sqrt() for p, a, b in zip(products, ours, theirs)]
     return torch.stack([whole, torch.maximum(*halves)])
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1000a
 class CopySearch:
-    "Maps of all train slices, less the mean map of their slice position: what is left is the subject's own."
-    def __init__(self,
-        train:SliceDataset, # Real slices of train subjects
-        device:torch.device|str='cpu', # Where to compute
+    """Maps of all train slices, less the mean map of their slice position: what is left is the
+    subject's own.
+
+    Parameters
+    ----------
+    train : SliceDataset
+        Real slices of train subjects.
+    device : torch.device | str, default 'cpu'
+        Where to compute.
+    """
+
+    def __init__(
+        self,
+        train: SliceDataset,  # Real slices of train subjects
+        device: torch.device | str = 'cpu',  # Where to compute
     ):
         maps = torch.cat([folding_maps(o.to(device)) for o in image_batches(train)])
         table = train.manifest
-        at = table['slice'].to_numpy() if 'slice' in table else np.zeros(len(table))      # not known: one position for all
-        self.size,self.subjects = train.images.shape[1],pd.factorize(table.subject)
+        # not known: one position for all
+        at = table['slice'].to_numpy() if 'slice' in table else np.zeros(len(table))
+        self.size, self.subjects = train.images.shape[1], pd.factorize(table.subject)
         place = np.unique(at, return_inverse=True)[1]
-        self.rows = [torch.as_tensor(np.flatnonzero(place==k)).to(device) for k in range(place.max()+1)]
-        self.place,self.moves = torch.as_tensor(place).to(device),candidate_moves(self.size).to(device)
-        left = (torch.arange(SIDE, device=device)<SIDE/2).expand(SIDE, SIDE)
-        used = maps.abs().mean(0)>.02
-        self.halves = [(used&o).flatten().nonzero()[:, 0] for o in (left, ~left)]          # pixels with brain in them
-        self.means = torch.stack([maps[o].mean(0) for o in self.rows]).flatten(1)          # (positions, SIDE*SIDE)
-        self.own = [(maps.flatten(1)-self.means[self.place])[:, o] for o in self.halves]
+        self.rows = [
+            torch.as_tensor(np.flatnonzero(place == k)).to(device) for k in range(place.max() + 1)
+        ]
+        self.place, self.moves = torch.as_tensor(place).to(device), candidate_moves(self.size).to(
+            device
+        )
+        left = (torch.arange(SIDE, device=device) < SIDE / 2).expand(SIDE, SIDE)
+        used = maps.abs().mean(0) > 0.02
+        # pixels with brain in them
+        self.halves = [(used & o).flatten().nonzero()[:, 0] for o in (left, ~left)]
+        # (positions, SIDE*SIDE)
+        self.means = torch.stack([maps[o].mean(0) for o in self.rows]).flatten(1)
+        self.own = [(maps.flatten(1) - self.means[self.place])[:, o] for o in self.halves]
 
-    def compare(self,
-        warped:Tensor, # Maps (m, SIDE*SIDE)
-        place:int, # Number of the slice position
-    )->Tensor: # Correlations (2, m, train slices there)
-        "Every map with every train slice of one position."
-        rows,mean = self.rows[place],self.means[place]
-        ours,theirs = [(warped-mean)[:, o] for o in self.halves],[o[rows] for o in self.own]
-        products = [a@b.T for a,b in zip(ours, theirs)]
-        return correlations(products, [a.square().sum(1, keepdim=True) for a in ours], [b.square().sum(1) for b in theirs])
+    def compare(
+        self,
+        warped: Tensor,  # Maps (m, SIDE*SIDE)
+        place: int,  # Number of the slice position
+    ) -> Tensor:  # Correlations (2, m, train slices there)
+        """Every map with every train slice of one position.
 
-    def pairs(self,
-        maps:Tensor, # Maps (b, SIDE, SIDE)
-        rows:Tensor, # A train row for each (b,)
-        moves:Tensor, # A move for each (b, 5)
-    )->Tensor: # Correlations (2, b)
-        "Each map, moved, with one train slice."
-        own = transform_maps(maps, moves).flatten(1)-self.means[self.place[rows]]
-        ours,theirs = [own[:, o] for o in self.halves],[o[rows] for o in self.own]
-        products = [(a*b).sum(1) for a,b in zip(ours, theirs)]
-        return correlations(products, *([o.square().sum(1) for o in both] for both in (ours, theirs)))
+        Parameters
+        ----------
+        warped : Tensor
+            Maps (m, SIDE*SIDE).
+        place : int
+            Number of the slice position.
 
-    def positions(self,
-        maps:Tensor, # Maps (n, SIDE, SIDE)
-    )->Tensor: # Number of the slice position whose mean map is most similar (n,)
-        "Where a slice seems to be, whatever its label says, and however it was moved."
+        Returns
+        -------
+        Tensor
+            Correlations (2, m, train slices there).
+        """
+        rows, mean = self.rows[place], self.means[place]
+        ours, theirs = [(warped - mean)[:, o] for o in self.halves], [o[rows] for o in self.own]
+        products = [a @ b.T for a, b in zip(ours, theirs)]
+        return correlations(
+            products,
+            [a.square().sum(1, keepdim=True) for a in ours],
+            [b.square().sum(1) for b in theirs],
+        )
+
+    def pairs(
+        self,
+        maps: Tensor,  # Maps (b, SIDE, SIDE)
+        rows: Tensor,  # A train row for each (b,)
+        moves: Tensor,  # A move for each (b, 5)
+    ) -> Tensor:  # Correlations (2, b)
+        """Each map, moved, with one train slice.
+
+        Parameters
+        ----------
+        maps : Tensor
+            Maps (b, SIDE, SIDE).
+        rows : Tensor
+            A train row for each (b,).
+        moves : Tensor
+            A move for each (b, 5).
+
+        Returns
+        -------
+        Tensor
+            Correlations (2, b).
+        """
+        own = transform_maps(maps, moves).flatten(1) - self.means[self.place[rows]]
+        ours, theirs = [own[:, o] for o in self.halves], [o[rows] for o in self.own]
+        products = [(a * b).sum(1) for a, b in zip(ours, theirs)]
+        return correlations(
+            products, *([o.square().sum(1) for o in both] for both in (ours, theirs))
+        )
+
+    def positions(
+        self,
+        maps: Tensor,  # Maps (n, SIDE, SIDE)
+    ) -> Tensor:  # Number of the slice position whose mean map is most similar (n,)
+        """Where a slice seems to be, whatever its label says, and however it was moved.
+
+        Parameters
+        ----------
+        maps : Tensor
+            Maps (n, SIDE, SIDE).
+
+        Returns
+        -------
+        Tensor
+            Number of the slice position whose mean map is most similar (n,).
+        """
         means = F.normalize(self.means)
-        found = [F.normalize(transform_maps(maps, o.expand(len(maps), -1)).flatten(1))@means.T for o in self.moves]
+        found = [
+            F.normalize(transform_maps(maps, o.expand(len(maps), -1)).flatten(1)) @ means.T
+            for o in self.moves
+        ]
         return torch.stack(found).amax(0).argmax(1)
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1000b
 def best_moves(
-    search:CopySearch, # Train slices
-    maps:Tensor, # Maps of one slice position (b, SIDE, SIDE)
-    places:Iterable[int], # Numbers of the slice positions to look at
-    subjects:Tensor|None=None, # Train subjects not to look at, one a map, as numbers (b,); None: none
-)->tuple[Tensor, Tensor, Tensor]: # Correlation, train row, and number of the move, each for whole and half (2, b)
-    "Try every move against every train slice nearby, as products of matrices."
+    search: CopySearch,  # Train slices
+    maps: Tensor,  # Maps of one slice position (b, SIDE, SIDE)
+    places: Iterable[int],  # Numbers of the slice positions to look at
+    # Train subjects not to look at, one a map, as numbers (b,); None: none
+    subjects: Tensor | None = None,
+    # Correlation, train row, and number of the move, each for whole and half (2, b)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Try every move against every train slice nearby, as products of matrices.
+
+    Parameters
+    ----------
+    search : CopySearch
+        Train slices.
+    maps : Tensor
+        Maps of one slice position (b, SIDE, SIDE).
+    places : Iterable[int]
+        Numbers of the slice positions to look at.
+    subjects : Tensor | None, default None
+        Train subjects not to look at, one a map, as numbers (b,); None: none.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+    """
     b = len(maps)
-    warped = torch.cat([transform_maps(maps, o.expand(b, -1)).flatten(1) for o in search.moves])    # (moves*b, SIDE*SIDE)
+    # (moves*b, SIDE*SIDE)
+    warped = torch.cat([transform_maps(maps, o.expand(b, -1)).flatten(1) for o in search.moves])
     codes = torch.as_tensor(search.subjects[0]).to(maps.device)
     best = maps.new_full((2, b), -math.inf)
-    row,move = (torch.zeros((2, b), dtype=torch.long, device=maps.device) for _ in range(2))
+    row, move = (torch.zeros((2, b), dtype=torch.long, device=maps.device) for _ in range(2))
     for k in places:
         rows = search.rows[k]
-        found = search.compare(warped, k).unflatten(1, (-1, b))                # (2, moves, b, slices)
-        if subjects is not None: found.masked_fill_(subjects[:, None]==codes[rows], -math.inf)
-        value,at = found.transpose(1, 2).flatten(2).max(2)
-        better = value>best
-        best,row = torch.where(better, value, best),torch.where(better, rows[at%len(rows)], row)
-        move = torch.where(better, at//len(rows), move)
-    return best,row,move
+        found = search.compare(warped, k).unflatten(1, (-1, b))  # (2, moves, b, slices)
+        if subjects is not None:
+            found.masked_fill_(subjects[:, None] == codes[rows], -math.inf)
+        value, at = found.transpose(1, 2).flatten(2).max(2)
+        better = value > best
+        best, row = torch.where(better, value, best), torch.where(better, rows[at % len(rows)], row)
+        move = torch.where(better, at // len(rows), move)
+    return best, row, move
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1000c
-REFINE = tuple((axis, part*step) for part in (1., .5) # Changes of a move that are tried, forth and back: axis, size
-               for axis,step in enumerate((2/FRAME, 2/FRAME, math.radians(1.25), .0125)))
+# Changes of a move that are tried, forth and back: axis, size
+REFINE = tuple(
+    (axis, part * step)
+    for part in (1.0, 0.5)
+    for axis, step in enumerate((2 / FRAME, 2 / FRAME, math.radians(1.25), 0.0125))
+)
+
 
 def refine_moves(
-    search:CopySearch, # Train slices
-    maps:Tensor, # Maps (b, SIDE, SIDE)
-    rows:Tensor, # The train row of each (b,)
-    moves:Tensor, # The move to start from (b, 5)
-    best:Tensor, # Its correlation (b,)
-    column:int, # 0: of the whole; 1: of the better half
-)->Tensor: # The highest correlation found (b,)
-    "Improve the move of each pair, one axis after the other."
-    for (axis,step),sign in itertools.product(REFINE, (-1, 1)):
+    search: CopySearch,  # Train slices
+    maps: Tensor,  # Maps (b, SIDE, SIDE)
+    rows: Tensor,  # The train row of each (b,)
+    moves: Tensor,  # The move to start from (b, 5)
+    best: Tensor,  # Its correlation (b,)
+    column: int,  # 0: of the whole; 1: of the better half
+) -> Tensor:  # The highest correlation found (b,)
+    """Improve the move of each pair, one axis after the other.
+
+    Parameters
+    ----------
+    search : CopySearch
+        Train slices.
+    maps : Tensor
+        Maps (b, SIDE, SIDE).
+    rows : Tensor
+        The train row of each (b,).
+    moves : Tensor
+        The move to start from (b, 5).
+    best : Tensor
+        Its correlation (b,).
+    column : int
+        0: of the whole; 1: of the better half.
+
+    Returns
+    -------
+    Tensor
+        The highest correlation found (b,).
+    """
+    for (axis, step), sign in itertools.product(REFINE, (-1, 1)):
         trial = moves.clone()
-        trial[:, axis] += sign*step
+        trial[:, axis] += sign * step
         value = search.pairs(maps, rows, trial)[column]
-        moves = torch.where((value>best)[:, None], trial, moves)
+        moves = torch.where((value > best)[:, None], trial, moves)
         best = torch.maximum(best, value)
     return best
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1000d
 def nearest_copies(
-    search:CopySearch, # Train slices
-    images:Tensor|SliceDataset, # Images to look up (n, 1, h, w) in [-1, 1]
-    subjects:np.ndarray|None=None, # Train subjects of the images (n,), who are not compared with themselves; None: others
-    window:int=2, # Slice positions to look at on either side
-    batch_size:int=64, # Images at a time
-)->pd.DataFrame: # whole, half: correlation with the most similar train slice; whole_row, half_row: which it is
-    "Whose slice, moved or mirrored, is most like this? 1 is a copy, 0 has nothing in common but its position."
-    device,last = search.means.device,len(search.rows)-1
+    search: CopySearch,  # Train slices
+    images: Tensor | SliceDataset,  # Images to look up (n, 1, h, w) in [-1, 1]
+    # Train subjects of the images (n,), who are not compared with themselves; None: others
+    subjects: np.ndarray | None = None,
+    window: int = 2,  # Slice positions to look at on either side
+    batch_size: int = 64,  # Images at a time
+    # whole, half: correlation with the most similar train slice; whole_row, half_row: which it is
+) -> pd.DataFrame:
+    """Whose slice, moved or mirrored, is most like this?
+
+    1 is a copy, 0 has nothing in common but its position.
+
+    Parameters
+    ----------
+    search : CopySearch
+        Train slices.
+    images : Tensor | SliceDataset
+        Images to look up (n, 1, h, w) in [-1, 1].
+    subjects : np.ndarray | None, default None
+        Train subjects of the images (n,), who are not compared with themselves; None: others.
+    window : int, default 2
+        Slice positions to look at on either side.
+    batch_size : int, default 64
+        Images at a time.
+
+    Returns
+    -------
+    pd.DataFrame
+    """
+    device, last = search.means.device, len(search.rows) - 1
     maps = torch.cat([folding_maps(o.to(device)) for o in image_batches(images, batch_size)])
     place = torch.cat([search.positions(o) for o in maps.split(batch_size)])
-    codes = None if subjects is None else torch.as_tensor(pd.Index(search.subjects[1]).get_indexer(subjects)).to(device)
-    value,row = maps.new_zeros((2, len(maps))),torch.zeros((2, len(maps)), dtype=torch.long, device=device)
+    codes = (
+        None
+        if subjects is None
+        else torch.as_tensor(pd.Index(search.subjects[1]).get_indexer(subjects)).to(device)
+    )
+    value, row = maps.new_zeros((2, len(maps))), torch.zeros(
+        (2, len(maps)), dtype=torch.long, device=device
+    )
     for k in place.unique().tolist():
-        near = range(max(0, k-window), min(last, k+window)+1)
-        for at in (place==k).nonzero()[:, 0].split(batch_size):
-            best,found,move = best_moves(search, maps[at], near, None if codes is None else codes[at])
-            for column in (0, 1): best[column] = refine_moves(
-                search, maps[at], found[column], search.moves[move[column]], best[column], column)
-            value[:, at],row[:, at] = best,found
-    value,row = value.cpu().double().numpy(),row.cpu().numpy()
+        near = range(max(0, k - window), min(last, k + window) + 1)
+        for at in (place == k).nonzero()[:, 0].split(batch_size):
+            best, found, move = best_moves(
+                search, maps[at], near, None if codes is None else codes[at]
+            )
+            for column in (0, 1):
+                best[column] = refine_moves(
+                    search,
+                    maps[at],
+                    found[column],
+                    search.moves[move[column]],
+                    best[column],
+                    column,
+                )
+            value[:, at], row[:, at] = best, found
+    value, row = value.cpu().double().numpy(), row.cpu().numpy()
     return pd.DataFrame(dict(whole=value[0], whole_row=row[0], half=value[1], half_row=row[1]))
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10010
 def extreme_threshold(
-    values:np.ndarray, # Correlations of slices of subjects who cannot be copies (m,)
-    subjects:np.ndarray, # Whose each slice is (m,)
-    n:int, # Samples to judge
-    alpha:float, # Probability of a false alarm among all of them
-)->float: # Correlation above which a sample is a copy; 1 or nearly so with too few subjects
-    """Extreme-value rule: a Gumbel distribution, fitted to the maximum of each subject, gives its 1-alpha/n quantile.
+    values: np.ndarray,  # Correlations of slices of subjects who cannot be copies (m,)
+    subjects: np.ndarray,  # Whose each slice is (m,)
+    n: int,  # Samples to judge
+    alpha: float,  # Probability of a false alarm among all of them
+) -> float:  # Correlation above which a sample is a copy; 1 or nearly so with too few subjects
+    """Extreme-value rule: a Gumbel distribution, fitted to the maximum of each subject, gives its
+    1-alpha/n quantile.
 
-    On Fisher's scale, atanh, where correlations are not bounded; the Gumbel's width is taken at its upper 90 % bound.
-    Conservative: one sample gets the quantile of a subject's maximum. Source: Coles 2001, sec. 3.1 and 3.3."""
-    maxima = pd.Series(np.arctanh(np.clip(values, -.9999, .9999))).groupby(np.asarray(subjects)).max().to_numpy()
-    if len(maxima)<3: return 1.
-    place,width = gumbel_r.fit(maxima)
-    return float(np.tanh(gumbel_r.isf(alpha/n, place, width*(1+1.28*.78/math.sqrt(len(maxima))))))
+    On Fisher's scale, atanh, where correlations are not bounded; the Gumbel's width is taken at its
+    upper 90 % bound. Conservative: one sample gets the quantile of a subject's maximum.
+
+    Parameters
+    ----------
+    values : np.ndarray
+        Correlations of slices of subjects who cannot be copies (m,).
+    subjects : np.ndarray
+        Whose each slice is (m,).
+    n : int
+        Samples to judge.
+    alpha : float
+        Probability of a false alarm among all of them.
+
+    Returns
+    -------
+    float
+        Correlation above which a sample is a copy; 1 or nearly so with too few subjects.
+
+    References
+    ----------
+    Coles 2001, sec. 3.1 and 3.3.
+    """
+    maxima = (
+        pd.Series(np.arctanh(np.clip(values, -0.9999, 0.9999)))
+        .groupby(np.asarray(subjects))
+        .max()
+        .to_numpy()
+    )
+    if len(maxima) < 3:
+        return 1.0
+    place, width = gumbel_r.fit(maxima)
+    return float(
+        np.tanh(gumbel_r.isf(alpha / n, place, width * (1 + 1.28 * 0.78 / math.sqrt(len(maxima)))))
+    )
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10013
 def excess_p_values(
-    near:np.ndarray, # Reference slices above the level, True or False (m,)
-    owners:np.ndarray, # Train subject that each resembles, as numbers (m,)
-    subjects:np.ndarray, # Whose each reference slice is, as numbers (m,)
-    groups:np.ndarray, # Which samples belong together, as numbers (n,): slices of one subject, or each its own
-    found:tuple[int, int], # Samples above the level; the most of them that resemble one train subject
-    num_resamples:int=2_000, # Sets of subjects to draw
-    seed:int=0, # Of the draws
-)->tuple[float, float]: # How often so many above the level, and so many of one train subject, arise by chance
-    """Draw as many groups from the reference as there are samples, whole subjects at a time: no slice counts as independent.
+    near: np.ndarray,  # Reference slices above the level, True or False (m,)
+    owners: np.ndarray,  # Train subject that each resembles, as numbers (m,)
+    subjects: np.ndarray,  # Whose each reference slice is, as numbers (m,)
+    # Which samples belong together, as numbers (n,): slices of one subject, or each its own
+    groups: np.ndarray,
+    # Samples above the level; the most of them that resemble one train subject
+    found: tuple[int, int],
+    num_resamples: int = 2_000,  # Sets of subjects to draw
+    seed: int = 0,  # Of the draws
+    # How often so many above the level, and so many of one train subject, arise by chance
+) -> tuple[float, float]:
+    """Draw as many groups from the reference as there are samples, whole subjects at a time: no slice
+    counts as independent.
 
-    To the reference is added one subject, not seen so far, all of whose slices are near (the rule of succession)."""
-    near,owners = np.append(near, True),np.append(owners, np.max(owners)+1)
-    subjects = np.append(subjects, np.max(subjects)+1)
-    order,rng = np.argsort(subjects, kind='stable'),np.random.default_rng(seed)
+    To the reference is added one subject, not seen so far, all of whose slices are near (the rule
+    of succession).
+
+    Parameters
+    ----------
+    near : np.ndarray
+        Reference slices above the level, True or False (m,).
+    owners : np.ndarray
+        Train subject that each resembles, as numbers (m,).
+    subjects : np.ndarray
+        Whose each reference slice is, as numbers (m,).
+    groups : np.ndarray
+        Which samples belong together, as numbers (n,): slices of one subject, or each its own.
+    found : tuple[int, int]
+        Samples above the level; the most of them that resemble one train subject.
+    num_resamples : int, default 2000
+        Sets of subjects to draw.
+    seed : int, default 0
+        Of the draws.
+
+    Returns
+    -------
+    tuple[float, float]
+    """
+    near, owners = np.append(near, True), np.append(owners, np.max(owners) + 1)
+    subjects = np.append(subjects, np.max(subjects) + 1)
+    order, rng = np.argsort(subjects, kind='stable'), np.random.default_rng(seed)
     size = np.bincount(subjects)
-    near,owners,start,people = near[order],owners[order],np.cumsum(size)-size,len(size)
-    counts,tops = [],[]
-    for _ in range(math.ceil(num_resamples/100)):
-        pool = rng.integers(people, size=(100, people))                        # other reference subjects might have come
-        picked = np.take_along_axis(pool, rng.integers(people, size=(100, groups.max()+1)), 1)[:, groups]
-        rows = start[picked]+(rng.random(picked.shape)*size[picked]).astype(int)
+    near, owners, start, people = near[order], owners[order], np.cumsum(size) - size, len(size)
+    counts, tops = [], []
+    for _ in range(math.ceil(num_resamples / 100)):
+        # other reference subjects might have come
+        pool = rng.integers(people, size=(100, people))
+        picked = np.take_along_axis(pool, rng.integers(people, size=(100, groups.max() + 1)), 1)[
+            :, groups
+        ]
+        rows = start[picked] + (rng.random(picked.shape) * size[picked]).astype(int)
         hits = near[rows]
-        table,at = np.zeros((100, owners.max()+1), int),np.nonzero(hits)
+        table, at = np.zeros((100, owners.max() + 1), int), np.nonzero(hits)
         np.add.at(table, (at[0], owners[rows[at]]), 1)
-        counts.append(hits.sum(1)); tops.append(table.max(1))
-    return tuple(float((1+(np.concatenate(o)>=k).sum())/(1+100*len(o))) for o,k in zip((counts, tops), found))
+        counts.append(hits.sum(1))
+        tops.append(table.max(1))
+    return tuple(
+        float((1 + (np.concatenate(o) >= k).sum()) / (1 + 100 * len(o)))
+        for o, k in zip((counts, tops), found)
+    )
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10014
 def audit_statistics(
-    samples:pd.DataFrame, # As from `nearest_copies`, of the samples
-    reference:pd.DataFrame, # The same of slices that cannot be copies, with their `subject`
-    owners:np.ndarray, # Train subject of each train row
-    groups:np.ndarray|None=None, # Which samples belong to one subject (n,); None: each is its own
-    alpha:float=.01, # Probability of a false alarm, all rules together
-)->dict: # Of whole and half: copies, threshold, near, level, p_value, p_subject, highest; and of both together
-    "Count copies, and samples that are nearer to training than 99 of 100 reference slices, with p-values by subject."
-    n,who = len(samples),pd.factorize(reference.subject)[0]
+    samples: pd.DataFrame,  # As from `nearest_copies`, of the samples
+    reference: pd.DataFrame,  # The same of slices that cannot be copies, with their `subject`
+    owners: np.ndarray,  # Train subject of each train row
+    # Which samples belong to one subject (n,); None: each is its own
+    groups: np.ndarray | None = None,
+    alpha: float = 0.01,  # Probability of a false alarm, all rules together
+    # Of whole and half: copies, threshold, near, level, p_value, p_subject, highest; and of both
+    # together
+) -> dict:
+    """Count copies, and samples that are nearer to training than 99 of 100 reference slices, with
+    p-values by subject.
+
+    Parameters
+    ----------
+    samples : pd.DataFrame
+        As from `nearest_copies`, of the samples.
+    reference : pd.DataFrame
+        The same of slices that cannot be copies, with their `subject`.
+    owners : np.ndarray
+        Train subject of each train row.
+    groups : np.ndarray | None, default None
+        Which samples belong to one subject (n,); None: each is its own.
+    alpha : float, default 0.01
+        Probability of a false alarm, all rules together.
+
+    Returns
+    -------
+    dict
+    """
+    n, who = len(samples), pd.factorize(reference.subject)[0]
     groups = np.arange(n) if groups is None else pd.factorize(np.asarray(groups))[0]
-    codes,copied,out = pd.factorize(np.asarray(owners))[0],np.zeros(n, bool),{}
+    codes, copied, out = pd.factorize(np.asarray(owners))[0], np.zeros(n, bool), {}
     for name in ('whole', 'half'):
-        values,theirs = samples[name].to_numpy(),reference[name].to_numpy()
-        threshold,level = extreme_threshold(theirs, who, n, alpha/4),np.quantile(theirs, .99)
-        copy,near = values>=threshold,values>level
-        owner,others = codes[samples[f'{name}_row']],codes[reference[f'{name}_row']]
+        values, theirs = samples[name].to_numpy(), reference[name].to_numpy()
+        threshold, level = extreme_threshold(theirs, who, n, alpha / 4), np.quantile(theirs, 0.99)
+        copy, near = values >= threshold, values > level
+        owner, others = codes[samples[f'{name}_row']], codes[reference[f'{name}_row']]
         most = int(np.bincount(owner[near]).max()) if near.any() else 0
-        p = excess_p_values(theirs>level, others, who, groups, (int(near.sum()), most))
-        out[name] = dict(copies=int(copy.sum()), threshold=float(threshold), near=float(near.mean()), level=float(level),
-                         p_value=p[0], most_of_one=most, p_subject=p[1], highest=float(values.max()))
+        p = excess_p_values(theirs > level, others, who, groups, (int(near.sum()), most))
+        out[name] = dict(
+            copies=int(copy.sum()),
+            threshold=float(threshold),
+            near=float(near.mean()),
+            level=float(level),
+            p_value=p[0],
+            most_of_one=most,
+            p_subject=p[1],
+            highest=float(values.max()),
+        )
         copied |= copy
     at = np.flatnonzero(copied)
-    columns = np.where(samples.half.to_numpy()[at]>samples.whole.to_numpy()[at], samples.half_row.to_numpy()[at], samples.whole_row.to_numpy()[at])
-    return dict(out, copies=len(at), copied_subjects=len(set(codes[columns])), n_train_subjects=int(codes.max()+1), n=n,
-                n_reference=len(reference), n_reference_subjects=int(who.max()+1), alpha=alpha)
+    columns = np.where(
+        samples.half.to_numpy()[at] > samples.whole.to_numpy()[at],
+        samples.half_row.to_numpy()[at],
+        samples.whole_row.to_numpy()[at],
+    )
+    return dict(
+        out,
+        copies=len(at),
+        copied_subjects=len(set(codes[columns])),
+        n_train_subjects=int(codes.max() + 1),
+        n=n,
+        n_reference=len(reference),
+        n_reference_subjects=int(who.max() + 1),
+        alpha=alpha,
+    )
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10015
 def memorization_audit(
-    statistics:dict, # As from `audit_statistics`
-    power:dict|None=None, # As from `audit_power`, measured on the same data; None: not measured
-    allowed:float=.02, # Fraction of samples that may be near to training
-    enough:float=.95, # Fraction of trials in which each kind of copy must have been caught
-)->dict: # The statistics with power, near, allowed, verdict and reason
+    statistics: dict,  # As from `audit_statistics`
+    power: (
+        dict | None
+    ) = None,  # As from `audit_power`, measured on the same data; None: not measured
+    allowed: float = 0.02,  # Fraction of samples that may be near to training
+    enough: float = 0.95,  # Fraction of trials in which each kind of copy must have been caught
+) -> dict:  # The statistics with power, near, allowed, verdict and reason
     """Does a generator hand out its training scans?
 
     failed: a copy, or significantly many samples near to training or near to one train subject.
-    unclear: power was not measured, or some kind of copy would be missed, or there are more near samples than allowed.
-    passed: none of these, and each kind of copy would have been caught."""
-    s,parts = statistics,[statistics[k] for k in ('whole', 'half')]
-    worse,alpha = max(parts, key=lambda o: o['near']),s['alpha']/8             # four tests share half of alpha
-    many = [o for o in parts if o['near']>allowed and o['p_value']<alpha]
-    one = [o for o in parts if o['most_of_one']>2 and o['p_subject']<alpha]
-    blind = [k for k,o in (power or {}).items() if k!='none' and o['caught']<enough*o['trials']]
-    if s['copies']: verdict,reason = 'failed',f"{s['copies']} samples copy slices of {s['copied_subjects']} train subjects"
-    elif many: verdict,reason = 'failed',f"{worse['near']:.1%} of the samples lie nearer to training than 99 of 100 slices of other subjects do"
-    elif one: verdict,reason = 'failed',f"{max(o['most_of_one'] for o in one)} samples resemble one and the same train subject"
-    elif not power: verdict,reason = 'unclear','it was not measured which copies this audit would find'
-    elif blind: verdict,reason = 'unclear',f"{s['n_reference_subjects']} subjects are too few to find copies of these kinds: {', '.join(blind)}"
-    elif worse['near']>allowed and worse['p_value']<.05: verdict,reason = 'unclear',f"{worse['near']:.1%} of the samples lie near to training, which may be chance"
-    else: verdict,reason = 'passed','no sample is a copy, and copies of every kind would have been found'
+    unclear: power was not measured, or some kind of copy would be missed, or there are more near
+    samples than allowed. passed: none of these, and each kind of copy would have been caught.
+
+    Parameters
+    ----------
+    statistics : dict
+        As from `audit_statistics`.
+    power : dict | None, default None
+        As from `audit_power`, measured on the same data; None: not measured.
+    allowed : float, default 0.02
+        Fraction of samples that may be near to training.
+    enough : float, default 0.95
+        Fraction of trials in which each kind of copy must have been caught.
+
+    Returns
+    -------
+    dict
+        The statistics with power, near, allowed, verdict and reason.
+    """
+    s, parts = statistics, [statistics[k] for k in ('whole', 'half')]
+    # four tests share half of alpha
+    worse, alpha = max(parts, key=lambda o: o['near']), s['alpha'] / 8
+    many = [o for o in parts if o['near'] > allowed and o['p_value'] < alpha]
+    one = [o for o in parts if o['most_of_one'] > 2 and o['p_subject'] < alpha]
+    blind = [
+        k for k, o in (power or {}).items() if k != 'none' and o['caught'] < enough * o['trials']
+    ]
+    if s['copies']:
+        verdict, reason = (
+            'failed',
+            f"{s['copies']} samples copy slices of {s['copied_subjects']} train subjects",
+        )
+    elif many:
+        verdict, reason = (
+            'failed',
+            (
+                f"{worse['near']:.1%} of the samples lie nearer to training than 99 of 100 slices"
+                " of other subjects do"
+            ),
+        )
+    elif one:
+        verdict, reason = (
+            'failed',
+            f"{max(o['most_of_one'] for o in one)} samples resemble one and the same train subject",
+        )
+    elif not power:
+        verdict, reason = 'unclear', 'it was not measured which copies this audit would find'
+    elif blind:
+        verdict, reason = (
+            'unclear',
+            (
+                f"{s['n_reference_subjects']} subjects are too few to find copies of these kinds:"
+                f" {', '.join(blind)}"
+            ),
+        )
+    elif worse['near'] > allowed and worse['p_value'] < 0.05:
+        verdict, reason = (
+            'unclear',
+            f"{worse['near']:.1%} of the samples lie near to training, which may be chance",
+        )
+    else:
+        verdict, reason = (
+            'passed',
+            'no sample is a copy, and copies of every kind would have been found',
+        )
     return dict(s, power=power, near=worse['near'], allowed=allowed, verdict=verdict, reason=reason)
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10018
-KINDS = ('verbatim', 'mirrored', 'shifted', 'rotated', 'rescaled', 'blurred', 'noised', 'contrast', 'one half',
-         'mirrored and moved') # Kinds of copies that are planted
+KINDS = (
+    'verbatim',
+    'mirrored',
+    'shifted',
+    'rotated',
+    'rescaled',
+    'blurred',
+    'noised',
+    'contrast',
+    'one half',
+    'mirrored and moved',
+)  # Kinds of copies that are planted
+
 
 def plant_copies(
-    kind:str, # One of `KINDS`
-    images:Tensor, # Slices to copy (n, 1, h, w) in [-1, 1]
-    others:Tensor, # Slices of other subjects at the same positions, for 'one half'
-    generator:torch.Generator, # Source of randomness, on the CPU
-)->Tensor: # Copies (n, 1, h, w) in [-1, 1]
-    "Disguise slices: up to 3 pixels, 5 degrees, 5 % of scale; blur of 1/85 of the side; noise of 10 % at 128 pixels, contrast of 30 %."
-    n,size = len(images),images.shape[-1]
-    chance = (torch.rand((n, 5), generator=generator)*2-1).to(images)
-    image,part = images[:, 0],.6 if kind=='mirrored and moved' else 1.         # moved in all ways, each a little less
-    still = torch.tensor([0., 0., 0., 1., 1.]).to(images).repeat(n, 1)
-    move = {'shifted': (0, 1), 'rotated': (2,), 'rescaled': (3,), 'mirrored': (), 'mirrored and moved': (0, 1, 2, 3)}
+    kind: str,  # One of `KINDS`
+    images: Tensor,  # Slices to copy (n, 1, h, w) in [-1, 1]
+    others: Tensor,  # Slices of other subjects at the same positions, for 'one half'
+    generator: torch.Generator,  # Source of randomness, on the CPU
+) -> Tensor:  # Copies (n, 1, h, w) in [-1, 1]
+    """Disguise slices: up to 3 pixels, 5 degrees, 5 % of scale; blur of 1/85 of the side; noise of 10
+    % at 128 pixels, contrast of 30 %.
+
+    Parameters
+    ----------
+    kind : str
+        One of `KINDS`.
+    images : Tensor
+        Slices to copy (n, 1, h, w) in [-1, 1].
+    others : Tensor
+        Slices of other subjects at the same positions, for 'one half'.
+    generator : torch.Generator
+        Source of randomness, on the CPU.
+
+    Returns
+    -------
+    Tensor
+        Copies (n, 1, h, w) in [-1, 1].
+    """
+    n, size = len(images), images.shape[-1]
+    chance = (torch.rand((n, 5), generator=generator) * 2 - 1).to(images)
+    # moved in all ways, each a little less
+    image, part = images[:, 0], 0.6 if kind == 'mirrored and moved' else 1.0
+    still = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0]).to(images).repeat(n, 1)
+    move = {
+        'shifted': (0, 1),
+        'rotated': (2,),
+        'rescaled': (3,),
+        'mirrored': (),
+        'mirrored and moved': (0, 1, 2, 3),
+    }
     if kind in move:
-        for axis in move[kind]: still[:, axis] += part*chance[:, axis]*(6/size, 6/size, math.radians(5), .05)[axis]
-        if 'mirrored' in kind: still[:, 4] = -1
-        return (transform_maps(image+1, still)-1)[:, None]                              # outside is black, -1
-    if kind=='blurred': return smooth(images+1, 1.5*size/128)-1
-    if kind=='noised': return (images+.2*min(1, size/FRAME)*torch.randn(images.shape, generator=generator).to(images)).clamp(-1, 1)
-    if kind=='contrast':
-        gray = (images+1)/2
-        return (gray**(1+.3*chance[:, :1, None, None])*(1+.3*chance[:, 1:2, None, None])).clamp(0, 1)*2-1
-    if kind=='one half':
-        left = (torch.arange(size, device=images.device)<size/2).expand(n, 1, size, size)
-        return torch.where(left==(chance[:, 4]>0).view(-1, 1, 1, 1), images, others)
+        for axis in move[kind]:
+            still[:, axis] += (
+                part * chance[:, axis] * (6 / size, 6 / size, math.radians(5), 0.05)[axis]
+            )
+        if 'mirrored' in kind:
+            still[:, 4] = -1
+        return (transform_maps(image + 1, still) - 1)[:, None]  # outside is black, -1
+    if kind == 'blurred':
+        return smooth(images + 1, 1.5 * size / 128) - 1
+    if kind == 'noised':
+        return (
+            images
+            + 0.2 * min(1, size / FRAME) * torch.randn(images.shape, generator=generator).to(images)
+        ).clamp(-1, 1)
+    if kind == 'contrast':
+        gray = (images + 1) / 2
+        return (
+            gray ** (1 + 0.3 * chance[:, :1, None, None]) * (1 + 0.3 * chance[:, 1:2, None, None])
+        ).clamp(0, 1) * 2 - 1
+    if kind == 'one half':
+        left = (torch.arange(size, device=images.device) < size / 2).expand(n, 1, size, size)
+        return torch.where(left == (chance[:, 4] > 0).view(-1, 1, 1, 1), images, others)
     check_choice('plant_copies', 'kind', kind, KINDS)
     return images.clone()
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10019
 def audit_power(
-    copies:dict[str, pd.DataFrame], # By kind: as from `nearest_copies`, of planted copies
-    held_out:pd.DataFrame, # The same of held-out subjects' slices, with their `subject`
-    others:pd.DataFrame, # The same of train subjects' slices, each against the others', with their `subject`
-    owners:np.ndarray, # Train subject of each train row
-    trials:int=100, # Trials of each kind
-    fraction:float=.05, # Fraction of the samples that is replaced by copies, one at least
-    seed:int=0, # Of the trials
-)->dict[str, dict]: # By kind: caught, trials, interval_95; 'none', without copies: failed, trials, interval_95
+    copies: dict[str, pd.DataFrame],  # By kind: as from `nearest_copies`, of planted copies
+    held_out: pd.DataFrame,  # The same of held-out subjects' slices, with their `subject`
+    # The same of train subjects' slices, each against the others', with their `subject`
+    others: pd.DataFrame,
+    owners: np.ndarray,  # Train subject of each train row
+    trials: int = 100,  # Trials of each kind
+    fraction: float = 0.05,  # Fraction of the samples that is replaced by copies, one at least
+    seed: int = 0,  # Of the trials
+    # By kind: caught, trials, interval_95; 'none', without copies: failed, trials, interval_95
+) -> dict[str, dict]:
     """How often does the audit fail a set with copies in it, and how often one without?
 
-    In a trial half of the held-out subjects stand for the samples of a generator that copies nothing; the other half and the train
-    subjects are the reference. Intervals: Clopper & Pearson 1934."""
-    rng,caught = np.random.default_rng(seed),dict.fromkeys(('none', *copies), 0)
+    In a trial half of the held-out subjects stand for the samples of a generator that copies
+    nothing; the other half and the train subjects are the reference. Intervals: Clopper & Pearson
+    1934.
+
+    Parameters
+    ----------
+    copies : dict[str, pd.DataFrame]
+        By kind: as from `nearest_copies`, of planted copies.
+    held_out : pd.DataFrame
+        The same of held-out subjects' slices, with their `subject`.
+    others : pd.DataFrame
+        The same of train subjects' slices, each against the others', with their `subject`.
+    owners : np.ndarray
+        Train subject of each train row.
+    trials : int, default 100
+        Trials of each kind.
+    fraction : float, default 0.05
+        Fraction of the samples that is replaced by copies, one at least.
+    seed : int, default 0
+        Of the trials.
+
+    Returns
+    -------
+    dict[str, dict]
+    """
+    rng, caught = np.random.default_rng(seed), dict.fromkeys(('none', *copies), 0)
     names = held_out.subject.unique()
     for _ in range(trials):
-        picked = np.isin(held_out.subject, rng.permutation(names)[:max(1, len(names)//2)])
-        rest,mine = held_out[~picked],held_out[picked]
-        mine = mine.iloc[np.sort(rng.permutation(len(mine))[:max(1, round(.8*len(mine)))])]
+        picked = np.isin(held_out.subject, rng.permutation(names)[: max(1, len(names) // 2)])
+        rest, mine = held_out[~picked], held_out[picked]
+        mine = mine.iloc[np.sort(rng.permutation(len(mine))[: max(1, round(0.8 * len(mine)))])]
         reference = pd.concat([others, rest], ignore_index=True)
         base = audit_statistics(mine, reference, owners, mine.subject)
-        caught['none'] += memorization_audit(base)['verdict']=='failed'
-        number = max(1, round(fraction*len(mine)))
+        caught['none'] += memorization_audit(base)['verdict'] == 'failed'
+        number = max(1, round(fraction * len(mine)))
         limits = [base[k]['threshold'] for k in ('whole', 'half')]
-        for kind,found in copies.items():
+        for kind, found in copies.items():
             planted = found.iloc[rng.integers(len(found), size=number)]
-            if (planted[['whole', 'half']].to_numpy()>=limits).any(): caught[kind] += 1; continue
+            if (planted[['whole', 'half']].to_numpy() >= limits).any():
+                caught[kind] += 1
+                continue
             kept = mine.iloc[rng.permutation(len(mine))[number:]]
-            mixed = pd.concat([kept, planted.assign(subject=[f'copy {i}' for i in range(number)])], ignore_index=True)
-            caught[kind] += memorization_audit(audit_statistics(mixed, reference, owners, mixed.subject))['verdict']=='failed'
-    def score(k): return dict(trials=trials, interval_95=tuple(binomtest(k, trials).proportion_ci(.95)))
-    return {k: dict({'failed' if k=='none' else 'caught': int(v)}, **score(int(v))) for k,v in caught.items()}
+            mixed = pd.concat(
+                [kept, planted.assign(subject=[f'copy {i}' for i in range(number)])],
+                ignore_index=True,
+            )
+            caught[kind] += (
+                memorization_audit(audit_statistics(mixed, reference, owners, mixed.subject))[
+                    'verdict'
+                ]
+                == 'failed'
+            )
+
+    def score(k):
+        return dict(trials=trials, interval_95=tuple(binomtest(k, trials).proportion_ci(0.95)))
+
+    return {
+        k: dict({'failed' if k == 'none' else 'caught': int(v)}, **score(int(v)))
+        for k, v in caught.items()
+    }
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1001a
 def reconstruct_rows(
-    dataset:SliceDataset, # Real slices
-    rows:np.ndarray, # Which of them
-    rebuild:Callable|None, # Called with images and their batch, as `Codec.reconstruct`; None: they stay as they are
-    images:Tensor|None=None, # Other images in place of these rows' (n, 1, h, w); None: their own
-)->Tensor: # Images (n, 1, h, w), as sharp as what a generator decodes
-    "Pass slices through a run's autoencoder, so that samples are compared with what is as blurred as they are."
+    dataset: SliceDataset,  # Real slices
+    rows: np.ndarray,  # Which of them
+    # Called with images and their batch, as `Codec.reconstruct`; None: they stay as they are
+    rebuild: Callable | None,
+    # Other images in place of these rows' (n, 1, h, w); None: their own
+    images: Tensor | None = None,
+) -> Tensor:  # Images (n, 1, h, w), as sharp as what a generator decodes
+    """Pass slices through a run's autoencoder, so that samples are compared with what is as blurred as
+    they are.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Real slices.
+    rows : np.ndarray
+        Which of them.
+    rebuild : Callable | None
+        Called with images and their batch, as `Codec.reconstruct`; None: they stay as they are.
+    images : Tensor | None, default None
+        Other images in place of these rows' (n, 1, h, w); None: their own.
+
+    Returns
+    -------
+    Tensor
+        Images (n, 1, h, w), as sharp as what a generator decodes.
+    """
     out = []
-    for at in np.array_split(np.arange(len(rows)), max(1, math.ceil(len(rows)/32))):
+    for at in np.array_split(np.arange(len(rows)), max(1, math.ceil(len(rows) / 32))):
         batch = dataset.__getitems__(rows[at])
         image = batch['image'] if images is None else images[at]
         out.append(image if rebuild is None else rebuild(image, batch))
@@ -567,22 +1331,51 @@ def reconstruct_rows(
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1001b
 def planted_copies(
-    search:CopySearch, # Of the train slices
-    train:SliceDataset, # Real slices of train subjects
-    held_out:SliceDataset, # Real slices of held-out subjects
-    rebuild:Callable|None=None, # As for `reconstruct_rows`
-    number:int=60, # Copies of each kind
-    seed:int=0, # Of the choice
-    progress:bool=False, # Show a bar
-)->dict[str, pd.DataFrame]: # By kind: as from `nearest_copies`
-    "Copies of every kind, of train slices chosen at random, as the generator of this run would decode them."
-    rng,generator = np.random.default_rng(seed),torch.Generator().manual_seed(seed)
+    search: CopySearch,  # Of the train slices
+    train: SliceDataset,  # Real slices of train subjects
+    held_out: SliceDataset,  # Real slices of held-out subjects
+    rebuild: Callable | None = None,  # As for `reconstruct_rows`
+    number: int = 60,  # Copies of each kind
+    seed: int = 0,  # Of the choice
+    progress: bool = False,  # Show a bar
+) -> dict[str, pd.DataFrame]:  # By kind: as from `nearest_copies`
+    """Copies of every kind, of train slices chosen at random, as the generator of this run would
+    decode them.
+
+    Parameters
+    ----------
+    search : CopySearch
+        Of the train slices.
+    train : SliceDataset
+        Real slices of train subjects.
+    held_out : SliceDataset
+        Real slices of held-out subjects.
+    rebuild : Callable | None, default None
+        As for `reconstruct_rows`.
+    number : int, default 60
+        Copies of each kind.
+    seed : int, default 0
+        Of the choice.
+    progress : bool, default False
+        Show a bar.
+
+    Returns
+    -------
+    dict[str, pd.DataFrame]
+        By kind: as from `nearest_copies`.
+    """
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     rows = rng.permutation(len(train))[:number]
     partners = rng.integers(len(held_out), size=len(rows))
-    if 'slice' in train.manifest: # the other half of a brain is at the same position
-        apart = np.abs(train.manifest['slice'].to_numpy()[rows][:, None]-held_out.manifest['slice'].to_numpy())
-        partners = (apart+rng.random(apart.shape)*1e-3).argmin(1)
-    images,others = (o.__getitems__(at)['image'] for o,at in ((train, rows), (held_out, partners)))
+    if 'slice' in train.manifest:  # the other half of a brain is at the same position
+        apart = np.abs(
+            train.manifest['slice'].to_numpy()[rows][:, None]
+            - held_out.manifest['slice'].to_numpy()
+        )
+        partners = (apart + rng.random(apart.shape) * 1e-3).argmin(1)
+    images, others = (
+        o.__getitems__(at)['image'] for o, at in ((train, rows), (held_out, partners))
+    )
     out = {}
     for kind in tqdm(KINDS, desc='planted copies', disable=not progress):
         planted = plant_copies(kind, images, others, generator)
@@ -591,133 +1384,352 @@ def planted_copies(
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1001c
 def reference_rows(
-    subjects:np.ndarray, # Whose each row is (n,)
-    most:int=1_300, # Rows in all, about
-)->np.ndarray: # Rows, rising: as many of each subject, spread over the subject's slices
-    "Some slices of every subject: what an extreme-value rule needs is many subjects."
-    each = max(1, most//pd.Series(subjects).nunique())
-    rows = [at[np.unique(np.linspace(i%3, len(at)-1, each).round().astype(int).clip(0, len(at)-1))]
-            for i,at in enumerate(pd.Series(np.arange(len(subjects))).groupby(np.asarray(subjects)).agg(np.array))]
+    subjects: np.ndarray,  # Whose each row is (n,)
+    most: int = 1_300,  # Rows in all, about
+) -> np.ndarray:  # Rows, rising: as many of each subject, spread over the subject's slices
+    """Some slices of every subject: what an extreme-value rule needs is many subjects.
+
+    Parameters
+    ----------
+    subjects : np.ndarray
+        Whose each row is (n,).
+    most : int, default 1300
+        Rows in all, about.
+
+    Returns
+    -------
+    np.ndarray
+        Rows, rising: as many of each subject, spread over the subject's slices.
+    """
+    each = max(1, most // pd.Series(subjects).nunique())
+    rows = [
+        at[
+            np.unique(
+                np.linspace(i % 3, len(at) - 1, each).round().astype(int).clip(0, len(at) - 1)
+            )
+        ]
+        for i, at in enumerate(
+            pd.Series(np.arange(len(subjects))).groupby(np.asarray(subjects)).agg(np.array)
+        )
+    ]
     return np.sort(np.concatenate(rows))
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1001d
 def audit_images(
-    images:Tensor, # Samples (n, 1, h, w) in [-1, 1]
-    train:SliceDataset, # Real slices of train subjects
-    held_out:SliceDataset, # Real slices of held-out subjects
-    rebuild:Callable|None=None, # The generator's autoencoder, as `Codec.reconstruct`; None: samples are as sharp as scans
-    trials:int=100, # Trials of the power
-    seed:int=0, # Of copies and trials
-    device:torch.device|str='cpu', # Where to compute
-    progress:bool=False, # Show bars
-)->tuple[dict, pd.DataFrame, pd.DataFrame]: # As from `memorization_audit`; `nearest_copies` of samples, and of the reference
-    "The whole audit: look samples up, measure on these very data which copies would be found, and judge."
+    images: Tensor,  # Samples (n, 1, h, w) in [-1, 1]
+    train: SliceDataset,  # Real slices of train subjects
+    held_out: SliceDataset,  # Real slices of held-out subjects
+    # The generator's autoencoder, as `Codec.reconstruct`; None: samples are as sharp as scans
+    rebuild: Callable | None = None,
+    trials: int = 100,  # Trials of the power
+    seed: int = 0,  # Of copies and trials
+    device: torch.device | str = 'cpu',  # Where to compute
+    progress: bool = False,  # Show bars
+    # As from `memorization_audit`; `nearest_copies` of samples, and of the reference
+) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
+    """The whole audit: look samples up, measure on these very data which copies would be found, and
+    judge.
+
+    Parameters
+    ----------
+    images : Tensor
+        Samples (n, 1, h, w) in [-1, 1].
+    train : SliceDataset
+        Real slices of train subjects.
+    held_out : SliceDataset
+        Real slices of held-out subjects.
+    rebuild : Callable | None, default None
+        The generator's autoencoder, as `Codec.reconstruct`; None: samples are as sharp as scans.
+    trials : int, default 100
+        Trials of the power.
+    seed : int, default 0
+        Of copies and trials.
+    device : torch.device | str, default 'cpu'
+        Where to compute.
+    progress : bool, default False
+        Show bars.
+
+    Returns
+    -------
+    tuple[dict, pd.DataFrame, pd.DataFrame]
+    """
     search = CopySearch(train, device)
-    owners,rows = train.manifest.subject.astype(str).to_numpy(),reference_rows(train.manifest.subject)
+    owners, rows = train.manifest.subject.astype(str).to_numpy(), reference_rows(
+        train.manifest.subject
+    )
     found = nearest_copies(search, images)
     away = nearest_copies(search, reconstruct_rows(held_out, np.arange(len(held_out)), rebuild))
     away = away.assign(subject=held_out.manifest.subject.astype(str).to_numpy(), split='held-out')
-    others = nearest_copies(search, reconstruct_rows(train, rows, rebuild), train.manifest.subject.to_numpy()[rows])
+    others = nearest_copies(
+        search, reconstruct_rows(train, rows, rebuild), train.manifest.subject.to_numpy()[rows]
+    )
     others = others.assign(subject=owners[rows], split='train')
     planted = planted_copies(search, train, held_out, rebuild, seed=seed, progress=progress)
     power = audit_power(planted, away, others, owners, trials, seed=seed)
     reference = pd.concat([others, away], ignore_index=True)
-    return memorization_audit(audit_statistics(found, reference, owners), power),found,reference
+    return memorization_audit(audit_statistics(found, reference, owners), power), found, reference
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d40002
 def denoising_errors(
-    model, # A `Sampler` with a trained denoiser
-    dataset:SliceDataset, # Real slices
-    parts:tuple[float, ...]=(.1, .3, .5, .7), # Times at which to ask, as fractions of the chain
-    seed:int=0, # Of the noise, which is the same for every slice
-    batch_size:int=64, # Slices at a time
-)->np.ndarray: # Mean squared error of each slice at each time (n, times)
-    "How well a denoiser knows slices. Source: Matsumoto et al. 2023; Carlini et al. 2023, sec. 5."
-    call,T = infer(model.unet, model.precision),model.schedule.num_train_timesteps
-    noise,out = None,[]
+    model,  # A `Sampler` with a trained denoiser
+    dataset: SliceDataset,  # Real slices
+    parts: tuple[float, ...] = (
+        0.1,
+        0.3,
+        0.5,
+        0.7,
+    ),  # Times at which to ask, as fractions of the chain
+    seed: int = 0,  # Of the noise, which is the same for every slice
+    batch_size: int = 64,  # Slices at a time
+) -> np.ndarray:  # Mean squared error of each slice at each time (n, times)
+    """How well a denoiser knows slices.
+
+    Parameters
+    ----------
+    model
+        A `Sampler` with a trained denoiser.
+    dataset : SliceDataset
+        Real slices.
+    parts : tuple[float, ...], default (0.1, 0.3, 0.5, 0.7)
+        Times at which to ask, as fractions of the chain.
+    seed : int, default 0
+        Of the noise, which is the same for every slice.
+    batch_size : int, default 64
+        Slices at a time.
+
+    Returns
+    -------
+    np.ndarray
+        Mean squared error of each slice at each time (n, times).
+
+    References
+    ----------
+    Matsumoto et al. 2023; Carlini et al. 2023, sec. 5.
+    """
+    call, T = infer(model.unet, model.precision), model.schedule.num_train_timesteps
+    noise, out = None, []
     for batch in eval_batches(dataset, batch_size):
         z = model.encode_standard(batch['image'], batch)
-        if noise is None: noise = torch.randn((1, *z.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(z)
+        if noise is None:
+            noise = torch.randn(
+                (1, *z.shape[1:]), generator=torch.Generator().manual_seed(seed)
+            ).to(z)
         known = to_device({c.name: batch[c.name] for c in model.unet.covariates}, z.device)
         drop = torch.zeros((len(z), len(known)), dtype=torch.bool, device=z.device)
-        times = [torch.full((len(z),), min(T-1, int(o*T)), device=z.device) for o in parts]
-        errors = [prediction_error(call, dict(known, latent=z), t, noise.expand_as(z), drop, model.schedule, model.unet.covariates)
-                  for t in times]
+        times = [torch.full((len(z),), min(T - 1, int(o * T)), device=z.device) for o in parts]
+        errors = [
+            prediction_error(
+                call,
+                dict(known, latent=z),
+                t,
+                noise.expand_as(z),
+                drop,
+                model.schedule,
+                model.unet.covariates,
+            )
+            for t in times
+        ]
         out.append(torch.stack(errors, 1).cpu().double())
     return torch.cat(out).numpy()
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d40003
 def attack_auc(
-    errors:np.ndarray, # Errors of each slice, smaller where a network knows it (n,) or (n, m)
-    member:np.ndarray, # Whether the slice was trained on (n,)
-    subjects:np.ndarray, # Whose it is (n,)
-    splits:int=100, # Random halves of the members for the control
-    seed:int=0, # Of the splits
-)->dict: # auc, interval_95 over subjects; control, control_interval_95 over splits; excess, n_members, n_others
-    "Membership inference by subject, beside its control. Each column of errors counts relative to its mean."
+    errors: np.ndarray,  # Errors of each slice, smaller where a network knows it (n,) or (n, m)
+    member: np.ndarray,  # Whether the slice was trained on (n,)
+    subjects: np.ndarray,  # Whose it is (n,)
+    splits: int = 100,  # Random halves of the members for the control
+    seed: int = 0,  # Of the splits
+    # auc, interval_95 over subjects; control, control_interval_95 over splits; excess, n_members,
+    # n_others
+) -> dict:
+    """Membership inference by subject, beside its control.
+
+    Each column of errors counts relative to its mean.
+
+    Parameters
+    ----------
+    errors : np.ndarray
+        Errors of each slice, smaller where a network knows it (n,) or (n, m).
+    member : np.ndarray
+        Whether the slice was trained on (n,).
+    subjects : np.ndarray
+        Whose it is (n,).
+    splits : int, default 100
+        Random halves of the members for the control.
+    seed : int, default 0
+        Of the splits.
+
+    Returns
+    -------
+    dict
+    """
     errors = np.asarray(errors, float).reshape(len(member), -1)
-    score,member,who = -(errors/errors.mean(0)).mean(1),np.asarray(member, bool),np.asarray(subjects)
-    auc,interval = subject_auc(score, member, who)
-    names,rng = np.unique(who[member]),np.random.default_rng(seed)
-    halves = [np.isin(who[member], rng.permutation(names)[:len(names)//2]) for _ in range(splits)]
-    control = np.array([subject_auc(score[member], o, who[member], num_resamples=0)[0] for o in halves])
-    return dict(auc=auc, interval_95=interval, control=float(control.mean()), excess=float(auc-control.mean()),
-                control_interval_95=tuple(np.quantile(control, [.025, .975]).tolist()),
-                n_members=len(names), n_others=int(pd.Series(who[~member]).nunique()))
+    score, member, who = (
+        -(errors / errors.mean(0)).mean(1),
+        np.asarray(member, bool),
+        np.asarray(subjects),
+    )
+    auc, interval = subject_auc(score, member, who)
+    names, rng = np.unique(who[member]), np.random.default_rng(seed)
+    halves = [
+        np.isin(who[member], rng.permutation(names)[: len(names) // 2]) for _ in range(splits)
+    ]
+    control = np.array(
+        [subject_auc(score[member], o, who[member], num_resamples=0)[0] for o in halves]
+    )
+    return dict(
+        auc=auc,
+        interval_95=interval,
+        control=float(control.mean()),
+        excess=float(auc - control.mean()),
+        control_interval_95=tuple(np.quantile(control, [0.025, 0.975]).tolist()),
+        n_members=len(names),
+        n_others=int(pd.Series(who[~member]).nunique()),
+    )
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d40006
 def mean_slice_errors(
-    train:SliceDataset, # Real slices of train subjects
-    dataset:SliceDataset, # Slices to score
-    own:bool=False, # Whether they are train slices, each of which is then left out of its mean
-)->np.ndarray: # Mean squared difference from the mean train slice of the position (n,)
-    "What anyone can say without the weights: the baseline of every attack. Members and others may differ by themselves."
-    places = [o.manifest['slice'].to_numpy() if 'slice' in o.manifest else np.zeros(len(o)) for o in (train, dataset)]
+    train: SliceDataset,  # Real slices of train subjects
+    dataset: SliceDataset,  # Slices to score
+    own: bool = False,  # Whether they are train slices, each of which is then left out of its mean
+) -> np.ndarray:  # Mean squared difference from the mean train slice of the position (n,)
+    """What anyone can say without the weights: the baseline of every attack.
+
+    Members and others may differ by themselves.
+
+    Parameters
+    ----------
+    train : SliceDataset
+        Real slices of train subjects.
+    dataset : SliceDataset
+        Slices to score.
+    own : bool, default False
+        Whether they are train slices, each of which is then left out of its mean.
+
+    Returns
+    -------
+    np.ndarray
+        Mean squared difference from the mean train slice of the position (n,).
+    """
+    places = [
+        o.manifest['slice'].to_numpy() if 'slice' in o.manifest else np.zeros(len(o))
+        for o in (train, dataset)
+    ]
     out = np.empty(len(dataset))
     for k in np.unique(places[1]):
-        rows,at = np.flatnonzero(places[0]==places[0][np.abs(places[0]-k).argmin()]),np.flatnonzero(places[1]==k)
-        gap = (dataset.images[at]-train.images[rows].mean(0, dtype=np.float32))/127.5
-        if own and len(rows)>1: gap *= len(rows)/(len(rows)-1)
+        rows, at = np.flatnonzero(
+            places[0] == places[0][np.abs(places[0] - k).argmin()]
+        ), np.flatnonzero(places[1] == k)
+        gap = (dataset.images[at] - train.images[rows].mean(0, dtype=np.float32)) / 127.5
+        if own and len(rows) > 1:
+            gap *= len(rows) / (len(rows) - 1)
         out[at] = np.square(gap).mean((1, 2))
     return out
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d40004
 def membership_inference(
-    model, # A `Sampler`, or a `CodeSampler`: whose weights are attacked
-    train:SliceDataset, # Real slices of train subjects: members
-    held_out:SliceDataset, # Real slices of held-out subjects: not members
-    most:int=1_300, # Slices of members to use, about; as many of each held-out subject
-)->dict[str, dict]: # By attack: as from `attack_auc`
-    "Can it be told from a run's weights who was in its training set? By its autoencoder and its generator, and without either."
+    model,  # A `Sampler`, or a `CodeSampler`: whose weights are attacked
+    train: SliceDataset,  # Real slices of train subjects: members
+    held_out: SliceDataset,  # Real slices of held-out subjects: not members
+    most: int = 1_300,  # Slices of members to use, about; as many of each held-out subject
+) -> dict[str, dict]:  # By attack: as from `attack_auc`
+    """Can it be told from a run's weights who was in its training set?
+
+    By its autoencoder and its generator, and without either.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`, or a `CodeSampler`: whose weights are attacked.
+    train : SliceDataset
+        Real slices of train subjects: members.
+    held_out : SliceDataset
+        Real slices of held-out subjects: not members.
+    most : int, default 1300
+        Slices of members to use, about; as many of each held-out subject.
+
+    Returns
+    -------
+    dict[str, dict]
+        By attack: as from `attack_auc`.
+    """
     rows = [reference_rows(train.manifest.subject, most)]
-    rows.append(reference_rows(held_out.manifest.subject, most*held_out.manifest.subject.nunique()//train.manifest.subject.nunique()))
-    parts = [SliceDataset(o.images[at], o.manifest.iloc[at].reset_index(drop=True), o.covariates)
-             for o,at in zip((train, held_out), rows)]
+    rows.append(
+        reference_rows(
+            held_out.manifest.subject,
+            most * held_out.manifest.subject.nunique() // train.manifest.subject.nunique(),
+        )
+    )
+    parts = [
+        SliceDataset(o.images[at], o.manifest.iloc[at].reset_index(drop=True), o.covariates)
+        for o, at in zip((train, held_out), rows)
+    ]
     who = np.concatenate([o.manifest.subject.astype(str).to_numpy() for o in parts])
     member = np.repeat([True, False], [len(o) for o in parts])
-    def attack(errors): return attack_auc(np.concatenate([errors(o) for o in parts]), member, who)
-    def rebuilt(o): return np.concatenate([(model.reconstruct(b['image'], b)-b['image']).square().mean((1, 2, 3)).double().numpy()
-                                           for b in eval_batches(o, 64)])
+
+    def attack(errors):
+        return attack_auc(np.concatenate([errors(o) for o in parts]), member, who)
+
+    def rebuilt(o):
+        return np.concatenate(
+            [
+                (model.reconstruct(b['image'], b) - b['image'])
+                .square()
+                .mean((1, 2, 3))
+                .double()
+                .numpy()
+                for b in eval_batches(o, 64)
+            ]
+        )
+
     def priced(o):
-        o = SliceDataset(o.images, o.manifest, model.covariates)               # in the words of the run
-        return code_bits(model.prior, cache_codes(model.autoencoder, o, model.precision, progress=False), o.conditions, model.precision).numpy()
-    alone = [mean_slice_errors(train, o, own) for o,own in zip(parts, (True, False))]
-    out = {'mean slice, without the run': attack_auc(np.concatenate(alone), member, who), 'reconstruction error': attack(rebuilt)}
-    if getattr(model, 'prior', None) is not None: out['bits of codes'] = attack(priced)
-    elif model.unet is not None: out['denoising error'] = attack(lambda o: denoising_errors(model, o))
+        o = SliceDataset(o.images, o.manifest, model.covariates)  # in the words of the run
+        return code_bits(
+            model.prior,
+            cache_codes(model.autoencoder, o, model.precision, progress=False),
+            o.conditions,
+            model.precision,
+        ).numpy()
+
+    alone = [mean_slice_errors(train, o, own) for o, own in zip(parts, (True, False))]
+    out = {
+        'mean slice, without the run': attack_auc(np.concatenate(alone), member, who),
+        'reconstruction error': attack(rebuilt),
+    }
+    if getattr(model, 'prior', None) is not None:
+        out['bits of codes'] = attack(priced)
+    elif model.unet is not None:
+        out['denoising error'] = attack(lambda o: denoising_errors(model, o))
     return out
 
 # %% ../../nbs/advanced/17_audit.ipynb #78fa33bc
 def audit_summary(
-    run:str|Path, # Run folder
-    generator:str='ldm', # Who drew: 'ldm', 'prior' or 'stage1'
-)->str: # One line for a terminal or a caption
-    "What the memorization audit of a run said."
+    run: str | Path,  # Run folder
+    generator: str = 'ldm',  # Who drew: 'ldm', 'prior' or 'stage1'
+) -> str:  # One line for a terminal or a caption
+    """What the memorization audit of a run said.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    generator : str, default 'ldm'
+        Who drew: 'ldm', 'prior' or 'stage1'.
+
+    Returns
+    -------
+    str
+        One line for a terminal or a caption.
+    """
     metrics = read_metrics(run)
-    if audit_verdicts(metrics, run).get(generator, 'not audited')=='not audited': return (
-        f'Memorization by {generator}: not audited. An image may repeat a training scan. '
-        'Run `brainldm evaluate RUN DATA`.')
+    if audit_verdicts(metrics, run).get(generator, 'not audited') == 'not audited':
+        return (
+            f'Memorization by {generator}: not audited. An image may repeat a training scan. '
+            'Run `brainldm evaluate RUN DATA`.'
+        )
     audit = metrics[f'samples {generator}']['memorization']
-    return (f"Memorization by {generator}: audit {audit['verdict']}: {audit['reason']}. {audit['copies']} of {audit['n']} "
-            f"samples are copies; {audit['near']:.1%} lie nearer to training than 99 of 100 slices of other subjects do, "
-            f"{audit['allowed']:.0%} are allowed.")
+    return (
+        f"Memorization by {generator}: audit {audit['verdict']}: {audit['reason']}."
+        f" {audit['copies']} of {audit['n']} samples are copies; {audit['near']:.1%} lie nearer to"
+        f" training than 99 of 100 slices of other subjects do, {audit['allowed']:.0%} are allowed."
+    )

@@ -29,138 +29,329 @@ from ..sampling import BrainLDM
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #ca89640b
 def mean_slice_baseline(
-    run:str|Path, # Run folder, which keeps the mean train picture of each slice position
-    slices:np.ndarray, # Slice numbers (b,)
-)->Tensor: # Predictions (b, 1, h, w) in [-1, 1]
-    "Predict the train mean of each slice position, of the nearest one if it was never seen: the floor of every score."
-    tensors,about = load_weights(Path(run)/'train_mean.safetensors')
-    if 'means' not in tensors or len(about.get('slices', ()))!=len(tensors['means']): raise ValueError(
-        f"mean_slice_baseline: {run}/train_mean.safetensors does not hold a mean picture for each slice. "
-        "Expected what training wrote. Take it from a backup, or train again.")
-    nearest = np.abs(np.asarray(slices)[:, None]-np.asarray(about['slices'])).argmin(1)
+    run: str | Path,  # Run folder, which keeps the mean train picture of each slice position
+    slices: np.ndarray,  # Slice numbers (b,)
+) -> Tensor:  # Predictions (b, 1, h, w) in [-1, 1]
+    """Predict the train mean of each slice position, of the nearest one if it was never seen: the
+    floor of every score.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder, which keeps the mean train picture of each slice position.
+    slices : np.ndarray
+        Slice numbers (b,).
+
+    Returns
+    -------
+    Tensor
+        Predictions (b, 1, h, w) in [-1, 1].
+    """
+    tensors, about = load_weights(Path(run) / 'train_mean.safetensors')
+    if 'means' not in tensors or len(about.get('slices', ())) != len(tensors['means']):
+        raise ValueError(
+            f"mean_slice_baseline: {run}/train_mean.safetensors does not hold a mean picture for"
+            " each slice. Expected what training wrote. Take it from a backup, or train again."
+        )
+    nearest = np.abs(np.asarray(slices)[:, None] - np.asarray(about['slices'])).argmin(1)
     return tensors['means'][nearest][:, None]
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #453d8ddd
 def count_new_positions(
-    run:str|Path, # Run folder
-    slices:np.ndarray, # Slice numbers (b,)
-)->int: # How many of them have no mean of their own
-    "Count slices at positions that training never saw: their floor is that of a neighbour."
-    return int((~np.isin(slices, load_weights(Path(run)/'train_mean.safetensors')[1]['slices'])).sum())
+    run: str | Path,  # Run folder
+    slices: np.ndarray,  # Slice numbers (b,)
+) -> int:  # How many of them have no mean of their own
+    """Count slices at positions that training never saw: their floor is that of a neighbour.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    slices : np.ndarray
+        Slice numbers (b,).
+
+    Returns
+    -------
+    int
+        How many of them have no mean of their own.
+    """
+    return int(
+        (~np.isin(slices, load_weights(Path(run) / 'train_mean.safetensors')[1]['slices'])).sum()
+    )
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #e4bb69a8
 def score_slices(
-    model:BrainLDM, # A run with an autoencoder
-    dataset:SliceDataset, # The split to score
-    run:str|Path, # Its folder, for the floor
-    batch_size:int=32, # Pictures at a time
-    progress:bool=False, # Show a bar
-)->pd.DataFrame: # One row a slice: subject, slice, ssim, ssim_brain, psnr, sharpness, and floor_* of the floor
-    "Score every reconstruction beside its floor. Raises ValueError if the pictures have another size than the model's."
-    if dataset.images.shape[1]!=model.size: raise ValueError(
-        f"score_slices: pictures of {dataset.images.shape[1]} pixels, a model for {model.size}. Expected equal sizes. "
-        f"Open the data with DataConfig(size={model.size}).")
-    rows,total = [],-(-len(dataset)//batch_size)
-    for batch in tqdm(eval_batches(dataset, batch_size), total=total, desc='reconstruct', disable=not progress):
-        x,at = batch['image'],len(rows)*batch_size
-        floor = mean_slice_baseline(run, dataset.manifest['slice'].to_numpy()[at:at+len(x)])
-        ours,theirs = image_scores(model.reconstruct(x, batch), x),image_scores(floor, x)
-        scores = {**ours, **{f'floor_{k}': v for k,v in theirs.items()}}
-        rows.append(pd.DataFrame({k: v.numpy() for k,v in scores.items()}))
-    return pd.concat([dataset.manifest[['subject', 'slice']], pd.concat(rows, ignore_index=True)], axis=1)
+    model: BrainLDM,  # A run with an autoencoder
+    dataset: SliceDataset,  # The split to score
+    run: str | Path,  # Its folder, for the floor
+    batch_size: int = 32,  # Pictures at a time
+    progress: bool = False,  # Show a bar
+    # One row a slice: subject, slice, ssim, ssim_brain, psnr, sharpness, and floor_* of the floor
+) -> pd.DataFrame:
+    """Score every reconstruction beside its floor.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        A run with an autoencoder.
+    dataset : SliceDataset
+        The split to score.
+    run : str | Path
+        Its folder, for the floor.
+    batch_size : int, default 32
+        Pictures at a time.
+    progress : bool, default False
+        Show a bar.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    ValueError
+        If the pictures have another size than the model's.
+    """
+    if dataset.images.shape[1] != model.size:
+        raise ValueError(
+            f"score_slices: pictures of {dataset.images.shape[1]} pixels, a model for {model.size}."
+            f" Expected equal sizes. Open the data with DataConfig(size={model.size})."
+        )
+    rows, total = [], -(-len(dataset) // batch_size)
+    for batch in tqdm(
+        eval_batches(dataset, batch_size), total=total, desc='reconstruct', disable=not progress
+    ):
+        x, at = batch['image'], len(rows) * batch_size
+        floor = mean_slice_baseline(run, dataset.manifest['slice'].to_numpy()[at : at + len(x)])
+        ours, theirs = image_scores(model.reconstruct(x, batch), x), image_scores(floor, x)
+        scores = {**ours, **{f'floor_{k}': v for k, v in theirs.items()}}
+        rows.append(pd.DataFrame({k: v.numpy() for k, v in scores.items()}))
+    return pd.concat(
+        [dataset.manifest[['subject', 'slice']], pd.concat(rows, ignore_index=True)], axis=1
+    )
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #ed8e23fa
 def subject_interval(
-    values:pd.Series, # One number a slice; missing ones are left out
-    subjects:pd.Series, # Whose slice it is
-    seed:int=0, # Of the resampling
-    num_resamples:int=1_000, # Resamples
-)->tuple[float, float]|None: # 95 % interval of the mean; None with fewer than 3 people
-    "Bootstrap over subjects: slices of one brain are not independent. Source: Davison & Hinkley 1997, sec. 3.8."
-    by = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(subjects)).agg(['sum', 'count'])
-    by = by[by['count']>0].to_numpy()
-    if len(by)<3: return None
+    values: pd.Series,  # One number a slice; missing ones are left out
+    subjects: pd.Series,  # Whose slice it is
+    seed: int = 0,  # Of the resampling
+    num_resamples: int = 1_000,  # Resamples
+) -> tuple[float, float] | None:  # 95 % interval of the mean; None with fewer than 3 people
+    """Bootstrap over subjects: slices of one brain are not independent.
+
+    Parameters
+    ----------
+    values : pd.Series
+        One number a slice; missing ones are left out.
+    subjects : pd.Series
+        Whose slice it is.
+    seed : int, default 0
+        Of the resampling.
+    num_resamples : int, default 1000
+        Resamples.
+
+    Returns
+    -------
+    tuple[float, float] | None
+        95 % interval of the mean; None with fewer than 3 people.
+
+    References
+    ----------
+    Davison & Hinkley 1997, sec. 3.8.
+    """
+    by = (
+        pd.Series(np.asarray(values, dtype=float))
+        .groupby(np.asarray(subjects))
+        .agg(['sum', 'count'])
+    )
+    by = by[by['count'] > 0].to_numpy()
+    if len(by) < 3:
+        return None
     pick = np.random.default_rng(seed).integers(len(by), size=(num_resamples, len(by)))
-    means = by[pick, 0].sum(1)/by[pick, 1].sum(1)
-    return tuple(float(o) for o in np.quantile(means, [.025, .975]))
+    means = by[pick, 0].sum(1) / by[pick, 1].sum(1)
+    return tuple(float(o) for o in np.quantile(means, [0.025, 0.975]))
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #dfefa49c
 def json_safe(
-    o, # Numbers in dicts, lists and tuples
-): # The same; a float that is NaN or infinite is None
-    "What JSON can hold."
-    if isinstance(o, dict): return {k: json_safe(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple)): return [json_safe(v) for v in o]
+    o,  # Numbers in dicts, lists and tuples
+):  # The same; a float that is NaN or infinite is None
+    """What JSON can hold.
+
+    Parameters
+    ----------
+    o
+        Numbers in dicts, lists and tuples.
+    """
+    if isinstance(o, dict):
+        return {k: json_safe(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple)):
+        return [json_safe(v) for v in o]
     return None if isinstance(o, float) and not math.isfinite(o) else o
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #4246df5f
 def show_number(
-    value:float|None, # A number, or None where there is none
-    digits:int=3, # After the point; of a number below 0.1, so many that count
-)->str: # Text for a reader
-    "A number, or n/a."
-    if value is None or not math.isfinite(value): return 'n/a'
-    return f'{value:.{digits}f}' if value==0 or abs(value)>=.1 else f'{value:#.{digits}g}'
+    value: float | None,  # A number, or None where there is none
+    digits: int = 3,  # After the point; of a number below 0.1, so many that count
+) -> str:  # Text for a reader
+    """A number, or n/a.
+
+    Parameters
+    ----------
+    value : float | None
+        A number, or None where there is none.
+    digits : int, default 3
+        After the point; of a number below 0.1, so many that count.
+
+    Returns
+    -------
+    str
+        Text for a reader.
+    """
+    if value is None or not math.isfinite(value):
+        return 'n/a'
+    return f'{value:.{digits}f}' if value == 0 or abs(value) >= 0.1 else f'{value:#.{digits}g}'
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #d2df0eb8
 def codebook_scores(
-    model:BrainLDM, # A run with an autoencoder
-    dataset:SliceDataset, # The split to encode
-    batch_size:int=32, # Pictures at a time
-)->dict: # codebook_usage, perplexity, num_embeddings; empty for an autoencoder without codes
-    "How much of a codebook the slices of a split use."
-    quantizer,counts = getattr(model.autoencoder, 'quantizer', None),0
-    if quantizer is None: return {}
+    model: BrainLDM,  # A run with an autoencoder
+    dataset: SliceDataset,  # The split to encode
+    batch_size: int = 32,  # Pictures at a time
+) -> dict:  # codebook_usage, perplexity, num_embeddings; empty for an autoencoder without codes
+    """How much of a codebook the slices of a split use.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        A run with an autoencoder.
+    dataset : SliceDataset
+        The split to encode.
+    batch_size : int, default 32
+        Pictures at a time.
+
+    Returns
+    -------
+    dict
+        codebook_usage, perplexity, num_embeddings; empty for an autoencoder without codes.
+    """
+    quantizer, counts = getattr(model.autoencoder, 'quantizer', None), 0
+    if quantizer is None:
+        return {}
     for batch in eval_batches(dataset, batch_size):
         codes = quantizer.nearest(model.encode(batch['image'], batch))
-        counts = counts+count_codes(codes, quantizer.num_embeddings)
+        counts = counts + count_codes(codes, quantizer.num_embeddings)
     return dict(code_scores(counts), num_embeddings=quantizer.num_embeddings)
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #6d649a36
 def reconstruction_scores(
-    model:BrainLDM, # A run with an autoencoder
-    dataset:SliceDataset, # The split to score
-    run:str|Path, # Its folder, for the floor
-    progress:bool=False, # Show a bar
-)->dict: # ssim, ssim_brain, psnr, sharpness, interval_95, baseline_mean_slice, counts; codebook_usage, perplexity if any
-    "How much of unseen brains survives the squeeze, beside the mean slice. None where a number does not exist."
-    dataset = SliceDataset(dataset.images, dataset.manifest, model.autoencoder.covariates)      # in the words of the run
+    model: BrainLDM,  # A run with an autoencoder
+    dataset: SliceDataset,  # The split to score
+    run: str | Path,  # Its folder, for the floor
+    progress: bool = False,  # Show a bar
+    # ssim, ssim_brain, psnr, sharpness, interval_95, baseline_mean_slice, counts; codebook_usage,
+    # perplexity if any
+) -> dict:
+    """How much of unseen brains survives the squeeze, beside the mean slice.
+
+    None where a number does not exist.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        A run with an autoencoder.
+    dataset : SliceDataset
+        The split to score.
+    run : str | Path
+        Its folder, for the floor.
+    progress : bool, default False
+        Show a bar.
+
+    Returns
+    -------
+    dict
+    """
+    # in the words of the run
+    dataset = SliceDataset(dataset.images, dataset.manifest, model.autoencoder.covariates)
     table = score_slices(model, dataset, run, progress=progress)
-    trained = read_config(run)['autoencoder']['train_subjects']                     # None in a run packed for others
+    trained = read_config(run)['autoencoder']['train_subjects']  # None in a run packed for others
     names = ('ssim', 'ssim_brain', 'psnr', 'sharpness')
-    return json_safe(dict({k: float(table[k].mean()) for k in names},                # pandas leaves missing values out
-        interval_95={k: subject_interval(table[k], table.subject) for k in names[:2]},
-        baseline_mean_slice={k: float(table[f'floor_{k}'].mean()) for k in names},
-        n_subjects=int(table.subject.nunique()), n_slices=len(table),
-        n_slices_without_brain=int(table.ssim_brain.isna().sum()), n_slices_new_position=count_new_positions(run, table['slice']),
-        n_subjects_in_training=None if trained is None else len({*trained} & {*table.subject}),
-        **codebook_scores(model, dataset)))
+    # pandas leaves missing values out
+    return json_safe(
+        dict(
+            {k: float(table[k].mean()) for k in names},
+            interval_95={k: subject_interval(table[k], table.subject) for k in names[:2]},
+            baseline_mean_slice={k: float(table[f'floor_{k}'].mean()) for k in names},
+            n_subjects=int(table.subject.nunique()),
+            n_slices=len(table),
+            n_slices_without_brain=int(table.ssim_brain.isna().sum()),
+            n_slices_new_position=count_new_positions(run, table['slice']),
+            n_subjects_in_training=None if trained is None else len({*trained} & {*table.subject}),
+            **codebook_scores(model, dataset),
+        )
+    )
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #f449744a
 @contextmanager
 def lock_metrics(
-    run:str|Path, # Run folder, made if it is not there
-    seconds:float=60., # How long to wait for another process
-)->Iterator[None]: # A context in which no other process changes RUN/metrics.json
-    "Between reading a file and writing it anew another process may write, and what it wrote would be lost: lock first."
+    run: str | Path,  # Run folder, made if it is not there
+    seconds: float = 60.0,  # How long to wait for another process
+) -> Iterator[None]:  # A context in which no other process changes RUN/metrics.json
+    """Between reading a file and writing it anew another process may write, and what it wrote would be
+    lost: lock first.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder, made if it is not there.
+    seconds : float, default 60.0
+        How long to wait for another process.
+
+    Yields
+    ------
+    None
+        A context in which no other process changes RUN/metrics.json.
+    """
     Path(run).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(run)/'.metrics.lock', timeout=seconds)
-    try: lock.acquire()
-    except Timeout: raise RuntimeError(
-        f"merge_metrics: another process has held {run}/metrics.json for {seconds:g} s. Expected to wait a moment. "
-        "Look whether it still works, then measure again.") from None
-    except NotImplementedError: warnings.warn(
-        f'merge_metrics: {run} lies where files cannot be locked. Make sure that no other process measures there.')
-    try: yield
-    finally: lock.release()
+    lock = FileLock(Path(run) / '.metrics.lock', timeout=seconds)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"merge_metrics: another process has held {run}/metrics.json for {seconds:g} s."
+            " Expected to wait a moment. Look whether it still works, then measure again."
+        ) from None
+    except NotImplementedError:
+        warnings.warn(
+            f'merge_metrics: {run} lies where files cannot be locked. Make sure that no other'
+            ' process measures there.'
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #3c26eb2e
 def merge_metrics(
-    run:str|Path, # Run folder
-    name:str, # What was measured
-    values:dict, # The numbers
-)->None:
-    "Put numbers into RUN/metrics.json beside those that are there, also while other processes do so. Raises RuntimeError."
+    run: str | Path,  # Run folder
+    name: str,  # What was measured
+    values: dict,  # The numbers
+) -> None:
+    """Put numbers into RUN/metrics.json beside those that are there, also while other processes do so.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    name : str
+        What was measured.
+    values : dict
+        The numbers.
+
+    Raises
+    ------
+    RuntimeError
+    """
     with lock_metrics(run):
         metrics = {**read_metrics(run), name: json_safe(values)}
-        write_atomic(Path(run)/'metrics.json', json.dumps(metrics, indent=1, allow_nan=False).encode())
+        write_atomic(
+            Path(run) / 'metrics.json', json.dumps(metrics, indent=1, allow_nan=False).encode()
+        )

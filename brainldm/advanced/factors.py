@@ -23,125 +23,328 @@ from ..vqgan import VQVAE, code_scores, count_codes
 # %% ../../nbs/advanced/13_factors.ipynb #e4cd38b0
 @torch.no_grad()
 def codebook_usage(
-    model:VQVAE, # Trained autoencoder with codes, from `kind` 'vq' or 'fsq'
-    dataset:SliceDataset, # Slices to write
-    precision:str='no', # Mixed precision to compute in
-    batch_size:int=64, # Pictures at a time
-)->tuple[Tensor, Tensor]: # How often each code occurs (k,), and its mean patch (k, f, f), NaN if it never does
-    "Read a vocabulary: how often is each word used, and for which pixels? Raises TypeError for a model without codes."
-    if not isinstance(model, VQVAE): raise TypeError(
-        f"codebook_usage: a {type(model).__name__}, which has no codes. Expected a VQVAE. "
-        "Train one with `brainldm train autoencoder --kind vq`.")
-    device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
-    k,f = model.quantizer.num_embeddings,model.factor
-    counts,sums = torch.zeros(k),torch.zeros(k, f*f)
+    model: VQVAE,  # Trained autoencoder with codes, from `kind` 'vq' or 'fsq'
+    dataset: SliceDataset,  # Slices to write
+    precision: str = 'no',  # Mixed precision to compute in
+    batch_size: int = 64,  # Pictures at a time
+    # How often each code occurs (k,), and its mean patch (k, f, f), NaN if it never does
+) -> tuple[Tensor, Tensor]:
+    """Read a vocabulary: how often is each word used, and for which pixels?
+
+    Parameters
+    ----------
+    model : VQVAE
+        Trained autoencoder with codes, from `kind` 'vq' or 'fsq'.
+    dataset : SliceDataset
+        Slices to write.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Pictures at a time.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+
+    Raises
+    ------
+    TypeError
+        For a model without codes.
+    """
+    if not isinstance(model, VQVAE):
+        raise TypeError(
+            f"codebook_usage: a {type(model).__name__}, which has no codes. Expected a VQVAE. "
+            "Train one with `brainldm train autoencoder --kind vq`."
+        )
+    device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
+    k, f = model.quantizer.num_embeddings, model.factor
+    counts, sums = torch.zeros(k), torch.zeros(k, f * f)
     for batch in eval_batches(dataset, batch_size):
         codes = encode(batch['image'].to(device), to_device(batch, device))[1].cpu()
         counts += count_codes(codes, k)
-        sums.index_add_(0, codes.flatten(), rearrange(batch['image'], 'b 1 (h p) (w q) -> (b h w) (p q)', p=f, q=f))
-    return counts,(sums/counts[:, None]).view(k, f, f)
+        sums.index_add_(
+            0,
+            codes.flatten(),
+            rearrange(batch['image'], 'b 1 (h p) (w q) -> (b h w) (p q)', p=f, q=f),
+        )
+    return counts, (sums / counts[:, None]).view(k, f, f)
 
 # %% ../../nbs/advanced/13_factors.ipynb #1c1c178b
 def plot_codebook_usage(
-    usage:dict[str, Tensor], # Counts (k,) by name, from `codebook_usage`
-)->plt.Figure: # Shares, most used code first
-    "Draw how evenly codebooks are used, with usage and perplexity in the legend."
-    fig,ax = plt.subplots(figsize=(6, 2.6), layout='constrained')
-    for i,(name,counts) in enumerate(usage.items()):
+    usage: dict[str, Tensor],  # Counts (k,) by name, from `codebook_usage`
+) -> plt.Figure:  # Shares, most used code first
+    """Draw how evenly codebooks are used, with usage and perplexity in the legend.
+
+    Parameters
+    ----------
+    usage : dict[str, Tensor]
+        Counts (k,) by name, from `codebook_usage`.
+
+    Returns
+    -------
+    plt.Figure
+        Shares, most used code first.
+    """
+    fig, ax = plt.subplots(figsize=(6, 2.6), layout='constrained')
+    for i, (name, counts) in enumerate(usage.items()):
         o = code_scores(counts)
-        share = (counts/counts.sum()).sort(descending=True).values
-        ax.plot(range(1, len(share)+1), share.where(share>0, torch.nan), color=f'C{i}',
-                label=f"{name}: {o['codebook_usage']:.0%} used, perplexity {o['perplexity']:.0f} of {len(counts)}")
-        ax.axhline(1/len(counts), color=f'C{i}', ls=':', lw=.8)
-    ax.set(yscale='log', xlabel='code, most used first (dotted: all alike)', ylabel='share of all places')
+        share = (counts / counts.sum()).sort(descending=True).values
+        ax.plot(
+            range(1, len(share) + 1),
+            share.where(share > 0, torch.nan),
+            color=f'C{i}',
+            label=(
+                f"{name}: {o['codebook_usage']:.0%} used, perplexity {o['perplexity']:.0f} of"
+                f" {len(counts)}"
+            ),
+        )
+        ax.axhline(1 / len(counts), color=f'C{i}', ls=':', lw=0.8)
+    ax.set(
+        yscale='log',
+        xlabel='code, most used first (dotted: all alike)',
+        ylabel='share of all places',
+    )
     ax.legend(frameon=False, fontsize=8)
     return fig
 
 # %% ../../nbs/advanced/13_factors.ipynb #867abbd3
 def flat_codes(
-    model:VQVAE, # Trained autoencoder with codes
-    codes:Tensor, # Codes to draw (n,), int64
-    side:int=8, # Height and width of the map filled with one code
-    cond:dict[str, Tensor]|None=None, # Encoded covariates (n,), for a conditional model
-)->Tensor: # Pictures (n, 1, side*f, side*f), clipped to [-1, 1], on the CPU
-    "What the decoder makes of one code repeated everywhere."
+    model: VQVAE,  # Trained autoencoder with codes
+    codes: Tensor,  # Codes to draw (n,), int64
+    side: int = 8,  # Height and width of the map filled with one code
+    cond: dict[str, Tensor] | None = None,  # Encoded covariates (n,), for a conditional model
+) -> Tensor:  # Pictures (n, 1, side*f, side*f), clipped to [-1, 1], on the CPU
+    """What the decoder makes of one code repeated everywhere.
+
+    Parameters
+    ----------
+    model : VQVAE
+        Trained autoencoder with codes.
+    codes : Tensor
+        Codes to draw (n,), int64.
+    side : int, default 8
+        Height and width of the map filled with one code.
+    cond : dict[str, Tensor] | None, default None
+        Encoded covariates (n,), for a conditional model.
+
+    Returns
+    -------
+    Tensor
+        Pictures (n, 1, side*f, side*f), clipped to [-1, 1], on the CPU.
+    """
     device = next(model.parameters()).device
     maps = codes.to(device).view(-1, 1, 1).expand(-1, side, side)
-    return infer(model, 'no', 'decode_codes')(maps, to_device(cond or {}, device)).float().clamp(-1, 1).cpu()
+    return (
+        infer(model, 'no', 'decode_codes')(maps, to_device(cond or {}, device))
+        .float()
+        .clamp(-1, 1)
+        .cpu()
+    )
 
 # %% ../../nbs/advanced/13_factors.ipynb #5f1b3256
 def subject_slice_table(
-    where:str, # Function that asks, for the message
-    vectors, # A row a slice (n, d)
-    subjects, # Whose slice it is (n,)
-    slices, # At which height (n,)
-)->np.ndarray: # The same rows as (people, heights, d)
-    "Sort rows by person and height. Raises ValueError unless everybody has every height once."
+    where: str,  # Function that asks, for the message
+    vectors,  # A row a slice (n, d)
+    subjects,  # Whose slice it is (n,)
+    slices,  # At which height (n,)
+) -> np.ndarray:  # The same rows as (people, heights, d)
+    """Sort rows by person and height.
+
+    Parameters
+    ----------
+    where : str
+        Function that asks, for the message.
+    vectors
+        A row a slice (n, d).
+    subjects
+        Whose slice it is (n,).
+    slices
+        At which height (n,).
+
+    Returns
+    -------
+    np.ndarray
+        The same rows as (people, heights, d).
+
+    Raises
+    ------
+    ValueError
+        Unless everybody has every height once.
+    """
     v = check_vectors(where, vectors)
-    (s,people),(k,heights) = (pd.factorize(np.asarray(o), sort=True) for o in (subjects, slices))
-    if not len(v)==len(s)==len(k): raise ValueError(
-        f"{where}: {len(v)} vectors, {len(s)} subjects, {len(k)} slices. Expected as many of each. Check the rows.")
-    if (np.bincount(s*len(heights)+k, minlength=len(people)*len(heights))!=1).any(): raise ValueError(
-        f"{where}: {len(v)} rows of {len(people)} people at {len(heights)} heights. Expected everybody at every height "
-        "once. Leave out people who lack one.")
+    (s, people), (k, heights) = (pd.factorize(np.asarray(o), sort=True) for o in (subjects, slices))
+    if not len(v) == len(s) == len(k):
+        raise ValueError(
+            f"{where}: {len(v)} vectors, {len(s)} subjects, {len(k)} slices. Expected as many of"
+            " each. Check the rows."
+        )
+    if (np.bincount(s * len(heights) + k, minlength=len(people) * len(heights)) != 1).any():
+        raise ValueError(
+            f"{where}: {len(v)} rows of {len(people)} people at {len(heights)} heights. Expected"
+            " everybody at every height once. Leave out people who lack one."
+        )
     return v[np.lexsort((k, s))].reshape(len(people), len(heights), -1)
 
 # %% ../../nbs/advanced/13_factors.ipynb #62296df6
 def variance_fractions(
-    vectors, # A row a slice (n, d)
-    subjects, # Whose slice it is (n,)
-    slices, # At which height (n,)
-)->dict[str, float]: # Shares: subject, slice, rest; and baseline_subject, baseline_slice, those of pure noise
-    "How much of the variance is who, where, and both together. Source: Fisher 1925 (analysis of variance, two ways)."
+    vectors,  # A row a slice (n, d)
+    subjects,  # Whose slice it is (n,)
+    slices,  # At which height (n,)
+    # Shares: subject, slice, rest; and baseline_subject, baseline_slice, those of pure noise
+) -> dict[str, float]:
+    """How much of the variance is who, where, and both together.
+
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    subjects
+        Whose slice it is (n,).
+    slices
+        At which height (n,).
+
+    Returns
+    -------
+    dict[str, float]
+
+    References
+    ----------
+    Fisher 1925 (analysis of variance, two ways).
+    """
     v = subject_slice_table('variance_fractions', vectors, subjects, slices)
-    s,j,_ = v.shape; v = v-v.mean((0, 1))
-    total,who,where = (v**2).sum(),j*(v.mean(1)**2).sum(),s*(v.mean(0)**2).sum()
-    return dict(subject=float(who/total), slice=float(where/total), rest=float(1-(who+where)/total),
-                baseline_subject=(s-1)/(s*j-1), baseline_slice=(j-1)/(s*j-1))
+    s, j, _ = v.shape
+    v = v - v.mean((0, 1))
+    total, who, where = (v**2).sum(), j * (v.mean(1) ** 2).sum(), s * (v.mean(0) ** 2).sum()
+    return dict(
+        subject=float(who / total),
+        slice=float(where / total),
+        rest=float(1 - (who + where) / total),
+        baseline_subject=(s - 1) / (s * j - 1),
+        baseline_slice=(j - 1) / (s * j - 1),
+    )
 
 # %% ../../nbs/advanced/13_factors.ipynb #8574248f
 def subject_retrieval(
-    vectors, # A row a slice (n, d)
-    subjects, # Whose slice it is (n,)
-    slices, # At which height (n,)
-)->np.ndarray: # Share of people found from height a (row) at height b (column); NaN on the diagonal; by chance 1/people
-    "Find the same person at another height by the nearest vector."
+    vectors,  # A row a slice (n, d)
+    subjects,  # Whose slice it is (n,)
+    slices,  # At which height (n,)
+    # Share of people found from height a (row) at height b (column); NaN on the diagonal; by
+    # chance 1/people
+) -> np.ndarray:
+    """Find the same person at another height by the nearest vector.
+
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    subjects
+        Whose slice it is (n,).
+    slices
+        At which height (n,).
+
+    Returns
+    -------
+    np.ndarray
+    """
     v = subject_slice_table('subject_retrieval', vectors, subjects, slices)
-    v = v-v.mean(0)
-    s,j,_ = v.shape; found = np.full((j, j), np.nan)
+    v = v - v.mean(0)
+    s, j, _ = v.shape
+    found = np.full((j, j), np.nan)
     for a in range(j):
-        for b in set(range(j))-{a}:
-            gap = (v[:, b]**2).sum(1)-2*v[:, a]@v[:, b].T        # squared distance, less |v_a|^2
-            found[a, b] = (gap.argmin(1)==np.arange(s)).mean()
+        for b in set(range(j)) - {a}:
+            gap = (v[:, b] ** 2).sum(1) - 2 * v[:, a] @ v[:, b].T  # squared distance, less |v_a|^2
+            found[a, b] = (gap.argmin(1) == np.arange(s)).mean()
     return found
 
 # %% ../../nbs/advanced/13_factors.ipynb #fea2b807
 def decode_conditioned(
-    codec:Codec, # With an autoencoder that is told covariates
-    latents:Tensor, # Latents (n, c, h, w)
-    name:str, # The covariate to change
-    values:Tensor, # Its values, encoded (m,): heights in [0, 1], or indices
-    cond:dict[str, Tensor]|None=None, # The other covariates that the autoencoder is told, each (n,)
-)->Tensor: # Pictures (n, m, 1, h, w): each latent told each value
-    "Decode the same latents told other things. Raises ValueError if the autoencoder is not told `name`."
+    codec: Codec,  # With an autoencoder that is told covariates
+    latents: Tensor,  # Latents (n, c, h, w)
+    name: str,  # The covariate to change
+    values: Tensor,  # Its values, encoded (m,): heights in [0, 1], or indices
+    # The other covariates that the autoencoder is told, each (n,)
+    cond: dict[str, Tensor] | None = None,
+) -> Tensor:  # Pictures (n, m, 1, h, w): each latent told each value
+    """Decode the same latents told other things.
+
+    Parameters
+    ----------
+    codec : Codec
+        With an autoencoder that is told covariates.
+    latents : Tensor
+        Latents (n, c, h, w).
+    name : str
+        The covariate to change.
+    values : Tensor
+        Its values, encoded (m,): heights in [0, 1], or indices.
+    cond : dict[str, Tensor] | None, default None
+        The other covariates that the autoencoder is told, each (n,).
+
+    Returns
+    -------
+    Tensor
+        Pictures (n, m, 1, h, w): each latent told each value.
+
+    Raises
+    ------
+    ValueError
+        If the autoencoder is not told `name`.
+    """
     known = [c.name for c in codec.autoencoder.covariates]
-    if name not in known: raise ValueError(
-        f"decode_conditioned: the autoencoder is not told {name!r}. Expected one of {known}. "
-        f"Train one with --covariates {name}.")
+    if name not in known:
+        raise ValueError(
+            f"decode_conditioned: the autoencoder is not told {name!r}. Expected one of {known}. "
+            f"Train one with --covariates {name}."
+        )
     n = len(latents)
-    return torch.stack([codec.decode(latents, {**(cond or {}), name: v.expand(n)}) for v in values], 1)
+    return torch.stack(
+        [codec.decode(latents, {**(cond or {}), name: v.expand(n)}) for v in values], 1
+    )
 
 # %% ../../nbs/advanced/13_factors.ipynb #dbfe9a5c
 def swap_effects(
-    read:np.ndarray, # What a reader said of each decoded picture (n, m)
-    latent_values:np.ndarray, # Value of the slice that the latent came from (n,)
-    condition_values:np.ndarray, # Value that the decoder was told (m,)
-)->dict[str, float]: # latent: a, told: b; 1 and 0 if the latent decides, 0 and 1 if what is told does
-    "Who decides, the latent or what the decoder is told? Least squares. Raises ValueError if either never changes."
-    read,latent_values,condition_values = (np.asarray(o, float) for o in (read, latent_values, condition_values))
-    if read.shape!=(len(latent_values), len(condition_values)) or latent_values.std()==0 or condition_values.std()==0: raise ValueError(
-        f"swap_effects: read of shape {read.shape} for {len(latent_values)} latents and {len(condition_values)} told values. Expected (n, m), "
-        "with two values or more of each. Check the order of the axes.")
-    a,b = (((o-o.mean())*(read-read.mean())).sum()/((o-o.mean())**2).sum()
-           for o in np.broadcast_arrays(latent_values[:, None], condition_values[None]))
+    read: np.ndarray,  # What a reader said of each decoded picture (n, m)
+    latent_values: np.ndarray,  # Value of the slice that the latent came from (n,)
+    condition_values: np.ndarray,  # Value that the decoder was told (m,)
+    # latent: a, told: b; 1 and 0 if the latent decides, 0 and 1 if what is told does
+) -> dict[str, float]:
+    """Who decides, the latent or what the decoder is told?
+
+    Least squares.
+
+    Parameters
+    ----------
+    read : np.ndarray
+        What a reader said of each decoded picture (n, m).
+    latent_values : np.ndarray
+        Value of the slice that the latent came from (n,).
+    condition_values : np.ndarray
+        Value that the decoder was told (m,).
+
+    Returns
+    -------
+    dict[str, float]
+
+    Raises
+    ------
+    ValueError
+        If either never changes.
+    """
+    read, latent_values, condition_values = (
+        np.asarray(o, float) for o in (read, latent_values, condition_values)
+    )
+    if (
+        read.shape != (len(latent_values), len(condition_values))
+        or latent_values.std() == 0
+        or condition_values.std() == 0
+    ):
+        raise ValueError(
+            f"swap_effects: read of shape {read.shape} for {len(latent_values)} latents and"
+            f" {len(condition_values)} told values. Expected (n, m), with two values or more of"
+            " each. Check the order of the axes."
+        )
+    a, b = (
+        ((o - o.mean()) * (read - read.mean())).sum() / ((o - o.mean()) ** 2).sum()
+        for o in np.broadcast_arrays(latent_values[:, None], condition_values[None])
+    )
     return dict(latent=float(a), condition_values=float(b))

@@ -30,482 +30,1210 @@ from tqdm.auto import tqdm
 from ..analysis import auc
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from .evaluation import json_safe, subject_interval
-from ..engineering.loop import Learner, TrainConfig, bare_model, fit, infer, seeded, train_batches
+from brainldm.engineering.loop import (
+    Learner,
+    TrainConfig,
+    bare_model,
+    fit,
+    infer,
+    seeded,
+    train_batches,
+)
 from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
 from ..training import LOAD_ERRORS, covariates_to_dict, covariates_from_dict
 from ..vae import laplacian_variance
 
-FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=.05)   # of the feature network
-EVALUATOR_FRACTION = .5 # Part of the train subjects that teach it; the others are the real-vs-real reference
-REAL,POSITIVE,PROPORTION = (-math.inf, math.inf),(0., math.inf),(0., 1.)                            # ranges of scores
-SPANS = dict(frechet=POSITIVE, density=POSITIVE) | dict.fromkeys(('precision', 'recall', 'coverage'), PROPORTION)
+# of the feature network
+FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=0.05)
+# Part of the train subjects that teach it; the others are the real-vs-real reference
+EVALUATOR_FRACTION = 0.5
+REAL, POSITIVE, PROPORTION = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)  # ranges of scores
+SPANS = dict(frechet=POSITIVE, density=POSITIVE) | dict.fromkeys(
+    ('precision', 'recall', 'coverage'), PROPORTION
+)
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #bee6c3ed
 def match_rows(
-    held_out:pd.DataFrame, # Manifest rows of held-out subjects
-    pool:pd.DataFrame, # Manifest rows to choose from
-    seed:int=0, # Of the choice
-    rotation:int=0, # Which part of the pool: another rotation takes other rows, as long as there are any
-)->np.ndarray: # For each row of `held_out` the position of a row in `pool`, none twice
-    "Find each held-out slice a row of the same position and diagnosis. Raises ValueError if there are too few."
+    held_out: pd.DataFrame,  # Manifest rows of held-out subjects
+    pool: pd.DataFrame,  # Manifest rows to choose from
+    seed: int = 0,  # Of the choice
+    # Which part of the pool: another rotation takes other rows, as long as there are any
+    rotation: int = 0,
+) -> np.ndarray:  # For each row of `held_out` the position of a row in `pool`, none twice
+    """Find each held-out slice a row of the same position and diagnosis.
+
+    Parameters
+    ----------
+    held_out : pd.DataFrame
+        Manifest rows of held-out subjects.
+    pool : pd.DataFrame
+        Manifest rows to choose from.
+    seed : int, default 0
+        Of the choice.
+    rotation : int, default 0
+        Which part of the pool: another rotation takes other rows, as long as there are any.
+
+    Returns
+    -------
+    np.ndarray
+        For each row of `held_out` the position of a row in `pool`, none twice.
+
+    Raises
+    ------
+    ValueError
+        If there are too few.
+    """
     names = [o for o in ('slice', 'diagnosis') if o in held_out and o in pool]
-    cells = [table[names].astype(object).fillna('').groupby(names).indices for table in (held_out, pool)]
-    out,rng = np.empty(len(held_out), np.int64),np.random.default_rng(seed)
-    for key,rows in cells[0].items():
+    cells = [
+        table[names].astype(object).fillna('').groupby(names).indices for table in (held_out, pool)
+    ]
+    out, rng = np.empty(len(held_out), np.int64), np.random.default_rng(seed)
+    for key, rows in cells[0].items():
         found = cells[1].get(key, [])
-        if len(found)<len(rows): raise ValueError(
-            f"match_rows: {len(rows)} unseen rows with {', '.join(names)} = {key}, and {len(found)} to choose from. "
-            "Expected at least as many. Try fewer unseen people.")
-        out[rows] = np.roll(rng.permutation(found), -rotation*len(rows))[:len(rows)]
+        if len(found) < len(rows):
+            raise ValueError(
+                f"match_rows: {len(rows)} unseen rows with {', '.join(names)} = {key}, and"
+                f" {len(found)} to choose from. Expected at least as many. Try fewer unseen people."
+            )
+        out[rows] = np.roll(rng.permutation(found), -rotation * len(rows))[: len(rows)]
     return out
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #19ed0202
 class FeatureNet(nn.Module):
-    """A small network that reads covariates off a picture; what it computes just before is the picture's features.
+    """A small network that reads covariates off a picture; what it computes just before is the
+    picture's features.
 
-    Raises ValueError without a covariate to learn from."""
-    def __init__(self,
-        covariates:tuple[Covariate, ...], # What it learns to read
-        channels:tuple[int, ...]=(64, 96, 128), # Channels of each level, the finest first; the last: features
-        patch:int=4, # Side of the pixel blocks that are folded into channels first
-        norm_num_groups:int=8, # Groups in each GroupNorm
-        fraction:float=1., # Part of the train subjects that it is trained on, see `evaluator_rows`
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        What it learns to read.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Channels of each level, the finest first; the last: features.
+    patch : int, default 4
+        Side of the pixel blocks that are folded into channels first.
+    norm_num_groups : int, default 8
+        Groups in each GroupNorm.
+    fraction : float, default 1.0
+        Part of the train subjects that it is trained on, see `evaluator_rows`.
+
+    Raises
+    ------
+    ValueError
+        Without a covariate to learn from.
+    """
+
+    def __init__(
+        self,
+        covariates: tuple[Covariate, ...],  # What it learns to read
+        # Channels of each level, the finest first; the last: features
+        channels: tuple[int, ...] = (64, 96, 128),
+        patch: int = 4,  # Side of the pixel blocks that are folded into channels first
+        norm_num_groups: int = 8,  # Groups in each GroupNorm
+        # Part of the train subjects that it is trained on, see `evaluator_rows`
+        fraction: float = 1.0,
     ):
         super().__init__()
-        if not covariates: raise ValueError(
-            "FeatureNet: no covariates. Expected one or more to learn from. Give dataset.covariates.")
-        self.covariates,self.channels,self.num_features = tuple(covariates),tuple(channels),channels[-1]
+        if not covariates:
+            raise ValueError(
+                "FeatureNet: no covariates. Expected one or more to learn from. Give"
+                " dataset.covariates."
+            )
+        self.covariates, self.channels, self.num_features = (
+            tuple(covariates),
+            tuple(channels),
+            channels[-1],
+        )
         self.fraction = fraction
-        def layer(a, b, stride=1):
-            return [nn.Conv2d(a, b, 3, stride, padding=1), nn.GroupNorm(norm_num_groups, b), nn.SiLU()]
-        levels = [layer(a, b, 2)+layer(b, b) for a,b in zip(channels, channels[1:])]
-        self.body = nn.Sequential(nn.PixelUnshuffle(patch), *layer(patch**2, channels[0]), *sum(levels, []))
-        self.heads = nn.ModuleDict({c.name: nn.Linear(channels[-1], len(c.values or [0])) for c in self.covariates})
-        for name,value in (('mean', 0.), ('std', 1.)): self.register_buffer(name, torch.full((channels[-1],), value))
 
-    def pool(self,
-        images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-    )->Tensor: # Mean of each channel over all places (b, num_features)
-        "What the network sees, wherever it is."
+        def layer(a, b, stride=1):
+            return [
+                nn.Conv2d(a, b, 3, stride, padding=1),
+                nn.GroupNorm(norm_num_groups, b),
+                nn.SiLU(),
+            ]
+
+        levels = [layer(a, b, 2) + layer(b, b) for a, b in zip(channels, channels[1:])]
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(patch), *layer(patch**2, channels[0]), *sum(levels, [])
+        )
+        self.heads = nn.ModuleDict(
+            {c.name: nn.Linear(channels[-1], len(c.values or [0])) for c in self.covariates}
+        )
+        for name, value in (('mean', 0.0), ('std', 1.0)):
+            self.register_buffer(name, torch.full((channels[-1],), value))
+
+    def pool(
+        self,
+        images: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+    ) -> Tensor:  # Mean of each channel over all places (b, num_features)
+        """What the network sees, wherever it is.
+
+        Parameters
+        ----------
+        images : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+
+        Returns
+        -------
+        Tensor
+            Mean of each channel over all places (b, num_features).
+        """
         return self.body(images).mean((2, 3))
 
-    def features(self,
-        images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-    )->Tensor: # Features (b, num_features), of mean 0 and deviation 1 over the train slices
-        "Describe pictures, each feature in units of its spread."
-        return (self.pool(images).float()-self.mean)/self.std
+    def features(
+        self,
+        images: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+    ) -> Tensor:  # Features (b, num_features), of mean 0 and deviation 1 over the train slices
+        """Describe pictures, each feature in units of its spread.
 
-    def forward(self,
-        images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-    )->dict[str, Tensor]: # By covariate: logits (b, values) of a category, or an encoded number (b, 1)
+        Parameters
+        ----------
+        images : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+
+        Returns
+        -------
+        Tensor
+            Features (b, num_features), of mean 0 and deviation 1 over the train slices.
+        """
+        return (self.pool(images).float() - self.mean) / self.std
+
+    def forward(
+        self,
+        images: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        # By covariate: logits (b, values) of a category, or an encoded number (b, 1)
+    ) -> dict[str, Tensor]:
         h = self.pool(images)
-        return {name: head(h) for name,head in self.heads.items()}
+        return {name: head(h) for name, head in self.heads.items()}
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #fabc7377
 def augment(
-    images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-    generator:torch.Generator, # Source of chance, on their device
-    shift:float=3., # Farthest shift, pixels
-    contrast:float=.1, # Largest change of all grey values, as a share
-    noise:float=.1, # Largest standard deviation of added noise
-)->Tensor: # The same brains, seen a little differently
-    "Shift, brighten or darken, and spoil with noise: what a feature should not depend on."
-    b,chance = len(images),dict(generator=generator, device=images.device)
+    images: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+    generator: torch.Generator,  # Source of chance, on their device
+    shift: float = 3.0,  # Farthest shift, pixels
+    contrast: float = 0.1,  # Largest change of all grey values, as a share
+    noise: float = 0.1,  # Largest standard deviation of added noise
+) -> Tensor:  # The same brains, seen a little differently
+    """Shift, brighten or darken, and spoil with noise: what a feature should not depend on.
+
+    Parameters
+    ----------
+    images : Tensor
+        Pictures (b, 1, h, w) in [-1, 1].
+    generator : torch.Generator
+        Source of chance, on their device.
+    shift : float, default 3.0
+        Farthest shift, pixels.
+    contrast : float, default 0.1
+        Largest change of all grey values, as a share.
+    noise : float, default 0.1
+        Largest standard deviation of added noise.
+
+    Returns
+    -------
+    Tensor
+        The same brains, seen a little differently.
+    """
+    b, chance = len(images), dict(generator=generator, device=images.device)
     theta = torch.eye(2, 3, device=images.device).repeat(b, 1, 1)
-    theta[:, :, 2] = (torch.rand(b, 2, **chance)*2-1)*2*shift/images.shape[-1]
-    edge,sides = math.ceil(shift)+1,images.new_tensor(images.shape[:-3:-1])    # width, height
-    grid = F.affine_grid(theta, images.shape, align_corners=False)*(sides/(sides+2*edge))
-    wide = F.pad(images, [edge]*4, mode='replicate')                         # MPS samples beyond no other border than zeros
+    theta[:, :, 2] = (torch.rand(b, 2, **chance) * 2 - 1) * 2 * shift / images.shape[-1]
+    edge, sides = math.ceil(shift) + 1, images.new_tensor(images.shape[:-3:-1])  # width, height
+    grid = F.affine_grid(theta, images.shape, align_corners=False) * (sides / (sides + 2 * edge))
+    # MPS samples beyond no other border than zeros
+    wide = F.pad(images, [edge] * 4, mode='replicate')
     moved = F.grid_sample(wide, grid, align_corners=False)
-    gain,level = torch.rand(2, b, 1, 1, 1, **chance)
-    gray = (moved+1)*(1+contrast*(2*gain-1))-1
-    return gray+noise*level*torch.randn(images.shape, **chance)
+    gain, level = torch.rand(2, b, 1, 1, 1, **chance)
+    gray = (moved + 1) * (1 + contrast * (2 * gain - 1)) - 1
+    return gray + noise * level * torch.randn(images.shape, **chance)
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #d694216b
 def covariate_loss(
-    model:nn.Module, # A `FeatureNet`
-    batch:dict[str, Tensor], # 'image' and encoded covariates
-    generator:torch.Generator, # Source of the augmentation, on the batch's device
-    seen:int, # Pictures seen so far; nothing here depends on it
-    covariates:tuple[Covariate, ...], # What the network reads
-)->tuple[Tensor, dict[str, Tensor]]: # Mean over the covariates, and each for the log
-    "Cross-entropy of categories, squared error of numbers over a uniform number's variance; gaps are left out."
-    answers,losses = model(augment(batch['image'], generator)),{}
+    model: nn.Module,  # A `FeatureNet`
+    batch: dict[str, Tensor],  # 'image' and encoded covariates
+    generator: torch.Generator,  # Source of the augmentation, on the batch's device
+    seen: int,  # Pictures seen so far; nothing here depends on it
+    covariates: tuple[Covariate, ...],  # What the network reads
+) -> tuple[Tensor, dict[str, Tensor]]:  # Mean over the covariates, and each for the log
+    """Cross-entropy of categories, squared error of numbers over a uniform number's variance; gaps are
+    left out.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A `FeatureNet`.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of the augmentation, on the batch's device.
+    seen : int
+        Pictures seen so far; nothing here depends on it.
+    covariates : tuple[Covariate, ...]
+        What the network reads.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        Mean over the covariates, and each for the log.
+    """
+    answers, losses = model(augment(batch['image'], generator)), {}
     for c in covariates:
-        truth,answer = batch[c.name],answers[c.name].float()
-        if c.kind=='categorical':
-            known,each = truth>=0,F.cross_entropy(answer, truth.clamp(min=0), reduction='none')
-        else: known,each = truth.isfinite(),12*(answer[:, 0]-truth.nan_to_num()).square()
-        losses[c.name] = (each*known).sum()/known.sum().clamp(min=1)
-    return sum(losses.values())/len(losses),{k: v.detach() for k,v in losses.items()}
+        truth, answer = batch[c.name], answers[c.name].float()
+        if c.kind == 'categorical':
+            known, each = truth >= 0, F.cross_entropy(answer, truth.clamp(min=0), reduction='none')
+        else:
+            known, each = truth.isfinite(), 12 * (answer[:, 0] - truth.nan_to_num()).square()
+        losses[c.name] = (each * known).sum() / known.sum().clamp(min=1)
+    return sum(losses.values()) / len(losses), {k: v.detach() for k, v in losses.items()}
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #59a3d9ee
 def image_batches(
-    images:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
-    batch_size:int=64, # Pictures at a time
-)->Iterator[Tensor]: # Pictures (b, 1, h, w)
-    "Drawn or scanned pictures, a few at a time."
-    if isinstance(images, Tensor): yield from images.split(batch_size)
-    else: yield from (o['image'] for o in eval_batches(images, batch_size))
+    images: Tensor | SliceDataset,  # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
+    batch_size: int = 64,  # Pictures at a time
+) -> Iterator[Tensor]:  # Pictures (b, 1, h, w)
+    """Drawn or scanned pictures, a few at a time.
+
+    Parameters
+    ----------
+    images : Tensor | SliceDataset
+        Pictures (n, 1, h, w) in [-1, 1], or rows that hold them.
+    batch_size : int, default 64
+        Pictures at a time.
+
+    Yields
+    ------
+    Tensor
+        Pictures (b, 1, h, w).
+    """
+    if isinstance(images, Tensor):
+        yield from images.split(batch_size)
+    else:
+        yield from (o['image'] for o in eval_batches(images, batch_size))
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #0cdc227d
 def image_features(
-    net:FeatureNet, # Trained
-    images:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
-)->Tensor: # Features (n, d), float64, on the CPU
-    "The features of each picture."
-    call,device = infer(net, method='features'),next(net.parameters()).device
+    net: FeatureNet,  # Trained
+    images: Tensor | SliceDataset,  # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
+) -> Tensor:  # Features (n, d), float64, on the CPU
+    """The features of each picture.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained.
+    images : Tensor | SliceDataset
+        Pictures (n, 1, h, w) in [-1, 1], or rows that hold them.
+
+    Returns
+    -------
+    Tensor
+        Features (n, d), float64, on the CPU.
+    """
+    call, device = infer(net, method='features'), next(net.parameters()).device
     return torch.cat([call(o.to(device)).cpu() for o in image_batches(images)]).double()
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #7f20dbd4
 def train_feature_net(
-    train:SliceDataset, # Slices of train people; or drawn ones in their place, as in `utility_scores`
-    config:TrainConfig=FEATURES, # Length, rates, seed
-    channels:tuple[int, ...]=(64, 96, 128), # As in `FeatureNet`
-    progress:bool=False, # Show a bar
-)->FeatureNet: # In evaluation mode
-    "Train the network by whose features pictures are compared. Raises ValueError for rows of another split."
-    others = sorted(set(train.manifest.split)-{'train'})
-    if others: raise ValueError(
-        f"train_feature_net: rows of split {', '.join(others)}. Expected train rows alone: the others are to be "
-        "judged. Try dataset.subset('train').")
+    # Slices of train people; or drawn ones in their place, as in `utility_scores`
+    train: SliceDataset,
+    config: TrainConfig = FEATURES,  # Length, rates, seed
+    channels: tuple[int, ...] = (64, 96, 128),  # As in `FeatureNet`
+    progress: bool = False,  # Show a bar
+) -> FeatureNet:  # In evaluation mode
+    """Train the network by whose features pictures are compared.
+
+    Parameters
+    ----------
+    train : SliceDataset
+        Slices of train people; or drawn ones in their place, as in `utility_scores`.
+    config : TrainConfig, default FEATURES
+        Length, rates, seed.
+    channels : tuple[int, ...], default (64, 96, 128)
+        As in `FeatureNet`.
+    progress : bool, default False
+        Show a bar.
+
+    Returns
+    -------
+    FeatureNet
+        In evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        For rows of another split.
+    """
+    others = sorted(set(train.manifest.split) - {'train'})
+    if others:
+        raise ValueError(
+            f"train_feature_net: rows of split {', '.join(others)}. Expected train rows alone: the"
+            " others are to be judged. Try dataset.subset('train')."
+        )
     covariates = tuple(train.covariates)
     model = seeded(config.seed, lambda: FeatureNet(covariates, channels))
     learner = Learner(model, partial(covariate_loss, covariates=covariates), config)
-    with tqdm(total=config.total_images, unit='img', desc='feature network', disable=not progress) as bar:
-        def tell(seen, means): bar.update(seen-bar.n)
+    with tqdm(
+        total=config.total_images, unit='img', desc='feature network', disable=not progress
+    ) as bar:
+
+        def tell(seen, means):
+            bar.update(seen - bar.n)
+
         batches = train_batches(train, config)
-        fit(learner.step, batches, config.total_images, log_every=config.log_every, callbacks=(tell,))
+        fit(
+            learner.step,
+            batches,
+            config.total_images,
+            log_every=config.log_every,
+            callbacks=(tell,),
+        )
     net = bare_model(learner)
     found = image_features(net, train)
-    net.mean.copy_(found.mean(0)); net.std.copy_(found.std(0).clamp(min=1e-6))  # a feature that never changes stays 0
+    # a feature that never changes stays 0
+    net.mean.copy_(found.mean(0))
+    net.std.copy_(found.std(0).clamp(min=1e-6))
     return net
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee05
 def evaluator_rows(
-    train:pd.DataFrame, # Manifest rows of train subjects
-    fraction:float=EVALUATOR_FRACTION, # Part of the subjects of each diagnosis
-)->np.ndarray: # True where the feature network learns from the row's subject (n,); the others serve as reference
-    "Deal train subjects into those that teach the feature network and those that it never sees. The same each time."
+    train: pd.DataFrame,  # Manifest rows of train subjects
+    fraction: float = EVALUATOR_FRACTION,  # Part of the subjects of each diagnosis
+    # True where the feature network learns from the row's subject (n,); the others serve as
+    # reference
+) -> np.ndarray:
+    """Deal train subjects into those that teach the feature network and those that it never sees.
+
+    The same each time.
+
+    Parameters
+    ----------
+    train : pd.DataFrame
+        Manifest rows of train subjects.
+    fraction : float, default EVALUATOR_FRACTION
+        Part of the subjects of each diagnosis.
+
+    Returns
+    -------
+    np.ndarray
+    """
     first = train.drop_duplicates('subject').sort_values('subject')
-    kinds = first.diagnosis.astype(object).fillna('') if 'diagnosis' in first else pd.Series('', index=first.index)
+    kinds = (
+        first.diagnosis.astype(object).fillna('')
+        if 'diagnosis' in first
+        else pd.Series('', index=first.index)
+    )
     order = np.random.default_rng(0).permutation(len(first))
     place = pd.Series(kinds.to_numpy()[order]).groupby(kinds.to_numpy()[order]).cumcount()
     count = pd.Series(kinds.to_numpy()[order]).map(kinds.value_counts())
-    chosen = first.subject.to_numpy()[order][(place<np.ceil(fraction*count)).to_numpy()]
+    chosen = first.subject.to_numpy()[order][(place < np.ceil(fraction * count)).to_numpy()]
     return np.array(train.subject.isin(chosen))
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee06
 def pick_rows(
-    dataset:SliceDataset, # Any rows
-    chosen:np.ndarray, # True or False a row (n,), or positions
-)->SliceDataset: # The chosen rows alone
-    "Some rows of a data set."
-    at = np.flatnonzero(chosen) if np.asarray(chosen).dtype==bool else np.asarray(chosen)
-    return SliceDataset(dataset.images[at], dataset.manifest.iloc[at].reset_index(drop=True), dataset.covariates)
+    dataset: SliceDataset,  # Any rows
+    chosen: np.ndarray,  # True or False a row (n,), or positions
+) -> SliceDataset:  # The chosen rows alone
+    """Some rows of a data set.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Any rows.
+    chosen : np.ndarray
+        True or False a row (n,), or positions.
+
+    Returns
+    -------
+    SliceDataset
+        The chosen rows alone.
+    """
+    at = np.flatnonzero(chosen) if np.asarray(chosen).dtype == bool else np.asarray(chosen)
+    return SliceDataset(
+        dataset.images[at], dataset.manifest.iloc[at].reset_index(drop=True), dataset.covariates
+    )
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #558281f2
 def feature_net(
-    run:str|Path, # Folder that keeps it: a run folder, or any other
-    dataset:SliceDataset, # All splits of the data
-    config:TrainConfig=FEATURES, # As in `train_feature_net`
-    channels:tuple[int, ...]=(64, 96, 128), # As in `FeatureNet`
-    progress:bool=False, # Show a bar
-    fraction:float=EVALUATOR_FRACTION, # Part of the train subjects that teach it; the others can be the reference
-)->FeatureNet: # On the CPU, in evaluation mode; `fraction` says which train subjects it has seen
-    "Read FOLDER/feature_net.safetensors, or train it on half of the train subjects. Raises ValueError for other data."
-    path = Path(run)/'feature_net.safetensors'
-    given,_ = describe_given(dataset, tuple(dataset.covariates), ('slice', 'subject'))
+    run: str | Path,  # Folder that keeps it: a run folder, or any other
+    dataset: SliceDataset,  # All splits of the data
+    config: TrainConfig = FEATURES,  # As in `train_feature_net`
+    channels: tuple[int, ...] = (64, 96, 128),  # As in `FeatureNet`
+    progress: bool = False,  # Show a bar
+    # Part of the train subjects that teach it; the others can be the reference
+    fraction: float = EVALUATOR_FRACTION,
+    # On the CPU, in evaluation mode; `fraction` says which train subjects it has seen
+) -> FeatureNet:
+    """Read FOLDER/feature_net.safetensors, or train it on half of the train subjects.
+
+    Parameters
+    ----------
+    run : str | Path
+        Folder that keeps it: a run folder, or any other.
+    dataset : SliceDataset
+        All splits of the data.
+    config : TrainConfig, default FEATURES
+        As in `train_feature_net`.
+    channels : tuple[int, ...], default (64, 96, 128)
+        As in `FeatureNet`.
+    progress : bool, default False
+        Show a bar.
+    fraction : float, default EVALUATOR_FRACTION
+        Part of the train subjects that teach it; the others can be the reference.
+
+    Returns
+    -------
+    FeatureNet
+
+    Raises
+    ------
+    ValueError
+        For other data.
+    """
+    path = Path(run) / 'feature_net.safetensors'
+    given, _ = describe_given(dataset, tuple(dataset.covariates), ('slice', 'subject'))
     data = dict(data=given['hash'], size=dataset.images.shape[1], columns=given['columns'])
     if not path.is_file():
         train = dataset.subset('train')
-        net = train_feature_net(pick_rows(train, evaluator_rows(train.manifest, fraction)), config, channels, progress).cpu()
+        net = train_feature_net(
+            pick_rows(train, evaluator_rows(train.manifest, fraction)), config, channels, progress
+        ).cpu()
         net.fraction = fraction
-        save_weights(path, net.state_dict(), dict(kind='feature_net', **data, channels=net.channels, fraction=net.fraction,
-                                                  covariates=covariates_to_dict(net.covariates), training=asdict(config)))
+        save_weights(
+            path,
+            net.state_dict(),
+            dict(
+                kind='feature_net',
+                **data,
+                channels=net.channels,
+                fraction=net.fraction,
+                covariates=covariates_to_dict(net.covariates),
+                training=asdict(config),
+            ),
+        )
         return net
-    tensors,about = load_weights(path)
-    told = 'columns' if 'columns' in about else 'data'                         # a file from before knows the fingerprint only
-    if about.get('kind')!='feature_net' or any(about.get(k)!=data[k] for k in (told, 'size')): raise ValueError(
-        f"feature_net: {path} is of kind {about.get('kind')!r}, data {about.get('data')}, size {about.get('size')}; "
-        f"the data at hand is {data['data']}, size {data['size']}; other columns: "
-        f"{', '.join(k for k,v in about.get('columns', {}).items() if data['columns'].get(k)!=v) or 'none, or not known'}. "
-        "Expected the same: scores by two networks do not "
-        "compare. Give the data of this run, or remove the file and score everything anew.")
-    try: net = FeatureNet(covariates_from_dict(about['covariates']), tuple(about['channels']), fraction=about.get('fraction', 1.))
-    except LOAD_ERRORS as e: raise ValueError(
-        f"feature_net: {path} does not describe a network ({type(e).__name__}: {e}). Expected a file of this version. "
-        "Remove it and score everything anew.") from None
+    tensors, about = load_weights(path)
+    # a file from before knows the fingerprint only
+    told = 'columns' if 'columns' in about else 'data'
+    if about.get('kind') != 'feature_net' or any(about.get(k) != data[k] for k in (told, 'size')):
+        then = about.get('columns', {})
+        changed = [k for k, v in then.items() if data['columns'].get(k) != v]
+        raise ValueError(
+            f"feature_net: {path} is of kind {about.get('kind')!r}, data {about.get('data')}, size"
+            f" {about.get('size')}; the data at hand is {data['data']}, size {data['size']}; other"
+            " columns:"
+            f" {', '.join(changed) or 'none, or not known'}."
+            " Expected the same: scores by two networks do not compare. Give the data of this run,"
+            " or remove the file and score everything anew."
+        )
+    try:
+        net = FeatureNet(
+            covariates_from_dict(about['covariates']),
+            tuple(about['channels']),
+            fraction=about.get('fraction', 1.0),
+        )
+    except LOAD_ERRORS as e:
+        raise ValueError(
+            f"feature_net: {path} does not describe a network ({type(e).__name__}: {e}). Expected a"
+            " file of this version. Remove it and score everything anew."
+        ) from None
     return fill_model(net, tensors, str(path)).eval()
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #8d191093
 def predict_covariates(
-    net:FeatureNet, # Trained
-    images:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
-)->pd.DataFrame: # One row a picture: numbers in their own units; of a category the probability of its first value
-    "What the network reads off each picture."
-    call,device = infer(net),next(net.parameters()).device
-    answers,out = [call(o.to(device)) for o in image_batches(images)],{}
+    net: FeatureNet,  # Trained
+    images: Tensor | SliceDataset,  # Pictures (n, 1, h, w) in [-1, 1], or rows that hold them
+    # One row a picture: numbers in their own units; of a category the probability of its first
+    # value
+) -> pd.DataFrame:
+    """What the network reads off each picture.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained.
+    images : Tensor | SliceDataset
+        Pictures (n, 1, h, w) in [-1, 1], or rows that hold them.
+
+    Returns
+    -------
+    pd.DataFrame
+    """
+    call, device = infer(net), next(net.parameters()).device
+    answers, out = [call(o.to(device)) for o in image_batches(images)], {}
     for c in net.covariates:
         a = torch.cat([o[c.name].float().cpu() for o in answers])
-        a = a.softmax(1) if c.kind=='categorical' else c.range[0]+a*(c.range[1]-c.range[0])
+        a = a.softmax(1) if c.kind == 'categorical' else c.range[0] + a * (c.range[1] - c.range[0])
         out[c.name] = a[:, 0].numpy()
     return pd.DataFrame(out)
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #780aab7a
 def subject_auc(
-    scores:np.ndarray, # Numbers a slice, larger where the answer is more likely yes (n,), or of several judges (n, m)
-    positive:np.ndarray, # The truth, True or False a slice (n,)
-    subjects:np.ndarray, # Whose slice it is (n,)
-    seed:int=0, # Of the resampling
-    num_resamples:int=500, # Resamples
-)->tuple[float, tuple[float, float]|None]: # Area under the ROC curve over people, mean of the judges; 95 % interval, if draws hold both groups
-    "A score a person, the mean of the slices; the share of pairs in the right order. Source: Hanley & McNeil 1982."
+    # Numbers a slice, larger where the answer is more likely yes (n,), or of several judges (n,
+    # m)
+    scores: np.ndarray,
+    positive: np.ndarray,  # The truth, True or False a slice (n,)
+    subjects: np.ndarray,  # Whose slice it is (n,)
+    seed: int = 0,  # Of the resampling
+    num_resamples: int = 500,  # Resamples
+    # Area under the ROC curve over people, mean of the judges; 95 % interval, if draws hold both
+    # groups
+) -> tuple[float, tuple[float, float] | None]:
+    """A score a person, the mean of the slices; the share of pairs in the right order.
+
+    Parameters
+    ----------
+    scores : np.ndarray
+        Numbers a slice, larger where the answer is more likely yes (n,), or of several judges (n,
+        m).
+    positive : np.ndarray
+        The truth, True or False a slice (n,).
+    subjects : np.ndarray
+        Whose slice it is (n,).
+    seed : int, default 0
+        Of the resampling.
+    num_resamples : int, default 500
+        Resamples.
+
+    Returns
+    -------
+    tuple[float, tuple[float, float] | None]
+
+    References
+    ----------
+    Hanley & McNeil 1982.
+    """
     table = np.column_stack([np.asarray(positive, float), np.asarray(scores, float)])
     people = pd.DataFrame(table).groupby(np.asarray(subjects)).mean().to_numpy()
-    truth,scores = people[:, 0]>.5,people[:, 1:]
-    if truth.all() or not truth.any(): return math.nan,None
-    def area(at): return float(np.mean([auc(o[at], truth[at]) for o in scores.T]))
+    truth, scores = people[:, 0] > 0.5, people[:, 1:]
+    if truth.all() or not truth.any():
+        return math.nan, None
+
+    def area(at):
+        return float(np.mean([auc(o[at], truth[at]) for o in scores.T]))
+
     pick = np.random.default_rng(seed).integers(len(people), size=(num_resamples, len(people)))
-    drawn = [area(at) for at in pick if 0<truth[at].sum()<len(at)]             # a draw of one group alone has no AUC
-    return area(slice(None)),tuple(np.quantile(drawn, [.025, .975]).tolist()) if drawn else None
+    # a draw of one group alone has no AUC
+    drawn = [area(at) for at in pick if 0 < truth[at].sum() < len(at)]
+    return area(slice(None)), tuple(np.quantile(drawn, [0.025, 0.975]).tolist()) if drawn else None
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #d37500a8
 def evaluator_scores(
-    net:FeatureNet, # Trained
-    dataset:SliceDataset, # Real slices of unseen people
-)->dict: # Of each number error, of two categories auc, with interval_95 and floor
-    "How well the judge reads people it has never seen, beside saying the same to everybody."
-    found,table,out = predict_covariates(net, dataset),dataset.manifest,{}
+    net: FeatureNet,  # Trained
+    dataset: SliceDataset,  # Real slices of unseen people
+) -> dict:  # Of each number error, of two categories auc, with interval_95 and floor
+    """How well the judge reads people it has never seen, beside saying the same to everybody.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained.
+    dataset : SliceDataset
+        Real slices of unseen people.
+
+    Returns
+    -------
+    dict
+        Of each number error, of two categories auc, with interval_95 and floor.
+    """
+    found, table, out = predict_covariates(net, dataset), dataset.manifest, {}
     for c in net.covariates:
         known = table[c.name].notna().to_numpy()
-        truth,answer,who = (np.asarray(o)[known] for o in (table[c.name], found[c.name], table.subject))
-        if c.kind=='continuous':
-            truth = truth.astype(float); error,middle = np.abs(answer-truth),np.abs(truth-np.median(truth))
-            out[c.name] = dict(error=error.mean(), interval_95=subject_interval(error, who), baseline=middle.mean())
-        elif len(c.values)==2:
-            area,interval = subject_auc(answer, truth==c.values[0], who)
-            out[c.name] = dict(auc=area, interval_95=interval, baseline=.5)
-    return json_safe({k: {m: float(v) if np.isscalar(v) else v for m,v in o.items()} for k,o in out.items()})
+        truth, answer, who = (
+            np.asarray(o)[known] for o in (table[c.name], found[c.name], table.subject)
+        )
+        if c.kind == 'continuous':
+            truth = truth.astype(float)
+            error, middle = np.abs(answer - truth), np.abs(truth - np.median(truth))
+            out[c.name] = dict(
+                error=error.mean(), interval_95=subject_interval(error, who), baseline=middle.mean()
+            )
+        elif len(c.values) == 2:
+            area, interval = subject_auc(answer, truth == c.values[0], who)
+            out[c.name] = dict(auc=area, interval_95=interval, baseline=0.5)
+    return json_safe(
+        {k: {m: float(v) if np.isscalar(v) else v for m, v in o.items()} for k, o in out.items()}
+    )
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #087d97ec
 def frechet_distance(
-    real:Tensor, # Features (n, d)
-    other:Tensor, # Features (m, d)
-)->float: # Squared distance, 0 or more
-    "Distance of the two Gaussians that have the features' means and covariances. Source: Heusel et al. 2017, eq. 6."
-    identity = nn.Identity(); identity.num_features = real.shape[1]            # the features are there already
+    real: Tensor,  # Features (n, d)
+    other: Tensor,  # Features (m, d)
+) -> float:  # Squared distance, 0 or more
+    """Distance of the two Gaussians that have the features' means and covariances.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features (n, d).
+    other : Tensor
+        Features (m, d).
+
+    Returns
+    -------
+    float
+        Squared distance, 0 or more.
+
+    References
+    ----------
+    Heusel et al. 2017, eq. 6.
+    """
+    # the features are there already
+    identity = nn.Identity()
+    identity.num_features = real.shape[1]
     metric = FrechetInceptionDistance(identity).to(real.device)
-    metric.update(real, real=True); metric.update(other, real=False)
+    metric.update(real, real=True)
+    metric.update(other, real=False)
     return metric.compute().item()
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #8e5b76c4
 def kernel_terms(
-    real:Tensor, # Features of real slices (n, d)
-    other:Tensor, # Features of as many others (n, d), row for row with the same conditions
-    subjects:np.ndarray|None=None, # Subject of each real row (n,); None: each row has its own
-    others:np.ndarray|None=None, # Subject of each other row (n,); None: each row has its own
-)->tuple[Tensor, Tensor]: # What each two rows add to the distance (n, n), 0 where they do not count; which do (n, n)
-    "Kernels of each two rows: within both sets, minus across. They count if all their subjects differ."
-    if len(real)!=len(other): raise ValueError(
-        f"kernel_terms: {len(real)} real and {len(other)} other rows. Expected as many, row for row. Match them first.")
-    def cube(a, b): return ((a@b.T)/a.shape[1]+1)**3
-    codes = (torch.as_tensor(np.arange(len(real)) if o is None else pd.factorize(np.asarray(o))[0])
-             for o in (subjects, others))
-    mine,theirs = ((o[:, None]!=o).to(real.device) for o in codes)
-    apart,across = mine & theirs,cube(real, other)
-    if not apart.any(): raise ValueError(
-        f"kernel_terms: no two of {len(real)} rows have different subjects. Expected two subjects or more in each set. "
-        "Check `subjects` and `others`.")
-    return (cube(real, real)+cube(other, other)-across-across.T)*apart,apart
+    real: Tensor,  # Features of real slices (n, d)
+    other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
+    subjects: np.ndarray | None = None,  # Subject of each real row (n,); None: each row has its own
+    others: np.ndarray | None = None,  # Subject of each other row (n,); None: each row has its own
+    # What each two rows add to the distance (n, n), 0 where they do not count; which do (n, n)
+) -> tuple[Tensor, Tensor]:
+    """Kernels of each two rows: within both sets, minus across.
+
+    They count if all their subjects differ.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features of real slices (n, d).
+    other : Tensor
+        Features of as many others (n, d), row for row with the same conditions.
+    subjects : np.ndarray | None, default None
+        Subject of each real row (n,); None: each row has its own.
+    others : np.ndarray | None, default None
+        Subject of each other row (n,); None: each row has its own.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+    """
+    if len(real) != len(other):
+        raise ValueError(
+            f"kernel_terms: {len(real)} real and {len(other)} other rows. Expected as many, row for"
+            " row. Match them first."
+        )
+
+    def cube(a, b):
+        return ((a @ b.T) / a.shape[1] + 1) ** 3
+
+    codes = (
+        torch.as_tensor(np.arange(len(real)) if o is None else pd.factorize(np.asarray(o))[0])
+        for o in (subjects, others)
+    )
+    mine, theirs = ((o[:, None] != o).to(real.device) for o in codes)
+    apart, across = mine & theirs, cube(real, other)
+    if not apart.any():
+        raise ValueError(
+            f"kernel_terms: no two of {len(real)} rows have different subjects. Expected two"
+            " subjects or more in each set. Check `subjects` and `others`."
+        )
+    return (cube(real, real) + cube(other, other) - across - across.T) * apart, apart
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee01
 def kernel_distance(
-    real:Tensor, # Features of real slices (n, d)
-    other:Tensor, # Features of as many others (n, d), row for row with the same conditions
-    subjects:np.ndarray|None=None, # Subject of each real row (n,); None: each row has its own
-    others:np.ndarray|None=None, # Subject of each other row (n,); None: each row has its own
-)->float: # Squared distance; 0 on average for two samples of one distribution, so it may fall below
-    """Squared maximum mean discrepancy with a cubic kernel, over pairs of different subjects, unbiased.
+    real: Tensor,  # Features of real slices (n, d)
+    other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
+    subjects: np.ndarray | None = None,  # Subject of each real row (n,); None: each row has its own
+    others: np.ndarray | None = None,  # Subject of each other row (n,); None: each row has its own
+    # Squared distance; 0 on average for two samples of one distribution, so it may fall below
+) -> float:
+    """Squared maximum mean discrepancy with a cubic kernel, over pairs of different subjects,
+    unbiased.
 
-    Source: Bińkowski et al. 2018, sec. 3; the paired form is Gretton et al. 2012, lemma 6. Raises ValueError."""
-    terms,apart = kernel_terms(real, other, subjects, others)
-    return (terms.sum()/apart.sum()).item()
+    Parameters
+    ----------
+    real : Tensor
+        Features of real slices (n, d).
+    other : Tensor
+        Features of as many others (n, d), row for row with the same conditions.
+    subjects : np.ndarray | None, default None
+        Subject of each real row (n,); None: each row has its own.
+    others : np.ndarray | None, default None
+        Subject of each other row (n,); None: each row has its own.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Bińkowski et al. 2018, sec. 3; the paired form is Gretton et al. 2012, lemma 6.
+    """
+    terms, apart = kernel_terms(real, other, subjects, others)
+    return (terms.sum() / apart.sum()).item()
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #ef59e936
 def coverage_scores(
-    real:Tensor, # Features (n, d)
-    other:Tensor, # Features (m, d)
-    subjects:np.ndarray|None=None, # Subject of each real row (n,), no neighbors of each other; None: each has its own
-    others:np.ndarray|None=None, # Subject of each other row (m,), likewise
-    neighbors:int=5, # k: a ball reaches to the k-th nearest neighbour of its centre
-)->dict[str, float]: # precision, recall, density, coverage
-    "Which points lie in which balls. Source: Kynkäänniemi et al. 2019, eq. 1, 2; Naeem et al. 2020, eq. 3, 4."
-    def radius(points, labels): # Distance of the k-th nearest point of another subject (n,)
-        who = torch.as_tensor(np.arange(len(points)) if labels is None else pd.factorize(np.asarray(labels))[0])
-        apart = torch.cdist(points, points).masked_fill((who[:, None]==who).to(points.device), math.inf)
+    real: Tensor,  # Features (n, d)
+    other: Tensor,  # Features (m, d)
+    # Subject of each real row (n,), no neighbors of each other; None: each has its own
+    subjects: np.ndarray | None = None,
+    others: np.ndarray | None = None,  # Subject of each other row (m,), likewise
+    neighbors: int = 5,  # k: a ball reaches to the k-th nearest neighbour of its centre
+) -> dict[str, float]:  # precision, recall, density, coverage
+    """Which points lie in which balls.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features (n, d).
+    other : Tensor
+        Features (m, d).
+    subjects : np.ndarray | None, default None
+        Subject of each real row (n,), no neighbors of each other; None: each has its own.
+    others : np.ndarray | None, default None
+        Subject of each other row (m,), likewise.
+    neighbors : int, default 5
+        k: a ball reaches to the k-th nearest neighbour of its centre.
+
+    Returns
+    -------
+    dict[str, float]
+        precision, recall, density, coverage.
+
+    References
+    ----------
+    Kynkäänniemi et al. 2019, eq. 1, 2; Naeem et al. 2020, eq. 3, 4.
+    """
+
+    def radius(points, labels):  # Distance of the k-th nearest point of another subject (n,)
+        who = torch.as_tensor(
+            np.arange(len(points)) if labels is None else pd.factorize(np.asarray(labels))[0]
+        )
+        apart = torch.cdist(points, points).masked_fill(
+            (who[:, None] == who).to(points.device), math.inf
+        )
         return apart.kthvalue(neighbors, dim=1).values
-    between,mine,theirs = torch.cdist(real, other),radius(real, subjects),radius(other, others)    # (n, m), (n,), (m,)
-    inside = between<=mine[:, None]
-    def share(o): return o.cpu().double().mean().item()
-    return dict(precision=share(inside.any(0)), recall=share((between<=theirs).any(1)),
-                density=inside.cpu().double().sum(0).mean().item()/neighbors, coverage=share(inside.any(1)))
+
+    # (n, m), (n,), (m,)
+    between, mine, theirs = torch.cdist(real, other), radius(real, subjects), radius(other, others)
+    inside = between <= mine[:, None]
+
+    def share(o):
+        return o.cpu().double().mean().item()
+
+    return dict(
+        precision=share(inside.any(0)),
+        recall=share((between <= theirs).any(1)),
+        density=inside.cpu().double().sum(0).mean().item() / neighbors,
+        coverage=share(inside.any(1)),
+    )
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c75249e8
 def interval_within(
-    value:float, # A score
-    error:float, # Its standard error
-    span:tuple[float, float]=(-math.inf, math.inf), # Range of the score: (0, 1) of a proportion, (0, inf) of a distance
-    n:int=1, # Independent units behind it, such as subjects: what is left to go by at the very end of the range
-    quantile:float=1.96, # Standard errors to each side
-)->tuple[float, float]: # 95 % interval, inside the range
+    value: float,  # A score
+    error: float,  # Its standard error
+    # Range of the score: (0, 1) of a proportion, (0, inf) of a distance
+    span: tuple[float, float] = (-math.inf, math.inf),
+    # Independent units behind it, such as subjects: what is left to go by at the very end of the
+    # range
+    n: int = 1,
+    quantile: float = 1.96,  # Standard errors to each side
+) -> tuple[float, float]:  # 95 % interval, inside the range
     """An interval that keeps to the range of its score, without clipping.
 
-    A proportion gets Wilson's score interval for the number of independent trials that its standard error stands
-    for (Korn & Graubard 1998), a number of 0 or more an interval on the scale of its logarithm."""
-    low,high = span
-    if not math.isfinite(low): return value-quantile*error,value+quantile*error
+    A proportion gets Wilson's score interval for the number of independent trials that its standard
+    error stands for (Korn & Graubard 1998), a number of 0 or more an interval on the scale of its
+    logarithm.
+
+    Parameters
+    ----------
+    value : float
+        A score.
+    error : float
+        Its standard error.
+    span : tuple[float, float], default (-math.inf, math.inf)
+        Range of the score: (0, 1) of a proportion, (0, inf) of a distance.
+    n : int, default 1
+        Independent units behind it, such as subjects: what is left to go by at the very end of the
+        range.
+    quantile : float, default 1.96
+        Standard errors to each side.
+
+    Returns
+    -------
+    tuple[float, float]
+        95 % interval, inside the range.
+    """
+    low, high = span
+    if not math.isfinite(low):
+        return value - quantile * error, value + quantile * error
     if not math.isfinite(high):
-        factor = math.exp(quantile*error/(value-low)) if value>low else 1.
-        return low+(value-low)/factor,low+(value-low)*factor
-    x,s = (value-low)/(high-low),error/(high-low)
-    if s==0 and 0<x<1: return value,value
-    trials = x*(1-x)/s**2 if 0<x<1 else n
-    center,wide = x+quantile**2/2/trials,1+quantile**2/trials
-    half = quantile*math.sqrt(x*(1-x)/trials+(quantile/2/trials)**2)
-    below,above = x**2/(center+half),(1-x)**2/(wide-center+half)              # products of roots: exact at both ends
-    return low+(high-low)*below,high-(high-low)*above
+        factor = math.exp(quantile * error / (value - low)) if value > low else 1.0
+        return low + (value - low) / factor, low + (value - low) * factor
+    x, s = (value - low) / (high - low), error / (high - low)
+    if s == 0 and 0 < x < 1:
+        return value, value
+    trials = x * (1 - x) / s**2 if 0 < x < 1 else n
+    center, wide = x + quantile**2 / 2 / trials, 1 + quantile**2 / trials
+    half = quantile * math.sqrt(x * (1 - x) / trials + (quantile / 2 / trials) ** 2)
+    # products of roots: exact at both ends
+    below, above = x**2 / (center + half), (1 - x) ** 2 / (wide - center + half)
+    return low + (high - low) * below, high - (high - low) * above
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee02
 def leave_out_interval(
-    score:Callable, # Called with positions (m,), gives a dict of numbers
-    subjects:np.ndarray, # Subject of each row (n,)
-    num_resamples:int=100, # Times that subjects are left out
-    part:float=.2, # Fraction of them that is left out
-    seed:int=0, # Of the choice
-    spans:dict[str, tuple]|None=None, # Range of each score that has one, as in `interval_within`
-)->dict[str, tuple[float, float]]: # 95 % interval of each number; empty with fewer than 5 subjects
-    "How far scores move when some subjects are not there. Source: Shao & Wu 1989, sec. 3; Student's t."
-    who,rng = pd.factorize(np.asarray(subjects))[0],np.random.default_rng(seed)
-    people = who.max()+1
-    if people<5: return {}
-    away = round(part*people)
-    drawn = pd.DataFrame([score(np.flatnonzero(np.isin(who, rng.permutation(people)[away:]))) for _ in range(num_resamples)])
-    whole,scale = score(np.arange(len(who))),math.sqrt(people/away-1)
-    return {k: interval_within(float(whole[k]), scale*float(drawn[k].std(ddof=0)), (spans or {}).get(k, REAL), people,
-                               float(student.ppf(.975, people-1))) for k in drawn}
+    score: Callable,  # Called with positions (m,), gives a dict of numbers
+    subjects: np.ndarray,  # Subject of each row (n,)
+    num_resamples: int = 100,  # Times that subjects are left out
+    part: float = 0.2,  # Fraction of them that is left out
+    seed: int = 0,  # Of the choice
+    # Range of each score that has one, as in `interval_within`
+    spans: dict[str, tuple] | None = None,
+    # 95 % interval of each number; empty with fewer than 5 subjects
+) -> dict[str, tuple[float, float]]:
+    """How far scores move when some subjects are not there.
+
+    Parameters
+    ----------
+    score : Callable
+        Called with positions (m,), gives a dict of numbers.
+    subjects : np.ndarray
+        Subject of each row (n,).
+    num_resamples : int, default 100
+        Times that subjects are left out.
+    part : float, default 0.2
+        Fraction of them that is left out.
+    seed : int, default 0
+        Of the choice.
+    spans : dict[str, tuple] | None, default None
+        Range of each score that has one, as in `interval_within`.
+
+    Returns
+    -------
+    dict[str, tuple[float, float]]
+
+    References
+    ----------
+    Shao & Wu 1989, sec. 3; Student's t.
+    """
+    who, rng = pd.factorize(np.asarray(subjects))[0], np.random.default_rng(seed)
+    people = who.max() + 1
+    if people < 5:
+        return {}
+    away = round(part * people)
+    drawn = pd.DataFrame(
+        [
+            score(np.flatnonzero(np.isin(who, rng.permutation(people)[away:])))
+            for _ in range(num_resamples)
+        ]
+    )
+    whole, scale = score(np.arange(len(who))), math.sqrt(people / away - 1)
+    return {
+        k: interval_within(
+            float(whole[k]),
+            scale * float(drawn[k].std(ddof=0)),
+            (spans or {}).get(k, REAL),
+            people,
+            float(student.ppf(0.975, people - 1)),
+        )
+        for k in drawn
+    }
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #1d3b24f7
 def set_scores(
-    real:Tensor, # Features of real slices (n, d)
-    other:Tensor, # Features of as many others (n, d), row for row with the same conditions
-    subjects:np.ndarray|None=None, # Subject of each real row (n,); None: each row has its own
-    others:np.ndarray|None=None, # Subject of each other row (n,); None: each row has its own
-)->dict[str, float]: # frechet, kid, precision, recall, density, coverage
-    "All distances of two sets of features."
-    return dict(frechet=frechet_distance(real, other), kid=kernel_distance(real, other, subjects, others),
-                **coverage_scores(real, other, subjects, others))
+    real: Tensor,  # Features of real slices (n, d)
+    other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
+    subjects: np.ndarray | None = None,  # Subject of each real row (n,); None: each row has its own
+    others: np.ndarray | None = None,  # Subject of each other row (n,); None: each row has its own
+) -> dict[str, float]:  # frechet, kid, precision, recall, density, coverage
+    """All distances of two sets of features.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features of real slices (n, d).
+    other : Tensor
+        Features of as many others (n, d), row for row with the same conditions.
+    subjects : np.ndarray | None, default None
+        Subject of each real row (n,); None: each row has its own.
+    others : np.ndarray | None, default None
+        Subject of each other row (n,); None: each row has its own.
+
+    Returns
+    -------
+    dict[str, float]
+        frechet, kid, precision, recall, density, coverage.
+    """
+    return dict(
+        frechet=frechet_distance(real, other),
+        kid=kernel_distance(real, other, subjects, others),
+        **coverage_scores(real, other, subjects, others)
+    )
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee07
 def fidelity_scores(
-    real:Tensor, # Features of real slices (n, d)
-    other:Tensor, # Features of as many others (n, d), row for row with the same conditions
-    subjects:np.ndarray, # Subject of each real row (n,)
-    num_resamples:int=100, # Times that subjects are left out
-    others:np.ndarray|None=None, # Subject of each other row (n,); None: each has its own, as images sampled one by one
-)->dict: # frechet, kid, precision, recall, density, coverage, n, interval_95
-    "How near two sets are. Raises ValueError below 50 images; warns where the Fréchet distance is unsteady."
-    n,d = real.shape
-    if n!=len(other) or n<50: raise ValueError(
-        f"fidelity_scores: {n} real and {len(other)} other pictures. Expected as many of each, and 50 or more: all "
-        "these scores change with n. Draw more, or hold back more people.")
-    if n<2*d: warnings.warn(f"fidelity_scores: {n} pictures for {d} features. A covariance needs {2*d} or more: "
-                            "read the Fréchet distance beside its real-vs-real reference only.", stacklevel=2)
-    who,theirs = np.asarray(subjects),np.arange(n) if others is None else np.asarray(others)
-    def score(at): return set_scores(real[at], other[at], who[at], theirs[at])
-    return dict(score(np.arange(n)), n=n, interval_95=leave_out_interval(score, who, num_resamples, spans=SPANS))
+    real: Tensor,  # Features of real slices (n, d)
+    other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
+    subjects: np.ndarray,  # Subject of each real row (n,)
+    num_resamples: int = 100,  # Times that subjects are left out
+    # Subject of each other row (n,); None: each has its own, as images sampled one by one
+    others: np.ndarray | None = None,
+) -> dict:  # frechet, kid, precision, recall, density, coverage, n, interval_95
+    """How near two sets are.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features of real slices (n, d).
+    other : Tensor
+        Features of as many others (n, d), row for row with the same conditions.
+    subjects : np.ndarray
+        Subject of each real row (n,).
+    num_resamples : int, default 100
+        Times that subjects are left out.
+    others : np.ndarray | None, default None
+        Subject of each other row (n,); None: each has its own, as images sampled one by one.
+
+    Returns
+    -------
+    dict
+        frechet, kid, precision, recall, density, coverage, n, interval_95.
+
+    Raises
+    ------
+    ValueError
+        Below 50 images; warns where the Fréchet distance is unsteady.
+    """
+    n, d = real.shape
+    if n != len(other) or n < 50:
+        raise ValueError(
+            f"fidelity_scores: {n} real and {len(other)} other pictures. Expected as many of each,"
+            " and 50 or more: all these scores change with n. Draw more, or hold back more people."
+        )
+    if n < 2 * d:
+        warnings.warn(
+            f"fidelity_scores: {n} pictures for {d} features. A covariance needs {2*d} or more: "
+            "read the Fréchet distance beside its real-vs-real reference only.",
+            stacklevel=2,
+        )
+    who, theirs = np.asarray(subjects), np.arange(n) if others is None else np.asarray(others)
+
+    def score(at):
+        return set_scores(real[at], other[at], who[at], theirs[at])
+
+    return dict(
+        score(np.arange(n)),
+        n=n,
+        interval_95=leave_out_interval(score, who, num_resamples, spans=SPANS),
+    )
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee03
 def jackknife_means(
-    terms:Tensor, # As from `kernel_terms` (n, n)
-    apart:Tensor, # Which of them count (n, n)
-    labels:np.ndarray, # What each row belongs to (n,)
-)->np.ndarray: # The distance without each label in turn (labels,)
-    "Leave one subject out at a time: the jackknife of a mean over pairs, in closed form."
+    terms: Tensor,  # As from `kernel_terms` (n, n)
+    apart: Tensor,  # Which of them count (n, n)
+    labels: np.ndarray,  # What each row belongs to (n,)
+) -> np.ndarray:  # The distance without each label in turn (labels,)
+    """Leave one subject out at a time: the jackknife of a mean over pairs, in closed form.
+
+    Parameters
+    ----------
+    terms : Tensor
+        As from `kernel_terms` (n, n).
+    apart : Tensor
+        Which of them count (n, n).
+    labels : np.ndarray
+        What each row belongs to (n,).
+
+    Returns
+    -------
+    np.ndarray
+        The distance without each label in turn (labels,).
+    """
     codes = torch.as_tensor(pd.factorize(np.asarray(labels))[0], device=terms.device)
-    member = torch.nn.functional.one_hot(codes).to(terms)                      # (n, labels)
-    def left(m): return m.sum()-2*member.T@m.sum(1)+((m@member)*member).sum(0)
-    return (left(terms)/left(apart.to(terms))).cpu().numpy()
+    member = torch.nn.functional.one_hot(codes).to(terms)  # (n, labels)
+
+    def left(m):
+        return m.sum() - 2 * member.T @ m.sum(1) + ((m @ member) * member).sum(0)
+
+    return (left(terms) / left(apart.to(terms))).cpu().numpy()
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee04
 def excess_distance(
-    real:Tensor, # Features of held-out slices (n, d)
-    sets:list[Tensor], # Features of synthetic sets, one a sampling seed, each (n, d)
-    references:list[Tensor], # Features of real slices of train subjects, one a rotation, each (n, d)
-    subjects:np.ndarray, # Subject of each held-out row (n,)
-    others:list[np.ndarray], # Subject of each row of each reference (n,)
-)->dict: # kid, interval_95, by_seed (kid and interval_95 of each set), synthetic and reference: their own mean distances
+    real: Tensor,  # Features of held-out slices (n, d)
+    sets: list[Tensor],  # Features of synthetic sets, one a sampling seed, each (n, d)
+    # Features of real slices of train subjects, one a rotation, each (n, d)
+    references: list[Tensor],
+    subjects: np.ndarray,  # Subject of each held-out row (n,)
+    others: list[np.ndarray],  # Subject of each row of each reference (n,)
+    # kid, interval_95, by_seed (kid and interval_95 of each set), synthetic and reference: their
+    # own mean distances
+) -> dict:
     """KID(synthetic, held-out) minus KID(train, held-out): 0 for a perfect generator.
 
-    Variance by a jackknife over held-out subjects, plus what train subjects add to that of rows (Cameron, Gelbach &
-    Miller 2011, eq. 2.11). Every row of all sets has the same conditions."""
-    theirs = [kernel_terms(real, o, subjects, who) for o,who in zip(references, others)]
+    Variance by a jackknife over held-out subjects, plus what train subjects add to that of rows
+    (Cameron, Gelbach & Miller 2011, eq. 2.11). Every row of all sets has the same conditions.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features of held-out slices (n, d).
+    sets : list[Tensor]
+        Features of synthetic sets, one a sampling seed, each (n, d).
+    references : list[Tensor]
+        Features of real slices of train subjects, one a rotation, each (n, d).
+    subjects : np.ndarray
+        Subject of each held-out row (n,).
+    others : list[np.ndarray]
+        Subject of each row of each reference (n,).
+
+    Returns
+    -------
+    dict
+    """
+    theirs = [kernel_terms(real, o, subjects, who) for o, who in zip(references, others)]
     ours = [kernel_terms(real, o, subjects) for o in sets]
-    def mean(pairs): return float(np.mean([(t.sum()/a.sum()).item() for t,a in pairs]))
-    def left(pairs, labels): return np.mean([jackknife_means(*o, who) for o,who in zip(pairs, labels)], axis=0)
-    def variance(o): return (len(o)-1)*o.var()
-    known,each = np.unique(np.concatenate(others)),np.arange(len(real))
-    def spread(pairs, who): # Over all train subjects: one that a rotation lacks moves nothing there
+
+    def mean(pairs):
+        return float(np.mean([(t.sum() / a.sum()).item() for t, a in pairs]))
+
+    def left(pairs, labels):
+        return np.mean([jackknife_means(*o, who) for o, who in zip(pairs, labels)], axis=0)
+
+    def variance(o):
+        return (len(o) - 1) * o.var()
+
+    known, each = np.unique(np.concatenate(others)), np.arange(len(real))
+
+    # Over all train subjects: one that a rotation lacks moves nothing there
+    def spread(pairs, who):
         found = pd.Series(jackknife_means(*pairs, who), index=pd.unique(np.asarray(who)))
-        return found.reindex(known).fillna((pairs[0].sum()/pairs[1].sum()).item()).to_numpy()
-    by_train = variance(np.mean([spread(o, who) for o,who in zip(theirs, others)], axis=0))
-    more = max(0., by_train-variance(left(theirs, [each]*len(theirs))))
-    base = left(theirs, [subjects]*len(theirs))
+        return found.reindex(known).fillna((pairs[0].sum() / pairs[1].sum()).item()).to_numpy()
+
+    by_train = variance(np.mean([spread(o, who) for o, who in zip(theirs, others)], axis=0))
+    more = max(0.0, by_train - variance(left(theirs, [each] * len(theirs))))
+    base = left(theirs, [subjects] * len(theirs))
+
     def against(pairs):
-        error = math.sqrt(variance(left(pairs, [subjects]*len(pairs))-base)+more)
-        return dict(kid=mean(pairs)-mean(theirs), interval_95=interval_within(mean(pairs)-mean(theirs), error))
-    return dict(against(ours), by_seed=[against([o]) for o in ours], synthetic=mean(ours), reference=mean(theirs))
+        error = math.sqrt(variance(left(pairs, [subjects] * len(pairs)) - base) + more)
+        return dict(
+            kid=mean(pairs) - mean(theirs),
+            interval_95=interval_within(mean(pairs) - mean(theirs), error),
+        )
+
+    return dict(
+        against(ours),
+        by_seed=[against([o]) for o in ours],
+        synthetic=mean(ours),
+        reference=mean(theirs),
+    )
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee08
 def reference_rotations(
-    held_out:pd.DataFrame, # Manifest rows of held-out subjects
-    train:pd.DataFrame, # Manifest rows of train subjects
-    evaluator_subjects:np.ndarray, # True where the feature network has learned from the row's subject, as from `evaluator_rows`
-    rotations:int=5, # Sets to make
-)->tuple[list[np.ndarray], int]: # For each rotation the train row beside each held-out row; subjects the network has seen
+    held_out: pd.DataFrame,  # Manifest rows of held-out subjects
+    train: pd.DataFrame,  # Manifest rows of train subjects
+    # True where the feature network has learned from the row's subject, as from `evaluator_rows`
+    evaluator_subjects: np.ndarray,
+    rotations: int = 5,  # Sets to make
+    # For each rotation the train row beside each held-out row; subjects the network has seen
+) -> tuple[list[np.ndarray], int]:
     """Which real slices of train subjects stand beside held-out ones as the real-vs-real reference.
 
-    They are of subjects that the feature network has not seen, if those are enough for each position and diagnosis."""
+    They are of subjects that the feature network has not seen, if those are enough for each
+    position and diagnosis.
+
+    Parameters
+    ----------
+    held_out : pd.DataFrame
+        Manifest rows of held-out subjects.
+    train : pd.DataFrame
+        Manifest rows of train subjects.
+    evaluator_subjects : np.ndarray
+        True where the feature network has learned from the row's subject, as from `evaluator_rows`.
+    rotations : int, default 5
+        Sets to make.
+
+    Returns
+    -------
+    tuple[list[np.ndarray], int]
+    """
     names = [o for o in ('slice', 'diagnosis') if o in held_out and o in train]
-    def count(table): return table[names].astype(object).fillna('').groupby(names).size()
+
+    def count(table):
+        return table[names].astype(object).fillna('').groupby(names).size()
+
     need = count(held_out)
-    enough = (count(train[~evaluator_subjects]).reindex(need.index).fillna(0)>=need).all()
+    enough = (count(train[~evaluator_subjects]).reindex(need.index).fillna(0) >= need).all()
     pool = np.flatnonzero(~evaluator_subjects if enough else np.ones(len(train), bool))
     sets = [pool[match_rows(held_out, train.iloc[pool], rotation=r)] for r in range(rotations)]
     used = np.unique(np.concatenate(sets))
-    return sets,int(train.subject.iloc[used[evaluator_subjects[used]]].nunique())
+    return sets, int(train.subject.iloc[used[evaluator_subjects[used]]].nunique())
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee09
 def compare_with_reference(
-    real:Tensor, # Features of held-out slices (n, d)
-    sets:list[Tensor], # Features of synthetic sets, one a sampling seed, each (n, d), row for row with the same conditions
-    references:list[Tensor], # Features of real slices of train subjects, one a rotation, each (n, d), likewise
-    subjects:np.ndarray, # Subject of each held-out row (n,)
-    others:list[np.ndarray], # Subject of each row of each reference (n,)
-    num_resamples:int=100, # Times that subjects are left out
-)->dict: # synthetic (the first set), by_seed, reference (mean of its rotations), by_rotation, excess
-    "All scores of synthetic sets beside those of real ones. Raises ValueError below 50 images."
-    turns = [set_scores(real, o, subjects, who) for o,who in zip(references, others)]
-    return dict(synthetic=fidelity_scores(real, sets[0], subjects, num_resamples),
-                by_seed=[set_scores(real, o, subjects) for o in sets],
-                reference={k: float(np.mean([o[k] for o in turns])) for k in turns[0]}, by_rotation=turns,
-                excess=excess_distance(real, sets, references, subjects, others))
+    real: Tensor,  # Features of held-out slices (n, d)
+    # Features of synthetic sets, one a sampling seed, each (n, d), row for row with the same
+    # conditions
+    sets: list[Tensor],
+    # Features of real slices of train subjects, one a rotation, each (n, d), likewise
+    references: list[Tensor],
+    subjects: np.ndarray,  # Subject of each held-out row (n,)
+    others: list[np.ndarray],  # Subject of each row of each reference (n,)
+    num_resamples: int = 100,  # Times that subjects are left out
+    # synthetic (the first set), by_seed, reference (mean of its rotations), by_rotation, excess
+) -> dict:
+    """All scores of synthetic sets beside those of real ones.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features of held-out slices (n, d).
+    sets : list[Tensor]
+        Features of synthetic sets, one a sampling seed, each (n, d), row for row with the same
+        conditions.
+    references : list[Tensor]
+        Features of real slices of train subjects, one a rotation, each (n, d), likewise.
+    subjects : np.ndarray
+        Subject of each held-out row (n,).
+    others : list[np.ndarray]
+        Subject of each row of each reference (n,).
+    num_resamples : int, default 100
+        Times that subjects are left out.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        Below 50 images.
+    """
+    turns = [set_scores(real, o, subjects, who) for o, who in zip(references, others)]
+    return dict(
+        synthetic=fidelity_scores(real, sets[0], subjects, num_resamples),
+        by_seed=[set_scores(real, o, subjects) for o in sets],
+        reference={k: float(np.mean([o[k] for o in turns])) for k in turns[0]},
+        by_rotation=turns,
+        excess=excess_distance(real, sets, references, subjects, others),
+    )
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #9a7762c6
 def fine_detail(
-    images:Tensor|SliceDataset, # Pictures (n, 1, h, w) in [-1, 1]
-    outline:float=.1, # Grey, 0 to 1, above which a pixel is brain
-)->np.ndarray: # Variance of the Laplacian of grey values inside the brain (n,); NaN without brain
-    "How much detail a picture has (notebook 02): low is blurred, high is noisy."
-    grays = ((part.cpu().double()+1)/2 for part in image_batches(images))
-    return np.concatenate([laplacian_variance(o, o>outline).cpu().numpy() for o in grays])
+    images: Tensor | SliceDataset,  # Pictures (n, 1, h, w) in [-1, 1]
+    outline: float = 0.1,  # Grey, 0 to 1, above which a pixel is brain
+    # Variance of the Laplacian of grey values inside the brain (n,); NaN without brain
+) -> np.ndarray:
+    """How much detail a picture has (notebook 02): low is blurred, high is noisy.
+
+    Parameters
+    ----------
+    images : Tensor | SliceDataset
+        Pictures (n, 1, h, w) in [-1, 1].
+    outline : float, default 0.1
+        Grey, 0 to 1, above which a pixel is brain.
+
+    Returns
+    -------
+    np.ndarray
+    """
+    grays = ((part.cpu().double() + 1) / 2 for part in image_batches(images))
+    return np.concatenate([laplacian_variance(o, o > outline).cpu().numpy() for o in grays])

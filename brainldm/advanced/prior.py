@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor,nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..engineering.checks import check_divides
 from ..engineering.devices import pick_device, pick_precision
@@ -30,547 +30,1391 @@ from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from ..engineering.layers import Conditioner
 from ..vqgan import VQVAE
 from brainldm.engineering.loop import (
-    Learner, TrainConfig, check_config, check_finite, in_chunks, infer, seeded, to_device,
+    Learner,
+    TrainConfig,
+    check_config,
+    check_finite,
+    in_chunks,
+    infer,
+    seeded,
+    to_device,
 )
 from brainldm.engineering.runs import (
-    check_trained_on, enter_run, fill_model, is_finished, load_weights, run_stage, save_weights,
-    weights_hash, retry_on_oom,
+    check_trained_on,
+    enter_run,
+    fill_model,
+    is_finished,
+    load_weights,
+    run_stage,
+    save_weights,
+    weights_hash,
+    retry_on_oom,
 )
 from ..engineering.sharing import locate_run
 from brainldm.training import (
-    LOAD_ERRORS, adopt_weights, covariates_to_dict, is_begun, load_autoencoder, origin_of, pick_covariates,
-    covariates_from_dict, refuse_architecture, evenly_spaced_rows,
+    LOAD_ERRORS,
+    adopt_weights,
+    covariates_to_dict,
+    is_begun,
+    load_autoencoder,
+    origin_of,
+    pick_covariates,
+    covariates_from_dict,
+    refuse_architecture,
+    evenly_spaced_rows,
 )
 from brainldm.engineering.stage2 import (
-    LatentDataset, check_stage2, remove_folder, condition_dropout_mask, encode_rows, preview_conditions,
+    LatentDataset,
+    check_stage2,
+    remove_folder,
+    condition_dropout_mask,
+    encode_rows,
+    preview_conditions,
     check_latent_origin,
 )
-from ..engineering.codec import Codec, check_conditions, check_sample_counts, in_batches, required_conditions
+from brainldm.engineering.codec import (
+    Codec,
+    check_conditions,
+    check_sample_counts,
+    in_batches,
+    required_conditions,
+)
 
 # %% ../../nbs/advanced/12_prior.ipynb #e638a45e
 def backoff_probability(
-    hits:Tensor, # How often a histogram has a code
-    total:Tensor, # How many codes it has
-    coarser:Tensor|float, # Probability of the code under a coarser histogram
-    strength:float, # How many counts that guess is worth, above 0
-)->Tensor: # Probability of the code, never 0
-    "A histogram that knows little leans on a coarser one. Source: MacKay & Peto 1995, eq. 18."
-    return (hits+strength*coarser)/(total+strength)
+    hits: Tensor,  # How often a histogram has a code
+    total: Tensor,  # How many codes it has
+    coarser: Tensor | float,  # Probability of the code under a coarser histogram
+    strength: float,  # How many counts that guess is worth, above 0
+) -> Tensor:  # Probability of the code, never 0
+    """A histogram that knows little leans on a coarser one.
+
+    Parameters
+    ----------
+    hits : Tensor
+        How often a histogram has a code.
+    total : Tensor
+        How many codes it has.
+    coarser : Tensor | float
+        Probability of the code under a coarser histogram.
+    strength : float
+        How many counts that guess is worth, above 0.
+
+    Returns
+    -------
+    Tensor
+        Probability of the code, never 0.
+
+    References
+    ----------
+    MacKay & Peto 1995, eq. 18.
+    """
+    return (hits + strength * coarser) / (total + strength)
 
 # %% ../../nbs/advanced/12_prior.ipynb #8464ee85
 def histogram_lookup(
-    train:Tensor, # Codes to count (n, places)
-    here:Tensor, # Number of the histogram of each (n, places)
-    held_out:Tensor, # Codes to look up (m, places)
-    there:Tensor, # Number of the histogram of each (m, places)
-    num_embeddings:int, # Codes there are, k
-)->tuple[Tensor, Tensor]: # How often its histogram has the code, and how many codes it has, each (m, places), float64
-    "Look held-out codes up in histograms of train codes."
-    size = int(max(here.max(), there.max()))+1
-    counts = torch.bincount((here*num_embeddings+train).flatten(), minlength=size*num_embeddings)
+    train: Tensor,  # Codes to count (n, places)
+    here: Tensor,  # Number of the histogram of each (n, places)
+    held_out: Tensor,  # Codes to look up (m, places)
+    there: Tensor,  # Number of the histogram of each (m, places)
+    num_embeddings: int,  # Codes there are, k
+    # How often its histogram has the code, and how many codes it has, each (m, places), float64
+) -> tuple[Tensor, Tensor]:
+    """Look held-out codes up in histograms of train codes.
+
+    Parameters
+    ----------
+    train : Tensor
+        Codes to count (n, places).
+    here : Tensor
+        Number of the histogram of each (n, places).
+    held_out : Tensor
+        Codes to look up (m, places).
+    there : Tensor
+        Number of the histogram of each (m, places).
+    num_embeddings : int
+        Codes there are, k.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+    """
+    size = int(max(here.max(), there.max())) + 1
+    counts = torch.bincount(
+        (here * num_embeddings + train).flatten(), minlength=size * num_embeddings
+    )
     counts = counts.view(size, num_embeddings)
-    return counts[there, held_out].double(),counts.sum(1)[there].double()
+    return counts[there, held_out].double(), counts.sum(1)[there].double()
 
 # %% ../../nbs/advanced/12_prior.ipynb #8f63f46d
 def code_cells(
-    slices:Tensor, # Number of each map's slice position (n,), from 0
-    places:int, # Codes in a map
-)->tuple[Tensor, Tensor, Tensor]: # Number of each code's histogram (n, places): of all; by place; by place and slice
-    "Three ways to sort codes into histograms."
+    slices: Tensor,  # Number of each map's slice position (n,), from 0
+    places: int,  # Codes in a map
+    # Number of each code's histogram (n, places): of all; by place; by place and slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three ways to sort codes into histograms.
+
+    Parameters
+    ----------
+    slices : Tensor
+        Number of each map's slice position (n,), from 0.
+    places : int
+        Codes in a map.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+    """
     place = torch.arange(places).expand(len(slices), -1)
-    return torch.zeros_like(place),place,place+places*slices[:, None]
+    return torch.zeros_like(place), place, place + places * slices[:, None]
 
 # %% ../../nbs/advanced/12_prior.ipynb #1ada79ed
 def code_baselines(
-    train:Tensor, # Code maps of the train slices (n, h, w)
-    train_slices:Tensor, # Their slice numbers (n,), int64
-    train_subjects:list, # Their subjects, n names
-    held_out:Tensor, # Code maps of other people (m, h, w)
-    held_out_slices:Tensor, # Their slice numbers (m,), int64
-    num_embeddings:int, # Codes there are
-)->dict[str, Tensor]: # Mean bits per code of each held map (m,): uniform, histogram, place, place_slice
-    "What held-out codes cost without a network. How far a histogram leans on the coarser one is chosen on train alone."
-    train,held_out = train.flatten(1),held_out.flatten(1)
+    train: Tensor,  # Code maps of the train slices (n, h, w)
+    train_slices: Tensor,  # Their slice numbers (n,), int64
+    train_subjects: list,  # Their subjects, n names
+    held_out: Tensor,  # Code maps of other people (m, h, w)
+    held_out_slices: Tensor,  # Their slice numbers (m,), int64
+    num_embeddings: int,  # Codes there are
+    # Mean bits per code of each held map (m,): uniform, histogram, place, place_slice
+) -> dict[str, Tensor]:
+    """What held-out codes cost without a network.
+
+    How far a histogram leans on the coarser one is chosen on train alone.
+
+    Parameters
+    ----------
+    train : Tensor
+        Code maps of the train slices (n, h, w).
+    train_slices : Tensor
+        Their slice numbers (n,), int64.
+    train_subjects : list
+        Their subjects, n names.
+    held_out : Tensor
+        Code maps of other people (m, h, w).
+    held_out_slices : Tensor
+        Their slice numbers (m,), int64.
+    num_embeddings : int
+        Codes there are.
+
+    Returns
+    -------
+    dict[str, Tensor]
+    """
+    train, held_out = train.flatten(1), held_out.flatten(1)
     names = sorted(set(train_subjects))
-    if len(names)<2: raise ValueError(f"code_baselines: {len(names)} train subject. Expected 2 or more: one is set aside, the others "
-                                      "fill the histograms. Train on more people.")
-    aside = torch.tensor([names.index(o)%5==0 for o in train_subjects])      # every fifth train subject
-    positions = torch.cat([train_slices, held_out_slices]).unique(return_inverse=True)[1]             # 0, 1, … without gaps
-    ours,theirs = positions.split([len(train), len(held_out)])
+    if len(names) < 2:
+        raise ValueError(
+            f"code_baselines: {len(names)} train subject. Expected 2 or more: one is set aside, the"
+            " others fill the histograms. Train on more people."
+        )
+    # every fifth train subject
+    aside = torch.tensor([names.index(o) % 5 == 0 for o in train_subjects])
+    # 0, 1, … without gaps
+    positions = torch.cat([train_slices, held_out_slices]).unique(return_inverse=True)[1]
+    ours, theirs = positions.split([len(train), len(held_out)])
     numbers = (ours[~aside], ours[aside], ours, theirs)
     cells = [code_cells(o, train.shape[1]) for o in numbers]
-    trial = final = 1/num_embeddings
+    trial = final = 1 / num_embeddings
     floors = dict(uniform=torch.full((len(held_out),), math.log2(num_embeddings)))
-    for name,a,b,here,there in zip(('histogram', 'place', 'place_slice'), *cells):
+    for name, a, b, here, there in zip(('histogram', 'place', 'place_slice'), *cells):
         counts = histogram_lookup(train[~aside], a, train[aside], b, num_embeddings)
-        strength = max((2.**k for k in range(-3, 11)), key=lambda s: backoff_probability(*counts, trial, s).log().mean())
+        strength = max(
+            (2.0**k for k in range(-3, 11)),
+            key=lambda s: backoff_probability(*counts, trial, s).log().mean(),
+        )
         trial = backoff_probability(*counts, trial, strength)
-        final = backoff_probability(*histogram_lookup(train, here, held_out, there, num_embeddings), final, strength)
+        final = backoff_probability(
+            *histogram_lookup(train, here, held_out, there, num_embeddings), final, strength
+        )
         floors[name] = -final.log2().mean(1).float()
     return floors
 
 # %% ../../nbs/advanced/12_prior.ipynb #5048a21d
 def context_positions(
-    side:int, # Height and width of the map
-)->Tensor: # Numbers of the places written just before, and above, above left, above right (side*side, 4); -1: none
-    "Where the codes stand that say most about each place, of those written before it."
-    i,j = torch.meshgrid(torch.arange(side), torch.arange(side), indexing='ij')
-    near = [torch.arange(side**2).view(side, side)-1]
+    side: int,  # Height and width of the map
+    # Numbers of the places written just before, and above, above left, above right (side*side,
+    # 4); -1: none
+) -> Tensor:
+    """Where the codes stand that say most about each place, of those written before it.
+
+    Parameters
+    ----------
+    side : int
+        Height and width of the map.
+
+    Returns
+    -------
+    Tensor
+    """
+    i, j = torch.meshgrid(torch.arange(side), torch.arange(side), indexing='ij')
+    near = [torch.arange(side**2).view(side, side) - 1]
     for dj in (0, -1, 1):
-        inside = (i>0) & (j+dj>=0) & (j+dj<side)
-        near.append(torch.where(inside, (i-1)*side+j+dj, -1))
+        inside = (i > 0) & (j + dj >= 0) & (j + dj < side)
+        near.append(torch.where(inside, (i - 1) * side + j + dj, -1))
     return torch.stack(near, dim=-1).flatten(0, 1)
 
 # %% ../../nbs/advanced/12_prior.ipynb #5fca6332
 class TransformerBlock(nn.Module):
     """Attention to what came before, then a small network at each place, each added to what was there.
 
-    Source: Vaswani et al. 2017, sec. 3; norms first as in Radford et al. 2019, sec. 2.3."""
-    def __init__(self,
-        embed_dim:int, # Length of a vector, a multiple of `num_heads`
-        num_heads:int, # Attention heads
-        dropout:float=0., # Share of what attention and network add that training leaves out
+    Parameters
+    ----------
+    embed_dim : int
+        Length of a vector, a multiple of `num_heads`.
+    num_heads : int
+        Attention heads.
+    dropout : float, default 0.0
+        Share of what attention and network add that training leaves out.
+
+    References
+    ----------
+    Vaswani et al. 2017, sec. 3; norms first as in Radford et al. 2019, sec. 2.3.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,  # Length of a vector, a multiple of `num_heads`
+        num_heads: int,  # Attention heads
+        dropout: float = 0.0,  # Share of what attention and network add that training leaves out
     ):
         super().__init__()
         check_divides('TransformerBlock', num_heads, embed_dim=embed_dim)
-        self.num_heads,self.norm1,self.norm2 = num_heads,nn.LayerNorm(embed_dim),nn.LayerNorm(embed_dim)
-        self.qkv,self.proj = nn.Linear(embed_dim, 3*embed_dim),nn.Linear(embed_dim, embed_dim)
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, 4*embed_dim), nn.GELU(), nn.Linear(4*embed_dim, embed_dim))
+        self.num_heads, self.norm1, self.norm2 = (
+            num_heads,
+            nn.LayerNorm(embed_dim),
+            nn.LayerNorm(embed_dim),
+        )
+        self.qkv, self.proj = nn.Linear(embed_dim, 3 * embed_dim), nn.Linear(embed_dim, embed_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Linear(4 * embed_dim, embed_dim)
+        )
         self.dropout = nn.Dropout(dropout)
-        for o in (self.proj, self.mlp[-1]): nn.init.zeros_(o.weight); nn.init.zeros_(o.bias)   # start as the identity
+        # start as the identity
+        for o in (self.proj, self.mlp[-1]):
+            nn.init.zeros_(o.weight)
+            nn.init.zeros_(o.bias)
 
-    def forward(self,
-        x:Tensor, # Vectors (b, t, embed_dim): the whole sequence from its start, or the newest one alone
-        cache:Tensor|None=None, # Keys and values (2, b, heads, places, c), filled in from `start` on
-        start:int=0, # Places before x whose keys and values are in the cache
-    )->Tensor: # Vectors (b, t, embed_dim)
-        q,k,v = rearrange(self.qkv(self.norm1(x)), 'b t (qkv n c) -> qkv b n t c', qkv=3, n=self.num_heads)
+    def forward(
+        self,
+        # Vectors (b, t, embed_dim): the whole sequence from its start, or the newest one alone
+        x: Tensor,
+        # Keys and values (2, b, heads, places, c), filled in from `start` on
+        cache: Tensor | None = None,
+        start: int = 0,  # Places before x whose keys and values are in the cache
+    ) -> Tensor:  # Vectors (b, t, embed_dim)
+        """Vectors (b, t, embed_dim).
+
+        Parameters
+        ----------
+        x : Tensor
+            Vectors (b, t, embed_dim): the whole sequence from its start, or the newest one alone.
+        cache : Tensor | None, default None
+            Keys and values (2, b, heads, places, c), filled in from `start` on.
+        start : int, default 0
+            Places before x whose keys and values are in the cache.
+
+        Returns
+        -------
+        Tensor
+            Vectors (b, t, embed_dim).
+        """
+        q, k, v = rearrange(
+            self.qkv(self.norm1(x)), 'b t (qkv n c) -> qkv b n t c', qkv=3, n=self.num_heads
+        )
         if cache is not None:
-            end = start+x.shape[1]
-            cache[0, :, :, start:end],cache[1, :, :, start:end] = k,v
-            k,v = cache[:, :, :, :end]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=start==0)      # the newest place may see all others
-        x = x+self.dropout(self.proj(rearrange(out, 'b n t c -> b t (n c)')))
-        return x+self.dropout(self.mlp(self.norm2(x)))
+            end = start + x.shape[1]
+            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
+            k, v = cache[:, :, :, :end]
+        # the newest place may see all others
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
+        x = x + self.dropout(self.proj(rearrange(out, 'b n t c -> b t (n c)')))
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/advanced/12_prior.ipynb #7f0749ae
 def check_codes(
-    codes:Tensor, # Should be the first codes of some maps (b, m), int64
-    side:int, # Height and width of the map
-)->None: # Nothing: it raises or returns
-    "Refuse what no map begins with. Raises ValueError, or TypeError for numbers that are no codes."
-    if codes.dtype!=torch.int64: raise TypeError(
-        f"CodeTransformer: codes of {codes.dtype}. Expected torch.int64. Give what VQVAE.encode returns second.")
-    if codes.ndim!=2 or codes.shape[1]>=side**2: raise ValueError(
-        f"CodeTransformer: codes of shape {tuple(codes.shape)}. Expected (b, m) with m less than {side**2}, the codes "
-        "known before the one to be predicted. Try codes.flatten(1)[:, :-1].")
+    codes: Tensor,  # Should be the first codes of some maps (b, m), int64
+    side: int,  # Height and width of the map
+) -> None:  # Nothing: it raises or returns
+    """Refuse what no map begins with.
+
+    Parameters
+    ----------
+    codes : Tensor
+        Should be the first codes of some maps (b, m), int64.
+    side : int
+        Height and width of the map.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For numbers that are no codes.
+    """
+    if codes.dtype != torch.int64:
+        raise TypeError(
+            f"CodeTransformer: codes of {codes.dtype}. Expected torch.int64. Give what VQVAE.encode"
+            " returns second."
+        )
+    if codes.ndim != 2 or codes.shape[1] >= side**2:
+        raise ValueError(
+            f"CodeTransformer: codes of shape {tuple(codes.shape)}. Expected (b, m) with m less"
+            f" than {side**2}, the codes known before the one to be predicted. Try"
+            " codes.flatten(1)[:, :-1]."
+        )
 
 # %% ../../nbs/advanced/12_prior.ipynb #63cb7ec3
 def check_start(
-    start:int, # Places said to be in the cache
-    newest:int, # Number of the newest place
-    cache:Tensor|None, # The cache
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse to go on from a cache that lacks more than the newest place: attention would look ahead. Raises ValueError."
-    if start not in (0, newest) or start and cache is None: raise ValueError(
-        f"CodeTransformer: start={start} {'without' if cache is None else 'with'} a cache. Expected 0, or with a cache "
-        f"{newest}, the number of covariates and known codes. Try sample_codes, which counts.")
+    start: int,  # Places said to be in the cache
+    newest: int,  # Number of the newest place
+    cache: Tensor | None,  # The cache
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse to go on from a cache that lacks more than the newest place: attention would look ahead.
+
+    Parameters
+    ----------
+    start : int
+        Places said to be in the cache.
+    newest : int
+        Number of the newest place.
+    cache : Tensor | None
+        The cache.
+
+    Raises
+    ------
+    ValueError
+    """
+    if start not in (0, newest) or start and cache is None:
+        raise ValueError(
+            f"CodeTransformer: start={start} {'without' if cache is None else 'with'} a cache."
+            f" Expected 0, or with a cache {newest}, the number of covariates and known codes. Try"
+            " sample_codes, which counts."
+        )
 
 # %% ../../nbs/advanced/12_prior.ipynb #b3050083
 def embed_codes(
-    prior, # A `CodeTransformer`
-    codes:Tensor, # Codes known so far (b, m), int64
-    cond:dict[str, Tensor], # Encoded covariates
-    drop:Tensor|None, # True where a covariate is hidden (b, n)
-    start:int, # First place of the sequence that is wanted
-)->Tensor: # A vector for each covariate, known code and the next one (b, n+m+1-start, embed_dim)
-    "What the blocks get: a vector is made of the place and the four codes before it."
-    n,(b,m) = len(prior.covariates),codes.shape
-    padded = torch.cat([codes, codes.new_full((b, 1), prior.num_embeddings)], dim=1)        # neighbour -1 is here
-    at = slice(max(start-n, 0), m+1)
-    place = (prior.rows[:, None]+prior.cols).flatten(0, 1)[at]
-    near = padded[:, prior.neighbours[at]]                                  # (b, places, 4)
-    words = prior.codes(near) if prior.read is None else prior.codes(near)+prior.read(prior.vectors[near])
-    x = prior.near(words.flatten(-2))+place
+    prior,  # A `CodeTransformer`
+    codes: Tensor,  # Codes known so far (b, m), int64
+    cond: dict[str, Tensor],  # Encoded covariates
+    drop: Tensor | None,  # True where a covariate is hidden (b, n)
+    start: int,  # First place of the sequence that is wanted
+    # A vector for each covariate, known code and the next one (b, n+m+1-start, embed_dim)
+) -> Tensor:
+    """What the blocks get: a vector is made of the place and the four codes before it.
+
+    Parameters
+    ----------
+    prior
+        A `CodeTransformer`.
+    codes : Tensor
+        Codes known so far (b, m), int64.
+    cond : dict[str, Tensor]
+        Encoded covariates.
+    drop : Tensor | None
+        True where a covariate is hidden (b, n).
+    start : int
+        First place of the sequence that is wanted.
+
+    Returns
+    -------
+    Tensor
+    """
+    n, (b, m) = len(prior.covariates), codes.shape
+    # neighbour -1 is here
+    padded = torch.cat([codes, codes.new_full((b, 1), prior.num_embeddings)], dim=1)
+    at = slice(max(start - n, 0), m + 1)
+    place = (prior.rows[:, None] + prior.cols).flatten(0, 1)[at]
+    near = padded[:, prior.neighbours[at]]  # (b, places, 4)
+    words = (
+        prior.codes(near)
+        if prior.read is None
+        else prior.codes(near) + prior.read(prior.vectors[near])
+    )
+    x = prior.near(words.flatten(-2)) + place
     return x if start or not n else torch.cat([prior.conditioner(cond, b, drop).to(x), x], dim=1)
 
 # %% ../../nbs/advanced/12_prior.ipynb #20c90a86
 def new_cache(
-    prior, # A `CodeTransformer`
-    batch_size:int, # Maps written at a time
-)->Tensor: # Room for keys and values (layers, 2, b, heads, places, c)
-    "An empty memory, in the precision that attention computes in."
-    w,places = prior.head.weight,len(prior.covariates)+prior.side**2
+    prior,  # A `CodeTransformer`
+    batch_size: int,  # Maps written at a time
+) -> Tensor:  # Room for keys and values (layers, 2, b, heads, places, c)
+    """An empty memory, in the precision that attention computes in.
+
+    Parameters
+    ----------
+    prior
+        A `CodeTransformer`.
+    batch_size : int
+        Maps written at a time.
+
+    Returns
+    -------
+    Tensor
+        Room for keys and values (layers, 2, b, heads, places, c).
+    """
+    w, places = prior.head.weight, len(prior.covariates) + prior.side**2
     low = torch.is_autocast_enabled(w.device.type)
-    return torch.empty(len(prior.blocks), 2, batch_size, prior.num_heads, places, w.shape[1]//prior.num_heads,
-                       device=w.device, dtype=torch.get_autocast_dtype(w.device.type) if low else w.dtype)
+    return torch.empty(
+        len(prior.blocks),
+        2,
+        batch_size,
+        prior.num_heads,
+        places,
+        w.shape[1] // prior.num_heads,
+        device=w.device,
+        dtype=torch.get_autocast_dtype(w.device.type) if low else w.dtype,
+    )
 
 # %% ../../nbs/advanced/12_prior.ipynb #f552828a
 class CodeTransformer(nn.Module):
     """Predicts each code of a map from the covariates and the codes before it, row by row.
 
-    Source: van den Oord et al. 2016 (raster order); Esser et al. 2021, sec. 3.2. Raises ValueError on other codes."""
-    def __init__(self,
-        num_embeddings:int, # Codes there are, k
-        side:int=16, # Height and width of the map
-        covariates:tuple[Covariate, ...]=(), # What it may be told: one token each, before the first code
-        embed_dim:int=128, # Length of a vector, a multiple of `num_heads`
-        num_layers:int=4, # Blocks
-        num_heads:int=4, # Attention heads
-        code_dim:int=0, # Length of a code's vector in the autoencoder; 0: not known. Else fill `vectors`
-        dropout:float=0., # Share of the vectors, and of what each layer adds, that training leaves out
+    Parameters
+    ----------
+    num_embeddings : int
+        Codes there are, k.
+    side : int, default 16
+        Height and width of the map.
+    covariates : tuple[Covariate, ...], default ()
+        What it may be told: one token each, before the first code.
+    embed_dim : int, default 128
+        Length of a vector, a multiple of `num_heads`.
+    num_layers : int, default 4
+        Blocks.
+    num_heads : int, default 4
+        Attention heads.
+    code_dim : int, default 0
+        Length of a code's vector in the autoencoder; 0: not known. Else fill `vectors`.
+    dropout : float, default 0.0
+        Share of the vectors, and of what each layer adds, that training leaves out.
+
+    Raises
+    ------
+    ValueError
+        On other codes.
+
+    References
+    ----------
+    Van den Oord et al. 2016 (raster order); Esser et al. 2021, sec. 3.2.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,  # Codes there are, k
+        side: int = 16,  # Height and width of the map
+        # What it may be told: one token each, before the first code
+        covariates: tuple[Covariate, ...] = (),
+        embed_dim: int = 128,  # Length of a vector, a multiple of `num_heads`
+        num_layers: int = 4,  # Blocks
+        num_heads: int = 4,  # Attention heads
+        # Length of a code's vector in the autoencoder; 0: not known. Else fill `vectors`
+        code_dim: int = 0,
+        # Share of the vectors, and of what each layer adds, that training leaves out
+        dropout: float = 0.0,
     ):
         super().__init__()
-        self.num_embeddings,self.side,self.covariates,self.num_heads = num_embeddings,side,tuple(covariates),num_heads
+        self.num_embeddings, self.side, self.covariates, self.num_heads = (
+            num_embeddings,
+            side,
+            tuple(covariates),
+            num_heads,
+        )
         self.conditioner = Conditioner(covariates, embed_dim) if covariates else None
-        self.codes = nn.Embedding(num_embeddings+1, embed_dim)                 # the last: outside the map
-        self.near = nn.Linear(4*embed_dim, embed_dim)
-        self.rows,self.cols = (nn.Parameter(torch.randn(side, embed_dim)) for _ in range(2))
+        self.codes = nn.Embedding(num_embeddings + 1, embed_dim)  # the last: outside the map
+        self.near = nn.Linear(4 * embed_dim, embed_dim)
+        self.rows, self.cols = (nn.Parameter(torch.randn(side, embed_dim)) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(embed_dim, num_heads, dropout) for _ in range(num_layers))
-        self.norm,self.head = nn.LayerNorm(embed_dim),nn.Linear(embed_dim, num_embeddings)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(embed_dim, num_heads, dropout) for _ in range(num_layers)
+        )
+        self.norm, self.head = nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_embeddings)
         self.read = nn.Linear(code_dim, embed_dim, bias=False) if code_dim else None
         self.write = nn.Linear(embed_dim, code_dim) if code_dim else None
-        self.register_buffer('vectors', torch.zeros(num_embeddings+1, code_dim))
+        self.register_buffer('vectors', torch.zeros(num_embeddings + 1, code_dim))
         self.register_buffer('neighbours', context_positions(side), persistent=False)
 
-    def forward(self,
-        codes:Tensor, # The first m codes of each map (b, m), int64, m less than side*side
-        cond:dict[str, Tensor]|None=None, # Encoded covariates by name, each (b,)
-        drop:Tensor|None=None, # True where a covariate is hidden (b, n)
-        cache:Tensor|None=None, # As of `new_cache`; holds the first `start` places, and all of them afterwards
-        start:int=0, # Places of the sequence that are in the cache: 0, or all but the newest
-    )->Tensor: # Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone (b, 1, k)
-        check_codes(codes, self.side); check_start(start, len(self.covariates)+codes.shape[1], cache)
+    def forward(
+        self,
+        codes: Tensor,  # The first m codes of each map (b, m), int64, m less than side*side
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates by name, each (b,)
+        drop: Tensor | None = None,  # True where a covariate is hidden (b, n)
+        # As of `new_cache`; holds the first `start` places, and all of them afterwards
+        cache: Tensor | None = None,
+        start: int = 0,  # Places of the sequence that are in the cache: 0, or all but the newest
+        # Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone
+        # (b, 1, k)
+    ) -> Tensor:
+        check_codes(codes, self.side)
+        check_start(start, len(self.covariates) + codes.shape[1], cache)
         x = self.dropout(self.embed(codes, cond or {}, drop, start))
-        for i,block in enumerate(self.blocks): x = block(x, None if cache is None else cache[i], start)
-        x = self.norm(x if start else x[:, len(self.covariates):])
-        return self.head(x) if self.write is None else self.head(x)+self.write(x)@self.vectors[:-1].T.to(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], start)
+        x = self.norm(x if start else x[:, len(self.covariates) :])
+        return (
+            self.head(x)
+            if self.write is None
+            else self.head(x) + self.write(x) @ self.vectors[:-1].T.to(x)
+        )
 
-    embed,new_cache = embed_codes,new_cache                                    # a function in a class is a method
+    embed, new_cache = embed_codes, new_cache  # a function in a class is a method
 
 # %% ../../nbs/advanced/12_prior.ipynb #f7bdc62d
 @dataclass
 class PriorConfig(TrainConfig):
-    "Everything that decides a code prior, given its autoencoder."
-    total_images:int=60_000 # Code maps to see before training ends
-    batch_size:int=16 # Code maps a step, on each process
-    learning_rate:float=1e-3 # Highest learning rate of AdamW
-    weight_decay:float=.05 # Pull of AdamW on the weights towards 0
-    embed_dim:int=128 # Length of a vector
-    num_layers:int=4 # Blocks
-    num_heads:int=4 # Attention heads
-    dropout:float=.1 # Share of what each layer adds that training leaves out
-    replace_codes:float=0. # Share of the known codes that are replaced by random ones
-    label_smoothing:float=0. # Share of the target that is spread over all codes
-    covariates:tuple[str, ...]|None=None # Covariates to learn; None: all that the data has
-    covariate_dropout:float=.1 # Probability of hiding each covariate by itself
-    condition_dropout:float=.1 # Probability of hiding all of them at once
-    ema_images:int=5_000 # Half life of the average of the weights
+    """Everything that decides a code prior, given its autoencoder.
+
+    Attributes
+    ----------
+    total_images : int, default 60000
+        Code maps to see before training ends.
+    batch_size : int, default 16
+        Code maps a step, on each process.
+    accumulate : int, default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : float, default 0.001
+        Highest learning rate of AdamW.
+    warmup_images : int, default 1000
+        Pictures over which the learning rate rises from 0.
+    weight_decay : float, default 0.05
+        Pull of AdamW on the weights towards 0.
+    clip_norm : float, default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : int, default 5000
+        Pictures between two looks at the validate subjects.
+    checkpoint_every : int, default 5000
+        Pictures between two checkpoints.
+    log_every : int, default 10
+        Steps between two lines of the log.
+    num_workers : int, default 0
+        Processes that load pictures; 0 loads in the training process.
+    seed : int, default 0
+        Seed of the weights, the order of the pictures and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate knows, such as tensorboard or wandb.
+    embed_dim : int, default 128
+        Length of a vector.
+    num_layers : int, default 4
+        Blocks.
+    num_heads : int, default 4
+        Attention heads.
+    dropout : float, default 0.1
+        Share of what each layer adds that training leaves out.
+    replace_codes : float, default 0.0
+        Share of the known codes that are replaced by random ones.
+    label_smoothing : float, default 0.0
+        Share of the target that is spread over all codes.
+    covariates : tuple[str, ...] | None, default None
+        Covariates to learn; None: all that the data has.
+    covariate_dropout : float, default 0.1
+        Probability of hiding each covariate by itself.
+    condition_dropout : float, default 0.1
+        Probability of hiding all of them at once.
+    ema_images : int, default 5000
+        Half life of the average of the weights.
+    """
+
+    total_images: int = 60_000  # Code maps to see before training ends
+    batch_size: int = 16  # Code maps a step, on each process
+    learning_rate: float = 1e-3  # Highest learning rate of AdamW
+    weight_decay: float = 0.05  # Pull of AdamW on the weights towards 0
+    embed_dim: int = 128  # Length of a vector
+    num_layers: int = 4  # Blocks
+    num_heads: int = 4  # Attention heads
+    dropout: float = 0.1  # Share of what each layer adds that training leaves out
+    replace_codes: float = 0.0  # Share of the known codes that are replaced by random ones
+    label_smoothing: float = 0.0  # Share of the target that is spread over all codes
+    covariates: tuple[str, ...] | None = None  # Covariates to learn; None: all that the data has
+    covariate_dropout: float = 0.1  # Probability of hiding each covariate by itself
+    condition_dropout: float = 0.1  # Probability of hiding all of them at once
+    ema_images: int = 5_000  # Half life of the average of the weights
 
 # %% ../../nbs/advanced/12_prior.ipynb #ec22e0cd
 def corrupt_tokens(
-    codes:Tensor, # Codes, any shape
-    fraction:float, # Share to replace
-    num_embeddings:int, # Codes there are
-    generator:torch.Generator, # Source of chance; says the device
-)->Tensor: # The same codes, some of them replaced by random ones
-    "Teach not to trust every code before. Source: Bengio et al. 2015; Esser et al. 2021, code (pkeep)."
-    if not fraction: return codes
+    codes: Tensor,  # Codes, any shape
+    fraction: float,  # Share to replace
+    num_embeddings: int,  # Codes there are
+    generator: torch.Generator,  # Source of chance; says the device
+) -> Tensor:  # The same codes, some of them replaced by random ones
+    """Teach not to trust every code before.
+
+    Parameters
+    ----------
+    codes : Tensor
+        Codes, any shape.
+    fraction : float
+        Share to replace.
+    num_embeddings : int
+        Codes there are.
+    generator : torch.Generator
+        Source of chance; says the device.
+
+    Returns
+    -------
+    Tensor
+        The same codes, some of them replaced by random ones.
+
+    References
+    ----------
+    Bengio et al. 2015; Esser et al. 2021, code (pkeep).
+    """
+    if not fraction:
+        return codes
     chance = dict(generator=generator, device=codes.device)
-    lost = torch.rand(codes.shape, **chance)<fraction
+    lost = torch.rand(codes.shape, **chance) < fraction
     return torch.where(lost, torch.randint(num_embeddings, codes.shape, **chance), codes)
 
 # %% ../../nbs/advanced/12_prior.ipynb #25117516
 def prior_loss(
-    model:nn.Module, # A CodeTransformer
-    batch:dict[str, Tensor], # 'latent': codes (b, h, w), and encoded covariates
-    generator:torch.Generator, # Source of hiding and replacing, on the batch's device
-    seen:int, # Code maps seen so far; nothing here depends on it
-    config:PriorConfig, # Sizes and rates
-    covariates:tuple[Covariate, ...], # The covariates the network knows, in order
-    num_embeddings:int, # Codes there are
-)->tuple[Tensor, dict[str, Tensor]]: # The loss, and bits per code for the log
-    "Cross-entropy of each code given those before it. Source: van den Oord et al. 2016, eq. 1; bits: Shannon 1948."
+    model: nn.Module,  # A CodeTransformer
+    batch: dict[str, Tensor],  # 'latent': codes (b, h, w), and encoded covariates
+    generator: torch.Generator,  # Source of hiding and replacing, on the batch's device
+    seen: int,  # Code maps seen so far; nothing here depends on it
+    config: PriorConfig,  # Sizes and rates
+    covariates: tuple[Covariate, ...],  # The covariates the network knows, in order
+    num_embeddings: int,  # Codes there are
+) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and bits per code for the log
+    """Cross-entropy of each code given those before it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A CodeTransformer.
+    batch : dict[str, Tensor]
+        'latent': codes (b, h, w), and encoded covariates.
+    generator : torch.Generator
+        Source of hiding and replacing, on the batch's device.
+    seen : int
+        Code maps seen so far; nothing here depends on it.
+    config : PriorConfig
+        Sizes and rates.
+    covariates : tuple[Covariate, ...]
+        The covariates the network knows, in order.
+    num_embeddings : int
+        Codes there are.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and bits per code for the log.
+
+    References
+    ----------
+    Van den Oord et al. 2016, eq. 1; bits: Shannon 1948.
+    """
     codes = batch['latent'].flatten(1)
-    drop = condition_dropout_mask(len(codes), len(covariates), config.covariate_dropout, config.condition_dropout, generator)
-    known = corrupt_tokens(codes[:, :-1], config.replace_codes, num_embeddings, generator)              # all but the last
-    logits = model(known, {c.name: batch[c.name] for c in covariates}, drop)                   # (b, places, k)
+    drop = condition_dropout_mask(
+        len(codes), len(covariates), config.covariate_dropout, config.condition_dropout, generator
+    )
+    # all but the last
+    known = corrupt_tokens(codes[:, :-1], config.replace_codes, num_embeddings, generator)
+    logits = model(known, {c.name: batch[c.name] for c in covariates}, drop)  # (b, places, k)
     logits = logits.float().transpose(1, 2)
     loss = F.cross_entropy(logits, codes, label_smoothing=config.label_smoothing)
     nats = F.cross_entropy(logits.detach(), codes) if config.label_smoothing else loss.detach()
-    return loss,dict(bits=nats/math.log(2))
+    return loss, dict(bits=nats / math.log(2))
 
 # %% ../../nbs/advanced/12_prior.ipynb #c8c3d3b2
 def code_bits(
-    prior:CodeTransformer, # The prior, on the device that computes
-    codes:Tensor, # Code maps (n, h, w)
-    cond:dict[str, Tensor], # Encoded covariates, each (n,); others than the prior's are not looked at
-    precision:str='no', # Mixed precision to compute in
-    batch_size:int=32, # Maps at a time
-)->Tensor: # Mean bits per code of each map (n,), on the CPU
-    "What it costs to tell each map to somebody who has the prior."
-    device,bits = next(prior.parameters()).device,[]
+    prior: CodeTransformer,  # The prior, on the device that computes
+    codes: Tensor,  # Code maps (n, h, w)
+    # Encoded covariates, each (n,); others than the prior's are not looked at
+    cond: dict[str, Tensor],
+    precision: str = 'no',  # Mixed precision to compute in
+    batch_size: int = 32,  # Maps at a time
+) -> Tensor:  # Mean bits per code of each map (n,), on the CPU
+    """What it costs to tell each map to somebody who has the prior.
+
+    Parameters
+    ----------
+    prior : CodeTransformer
+        The prior, on the device that computes.
+    codes : Tensor
+        Code maps (n, h, w).
+    cond : dict[str, Tensor]
+        Encoded covariates, each (n,); others than the prior's are not looked at.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 32
+        Maps at a time.
+
+    Returns
+    -------
+    Tensor
+        Mean bits per code of each map (n,), on the CPU.
+    """
+    device, bits = next(prior.parameters()).device, []
     answer = in_chunks(infer(prior, precision), batch_size)
     for i in range(0, len(codes), batch_size):
-        part = codes[i:i+batch_size].flatten(1).to(device)
-        known = {c.name: cond[c.name][i:i+batch_size].to(device) for c in prior.covariates if c.name in cond}
+        part = codes[i : i + batch_size].flatten(1).to(device)
+        known = {
+            c.name: cond[c.name][i : i + batch_size].to(device)
+            for c in prior.covariates
+            if c.name in cond
+        }
         logits = answer(part[:, :-1], known).float().transpose(1, 2)
-        bits.append(F.cross_entropy(logits, part, reduction='none').mean(1).cpu()/math.log(2))
+        bits.append(F.cross_entropy(logits, part, reduction='none').mean(1).cpu() / math.log(2))
     return torch.cat(bits)
 
 # %% ../../nbs/advanced/12_prior.ipynb #d9d20ebe
 def code_vectors(
-    autoencoder:VQVAE, # Whose codes they are
-)->Tensor: # The vector of each code, each channel standardised, and a 0 for what is outside the map (k+1, d)
-    "What the codes mean to the decoder: codes with near vectors look alike."
+    autoencoder: VQVAE,  # Whose codes they are
+    # The vector of each code, each channel standardised, and a 0 for what is outside the map
+    # (k+1, d)
+) -> Tensor:
+    """What the codes mean to the decoder: codes with near vectors look alike.
+
+    Parameters
+    ----------
+    autoencoder : VQVAE
+        Whose codes they are.
+
+    Returns
+    -------
+    Tensor
+    """
     k = autoencoder.quantizer.num_embeddings
     at = torch.arange(k, device=next(autoencoder.parameters()).device).view(1, 1, k)
     vectors = rearrange(autoencoder.quantizer.lookup(at).detach(), '1 d 1 k -> k d')
-    return F.pad((vectors-vectors.mean(0))/vectors.std(0), (0, 0, 0, 1))
+    return F.pad((vectors - vectors.mean(0)) / vectors.std(0), (0, 0, 0, 1))
 
 # %% ../../nbs/advanced/12_prior.ipynb #b7298243
 class BestWeights(nn.Module):
-    "The weights that were best so far, with their score: part of a training's state, so that a resumed one remembers."
-    def __init__(self,
-        model:nn.Module, # The network to remember
+    """The weights that were best so far, with their score: part of a training's state, so that a
+    resumed one remembers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to remember.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,  # The network to remember
     ):
         super().__init__()
         self.module = deepcopy(model).requires_grad_(False)
         self.register_buffer('bits', torch.tensor(math.inf))
         self.register_buffer('images', torch.tensor(0))
 
-    def offer(self,
-        model:nn.Module, # The network now
-        bits:float, # Its bits per code on held-out subjects
-        images:int, # Code maps it has seen
-    )->None:
-        "Remember this network if none was better."
-        if bits>=self.bits: return
+    def offer(
+        self,
+        model: nn.Module,  # The network now
+        bits: float,  # Its bits per code on held-out subjects
+        images: int,  # Code maps it has seen
+    ) -> None:
+        """Remember this network if none was better.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network now.
+        bits : float
+            Its bits per code on held-out subjects.
+        images : int
+            Code maps it has seen.
+        """
+        if bits >= self.bits:
+            return
         self.module.load_state_dict(model.state_dict())
-        self.bits.fill_(bits); self.images.fill_(images)
+        self.bits.fill_(bits)
+        self.images.fill_(images)
 
 # %% ../../nbs/advanced/12_prior.ipynb #ac13f04f
 def code_probabilities(
-    logits:Tensor, # Logits of the next code (b, k)
-    temperature:float=1., # Below 1: bolder about probable codes; above 1: more random
-    top_k:int|None=None, # Keep only so many of the most probable codes
-    top_p:float=1., # Of these, keep the fewest that together hold this share of the probability
-)->tuple[Tensor, Tensor]: # Probabilities, greatest first, 0 where not allowed (b, k); which codes these are (b, k)
-    "What the next code may be. Source: Fan et al. 2018 (top-k); Holtzman et al. 2020, sec. 3.1 (top-p)."
-    probabilities,order = (logits.float()/temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    if top_k: probabilities[:, top_k:] = 0
-    before = probabilities.cumsum(-1)-probabilities                                        # 0 for the first, which is always kept
-    if top_p<1: probabilities = torch.where(before<top_p*probabilities.sum(-1, keepdim=True), probabilities, 0)
-    return probabilities/probabilities.sum(-1, keepdim=True),order
+    logits: Tensor,  # Logits of the next code (b, k)
+    temperature: float = 1.0,  # Below 1: bolder about probable codes; above 1: more random
+    top_k: int | None = None,  # Keep only so many of the most probable codes
+    # Of these, keep the fewest that together hold this share of the probability
+    top_p: float = 1.0,
+    # Probabilities, greatest first, 0 where not allowed (b, k); which codes these are (b, k)
+) -> tuple[Tensor, Tensor]:
+    """What the next code may be.
+
+    Parameters
+    ----------
+    logits : Tensor
+        Logits of the next code (b, k).
+    temperature : float, default 1.0
+        Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        Keep only so many of the most probable codes.
+    top_p : float, default 1.0
+        Of these, keep the fewest that together hold this share of the probability.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+
+    References
+    ----------
+    Fan et al. 2018 (top-k); Holtzman et al. 2020, sec. 3.1 (top-p).
+    """
+    probabilities, order = (
+        (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    )
+    if top_k:
+        probabilities[:, top_k:] = 0
+    before = probabilities.cumsum(-1) - probabilities  # 0 for the first, which is always kept
+    if top_p < 1:
+        probabilities = torch.where(
+            before < top_p * probabilities.sum(-1, keepdim=True), probabilities, 0
+        )
+    return probabilities / probabilities.sum(-1, keepdim=True), order
 
 # %% ../../nbs/advanced/12_prior.ipynb #bad09bb1
 def pick_codes(
-    probabilities:Tensor, # As from `code_probabilities` (b, k)
-    order:Tensor, # As from `code_probabilities` (b, k)
-    u:Tensor, # Uniform numbers in [0, 1) (b,): 0 picks the most probable code
-)->Tensor: # A code for each row (b,)
-    "Throw a dart at the line on which every allowed code has a stretch as long as its probability."
-    last = (probabilities>0).sum(-1, keepdim=True)-1
-    rank = (probabilities.cumsum(-1)<=u[:, None].to(probabilities)).sum(-1, keepdim=True).minimum(last)  # rounding can overshoot
+    probabilities: Tensor,  # As from `code_probabilities` (b, k)
+    order: Tensor,  # As from `code_probabilities` (b, k)
+    u: Tensor,  # Uniform numbers in [0, 1) (b,): 0 picks the most probable code
+) -> Tensor:  # A code for each row (b,)
+    """Throw a dart at the line on which every allowed code has a stretch as long as its probability.
+
+    Parameters
+    ----------
+    probabilities : Tensor
+        As from `code_probabilities` (b, k).
+    order : Tensor
+        As from `code_probabilities` (b, k).
+    u : Tensor
+        Uniform numbers in [0, 1) (b,): 0 picks the most probable code.
+
+    Returns
+    -------
+    Tensor
+        A code for each row (b,).
+    """
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    # rounding can overshoot
+    rank = (
+        (probabilities.cumsum(-1) <= u[:, None].to(probabilities))
+        .sum(-1, keepdim=True)
+        .minimum(last)
+    )
     return order.gather(-1, rank).squeeze(-1)
 
 # %% ../../nbs/advanced/12_prior.ipynb #3b165571
 def check_sampling(
-    temperature:float, # Of the codes
-    top_k:int|None, # Codes to choose from
-    top_p:float, # Share of the probability to choose from
-    guidance_scale:float=1., # Strength of the conditions
-)->None: # Nothing: it raises or returns
-    "Refuse what codes cannot be drawn with. Raises ValueError, or TypeError for something that is no number."
-    for name,v in dict(temperature=temperature, top_p=top_p, guidance_scale=guidance_scale).items():
-        if isinstance(v, bool) or not isinstance(v, (int, float, np.number)): raise TypeError(
-            f"sample: {name}={v!r}. Expected a number. Try {name}=1.")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer))): raise TypeError(
-        f"sample: top_k={top_k!r}. Expected a whole number, or None for all codes. Try top_k=100.")
-    if not 0<temperature<math.inf: raise ValueError(
-        f"sample: temperature={temperature}. Expected a number above 0. Try top_k=1 for the most probable code.")
-    if top_k is not None and top_k<1: raise ValueError(
-        f"sample: top_k={top_k}. Expected 1 or more, or None for all codes. Try top_k=100.")
-    if not 0<top_p<=1: raise ValueError(f"sample: top_p={top_p}. Expected more than 0, up to 1. Try top_p=0.95.")
-    if not 0<=guidance_scale<math.inf: raise ValueError(
-        f"sample: guidance_scale={guidance_scale}. Expected 0 or more: 1 follows the data, above 1 exaggerates. Try 1.")
+    temperature: float,  # Of the codes
+    top_k: int | None,  # Codes to choose from
+    top_p: float,  # Share of the probability to choose from
+    guidance_scale: float = 1.0,  # Strength of the conditions
+) -> None:  # Nothing: it raises or returns
+    """Refuse what codes cannot be drawn with.
+
+    Parameters
+    ----------
+    temperature : float
+        Of the codes.
+    top_k : int | None
+        Codes to choose from.
+    top_p : float
+        Share of the probability to choose from.
+    guidance_scale : float, default 1.0
+        Strength of the conditions.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For something that is no number.
+    """
+    for name, v in dict(
+        temperature=temperature, top_p=top_p, guidance_scale=guidance_scale
+    ).items():
+        if isinstance(v, bool) or not isinstance(v, (int, float, np.number)):
+            raise TypeError(f"sample: {name}={v!r}. Expected a number. Try {name}=1.")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer))):
+        raise TypeError(
+            f"sample: top_k={top_k!r}. Expected a whole number, or None for all codes. Try"
+            " top_k=100."
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"sample: temperature={temperature}. Expected a number above 0. Try top_k=1 for the"
+            " most probable code."
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(
+            f"sample: top_k={top_k}. Expected 1 or more, or None for all codes. Try top_k=100."
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"sample: top_p={top_p}. Expected more than 0, up to 1. Try top_p=0.95.")
+    if not 0 <= guidance_scale < math.inf:
+        raise ValueError(
+            f"sample: guidance_scale={guidance_scale}. Expected 0 or more: 1 follows the data,"
+            " above 1 exaggerates. Try 1."
+        )
 
 # %% ../../nbs/advanced/12_prior.ipynb #b39c1b63
 def next_logits(
-    prior:CodeTransformer, # The prior
-    codes:Tensor, # Codes written so far (b, m)
-    cond:dict[str, Tensor], # Encoded covariates, each (b,)
-    guidance_scale:float, # 1: as told; 0: as if not told; above 1: exaggerate what was told
-    cache:Tensor|None, # As from `new_cache`, with room for 2b maps if guidance_scale is not 1
-    start:int, # Places in the cache
-)->Tensor: # Logits of the next code (b, k), float32
-    "Ask for the next code, once told the covariates and once not, and go from one answer through the other."
-    if guidance_scale==1: return prior(codes, cond, cache=cache, start=start)[:, -1].float()
+    prior: CodeTransformer,  # The prior
+    codes: Tensor,  # Codes written so far (b, m)
+    cond: dict[str, Tensor],  # Encoded covariates, each (b,)
+    guidance_scale: float,  # 1: as told; 0: as if not told; above 1: exaggerate what was told
+    cache: Tensor | None,  # As from `new_cache`, with room for 2b maps if guidance_scale is not 1
+    start: int,  # Places in the cache
+) -> Tensor:  # Logits of the next code (b, k), float32
+    """Ask for the next code, once told the covariates and once not, and go from one answer through the
+    other.
+
+    Parameters
+    ----------
+    prior : CodeTransformer
+        The prior.
+    codes : Tensor
+        Codes written so far (b, m).
+    cond : dict[str, Tensor]
+        Encoded covariates, each (b,).
+    guidance_scale : float
+        1: as told; 0: as if not told; above 1: exaggerate what was told.
+    cache : Tensor | None
+        As from `new_cache`, with room for 2b maps if guidance_scale is not 1.
+    start : int
+        Places in the cache.
+
+    Returns
+    -------
+    Tensor
+        Logits of the next code (b, k), float32.
+    """
+    if guidance_scale == 1:
+        return prior(codes, cond, cache=cache, start=start)[:, -1].float()
     n = len(prior.covariates)
-    drop = (torch.arange(2*len(codes), device=codes.device)>=len(codes))[:, None].expand(-1, n)        # second half
-    both = prior(codes.repeat(2, 1), {k: v.repeat(2) for k,v in cond.items()}, drop, cache=cache, start=start)
-    told_,not_given = both[:, -1].float().chunk(2)
-    return not_given+guidance_scale*(told_-not_given)
+    # second half
+    drop = (torch.arange(2 * len(codes), device=codes.device) >= len(codes))[:, None].expand(-1, n)
+    both = prior(
+        codes.repeat(2, 1),
+        {k: v.repeat(2) for k, v in cond.items()},
+        drop,
+        cache=cache,
+        start=start,
+    )
+    told_, not_given = both[:, -1].float().chunk(2)
+    return not_given + guidance_scale * (told_ - not_given)
 
 # %% ../../nbs/advanced/12_prior.ipynb #44f6403b
 def check_prompt(
-    prompt:Tensor, # Should be the first rows of some maps (b, rows, side)
-    n:int, # Maps to write
-    prior:CodeTransformer, # Who goes on
-)->Tensor: # The same in raster order (b, rows*side)
-    "Refuse what is not the beginning of n maps. Raises ValueError, or TypeError for numbers that are no codes."
+    prompt: Tensor,  # Should be the first rows of some maps (b, rows, side)
+    n: int,  # Maps to write
+    prior: CodeTransformer,  # Who goes on
+) -> Tensor:  # The same in raster order (b, rows*side)
+    """Refuse what is not the beginning of n maps.
+
+    Parameters
+    ----------
+    prompt : Tensor
+        Should be the first rows of some maps (b, rows, side).
+    n : int
+        Maps to write.
+    prior : CodeTransformer
+        Who goes on.
+
+    Returns
+    -------
+    Tensor
+        The same in raster order (b, rows*side).
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For numbers that are no codes.
+    """
     side = prior.side
-    if prompt.ndim!=3 or len(prompt)!=n or prompt.shape[2]!=side or not 0<=prompt.shape[1]<side: raise ValueError(
-        f"sample: a prompt of shape {tuple(prompt.shape)}. Expected ({n}, rows, {side}) with fewer than {side} rows. "
-        f"Try codes[:, :{side//2}].")
+    if (
+        prompt.ndim != 3
+        or len(prompt) != n
+        or prompt.shape[2] != side
+        or not 0 <= prompt.shape[1] < side
+    ):
+        raise ValueError(
+            f"sample: a prompt of shape {tuple(prompt.shape)}. Expected ({n}, rows, {side}) with"
+            f" fewer than {side} rows. Try codes[:, :{side//2}]."
+        )
     check_codes(prompt.flatten(1), side)
-    if prompt.numel() and not 0<=prompt.min()<=prompt.max()<prior.num_embeddings: raise ValueError(
-        f"sample: a prompt with codes from {prompt.min()} to {prompt.max()}. Expected 0 to {prior.num_embeddings-1}. "
-        "Check that they come from the autoencoder of this run.")
+    if prompt.numel() and not 0 <= prompt.min() <= prompt.max() < prior.num_embeddings:
+        raise ValueError(
+            f"sample: a prompt with codes from {prompt.min()} to {prompt.max()}. Expected 0 to"
+            f" {prior.num_embeddings-1}. Check that they come from the autoencoder of this run."
+        )
     return prompt.flatten(1)
 
 # %% ../../nbs/advanced/12_prior.ipynb #e5310385
 @torch.no_grad()
 def sample_codes(
-    prior:CodeTransformer, # The prior
-    u:Tensor, # Uniform numbers in [0, 1), one a code (b, side*side), on the prior's device
-    cond:dict[str, Tensor]|None=None, # Encoded covariates, each (b,)
-    temperature:float=1., # Below 1: bolder; above 1: more random
-    top_k:int|None=None, # Choose among so many codes only
-    top_p:float=1., # Choose among the codes that hold this share of the probability
-    guidance_scale:float=1., # 1: as told; 0: as if not told; above 1: exaggerate what was told
-    prompt:Tensor|None=None, # The first rows, already known (b, rows, side), int64
-    cached:bool=True, # Remember keys and values; False computes all of them anew for each code
-    tick=lambda n: None, # Called with the number of maps after each code
-)->Tensor: # Code maps (b, side, side)
-    "Write maps of codes, one code after the other. Source: Ho & Salimans 2022, eq. 6, on logits (guidance)."
+    prior: CodeTransformer,  # The prior
+    u: Tensor,  # Uniform numbers in [0, 1), one a code (b, side*side), on the prior's device
+    cond: dict[str, Tensor] | None = None,  # Encoded covariates, each (b,)
+    temperature: float = 1.0,  # Below 1: bolder; above 1: more random
+    top_k: int | None = None,  # Choose among so many codes only
+    top_p: float = 1.0,  # Choose among the codes that hold this share of the probability
+    guidance_scale: float = 1.0,  # 1: as told; 0: as if not told; above 1: exaggerate what was told
+    prompt: Tensor | None = None,  # The first rows, already known (b, rows, side), int64
+    cached: bool = True,  # Remember keys and values; False computes all of them anew for each code
+    tick=lambda n: None,  # Called with the number of maps after each code
+) -> Tensor:  # Code maps (b, side, side)
+    """Write maps of codes, one code after the other.
+
+    Parameters
+    ----------
+    prior : CodeTransformer
+        The prior.
+    u : Tensor
+        Uniform numbers in [0, 1), one a code (b, side*side), on the prior's device.
+    cond : dict[str, Tensor] | None, default None
+        Encoded covariates, each (b,).
+    temperature : float, default 1.0
+        Below 1: bolder; above 1: more random.
+    top_k : int | None, default None
+        Choose among so many codes only.
+    top_p : float, default 1.0
+        Choose among the codes that hold this share of the probability.
+    guidance_scale : float, default 1.0
+        1: as told; 0: as if not told; above 1: exaggerate what was told.
+    prompt : Tensor | None, default None
+        The first rows, already known (b, rows, side), int64.
+    cached : bool, default True
+        Remember keys and values; False computes all of them anew for each code.
+    tick : default lambda n: None
+        Called with the number of maps after each code.
+
+    Returns
+    -------
+    Tensor
+        Code maps (b, side, side).
+
+    References
+    ----------
+    Ho & Salimans 2022, eq. 6, on logits (guidance).
+    """
     check_sampling(temperature, top_k, top_p, guidance_scale)
-    b,side,n = len(u),prior.side,len(prior.covariates)
-    if u.shape!=(b, side**2): raise ValueError(
-        f"sample: chance of shape {tuple(u.shape)}. Expected (b, {side**2}), one number a code. Try sample_uniform.")
-    codes = torch.empty(b, 0, dtype=torch.int64, device=u.device) if prompt is None else check_prompt(prompt, b, prior)
+    b, side, n = len(u), prior.side, len(prior.covariates)
+    if u.shape != (b, side**2):
+        raise ValueError(
+            f"sample: chance of shape {tuple(u.shape)}. Expected (b, {side**2}), one number a code."
+            " Try sample_uniform."
+        )
+    codes = (
+        torch.empty(b, 0, dtype=torch.int64, device=u.device)
+        if prompt is None
+        else check_prompt(prompt, b, prior)
+    )
     guidance_scale = guidance_scale if n else 1
-    cache = prior.new_cache(b if guidance_scale==1 else 2*b) if cached else None
+    cache = prior.new_cache(b if guidance_scale == 1 else 2 * b) if cached else None
     start = 0
     for i in range(codes.shape[1], side**2):
         logits = next_logits(prior, codes, cond or {}, guidance_scale, cache, start)
         new = pick_codes(*code_probabilities(logits, temperature, top_k, top_p), u[:, i])
         codes = torch.cat([codes, new[:, None]], dim=1)
-        start = n+i+1 if cached else 0
+        start = n + i + 1 if cached else 0
         tick(b)
     return codes.view(b, side, side)
-CodeTransformer.generate = sample_codes                                        # a method too, for `infer` to call
+
+
+CodeTransformer.generate = sample_codes  # a method too, for `infer` to call
 
 # %% ../../nbs/advanced/12_prior.ipynb #bc2a7b61
 def code_encoder(
-    model:VQVAE, # The trained autoencoder, on the device that computes
-    precision:str='no', # Mixed precision to compute in
-)->Callable[[dict], Tensor]: # A batch of pictures and conditions in, codes (b, h, w) out, int64, on the CPU
-    "What the prior sees of a slice. Raises TypeError for an autoencoder without codes."
-    if not isinstance(model, VQVAE): raise TypeError(
-        f"cache_codes: a {type(model).__name__}, whose latents are no codes. Expected a VQVAE. "
-        "Train the autoencoder with --kind vq or --kind fsq.")
-    device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
-    codes = in_chunks(lambda x,cond: encode(x, cond)[1], 64)
+    model: VQVAE,  # The trained autoencoder, on the device that computes
+    precision: str = 'no',  # Mixed precision to compute in
+    # A batch of pictures and conditions in, codes (b, h, w) out, int64, on the CPU
+) -> Callable[[dict], Tensor]:
+    """What the prior sees of a slice.
+
+    Parameters
+    ----------
+    model : VQVAE
+        The trained autoencoder, on the device that computes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+
+    Returns
+    -------
+    Callable[[dict], Tensor]
+
+    Raises
+    ------
+    TypeError
+        For an autoencoder without codes.
+    """
+    if not isinstance(model, VQVAE):
+        raise TypeError(
+            f"cache_codes: a {type(model).__name__}, whose latents are no codes. Expected a VQVAE. "
+            "Train the autoencoder with --kind vq or --kind fsq."
+        )
+    device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
+    codes = in_chunks(lambda x, cond: encode(x, cond)[1], 64)
     return lambda batch: codes(batch['image'].to(device), to_device(batch, device)).cpu()
 
 # %% ../../nbs/advanced/12_prior.ipynb #15cb26c5
 def cache_codes(
-    model:VQVAE, # The trained autoencoder
-    dataset:SliceDataset, # Rows to encode
-    precision:str='no', # Mixed precision to compute in
-    batch_size:int=64, # Pictures at a time
-    progress:bool=True, # Show a bar
-)->Tensor: # Codes (n, h, w), int64, on the CPU
-    "Write every slice as codes, once, in memory. Raises TypeError for an autoencoder without codes."
-    encode,total = code_encoder(model, precision),math.ceil(len(dataset)/batch_size)
-    batches = tqdm(eval_batches(dataset, batch_size), total=total, desc='codes', disable=not progress)
+    model: VQVAE,  # The trained autoencoder
+    dataset: SliceDataset,  # Rows to encode
+    precision: str = 'no',  # Mixed precision to compute in
+    batch_size: int = 64,  # Pictures at a time
+    progress: bool = True,  # Show a bar
+) -> Tensor:  # Codes (n, h, w), int64, on the CPU
+    """Write every slice as codes, once, in memory.
+
+    Parameters
+    ----------
+    model : VQVAE
+        The trained autoencoder.
+    dataset : SliceDataset
+        Rows to encode.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Pictures at a time.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        Codes (n, h, w), int64, on the CPU.
+
+    Raises
+    ------
+    TypeError
+        For an autoencoder without codes.
+    """
+    encode, total = code_encoder(model, precision), math.ceil(len(dataset) / batch_size)
+    batches = tqdm(
+        eval_batches(dataset, batch_size), total=total, desc='codes', disable=not progress
+    )
     return torch.cat([encode(o) for o in batches])
 
 # %% ../../nbs/advanced/12_prior.ipynb #3ed02ce4
 def prior_args(
-    config:PriorConfig, # The configuration
-    autoencoder:VQVAE, # Whose codes are to be learned
-    size:int, # Side of its pictures
-    covariates:tuple[Covariate, ...], # What the network may be told
-)->dict: # Arguments of `CodeTransformer`
-    "The part of a configuration that decides the architecture. Raises ValueError for an autoencoder without codes."
-    if not isinstance(autoencoder, VQVAE): raise ValueError(
-        f"train_prior: the autoencoder of this run is a {type(autoencoder).__name__}, whose latents are no codes. "
-        "Expected a VQVAE. Train another run with `brainldm train autoencoder --kind vq`, or `train ldm` here.")
+    config: PriorConfig,  # The configuration
+    autoencoder: VQVAE,  # Whose codes are to be learned
+    size: int,  # Side of its pictures
+    covariates: tuple[Covariate, ...],  # What the network may be told
+) -> dict:  # Arguments of `CodeTransformer`
+    """The part of a configuration that decides the architecture.
+
+    Parameters
+    ----------
+    config : PriorConfig
+        The configuration.
+    autoencoder : VQVAE
+        Whose codes are to be learned.
+    size : int
+        Side of its pictures.
+    covariates : tuple[Covariate, ...]
+        What the network may be told.
+
+    Returns
+    -------
+    dict
+        Arguments of `CodeTransformer`.
+
+    Raises
+    ------
+    ValueError
+        For an autoencoder without codes.
+    """
+    if not isinstance(autoencoder, VQVAE):
+        raise ValueError(
+            f"train_prior: the autoencoder of this run is a {type(autoencoder).__name__}, whose"
+            " latents are no codes. Expected a VQVAE. Train another run with `brainldm train"
+            " autoencoder --kind vq`, or `train ldm` here."
+        )
     sizes = {o: getattr(config, o) for o in ('embed_dim', 'num_layers', 'num_heads', 'dropout')}
-    return dict(sizes, num_embeddings=autoencoder.quantizer.num_embeddings, side=size//autoencoder.factor,
-                covariates=covariates, code_dim=autoencoder.latent_channels)
+    return dict(
+        sizes,
+        num_embeddings=autoencoder.quantizer.num_embeddings,
+        side=size // autoencoder.factor,
+        covariates=covariates,
+        code_dim=autoencoder.latent_channels,
+    )
 
 # %% ../../nbs/advanced/12_prior.ipynb #6384b8c5
 def preview_codes(
-    prior:CodeTransformer, # The averaged network
-    precision:str='no', # Mixed precision to compute in
-    batch_size:int=32, # Maps at a time
-)->tuple[Tensor, dict[str, Tensor], list[str]]: # Codes (n, side, side), what they were told, and a label a row
-    "Write a few maps: a row for each diagnosis, slices rising from left to right, the same chance in each row."
+    prior: CodeTransformer,  # The averaged network
+    precision: str = 'no',  # Mixed precision to compute in
+    batch_size: int = 32,  # Maps at a time
+    # Codes (n, side, side), what they were told, and a label a row
+) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """Write a few maps: a row for each diagnosis, slices rising from left to right, the same chance in
+    each row.
+
+    Parameters
+    ----------
+    prior : CodeTransformer
+        The averaged network.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 32
+        Maps at a time.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor], list[str]]
+    """
     device = next(prior.parameters()).device
-    cond,rows = preview_conditions(prior.covariates)
-    columns,cond = len(next(iter(cond.values())))//len(rows) if cond else 6,to_device(cond, device)
-    u = torch.rand(columns, prior.side**2, generator=torch.Generator().manual_seed(0)).repeat(len(rows), 1).to(device)
-    return in_chunks(infer(prior, precision, 'generate'), batch_size)(u, cond),cond,rows
+    cond, rows = preview_conditions(prior.covariates)
+    columns, cond = len(next(iter(cond.values()))) // len(rows) if cond else 6, to_device(
+        cond, device
+    )
+    u = (
+        torch.rand(columns, prior.side**2, generator=torch.Generator().manual_seed(0))
+        .repeat(len(rows), 1)
+        .to(device)
+    )
+    return in_chunks(infer(prior, precision, 'generate'), batch_size)(u, cond), cond, rows
 
 # %% ../../nbs/advanced/12_prior.ipynb #9e7d4958
 def validate_prior(
-    learner:Learner, # The training so far; the best weights are in learner.ema.best
-    held_out:LatentDataset, # Codes of validate subjects
-    decode, # Codes and conditions to pictures
-    path:Path, # Where the picture goes
-)->dict[str, float]: # val_bits of the averaged network now; best_bits, and the code maps seen when that was
-    "Look at the prior on the way: its price on held-out subjects, and drawn pictures for the eye."
-    prior,best,part = learner.ema.module,learner.ema.best,evenly_spaced_rows(held_out, 256)
-    chunk = learner.config.batch_size                                          # what fits beside a training
+    learner: Learner,  # The training so far; the best weights are in learner.ema.best
+    held_out: LatentDataset,  # Codes of validate subjects
+    decode,  # Codes and conditions to pictures
+    path: Path,  # Where the picture goes
+    # val_bits of the averaged network now; best_bits, and the code maps seen when that was
+) -> dict[str, float]:
+    """Look at the prior on the way: its price on held-out subjects, and drawn pictures for the eye.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far; the best weights are in learner.ema.best.
+    held_out : LatentDataset
+        Codes of validate subjects.
+    decode
+        Codes and conditions to pictures.
+    path : Path
+        Where the picture goes.
+
+    Returns
+    -------
+    dict[str, float]
+    """
+    prior, best, part = learner.ema.module, learner.ema.best, evenly_spaced_rows(held_out, 256)
+    chunk = learner.config.batch_size  # what fits beside a training
     bits = code_bits(prior, part['latent'], part, learner.precision, chunk).mean().item()
     check_finite(dict(val_bits=bits), learner.seen)
     best.offer(prior, bits, learner.seen)
-    codes,cond,rows = preview_codes(prior, learner.precision, chunk)
-    images = in_chunks(decode, chunk)(codes, cond)[:, 0].float().clamp(-1, 1).cpu().unflatten(0, (len(rows), -1))
-    save_figure(show_grid(images, row_labels=rows, title='Written code by code: diagnosis by slice'), path)
+    codes, cond, rows = preview_codes(prior, learner.precision, chunk)
+    images = (
+        in_chunks(decode, chunk)(codes, cond)[:, 0]
+        .float()
+        .clamp(-1, 1)
+        .cpu()
+        .unflatten(0, (len(rows), -1))
+    )
+    save_figure(
+        show_grid(images, row_labels=rows, title='Written code by code: diagnosis by slice'), path
+    )
     return dict(val_bits=bits, best_bits=best.bits.item(), best_images=best.images.item())
 
 # %% ../../nbs/advanced/12_prior.ipynb #461ce747
 def save_prior(
-    path:Path, # RUN/prior.safetensors
-    learner:Learner, # The training so far
-    info:dict, # Architecture and covariates
-)->None:
-    "Write the weights that were best on held-out subjects, and say how good and how old they are."
+    path: Path,  # RUN/prior.safetensors
+    learner: Learner,  # The training so far
+    info: dict,  # Architecture and covariates
+) -> None:
+    """Write the weights that were best on held-out subjects, and say how good and how old they are.
+
+    Parameters
+    ----------
+    path : Path
+        RUN/prior.safetensors.
+    learner : Learner
+        The training so far.
+    info : dict
+        Architecture and covariates.
+    """
     best = learner.ema.best
-    measured = bool(best.bits.isfinite())                                      # False before the first look
-    images,bits = (best.images.item(), best.bits.item()) if measured else (learner.seen, None)
+    measured = bool(best.bits.isfinite())  # False before the first look
+    images, bits = (best.images.item(), best.bits.item()) if measured else (learner.seen, None)
     weights = (best if measured else learner.ema).module.state_dict()
-    save_weights(path, weights, dict(info, kind='prior', images=images, val_bits=bits, images_trained=learner.seen))
+    save_weights(
+        path,
+        weights,
+        dict(info, kind='prior', images=images, val_bits=bits, images_trained=learner.seen),
+    )
 
 # %% ../../nbs/advanced/12_prior.ipynb #138c1780
 def load_prior(
-    run:str|Path, # Run folder
-)->tuple[CodeTransformer, dict]: # The network in evaluation mode on the CPU, and its description
-    "Build the prior of a run from its file alone. Raises FileNotFoundError or ValueError."
-    tensors,info = load_weights(Path(run)/'prior.safetensors')
-    try: model = CodeTransformer(**dict(info['args'], covariates=covariates_from_dict(info['args']['covariates'])))
-    except LOAD_ERRORS: model = None
-    if info.get('kind')!='prior' or model is None: raise ValueError(
-        f"load_prior: {run}/prior.safetensors is of kind {info.get('kind')!r}. Expected a prior of this version. "
-        "Check the file names, or train it again.")
-    return fill_model(model, tensors, f'{run}/prior.safetensors').eval(),info
+    run: str | Path,  # Run folder
+    # The network in evaluation mode on the CPU, and its description
+) -> tuple[CodeTransformer, dict]:
+    """Build the prior of a run from its file alone.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[CodeTransformer, dict]
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
+    tensors, info = load_weights(Path(run) / 'prior.safetensors')
+    try:
+        model = CodeTransformer(
+            **dict(info['args'], covariates=covariates_from_dict(info['args']['covariates']))
+        )
+    except LOAD_ERRORS:
+        model = None
+    if info.get('kind') != 'prior' or model is None:
+        raise ValueError(
+            f"load_prior: {run}/prior.safetensors is of kind {info.get('kind')!r}. Expected a prior"
+            " of this version. Check the file names, or train it again."
+        )
+    return fill_model(model, tensors, f'{run}/prior.safetensors').eval(), info
 
 # %% ../../nbs/advanced/12_prior.ipynb #a0900e01
 def adopt_prior(
-    model:CodeTransformer, # Fresh; filled in place, besides the vectors of the codes
-    config:PriorConfig, # Says from which run
-    args:dict, # Arguments of `model`, as from `prior_args`
-    run:Path, # Run to train
-    autoencoder:VQVAE, # Its autoencoder
-)->dict: # Where the weights came from, for config.json
-    "Fill a prior with the weights of another run. Raises ValueError, or FileNotFoundError if there are none."
+    model: CodeTransformer,  # Fresh; filled in place, besides the vectors of the codes
+    config: PriorConfig,  # Says from which run
+    args: dict,  # Arguments of `model`, as from `prior_args`
+    run: Path,  # Run to train
+    autoencoder: VQVAE,  # Its autoencoder
+) -> dict:  # Where the weights came from, for config.json
+    """Fill a prior with the weights of another run.
+
+    Parameters
+    ----------
+    model : CodeTransformer
+        Fresh; filled in place, besides the vectors of the codes.
+    config : PriorConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `prior_args`.
+    run : Path
+        Run to train.
+    autoencoder : VQVAE
+        Its autoencoder.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there are none.
+    """
     place = locate_run(config.init_from)
-    source,about = load_prior(place)
+    source, about = load_prior(place)
     refuse_architecture(args, about['args'], config.init_from)
     check_latent_origin(run, place, autoencoder)
     return origin_of(config, source, adopt_weights(model, source, config.init_from))
@@ -578,164 +1422,433 @@ def adopt_prior(
 # %% ../../nbs/advanced/12_prior.ipynb #006c220c
 @retry_on_oom
 def train_prior(
-    dataset:SliceDataset, # The data that the autoencoder was trained on
-    run:Path, # Run folder with a trained VQVAE
-    config:PriorConfig, # Everything else
-    resume:bool=False, # Go on where a former call stopped
-    progress:bool=True, # Show a bar
-)->CodeTransformer: # With the weights that were best on validate subjects
-    "Train a transformer to write the codes of the train subjects. Writes RUN/prior.safetensors."
-    run,(autoencoder,about) = Path(run),load_autoencoder(run)
+    dataset: SliceDataset,  # The data that the autoencoder was trained on
+    run: Path,  # Run folder with a trained VQVAE
+    config: PriorConfig,  # Everything else
+    resume: bool = False,  # Go on where a former call stopped
+    progress: bool = True,  # Show a bar
+) -> CodeTransformer:  # With the weights that were best on validate subjects
+    """Train a transformer to write the codes of the train subjects. Writes RUN/prior.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        The data that the autoencoder was trained on.
+    run : Path
+        Run folder with a trained VQVAE.
+    config : PriorConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    CodeTransformer
+        With the weights that were best on validate subjects.
+    """
+    run, (autoencoder, about) = Path(run), load_autoencoder(run)
     check_config(config)
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = prior_args(config, autoencoder, about['size'], covariates)
     check_stage2(run, dataset, about, autoencoder.factor)
     model = seeded(config.seed, lambda: CodeTransformer(**args))
     model.vectors.copy_(code_vectors(autoencoder))
-    begun,below = not config.init_from or is_begun(run, 'prior', resume),dict(autoencoder=weights_hash(autoencoder))
+    begun, below = not config.init_from or is_begun(run, 'prior', resume), dict(
+        autoencoder=weights_hash(autoencoder)
+    )
     origin = None if begun else adopt_prior(model, config, args, run, autoencoder)
-    loss = partial(prior_loss, config=config, covariates=covariates, num_embeddings=args['num_embeddings'])
+    loss = partial(
+        prior_loss, config=config, covariates=covariates, num_embeddings=args['num_embeddings']
+    )
     learner = Learner(model, loss, config, run)
     learner.ema.best = BestWeights(learner.raw)
-    state = enter_run(learner, run, 'prior', dataset, resume, covariates, trained_on=below, origin=origin)
+    state = enter_run(
+        learner, run, 'prior', dataset, resume, covariates, trained_on=below, origin=origin
+    )
     device = learner.accelerator.device
-    if is_finished(state, config, run/'prior.safetensors'): return load_prior(run)[0].to(device)
+    if is_finished(state, config, run / 'prior.safetensors'):
+        return load_prior(run)[0].to(device)
     autoencoder.to(device)
-    encode,parts = code_encoder(autoencoder, learner.precision),{o: dataset.subset(o) for o in ('train', 'validate')}
-    train,held_out = (LatentDataset(encode_rows(encode, o, run/'state'/'latents'/f'{k}.npy', learner.accelerator, desc='codes',
-                                            progress=progress), o.conditions) for k,o in parts.items())
+    encode, parts = code_encoder(autoencoder, learner.precision), {
+        o: dataset.subset(o) for o in ('train', 'validate')
+    }
+    train, held_out = (
+        LatentDataset(
+            encode_rows(
+                encode,
+                o,
+                run / 'state' / 'latents' / f'{k}.npy',
+                learner.accelerator,
+                desc='codes',
+                progress=progress,
+            ),
+            o.conditions,
+        )
+        for k, o in parts.items()
+    )
     info = dict(args=dict(args, covariates=covariates_to_dict(covariates)), trained_on=below)
     decode = infer(autoencoder, learner.precision, 'decode_codes')
-    def image(seen): return run/'samples'/f'prior_{seen:09d}.png'
-    run_stage(learner, train, run, 'prior', state, progress=progress,
+
+    def image(seen):
+        return run / 'samples' / f'prior_{seen:09d}.png'
+
+    run_stage(
+        learner,
+        train,
+        run,
+        'prior',
+        state,
+        progress=progress,
         validate=lambda seen: validate_prior(learner, held_out, decode, image(seen)),
-        export=lambda seen: save_prior(run/'prior.safetensors', learner, info))
-    remove_folder(run/'state'/'latents', learner.accelerator)
+        export=lambda seen: save_prior(run / 'prior.safetensors', learner, info),
+    )
+    remove_folder(run / 'state' / 'latents', learner.accelerator)
     return load_prior(run)[0].to(device)
 
 # %% ../../nbs/advanced/12_prior.ipynb #d8ca8a7b
 def sample_uniform(
-    n:int, # Pictures
-    places:int, # Codes in a picture
-    seed:int, # Seed of the whole drawing, 0 or more
-    start:int=0, # Number of the first picture
-    device:torch.device|str='cpu', # Where the numbers shall be
-)->Tensor: # Uniform numbers in [0, 1) (n, places), float32
-    "Chance for pictures start, start+1, …: picture i depends on seed and i alone, not on the size of the batch."
-    own = [np.random.default_rng((seed, start+i)).random(places, dtype=np.float32) for i in range(n)]
+    n: int,  # Pictures
+    places: int,  # Codes in a picture
+    seed: int,  # Seed of the whole drawing, 0 or more
+    start: int = 0,  # Number of the first picture
+    device: torch.device | str = 'cpu',  # Where the numbers shall be
+) -> Tensor:  # Uniform numbers in [0, 1) (n, places), float32
+    """Chance for pictures start, start+1, …: picture i depends on seed and i alone, not on the size of
+    the batch.
+
+    Parameters
+    ----------
+    n : int
+        Pictures.
+    places : int
+        Codes in a picture.
+    seed : int
+        Seed of the whole drawing, 0 or more.
+    start : int, default 0
+        Number of the first picture.
+    device : torch.device | str, default 'cpu'
+        Where the numbers shall be.
+
+    Returns
+    -------
+    Tensor
+        Uniform numbers in [0, 1) (n, places), float32.
+    """
+    own = [
+        np.random.default_rng((seed, start + i)).random(places, dtype=np.float32) for i in range(n)
+    ]
     return torch.from_numpy(np.stack(own)).to(device)
 
 # %% ../../nbs/advanced/12_prior.ipynb #6663885d
 def sample_prior(
-    model, # A `CodeSampler`: a run with a trained prior
-    n:int=1, # Pictures to draw
-    diagnosis:str|list[str]|None=None, # One for all or one each; None leaves it open
-    slice:float|list[float]|None=None, # Slice number, as in the training data
-    age:float|list[float]|None=None, # Years
-    sex:str|list[str]|None=None, # As written in the training data
-    temperature:float=1., # Below 1: bolder about probable codes; above 1: more random
-    top_k:int|None=None, # Choose among so many codes only
-    top_p:float=1., # Choose among the codes that hold this share of the probability
-    guidance_scale:float=1., # 1 follows the data, above 1 exaggerates the conditions, 0 ignores them
-    seed:int=0, # Same seed, same machine: same pictures
-    prompt:Tensor|None=None, # First rows of codes that are known already (n, rows, side), as from `model.codes`
-    batch_size:int=32, # Pictures at a time
-    first:int=0, # Number of the first picture: a long drawing may be made in parts
-    progress:bool=False, # Show a bar
-    **others, # Any other covariate that the run knows, by name
-)->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-    "Write codes with the conditions asked for, and decode them. Raises ValueError or TypeError for what cannot be."
+    model,  # A `CodeSampler`: a run with a trained prior
+    n: int = 1,  # Pictures to draw
+    diagnosis: str | list[str] | None = None,  # One for all or one each; None leaves it open
+    slice: float | list[float] | None = None,  # Slice number, as in the training data
+    age: float | list[float] | None = None,  # Years
+    sex: str | list[str] | None = None,  # As written in the training data
+    temperature: float = 1.0,  # Below 1: bolder about probable codes; above 1: more random
+    top_k: int | None = None,  # Choose among so many codes only
+    top_p: float = 1.0,  # Choose among the codes that hold this share of the probability
+    # 1 follows the data, above 1 exaggerates the conditions, 0 ignores them
+    guidance_scale: float = 1.0,
+    seed: int = 0,  # Same seed, same machine: same pictures
+    # First rows of codes that are known already (n, rows, side), as from `model.codes`
+    prompt: Tensor | None = None,
+    batch_size: int = 32,  # Pictures at a time
+    first: int = 0,  # Number of the first picture: a long drawing may be made in parts
+    progress: bool = False,  # Show a bar
+    **others,  # Any other covariate that the run knows, by name
+) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
+    """Write codes with the conditions asked for, and decode them.
+
+    Parameters
+    ----------
+    model
+        A `CodeSampler`: a run with a trained prior.
+    n : int, default 1
+        Pictures to draw.
+    diagnosis : str | list[str] | None, default None
+        One for all or one each; None leaves it open.
+    slice : float | list[float] | None, default None
+        Slice number, as in the training data.
+    age : float | list[float] | None, default None
+        Years.
+    sex : str | list[str] | None, default None
+        As written in the training data.
+    temperature : float, default 1.0
+        Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        Choose among so many codes only.
+    top_p : float, default 1.0
+        Choose among the codes that hold this share of the probability.
+    guidance_scale : float, default 1.0
+        1 follows the data, above 1 exaggerates the conditions, 0 ignores them.
+    seed : int, default 0
+        Same seed, same machine: same pictures.
+    prompt : Tensor | None, default None
+        First rows of codes that are known already (n, rows, side), as from `model.codes`.
+    batch_size : int, default 32
+        Pictures at a time.
+    first : int, default 0
+        Number of the first picture: a long drawing may be made in parts.
+    progress : bool, default False
+        Show a bar.
+    **others
+        Any other covariate that the run knows, by name.
+
+    Returns
+    -------
+    Tensor
+        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+        For what cannot be.
+    TypeError
+        For what cannot be.
+    """
     check_sample_counts(n, seed, batch_size, first)
     check_sampling(temperature, top_k, top_p, guidance_scale)
-    cond = check_conditions(dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), model.covariates, n)
-    required_conditions(model.autoencoder, cond, 'cpu')                                       # refuse now, not after the writing
-    if prompt is not None: check_prompt(prompt, n, model.prior)
-    options,images = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale),[]
-    places,known = model.prior.side**2,[c.name for c in model.prior.covariates]
-    with tqdm(total=n*places, unit='code', desc='sample', disable=not progress) as bar:
-        for i,stop,part in in_batches(cond, n, batch_size, model.device):
-            heard = {k: v for k,v in part.items() if k in known}
+    cond = check_conditions(
+        dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), model.covariates, n
+    )
+    required_conditions(model.autoencoder, cond, 'cpu')  # refuse now, not after the writing
+    if prompt is not None:
+        check_prompt(prompt, n, model.prior)
+    options, images = (
+        dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale),
+        [],
+    )
+    places, known = model.prior.side**2, [c.name for c in model.prior.covariates]
+    with tqdm(total=n * places, unit='code', desc='sample', disable=not progress) as bar:
+        for i, stop, part in in_batches(cond, n, batch_size, model.device):
+            heard = {k: v for k, v in part.items() if k in known}
             begun = None if prompt is None else prompt[i:stop].to(model.device)
-            u = sample_uniform(stop-i, places, seed, first+i, model.device)
-            codes = infer(model.prior, model.precision, 'generate')(u, heard, prompt=begun, tick=bar.update, **options)
+            u = sample_uniform(stop - i, places, seed, first + i, model.device)
+            codes = infer(model.prior, model.precision, 'generate')(
+                u, heard, prompt=begun, tick=bar.update, **options
+            )
             images.append(model.decode_codes(codes, part))
     return torch.cat(images)
 
 # %% ../../nbs/advanced/12_prior.ipynb #9fff6320
 class CodeSampler(Codec):
-    "A trained VQVAE with its prior: writes new pictures under the conditions asked for, or completes a begun one."
-    def __init__(self,
-        autoencoder:VQVAE, # Trained autoencoder
-        size:int, # Side of its pictures, pixels
-        prior:CodeTransformer, # Trained prior of its codes
-        precision:str='no', # Mixed precision to compute in: 'no', 'bf16' or 'fp16'
-        slice_covariate:Covariate|None=None, # The covariate 'slice' of the data, by which random codes are drawn
+    """A trained VQVAE with its prior: writes new pictures under the conditions asked for, or completes
+    a begun one.
+
+    Parameters
+    ----------
+    autoencoder : VQVAE
+        Trained autoencoder.
+    size : int
+        Side of its pictures, pixels.
+    prior : CodeTransformer
+        Trained prior of its codes.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are drawn.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
+
+    def __init__(
+        self,
+        autoencoder: VQVAE,  # Trained autoencoder
+        size: int,  # Side of its pictures, pixels
+        prior: CodeTransformer,  # Trained prior of its codes
+        precision: str = 'no',  # Mixed precision to compute in: 'no', 'bf16' or 'fp16'
+        # The covariate 'slice' of the data, by which random codes are drawn
+        slice_covariate: Covariate | None = None,
     ):
         super().__init__(autoencoder, size, precision, slice_covariate)
-        kind = (getattr(getattr(autoencoder, 'quantizer', None), 'num_embeddings', None),size//autoencoder.factor)
-        if kind!=(prior.num_embeddings, prior.side): raise ValueError(
-            f"CodeSampler: a prior of {prior.num_embeddings} codes, {prior.side} x {prior.side} places, and an "
-            f"autoencoder of {kind[0] or 'no'} codes on {kind[1]} x {kind[1]}. Expected two of one run. "
-            "Train the prior again.")
+        kind = (
+            getattr(getattr(autoencoder, 'quantizer', None), 'num_embeddings', None),
+            size // autoencoder.factor,
+        )
+        if kind != (prior.num_embeddings, prior.side):
+            raise ValueError(
+                f"CodeSampler: a prior of {prior.num_embeddings} codes, {prior.side} x {prior.side}"
+                f" places, and an autoencoder of {kind[0] or 'no'} codes on {kind[1]} x {kind[1]}."
+                " Expected two of one run. Train the prior again."
+            )
         self.prior = prior
 
     @classmethod
-    def load(cls,
-        run:str|Path, # Run folder, from `brainldm train autoencoder --kind vq` and `brainldm train prior`
-        device:str|None=None, # Where to compute; None: a GPU if there is one
-        precision:str='auto', # 'auto', 'no', 'bf16' or 'fp16'
-    )->'CodeSampler': # Ready to use
-        "Load a run. Raises FileNotFoundError without autoencoder or prior, ValueError on files that do not fit."
-        device,(autoencoder,about),(prior,_) = pick_device(device),load_autoencoder(run),load_prior(run)
-        check_trained_on(Path(run)/'prior.safetensors', autoencoder=autoencoder)
-        slice_covariate = Covariate(**about['slice_covariate']) if about.get('slice_covariate') else None
-        model = cls(autoencoder.to(device), about['size'], prior.to(device), pick_precision(precision, device), slice_covariate)
+    def load(
+        cls,
+        # Run folder, from `brainldm train autoencoder --kind vq` and `brainldm train prior`
+        run: str | Path,
+        device: str | None = None,  # Where to compute; None: a GPU if there is one
+        precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
+    ) -> 'CodeSampler':  # Ready to use
+        """Load a run.
+
+        Parameters
+        ----------
+        run : str | Path
+            Run folder, from `brainldm train autoencoder --kind vq` and `brainldm train prior`.
+        device : str | None, default None
+            Where to compute; None: a GPU if there is one.
+        precision : str, default 'auto'
+            'auto', 'no', 'bf16' or 'fp16'.
+
+        Returns
+        -------
+        CodeSampler
+            Ready to use.
+
+        Raises
+        ------
+        FileNotFoundError
+            Without autoencoder or prior.
+        ValueError
+            On files that do not fit.
+        """
+        device, (autoencoder, about), (prior, _) = (
+            pick_device(device),
+            load_autoencoder(run),
+            load_prior(run),
+        )
+        check_trained_on(Path(run) / 'prior.safetensors', autoencoder=autoencoder)
+        slice_covariate = (
+            Covariate(**about['slice_covariate']) if about.get('slice_covariate') else None
+        )
+        model = cls(
+            autoencoder.to(device),
+            about['size'],
+            prior.to(device),
+            pick_precision(precision, device),
+            slice_covariate,
+        )
         model.run = Path(run)
         return model
 
     @property
-    def covariates(self)->tuple[Covariate, ...]: # Names, kinds, values and ranges
-        "What `sample` can be asked for: the prior's covariates, then those that only the autoencoder knows."
+    def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
+        """What `sample` can be asked for: the prior's covariates, then those that only the autoencoder
+        knows.
+
+        Returns
+        -------
+        tuple[Covariate, ...]
+            Names, kinds, values and ranges.
+        """
         return self._joined(self.prior.covariates)
 
-    def codes(self,
-        images:Tensor, # Pictures (b, 1, size, size) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
-    )->Tensor: # Codes (b, side, side), on the model's device
-        "Write pictures as codes."
+    def codes(
+        self,
+        images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+    ) -> Tensor:  # Codes (b, side, side), on the model's device
+        """Write pictures as codes.
+
+        Parameters
+        ----------
+        images : Tensor
+            Pictures (b, 1, size, size) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            Codes (b, side, side), on the model's device.
+        """
         return self._ask('encode', images, cond)[1]
 
-    def decode_codes(self,
-        codes:Tensor, # Codes (b, side, side)
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
-    )->Tensor: # Pictures (b, 1, size, size), clipped to [-1, 1] as a screen would, on the CPU
-        "Turn codes into pictures."
+    def decode_codes(
+        self,
+        codes: Tensor,  # Codes (b, side, side)
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+    ) -> Tensor:  # Pictures (b, 1, size, size), clipped to [-1, 1] as a screen would, on the CPU
+        """Turn codes into pictures.
+
+        Parameters
+        ----------
+        codes : Tensor
+            Codes (b, side, side).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            Pictures (b, 1, size, size), clipped to [-1, 1] as a screen would, on the CPU.
+        """
         return self._ask('decode_codes', codes, cond).float().clamp(-1, 1).cpu()
 
-    sample = sample_prior                                                      # a function in a class is a method
+    sample = sample_prior  # a function in a class is a method
 
 # %% ../../nbs/advanced/12_prior.ipynb #bb7fd038
 def code_costs(
-    model:CodeSampler, # A run with a trained prior
-    dataset:SliceDataset, # All splits of the data it was trained on
-    split:str='test', # Whose slices to price; the validate subjects have chosen the weights
-    progress:bool=False, # Show bars
-)->dict[str, Tensor]: # Mean bits per code of each slice (n,): prior, and the floors of `code_baselines`
-    "What slices cost the prior, beside what they cost the histograms of the train slices."
-    dataset = SliceDataset(dataset.images, dataset.manifest, model.covariates)  # in the words of the run
+    model: CodeSampler,  # A run with a trained prior
+    dataset: SliceDataset,  # All splits of the data it was trained on
+    split: str = 'test',  # Whose slices to price; the validate subjects have chosen the weights
+    progress: bool = False,  # Show bars
+    # Mean bits per code of each slice (n,): prior, and the floors of `code_baselines`
+) -> dict[str, Tensor]:
+    """What slices cost the prior, beside what they cost the histograms of the train slices.
+
+    Parameters
+    ----------
+    model : CodeSampler
+        A run with a trained prior.
+    dataset : SliceDataset
+        All splits of the data it was trained on.
+    split : str, default 'test'
+        Whose slices to price; the validate subjects have chosen the weights.
+    progress : bool, default False
+        Show bars.
+
+    Returns
+    -------
+    dict[str, Tensor]
+    """
+    # in the words of the run
+    dataset = SliceDataset(dataset.images, dataset.manifest, model.covariates)
     parts = [dataset.subset(o) for o in ('train', split)]
-    train,held_out = (cache_codes(model.autoencoder, o, model.precision, progress=progress) for o in parts)
+    train, held_out = (
+        cache_codes(model.autoencoder, o, model.precision, progress=progress) for o in parts
+    )
     slices = [torch.tensor(o.manifest.slice.to_numpy()) for o in parts]
     names = parts[0].manifest.subject.tolist()
     bits = code_bits(model.prior, held_out, parts[1].conditions, model.precision)
-    return dict(prior=bits, **code_baselines(train, slices[0], names, held_out, slices[1], model.prior.num_embeddings))
+    return dict(
+        prior=bits,
+        **code_baselines(train, slices[0], names, held_out, slices[1], model.prior.num_embeddings)
+    )
 
 # %% ../../nbs/advanced/12_prior.ipynb #f6fa9fdb
 PRIOR_PRESETS = {
-    'tiny': PriorConfig(total_images=3_200, warmup_images=320, validate_every=1_600, checkpoint_every=1_600,
-                        embed_dim=32, num_layers=2, ema_images=500),
+    'tiny': PriorConfig(
+        total_images=3_200,
+        warmup_images=320,
+        validate_every=1_600,
+        checkpoint_every=1_600,
+        embed_dim=32,
+        num_layers=2,
+        ema_images=500,
+    ),
     'laptop': PriorConfig(),
-    'gpu': PriorConfig(total_images=2_000_000, batch_size=64, learning_rate=5e-4, warmup_images=50_000,
-                       validate_every=100_000, checkpoint_every=100_000, embed_dim=384, num_layers=8, num_heads=8,
-                       ema_images=200_000, num_workers=2),
-} # name -> prior: sizes that suit a test, two CPU cores, one GPU
+    'gpu': PriorConfig(
+        total_images=2_000_000,
+        batch_size=64,
+        learning_rate=5e-4,
+        warmup_images=50_000,
+        validate_every=100_000,
+        checkpoint_every=100_000,
+        embed_dim=384,
+        num_layers=8,
+        num_heads=8,
+        ema_images=200_000,
+        num_workers=2,
+    ),
+}  # name -> prior: sizes that suit a test, two CPU cores, one GPU

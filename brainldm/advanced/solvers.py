@@ -13,161 +13,424 @@ from torch import Tensor
 from ..engineering.checks import check_choice
 from ..scheduler import NoiseSchedule, add_noise, to_x0_eps
 
-SAMPLERS = 'ddim','ddpm','dpmpp'
-SPACINGS = 'trailing','leading','linspace'
+SAMPLERS = 'ddim', 'ddpm', 'dpmpp'
+SPACINGS = 'trailing', 'leading', 'linspace'
 
 # %% ../../nbs/advanced/10_solvers.ipynb #b9392400
 def sampling_timesteps(
-    num_inference_steps:int, # Network calls, 1 to `num_train_timesteps`
-    num_train_timesteps:int, # Steps T of the chain
-    spacing:str='trailing', # 'trailing' starts at T-1; 'leading' ends at 0; 'linspace' does both
-    start:int=0, # Steps to leave out at the noisy end, for latents that are only half noise
-)->list: # Timesteps, whole numbers, from noisy to clean
-    "Steps to visit when sampling. Source: Lin et al. 2024, table 2, as in diffusers. Raises ValueError, TypeError."
+    num_inference_steps: int,  # Network calls, 1 to `num_train_timesteps`
+    num_train_timesteps: int,  # Steps T of the chain
+    # 'trailing' starts at T-1; 'leading' ends at 0; 'linspace' does both
+    spacing: str = 'trailing',
+    start: int = 0,  # Steps to leave out at the noisy end, for latents that are only half noise
+) -> list:  # Timesteps, whole numbers, from noisy to clean
+    """Steps to visit when sampling.
+
+    Parameters
+    ----------
+    num_inference_steps : int
+        Network calls, 1 to `num_train_timesteps`.
+    num_train_timesteps : int
+        Steps T of the chain.
+    spacing : str, default 'trailing'
+        'trailing' starts at T-1; 'leading' ends at 0; 'linspace' does both.
+    start : int, default 0
+        Steps to leave out at the noisy end, for latents that are only half noise.
+
+    Returns
+    -------
+    list
+        Timesteps, whole numbers, from noisy to clean.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+
+    References
+    ----------
+    Lin et al. 2024, table 2, as in diffusers.
+    """
     check_choice('sampling_timesteps', 'spacing', spacing, SPACINGS)
-    n,T,least = num_inference_steps,num_train_timesteps,1+(spacing=='linspace')       # two ends need two steps
-    if isinstance(n, bool) or not isinstance(n, int): raise TypeError(
-        f"sampling_timesteps: num_inference_steps={n!r}. Expected a whole number. Try {min(50, T)}.")
-    if not least<=n<=T: raise ValueError(f"sampling_timesteps: num_inference_steps={n}, spacing={spacing!r}. "
-        f"Expected {least} to num_train_timesteps={T}. Try {min(50, T)}.")
-    if not 0<=start<n: raise ValueError(
-        f"sampling_timesteps: start={start} of num_inference_steps={n}. Expected 0 to {n-1}. Try {n//2}.")
-    every = dict(trailing=[round(T*i/n)-1 for i in range(1, n+1)], leading=[T//n*i for i in range(n)],
-                 linspace=[round((T-1)*i/max(n-1, 1)) for i in range(n)])[spacing]
+    # two ends need two steps
+    n, T, least = num_inference_steps, num_train_timesteps, 1 + (spacing == 'linspace')
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(
+            f"sampling_timesteps: num_inference_steps={n!r}. Expected a whole number. Try"
+            f" {min(50, T)}."
+        )
+    if not least <= n <= T:
+        raise ValueError(
+            f"sampling_timesteps: num_inference_steps={n}, spacing={spacing!r}. "
+            f"Expected {least} to num_train_timesteps={T}. Try {min(50, T)}."
+        )
+    if not 0 <= start < n:
+        raise ValueError(
+            f"sampling_timesteps: start={start} of num_inference_steps={n}. Expected 0 to {n-1}."
+            f" Try {n//2}."
+        )
+    every = dict(
+        trailing=[round(T * i / n) - 1 for i in range(1, n + 1)],
+        leading=[T // n * i for i in range(n)],
+        linspace=[round((T - 1) * i / max(n - 1, 1)) for i in range(n)],
+    )[spacing]
     return every[::-1][start:]
 
 # %% ../../nbs/advanced/10_solvers.ipynb #928f7e53
 def step_abar(
-    t:int, # Step the latents are at
-    t_prev:int, # Step to go to, below `t`; -1 is clean data
-    schedule:NoiseSchedule, # The chain they belong to
-)->tuple[float, float]: # Signal variance at `t` and at `t_prev`
-    "The two signal variances that a sampling step goes between. Raises ValueError."
-    if not -1<=t_prev<t<schedule.num_train_timesteps: raise ValueError(
-        f"step_abar: from t={t} to t_prev={t_prev}. Expected -1 <= t_prev < t < {schedule.num_train_timesteps}. "
-        "Check the list of timesteps.")
-    return schedule.abar[t].item(), schedule.abar[t_prev].item() if t_prev>=0 else 1.
+    t: int,  # Step the latents are at
+    t_prev: int,  # Step to go to, below `t`; -1 is clean data
+    schedule: NoiseSchedule,  # The chain they belong to
+) -> tuple[float, float]:  # Signal variance at `t` and at `t_prev`
+    """The two signal variances that a sampling step goes between.
+
+    Parameters
+    ----------
+    t : int
+        Step the latents are at.
+    t_prev : int
+        Step to go to, below `t`; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain they belong to.
+
+    Returns
+    -------
+    tuple[float, float]
+        Signal variance at `t` and at `t_prev`.
+
+    Raises
+    ------
+    ValueError
+    """
+    if not -1 <= t_prev < t < schedule.num_train_timesteps:
+        raise ValueError(
+            f"step_abar: from t={t} to t_prev={t_prev}. Expected -1 <= t_prev < t <"
+            f" {schedule.num_train_timesteps}. Check the list of timesteps."
+        )
+    return schedule.abar[t].item(), schedule.abar[t_prev].item() if t_prev >= 0 else 1.0
 
 # %% ../../nbs/advanced/10_solvers.ipynb #3578873b
 def ddpm_step(
-    pred:Tensor, # What the network said at `t` (b, c, *s)
-    xt:Tensor, # Latents at `t` (b, c, *s)
-    t:int, # Timestep of `xt`
-    t_prev:int, # Timestep to go to; -1 is clean data
-    schedule:NoiseSchedule, # The chain and its prediction type
-    noise:Tensor, # Fresh standard normal noise, same shape
-)->Tensor: # Latents at `t_prev`
-    "Draw from the posterior of x_prev given xt and the estimated x0. Source: Ho et al. 2020, eq. 6-7."
-    a,a_prev = step_abar(t, t_prev, schedule)
-    x0,_ = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
-    alpha = a/a_prev                                                   # signal kept between t_prev and t
-    mean = a_prev**.5*(1-alpha)/(1-a)*x0 + alpha**.5*(1-a_prev)/(1-a)*xt
-    return mean + ((1-a_prev)/(1-a)*(1-alpha))**.5*noise
+    pred: Tensor,  # What the network said at `t` (b, c, *s)
+    xt: Tensor,  # Latents at `t` (b, c, *s)
+    t: int,  # Timestep of `xt`
+    t_prev: int,  # Timestep to go to; -1 is clean data
+    schedule: NoiseSchedule,  # The chain and its prediction type
+    noise: Tensor,  # Fresh standard normal noise, same shape
+) -> Tensor:  # Latents at `t_prev`
+    """Draw from the posterior of x_prev given xt and the estimated x0.
+
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said at `t` (b, c, *s).
+    xt : Tensor
+        Latents at `t` (b, c, *s).
+    t : int
+        Timestep of `xt`.
+    t_prev : int
+        Timestep to go to; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+    noise : Tensor
+        Fresh standard normal noise, same shape.
+
+    Returns
+    -------
+    Tensor
+        Latents at `t_prev`.
+
+    References
+    ----------
+    Ho et al. 2020, eq. 6-7.
+    """
+    a, a_prev = step_abar(t, t_prev, schedule)
+    x0, _ = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
+    alpha = a / a_prev  # signal kept between t_prev and t
+    mean = a_prev**0.5 * (1 - alpha) / (1 - a) * x0 + alpha**0.5 * (1 - a_prev) / (1 - a) * xt
+    return mean + ((1 - a_prev) / (1 - a) * (1 - alpha)) ** 0.5 * noise
 
 # %% ../../nbs/advanced/10_solvers.ipynb #b8c49b08
 def ddim_step(
-    pred:Tensor, # What the network said at `t` (b, c, *s)
-    xt:Tensor, # Latents at `t` (b, c, *s)
-    t:int, # Timestep of `xt`
-    t_prev:int, # Timestep to go to; -1 is clean data
-    schedule:NoiseSchedule, # The chain and its prediction type
-    eta:float=0., # Share of fresh noise: 0 none, 1 as much as `ddpm_step`
-    noise:Tensor|None=None, # Fresh standard normal noise, same shape; needed if `eta` is not 0
-)->Tensor: # Latents at `t_prev`
-    "Mix the estimated x0 and noise again at `t_prev`. Source: Song et al. 2021, eq. 12, 16. Raises ValueError."
-    if not 0<=eta<=1: raise ValueError(f"ddim_step: eta={eta}. Expected 0 to 1. Try eta=0 (no fresh noise).")
-    if eta and noise is None: raise ValueError(f"ddim_step: eta={eta} and no noise. Expected noise of shape "
-                                               f"{tuple(xt.shape)}. Try noise=torch.randn_like(xt), or eta=0.")
-    a,a_prev = step_abar(t, t_prev, schedule)
-    x0,eps = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
-    sigma = eta*((1-a_prev)/(1-a)*(1-a/a_prev))**.5
-    x = a_prev**.5*x0 + max(1-a_prev-sigma**2, 0.)**.5*eps             # rounding may leave -1e-17 under the root
-    return x+sigma*noise if eta else x
+    pred: Tensor,  # What the network said at `t` (b, c, *s)
+    xt: Tensor,  # Latents at `t` (b, c, *s)
+    t: int,  # Timestep of `xt`
+    t_prev: int,  # Timestep to go to; -1 is clean data
+    schedule: NoiseSchedule,  # The chain and its prediction type
+    eta: float = 0.0,  # Share of fresh noise: 0 none, 1 as much as `ddpm_step`
+    noise: (
+        Tensor | None
+    ) = None,  # Fresh standard normal noise, same shape; needed if `eta` is not 0
+) -> Tensor:  # Latents at `t_prev`
+    """Mix the estimated x0 and noise again at `t_prev`.
+
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said at `t` (b, c, *s).
+    xt : Tensor
+        Latents at `t` (b, c, *s).
+    t : int
+        Timestep of `xt`.
+    t_prev : int
+        Timestep to go to; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+    eta : float, default 0.0
+        Share of fresh noise: 0 none, 1 as much as `ddpm_step`.
+    noise : Tensor | None, default None
+        Fresh standard normal noise, same shape; needed if `eta` is not 0.
+
+    Returns
+    -------
+    Tensor
+        Latents at `t_prev`.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Song et al. 2021, eq. 12, 16.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"ddim_step: eta={eta}. Expected 0 to 1. Try eta=0 (no fresh noise).")
+    if eta and noise is None:
+        raise ValueError(
+            f"ddim_step: eta={eta} and no noise. Expected noise of shape "
+            f"{tuple(xt.shape)}. Try noise=torch.randn_like(xt), or eta=0."
+        )
+    a, a_prev = step_abar(t, t_prev, schedule)
+    x0, eps = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
+    sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
+    # rounding may leave -1e-17 under the root
+    x = a_prev**0.5 * x0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
+    return x + sigma * noise if eta else x
 
 # %% ../../nbs/advanced/10_solvers.ipynb #7f775673
 def dpmpp_2m_step(
-    pred:Tensor, # What the network said at `t` (b, c, *s)
-    xt:Tensor, # Latents at `t` (b, c, *s)
-    t:int, # Timestep of `xt`
-    t_prev:int, # Timestep to go to; -1 is clean data
-    schedule:NoiseSchedule, # The chain and its prediction type
-    before:tuple[Tensor, int]|None=None, # The x0 estimated one step ago and its timestep; None at the first step
-)->Tensor: # Latents at `t_prev`
-    "A DDIM step with the x0 that the last two estimates foretell. Source: Lu et al. 2022, alg. 2. Raises ValueError."
-    a,a_prev = step_abar(t, t_prev, schedule)
-    x0,_ = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
-    if before and t_prev>=0:
-        step_abar(before[1], t, schedule)                              # refuses a memory that is no older than `t`
-        last,now,then = (schedule.snr[i].log().item()/2 for i in (before[1], t, t_prev))       # lambda, -inf at noise
-        x0 = x0 + (then-now)/(now-last)/2*(x0-before[0])
-    shrink = ((1-a_prev)/(1-a))**.5
-    return shrink*xt + (a_prev**.5-a**.5*shrink)*x0
+    pred: Tensor,  # What the network said at `t` (b, c, *s)
+    xt: Tensor,  # Latents at `t` (b, c, *s)
+    t: int,  # Timestep of `xt`
+    t_prev: int,  # Timestep to go to; -1 is clean data
+    schedule: NoiseSchedule,  # The chain and its prediction type
+    # The x0 estimated one step ago and its timestep; None at the first step
+    before: tuple[Tensor, int] | None = None,
+) -> Tensor:  # Latents at `t_prev`
+    """A DDIM step with the x0 that the last two estimates foretell.
+
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said at `t` (b, c, *s).
+    xt : Tensor
+        Latents at `t` (b, c, *s).
+    t : int
+        Timestep of `xt`.
+    t_prev : int
+        Timestep to go to; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+    before : tuple[Tensor, int] | None, default None
+        The x0 estimated one step ago and its timestep; None at the first step.
+
+    Returns
+    -------
+    Tensor
+        Latents at `t_prev`.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Lu et al. 2022, alg. 2.
+    """
+    a, a_prev = step_abar(t, t_prev, schedule)
+    x0, _ = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
+    if before and t_prev >= 0:
+        step_abar(before[1], t, schedule)  # refuses a memory that is no older than `t`
+        # lambda, -inf at noise
+        last, now, then = (schedule.snr[i].log().item() / 2 for i in (before[1], t, t_prev))
+        x0 = x0 + (then - now) / (now - last) / 2 * (x0 - before[0])
+    shrink = ((1 - a_prev) / (1 - a)) ** 0.5
+    return shrink * xt + (a_prev**0.5 - a**0.5 * shrink) * x0
 
 # %% ../../nbs/advanced/10_solvers.ipynb #8eac238a
 def fresh_noise(
-    x:Tensor, # Latents (b, c, *s) of one step; say shape, dtype and device
-    generator:torch.Generator|list[torch.Generator]|None=None, # One for the batch, or one an image; None: torch's own
-)->Tensor: # Standard normal noise, same shape, dtype and device
-    "Noise for one step. With one generator an image, no image depends on the others. Raises ValueError."
+    x: Tensor,  # Latents (b, c, *s) of one step; say shape, dtype and device
+    # One for the batch, or one an image; None: torch's own
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:  # Standard normal noise, same shape, dtype and device
+    """Noise for one step.
+
+    With one generator an image, no image depends on the others.
+
+    Parameters
+    ----------
+    x : Tensor
+        Latents (b, c, *s) of one step; say shape, dtype and device.
+    generator : torch.Generator | list[torch.Generator] | None, default None
+        One for the batch, or one an image; None: torch's own.
+
+    Returns
+    -------
+    Tensor
+        Standard normal noise, same shape, dtype and device.
+
+    Raises
+    ------
+    ValueError
+    """
     if not isinstance(generator, (list, tuple)):
-        home = generator.device if generator else x.device                     # one CPU seed serves every device
+        home = generator.device if generator else x.device  # one CPU seed serves every device
         return torch.randn(x.shape, generator=generator, device=home, dtype=x.dtype).to(x.device)
-    if len(generator)!=len(x): raise ValueError(
-        f"fresh_noise: {len(generator)} generators for {len(x)} images. Expected one an image, or a single one. "
-        "Check the size of the batch.")
-    return torch.stack([torch.randn(x.shape[1:], generator=o, device=o.device, dtype=x.dtype)
-                        for o in generator]).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(
+            f"fresh_noise: {len(generator)} generators for {len(x)} images. Expected one an image,"
+            " or a single one. Check the size of the batch."
+        )
+    return torch.stack(
+        [torch.randn(x.shape[1:], generator=o, device=o.device, dtype=x.dtype) for o in generator]
+    ).to(x.device)
 
 # %% ../../nbs/advanced/10_solvers.ipynb #42c811bd
 @torch.no_grad()
 def denoise(
-    model_fn:Callable, # Called as model_fn(xt, t) with t (b,) int64; says what `prediction_type` asks
-    x:Tensor, # Standard normal noise (b, c, *s), or latents at the noise of step number `start`
-    schedule:NoiseSchedule, # The chain the network was trained on
-    num_inference_steps:int, # Steps of the whole walk, 1 to T
-    sampler:str='ddim', # 'ddim', 'ddpm' or 'dpmpp'
-    eta:float=0., # Share of fresh noise in 'ddim'
-    generator:torch.Generator|list[torch.Generator]|None=None, # Source of the fresh noise, see `fresh_noise`
-    spacing:str='trailing', # Which steps to visit, see `sampling_timesteps`
-    callback:Callable|None=None, # Called as callback(i, t, xt, x0_hat) before each step; i counts from 0
-    start:int=0, # Steps of the walk to leave out at its noisy end
-)->Tensor: # Samples (b, c, *s), never clipped
-    "Walk from noise to data: ask the network, take a step, repeat. Raises ValueError."
+    # Called as model_fn(xt, t) with t (b,) int64; says what `prediction_type` asks
+    model_fn: Callable,
+    x: Tensor,  # Standard normal noise (b, c, *s), or latents at the noise of step number `start`
+    schedule: NoiseSchedule,  # The chain the network was trained on
+    num_inference_steps: int,  # Steps of the whole walk, 1 to T
+    sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
+    eta: float = 0.0,  # Share of fresh noise in 'ddim'
+    # Source of the fresh noise, see `fresh_noise`
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    spacing: str = 'trailing',  # Which steps to visit, see `sampling_timesteps`
+    # Called as callback(i, t, xt, x0_hat) before each step; i counts from 0
+    callback: Callable | None = None,
+    start: int = 0,  # Steps of the walk to leave out at its noisy end
+) -> Tensor:  # Samples (b, c, *s), never clipped
+    """Walk from noise to data: ask the network, take a step, repeat.
+
+    Parameters
+    ----------
+    model_fn : Callable
+        Called as model_fn(xt, t) with t (b,) int64; says what `prediction_type` asks.
+    x : Tensor
+        Standard normal noise (b, c, *s), or latents at the noise of step number `start`.
+    schedule : NoiseSchedule
+        The chain the network was trained on.
+    num_inference_steps : int
+        Steps of the whole walk, 1 to T.
+    sampler : str, default 'ddim'
+        'ddim', 'ddpm' or 'dpmpp'.
+    eta : float, default 0.0
+        Share of fresh noise in 'ddim'.
+    generator : torch.Generator | list[torch.Generator] | None, default None
+        Source of the fresh noise, see `fresh_noise`.
+    spacing : str, default 'trailing'
+        Which steps to visit, see `sampling_timesteps`.
+    callback : Callable | None, default None
+        Called as callback(i, t, xt, x0_hat) before each step; i counts from 0.
+    start : int, default 0
+        Steps of the walk to leave out at its noisy end.
+
+    Returns
+    -------
+    Tensor
+        Samples (b, c, *s), never clipped.
+
+    Raises
+    ------
+    ValueError
+    """
     check_choice('denoise', 'sampler', sampler, SAMPLERS)
-    if eta and sampler!='ddim': raise ValueError(
-        f"denoise: eta={eta} and sampler={sampler!r}. Expected eta=0: only 'ddim' has a choice. Try sampler='ddim'.")
+    if eta and sampler != 'ddim':
+        raise ValueError(
+            f"denoise: eta={eta} and sampler={sampler!r}. Expected eta=0: only 'ddim' has a choice."
+            " Try sampler='ddim'."
+        )
     ts = sampling_timesteps(num_inference_steps, schedule.num_train_timesteps, spacing, start)
     before = None
-    for i,(t,t_prev) in enumerate(zip(ts, ts[1:]+[-1])):
+    for i, (t, t_prev) in enumerate(zip(ts, ts[1:] + [-1])):
         pred = model_fn(x, torch.full((len(x),), t, device=x.device))
         x0 = to_x0_eps(pred, x, t, schedule.abar, schedule.prediction_type)[0]
-        if callback: callback(i, t, x, x0)
-        noise = fresh_noise(x, generator) if eta or sampler=='ddpm' else None
-        x = (ddpm_step(pred, x, t, t_prev, schedule, noise) if sampler=='ddpm' else
-             dpmpp_2m_step(pred, x, t, t_prev, schedule, before) if sampler=='dpmpp' else
-             ddim_step(pred, x, t, t_prev, schedule, eta, noise))
-        before = x0,t
+        if callback:
+            callback(i, t, x, x0)
+        noise = fresh_noise(x, generator) if eta or sampler == 'ddpm' else None
+        x = (
+            ddpm_step(pred, x, t, t_prev, schedule, noise)
+            if sampler == 'ddpm'
+            else (
+                dpmpp_2m_step(pred, x, t, t_prev, schedule, before)
+                if sampler == 'dpmpp'
+                else ddim_step(pred, x, t, t_prev, schedule, eta, noise)
+            )
+        )
+        before = x0, t
     return x
 
 # %% ../../nbs/advanced/10_solvers.ipynb #82b124e8
 @torch.no_grad()
 def invert(
-    model_fn:Callable, # The function that `denoise` will be given
-    x0:Tensor, # Clean pictures or latents (b, c, *s)
-    schedule:NoiseSchedule, # The chain the network was trained on
-    num_inference_steps:int, # Steps of the whole walk, 1 to T
-    spacing:str='trailing', # As in `denoise`
-    start:int=0, # As in `denoise`: end at the noise of this step; 0 is the noisiest
-    refine:int=0, # Corrections of each step; network calls are (1 + refine) a step
-)->Tensor: # Latents from which `denoise` by DDIM comes back to `x0`, nearly
-    "Walk from data to noise by the road that DDIM takes back. Source: Song et al. 2021, sec. 4.3. Raises ValueError."
-    if refine<0: raise ValueError(f"invert: refine={refine}. Expected 0 or more. Try refine=2.")
-    def ask(x, t): return model_fn(x, torch.full((len(x),), t, device=x.device))
-    x,ts = x0,sampling_timesteps(num_inference_steps, schedule.num_train_timesteps, spacing, start)[::-1]
-    for t_prev,t in zip([-1]+ts, ts):
+    model_fn: Callable,  # The function that `denoise` will be given
+    x0: Tensor,  # Clean pictures or latents (b, c, *s)
+    schedule: NoiseSchedule,  # The chain the network was trained on
+    num_inference_steps: int,  # Steps of the whole walk, 1 to T
+    spacing: str = 'trailing',  # As in `denoise`
+    start: int = 0,  # As in `denoise`: end at the noise of this step; 0 is the noisiest
+    refine: int = 0,  # Corrections of each step; network calls are (1 + refine) a step
+) -> Tensor:  # Latents from which `denoise` by DDIM comes back to `x0`, nearly
+    """Walk from data to noise by the road that DDIM takes back.
+
+    Parameters
+    ----------
+    model_fn : Callable
+        The function that `denoise` will be given.
+    x0 : Tensor
+        Clean pictures or latents (b, c, *s).
+    schedule : NoiseSchedule
+        The chain the network was trained on.
+    num_inference_steps : int
+        Steps of the whole walk, 1 to T.
+    spacing : str, default 'trailing'
+        As in `denoise`.
+    start : int, default 0
+        As in `denoise`: end at the noise of this step; 0 is the noisiest.
+    refine : int, default 0
+        Corrections of each step; network calls are (1 + refine) a step.
+
+    Returns
+    -------
+    Tensor
+        Latents from which `denoise` by DDIM comes back to `x0`, nearly.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Song et al. 2021, sec. 4.3.
+    """
+    if refine < 0:
+        raise ValueError(f"invert: refine={refine}. Expected 0 or more. Try refine=2.")
+
+    def ask(x, t):
+        return model_fn(x, torch.full((len(x),), t, device=x.device))
+
+    x, ts = (
+        x0,
+        sampling_timesteps(num_inference_steps, schedule.num_train_timesteps, spacing, start)[::-1],
+    )
+    for t_prev, t in zip([-1] + ts, ts):
         near = max(t_prev, 0)
-        x0_hat,eps = to_x0_eps(ask(x, near), x, near, schedule.abar, schedule.prediction_type)
-        xt = add_noise(x if t_prev<0 else x0_hat, eps, t, schedule.abar)
-        for _ in range(refine): xt = xt + x-ddim_step(ask(xt, t), xt, t, t_prev, schedule)
+        x0_hat, eps = to_x0_eps(ask(x, near), x, near, schedule.abar, schedule.prediction_type)
+        xt = add_noise(x if t_prev < 0 else x0_hat, eps, t, schedule.abar)
+        for _ in range(refine):
+            xt = xt + x - ddim_step(ask(xt, t), xt, t, t_prev, schedule)
         x = xt
     return x

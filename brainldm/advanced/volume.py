@@ -35,565 +35,1439 @@ from ..scheduler import NoiseSchedule
 from .solvers import denoise
 from ..unet import UNet
 from brainldm.engineering.loop import (
-    Learner, TrainConfig, process_state, in_chunks, infer, mixed_precision, to_device,
+    Learner,
+    TrainConfig,
+    process_state,
+    in_chunks,
+    infer,
+    mixed_precision,
+    to_device,
 )
 from brainldm.engineering.runs import (
-    check_trained_on, enter_run, fill_model, is_finished, load_weights, read_config, run_stage,
-    save_weights, weights_hash, retry_on_oom,
+    check_trained_on,
+    enter_run,
+    fill_model,
+    is_finished,
+    load_weights,
+    read_config,
+    run_stage,
+    save_weights,
+    weights_hash,
+    retry_on_oom,
 )
 from ..training import evenly_spaced_rows
 from brainldm.engineering.stage2 import (
-    LatentDataset, check_stage2, remove_folder, condition_dropout_mask, encode_rows, loss_weight, mean_encoder,
-    prediction_error, refuse_leak, refuse_unfinished,
+    LatentDataset,
+    check_stage2,
+    remove_folder,
+    condition_dropout_mask,
+    encode_rows,
+    loss_weight,
+    mean_encoder,
+    prediction_error,
+    refuse_leak,
+    refuse_unfinished,
 )
 from brainldm.engineering.codec import (
-    SYNTHETIC, check_images, check_sample_counts, in_batches, default_conditions, new_folder, save_gif,
+    SYNTHETIC,
+    check_images,
+    check_sample_counts,
+    in_batches,
+    default_conditions,
+    new_folder,
+    save_gif,
     to_bytes,
 )
-from ..sampling import BrainLDM, Sampler, sample_batch, sample_noise, guide, prepare_conditions
+from brainldm.sampling import (
+    BrainLDM,
+    Sampler,
+    sample_batch,
+    sample_noise,
+    guide,
+    prepare_conditions,
+)
 
 # %% ../../nbs/advanced/11_volume.ipynb #23237c46
 def neighbor_scores(
-    volumes:Tensor, # Brains (n, s, h, w) in [-1, 1]
-)->dict[str, Tensor]: # Each (n,): ssim of neighbouring slices; roughness, the mean size of second differences
-    "How alike neighbouring slices are, and how much they jump: what tells a head from a pack of pictures."
+    volumes: Tensor,  # Brains (n, s, h, w) in [-1, 1]
+    # Each (n,): ssim of neighbouring slices; roughness, the mean size of second differences
+) -> dict[str, Tensor]:
+    """How alike neighbouring slices are, and how much they jump: what tells a head from a pack of
+    pictures.
+
+    Parameters
+    ----------
+    volumes : Tensor
+        Brains (n, s, h, w) in [-1, 1].
+
+    Returns
+    -------
+    dict[str, Tensor]
+    """
     n = len(volumes)
-    below,above = (o.flatten(0, 1)[:, None] for o in (volumes[:, :-1], volumes[:, 1:]))
+    below, above = (o.flatten(0, 1)[:, None] for o in (volumes[:, :-1], volumes[:, 1:]))
     ssim = image_scores(below, above)['ssim'].unflatten(0, (n, -1)).mean(1)
-    bend = volumes[:, 2:]-2*volumes[:, 1:-1]+volumes[:, :-2]
+    bend = volumes[:, 2:] - 2 * volumes[:, 1:-1] + volumes[:, :-2]
     return dict(ssim=ssim, roughness=bend.abs().mean((1, 2, 3)))
 
 # %% ../../nbs/advanced/11_volume.ipynb #66d7f0c9
 def full_range(
-    covariates:tuple[Covariate, ...], # What a model knows, slice among it
-)->np.ndarray: # Slice numbers
-    "Every whole slice number of the training data. Raises ValueError if slices are unknown to the model."
+    covariates: tuple[Covariate, ...],  # What a model knows, slice among it
+) -> np.ndarray:  # Slice numbers
+    """Every whole slice number of the training data.
+
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        What a model knows, slice among it.
+
+    Returns
+    -------
+    np.ndarray
+        Slice numbers.
+
+    Raises
+    ------
+    ValueError
+        If slices are unknown to the model.
+    """
     known = {c.name: c for c in covariates}
-    if 'slice' not in known: raise ValueError("sample_volume: this run is not told the slice. Expected one that is. "
-                                              "Train it with the covariate slice.")
-    low,high = known['slice'].range
-    return np.arange(round(low), round(high)+1)
+    if 'slice' not in known:
+        raise ValueError(
+            "sample_volume: this run is not told the slice. Expected one that is. "
+            "Train it with the covariate slice."
+        )
+    low, high = known['slice'].range
+    return np.arange(round(low), round(high) + 1)
 
 # %% ../../nbs/advanced/11_volume.ipynb #e20e56ad
 def check_stack(
-    slices, # Slice numbers asked for
-)->list[float]: # The same as numbers
-    "Refuse slices that are no stack. Raises ValueError."
+    slices,  # Slice numbers asked for
+) -> list[float]:  # The same as numbers
+    """Refuse slices that are no stack.
+
+    Parameters
+    ----------
+    slices
+        Slice numbers asked for.
+
+    Returns
+    -------
+    list[float]
+        The same as numbers.
+
+    Raises
+    ------
+    ValueError
+    """
     k = np.asarray(slices, dtype=float)
     steps = np.diff(k)
-    if k.ndim!=1 or len(k)<2 or not (steps==1).all(): raise ValueError(
-        f"sample_volume: slices={slices}. Expected 2 or more numbers that rise by 1, as the run was trained. "
-        "Try range(0, 32).")
+    if k.ndim != 1 or len(k) < 2 or not (steps == 1).all():
+        raise ValueError(
+            f"sample_volume: slices={slices}. Expected 2 or more numbers that rise by 1, as the run"
+            " was trained. Try range(0, 32)."
+        )
     return k.tolist()
 
 # %% ../../nbs/advanced/11_volume.ipynb #33e4d299
 def conditions_per_slice(
-    conditions:dict, # One value for all brains, or one each, by covariate name; None is unknown
-    n:int, # Brains
-    slices:list[float], # Slice numbers of each
-)->dict: # One value a slice, brain after brain
-    "Turn a request for brains into a request for slices. Raises ValueError for another number of values, or a slice."
-    if conditions.get('slice') is not None: raise ValueError(
-        f"sample_volume: slice={conditions['slice']}. Expected slices=..., a whole stack. "
-        "Try slices=range(0, 32), or sample a single slice.")
+    conditions: dict,  # One value for all brains, or one each, by covariate name; None is unknown
+    n: int,  # Brains
+    slices: list[float],  # Slice numbers of each
+) -> dict:  # One value a slice, brain after brain
+    """Turn a request for brains into a request for slices.
+
+    Parameters
+    ----------
+    conditions : dict
+        One value for all brains, or one each, by covariate name; None is unknown.
+    n : int
+        Brains.
+    slices : list[float]
+        Slice numbers of each.
+
+    Returns
+    -------
+    dict
+        One value a slice, brain after brain.
+
+    Raises
+    ------
+    ValueError
+        For another number of values, or a slice.
+    """
+    if conditions.get('slice') is not None:
+        raise ValueError(
+            f"sample_volume: slice={conditions['slice']}. Expected slices=..., a whole stack. "
+            "Try slices=range(0, 32), or sample a single slice."
+        )
     out = {}
-    for k,v in conditions.items():
-        if v is None: continue
-        if np.ndim(v) and len(v)!=n: raise ValueError(
-            f"sample_volume: {len(v)} values of {k} for n={n} brains. Expected one value, or {n}. Try n={len(v)}.")
+    for k, v in conditions.items():
+        if v is None:
+            continue
+        if np.ndim(v) and len(v) != n:
+            raise ValueError(
+                f"sample_volume: {len(v)} values of {k} for n={n} brains. Expected one value, or"
+                f" {n}. Try n={len(v)}."
+            )
         out[k] = np.repeat(np.asarray(v, dtype=object), len(slices)).tolist() if np.ndim(v) else v
-    return dict(out, slice=slices*n)
+    return dict(out, slice=slices * n)
 
 # %% ../../nbs/advanced/11_volume.ipynb #c3df908c
 def prepare_brain_conditions(
-    model, # A `Sampler`
-    n:int, # Brains
-    requested:dict, # Conditions of each brain by name
-    slices, # Slice numbers; None: every whole number of the training data
-    options:dict, # steps, sampler, guidance_scale
-    seed:int, # Seed
-)->tuple[dict[str, Tensor], list[float]]: # Encoded conditions, each (n*depth,), and the slice numbers
-    "Check a request for brains before anything is computed. Raises ValueError, TypeError or FileNotFoundError."
-    if model.unet is None: prepare_conditions(model, {}, n, options, seed, 1)            # raises, and says what to do
-    if options['sampler'] not in ('ddim', 'dpmpp'): raise ValueError(
-        f"sample_volume: sampler={options['sampler']!r}. Expected 'ddim' or 'dpmpp', which need no fresh noise. "
-        "Try 'ddim'.")
+    model,  # A `Sampler`
+    n: int,  # Brains
+    requested: dict,  # Conditions of each brain by name
+    slices,  # Slice numbers; None: every whole number of the training data
+    options: dict,  # steps, sampler, guidance_scale
+    seed: int,  # Seed
+    # Encoded conditions, each (n*depth,), and the slice numbers
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Check a request for brains before anything is computed.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    n : int
+        Brains.
+    requested : dict
+        Conditions of each brain by name.
+    slices
+        Slice numbers; None: every whole number of the training data.
+    options : dict
+        steps, sampler, guidance_scale.
+    seed : int
+        Seed.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], list[float]]
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    FileNotFoundError
+    """
+    # raises, and says what to do
+    if model.unet is None:
+        prepare_conditions(model, {}, n, options, seed, 1)
+    if options['sampler'] not in ('ddim', 'dpmpp'):
+        raise ValueError(
+            f"sample_volume: sampler={options['sampler']!r}. Expected 'ddim' or 'dpmpp', which need"
+            " no fresh noise. Try 'ddim'."
+        )
     slices = check_stack(full_range(model.covariates) if slices is None else slices)
-    return prepare_conditions(model, conditions_per_slice(requested, n, slices), n*len(slices), options, seed, 1),slices
+    return (
+        prepare_conditions(
+            model, conditions_per_slice(requested, n, slices), n * len(slices), options, seed, 1
+        ),
+        slices,
+    )
 
 # %% ../../nbs/advanced/11_volume.ipynb #f0fae9e6
 def volume_noise(
-    model, # A `Sampler`
-    n:int, # Brains
-    depth:int, # Slices of each
-    seed:int, # Seed; brain i depends on seed and i alone
-    start:int=0, # Number of the first brain
-)->Tensor: # Standard normal noise (n, depth, c, h, w), on the model's device
-    "Noise for whole brains."
-    side = model.size//model.autoencoder.factor
-    return sample_noise(n, (depth, model.autoencoder.latent_channels, side, side), seed, start, model.device)
+    model,  # A `Sampler`
+    n: int,  # Brains
+    depth: int,  # Slices of each
+    seed: int,  # Seed; brain i depends on seed and i alone
+    start: int = 0,  # Number of the first brain
+) -> Tensor:  # Standard normal noise (n, depth, c, h, w), on the model's device
+    """Noise for whole brains.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    n : int
+        Brains.
+    depth : int
+        Slices of each.
+    seed : int
+        Seed; brain i depends on seed and i alone.
+    start : int, default 0
+        Number of the first brain.
+
+    Returns
+    -------
+    Tensor
+        Standard normal noise (n, depth, c, h, w), on the model's device.
+    """
+    side = model.size // model.autoencoder.factor
+    return sample_noise(
+        n, (depth, model.autoencoder.latent_channels, side, side), seed, start, model.device
+    )
 
 # %% ../../nbs/advanced/11_volume.ipynb #7edf4cd5
 def correlate_noise(
-    noise:Tensor, # Standard normal noise, brain after brain (b*depth, ...)
-    depth:int, # Slices of a brain
-    correlation:float, # Of neighbouring slices, 0 to 1; 0: independent, 1: one field for all
-)->Tensor: # Noise of the same shape, each slice standard normal, slices i and j correlated by correlation**|i-j|
-    "Noise that changes slowly along the stack. Source: an autoregression; compare Ge et al. 2023, sec. 4.1."
-    own = (1-correlation**2)**.5
+    noise: Tensor,  # Standard normal noise, brain after brain (b*depth, ...)
+    depth: int,  # Slices of a brain
+    correlation: float,  # Of neighbouring slices, 0 to 1; 0: independent, 1: one field for all
+    # Noise of the same shape, each slice standard normal, slices i and j correlated by
+    # correlation**|i-j|
+) -> Tensor:
+    """Noise that changes slowly along the stack.
+
+    Parameters
+    ----------
+    noise : Tensor
+        Standard normal noise, brain after brain (b*depth, ...).
+    depth : int
+        Slices of a brain.
+    correlation : float
+        Of neighbouring slices, 0 to 1; 0: independent, 1: one field for all.
+
+    Returns
+    -------
+    Tensor
+
+    References
+    ----------
+    An autoregression; compare Ge et al. 2023, sec. 4.1.
+    """
+    own = (1 - correlation**2) ** 0.5
     rows = noise.unflatten(0, (-1, depth)).unbind(1)
     out = [rows[0]]
-    for fresh in rows[1:]: out.append(correlation*out[-1]+own*fresh)
+    for fresh in rows[1:]:
+        out.append(correlation * out[-1] + own * fresh)
     return torch.stack(out, 1).flatten(0, 1)
 
 # %% ../../nbs/advanced/11_volume.ipynb #fd316284
 def sample_shared_noise(
-    model, # A `Sampler`: a run with a trained denoiser
-    n:int=1, # Brains to draw
-    noise_correlation:float=1., # Of neighbouring slices, 0 to 1; 1: one field of noise for all slices
-    slices=None, # Slice numbers, rising by 1; None: every whole number of the training data
-    steps:int=30, # Network calls a slice
-    guidance_scale:float|dict[str, float]=1., # As in `sample`
-    seed:int=0, # Same seed, same machine: same brains
-    sampler:str='ddim', # 'ddim' or 'dpmpp'
-    first:int=0, # Number of the first brain: a long request may be served in parts
-    **conditions, # diagnosis, age, sex, …: one value, or one a brain
-)->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
-    "Draw the slices of a brain one by one from noise that they share: all that a 2-D model can do. Raises ValueError."
-    if not 0<=noise_correlation<=1: raise ValueError(
-        f"sample_shared_noise: noise_correlation={noise_correlation}. Expected 0 to 1. Try 1.")
+    model,  # A `Sampler`: a run with a trained denoiser
+    n: int = 1,  # Brains to draw
+    # Of neighbouring slices, 0 to 1; 1: one field of noise for all slices
+    noise_correlation: float = 1.0,
+    slices=None,  # Slice numbers, rising by 1; None: every whole number of the training data
+    steps: int = 30,  # Network calls a slice
+    guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`
+    seed: int = 0,  # Same seed, same machine: same brains
+    sampler: str = 'ddim',  # 'ddim' or 'dpmpp'
+    first: int = 0,  # Number of the first brain: a long request may be served in parts
+    **conditions,  # diagnosis, age, sex, …: one value, or one a brain
+) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
+    """Draw the slices of a brain one by one from noise that they share: all that a 2-D model can do.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    n : int, default 1
+        Brains to draw.
+    noise_correlation : float, default 1.0
+        Of neighbouring slices, 0 to 1; 1: one field of noise for all slices.
+    slices : default None
+        Slice numbers, rising by 1; None: every whole number of the training data.
+    steps : int, default 30
+        Network calls a slice.
+    guidance_scale : float | dict[str, float], default 1.0
+        As in `sample`.
+    seed : int, default 0
+        Same seed, same machine: same brains.
+    sampler : str, default 'ddim'
+        'ddim' or 'dpmpp'.
+    first : int, default 0
+        Number of the first brain: a long request may be served in parts.
+    **conditions
+        diagnosis, age, sex, …: one value, or one a brain.
+
+    Returns
+    -------
+    Tensor
+        Brains (n, s, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+    """
+    if not 0 <= noise_correlation <= 1:
+        raise ValueError(
+            f"sample_shared_noise: noise_correlation={noise_correlation}. Expected 0 to 1. Try 1."
+        )
     check_sample_counts(n, seed, 1, first)
     options = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
-    cond,slices = prepare_brain_conditions(model, n, conditions, slices, options, seed)
-    depth,brains = len(slices),[]
-    for i,stop,part in in_batches(cond, n*depth, depth, model.device):
-        noise = correlate_noise(volume_noise(model, 1, depth, seed, first+i//depth)[0], depth, noise_correlation)
+    cond, slices = prepare_brain_conditions(model, n, conditions, slices, options, seed)
+    depth, brains = len(slices), []
+    for i, stop, part in in_batches(cond, n * depth, depth, model.device):
+        noise = correlate_noise(
+            volume_noise(model, 1, depth, seed, first + i // depth)[0], depth, noise_correlation
+        )
         brains.append(sample_batch(model, noise, part, options)[:, 0])
     return torch.stack(brains)
+
 
 Sampler.sample_shared_noise = sample_shared_noise
 
 # %% ../../nbs/advanced/11_volume.ipynb #de3df933
 def stack_neighbors(
-    below:Tensor, # Clean latents of the slice below (b, c, h, w); anything where there is none
-    above:Tensor, # Of the slice above, same shape
-    known:Tensor, # Whether there is one below, and one above (b, 2), bool
-)->Tensor: # (b, 2*(c+1), h, w): both with a channel of ones, or zeros where there is none
-    "Put the neighbours of each slice into channels."
-    known = known.to(below)[..., None, None, None]                             # (b, 2, 1, 1, 1)
+    below: Tensor,  # Clean latents of the slice below (b, c, h, w); anything where there is none
+    above: Tensor,  # Of the slice above, same shape
+    known: Tensor,  # Whether there is one below, and one above (b, 2), bool
+) -> Tensor:  # (b, 2*(c+1), h, w): both with a channel of ones, or zeros where there is none
+    """Put the neighbours of each slice into channels.
+
+    Parameters
+    ----------
+    below : Tensor
+        Clean latents of the slice below (b, c, h, w); anything where there is none.
+    above : Tensor
+        Of the slice above, same shape.
+    known : Tensor
+        Whether there is one below, and one above (b, 2), bool.
+
+    Returns
+    -------
+    Tensor
+        (b, 2*(c+1), h, w): both with a channel of ones, or zeros where there is none.
+    """
+    known = known.to(below)[..., None, None, None]  # (b, 2, 1, 1, 1)
     both = torch.stack([below, above], 1)
-    return (torch.cat([both, torch.ones_like(both[:, :, :1])], 2)*known).flatten(1, 2)
+    return (torch.cat([both, torch.ones_like(both[:, :, :1])], 2) * known).flatten(1, 2)
 
 # %% ../../nbs/advanced/11_volume.ipynb #c07144da
 class NeighborConv(nn.Module):
-    "The first layer of a denoiser, and beside it a layer that looks at the neighbours; that one starts at 0."
-    def __init__(self,
-        conv_in:nn.Conv2d, # First layer of the 2-D network
+    """The first layer of a denoiser, and beside it a layer that looks at the neighbours; that one
+    starts at 0.
+
+    Parameters
+    ----------
+    conv_in : nn.Conv2d
+        First layer of the 2-D network.
+    """
+
+    def __init__(
+        self,
+        conv_in: nn.Conv2d,  # First layer of the 2-D network
     ):
         super().__init__()
-        self.own,self.c = conv_in,conv_in.in_channels
-        self.neighbours = nn.Conv2d(2*(self.c+1), conv_in.out_channels, 3, padding=1)
-        nn.init.zeros_(self.neighbours.weight); nn.init.zeros_(self.neighbours.bias)
+        self.own, self.c = conv_in, conv_in.in_channels
+        self.neighbours = nn.Conv2d(2 * (self.c + 1), conv_in.out_channels, 3, padding=1)
+        nn.init.zeros_(self.neighbours.weight)
+        nn.init.zeros_(self.neighbours.bias)
 
-    def forward(self,
-        x:Tensor, # Noised latents (b, c, h, w), then the neighbours (b, 2*(c+1), h, w)
-    )->Tensor: # Features (b, channels, h, w)
-        return self.own(x[:, :self.c]) + self.neighbours(x[:, self.c:])
+    def forward(
+        self,
+        x: Tensor,  # Noised latents (b, c, h, w), then the neighbours (b, 2*(c+1), h, w)
+    ) -> Tensor:  # Features (b, channels, h, w)
+        """Features (b, channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w), then the neighbours (b, 2*(c+1), h, w).
+
+        Returns
+        -------
+        Tensor
+            Features (b, channels, h, w).
+        """
+        return self.own(x[:, : self.c]) + self.neighbours(x[:, self.c :])
 
 # %% ../../nbs/advanced/11_volume.ipynb #6a9a9e45
 class NeighborUNet(nn.Module):
-    """A trained 2-D denoiser that learns to look at the clean neighbours of its slice; it begins as it was.
+    """A trained 2-D denoiser that learns to look at the clean neighbours of its slice; it begins as it
+    was.
 
-    Source: Ho et al. 2022 (cascades), sec. 2, condition by concatenation; Harvey et al. 2022, sec. 3."""
-    def __init__(self,
-        unet:UNet, # Trained; a copy of it is kept
+    Parameters
+    ----------
+    unet : UNet
+        Trained; a copy of it is kept.
+
+    References
+    ----------
+    Ho et al. 2022 (cascades), sec. 2, condition by concatenation; Harvey et al. 2022, sec. 3.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,  # Trained; a copy of it is kept
     ):
         super().__init__()
-        self.unet,self.covariates = deepcopy(unet),unet.covariates
-        self.in_channels,self.factor = unet.in_channels,unet.factor
+        self.unet, self.covariates = deepcopy(unet), unet.covariates
+        self.in_channels, self.factor = unet.in_channels, unet.factor
         self.unet.down.conv_in = NeighborConv(self.unet.down.conv_in)
 
-    def forward(self,
-        x:Tensor, # Noised latents (b, c, h, w)
-        t:Tensor, # Timesteps (b,)
-        cond:dict[str, Tensor]|None=None, # Encoded covariates by name, each (b,)
-        drop:Tensor|None=None, # True where a token is to be dropped (b, n)
-        neighbors:Tensor|None=None, # From `stack_neighbors`, for all rows or in turn; None: nothing is known
-    )->Tensor: # Answer, same shape as `x`
-        if neighbors is None: neighbors = x.new_zeros(1, 2*(x.shape[1]+1), *x.shape[2:])
+    def forward(
+        self,
+        x: Tensor,  # Noised latents (b, c, h, w)
+        t: Tensor,  # Timesteps (b,)
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates by name, each (b,)
+        drop: Tensor | None = None,  # True where a token is to be dropped (b, n)
+        # From `stack_neighbors`, for all rows or in turn; None: nothing is known
+        neighbors: Tensor | None = None,
+    ) -> Tensor:  # Answer, same shape as `x`
+        """Answer, same shape as `x`.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w).
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates by name, each (b,).
+        drop : Tensor | None, default None
+            True where a token is to be dropped (b, n).
+        neighbors : Tensor | None, default None
+            From `stack_neighbors`, for all rows or in turn; None: nothing is known.
+
+        Returns
+        -------
+        Tensor
+            Answer, same shape as `x`.
+        """
+        if neighbors is None:
+            neighbors = x.new_zeros(1, 2 * (x.shape[1] + 1), *x.shape[2:])
         told = self.unet.told(x, t, cond, drop)
-        x = torch.cat([x, neighbors.repeat(len(x)//len(neighbors), 1, 1, 1).to(x)], 1)
+        x = torch.cat([x, neighbors.repeat(len(x) // len(neighbors), 1, 1, 1).to(x)], 1)
         return self.unet.up(*self.unet.down(x, *told), *told)
 
 # %% ../../nbs/advanced/11_volume.ipynb #e93a833c
 def find_neighbors(
-    manifest:pd.DataFrame, # Rows with subject and slice
-)->np.ndarray: # Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is none
-    "Who lies next to whom: the same subject and session, one slice lower and one higher."
-    scan = manifest[['subject', *['session']*('session' in manifest)]].astype(str).agg(tuple, axis=1)   # one visit of a subject
-    rows = {key: i for i,key in enumerate(zip(scan, manifest.slice))}
-    return np.array([[rows.get((p, k+o), -1) for o in (-1, 1)] for p,k in zip(scan, manifest.slice)])
+    manifest: pd.DataFrame,  # Rows with subject and slice
+    # Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is
+    # none
+) -> np.ndarray:
+    """Who lies next to whom: the same subject and session, one slice lower and one higher.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows with subject and slice.
+
+    Returns
+    -------
+    np.ndarray
+    """
+    # one visit of a subject
+    scan = (
+        manifest[['subject', *['session'] * ('session' in manifest)]].astype(str).agg(tuple, axis=1)
+    )
+    rows = {key: i for i, key in enumerate(zip(scan, manifest.slice))}
+    return np.array(
+        [[rows.get((p, k + o), -1) for o in (-1, 1)] for p, k in zip(scan, manifest.slice)]
+    )
 
 # %% ../../nbs/advanced/11_volume.ipynb #e0f26340
 class NeighborDataset(torch.utils.data.Dataset):
-    "Latents with those of their neighbours."
-    def __init__(self,
-        slices:LatentDataset, # Standardised latents with their conditions
-        neighbors:np.ndarray, # As from `find_neighbors`
-    ):
-        self.slices,self.neighbours = slices,torch.from_numpy(neighbors)
+    """Latents with those of their neighbours.
 
-    def __len__(self): return len(self.slices)
+    Parameters
+    ----------
+    slices : LatentDataset
+        Standardised latents with their conditions.
+    neighbors : np.ndarray
+        As from `find_neighbors`.
+    """
+
+    def __init__(
+        self,
+        slices: LatentDataset,  # Standardised latents with their conditions
+        neighbors: np.ndarray,  # As from `find_neighbors`
+    ):
+        self.slices, self.neighbours = slices, torch.from_numpy(neighbors)
+
+    def __len__(self):
+        return len(self.slices)
 
     def __getitems__(self, indices):
-        batch,neighbors = self.slices.__getitems__(indices),self.neighbours[torch.as_tensor(indices)]
-        below,above = (self.slices.rows(o) for o in neighbors.T)               # row -1 is some row: `known` says so
-        return dict(batch, below=below, above=above, known=neighbors>=0)
+        batch, neighbors = (
+            self.slices.__getitems__(indices),
+            self.neighbours[torch.as_tensor(indices)],
+        )
+        # row -1 is some row: `known` says so
+        below, above = (self.slices.rows(o) for o in neighbors.T)
+        return dict(batch, below=below, above=above, known=neighbors >= 0)
 
 # %% ../../nbs/advanced/11_volume.ipynb #b8808a18
 def neighbor_splits(
-    model:BrainLDM, # The run so far
-    dataset:SliceDataset, # All splits
-    folder:Path, # Where the latents are kept while they are needed
-    acc:Accelerator, # Whose processes share the work
-    progress:bool=True, # Show bars
-)->list[NeighborDataset]: # Train and validate
-    "Encode every slice once, and find its neighbours. Raises ValueError if nobody has any."
-    encode,stats,out = mean_encoder(model.autoencoder, acc.mixed_precision),(model.latent_mean.cpu(), model.latent_std.cpu()),[]
+    model: BrainLDM,  # The run so far
+    dataset: SliceDataset,  # All splits
+    folder: Path,  # Where the latents are kept while they are needed
+    acc: Accelerator,  # Whose processes share the work
+    progress: bool = True,  # Show bars
+) -> list[NeighborDataset]:  # Train and validate
+    """Encode every slice once, and find its neighbours.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        The run so far.
+    dataset : SliceDataset
+        All splits.
+    folder : Path
+        Where the latents are kept while they are needed.
+    acc : Accelerator
+        Whose processes share the work.
+    progress : bool, default True
+        Show bars.
+
+    Returns
+    -------
+    list[NeighborDataset]
+        Train and validate.
+
+    Raises
+    ------
+    ValueError
+        If nobody has any.
+    """
+    encode, stats, out = (
+        mean_encoder(model.autoencoder, acc.mixed_precision),
+        (model.latent_mean.cpu(), model.latent_std.cpu()),
+        [],
+    )
     for name in ('train', 'validate'):
         part = dataset.subset(name)
-        z,neighbors = encode_rows(encode, part, folder/f'{name}.npy', acc, progress=progress),find_neighbors(part.manifest)
-        if (neighbors<0).all(): raise ValueError(
-            "train_volume: no slice has a neighbour. Expected slice numbers that rise by 1. Check the column slice.")
+        z, neighbors = encode_rows(
+            encode, part, folder / f'{name}.npy', acc, progress=progress
+        ), find_neighbors(part.manifest)
+        if (neighbors < 0).all():
+            raise ValueError(
+                "train_volume: no slice has a neighbour. Expected slice numbers that rise by 1."
+                " Check the column slice."
+            )
         out.append(NeighborDataset(LatentDataset(z, part.conditions, *stats), neighbors))
     return out
 
 # %% ../../nbs/advanced/11_volume.ipynb #f561fca6
 @dataclass
 class VolumeConfig(TrainConfig):
-    "Everything that decides how a slice learns to follow its neighbours."
-    total_images:int=40_000 # Latents to see before training ends
-    batch_size:int=8 # Latents a step, on each process
-    learning_rate:float=5e-4 # Highest learning rate of AdamW
-    warmup_images:int=1_000 # Latents over which the learning rate rises from 0
-    log_every:int=40 # Steps between two lines of the log
-    validate_every:int=10_000 # Latents between two looks at the validate subjects
-    checkpoint_every:int=10_000 # Latents between two checkpoints
-    neighbor_dropout:float=.5 # Probability of hiding each neighbour by itself
-    neighbor_noise:float=.2 # Most noise on the neighbours in training, in standard deviations of a latent
-    covariate_dropout:float=.1 # Probability of hiding each covariate by itself
-    condition_dropout:float=.1 # Probability of hiding all of them at once
-    ema_images:int=10_000 # Half life of the average of the weights
-    preview_steps:int=20 # Denoising steps of the brains drawn during training
+    """Everything that decides how a slice learns to follow its neighbours.
+
+    Attributes
+    ----------
+    total_images : int, default 40000
+        Latents to see before training ends.
+    batch_size : int, default 8
+        Latents a step, on each process.
+    accumulate : int, default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : float, default 0.0005
+        Highest learning rate of AdamW.
+    warmup_images : int, default 1000
+        Latents over which the learning rate rises from 0.
+    weight_decay : float, default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : float, default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : int, default 10000
+        Latents between two looks at the validate subjects.
+    checkpoint_every : int, default 10000
+        Latents between two checkpoints.
+    log_every : int, default 40
+        Steps between two lines of the log.
+    num_workers : int, default 0
+        Processes that load pictures; 0 loads in the training process.
+    seed : int, default 0
+        Seed of the weights, the order of the pictures and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate knows, such as tensorboard or wandb.
+    neighbor_dropout : float, default 0.5
+        Probability of hiding each neighbour by itself.
+    neighbor_noise : float, default 0.2
+        Most noise on the neighbours in training, in standard deviations of a latent.
+    covariate_dropout : float, default 0.1
+        Probability of hiding each covariate by itself.
+    condition_dropout : float, default 0.1
+        Probability of hiding all of them at once.
+    ema_images : int, default 10000
+        Half life of the average of the weights.
+    preview_steps : int, default 20
+        Denoising steps of the brains drawn during training.
+    """
+
+    total_images: int = 40_000  # Latents to see before training ends
+    batch_size: int = 8  # Latents a step, on each process
+    learning_rate: float = 5e-4  # Highest learning rate of AdamW
+    warmup_images: int = 1_000  # Latents over which the learning rate rises from 0
+    log_every: int = 40  # Steps between two lines of the log
+    validate_every: int = 10_000  # Latents between two looks at the validate subjects
+    checkpoint_every: int = 10_000  # Latents between two checkpoints
+    neighbor_dropout: float = 0.5  # Probability of hiding each neighbour by itself
+    # Most noise on the neighbours in training, in standard deviations of a latent
+    neighbor_noise: float = 0.2
+    covariate_dropout: float = 0.1  # Probability of hiding each covariate by itself
+    condition_dropout: float = 0.1  # Probability of hiding all of them at once
+    ema_images: int = 10_000  # Half life of the average of the weights
+    preview_steps: int = 20  # Denoising steps of the brains drawn during training
 
 # %% ../../nbs/advanced/11_volume.ipynb #75cdeb33
 def volume_loss(
-    model:nn.Module, # A NeighborUNet
-    batch:dict[str, Tensor], # 'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates
-    generator:torch.Generator, # Source of times, noise and hiding, on the batch's device
-    seen:int, # Latents seen so far; nothing here depends on it
-    config:VolumeConfig, # Noise and probabilities
-    schedule:NoiseSchedule, # The chain that the 2-D model was trained on
-    covariates:tuple[Covariate, ...], # The covariates the network knows, in order
-)->tuple[Tensor, dict[str, Tensor]]: # The loss, and its parts for the log
-    "The error of stage 2, given neighbours a little noised and often hidden. Source: Ho et al. 2022, sec. 4."
-    x0,chance = batch['latent'],dict(generator=generator, device=batch['latent'].device)
+    model: nn.Module,  # A NeighborUNet
+    # 'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates
+    batch: dict[str, Tensor],
+    generator: torch.Generator,  # Source of times, noise and hiding, on the batch's device
+    seen: int,  # Latents seen so far; nothing here depends on it
+    config: VolumeConfig,  # Noise and probabilities
+    schedule: NoiseSchedule,  # The chain that the 2-D model was trained on
+    covariates: tuple[Covariate, ...],  # The covariates the network knows, in order
+) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
+    """The error of stage 2, given neighbours a little noised and often hidden.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A NeighborUNet.
+    batch : dict[str, Tensor]
+        'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates.
+    generator : torch.Generator
+        Source of times, noise and hiding, on the batch's device.
+    seen : int
+        Latents seen so far; nothing here depends on it.
+    config : VolumeConfig
+        Noise and probabilities.
+    schedule : NoiseSchedule
+        The chain that the 2-D model was trained on.
+    covariates : tuple[Covariate, ...]
+        The covariates the network knows, in order.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Ho et al. 2022, sec. 4.
+    """
+    x0, chance = batch['latent'], dict(generator=generator, device=batch['latent'].device)
     t = torch.randint(schedule.num_train_timesteps, (len(x0),), **chance)
     eps = torch.randn(x0.shape, **chance)
-    drop = condition_dropout_mask(len(x0), len(covariates), config.covariate_dropout, config.condition_dropout, generator)
-    level = config.neighbor_noise*torch.rand(len(x0), 1, 1, 1, **chance)
-    below,above = (batch[o]+level*torch.randn(x0.shape, **chance) for o in ('below', 'above'))
-    visible = batch['known'] & (torch.rand(len(x0), 2, **chance)>=config.neighbor_dropout)
+    drop = condition_dropout_mask(
+        len(x0), len(covariates), config.covariate_dropout, config.condition_dropout, generator
+    )
+    level = config.neighbor_noise * torch.rand(len(x0), 1, 1, 1, **chance)
+    below, above = (batch[o] + level * torch.randn(x0.shape, **chance) for o in ('below', 'above'))
+    visible = batch['known'] & (torch.rand(len(x0), 2, **chance) >= config.neighbor_dropout)
     neighbors = stack_neighbors(below, above, visible)
-    mse = prediction_error(partial(model, neighbors=neighbors), batch, t, eps, drop, schedule, covariates)
-    return (loss_weight(t, schedule)*mse).mean(),dict(mse=mse.detach().mean())
+    mse = prediction_error(
+        partial(model, neighbors=neighbors), batch, t, eps, drop, schedule, covariates
+    )
+    return (loss_weight(t, schedule) * mse).mean(), dict(mse=mse.detach().mean())
 
 # %% ../../nbs/advanced/11_volume.ipynb #b6ace459
 def generation_order(
-    depth:int, # Slices of a brain
-    given:tuple[int, ...]=(), # Places that are known already
-)->list[list[int]]: # Rounds: the places to draw together
-    "From what is known to what lies next to it, round after round; with nothing known, from the middle outwards."
-    start = given or (depth//2,)
-    far = np.abs(np.arange(depth)[:, None]-np.array(start)).min(1)             # steps to the nearest start
-    rounds = [np.flatnonzero(far==i).tolist() for i in range(1, far.max()+1)]
+    depth: int,  # Slices of a brain
+    given: tuple[int, ...] = (),  # Places that are known already
+) -> list[list[int]]:  # Rounds: the places to draw together
+    """From what is known to what lies next to it, round after round; with nothing known, from the
+    middle outwards.
+
+    Parameters
+    ----------
+    depth : int
+        Slices of a brain.
+    given : tuple[int, ...], default ()
+        Places that are known already.
+
+    Returns
+    -------
+    list[list[int]]
+        Rounds: the places to draw together.
+    """
+    start = given or (depth // 2,)
+    far = np.abs(np.arange(depth)[:, None] - np.array(start)).min(1)  # steps to the nearest start
+    rounds = [np.flatnonzero(far == i).tolist() for i in range(1, far.max() + 1)]
     return rounds if given else [list(start), *rounds]
 
 # %% ../../nbs/advanced/11_volume.ipynb #e3ab29bd
 def neighbors_of(
-    z:Tensor, # Clean latents so far (n, depth, c, h, w)
-    generated:list[bool], # Which places hold one
-    places:list[int], # Places that are to be drawn now
-)->Tensor: # As from `stack_neighbors`, brain after brain (n*len(places), 2*(c+1), h, w)
-    "What lies next to some places of each brain."
-    inside = [[0<=k+o<len(generated) and generated[k+o] for o in (-1, 1)] for k in places]
-    sides = [[min(max(k+o, 0), len(generated)-1) for k in places] for o in (-1, 1)]
-    below,above = (z[:, o].flatten(0, 1) for o in sides)
+    z: Tensor,  # Clean latents so far (n, depth, c, h, w)
+    generated: list[bool],  # Which places hold one
+    places: list[int],  # Places that are to be drawn now
+) -> Tensor:  # As from `stack_neighbors`, brain after brain (n*len(places), 2*(c+1), h, w)
+    """What lies next to some places of each brain.
+
+    Parameters
+    ----------
+    z : Tensor
+        Clean latents so far (n, depth, c, h, w).
+    generated : list[bool]
+        Which places hold one.
+    places : list[int]
+        Places that are to be drawn now.
+
+    Returns
+    -------
+    Tensor
+        As from `stack_neighbors`, brain after brain (n*len(places), 2*(c+1), h, w).
+    """
+    inside = [[0 <= k + o < len(generated) and generated[k + o] for o in (-1, 1)] for k in places]
+    sides = [[min(max(k + o, 0), len(generated) - 1) for k in places] for o in (-1, 1)]
+    below, above = (z[:, o].flatten(0, 1) for o in sides)
     return stack_neighbors(below, above, torch.tensor(inside, device=z.device).repeat(len(z), 1))
 
 # %% ../../nbs/advanced/11_volume.ipynb #56880649
 def sample_brains(
-    model, # A `BrainVolumes`
-    noise:Tensor, # Standard normal noise (n, depth, c, h, w)
-    cond:dict[str, Tensor], # Encoded conditions, each (n*depth,), brain after brain
-    options:dict, # steps, sampler, guidance_scale
-    given:dict[int, Tensor], # Clean latents (n, c, h, w) of places that are known already
-    tick:Callable=lambda n: None, # Called with the number of slices after each network call
-)->Tensor: # Clean latents (n, depth, c, h, w)
-    "Denoise slice after slice, each told what lies beside it."
-    z,generated = torch.zeros_like(noise),[k in given for k in range(noise.shape[1])]
-    for k,latent in given.items(): z[:, k] = latent
+    model,  # A `BrainVolumes`
+    noise: Tensor,  # Standard normal noise (n, depth, c, h, w)
+    cond: dict[str, Tensor],  # Encoded conditions, each (n*depth,), brain after brain
+    options: dict,  # steps, sampler, guidance_scale
+    given: dict[int, Tensor],  # Clean latents (n, c, h, w) of places that are known already
+    tick: Callable = lambda n: None,  # Called with the number of slices after each network call
+) -> Tensor:  # Clean latents (n, depth, c, h, w)
+    """Denoise slice after slice, each told what lies beside it.
+
+    Parameters
+    ----------
+    model
+        A `BrainVolumes`.
+    noise : Tensor
+        Standard normal noise (n, depth, c, h, w).
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n*depth,), brain after brain.
+    options : dict
+        steps, sampler, guidance_scale.
+    given : dict[int, Tensor]
+        Clean latents (n, c, h, w) of places that are known already.
+    tick : Callable, default lambda n: None
+        Called with the number of slices after each network call.
+
+    Returns
+    -------
+    Tensor
+        Clean latents (n, depth, c, h, w).
+    """
+    z, generated = torch.zeros_like(noise), [k in given for k in range(noise.shape[1])]
+    for k, latent in given.items():
+        z[:, k] = latent
     names = [c.name for c in model.unet.covariates]
     for places in generation_order(noise.shape[1], tuple(given)):
-        heard = {k: v.unflatten(0, noise.shape[:2])[:, places].flatten() for k,v in cond.items() if k in names}
-        answer = partial(infer(model.unet, model.precision), neighbors=neighbors_of(z, generated, places))
+        heard = {
+            k: v.unflatten(0, noise.shape[:2])[:, places].flatten()
+            for k, v in cond.items()
+            if k in names
+        }
+        answer = partial(
+            infer(model.unet, model.precision), neighbors=neighbors_of(z, generated, places)
+        )
         fn = guide(answer, heard, names, options['guidance_scale'])
         with mixed_precision(model.device, model.precision):
-            own = denoise(fn, noise[:, places].flatten(0, 1), model.schedule, options['steps'], options['sampler'],
-                          callback=lambda i,t,x,x0: tick(len(x)))
+            own = denoise(
+                fn,
+                noise[:, places].flatten(0, 1),
+                model.schedule,
+                options['steps'],
+                options['sampler'],
+                callback=lambda i, t, x, x0: tick(len(x)),
+            )
         z[:, places] = own.unflatten(0, (len(noise), len(places)))
-        for k in places: generated[k] = True
+        for k in places:
+            generated[k] = True
     return z
 
 # %% ../../nbs/advanced/11_volume.ipynb #46829e7b
 def encode_given(
-    model, # A `BrainVolumes`
-    given:dict[float, Tensor], # Pictures (n, 1, size, size) by slice number
-    slices:list[float], # Slice numbers of the stack
-    cond:dict[str, Tensor], # Encoded conditions, each (n*depth,), brain after brain
-    n:int, # Brains
-)->dict[int, Tensor]: # Standardised latents (n, c, h, w) by place in the stack
-    "Turn slices that exist into latents. Raises ValueError for another number or place, TypeError for no pictures."
+    model,  # A `BrainVolumes`
+    given: dict[float, Tensor],  # Pictures (n, 1, size, size) by slice number
+    slices: list[float],  # Slice numbers of the stack
+    cond: dict[str, Tensor],  # Encoded conditions, each (n*depth,), brain after brain
+    n: int,  # Brains
+) -> dict[int, Tensor]:  # Standardised latents (n, c, h, w) by place in the stack
+    """Turn slices that exist into latents.
+
+    Parameters
+    ----------
+    model
+        A `BrainVolumes`.
+    given : dict[float, Tensor]
+        Pictures (n, 1, size, size) by slice number.
+    slices : list[float]
+        Slice numbers of the stack.
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n*depth,), brain after brain.
+    n : int
+        Brains.
+
+    Returns
+    -------
+    dict[int, Tensor]
+        Standardised latents (n, c, h, w) by place in the stack.
+
+    Raises
+    ------
+    ValueError
+        For another number or place.
+    TypeError
+        For no pictures.
+    """
     out = {}
-    for number,images in given.items():
-        if number not in slices or check_images('sample_volume', images, model.size)!=n: raise ValueError(
-            f"sample_volume: given holds {len(images)} pictures for slice {number}. Expected {n}, one a brain, "
-            f"for one of the slices {slices[0]:g} to {slices[-1]:g}. Check both.")
+    for number, images in given.items():
+        if number not in slices or check_images('sample_volume', images, model.size) != n:
+            raise ValueError(
+                f"sample_volume: given holds {len(images)} pictures for slice {number}. Expected"
+                f" {n}, one a brain, for one of the slices {slices[0]:g} to {slices[-1]:g}. Check"
+                " both."
+            )
         k = slices.index(number)
-        out[k] = model.encode_standard(images, {o: v[k::len(slices)] for o,v in cond.items()})
+        out[k] = model.encode_standard(images, {o: v[k :: len(slices)] for o, v in cond.items()})
     return out
 
 # %% ../../nbs/advanced/11_volume.ipynb #eda81f3d
 def split_brains(
-    cond:dict[str, Tensor], # Encoded conditions, each (n*depth,), brain after brain
-    depth:int, # Slices of a brain
-)->list[dict[str, Tensor]]: # Of each brain, each (depth,)
-    "Cut conditions into brains."
-    n = len(next(iter(cond.values())))//depth
-    return [{k: v[i*depth:(i+1)*depth] for k,v in cond.items()} for i in range(n)]
+    cond: dict[str, Tensor],  # Encoded conditions, each (n*depth,), brain after brain
+    depth: int,  # Slices of a brain
+) -> list[dict[str, Tensor]]:  # Of each brain, each (depth,)
+    """Cut conditions into brains.
+
+    Parameters
+    ----------
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n*depth,), brain after brain.
+    depth : int
+        Slices of a brain.
+
+    Returns
+    -------
+    list[dict[str, Tensor]]
+        Of each brain, each (depth,).
+    """
+    n = len(next(iter(cond.values()))) // depth
+    return [{k: v[i * depth : (i + 1) * depth] for k, v in cond.items()} for i in range(n)]
 
 # %% ../../nbs/advanced/11_volume.ipynb #1f87f6e1
 def sample_volume(
-    model, # A `BrainVolumes`
-    n:int=1, # Brains to draw
-    diagnosis:str|list[str]|None=None, # One for all or one each; None leaves it open
-    age:float|list[float]|None=None, # Years
-    sex:str|list[str]|None=None, # As written in the training data
-    slices=None, # Slice numbers, rising by 1; None: every whole number of the training data
-    given:dict[float, Tensor]|None=None, # Slices that exist, by slice number: pictures (n, 1, size, size) in [-1, 1]
-    steps:int=20, # Network calls a slice
-    guidance_scale:float|dict[str, float]=1., # As in `sample`
-    seed:int=0, # Same seed, same machine: same brains
-    sampler:str='ddim', # 'ddim' or 'dpmpp'
-    batch_size:int=8, # Brains at a time
-    first:int=0, # Number of the first brain: a long request may be served in parts
-    progress:bool=False, # Show a bar
-    **others, # Any other covariate that the run knows, by name
-)->Tensor: # Brains (n, s, size, size) in [-1, 1], on the CPU
-    "Draw whole brains, or what is missing of some: each slice follows its neighbours. Raises ValueError or TypeError."
+    model,  # A `BrainVolumes`
+    n: int = 1,  # Brains to draw
+    diagnosis: str | list[str] | None = None,  # One for all or one each; None leaves it open
+    age: float | list[float] | None = None,  # Years
+    sex: str | list[str] | None = None,  # As written in the training data
+    slices=None,  # Slice numbers, rising by 1; None: every whole number of the training data
+    # Slices that exist, by slice number: pictures (n, 1, size, size) in [-1, 1]
+    given: dict[float, Tensor] | None = None,
+    steps: int = 20,  # Network calls a slice
+    guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`
+    seed: int = 0,  # Same seed, same machine: same brains
+    sampler: str = 'ddim',  # 'ddim' or 'dpmpp'
+    batch_size: int = 8,  # Brains at a time
+    first: int = 0,  # Number of the first brain: a long request may be served in parts
+    progress: bool = False,  # Show a bar
+    **others,  # Any other covariate that the run knows, by name
+) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
+    """Draw whole brains, or what is missing of some: each slice follows its neighbours.
+
+    Parameters
+    ----------
+    model
+        A `BrainVolumes`.
+    n : int, default 1
+        Brains to draw.
+    diagnosis : str | list[str] | None, default None
+        One for all or one each; None leaves it open.
+    age : float | list[float] | None, default None
+        Years.
+    sex : str | list[str] | None, default None
+        As written in the training data.
+    slices : default None
+        Slice numbers, rising by 1; None: every whole number of the training data.
+    given : dict[float, Tensor] | None, default None
+        Slices that exist, by slice number: pictures (n, 1, size, size) in [-1, 1].
+    steps : int, default 20
+        Network calls a slice.
+    guidance_scale : float | dict[str, float], default 1.0
+        As in `sample`.
+    seed : int, default 0
+        Same seed, same machine: same brains.
+    sampler : str, default 'ddim'
+        'ddim' or 'dpmpp'.
+    batch_size : int, default 8
+        Brains at a time.
+    first : int, default 0
+        Number of the first brain: a long request may be served in parts.
+    progress : bool, default False
+        Show a bar.
+    **others
+        Any other covariate that the run knows, by name.
+
+    Returns
+    -------
+    Tensor
+        Brains (n, s, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    """
     check_sample_counts(n, seed, batch_size, first)
     options = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     requested = dict(diagnosis=diagnosis, age=age, sex=sex, **others)
-    cond,slices = prepare_brain_conditions(model, n, requested, slices, options, seed)
-    depth,brains = len(slices),[]
+    cond, slices = prepare_brain_conditions(model, n, requested, slices, options, seed)
+    depth, brains = len(slices), []
     known = encode_given(model, given or {}, slices, cond, n)
-    with tqdm(total=n*(depth-len(known))*steps, unit='step', desc='sample', disable=not progress) as bar:
-        for i,stop,part in in_batches(cond, n*depth, batch_size*depth, model.device):
-            a,b = i//depth,stop//depth
-            noise = volume_noise(model, b-a, depth, seed, first+a)
-            z = sample_brains(model, noise, part, options, {k: v[a:b] for k,v in known.items()}, bar.update)
-            if not z.isfinite().all(): raise RuntimeError("sample_volume: latents are not finite. Expected numbers. "
-                                                          "Try precision='no', or a smaller guidance_scale.")
+    with tqdm(
+        total=n * (depth - len(known)) * steps, unit='step', desc='sample', disable=not progress
+    ) as bar:
+        for i, stop, part in in_batches(cond, n * depth, batch_size * depth, model.device):
+            a, b = i // depth, stop // depth
+            noise = volume_noise(model, b - a, depth, seed, first + a)
+            z = sample_brains(
+                model, noise, part, options, {k: v[a:b] for k, v in known.items()}, bar.update
+            )
+            if not z.isfinite().all():
+                raise RuntimeError(
+                    "sample_volume: latents are not finite. Expected numbers. "
+                    "Try precision='no', or a smaller guidance_scale."
+                )
             decode = in_chunks(model.decode_standard, 32)
-            brains += [decode(o, c)[:, 0] for o,c in zip(z, split_brains(part, depth))]
+            brains += [decode(o, c)[:, 0] for o, c in zip(z, split_brains(part, depth))]
     return torch.stack(brains)
 
 # %% ../../nbs/advanced/11_volume.ipynb #1e644ec1
 def validate_volume(
-    learner:Learner, # The training so far
-    held_out:NeighborDataset, # Latents of validate subjects
-    model, # A `BrainLDM`, of which the denoiser is replaced
-    config:VolumeConfig, # Noise and preview
-    path:Path, # Where the picture goes
-)->dict[str, float]: # val_mse; val_mse_without_neighbors, without neighbours; val_ssim, val_roughness of drawn brains
-    "Look at whole brains on the way: error on held-out subjects with and without neighbours, and two drawn brains."
+    learner: Learner,  # The training so far
+    held_out: NeighborDataset,  # Latents of validate subjects
+    model,  # A `BrainLDM`, of which the denoiser is replaced
+    config: VolumeConfig,  # Noise and preview
+    path: Path,  # Where the picture goes
+    # val_mse; val_mse_without_neighbors, without neighbours; val_ssim, val_roughness of drawn
+    # brains
+) -> dict[str, float]:
+    """Look at whole brains on the way: error on held-out subjects with and without neighbours, and two
+    drawn brains.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far.
+    held_out : NeighborDataset
+        Latents of validate subjects.
+    model
+        A `BrainLDM`, of which the denoiser is replaced.
+    config : VolumeConfig
+        Noise and preview.
+    path : Path
+        Where the picture goes.
+
+    Returns
+    -------
+    dict[str, float]
+    """
     model = copy(model)
     model.unet = unet = learner.ema.module
     device = learner.accelerator.device
-    calm = replace(config, covariate_dropout=0., condition_dropout=0., neighbor_dropout=0., neighbor_noise=0.)
+    calm = replace(
+        config,
+        covariate_dropout=0.0,
+        condition_dropout=0.0,
+        neighbor_dropout=0.0,
+        neighbor_noise=0.0,
+    )
     batch = to_device(evenly_spaced_rows(held_out, 512), device)
     call = in_chunks(infer(unet, learner.precision), config.batch_size)
+
     def error(config):
         gen = torch.Generator(device).manual_seed(0)
-        return volume_loss(call, batch, gen, learner.seen, config, model.schedule, unet.covariates)[0].item()
+        return volume_loss(call, batch, gen, learner.seen, config, model.schedule, unet.covariates)[
+            0
+        ].item()
+
     brains = sample_volume(model, 2, **default_conditions(model), steps=config.preview_steps)
     save_figure(show_planes(brains, ['brain 0', 'brain 1'], title='Drawn, not scanned'), path)
-    scores = {f'val_{k}': v.mean().item() for k,v in neighbor_scores(brains).items()}
-    return dict(val_mse=error(calm), val_mse_without_neighbors=error(replace(calm, neighbor_dropout=1.)), **scores)
+    scores = {f'val_{k}': v.mean().item() for k, v in neighbor_scores(brains).items()}
+    return dict(
+        val_mse=error(calm),
+        val_mse_without_neighbors=error(replace(calm, neighbor_dropout=1.0)),
+        **scores,
+    )
 
 # %% ../../nbs/advanced/11_volume.ipynb #29d9a760
 def check_volume(
-    model:BrainLDM, # The run so far
-    run:Path, # Its folder
-)->None: # Nothing: it raises or returns
-    "Refuse what no stack can be learned from. Raises ValueError, or FileNotFoundError without a diffusion model."
-    if model.unet is None: raise FileNotFoundError(
-        f"train_volume: {run} has no ldm.safetensors. Expected a trained diffusion model. "
-        "Run `brainldm train ldm` first.")
+    model: BrainLDM,  # The run so far
+    run: Path,  # Its folder
+) -> None:  # Nothing: it raises or returns
+    """Refuse what no stack can be learned from.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        The run so far.
+    run : Path
+        Its folder.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        Without a diffusion model.
+    """
+    if model.unet is None:
+        raise FileNotFoundError(
+            f"train_volume: {run} has no ldm.safetensors. Expected a trained diffusion model. "
+            "Run `brainldm train ldm` first."
+        )
     full_range(model.unet.covariates)
 
 # %% ../../nbs/advanced/11_volume.ipynb #69595a66
 @retry_on_oom
 def train_volume(
-    dataset:SliceDataset, # The data that the run was trained on
-    run:Path, # Run folder with a trained autoencoder and ldm
-    config:VolumeConfig, # Everything else
-    resume:bool=False, # Go on where a former call stopped
-    progress:bool=True, # Show a bar
-)->NeighborUNet: # The averaged network
-    "Teach the denoiser of a run to follow neighbouring slices. Writes RUN/volume.safetensors."
+    dataset: SliceDataset,  # The data that the run was trained on
+    run: Path,  # Run folder with a trained autoencoder and ldm
+    config: VolumeConfig,  # Everything else
+    resume: bool = False,  # Go on where a former call stopped
+    progress: bool = True,  # Show a bar
+) -> NeighborUNet:  # The averaged network
+    """Teach the denoiser of a run to follow neighbouring slices. Writes RUN/volume.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        The data that the run was trained on.
+    run : Path
+        Run folder with a trained autoencoder and ldm.
+    config : VolumeConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    NeighborUNet
+        The averaged network.
+    """
     run = Path(run)
     model = BrainLDM.load(run, str(process_state().device))
     check_volume(model, run)
-    if config.init_from: raise ValueError(
-        f"train_volume: init_from={config.init_from!r}. Expected None: whole brains start from the "
-        "diffusion model of their own run. Leave --init-from out, or give it to `brainldm train ldm`.")
-    (_,about),(_,drawing) = (load_weights(run/f'{o}.safetensors') for o in ('autoencoder', 'ldm'))
-    check_stage2(run, dataset, about, model.autoencoder.factor*model.unet.factor)
+    if config.init_from:
+        raise ValueError(
+            f"train_volume: init_from={config.init_from!r}. Expected None: whole brains start from"
+            " the diffusion model of their own run. Leave --init-from out, or give it to `brainldm"
+            " train ldm`."
+        )
+    (_, about), (_, drawing) = (
+        load_weights(run / f'{o}.safetensors') for o in ('autoencoder', 'ldm')
+    )
+    check_stage2(run, dataset, about, model.autoencoder.factor * model.unet.factor)
     refuse_unfinished(read_config(run), drawing['images'], 'ldm')
     refuse_leak(read_config(run), dataset, run, 'ldm')
-    net,base = NeighborUNet(model.unet),weights_hash(model.unet)
+    net, base = NeighborUNet(model.unet), weights_hash(model.unet)
     below = dict(autoencoder=weights_hash(model.autoencoder), ldm=base)
     loss = partial(volume_loss, config=config, schedule=model.schedule, covariates=net.covariates)
     learner = Learner(net, loss, config, run)
-    state = enter_run(learner, run, 'volume', dataset, resume, net.covariates,
-                      ('slice', 'subject', 'session'), trained_on=below)
-    if is_finished(state, config, run/'volume.safetensors'): return BrainVolumes.load(run, str(model.device)).unet
-    train,held_out = neighbor_splits(model, dataset, run/'state'/'latents', learner.accelerator, progress)
+    state = enter_run(
+        learner,
+        run,
+        'volume',
+        dataset,
+        resume,
+        net.covariates,
+        ('slice', 'subject', 'session'),
+        trained_on=below,
+    )
+    if is_finished(state, config, run / 'volume.safetensors'):
+        return BrainVolumes.load(run, str(model.device)).unet
+    train, held_out = neighbor_splits(
+        model, dataset, run / 'state' / 'latents', learner.accelerator, progress
+    )
     info = dict(kind='volume', unet=base, trained_on=below)
-    def image(seen): return run/'samples'/f'volume_{seen:09d}.png'
-    def export(seen): save_weights(run/'volume.safetensors', learner.ema.module.state_dict(), dict(info, images=seen))
-    run_stage(learner, train, run, 'volume', state, progress=progress, export=export,
-              validate=lambda seen: validate_volume(learner, held_out, model, config, image(seen)))
-    remove_folder(run/'state'/'latents', learner.accelerator)
+
+    def image(seen):
+        return run / 'samples' / f'volume_{seen:09d}.png'
+
+    def export(seen):
+        save_weights(
+            run / 'volume.safetensors', learner.ema.module.state_dict(), dict(info, images=seen)
+        )
+
+    run_stage(
+        learner,
+        train,
+        run,
+        'volume',
+        state,
+        progress=progress,
+        export=export,
+        validate=lambda seen: validate_volume(learner, held_out, model, config, image(seen)),
+    )
+    remove_folder(run / 'state' / 'latents', learner.accelerator)
     return learner.ema.module.eval()
 
 # %% ../../nbs/advanced/11_volume.ipynb #53525685
 class BrainVolumes(BrainLDM):
-    "A trained run whose slices follow their neighbours: `sample_volume` draws whole brains, or what is missing of one."
+    """A trained run whose slices follow their neighbours: `sample_volume` draws whole brains, or what
+    is missing of one.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
+
     @classmethod
-    def load(cls,
-        run:str|Path, # Run folder, from `brainldm train volume`
-        device:str|None=None, # Where to compute; None: a GPU if there is one
-        precision:str='auto', # 'auto', 'no', 'bf16' or 'fp16'
-    )->'BrainVolumes': # Ready to use
-        "Load a run. Raises FileNotFoundError without volume.safetensors, ValueError on files that do not fit."
+    def load(
+        cls,
+        run: str | Path,  # Run folder, from `brainldm train volume`
+        device: str | None = None,  # Where to compute; None: a GPU if there is one
+        precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
+    ) -> 'BrainVolumes':  # Ready to use
+        """Load a run.
+
+        Parameters
+        ----------
+        run : str | Path
+            Run folder, from `brainldm train volume`.
+        device : str | None, default None
+            Where to compute; None: a GPU if there is one.
+        precision : str, default 'auto'
+            'auto', 'no', 'bf16' or 'fp16'.
+
+        Returns
+        -------
+        BrainVolumes
+            Ready to use.
+
+        Raises
+        ------
+        FileNotFoundError
+            Without volume.safetensors.
+        ValueError
+            On files that do not fit.
+        """
         model = super().load(run, device, precision)
-        tensors,about = load_weights(Path(run)/'volume.safetensors')
-        check_trained_on(Path(run)/'volume.safetensors', autoencoder=model.autoencoder)
-        if about.get('kind')!='volume' or model.unet is None or about.get('unet')!=weights_hash(model.unet): raise ValueError(
-            f"BrainVolumes.load: {run}/volume.safetensors was not trained on the diffusion model beside it. "
-            "Expected two files of one run. Run `brainldm train volume` again.")
-        model.unet = fill_model(NeighborUNet(model.unet), tensors, f'{run}/volume.safetensors').to(model.device).eval()
+        tensors, about = load_weights(Path(run) / 'volume.safetensors')
+        check_trained_on(Path(run) / 'volume.safetensors', autoencoder=model.autoencoder)
+        if (
+            about.get('kind') != 'volume'
+            or model.unet is None
+            or about.get('unet') != weights_hash(model.unet)
+        ):
+            raise ValueError(
+                f"BrainVolumes.load: {run}/volume.safetensors was not trained on the diffusion"
+                " model beside it. Expected two files of one run. Run `brainldm train volume`"
+                " again."
+            )
+        model.unet = (
+            fill_model(NeighborUNet(model.unet), tensors, f'{run}/volume.safetensors')
+            .to(model.device)
+            .eval()
+        )
         return model
 
-    sample_volume = sample_volume                                              # a function in a class is a method
+    sample_volume = sample_volume  # a function in a class is a method
 
 # %% ../../nbs/advanced/11_volume.ipynb #eacb4d44
 VOLUME_PRESETS = {
-    'tiny': VolumeConfig(total_images=1_600, batch_size=8, learning_rate=1e-3, warmup_images=160, validate_every=800,
-                         checkpoint_every=800, ema_images=400, preview_steps=8),
+    'tiny': VolumeConfig(
+        total_images=1_600,
+        batch_size=8,
+        learning_rate=1e-3,
+        warmup_images=160,
+        validate_every=800,
+        checkpoint_every=800,
+        ema_images=400,
+        preview_steps=8,
+    ),
     'laptop': VolumeConfig(),
-    'gpu': VolumeConfig(total_images=4_000_000, batch_size=128, learning_rate=3e-4, warmup_images=50_000,
-                        validate_every=250_000, checkpoint_every=250_000, ema_images=200_000, num_workers=4),
-} # name -> how slices learn to follow their neighbours
+    'gpu': VolumeConfig(
+        total_images=4_000_000,
+        batch_size=128,
+        learning_rate=3e-4,
+        warmup_images=50_000,
+        validate_every=250_000,
+        checkpoint_every=250_000,
+        ema_images=200_000,
+        num_workers=4,
+    ),
+}  # name -> how slices learn to follow their neighbours
 
 # %% ../../nbs/advanced/11_volume.ipynb #7fe4a164
 def check_spacing(
-    spacing:tuple[float, float]|None, # Size of a pixel and distance of slices, mm; None: not known
-)->None: # Nothing: it raises or returns
-    "Refuse sizes that are none. Raises ValueError."
-    if spacing is not None and (len(spacing)!=2 or not all(0<o<np.inf for o in spacing)): raise ValueError(
-        f"to_nifti: spacing={spacing}. Expected two sizes above 0, of a pixel and of a slice, in mm. Try (1.625, 1.).")
+    # Size of a pixel and distance of slices, mm; None: not known
+    spacing: tuple[float, float] | None,
+) -> None:  # Nothing: it raises or returns
+    """Refuse sizes that are none.
+
+    Parameters
+    ----------
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+
+    Raises
+    ------
+    ValueError
+    """
+    if spacing is not None and (len(spacing) != 2 or not all(0 < o < np.inf for o in spacing)):
+        raise ValueError(
+            f"to_nifti: spacing={spacing}. Expected two sizes above 0, of a pixel and of a slice,"
+            " in mm. Try (1.625, 1.)."
+        )
 
 # %% ../../nbs/advanced/11_volume.ipynb #0e33c0dc
 def to_nifti(
-    volume:Tensor, # One brain (s, h, w) in [-1, 1]; rows from front to back, columns from left to right, slices upwards
-    spacing:tuple[float, float]|None, # Size of a pixel and distance of slices, mm; None: not known
-    about:dict, # What was asked, for the record
-    left_known:bool=True, # Whether columns are known to run from the subject's left to the right; False: the file says nothing
-)->nib.Nifti1Image: # uint8 (x, y, z), RAS+, the middle of the grid at 0, marked as synthetic
+    # One brain (s, h, w) in [-1, 1]; rows from front to back, columns from left to right, slices
+    # upwards
+    volume: Tensor,
+    # Size of a pixel and distance of slices, mm; None: not known
+    spacing: tuple[float, float] | None,
+    about: dict,  # What was asked, for the record
+    # Whether columns are known to run from the subject's left to the right; False: the file says
+    # nothing
+    left_known: bool = True,
+) -> nib.Nifti1Image:  # uint8 (x, y, z), RAS+, the middle of the grid at 0, marked as synthetic
     """A generated brain as a volume that viewers lay the right way round.
 
-    Without a spacing, or where left is not known, both form codes are 0: the file claims no place in space.
-    Raises ValueError for a spacing that is none."""
+    Without a spacing, or where left is not known, both form codes are 0: the file claims no place
+    in space.
+
+    Parameters
+    ----------
+    volume : Tensor
+        One brain (s, h, w) in [-1, 1]; rows from front to back, columns from left to right, slices
+        upwards.
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+    about : dict
+        What was asked, for the record.
+    left_known : bool, default True
+        Whether columns are known to run from the subject's left to the right; False: the file says
+        nothing.
+
+    Returns
+    -------
+    nib.Nifti1Image
+        uint8 (x, y, z), RAS+, the middle of the grid at 0, marked as synthetic.
+
+    Raises
+    ------
+    ValueError
+        For a spacing that is none.
+    """
     check_spacing(spacing)
     data = np.ascontiguousarray(rearrange(to_bytes(volume)[:, ::-1], 'z y x -> x y z'))
     image = nib.Nifti1Image(data, None)
     if spacing:
-        affine = np.diag([spacing[0], spacing[0], spacing[1], 1.])
-        affine[:3, 3] = -affine[:3, :3]@(np.array(data.shape)-1)/2
+        affine = np.diag([spacing[0], spacing[0], spacing[1], 1.0])
+        affine[:3, 3] = -affine[:3, :3] @ (np.array(data.shape) - 1) / 2
         image.header.set_zooms(tuple(np.diag(affine)[:3]))
         image.header.set_xyzt_units('mm')
         if left_known:
             image.set_sform(affine, 'aligned')
             image.set_qform(affine, 'aligned')
-    lacking = ['voxel size']*(not spacing)+['left and right']*(not left_known)
+    lacking = ['voxel size'] * (not spacing) + ['left and right'] * (not left_known)
     unknown = f"; {', '.join(lacking)} not known" if lacking else '; not for clinical use'
     image.header['descrip'] = f'SYNTHETIC (brainldm), not a scan{unknown}'.encode()
-    note = json.dumps(dict(about, synthetic=True, not_known=lacking, note=SYNTHETIC), default=str).encode()
+    note = json.dumps(
+        dict(about, synthetic=True, not_known=lacking, note=SYNTHETIC), default=str
+    ).encode()
     image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', note))
     return image
 
 # %% ../../nbs/advanced/11_volume.ipynb #07c85fbc
 def resolve_spacing(
-    run:str|Path, # Run folder
-    voxel_mm:tuple[float, float]|None=None, # Size of a pixel and distance of slices of the training data, mm, where its files do not say
-)->tuple[float, float]|None: # The same after cropping and resizing; None: nothing says how large a voxel is
-    "How large a pixel of a generated image is. Raises ValueError for a size that the run contradicts, or cannot use."
+    run: str | Path,  # Run folder
+    # Size of a pixel and distance of slices of the training data, mm, where its files do not say
+    voxel_mm: tuple[float, float] | None = None,
+    # The same after cropping and resizing; None: nothing says how large a voxel is
+) -> tuple[float, float] | None:
+    """How large a pixel of a generated image is.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    voxel_mm : tuple[float, float] | None, default None
+        Size of a pixel and distance of slices of the training data, mm, where its files do not say.
+
+    Returns
+    -------
+    tuple[float, float] | None
+
+    Raises
+    ------
+    ValueError
+        For a size that the run contradicts, or cannot use.
+    """
     check_spacing(voxel_mm)
     stage = read_config(run).get('autoencoder', {})
-    cut,data = stage.get('config', {}).get('data', {}),stage.get('data', {})
-    known,side = data.get('voxel_mm'),data.get('side') or cut.get('crop')
-    if known and voxel_mm and not np.allclose(known, voxel_mm, rtol=.01): raise ValueError(
-        f"resolve_spacing: voxel_mm={tuple(voxel_mm)}, and the files that {run} was trained on say {tuple(known)} mm. "
-        "Expected the same. Leave --voxel-mm out, or give the spacing of generated images with --spacing-mm PIXEL SLICE.")
+    cut, data = stage.get('config', {}).get('data', {}), stage.get('data', {})
+    known, side = data.get('voxel_mm'), data.get('side') or cut.get('crop')
+    if known and voxel_mm and not np.allclose(known, voxel_mm, rtol=0.01):
+        raise ValueError(
+            f"resolve_spacing: voxel_mm={tuple(voxel_mm)}, and the files that {run} was trained on"
+            f" say {tuple(known)} mm. Expected the same. Leave --voxel-mm out, or give the spacing"
+            " of generated images with --spacing-mm PIXEL SLICE."
+        )
     voxel = known or voxel_mm
-    if voxel is None: return None
-    if not (side and cut.get('size')): raise ValueError(
-        f"resolve_spacing: {run} was trained on whole images and does not know their size. Expected a run with a crop. "
-        "Give the spacing of generated images yourself: --spacing-mm PIXEL SLICE.")
-    return voxel[0]*side/cut['size'],float(voxel[1])
+    if voxel is None:
+        return None
+    if not (side and cut.get('size')):
+        raise ValueError(
+            f"resolve_spacing: {run} was trained on whole images and does not know their size."
+            " Expected a run with a crop. Give the spacing of generated images yourself:"
+            " --spacing-mm PIXEL SLICE."
+        )
+    return voxel[0] * side / cut['size'], float(voxel[1])
 
 # %% ../../nbs/advanced/11_volume.ipynb #ce9ff7af
 def save_volumes(
-    volumes:Tensor, # Drawn brains (n, s, h, w) in [-1, 1]
-    folder:str|Path, # New folder
-    conditions:dict, # What was asked: a value, or one a brain, by covariate name
-    spacing:tuple[float, float]|None, # Size of a pixel and distance of slices, mm; None: not known
-    about:dict, # Seed, steps and the like, for the record
-    left_known:bool=True, # Whether columns are known to run from the subject's left to the right
-)->Path: # The folder: brain_0000.nii.gz …, planes.png, scroll.gif, and subjects.csv; `brainldm check` reads it where size and left are known
-    "Save drawn brains as NIfTI, marked as synthetic, with a film. Raises FileExistsError rather than overwrite."
-    n,requested = len(volumes),{k: v for k,v in conditions.items() if v is not None}
-    table = pd.DataFrame({k: list(v) if np.ndim(v) else [v]*n for k,v in requested.items()}, index=range(n))
+    volumes: Tensor,  # Drawn brains (n, s, h, w) in [-1, 1]
+    folder: str | Path,  # New folder
+    conditions: dict,  # What was asked: a value, or one a brain, by covariate name
+    # Size of a pixel and distance of slices, mm; None: not known
+    spacing: tuple[float, float] | None,
+    about: dict,  # Seed, steps and the like, for the record
+    # Whether columns are known to run from the subject's left to the right
+    left_known: bool = True,
+    # The folder: brain_0000.nii.gz …, planes.png, scroll.gif, and subjects.csv; `brainldm check`
+    # reads it where size and left are known
+) -> Path:
+    """Save drawn brains as NIfTI, marked as synthetic, with a film.
+
+    Parameters
+    ----------
+    volumes : Tensor
+        Drawn brains (n, s, h, w) in [-1, 1].
+    folder : str | Path
+        New folder.
+    conditions : dict
+        What was asked: a value, or one a brain, by covariate name.
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+    about : dict
+        Seed, steps and the like, for the record.
+    left_known : bool, default True
+        Whether columns are known to run from the subject's left to the right.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    FileExistsError
+        Rather than overwrite.
+    """
+    n, requested = len(volumes), {k: v for k, v in conditions.items() if v is not None}
+    table = pd.DataFrame(
+        {k: list(v) if np.ndim(v) else [v] * n for k, v in requested.items()}, index=range(n)
+    )
     table.insert(0, 'subject', [f'brain_{i:04d}' for i in range(n)])
-    images = [to_nifti(v, spacing, dict(row, **about), left_known) for v,row in zip(volumes, table.to_dict('records'))]
+    images = [
+        to_nifti(v, spacing, dict(row, **about), left_known)
+        for v, row in zip(volumes, table.to_dict('records'))
+    ]
     folder = new_folder(folder, f'{table.subject[0]}.nii.gz')
-    for name,image in zip(table.subject, images): image.to_filename(folder/f'{name}.nii.gz')
+    for name, image in zip(table.subject, images):
+        image.to_filename(folder / f'{name}.nii.gz')
     shown = volumes[:6]
-    names,ratio = [f'brain {i}' for i in range(len(shown))],spacing[1]/spacing[0] if spacing else 1.
-    save_figure(show_planes(shown, names, ratio, 'Synthetic brains'), folder/'planes.png')
-    save_gif([volumes[:4, k, None] for k in range(volumes.shape[1])], folder/'scroll.gif', seconds=5.)
-    table.to_csv(folder/'subjects.csv', index=False)
+    names, ratio = [f'brain {i}' for i in range(len(shown))], (
+        spacing[1] / spacing[0] if spacing else 1.0
+    )
+    save_figure(show_planes(shown, names, ratio, 'Synthetic brains'), folder / 'planes.png')
+    save_gif(
+        [volumes[:4, k, None] for k in range(volumes.shape[1])], folder / 'scroll.gif', seconds=5.0
+    )
+    table.to_csv(folder / 'subjects.csv', index=False)
     return folder

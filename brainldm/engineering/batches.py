@@ -26,562 +26,1227 @@ from torch.utils.data import Dataset
 
 from .checks import printable
 from brainldm.engineering.files import (
-    cache_folder, decode_file, hash_image, map_files, temporary_in_cache, unpack,
+    cache_folder,
+    decode_file,
+    hash_image,
+    map_files,
+    temporary_in_cache,
+    unpack,
 )
 from ..data import FIXED_KINDS, DataConfig, check_dataset, inspect_files, refuse_faults
 
 # %% ../../nbs/engineering/27_batches.ipynb #352ef4bc
 def prepare_image(
-    image:np.ndarray, # Picture (h, w), uint8
-    size:int, # Side of the square that comes out
-    crop:int|None=None, # Central square to keep, a shorter side is padded with zeros; None keeps all
-)->np.ndarray: # Picture (size, size), uint8
-    "Crop or pad to a square and resize: bicubic, antialiased, in float, then rounded. Raises ValueError if the crop "
+    image: np.ndarray,  # Picture (h, w), uint8
+    size: int,  # Side of the square that comes out
+    # Central square to keep, a shorter side is padded with zeros; None keeps all
+    crop: int | None = None,
+) -> np.ndarray:  # Picture (size, size), uint8
+    """Crop or pad to a square and resize: bicubic, antialiased, in float, then rounded.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Picture (h, w), uint8.
+    size : int
+        Side of the square that comes out.
+    crop : int | None, default None
+        Central square to keep, a shorter side is padded with zeros; None keeps all.
+
+    Returns
+    -------
+    np.ndarray
+        Picture (size, size), uint8.
+
+    Raises
+    ------
+    ValueError
+        If the crop.
+    """
     "is too large."
-    h,w = image.shape
-    if crop=='auto' or crop is not None and crop>max(h, w): raise ValueError(
-        f"prepare_image: crop={crop} and a picture of {h} x {w}. Expected a number of pixels inside. Try crop={max(h, w)}; "
-        "'auto' is worked out by open_dataset.")
+    h, w = image.shape
+    if crop == 'auto' or crop is not None and crop > max(h, w):
+        raise ValueError(
+            f"prepare_image: crop={crop} and a picture of {h} x {w}. Expected a number of pixels"
+            f" inside. Try crop={max(h, w)}; 'auto' is worked out by open_dataset."
+        )
     side = crop or max(h, w)
-    square,(top,left) = np.zeros((side, side), np.uint8), ((h-side)//2, (w-side)//2)     # negative: padding
-    part = image[max(top,0):max(top,0)+side, max(left,0):max(left,0)+side]
-    y,x = (side-part.shape[0])//2, (side-part.shape[1])//2
-    square[y:y+part.shape[0], x:x+part.shape[1]] = part
-    if side==size: return square
-    resized = Image.fromarray(square.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
+    # negative: padding
+    square, (top, left) = np.zeros((side, side), np.uint8), ((h - side) // 2, (w - side) // 2)
+    part = image[max(top, 0) : max(top, 0) + side, max(left, 0) : max(left, 0) + side]
+    y, x = (side - part.shape[0]) // 2, (side - part.shape[1]) // 2
+    square[y : y + part.shape[0], x : x + part.shape[1]] = part
+    if side == size:
+        return square
+    resized = Image.fromarray(square.astype(np.float32)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
     return np.clip(np.asarray(resized), 0, 255).round().astype(np.uint8)
 
 # %% ../../nbs/engineering/27_batches.ipynb #566acace
 def fingerprint(
-    manifest:pd.DataFrame, # Checked rows, with the column `hash`
-)->dict: # hash of rows and pixels; layout, subjects and slices by split; voxel_mm, side and left_known
+    manifest: pd.DataFrame,  # Checked rows, with the column `hash`
+    # hash of rows and pixels; layout, subjects and slices by split; voxel_mm, side and left_known
+) -> dict:
     """Sum up a data set so that a run can say exactly what it was trained on.
 
-    `voxel_mm`: side of a pixel and distance of slices in the files, mm, or None; `side`: pixels of a file that become one
-    side of an image; `left_known`: whether left is known, as it is of volumes and of the phantom."""
+    `voxel_mm`: side of a pixel and distance of slices in the files, mm, or None; `side`: pixels of
+    a file that become one side of an image; `left_known`: whether left is known, as it is of
+    volumes and of the phantom.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows, with the column `hash`.
+
+    Returns
+    -------
+    dict
+    """
     text = manifest.to_csv(index=False, lineterminator='\n')
-    by,about = manifest.groupby('split'),manifest.attrs
-    return dict(hash=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-                layout=about.get('layout', ''),
-                subjects={k:int(v) for k,v in by.subject.nunique().items()},
-                slices={k:int(v) for k,v in by.size().items()},
-                voxel_mm=list(about['voxel_mm']) if about.get('voxel_mm') else None,
-                side=about.get('side'),
-                left_known=about.get('layout')=='phantom' or bool('plane' in manifest and (manifest.plane>=0).all()))
+    by, about = manifest.groupby('split'), manifest.attrs
+    return dict(
+        hash=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        layout=about.get('layout', ''),
+        subjects={k: int(v) for k, v in by.subject.nunique().items()},
+        slices={k: int(v) for k, v in by.size().items()},
+        voxel_mm=list(about['voxel_mm']) if about.get('voxel_mm') else None,
+        side=about.get('side'),
+        left_known=about.get('layout') == 'phantom'
+        or bool('plane' in manifest and (manifest.plane >= 0).all()),
+    )
 
 # %% ../../nbs/engineering/27_batches.ipynb #f9a8820c
 def cache_is_complete(
-    folder:Path, # One cache
-)->bool: # True if its bytes are those that were written
-    "Check a cache against the digest that was written last."
+    folder: Path,  # One cache
+) -> bool:  # True if its bytes are those that were written
+    """Check a cache against the digest that was written last.
+
+    Parameters
+    ----------
+    folder : Path
+        One cache.
+
+    Returns
+    -------
+    bool
+        True if its bytes are those that were written.
+    """
     try:
-        images = np.load(folder/'images.npy', mmap_mode='r', allow_pickle=False)
-        return json.loads((folder/'meta.json').read_text())['digest']==hashlib.blake2b(images).hexdigest()
-    except (OSError, ValueError, KeyError, EOFError, TypeError): return False
+        images = np.load(folder / 'images.npy', mmap_mode='r', allow_pickle=False)
+        return (
+            json.loads((folder / 'meta.json').read_text())['digest']
+            == hashlib.blake2b(images).hexdigest()
+        )
+    except (OSError, ValueError, KeyError, EOFError, TypeError):
+        return False
 
 # %% ../../nbs/engineering/27_batches.ipynb #9da81ca0
 def write_images(
-    path:Path, # File to write, .npy
-    manifest:pd.DataFrame, # Checked rows, with the column `hash`
-    root:Path, # Data folder
-    config:DataConfig, # Size, crop, to_gray
-    progress:bool=True, # Show a bar
-)->None:
-    "Prepare every image into one file. Raises OSError on a full disk, RuntimeError for a file that changed."
-    planes,hashes,side = manifest.plane.to_numpy(),manifest.hash.to_numpy(),config.size
-    lock = threading.Lock()                                                    # several threads, one place to write at
-    with path.open('wb') as file:                                              # not a memory map: a full disk would kill us
+    path: Path,  # File to write, .npy
+    manifest: pd.DataFrame,  # Checked rows, with the column `hash`
+    root: Path,  # Data folder
+    config: DataConfig,  # Size, crop, to_gray
+    progress: bool = True,  # Show a bar
+) -> None:
+    """Prepare every image into one file.
+
+    Parameters
+    ----------
+    path : Path
+        File to write, .npy.
+    manifest : pd.DataFrame
+        Checked rows, with the column `hash`.
+    root : Path
+        Data folder.
+    config : DataConfig
+        Size, crop, to_gray.
+    progress : bool, default True
+        Show a bar.
+
+    Raises
+    ------
+    OSError
+        On a full disk.
+    RuntimeError
+        For a file that changed.
+    """
+    planes, hashes, side = manifest.plane.to_numpy(), manifest.hash.to_numpy(), config.size
+    lock = threading.Lock()  # several threads, one place to write at
+    with path.open('wb') as file:  # not a memory map: a full disk would kill us
         header = dict(descr='|u1', fortran_order=False, shape=(len(manifest), side, side))
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
+
         def prepare(name, at):
-            for i,image in zip(at, decode_file(root/name, planes[at], config.to_gray)[0]):
-                if hash_image(image)!=hashes[i]: raise RuntimeError(
-                    f"write_cache: '{name}' changed since it was checked. Expected files that stay as they are. "
-                    "Check it again.")
+            for i, image in zip(at, decode_file(root / name, planes[at], config.to_gray)[0]):
+                if hash_image(image) != hashes[i]:
+                    raise RuntimeError(
+                        f"write_cache: '{name}' changed since it was checked. Expected files that"
+                        " stay as they are. Check it again."
+                    )
                 prepared = prepare_image(image, side, config.crop).tobytes()
                 with lock:
-                    file.seek(start+int(i)*side**2)
+                    file.seek(start + int(i) * side**2)
                     file.write(prepared)
+
         map_files(prepare, manifest, progress, 'cache')
 
 # %% ../../nbs/engineering/27_batches.ipynb #e50f11e8
 def explain_full_disk(
-    error:OSError, # What was raised while a cache was written
-    folder:Path, # Folder of all caches
-    need:int, # Bytes that the cache needs
-)->OSError: # The same, or a full disk in words
-    "Say what to do about a full disk."
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return error
+    error: OSError,  # What was raised while a cache was written
+    folder: Path,  # Folder of all caches
+    need: int,  # Bytes that the cache needs
+) -> OSError:  # The same, or a full disk in words
+    """Say what to do about a full disk.
+
+    Parameters
+    ----------
+    error : OSError
+        What was raised while a cache was written.
+    folder : Path
+        Folder of all caches.
+    need : int
+        Bytes that the cache needs.
+
+    Returns
+    -------
+    OSError
+        The same, or a full disk in words.
+    """
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
     full = OSError(
-        f"write_cache: the prepared images need {need/1e6:,.1f} MB, and the disk of {folder} is full. "
-        "Expected room for all of them. Free some, or set BRAINLDM_CACHE to a folder on another disk.")
+        f"write_cache: the prepared images need {need/1e6:,.1f} MB, and the disk of {folder} is"
+        " full. Expected room for all of them. Free some, or set BRAINLDM_CACHE to a folder on"
+        " another disk."
+    )
     full.errno = error.errno
     return full
 
 # %% ../../nbs/engineering/27_batches.ipynb #a98f6964
 def write_cache(
-    folder:Path, # Where the cache goes
-    manifest:pd.DataFrame, # Checked rows
-    root:Path, # Data folder
-    config:DataConfig, # Size, crop, to_gray
-    progress:bool=True, # Show a bar
-)->None:
-    "Prepare every picture into a new folder and rename it when it is whole, so that no process finds half a cache."
+    folder: Path,  # Where the cache goes
+    manifest: pd.DataFrame,  # Checked rows
+    root: Path,  # Data folder
+    config: DataConfig,  # Size, crop, to_gray
+    progress: bool = True,  # Show a bar
+) -> None:
+    """Prepare every picture into a new folder and rename it when it is whole, so that no process finds
+    half a cache.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the cache goes.
+    manifest : pd.DataFrame
+        Checked rows.
+    root : Path
+        Data folder.
+    config : DataConfig
+        Size, crop, to_gray.
+    progress : bool, default True
+        Show a bar.
+    """
     tmp = temporary_in_cache(folder.parent, f'.{folder.name}-')
-    need = len(manifest)*config.size**2
+    need = len(manifest) * config.size**2
     try:
-        if shutil.disk_usage(tmp).free<need: raise OSError(errno.ENOSPC, 'too little room')     # now, not after hours
-        write_images(tmp/'images.npy', manifest, root, config, progress)
-        manifest.to_csv(tmp/'manifest.csv', index=False)
-        digest = hashlib.blake2b(np.load(tmp/'images.npy', mmap_mode='r')).hexdigest()
+        # now, not after hours
+        if shutil.disk_usage(tmp).free < need:
+            raise OSError(errno.ENOSPC, 'too little room')
+        write_images(tmp / 'images.npy', manifest, root, config, progress)
+        manifest.to_csv(tmp / 'manifest.csv', index=False)
+        digest = hashlib.blake2b(np.load(tmp / 'images.npy', mmap_mode='r')).hexdigest()
         meta = dict(digest=digest, size=config.size, crop=config.crop, data=fingerprint(manifest))
-        (tmp/'meta.json').write_text(json.dumps(meta, indent=1))
-        if cache_is_complete(folder): return                                        # another process was faster
+        (tmp / 'meta.json').write_text(json.dumps(meta, indent=1))
+        if cache_is_complete(folder):
+            return  # another process was faster
         shutil.rmtree(folder, ignore_errors=True)
-        try: tmp.rename(folder)
+        try:
+            tmp.rename(folder)
         except OSError:
-            if not cache_is_complete(folder): raise
-    except OSError as e: raise explain_full_disk(e, folder.parent, need) from None
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+            if not cache_is_complete(folder):
+                raise
+    except OSError as e:
+        raise explain_full_disk(e, folder.parent, need) from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/engineering/27_batches.ipynb #72d01547
 def level_text(
-    value, # Level of a category as a table, a file or a caller gives it; None or NaN where it is missing
-)->str|None: # Its one written form; None where it is missing
-    "Write a level in one way: 1, 1.0, '1' and '01' are the level '1'; every other text stays as it is."
-    if pd.isna(value): return None
+    # Level of a category as a table, a file or a caller gives it; None or NaN where it is missing
+    value,
+) -> str | None:  # Its one written form; None where it is missing
+    """Write a level in one way: 1, 1.0, '1' and '01' are the level '1'; every other text stays as it
+    is.
+
+    Parameters
+    ----------
+    value
+        Level of a category as a table, a file or a caller gives it; None or NaN where it is
+        missing.
+
+    Returns
+    -------
+    str | None
+        Its one written form; None where it is missing.
+    """
+    if pd.isna(value):
+        return None
     text = str(value).strip()
     number = re.fullmatch(r'([+-]?)0*([0-9]+)(?:\.([0-9]*?)0*)?', text)
-    if not number: return text
-    sign,whole,part = number.groups()
+    if not number:
+        return text
+    sign, whole, part = number.groups()
     plain = f'{whole}.{part}' if part else whole
-    return f'-{plain}' if sign=='-' and plain!='0' else plain
+    return f'-{plain}' if sign == '-' and plain != '0' else plain
 
 # %% ../../nbs/engineering/27_batches.ipynb #43de914e
 @dataclass(frozen=True)
 class Covariate:
-    "One condition of a model: a category with the levels `values`, or a number mapped to [0, 1] by `range`."
-    name:str # Column in the manifest and key in a batch
-    kind:str # 'categorical' or 'continuous'
-    values:tuple|None=None # Known levels as `level_text` writes them, in the order of their indices
-    range:tuple|None=None # Numbers that become 0 and 1
+    """One condition of a model: a category with the levels `values`, or a number mapped to [0, 1] by
+    `range`.
+
+    Attributes
+    ----------
+    name : str
+        Column in the manifest and key in a batch.
+    kind : str
+        'categorical' or 'continuous'.
+    values : tuple | None, default None
+        Known levels as `level_text` writes them, in the order of their indices.
+    range : tuple | None, default None
+        Numbers that become 0 and 1.
+    """
+
+    name: str  # Column in the manifest and key in a batch
+    kind: str  # 'categorical' or 'continuous'
+    # Known levels as `level_text` writes them, in the order of their indices
+    values: tuple | None = None
+    range: tuple | None = None  # Numbers that become 0 and 1
 
     def __post_init__(self):
         for name in ('values', 'range'):
-            if isinstance(getattr(self, name), list): object.__setattr__(self, name, tuple(getattr(self, name)))
-        listed,span = isinstance(self.values, tuple),isinstance(self.range, tuple) and len(self.range)==2
-        if self.kind=='categorical':
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        listed, span = (
+            isinstance(self.values, tuple),
+            isinstance(self.range, tuple) and len(self.range) == 2,
+        )
+        if self.kind == 'categorical':
             ok = listed and all(isinstance(o, (str, int, float)) for o in self.values)
-            levels = tuple(map(level_text, self.values)) if ok else ()         # runs of former versions hold numbers
-            ok = ok and None not in levels and 0<len(set(levels))==len(levels)
-            if ok: object.__setattr__(self, 'values', levels)
+            # runs of former versions hold numbers
+            levels = tuple(map(level_text, self.values)) if ok else ()
+            ok = ok and None not in levels and 0 < len(set(levels)) == len(levels)
+            if ok:
+                object.__setattr__(self, 'values', levels)
         else:
-            ok = self.kind=='continuous' and span and all(isinstance(o, (int, float)) for o in self.range)
-            ok = ok and -math.inf<self.range[0]<=self.range[1]<math.inf
-        if not ok: raise ValueError(
-            f"Covariate: {self.name} is {self.kind} with values={self.values}, range={self.range}. "
-            "Expected kind 'categorical' with different values, or 'continuous' with range (low, high). Check both.")
+            ok = (
+                self.kind == 'continuous'
+                and span
+                and all(isinstance(o, (int, float)) for o in self.range)
+            )
+            ok = ok and -math.inf < self.range[0] <= self.range[1] < math.inf
+        if not ok:
+            raise ValueError(
+                f"Covariate: {self.name} is {self.kind} with values={self.values},"
+                f" range={self.range}. Expected kind 'categorical' with different values, or"
+                " 'continuous' with range (low, high). Check both."
+            )
 
 # %% ../../nbs/engineering/27_batches.ipynb #09f5d18d
 def covariate_kind(
-    values:pd.Series, # Values that are known, of all splits
-    config:DataConfig=DataConfig(), # Kinds that are declared: `categorical`, `continuous`
-)->str: # 'categorical' or 'continuous'
-    "The kind of one column: declared, else fixed by its name, else by whether all its values are numbers. Raises ValueError."
+    values: pd.Series,  # Values that are known, of all splits
+    config: DataConfig = DataConfig(),  # Kinds that are declared: `categorical`, `continuous`
+) -> str:  # 'categorical' or 'continuous'
+    """The kind of one column: declared, else fixed by its name, else by whether all its values are
+    numbers.
+
+    Parameters
+    ----------
+    values : pd.Series
+        Values that are known, of all splits.
+    config : DataConfig, default DataConfig()
+        Kinds that are declared: `categorical`, `continuous`.
+
+    Returns
+    -------
+    str
+        'categorical' or 'continuous'.
+
+    Raises
+    ------
+    ValueError
+    """
     name = values.name
-    declared = 'categorical' if name in config.categorical else 'continuous' if name in config.continuous else None
+    declared = (
+        'categorical'
+        if name in config.categorical
+        else 'continuous' if name in config.continuous else None
+    )
     kind = declared or FIXED_KINDS.get(name)
-    if kind=='categorical' or pd.api.types.is_bool_dtype(values): return 'categorical'
+    if kind == 'categorical' or pd.api.types.is_bool_dtype(values):
+        return 'categorical'
     text = values[~np.isfinite(pd.to_numeric(values, errors='coerce').to_numpy(float))]
-    if len(text) and (kind or len(text)<len(values)): raise ValueError(
-        f"covariate_kind: '{name}' holds numbers, and {text.iloc[0]!r}. Expected numbers alone, or names alone. "
-        f"Correct the table, leave that cell blank, or say --categorical {name}.")
+    if len(text) and (kind or len(text) < len(values)):
+        raise ValueError(
+            f"covariate_kind: '{name}' holds numbers, and {text.iloc[0]!r}. Expected numbers alone,"
+            " or names alone. Correct the table, leave that cell blank, or say --categorical"
+            f" {name}."
+        )
     return 'categorical' if len(text) else 'continuous'
 
 # %% ../../nbs/engineering/27_batches.ipynb #6f65c039
 def find_covariates(
-    manifest:pd.DataFrame, # Manifest
-    config:DataConfig=DataConfig(), # Further `columns`, and kinds that are declared; declared columns are learned, too
-)->list[Covariate]: # One a column
-    "Describe the conditions from the train rows alone (from all rows where there is no train). Raises ValueError."
-    rows = manifest[manifest.split=='train'] if (manifest.split=='train').any() else manifest
+    manifest: pd.DataFrame,  # Manifest
+    # Further `columns`, and kinds that are declared; declared columns are learned, too
+    config: DataConfig = DataConfig(),
+) -> list[Covariate]:  # One a column
+    """Describe the conditions from the train rows alone (from all rows where there is no train).
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Manifest.
+    config : DataConfig, default DataConfig()
+        Further `columns`, and kinds that are declared; declared columns are learned, too.
+
+    Returns
+    -------
+    list[Covariate]
+        One a column.
+
+    Raises
+    ------
+    ValueError
+    """
+    rows = manifest[manifest.split == 'train'] if (manifest.split == 'train').any() else manifest
     usual = [o for o in FIXED_KINDS if o in rows and rows[o].notna().any()]
-    fixed,out = ['path', 'plane', 'subject', 'split', 'hash'],[]                 # these are no facts to learn
+    fixed, out = ['path', 'plane', 'subject', 'split', 'hash'], []  # these are no facts to learn
     for name in dict.fromkeys([*usual, *config.columns, *config.categorical, *config.continuous]):
-        if name in fixed or name not in rows or not rows[name].notna().any(): raise ValueError(
-            f"find_covariates: '{name}' is not known for any train row. Expected one of "
-            f"{', '.join(rows.columns[rows.notna().any()].difference(fixed))}. "
-            "Check the spelling.")
+        if name in fixed or name not in rows or not rows[name].notna().any():
+            raise ValueError(
+                f"find_covariates: '{name}' is not known for any train row. Expected one of "
+                f"{', '.join(rows.columns[rows.notna().any()].difference(fixed))}. "
+                "Check the spelling."
+            )
         known = rows[name].dropna()
-        if covariate_kind(manifest[name].dropna(), config)=='categorical':
+        if covariate_kind(manifest[name].dropna(), config) == 'categorical':
             out.append(Covariate(name, 'categorical', values=sorted(set(known.map(level_text)))))
         else:
             numbers = pd.to_numeric(known)
-            out.append(Covariate(name, 'continuous', range=(float(numbers.min()), float(numbers.max()))))
+            out.append(
+                Covariate(name, 'continuous', range=(float(numbers.min()), float(numbers.max())))
+            )
     return out
 
 # %% ../../nbs/engineering/27_batches.ipynb #47ceef68
 def write_levels(
-    manifest:pd.DataFrame, # Rows
-    covariates:list[Covariate], # Conditions
-)->pd.DataFrame: # The same object where nothing changes
-    "Write the levels of every category as `level_text` does, so that tables of two origins can be compared."
-    for name in (c.name for c in covariates if c.kind=='categorical' and c.name in manifest):
+    manifest: pd.DataFrame,  # Rows
+    covariates: list[Covariate],  # Conditions
+) -> pd.DataFrame:  # The same object where nothing changes
+    """Write the levels of every category as `level_text` does, so that tables of two origins can be
+    compared.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows.
+    covariates : list[Covariate]
+        Conditions.
+
+    Returns
+    -------
+    pd.DataFrame
+        The same object where nothing changes.
+    """
+    for name in (c.name for c in covariates if c.kind == 'categorical' and c.name in manifest):
         old = manifest[name].astype(object)
         new = old.map(level_text)
-        if not ((old==new) | (old.isna() & new.isna())).all(): manifest = manifest.assign(**{name: new})
+        if not ((old == new) | (old.isna() & new.isna())).all():
+            manifest = manifest.assign(**{name: new})
     return manifest
 
 # %% ../../nbs/engineering/27_batches.ipynb #36382ef1
 def mask_levels_not_in_train(
-    manifest:pd.DataFrame, # Rows, with levels as `write_levels` writes them
-    covariates:list[Covariate], # Conditions, found in the train rows
-)->tuple[pd.DataFrame, list[str]]: # The rows, unknown where train lacks the level; one note for each such level
-    "Leave open what no model can learn: levels that occur outside train only."
+    manifest: pd.DataFrame,  # Rows, with levels as `write_levels` writes them
+    covariates: list[Covariate],  # Conditions, found in the train rows
+    # The rows, unknown where train lacks the level; one note for each such level
+) -> tuple[pd.DataFrame, list[str]]:
+    """Leave open what no model can learn: levels that occur outside train only.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows, with levels as `write_levels` writes them.
+    covariates : list[Covariate]
+        Conditions, found in the train rows.
+
+    Returns
+    -------
+    tuple[pd.DataFrame, list[str]]
+    """
     notes = []
-    for c in (c for c in covariates if c.kind=='categorical' and c.name in manifest):
+    for c in (c for c in covariates if c.kind == 'categorical' and c.name in manifest):
         unseen = manifest[c.name].notna() & ~manifest[c.name].isin(c.values)
-        for level,rows in manifest[unseen].groupby(c.name):
+        for level, rows in manifest[unseen].groupby(c.name):
             who = rows.drop_duplicates('subject')
-            names = [f'{s} in {split}' for s,split in zip(who.subject[:5], who.split)]+['...']*(len(who)>5)
-            notes.append(f"{c.name} {level!r} occurs outside train only ({', '.join(names)}): taken as unknown there, "
-                         "and no model can be asked for it")
-        if unseen.any(): manifest = manifest.assign(**{c.name: manifest[c.name].astype(object).where(~unseen, None)})
-    return manifest,notes
+            names = [f'{s} in {split}' for s, split in zip(who.subject[:5], who.split)] + [
+                '...'
+            ] * (len(who) > 5)
+            notes.append(
+                f"{c.name} {level!r} occurs outside train only ({', '.join(names)}): taken as"
+                " unknown there, and no model can be asked for it"
+            )
+        if unseen.any():
+            manifest = manifest.assign(
+                **{c.name: manifest[c.name].astype(object).where(~unseen, None)}
+            )
+    return manifest, notes
 
 # %% ../../nbs/engineering/27_batches.ipynb #aa78c6a4
 def describe_manifest(
-    manifest:pd.DataFrame, # Checked rows
-    covariates:list[Covariate], # Conditions, found in the train rows
-)->list[str]: # One line each
-    "Kind, levels with their train subjects, or range of each covariate, and how many subjects lack it."
-    train = manifest[manifest.split=='train'] if (manifest.split=='train').any() else manifest
+    manifest: pd.DataFrame,  # Checked rows
+    covariates: list[Covariate],  # Conditions, found in the train rows
+) -> list[str]:  # One line each
+    """Kind, levels with their train subjects, or range of each covariate, and how many subjects lack
+    it.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows.
+    covariates : list[Covariate]
+        Conditions, found in the train rows.
+
+    Returns
+    -------
+    list[str]
+        One line each.
+    """
+    train = manifest[manifest.split == 'train'] if (manifest.split == 'train').any() else manifest
     out = []
     for c in covariates:
-        levels = write_levels(train, covariates).groupby(c.name).subject.nunique() if c.kind=='categorical' else {}
+        levels = (
+            write_levels(train, covariates).groupby(c.name).subject.nunique()
+            if c.kind == 'categorical'
+            else {}
+        )
         said = [f'{o} ({levels[o]})' for o in c.values or ()]
-        span = ', '.join(said[:20]+[f'and {len(said)-20} more']*(len(said)>20)) or f'{c.range[0]:g} to {c.range[1]:g}'
+        span = (
+            ', '.join(said[:20] + [f'and {len(said)-20} more'] * (len(said) > 20))
+            or f'{c.range[0]:g} to {c.range[1]:g}'
+        )
         lacking = manifest.subject[manifest[c.name].isna()].nunique()
         kind = dict(categorical='category', continuous='number')[c.kind]
-        out.append(f"{c.name:12}{kind:10}{span}{f'; unknown for {lacking} of {manifest.subject.nunique()} subjects'*(lacking>0)}")
+        unknown = f'; unknown for {lacking} of {manifest.subject.nunique()} subjects'
+        out.append(f"{c.name:12}{kind:10}{span}{unknown * (lacking > 0)}")
     return out
 
 # %% ../../nbs/engineering/27_batches.ipynb #1b916bd6
 def covariate_notes(
-    manifest:pd.DataFrame, # Checked rows
-    covariates:list[Covariate], # Conditions, found in the train rows
-    config:DataConfig=DataConfig(), # Kinds that are declared
-    most:int=10, # Whole values that a number may hold before it is taken for an amount
-)->list[str]: # Sentences
-    "What to look at before training: numbers that may be categories, and levels with one train subject or none."
+    manifest: pd.DataFrame,  # Checked rows
+    covariates: list[Covariate],  # Conditions, found in the train rows
+    config: DataConfig = DataConfig(),  # Kinds that are declared
+    most: int = 10,  # Whole values that a number may hold before it is taken for an amount
+) -> list[str]:  # Sentences
+    """What to look at before training: numbers that may be categories, and levels with one train
+    subject or none.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows.
+    covariates : list[Covariate]
+        Conditions, found in the train rows.
+    config : DataConfig, default DataConfig()
+        Kinds that are declared.
+    most : int, default 10
+        Whole values that a number may hold before it is taken for an amount.
+
+    Returns
+    -------
+    list[str]
+        Sentences.
+    """
     rows = write_levels(manifest, covariates)
-    train,notes = rows[rows.split=='train'] if (rows.split=='train').any() else rows,[]
+    train, notes = rows[rows.split == 'train'] if (rows.split == 'train').any() else rows, []
     for c in covariates:
-        if c.kind=='categorical':
+        if c.kind == 'categorical':
             people = train.dropna(subset=[c.name]).groupby(c.name).subject.unique()
-            notes += [f"{c.name} '{o}' has one train subject, {who[0]}: what a model learns of it, it learns from that subject"
-                      for o,who in people.items() if len(who)==1]
+            notes += [
+                f"{c.name} '{o}' has one train subject, {who[0]}: what a model learns of it, it"
+                " learns from that subject"
+                for o, who in people.items()
+                if len(who) == 1
+            ]
         elif c.name not in (*FIXED_KINDS, *config.continuous):
             values = np.unique(pd.to_numeric(rows[c.name].dropna()))
-            if len(values)<=most and (values%1==0).all(): notes.append(
-                f"{c.name} holds {len(values)} whole values ({', '.join(f'{o:g}' for o in values)}) and is learned as a "
-                f"number. If they are names of groups, say --categorical {c.name}; if they are amounts, --continuous {c.name}")
-    return notes+mask_levels_not_in_train(rows, covariates)[1]
+            if len(values) <= most and (values % 1 == 0).all():
+                notes.append(
+                    f"{c.name} holds {len(values)} whole values"
+                    f" ({', '.join(f'{o:g}' for o in values)}) and is learned as a number. If they"
+                    f" are names of groups, say --categorical {c.name}; if they are amounts,"
+                    f" --continuous {c.name}"
+                )
+    return notes + mask_levels_not_in_train(rows, covariates)[1]
 
 # %% ../../nbs/engineering/27_batches.ipynb #dbdd3f1b
 def encode_column(
-    column, # Values, one a row; missing is None or NaN
-    covariate:Covariate, # What they mean
-)->Tensor: # int64 index, -1 missing; or float32 in range units, NaN missing
-    "Turn one column into numbers. Raises ValueError for a level that the covariate lacks, and for text in place of a number."
-    column,c = pd.Series(column),covariate
-    if c.kind=='categorical':
+    column,  # Values, one a row; missing is None or NaN
+    covariate: Covariate,  # What they mean
+) -> Tensor:  # int64 index, -1 missing; or float32 in range units, NaN missing
+    """Turn one column into numbers.
+
+    Parameters
+    ----------
+    column
+        Values, one a row; missing is None or NaN.
+    covariate : Covariate
+        What they mean.
+
+    Returns
+    -------
+    Tensor
+        int64 index, -1 missing; or float32 in range units, NaN missing.
+
+    Raises
+    ------
+    ValueError
+        For a level that the covariate lacks, and for text in place of a number.
+    """
+    column, c = pd.Series(column), covariate
+    if c.kind == 'categorical':
         levels = column.astype(object).map(level_text)
         codes = pd.Index(c.values, dtype=object).get_indexer(levels).astype(np.int64)
-        new = column[(codes<0) & column.notna().to_numpy()]
-        if len(new): raise ValueError(
-            f"encode_column: {c.name}={new.tolist()[0]!r}. Expected one of {', '.join(c.values)}. "
-            "Try None for unknown.")
+        new = column[(codes < 0) & column.notna().to_numpy()]
+        if len(new):
+            raise ValueError(
+                f"encode_column: {c.name}={new.tolist()[0]!r}. Expected one of"
+                f" {', '.join(c.values)}. Try None for unknown."
+            )
         return torch.from_numpy(codes)
-    low,high = c.range
+    low, high = c.range
     numbers = pd.to_numeric(column, errors='coerce').to_numpy(dtype=np.float64, na_value=np.nan)
     new = column[(np.isnan(numbers) & column.notna().to_numpy()) | np.isinf(numbers)]
-    if len(new): raise ValueError(
-        f"encode_column: {c.name}={new.tolist()[0]!r}. Expected a number like {low:g} to {high:g}. Try None for unknown.")
-    return torch.from_numpy(((numbers-low)/((high-low) or 1)).astype(np.float32))
+    if len(new):
+        raise ValueError(
+            f"encode_column: {c.name}={new.tolist()[0]!r}. Expected a number like {low:g} to"
+            f" {high:g}. Try None for unknown."
+        )
+    return torch.from_numpy(((numbers - low) / ((high - low) or 1)).astype(np.float32))
 
 # %% ../../nbs/engineering/27_batches.ipynb #f26503ac
 def refuse_unknown_names(
-    names, # Names of conditions
-    covariates:list[Covariate], # The conditions of the model
-)->None: # Nothing: it raises or returns
-    "Refuse a condition that the model does not have. Raises ValueError."
+    names,  # Names of conditions
+    covariates: list[Covariate],  # The conditions of the model
+) -> None:  # Nothing: it raises or returns
+    """Refuse a condition that the model does not have.
+
+    Parameters
+    ----------
+    names
+        Names of conditions.
+    covariates : list[Covariate]
+        The conditions of the model.
+
+    Raises
+    ------
+    ValueError
+    """
     known = [c.name for c in covariates]
-    for name in (o for o in names if o not in known): raise ValueError(
-        f"encode_covariates: unknown condition '{name}'. Expected one of "
-        f"{', '.join(known) or 'none: this model has no condition'}. Check the spelling, or leave it out.")
+    for name in (o for o in names if o not in known):
+        raise ValueError(
+            f"encode_covariates: unknown condition '{name}'. Expected one of"
+            f" {', '.join(known) or 'none: this model has no condition'}. Check the spelling, or"
+            " leave it out."
+        )
 
 # %% ../../nbs/engineering/27_batches.ipynb #b6495318
 def encode_covariates(
-    table, # Manifest, or a dict of values or lists (single values are repeated)
-    covariates:list[Covariate], # The conditions of the model
-)->dict[str,Tensor]: # One tensor (b,) for each covariate that the table has
-    "Turn facts into the tensors a model takes. Raises ValueError for an unknown name or level."
-    known = {o.name:o for o in covariates}
-    if isinstance(table, pd.DataFrame): return {k:encode_column(table[k], c) for k,c in known.items() if k in table}
+    table,  # Manifest, or a dict of values or lists (single values are repeated)
+    covariates: list[Covariate],  # The conditions of the model
+) -> dict[str, Tensor]:  # One tensor (b,) for each covariate that the table has
+    """Turn facts into the tensors a model takes.
+
+    Parameters
+    ----------
+    table
+        Manifest, or a dict of values or lists (single values are repeated).
+    covariates : list[Covariate]
+        The conditions of the model.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        One tensor (b,) for each covariate that the table has.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or level.
+    """
+    known = {o.name: o for o in covariates}
+    if isinstance(table, pd.DataFrame):
+        return {k: encode_column(table[k], c) for k, c in known.items() if k in table}
     refuse_unknown_names(table, covariates)
-    lists = {k:[v] if np.ndim(v)==0 else list(v) for k,v in table.items()}
+    lists = {k: [v] if np.ndim(v) == 0 else list(v) for k, v in table.items()}
     n = max([1, *map(len, lists.values())])
-    odd = [k for k,v in lists.items() if len(v) not in (1, n)]
-    if odd: raise ValueError(
-        f"encode_covariates: {len(lists[odd[0]])} values of '{odd[0]}' for {n} rows. Expected 1 or {n}. Count them.")
-    return {k:encode_column(lists[k]*(n//len(lists[k])), c) for k,c in known.items() if k in lists}
+    odd = [k for k, v in lists.items() if len(v) not in (1, n)]
+    if odd:
+        raise ValueError(
+            f"encode_covariates: {len(lists[odd[0]])} values of '{odd[0]}' for {n} rows. Expected 1"
+            f" or {n}. Count them."
+        )
+    return {
+        k: encode_column(lists[k] * (n // len(lists[k])), c) for k, c in known.items() if k in lists
+    }
 
 # %% ../../nbs/engineering/27_batches.ipynb #d5899e44
 def read_value(
-    value, # One value that is asked for: text, number, or None or NaN for unknown
-    covariate:Covariate, # What it is a value of
-): # The level as text, the number as float, or None
-    "Read one requested value by the kind of its covariate. Raises ValueError naming the levels or the range."
+    value,  # One value that is asked for: text, number, or None or NaN for unknown
+    covariate: Covariate,  # What it is a value of
+):  # The level as text, the number as float, or None
+    """Read one requested value by the kind of its covariate.
+
+    Parameters
+    ----------
+    value
+        One value that is asked for: text, number, or None or NaN for unknown.
+    covariate : Covariate
+        What it is a value of.
+
+    Raises
+    ------
+    ValueError
+        Naming the levels or the range.
+    """
     c = covariate
-    if np.ndim(value): raise ValueError(
-        f"read_conditions: {c.name}={value}. Expected one value, or a list with one for each image. Try {c.name}={value[0]}.")
-    if not isinstance(value, str) and pd.isna(value): return None
-    if c.kind=='categorical':
+    if np.ndim(value):
+        raise ValueError(
+            f"read_conditions: {c.name}={value}. Expected one value, or a list with one for each"
+            f" image. Try {c.name}={value[0]}."
+        )
+    if not isinstance(value, str) and pd.isna(value):
+        return None
+    if c.kind == 'categorical':
         level = level_text(value)
-        if level in c.values: return level
-        near = [o for o in c.values if o.casefold()==level.casefold()] or c.values
-        raise ValueError(f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.values)}, the levels of the "
-                         f"training data. Try {c.name}={near[0]}, or leave it out where it is not known.")
-    try: number = float(value)
-    except (TypeError, ValueError): number = math.nan
-    if not c.range[0]<=number<=c.range[1]: raise ValueError(
-        f"read_conditions: {c.name}={value}. Expected {'a number, '*math.isnan(number)}{c.range[0]:g} to {c.range[1]:g}, the range of the scans this "
-        f"run was trained on. Try {c.name}={sum(c.range)/2:g}, or leave it out where it is not known.")
+        if level in c.values:
+            return level
+        near = [o for o in c.values if o.casefold() == level.casefold()] or c.values
+        raise ValueError(
+            f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.values)}, the"
+            f" levels of the training data. Try {c.name}={near[0]}, or leave it out where it is not"
+            " known."
+        )
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not c.range[0] <= number <= c.range[1]:
+        raise ValueError(
+            f"read_conditions: {c.name}={value}. Expected"
+            f" {'a number, '*math.isnan(number)}{c.range[0]:g} to {c.range[1]:g}, the range of the"
+            f" scans this run was trained on. Try {c.name}={sum(c.range)/2:g}, or leave it out"
+            " where it is not known."
+        )
     return number
 
 # %% ../../nbs/engineering/27_batches.ipynb #49f8ba65
 def read_conditions(
-    conditions:dict, # What is asked for: a value, or a list of values, by covariate name; None is unknown
-    covariates:list[Covariate], # The conditions of the model
-)->dict: # The same in the terms of the model: levels as text, numbers as float; what is None as a whole is left out
-    "Read requested conditions, wherever they come from. Raises ValueError for an unknown name, level or number."
-    requested = {k: v.tolist() if hasattr(v, 'tolist') else v for k,v in conditions.items() if v is not None}
+    # What is asked for: a value, or a list of values, by covariate name; None is unknown
+    conditions: dict,
+    covariates: list[Covariate],  # The conditions of the model
+    # The same in the terms of the model: levels as text, numbers as float; what is None as a
+    # whole is left out
+) -> dict:
+    """Read requested conditions, wherever they come from.
+
+    Parameters
+    ----------
+    conditions : dict
+        What is asked for: a value, or a list of values, by covariate name; None is unknown.
+    covariates : list[Covariate]
+        The conditions of the model.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, level or number.
+    """
+    requested = {
+        k: v.tolist() if hasattr(v, 'tolist') else v for k, v in conditions.items() if v is not None
+    }
     refuse_unknown_names(requested, covariates)
     known = {c.name: c for c in covariates}
-    return {k: [read_value(o, known[k]) for o in v] if np.ndim(v) else read_value(v, known[k]) for k,v in requested.items()}
+    return {
+        k: [read_value(o, known[k]) for o in v] if np.ndim(v) else read_value(v, known[k])
+        for k, v in requested.items()
+    }
 
 # %% ../../nbs/engineering/27_batches.ipynb #6867193b
 def memmap_location(
-    images:np.ndarray, # Images (n, h, w), perhaps a part of a memory map
-)->dict|None: # Arguments of np.memmap that give the same bytes again; None where they lie in no file
-    "Find the file behind a memory map, or behind a run of its rows."
+    images: np.ndarray,  # Images (n, h, w), perhaps a part of a memory map
+    # Arguments of np.memmap that give the same bytes again; None where they lie in no file
+) -> dict | None:
+    """Find the file behind a memory map, or behind a run of its rows.
+
+    Parameters
+    ----------
+    images : np.ndarray
+        Images (n, h, w), perhaps a part of a memory map.
+
+    Returns
+    -------
+    dict | None
+    """
     root = images
-    while isinstance(root.base, np.ndarray): root = root.base
-    if not isinstance(root, np.memmap) or not root.filename or not images.flags.c_contiguous: return None
-    offset = root.offset+images.ctypes.data-root.ctypes.data
-    return dict(filename=str(root.filename), dtype=images.dtype, mode='r', offset=offset, shape=images.shape)
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    if not isinstance(root, np.memmap) or not root.filename or not images.flags.c_contiguous:
+        return None
+    offset = root.offset + images.ctypes.data - root.ctypes.data
+    return dict(
+        filename=str(root.filename), dtype=images.dtype, mode='r', offset=offset, shape=images.shape
+    )
 
 # %% ../../nbs/engineering/27_batches.ipynb #d7cd01ef
 class SliceDataset(Dataset):
-    "Prepared pictures with their manifest and conditions; asked for several rows, it hands over a whole batch."
-    def __init__(self,
-        images:np.ndarray, # Pictures (n, h, w), uint8, often a memmap
-        manifest:pd.DataFrame, # One row a picture, in the same order
-        covariates:list[Covariate]|None=None, # Conditions; None finds them in the manifest
+    """Prepared pictures with their manifest and conditions; asked for several rows, it hands over a
+    whole batch.
+
+    Parameters
+    ----------
+    images : np.ndarray
+        Pictures (n, h, w), uint8, often a memmap.
+    manifest : pd.DataFrame
+        One row a picture, in the same order.
+    covariates : list[Covariate] | None, default None
+        Conditions; None finds them in the manifest.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,  # Pictures (n, h, w), uint8, often a memmap
+        manifest: pd.DataFrame,  # One row a picture, in the same order
+        covariates: list[Covariate] | None = None,  # Conditions; None finds them in the manifest
     ):
-        if len(images)!=len(manifest): raise ValueError(
-            f"SliceDataset: {len(images)} pictures and {len(manifest)} rows. Expected one row a picture. Check both.")
+        if len(images) != len(manifest):
+            raise ValueError(
+                f"SliceDataset: {len(images)} pictures and {len(manifest)} rows. Expected one row a"
+                " picture. Check both."
+            )
         self.covariates = find_covariates(manifest) if covariates is None else list(covariates)
         self.manifest = write_levels(manifest, self.covariates)
-        self.images,self.config = images,None                                  # `open_dataset` notes its settings
+        self.images, self.config = images, None  # `open_dataset` notes its settings
         self.conditions = encode_covariates(self.manifest, self.covariates)
 
-    def __len__(self): return len(self.images)
+    def __len__(self):
+        return len(self.images)
 
-    def __getstate__(self):                                                    # to another process go place and rows, no pixels
+    def __getstate__(self):  # to another process go place and rows, no pixels
         place = memmap_location(self.images)
         return dict(vars(self), images=place or self.images)
 
     def __setstate__(self, state):
         vars(self).update(state)
-        if isinstance(self.images, dict): self.images = np.memmap(**self.images)
+        if isinstance(self.images, dict):
+            self.images = np.memmap(**self.images)
 
     def __getitems__(self, indices):
         at = np.asarray(indices, dtype=np.int64)
-        image = torch.from_numpy(np.array(self.images[at])).float().div(127.5).sub(1).unsqueeze(1)     # (b, 1, h, w)
-        return {'image': image, **{k:v[at] for k,v in self.conditions.items()}}
+        # (b, 1, h, w)
+        image = torch.from_numpy(np.array(self.images[at])).float().div(127.5).sub(1).unsqueeze(1)
+        return {'image': image, **{k: v[at] for k, v in self.conditions.items()}}
 
-    def __getitem__(self, i): return {k:v[0] for k,v in self.__getitems__([i]).items()}
+    def __getitem__(self, i):
+        return {k: v[0] for k, v in self.__getitems__([i]).items()}
 
-    def subset(self,
-        split:str, # 'train', 'validate' or 'test'
-    )->'SliceDataset': # As a view where the rows lie together
-        "The rows of one split. Raises ValueError if there is none."
-        at = np.flatnonzero(self.manifest.split==split)
-        if not len(at): raise ValueError(
-            f"SliceDataset.subset: no row of split '{split}'. Expected one of "
-            f"{', '.join(self.manifest.split.unique())}. Check the splits; a cohort of three people or more has them all.")
-        together = at[-1]-at[0]+1==len(at)
-        images = self.images[at[0]:at[-1]+1] if together else self.images[at]
+    def subset(
+        self,
+        split: str,  # 'train', 'validate' or 'test'
+    ) -> 'SliceDataset':  # As a view where the rows lie together
+        """The rows of one split.
+
+        Parameters
+        ----------
+        split : str
+            'train', 'validate' or 'test'.
+
+        Returns
+        -------
+        SliceDataset
+            As a view where the rows lie together.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
+        at = np.flatnonzero(self.manifest.split == split)
+        if not len(at):
+            raise ValueError(
+                f"SliceDataset.subset: no row of split '{split}'. Expected one of"
+                f" {', '.join(self.manifest.split.unique())}. Check the splits; a cohort of three"
+                " people or more has them all."
+            )
+        together = at[-1] - at[0] + 1 == len(at)
+        images = self.images[at[0] : at[-1] + 1] if together else self.images[at]
         return SliceDataset(images, self.manifest.iloc[at].reset_index(drop=True), self.covariates)
 
 # %% ../../nbs/engineering/27_batches.ipynb #78a606e3
 def build_cache(
-    manifest:pd.DataFrame, # `check_dataset(...).manifest`: good rows with the hash of their pixels
-    root:str|Path, # Data folder, CSV manifest or archive
-    config:DataConfig, # Size, crop, to_gray
-    cache_dir:str|Path|None=None, # Folder of all caches; None is the user's
-    progress:bool=True, # Show a bar
-)->SliceDataset: # Pictures read from the disk as they are asked for
-    "Prepare every picture once; the same rows, pixels and settings find it again, and a damaged cache is made anew."
-    if 'hash' not in manifest or not len(manifest): raise ValueError(
-        f"build_cache: {len(manifest)} rows with columns {', '.join(manifest)}. Expected the manifest of "
-        "check_dataset, with `hash`. Try open_dataset.")
+    # `check_dataset(...).manifest`: good rows with the hash of their pixels
+    manifest: pd.DataFrame,
+    root: str | Path,  # Data folder, CSV manifest or archive
+    config: DataConfig,  # Size, crop, to_gray
+    cache_dir: str | Path | None = None,  # Folder of all caches; None is the user's
+    progress: bool = True,  # Show a bar
+) -> SliceDataset:  # Pictures read from the disk as they are asked for
+    """Prepare every picture once; the same rows, pixels and settings find it again, and a damaged
+    cache is made anew.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        `check_dataset(...).manifest`: good rows with the hash of their pixels.
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig
+        Size, crop, to_gray.
+    cache_dir : str | Path | None, default None
+        Folder of all caches; None is the user's.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    SliceDataset
+        Pictures read from the disk as they are asked for.
+    """
+    if 'hash' not in manifest or not len(manifest):
+        raise ValueError(
+            f"build_cache: {len(manifest)} rows with columns {', '.join(manifest)}. Expected the"
+            " manifest of check_dataset, with `hash`. Try open_dataset."
+        )
     covariates = find_covariates(manifest, config)
-    manifest,notes = mask_levels_not_in_train(write_levels(manifest, covariates), covariates)
-    for note in notes: warnings.warn(note)
+    manifest, notes = mask_levels_not_in_train(write_levels(manifest, covariates), covariates)
+    for note in notes:
+        warnings.warn(note)
     root = unpack(root)
     root = root.parent if root.is_file() else root
     settings = f"1 {config.size} {config.crop} {config.to_gray} {fingerprint(manifest)['hash']}"
-    folder = cache_folder(cache_dir)/hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
-    if not cache_is_complete(folder): write_cache(folder, manifest, root, config, progress)
-    images = np.load(folder/'images.npy', mmap_mode='r', allow_pickle=False)
+    folder = (
+        cache_folder(cache_dir) / hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
+    )
+    if not cache_is_complete(folder):
+        write_cache(folder, manifest, root, config, progress)
+    images = np.load(folder / 'images.npy', mmap_mode='r', allow_pickle=False)
     return SliceDataset(images, manifest, covariates)
 
 # %% ../../nbs/engineering/27_batches.ipynb #b6a126a8
 class ShuffledBatches:
-    "Endless batches of indices: epoch after epoch without a gap, and batch k is known without drawing the ones before."
-    def __init__(self,
-        n:int, # Rows to draw from
-        batch_size:int, # Indices in a batch
-        seed:int, # Another seed, another order
-        start:int=0, # First batch; a resumed run gives the number of batches already seen
-    ):
-        if n<1 or batch_size<1 or start<0: raise ValueError(
-            f"ShuffledBatches: n={n}, batch_size={batch_size}, start={start}. Expected rows, a batch size of 1 or "
-            "more, start from 0. Try batch_size=8.")
-        self.n,self.batch_size,self.seed,self.start,self._epoch = n, batch_size, seed, start, (-1, None)
+    """Endless batches of indices: epoch after epoch without a gap, and batch k is known without
+    drawing the ones before.
 
-    def order(self,
-        epoch:int, # Number of the epoch, from 0
-    )->np.ndarray: # Rows (n,)
-        "The permutation of one epoch; the last one is remembered."
-        if self._epoch[0]!=epoch: self._epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
+    Parameters
+    ----------
+    n : int
+        Rows to draw from.
+    batch_size : int
+        Indices in a batch.
+    seed : int
+        Another seed, another order.
+    start : int, default 0
+        First batch; a resumed run gives the number of batches already seen.
+    """
+
+    def __init__(
+        self,
+        n: int,  # Rows to draw from
+        batch_size: int,  # Indices in a batch
+        seed: int,  # Another seed, another order
+        start: int = 0,  # First batch; a resumed run gives the number of batches already seen
+    ):
+        if n < 1 or batch_size < 1 or start < 0:
+            raise ValueError(
+                f"ShuffledBatches: n={n}, batch_size={batch_size}, start={start}. Expected rows, a"
+                " batch size of 1 or more, start from 0. Try batch_size=8."
+            )
+        self.n, self.batch_size, self.seed, self.start, self._epoch = (
+            n,
+            batch_size,
+            seed,
+            start,
+            (-1, None),
+        )
+
+    def order(
+        self,
+        epoch: int,  # Number of the epoch, from 0
+    ) -> np.ndarray:  # Rows (n,)
+        """The permutation of one epoch; the last one is remembered.
+
+        Parameters
+        ----------
+        epoch : int
+            Number of the epoch, from 0.
+
+        Returns
+        -------
+        np.ndarray
+            Rows (n,).
+        """
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
         return self._epoch[1]
 
-    def batch(self,
-        k:int, # Number of the batch, from 0
-    )->list[int]: # Rows
-        "The indices of one batch."
-        at = np.arange(k*self.batch_size, (k+1)*self.batch_size)
-        return [int(i) for e in range(at[0]//self.n, at[-1]//self.n+1) for i in self.order(e)[at[at//self.n==e]%self.n]]
+    def batch(
+        self,
+        k: int,  # Number of the batch, from 0
+    ) -> list[int]:  # Rows
+        """The indices of one batch.
+
+        Parameters
+        ----------
+        k : int
+            Number of the batch, from 0.
+
+        Returns
+        -------
+        list[int]
+            Rows.
+        """
+        at = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
+        return [
+            int(i)
+            for e in range(at[0] // self.n, at[-1] // self.n + 1)
+            for i in self.order(e)[at[at // self.n == e] % self.n]
+        ]
 
     def __iter__(self):
         k = self.start
-        while True: yield self.batch(k); k += 1
+        while True:
+            yield self.batch(k)
+            k += 1
 
 # %% ../../nbs/engineering/27_batches.ipynb #bc6ab68f
 def eval_batches(
-    dataset:SliceDataset, # Rows to go through
-    batch_size:int, # Pictures in a batch; the last may be smaller
-): # Batches in the order of the manifest
-    "Every row once, in order."
-    for i in range(0, len(dataset), batch_size): yield dataset.__getitems__(range(i, min(i+batch_size, len(dataset))))
+    dataset: SliceDataset,  # Rows to go through
+    batch_size: int,  # Pictures in a batch; the last may be smaller
+):  # Batches in the order of the manifest
+    """Every row once, in order.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Rows to go through.
+    batch_size : int
+        Pictures in a batch; the last may be smaller.
+    """
+    for i in range(0, len(dataset), batch_size):
+        yield dataset.__getitems__(range(i, min(i + batch_size, len(dataset))))
 
 # %% ../../nbs/engineering/27_batches.ipynb #67cf792c
 @contextmanager
 def one_process(
-    folder:Path, # Folder of all caches
-    root:str|Path, # Data that is going to be opened
-    progress:bool=True, # Say when there is something to wait for
-)->Iterator[None]: # While it lasts, other processes that open the same data wait
-    "Let one process at a time prepare a data set. Where nothing can be locked, all go ahead."
-    name = hashlib.blake2b(str(Path(root).resolve()).encode(errors='surrogateescape'), digest_size=16).hexdigest()
-    lock = FileLock(folder/f'.{name}.lock')
+    folder: Path,  # Folder of all caches
+    root: str | Path,  # Data that is going to be opened
+    progress: bool = True,  # Say when there is something to wait for
+) -> Iterator[None]:  # While it lasts, other processes that open the same data wait
+    """Let one process at a time prepare a data set. Where nothing can be locked, all go ahead.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of all caches.
+    root : str | Path
+        Data that is going to be opened.
+    progress : bool, default True
+        Say when there is something to wait for.
+
+    Yields
+    ------
+    None
+        While it lasts, other processes that open the same data wait.
+    """
+    name = hashlib.blake2b(
+        str(Path(root).resolve()).encode(errors='surrogateescape'), digest_size=16
+    ).hexdigest()
+    lock = FileLock(folder / f'.{name}.lock')
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try: lock.acquire(timeout=1)
+        try:
+            lock.acquire(timeout=1)
         except Timeout:
-            if progress: print(f'waiting for another process that prepares {root}', flush=True)
+            if progress:
+                print(f'waiting for another process that prepares {root}', flush=True)
             lock.acquire()
-    except (OSError, NotImplementedError): pass                                # a cache that can only be read
-    try: yield
+    except (OSError, NotImplementedError):
+        pass  # a cache that can only be read
+    try:
+        yield
     finally:
         if lock.is_locked:
-            with suppress(OSError): Path(lock.lock_file).unlink()               # nothing is left behind; who waits makes it anew
+            # nothing is left behind; who waits makes it anew
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
         lock.release()
 
 # %% ../../nbs/engineering/27_batches.ipynb #7122e604
 def inspection_key(
-    rows:pd.DataFrame, # Manifest, with its root in `attrs`
-    config:DataConfig, # For `to_gray`
-)->tuple[str, float]: # Name for what a look at these files finds; time of the last change of any of them, s
-    "Name a look by the files as the system describes them, and by the code that looks. Raises OSError for a lost file."
+    rows: pd.DataFrame,  # Manifest, with its root in `attrs`
+    config: DataConfig,  # For `to_gray`
+    # Name for what a look at these files finds; time of the last change of any of them, s
+) -> tuple[str, float]:
+    """Name a look by the files as the system describes them, and by the code that looks.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Manifest, with its root in `attrs`.
+    config : DataConfig
+        For `to_gray`.
+
+    Returns
+    -------
+    tuple[str, float]
+
+    Raises
+    ------
+    OSError
+        For a lost file.
+    """
     root = Path(rows.attrs['root'])
     digest = hashlib.blake2b(str(config.to_gray).encode(), digest_size=16)
-    for part in (decode_file, inspect_files): digest.update(Path(inspect.getfile(part)).read_bytes())
+    for part in (decode_file, inspect_files):
+        digest.update(Path(inspect.getfile(part)).read_bytes())
     digest.update(pd.util.hash_pandas_object(rows[['path', 'plane']]).to_numpy().tobytes())
-    last = 0.
-    for about in (os.stat(root/path) for path in rows.path.unique()):
-        digest.update(str((about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns)).encode())
+    last = 0.0
+    for about in (os.stat(root / path) for path in rows.path.unique()):
+        digest.update(
+            str((about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns)).encode()
+        )
         last = max(last, about.st_mtime, about.st_ctime)
-    return digest.hexdigest(),last
+    return digest.hexdigest(), last
 
 # %% ../../nbs/engineering/27_batches.ipynb #c0e250e2
 class CachedInspection:
-    "A look at the files of a data set, or what another process has just seen in them."
-    def __init__(self,
-        folder:Path, # Folder of all caches
+    """A look at the files of a data set, or what another process has just seen in them.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of all caches.
+    """
+
+    def __init__(
+        self,
+        folder: Path,  # Folder of all caches
     ):
-        self.folder,self.fresh = folder,None
+        self.folder, self.fresh = folder, None
 
-    def __call__(self,
-        rows:pd.DataFrame, # Manifest
-        config:DataConfig, # For `to_gray`
-        progress:bool=True, # Show a bar
-    )->tuple: # What `inspect_files` gives
+    def __call__(
+        self,
+        rows: pd.DataFrame,  # Manifest
+        config: DataConfig,  # For `to_gray`
+        progress: bool = True,  # Show a bar
+    ) -> tuple:  # What `inspect_files` gives
+        """What `inspect_files` gives.
+
+        Parameters
+        ----------
+        rows : pd.DataFrame
+            Manifest.
+        config : DataConfig
+            For `to_gray`.
+        progress : bool, default True
+            Show a bar.
+
+        Returns
+        -------
+        tuple
+            What `inspect_files` gives.
+        """
         start = time.time()
-        try: key,last = inspection_key(rows, config)
-        except OSError: return inspect_files(rows, config, progress)             # it will say which file is lost
+        try:
+            key, last = inspection_key(rows, config)
+        # it will say which file is lost
+        except OSError:
+            return inspect_files(rows, config, progress)
         with suppress(OSError, ValueError, KeyError, TypeError):
-            seen,done = json.loads((self.folder/'looks'/f'{key}.json').read_text())
-            return rows.join(pd.DataFrame(seen, index=rows.index)),pd.DataFrame(done)
-        found,done = inspect_files(rows, config, progress)
-        if last<start-2 and inspection_key(rows, config)[0]==key:                      # clocks of file systems are coarse
-            self.fresh = key,[found[found.columns.difference(rows.columns, sort=False)].to_dict('list'), done.to_dict('list')]
-        return found,done
+            seen, done = json.loads((self.folder / 'looks' / f'{key}.json').read_text())
+            return rows.join(pd.DataFrame(seen, index=rows.index)), pd.DataFrame(done)
+        found, done = inspect_files(rows, config, progress)
+        # clocks of file systems are coarse
+        if last < start - 2 and inspection_key(rows, config)[0] == key:
+            self.fresh = key, [
+                found[found.columns.difference(rows.columns, sort=False)].to_dict('list'),
+                done.to_dict('list'),
+            ]
+        return found, done
 
-    def keep(self)->None:
-        "Leave a fresh look to the processes that come next, once the data has turned out to be good."
-        if not self.fresh: return
-        key,seen = self.fresh
-        part = self.folder/'looks'/f'.{key}-{os.getpid()}'
-        with suppress(OSError):                                                  # a cache that can only be read, a full disk
+    def keep(self) -> None:
+        """Leave a fresh look to the processes that come next, once the data has turned out to be good."""
+        if not self.fresh:
+            return
+        key, seen = self.fresh
+        part = self.folder / 'looks' / f'.{key}-{os.getpid()}'
+        with suppress(OSError):  # a cache that can only be read, a full disk
             part.parent.mkdir(exist_ok=True)
-            try: part.write_text(json.dumps(seen, default=lambda o: o.item()))
-            except OSError: part.unlink()
-            else: part.replace(part.with_name(f'{key}.json'))
+            try:
+                part.write_text(json.dumps(seen, default=lambda o: o.item()))
+            except OSError:
+                part.unlink()
+            else:
+                part.replace(part.with_name(f'{key}.json'))
 
 # %% ../../nbs/engineering/27_batches.ipynb #0fcab8f1
 def open_dataset(
-    root:str|Path, # Data folder, CSV manifest or archive
-    config:DataConfig=DataConfig(), # Settings
-    progress:bool=True, # Show bars
-    cache_dir:str|Path|None=None, # Folder of all caches; None is the user's
-)->SliceDataset: # Checked and prepared; `.subset('train')` is what a model trains on
-    """Check, refuse, prepare, once for all processes. Prints what it left out with `config.skip_faulty`.
+    root: str | Path,  # Data folder, CSV manifest or archive
+    config: DataConfig = DataConfig(),  # Settings
+    progress: bool = True,  # Show bars
+    cache_dir: str | Path | None = None,  # Folder of all caches; None is the user's
+) -> SliceDataset:  # Checked and prepared; `.subset('train')` is what a model trains on
+    """Check, refuse, prepare, once for all processes. Prints what it left out with
+    `config.skip_faulty`.
 
-    Raises ValueError for faulty data, OSError for a cache that cannot be written."""
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig, default DataConfig()
+        Settings.
+    progress : bool, default True
+        Show bars.
+    cache_dir : str | Path | None, default None
+        Folder of all caches; None is the user's.
+
+    Returns
+    -------
+    SliceDataset
+        Checked and prepared; `.subset('train')` is what a model trains on.
+
+    Raises
+    ------
+    ValueError
+        For faulty data.
+    OSError
+        For a cache that cannot be written.
+    """
     folder = cache_folder(cache_dir)
     look = CachedInspection(folder)
     with one_process(folder, root, progress):
         report = check_dataset(root, config, progress, look)
         refuse_faults(report, config.skip_faulty)
-        for note in report.notes if progress else (): print(f'note: {printable(note)}')
+        for note in report.notes if progress else ():
+            print(f'note: {printable(note)}')
         config = replace(config, crop=report.crop)
         dataset = build_cache(report.manifest, root, config, folder, progress)
         look.keep()
-    dataset.config = config                                                     # with `crop` settled: what a run writes down
+    dataset.config = config  # with `crop` settled: what a run writes down
     return dataset

@@ -37,8 +37,13 @@ from .plotting import save_figure, show_grid
 from .phantom import PhantomConfig, make_cohort
 from ..data import DataConfig, Findings, check_dataset
 from brainldm.engineering.batches import (
-    SliceDataset, covariate_notes, describe_manifest, find_covariates, open_dataset,
-    read_conditions, read_value,
+    SliceDataset,
+    covariate_notes,
+    describe_manifest,
+    find_covariates,
+    open_dataset,
+    read_conditions,
+    read_value,
 )
 from .loop import TrainConfig, process_state
 from .runs import read_config, read_metrics
@@ -48,167 +53,392 @@ from .stage2 import PRESETS, LDMConfig, note_changes, refuse_leak, train_ldm
 from .codec import make_folder, save_gif, save_images
 from ..sampling import BrainLDM
 from brainldm.advanced.volume import (
-    VOLUME_PRESETS, BrainVolumes, VolumeConfig, check_spacing, resolve_spacing, save_volumes,
+    VOLUME_PRESETS,
+    BrainVolumes,
+    VolumeConfig,
+    check_spacing,
+    resolve_spacing,
+    save_volumes,
     train_volume,
 )
 from .explore import explore
 from ..advanced.prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
 from brainldm.advanced.evaluation import (
-    json_safe, merge_metrics, reconstruction_scores, show_number,
+    json_safe,
+    merge_metrics,
+    reconstruction_scores,
+    show_number,
 )
 from ..advanced.audit import audit_summary
 from brainldm.engineering.report import (
-    check_targets, sample_by_condition, evaluate, evaluate_images, image_side, prior_scores, report,
+    check_targets,
+    sample_by_condition,
+    evaluate,
+    evaluate_images,
+    image_side,
+    prior_scores,
+    report,
     trust_rows,
 )
 
 # %% ../../nbs/engineering/39_cli.ipynb #fec1f560
-FLAGS = tyro.conf.arg(name='', prefix_name=False, help='') # Marks a config whose fields become flags without a prefix
+# Marks a config whose fields become flags without a prefix
+FLAGS = tyro.conf.arg(name='', prefix_name=False, help='')
 
 # %% ../../nbs/engineering/39_cli.ipynb #df944266
 @dataclass
 class Phantom:
-    "Make a cohort of synthetic brains to try everything on."
-    out:tyro.conf.Positional[Path] # New folder for the cohort
-    config:Annotated[PhantomConfig, FLAGS]=field(default_factory=PhantomConfig)
+    """Make a cohort of synthetic brains to try everything on.
 
-    def run(self)->int: # Exit status
+    Attributes
+    ----------
+    out : tyro.conf.Positional[Path]
+        New folder for the cohort.
+    """
+
+    out: tyro.conf.Positional[Path]  # New folder for the cohort
+    config: Annotated[PhantomConfig, FLAGS] = field(default_factory=PhantomConfig)
+
+    def run(self) -> int:  # Exit status
         print(make_cohort(self.out, self.config))
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #0d6bca3a
 def training_faults(
-    found:Findings, # What a look at the data found
-    config:DataConfig, # How the images are cut and split
-    auto:AEConfig, # The autoencoder that is going to be trained, and what it says of the UNet
-)->list[tuple[str, str]]: # Setting and sentence of each reason why training would refuse
-    "Ask for what every stage of a training needs: a size that divides, subjects to train and to validate on."
-    out,multiple = [],size_multiple(auto)
-    if config.size%multiple: out.append((f'--size {config.size}',
-        f'expected a multiple of {multiple}, which autoencoder, UNet and evaluator need. Try --size {-(-config.size//multiple)*multiple}'))
-    side = max(map(int, found.sizes.index[0].split(' x '))) if found.sizes is not None and len(found.sizes) else None
-    if side and isinstance(config.crop, int) and config.crop>side: out.append((f'--crop {config.crop}',
-        f'images of {side} pixels; expected a crop inside. Try --crop {side}'))
+    found: Findings,  # What a look at the data found
+    config: DataConfig,  # How the images are cut and split
+    auto: AEConfig,  # The autoencoder that is going to be trained, and what it says of the UNet
+) -> list[tuple[str, str]]:  # Setting and sentence of each reason why training would refuse
+    """Ask for what every stage of a training needs: a size that divides, subjects to train and to
+    validate on.
+
+    Parameters
+    ----------
+    found : Findings
+        What a look at the data found.
+    config : DataConfig
+        How the images are cut and split.
+    auto : AEConfig
+        The autoencoder that is going to be trained, and what it says of the UNet.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        Setting and sentence of each reason why training would refuse.
+    """
+    out, multiple = [], size_multiple(auto)
+    if config.size % multiple:
+        out.append(
+            (
+                f'--size {config.size}',
+                (
+                    f'expected a multiple of {multiple}, which autoencoder, UNet and evaluator'
+                    f' need. Try --size {-(-config.size//multiple)*multiple}'
+                ),
+            )
+        )
+    side = (
+        max(map(int, found.sizes.index[0].split(' x ')))
+        if found.sizes is not None and len(found.sizes)
+        else None
+    )
+    if side and isinstance(config.crop, int) and config.crop > side:
+        out.append(
+            (
+                f'--crop {config.crop}',
+                f'images of {side} pixels; expected a crop inside. Try --crop {side}',
+            )
+        )
     people = found.manifest.groupby('split').subject.nunique()
-    for split in (o for o in ('train', 'validate') if o not in people): out.append(('split',
-        f'no subject in {split}, {people.sum()} in all; expected one at least in train and in validate. '
-        'Three subjects are the fewest that can be split'))
+    for split in (o for o in ('train', 'validate') if o not in people):
+        out.append(
+            (
+                'split',
+                (
+                    f'no subject in {split}, {people.sum()} in all; expected one at least in train'
+                    ' and in validate. Three subjects are the fewest that can be split'
+                ),
+            )
+        )
     return out
 
 # %% ../../nbs/engineering/39_cli.ipynb #e9c5dd94
 def add_training_findings(
-    found:Findings, # What a look at the data found
-    config:DataConfig, # How the images are cut and split, and which columns are learned
-    auto:AEConfig, # The autoencoder that is going to be trained
-)->Findings: # The same with the covariates, and with the faults and notes of a training
-    "Say before training what it would refuse, or could not learn."
-    if not len(found.manifest): return found
-    faults,notes,lines = training_faults(found, config, auto) if found.ok else [],list(found.notes),()     # mend files first
-    try: covariates = find_covariates(found.manifest, config)
-    except ValueError as e: faults.append(('columns', str(e)))
+    found: Findings,  # What a look at the data found
+    config: DataConfig,  # How the images are cut and split, and which columns are learned
+    auto: AEConfig,  # The autoencoder that is going to be trained
+) -> Findings:  # The same with the covariates, and with the faults and notes of a training
+    """Say before training what it would refuse, or could not learn.
+
+    Parameters
+    ----------
+    found : Findings
+        What a look at the data found.
+    config : DataConfig
+        How the images are cut and split, and which columns are learned.
+    auto : AEConfig
+        The autoencoder that is going to be trained.
+
+    Returns
+    -------
+    Findings
+        The same with the covariates, and with the faults and notes of a training.
+    """
+    if not len(found.manifest):
+        return found
+    # mend files first
+    faults, notes, lines = (
+        training_faults(found, config, auto) if found.ok else [],
+        list(found.notes),
+        (),
+    )
+    try:
+        covariates = find_covariates(found.manifest, config)
+    except ValueError as e:
+        faults.append(('columns', str(e)))
     else:
         lines = tuple(describe_manifest(found.manifest, covariates))
         notes += covariate_notes(found.manifest, covariates, config)
     people = found.manifest.groupby('split').subject.nunique()
-    for split,n in ((o, people.get(o, 0)) for o in ('validate', 'test')):
-        if n<3: notes.append(f'subjects in {split}: {n}. Scores of fewer than 3 subjects have no interval')
-    more = as_faults([k for k,_ in faults], 'training', [v for _,v in faults])
-    return dataclasses.replace(found, faults=pd.concat([found.faults, more], ignore_index=True), notes=notes, covariates=lines)
+    for split, n in ((o, people.get(o, 0)) for o in ('validate', 'test')):
+        if n < 3:
+            notes.append(
+                f'subjects in {split}: {n}. Scores of fewer than 3 subjects have no interval'
+            )
+    more = as_faults([k for k, _ in faults], 'training', [v for _, v in faults])
+    return dataclasses.replace(
+        found,
+        faults=pd.concat([found.faults, more], ignore_index=True),
+        notes=notes,
+        covariates=lines,
+    )
 
 # %% ../../nbs/engineering/39_cli.ipynb #e9fee902
 @dataclass
 class Check:
-    """Look at a data folder: layout, subjects, splits, covariates, and every fault that training would meet.
+    """Look at a data folder: layout, subjects, splits, covariates, and every fault that training would
+    meet.
 
-    Exit status 1 if there are faults."""
-    data:tyro.conf.Positional[Path] # Folder of images or volumes, or a CSV manifest
-    config:Annotated[DataConfig, FLAGS]=field(default_factory=DataConfig)
-    preset:Literal['tiny', 'laptop', 'gpu']='laptop' # What is going to be trained: its stages decide which sizes fit
+    Exit status 1 if there are faults.
 
-    def run(self)->int: # Exit status
-        found = add_training_findings(check_dataset(self.data, self.config), self.config, PRESETS[self.preset][0])
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        Folder of images or volumes, or a CSV manifest.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        What is going to be trained: its stages decide which sizes fit.
+    """
+
+    data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
+    config: Annotated[DataConfig, FLAGS] = field(default_factory=DataConfig)
+    # What is going to be trained: its stages decide which sizes fit
+    preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'
+
+    def run(self) -> int:  # Exit status
+        found = add_training_findings(
+            check_dataset(self.data, self.config), self.config, PRESETS[self.preset][0]
+        )
         print(found)
         return 0 if found.ok else 1
 
 # %% ../../nbs/engineering/39_cli.ipynb #d0376c95
 @dataclass
 class TrainAutoencoder:
-    "Stage 1: squeeze slices into latents and back. Presets: --preset tiny, laptop or gpu; the flags below change single values."
-    data:tyro.conf.Positional[Path] # Folder of pictures or volumes, or a CSV manifest
-    config:Annotated[AEConfig, FLAGS]
-    run_folder:Annotated[Path, tyro.conf.arg(name='run')]=Path('runs/brain') # Run folder to make
-    preset:Literal['tiny', 'laptop', 'gpu']='laptop' # Where the defaults below come from
-    resume:bool=False # Go on where an earlier call stopped
+    """Stage 1: squeeze slices into latents and back.
 
-    def run(self)->int: # Exit status
-        train_autoencoder(open_dataset(self.data, self.config.data), self.run_folder, self.config, self.resume)
-        print(f'{self.run_folder/"autoencoder.safetensors"}\nNext: brainldm reconstruct {self.run_folder} {self.data}, '
-              f'brainldm train ldm {self.data} --run {self.run_folder}')
+    Presets: --preset tiny, laptop or gpu; the flags below change single values.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        Folder of pictures or volumes, or a CSV manifest.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder to make.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
+
+    data: tyro.conf.Positional[Path]  # Folder of pictures or volumes, or a CSV manifest
+    config: Annotated[AEConfig, FLAGS]
+    # Run folder to make
+    run_folder: Annotated[Path, tyro.conf.arg(name='run')] = Path('runs/brain')
+    preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'  # Where the defaults below come from
+    resume: bool = False  # Go on where an earlier call stopped
+
+    def run(self) -> int:  # Exit status
+        train_autoencoder(
+            open_dataset(self.data, self.config.data), self.run_folder, self.config, self.resume
+        )
+        print(
+            f'{self.run_folder/"autoencoder.safetensors"}\nNext: brainldm reconstruct'
+            f' {self.run_folder} {self.data}, brainldm train ldm {self.data} --run'
+            f' {self.run_folder}'
+        )
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #732f20ad
 def data_config(
-    run:Path, # Run folder
-    subjects:Path|None=None, # Table of subjects, in place of the one of the run
-)->DataConfig: # How the run's pictures were found, cut and split
-    "Read the data settings of a run, so that later steps see the data as training did."
+    run: Path,  # Run folder
+    subjects: Path | None = None,  # Table of subjects, in place of the one of the run
+) -> DataConfig:  # How the run's pictures were found, cut and split
+    """Read the data settings of a run, so that later steps see the data as training did.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    subjects : Path | None, default None
+        Table of subjects, in place of the one of the run.
+
+    Returns
+    -------
+    DataConfig
+        How the run's pictures were found, cut and split.
+    """
     settings = read_config(run)
     try:
         known = settings['autoencoder']['config']['data']
         config = DataConfig(**dict(known, subjects=subjects or known['subjects']))
-    except (KeyError, TypeError) as e: raise ValueError(
-        f"data_config: {run}/config.json does not say how the data were read ({type(e).__name__}: {e}). Expected what "
-        "`brainldm train autoencoder` wrote. Take it from a backup, or train again.") from None
-    if config.subjects and not config.subjects.is_file(): raise FileNotFoundError(
-        f"data_config: the table of subjects of {run}, {config.subjects}, is not there. Expected a file. If it has moved, "
-        "try --subjects and its new place.")
+    except (KeyError, TypeError) as e:
+        raise ValueError(
+            f"data_config: {run}/config.json does not say how the data were read"
+            f" ({type(e).__name__}: {e}). Expected what `brainldm train autoencoder` wrote. Take it"
+            " from a backup, or train again."
+        ) from None
+    if config.subjects and not config.subjects.is_file():
+        raise FileNotFoundError(
+            f"data_config: the table of subjects of {run}, {config.subjects}, is not there."
+            " Expected a file. If it has moved, try --subjects and its new place."
+        )
     return config
 
 # %% ../../nbs/engineering/39_cli.ipynb #cfb07590
 @dataclass
 class Stage2:
-    "What every second stage takes: the data of the autoencoder, its run folder, and settings of its own."
-    data:tyro.conf.Positional[Path] # The data that the autoencoder was trained on
-    config:Annotated[TrainConfig, FLAGS]
-    run_folder:Annotated[Path, tyro.conf.arg(name='run')]=Path('runs/brain') # Run folder with the autoencoder
-    preset:Literal['tiny', 'laptop', 'gpu']='laptop' # Where the defaults below come from
-    subjects:Path|None=None # Table with one row a subject, if the autoencoder was trained with one
-    resume:bool=False # Go on where an earlier call stopped
+    """What every second stage takes: the data of the autoencoder, its run folder, and settings of its
+    own.
 
-    def open(self)->SliceDataset: # All splits
-        "The data, as the autoencoder saw it."
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
+
+    data: tyro.conf.Positional[Path]  # The data that the autoencoder was trained on
+    config: Annotated[TrainConfig, FLAGS]
+    # Run folder with the autoencoder
+    run_folder: Annotated[Path, tyro.conf.arg(name='run')] = Path('runs/brain')
+    preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'  # Where the defaults below come from
+    # Table with one row a subject, if the autoencoder was trained with one
+    subjects: Path | None = None
+    resume: bool = False  # Go on where an earlier call stopped
+
+    def open(self) -> SliceDataset:  # All splits
+        """The data, as the autoencoder saw it.
+
+        Returns
+        -------
+        SliceDataset
+            All splits.
+        """
         return open_dataset(self.data, data_config(self.run_folder, self.subjects))
 
 # %% ../../nbs/engineering/39_cli.ipynb #e0cd4a04
 @dataclass
 class TrainLDM(Stage2):
-    "Stage 2: learn to draw latents, given diagnosis, slice and other covariates. Needs the autoencoder of the same run folder."
-    config:Annotated[LDMConfig, FLAGS]
+    """Stage 2: learn to draw latents, given diagnosis, slice and other covariates.
 
-    def run(self)->int: # Exit status
+    Needs the autoencoder of the same run folder.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
+
+    config: Annotated[LDMConfig, FLAGS]
+
+    def run(self) -> int:  # Exit status
         train_ldm(self.open(), self.run_folder, self.config, self.resume)
-        print(f'{self.run_folder/"ldm.safetensors"}\nNext: brainldm sample {self.run_folder}, brainldm report {self.run_folder}')
+        print(
+            f'{self.run_folder/"ldm.safetensors"}\nNext: brainldm sample {self.run_folder},'
+            f' brainldm report {self.run_folder}'
+        )
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #2ee0fca1
 @dataclass
 class TrainPrior(Stage2):
-    "The other stage 2: a transformer that writes the codes of a VQ-VAE. Needs an autoencoder of --kind vq or fsq."
-    config:Annotated[PriorConfig, FLAGS]
+    """The other stage 2: a transformer that writes the codes of a VQ-VAE.
 
-    def run(self)->int: # Exit status
+    Needs an autoencoder of --kind vq or fsq.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
+
+    config: Annotated[PriorConfig, FLAGS]
+
+    def run(self) -> int:  # Exit status
         train_prior(self.open(), self.run_folder, self.config, self.resume)
-        print(f'{self.run_folder/"prior.safetensors"}\nNext: brainldm bits {self.run_folder} {self.data}, '
-              f'brainldm sample {self.run_folder} --generator prior')
+        print(
+            f'{self.run_folder/"prior.safetensors"}\nNext: brainldm bits {self.run_folder}'
+            f' {self.data}, brainldm sample {self.run_folder} --generator prior'
+        )
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #77a783ea
 @dataclass
 class TrainVolume(Stage2):
-    "After ldm: teach each slice to follow its neighbours, for whole brains. Needs the diffusion model of the same run folder."
-    config:Annotated[VolumeConfig, FLAGS]
+    """After ldm: teach each slice to follow its neighbours, for whole brains.
 
-    def run(self)->int: # Exit status
+    Needs the diffusion model of the same run folder.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
+
+    config: Annotated[VolumeConfig, FLAGS]
+
+    def run(self) -> int:  # Exit status
         train_volume(self.open(), self.run_folder, self.config, self.resume)
         print(f'{self.run_folder/"volume.safetensors"}\nNext: brainldm volume {self.run_folder}')
         return 0
@@ -216,39 +446,87 @@ class TrainVolume(Stage2):
 # %% ../../nbs/engineering/39_cli.ipynb #d32c54e9
 @dataclass
 class Train:
-    "Train stage 1 (autoencoder), a stage 2 (ldm: diffusion model; prior: transformer over codes), or whole brains (volume)."
-    stage:Union[TrainAutoencoder, TrainLDM, TrainPrior, TrainVolume]
+    """Train stage 1 (autoencoder), a stage 2 (ldm: diffusion model; prior: transformer over codes), or
+    whole brains (volume).
+    """
 
-    def run(self)->int: return self.stage.run()
+    stage: Union[TrainAutoencoder, TrainLDM, TrainPrior, TrainVolume]
+
+    def run(self) -> int:
+        return self.stage.run()
 
 # %% ../../nbs/engineering/39_cli.ipynb #5a40036f
 def describe_scores(
-    scores:dict, # As from `reconstruction_scores`
-    split:str, # Whose they are
-)->str: # A few lines to read
-    "Scores beside their floor, for a terminal."
-    low,n = scores['baseline_mean_slice'],scores['n_subjects_in_training']
-    lines = [f"{split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices", f"{'':12}{'run':>8}  {'mean-slice floor':>16}"]
+    scores: dict,  # As from `reconstruction_scores`
+    split: str,  # Whose they are
+) -> str:  # A few lines to read
+    """Scores beside their floor, for a terminal.
+
+    Parameters
+    ----------
+    scores : dict
+        As from `reconstruction_scores`.
+    split : str
+        Whose they are.
+
+    Returns
+    -------
+    str
+        A few lines to read.
+    """
+    low, n = scores['baseline_mean_slice'], scores['n_subjects_in_training']
+    lines = [
+        f"{split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices",
+        f"{'':12}{'run':>8}  {'mean-slice floor':>16}",
+    ]
     names = ('ssim', 'ssim_brain', 'psnr', 'sharpness')
     lines += [f'{k:12}{show_number(scores[k]):>8}  {show_number(low[k]):>16}' for k in names]
     if 'perplexity' in scores:
-        lines.append(f"codebook: {scores['codebook_usage']:.1%} of {scores['num_embeddings']:,} codes used, perplexity {scores['perplexity']:.0f}")
-    if n is None: lines.append('Note: the run was packed for others and does not say whom it was trained on.')
-    if n and split!='train': lines.append(f'Note: {n} of these subject names also occur among the subjects the run was trained on.')
+        lines.append(
+            f"codebook: {scores['codebook_usage']:.1%} of {scores['num_embeddings']:,} codes used,"
+            f" perplexity {scores['perplexity']:.0f}"
+        )
+    if n is None:
+        lines.append('Note: the run was packed for others and does not say whom it was trained on.')
+    if n and split != 'train':
+        lines.append(
+            f'Note: {n} of these subject names also occur among the subjects the run was'
+            ' trained on.'
+        )
     return '\n'.join(lines)
 
 # %% ../../nbs/engineering/39_cli.ipynb #2e5bdb42
 @dataclass
 class Reconstruct:
-    "Score reconstructions of one split beside the floor of predicting the mean slice. Also written to RUN/metrics.json."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
-    data:tyro.conf.Positional[Path] # Folder of pictures or volumes, or a CSV manifest
-    split:Literal['train', 'validate', 'test']='test' # Which subjects
-    subjects:Path|None=None # Table with one row a subject; None: the one of the run
-    as_json:Annotated[bool, tyro.conf.arg(name='json')]=False # Print one JSON object and nothing else
+    """Score reconstructions of one split beside the floor of predicting the mean slice.
 
-    def run(self)->int: # Exit status
-        model,settings = BrainLDM.load(self.run_folder),data_config(self.run_folder, self.subjects)
+    Also written to RUN/metrics.json.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    data : tyro.conf.Positional[Path]
+        Folder of pictures or volumes, or a CSV manifest.
+    split : Literal['train', 'validate', 'test'], default 'test'
+        Which subjects.
+    subjects : Path | None, default None
+        Table with one row a subject; None: the one of the run.
+    as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
+        Print one JSON object and nothing else.
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
+    data: tyro.conf.Positional[Path]  # Folder of pictures or volumes, or a CSV manifest
+    split: Literal['train', 'validate', 'test'] = 'test'  # Which subjects
+    subjects: Path | None = None  # Table with one row a subject; None: the one of the run
+    # Print one JSON object and nothing else
+    as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
+
+    def run(self) -> int:  # Exit status
+        model, settings = BrainLDM.load(self.run_folder), data_config(
+            self.run_folder, self.subjects
+        )
         dataset = open_dataset(self.data, settings, progress=not self.as_json).subset(self.split)
         scores = reconstruction_scores(model, dataset, self.run_folder, progress=not self.as_json)
         merge_metrics(self.run_folder, f'reconstruction {self.split}', scores)
@@ -258,362 +536,985 @@ class Reconstruct:
 # %% ../../nbs/engineering/39_cli.ipynb #35cdaa88
 @dataclass
 class Bits:
-    "What the codes of a split cost the prior, in bits, beside uniform codes and histograms. Also written to RUN/metrics.json."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder with a trained prior
-    data:tyro.conf.Positional[Path] # The data that it was trained on
-    split:Literal['train', 'validate', 'test']='test' # Whose slices; the validate subjects have chosen the weights
-    subjects:Path|None=None # Table with one row a subject; None: the one of the run
-    as_json:Annotated[bool, tyro.conf.arg(name='json')]=False # Print one JSON object and nothing else
+    """What the codes of a split cost the prior, in bits, beside uniform codes and histograms.
 
-    def run(self)->int: # Exit status
-        dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects), progress=not self.as_json)
+    Also written to RUN/metrics.json.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder with a trained prior.
+    data : tyro.conf.Positional[Path]
+        The data that it was trained on.
+    split : Literal['train', 'validate', 'test'], default 'test'
+        Whose slices; the validate subjects have chosen the weights.
+    subjects : Path | None, default None
+        Table with one row a subject; None: the one of the run.
+    as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
+        Print one JSON object and nothing else.
+    """
+
+    # Run folder with a trained prior
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+    data: tyro.conf.Positional[Path]  # The data that it was trained on
+    # Whose slices; the validate subjects have chosen the weights
+    split: Literal['train', 'validate', 'test'] = 'test'
+    subjects: Path | None = None  # Table with one row a subject; None: the one of the run
+    # Print one JSON object and nothing else
+    as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
+
+    def run(self) -> int:  # Exit status
+        dataset = open_dataset(
+            self.data, data_config(self.run_folder, self.subjects), progress=not self.as_json
+        )
         model = CodeSampler.load(self.run_folder)
         refuse_leak(read_config(self.run_folder), dataset, self.run_folder)
         note_changes(self.run_folder, 'prior', dataset, model.autoencoder)
         scores = prior_scores(model, dataset, self.split, progress=not self.as_json)
         merge_metrics(self.run_folder, f'bits {self.split}', scores)
-        lines = [f"{self.split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices; bits per code"]
-        lines += [f'{k:12}{show_number(v):>8}' for k,v in scores['bits'].items()]
+        lines = [
+            f"{self.split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices; bits per"
+            " code"
+        ]
+        lines += [f'{k:12}{show_number(v):>8}' for k, v in scores['bits'].items()]
         print(json.dumps(scores) if self.as_json else '\n'.join(lines))
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #8911c448
 def describe_covariates(
-    covariates:tuple, # Covariates of a model
-)->str: # One phrase each
-    "What can be asked for, in words."
-    return ', '.join(f"{c.name} ({'|'.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'})" for c in covariates)
+    covariates: tuple,  # Covariates of a model
+) -> str:  # One phrase each
+    """What can be asked for, in words.
+
+    Parameters
+    ----------
+    covariates : tuple
+        Covariates of a model.
+
+    Returns
+    -------
+    str
+        One phrase each.
+    """
+    return ', '.join(
+        f"{c.name}"
+        f" ({'|'.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'})"
+        for c in covariates
+    )
 
 # %% ../../nbs/engineering/39_cli.ipynb #18e35dda
 def read_pairs(
-    pairs:tuple[str, ...], # Texts of the form name=value
-)->dict[str, str]: # Values by name, as they were written: what a value means, its covariate decides
-    "Read name=value. Raises ValueError for anything else, or for a name that comes twice."
+    pairs: tuple[str, ...],  # Texts of the form name=value
+    # Values by name, as they were written: what a value means, its covariate decides
+) -> dict[str, str]:
+    """Read name=value.
+
+    Parameters
+    ----------
+    pairs : tuple[str, ...]
+        Texts of the form name=value.
+
+    Returns
+    -------
+    dict[str, str]
+
+    Raises
+    ------
+    ValueError
+        For anything else, or for a name that comes twice.
+    """
     out = {}
     for pair in pairs:
-        name,sign,value = pair.partition('=')
-        if not (name and sign and value) or name in out: raise ValueError(
-            f"brainldm: condition {pair!r}. Expected name=value, each name once. Try apoe=e4.")
+        name, sign, value = pair.partition('=')
+        if not (name and sign and value) or name in out:
+            raise ValueError(
+                f"brainldm: condition {pair!r}. Expected name=value, each name once. Try apoe=e4."
+            )
         out[name] = value
     return out
 
 # %% ../../nbs/engineering/39_cli.ipynb #3d58572c
 def read_condition_flags(
-    own:dict, # Covariates that have a flag of their own, None where it was not given
-    pairs:tuple[str, ...], # Other covariates, each as name=value
-    covariates:tuple, # What the model knows
-    flag:str='--condition', # Where the pairs come from, for the message
-)->dict: # What is asked for, by name: levels as text, numbers as float
-    "Join flags and conditions. Raises ValueError for a name that has a flag, and as `read_conditions` does."
-    requested,known = {k: v for k,v in own.items() if v is not None},[c.name for c in covariates]
-    for name,value in read_pairs(pairs).items():
-        if name in own: raise ValueError(f"brainldm: {flag} {name}={value}. Expected a flag. Try --{name} {value}.")
-        if name not in known: raise ValueError(f"brainldm: {flag} {name}={value}. Expected one of {', '.join(known) or 'nothing'}, "
-                                               "what the run knows. Check the spelling, or leave it out.")
+    own: dict,  # Covariates that have a flag of their own, None where it was not given
+    pairs: tuple[str, ...],  # Other covariates, each as name=value
+    covariates: tuple,  # What the model knows
+    flag: str = '--condition',  # Where the pairs come from, for the message
+) -> dict:  # What is asked for, by name: levels as text, numbers as float
+    """Join flags and conditions.
+
+    Parameters
+    ----------
+    own : dict
+        Covariates that have a flag of their own, None where it was not given.
+    pairs : tuple[str, ...]
+        Other covariates, each as name=value.
+    covariates : tuple
+        What the model knows.
+    flag : str, default '--condition'
+        Where the pairs come from, for the message.
+
+    Returns
+    -------
+    dict
+        What is asked for, by name: levels as text, numbers as float.
+
+    Raises
+    ------
+    ValueError
+        For a name that has a flag, and as `read_conditions` does.
+    """
+    requested, known = {k: v for k, v in own.items() if v is not None}, [c.name for c in covariates]
+    for name, value in read_pairs(pairs).items():
+        if name in own:
+            raise ValueError(
+                f"brainldm: {flag} {name}={value}. Expected a flag. Try --{name} {value}."
+            )
+        if name not in known:
+            raise ValueError(
+                f"brainldm: {flag} {name}={value}. Expected one of {', '.join(known) or 'nothing'},"
+                " what the run knows. Check the spelling, or leave it out."
+            )
         requested[name] = value
-    return read_conditions({k: str(v) for k,v in requested.items()}, covariates)
+    return read_conditions({k: str(v) for k, v in requested.items()}, covariates)
 
 # %% ../../nbs/engineering/39_cli.ipynb #eb3e0b9e
 def next_folder(
-    stem:Path, # What the name begins with
-)->Path: # STEM_000, or the first number not taken; new and empty
-    "Make the next folder of a row. Two commands that ask at once get two: the system makes a folder for one of them."
+    stem: Path,  # What the name begins with
+) -> Path:  # STEM_000, or the first number not taken; new and empty
+    """Make the next folder of a row.
+
+    Two commands that ask at once get two: the system makes a folder for one of them.
+
+    Parameters
+    ----------
+    stem : Path
+        What the name begins with.
+
+    Returns
+    -------
+    Path
+        STEM_000, or the first number not taken; new and empty.
+    """
     for i in range(1_000_000):
-        try: return make_folder(stem.with_name(f'{stem.name}_{i:03d}'))
-        except FileExistsError: continue
-    raise FileExistsError(f"brainldm: {stem}_000 to {stem}_999999 exist. Expected a free number. Remove some, or give --out.")
+        try:
+            return make_folder(stem.with_name(f'{stem.name}_{i:03d}'))
+        except FileExistsError:
+            continue
+    raise FileExistsError(
+        f"brainldm: {stem}_000 to {stem}_999999 exist. Expected a free number. Remove some, or give"
+        " --out."
+    )
 
 # %% ../../nbs/engineering/39_cli.ipynb #7c3da53b
 def output_folder(
-    out:Path|None, # Folder that was asked for
-    stem:Path, # What a name of our own begins with
-)->Path: # Where the result goes
+    out: Path | None,  # Folder that was asked for
+    stem: Path,  # What a name of our own begins with
+) -> Path:  # Where the result goes
     """The folder that was asked for, or a new one of a row: called when there is something to save.
 
-    So a command that is refused or stopped leaves no empty folder behind. Raises FileExistsError."""
+    So a command that is refused or stopped leaves no empty folder behind.
+
+    Parameters
+    ----------
+    out : Path | None
+        Folder that was asked for.
+    stem : Path
+        What a name of our own begins with.
+
+    Returns
+    -------
+    Path
+        Where the result goes.
+
+    Raises
+    ------
+    FileExistsError
+    """
     return refuse_taken(out) if out else next_folder(stem)
 
 # %% ../../nbs/engineering/39_cli.ipynb #03e10b78
 @dataclass(kw_only=True)
 class SamplingFlags:
-    "Who draws, and how."
-    generator:Literal['auto', 'ldm', 'prior', 'stage1']='auto' # Diffusion model; transformer over codes; random latents, a floor; auto: what the run has
-    guidance_scale:float=1. # (ldm, prior) 1 follows the data, above 1 exaggerates the conditions
-    scale:tuple[str, ...]=() # (ldm) In its place, a scale for single covariates, each as name=number
-    guidance_interval:tuple[float, float]=(0., 1.) # (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise
-    guidance_rescale:float=0. # (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1
-    steps:int=30 # (ldm) Denoising steps
-    sampler:Literal['ddim', 'dpmpp', 'ddpm']='ddim' # (ldm) ddim, dpmpp: few steps; ddpm: ancestral
-    temperature:float=1. # (prior) Below 1: bolder about probable codes; above 1: more random
-    top_k:int|None=None # (prior) Choose among so many codes only
-    top_p:float=1. # (prior) Choose among the codes that hold this share of the probability
-    seed:int=0 # Same seed, same machine: same pictures
+    """Who draws, and how.
+
+    Attributes
+    ----------
+    generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
+        Diffusion model; transformer over codes; random latents, a floor; auto: what the run has.
+    guidance_scale : float, default 1.0
+        (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
+    scale : tuple[str, ...], default ()
+        (ldm) In its place, a scale for single covariates, each as name=number.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1.
+    steps : int, default 30
+        (ldm) Denoising steps.
+    sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
+        (ldm) ddim, dpmpp: few steps; ddpm: ancestral.
+    temperature : float, default 1.0
+        (prior) Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        (prior) Choose among so many codes only.
+    top_p : float, default 1.0
+        (prior) Choose among the codes that hold this share of the probability.
+    seed : int, default 0
+        Same seed, same machine: same pictures.
+    """
+
+    # Diffusion model; transformer over codes; random latents, a floor; auto: what the run has
+    generator: Literal['auto', 'ldm', 'prior', 'stage1'] = 'auto'
+    # (ldm, prior) 1 follows the data, above 1 exaggerates the conditions
+    guidance_scale: float = 1.0
+    # (ldm) In its place, a scale for single covariates, each as name=number
+    scale: tuple[str, ...] = ()
+    # (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    # (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1
+    guidance_rescale: float = 0.0
+    steps: int = 30  # (ldm) Denoising steps
+    # (ldm) ddim, dpmpp: few steps; ddpm: ancestral
+    sampler: Literal['ddim', 'dpmpp', 'ddpm'] = 'ddim'
+    temperature: float = 1.0  # (prior) Below 1: bolder about probable codes; above 1: more random
+    top_k: int | None = None  # (prior) Choose among so many codes only
+    top_p: float = 1.0  # (prior) Choose among the codes that hold this share of the probability
+    seed: int = 0  # Same seed, same machine: same pictures
 
 # %% ../../nbs/engineering/39_cli.ipynb #3e50b51b
 def pick_generator(
-    run:Path, # Run folder
-    requested:str, # 'ldm', 'prior', 'stage1', or 'auto' to leave it to the run
-)->str: # What shall draw
-    "The diffusion model, or the prior of a run that has nothing else."
-    if requested!='auto': return requested
-    has = {k: (Path(run)/f'{k}.safetensors').is_file() for k in ('ldm', 'prior')}
+    run: Path,  # Run folder
+    requested: str,  # 'ldm', 'prior', 'stage1', or 'auto' to leave it to the run
+) -> str:  # What shall draw
+    """The diffusion model, or the prior of a run that has nothing else.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    requested : str
+        'ldm', 'prior', 'stage1', or 'auto' to leave it to the run.
+
+    Returns
+    -------
+    str
+        What shall draw.
+    """
+    if requested != 'auto':
+        return requested
+    has = {k: (Path(run) / f'{k}.safetensors').is_file() for k in ('ldm', 'prior')}
     return 'prior' if has['prior'] and not has['ldm'] else 'ldm'
 
 # %% ../../nbs/engineering/39_cli.ipynb #51795b21
-GENERATOR_OPTIONS = dict(ldm=('guidance_scale', 'scale', 'guidance_interval', 'guidance_rescale', 'steps', 'sampler'),
-             prior=('guidance_scale', 'temperature', 'top_k', 'top_p'), stage1=()) # Generator -> its knobs
+GENERATOR_OPTIONS = dict(
+    ldm=('guidance_scale', 'scale', 'guidance_interval', 'guidance_rescale', 'steps', 'sampler'),
+    # Generator -> its knobs
+    prior=('guidance_scale', 'temperature', 'top_k', 'top_p'),
+    stage1=(),
+)
 
 # %% ../../nbs/engineering/39_cli.ipynb #2f41f179
 def read_scales(
-    pairs:tuple[str, ...], # Texts of the form name=number
-)->dict[str, float]: # Guidance scale by covariate
-    "Read a scale for each covariate. Raises ValueError for what is no number."
+    pairs: tuple[str, ...],  # Texts of the form name=number
+) -> dict[str, float]:  # Guidance scale by covariate
+    """Read a scale for each covariate.
+
+    Parameters
+    ----------
+    pairs : tuple[str, ...]
+        Texts of the form name=number.
+
+    Returns
+    -------
+    dict[str, float]
+        Guidance scale by covariate.
+
+    Raises
+    ------
+    ValueError
+        For what is no number.
+    """
     out = {}
-    for name,value in read_pairs(pairs).items():
-        try: out[name] = float(value)
-        except ValueError: raise ValueError(
-            f"brainldm: --scale {name}={value}. Expected a number. Try --scale {name}=2.") from None
+    for name, value in read_pairs(pairs).items():
+        try:
+            out[name] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"brainldm: --scale {name}={value}. Expected a number. Try --scale {name}=2."
+            ) from None
     return out
 
 # %% ../../nbs/engineering/39_cli.ipynb #de2c8605
 def generator_options(
-    command, # A `SamplingFlags`
-)->dict: # The knobs of its generator, by name
-    "Take what the generator listens to. Raises ValueError for a knob that was turned in vain."
+    command,  # A `SamplingFlags`
+) -> dict:  # The knobs of its generator, by name
+    """Take what the generator listens to.
+
+    Parameters
+    ----------
+    command
+        A `SamplingFlags`.
+
+    Returns
+    -------
+    dict
+        The knobs of its generator, by name.
+
+    Raises
+    ------
+    ValueError
+        For a knob that was turned in vain.
+    """
     default = {f.name: f.default for f in dataclasses.fields(command)}
-    vain = [k for k in dict.fromkeys(sum(GENERATOR_OPTIONS.values(), ())) if k not in GENERATOR_OPTIONS[command.generator] and getattr(command, k)!=default[k]]
-    if vain: raise ValueError(f"sample: --{vain[0].replace('_', '-')} does nothing with --generator {command.generator}. "
-                              f"Expected only {', '.join(GENERATOR_OPTIONS[command.generator]) or 'no knobs'}. Leave it out.")
+    vain = [
+        k
+        for k in dict.fromkeys(sum(GENERATOR_OPTIONS.values(), ()))
+        if k not in GENERATOR_OPTIONS[command.generator] and getattr(command, k) != default[k]
+    ]
+    if vain:
+        raise ValueError(
+            f"sample: --{vain[0].replace('_', '-')} does nothing with --generator"
+            f" {command.generator}. Expected only"
+            f" {', '.join(GENERATOR_OPTIONS[command.generator]) or 'no knobs'}. Leave it out."
+        )
     knobs = {k: getattr(command, k) for k in GENERATOR_OPTIONS[command.generator]}
     scales = read_scales(knobs.pop('scale', ()))
-    if scales and command.guidance_scale!=1: raise ValueError(
-        "sample: --scale and --guidance-scale. Expected one of them: a scale for each covariate, or one for all. Leave one out.")
+    if scales and command.guidance_scale != 1:
+        raise ValueError(
+            "sample: --scale and --guidance-scale. Expected one of them: a scale for each"
+            " covariate, or one for all. Leave one out."
+        )
     return dict(knobs, guidance_scale=scales) if scales else knobs
 
 # %% ../../nbs/engineering/39_cli.ipynb #e1cca9c3
 def sample_across_processes(
-    draw:Callable[[int, int], Tensor], # Called as draw(n, first): images, or brains, first, first+1, …
-    n:int, # How many in all
-)->Tensor|None: # All of them (n, ...) in the first process, None in the others
-    "Share a drawing among the processes of `accelerate launch`; a single process draws it all."
+    # Called as draw(n, first): images, or brains, first, first+1, …
+    draw: Callable[[int, int], Tensor],
+    n: int,  # How many in all
+) -> Tensor | None:  # All of them (n, ...) in the first process, None in the others
+    """Share a drawing among the processes of `accelerate launch`; a single process draws it all.
+
+    Parameters
+    ----------
+    draw : Callable[[int, int], Tensor]
+        Called as draw(n, first): images, or brains, first, first+1, …
+    n : int
+        How many in all.
+
+    Returns
+    -------
+    Tensor | None
+        All of them (n, ...) in the first process, None in the others.
+    """
     state = process_state()
-    start,stop = (-(-n*(state.process_index+k)//state.num_processes) for k in (0, 1))      # the first has the first image
-    parts = gather_object([draw(stop-start, start)] if stop>start or n<1 else [])           # draw refuses less than 1
+    # the first has the first image
+    start, stop = (-(-n * (state.process_index + k) // state.num_processes) for k in (0, 1))
+    # draw refuses less than 1
+    parts = gather_object([draw(stop - start, start)] if stop > start or n < 1 else [])
     return torch.cat(parts) if state.is_main_process else None
 
 # %% ../../nbs/engineering/39_cli.ipynb #1a429a01
 @dataclass
 class Sample(SamplingFlags):
-    "Draw new slices. Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
-    n:int=8 # Pictures
-    diagnosis:str|None=None # AD or NC, or whatever the data calls it; leave out: open
-    slice:float|None=None # Slice number as in the training data
-    age:float|None=None # Years
-    sex:str|None=None # As written in the training data
-    condition:tuple[str, ...]=() # Other covariates, each as name=value
-    out:Path|None=None # New folder; None: RUN/samples/drawn_000 and so on
+    """Draw new slices.
 
-    def run(self)->int: # Exit status
+    Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film.
+
+    Attributes
+    ----------
+    generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
+        Diffusion model; transformer over codes; random latents, a floor; auto: what the run has.
+    guidance_scale : float, default 1.0
+        (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
+    scale : tuple[str, ...], default ()
+        (ldm) In its place, a scale for single covariates, each as name=number.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1.
+    steps : int, default 30
+        (ldm) Denoising steps.
+    sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
+        (ldm) ddim, dpmpp: few steps; ddpm: ancestral.
+    temperature : float, default 1.0
+        (prior) Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        (prior) Choose among so many codes only.
+    top_p : float, default 1.0
+        (prior) Choose among the codes that hold this share of the probability.
+    seed : int, default 0
+        Same seed, same machine: same pictures.
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    n : int, default 8
+        Pictures.
+    diagnosis : str | None, default None
+        AD or NC, or whatever the data calls it; leave out: open.
+    slice : float | None, default None
+        Slice number as in the training data.
+    age : float | None, default None
+        Years.
+    sex : str | None, default None
+        As written in the training data.
+    condition : tuple[str, ...], default ()
+        Other covariates, each as name=value.
+    out : Path | None, default None
+        New folder; None: RUN/samples/drawn_000 and so on.
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
+    n: int = 8  # Pictures
+    diagnosis: str | None = None  # AD or NC, or whatever the data calls it; leave out: open
+    slice: float | None = None  # Slice number as in the training data
+    age: float | None = None  # Years
+    sex: str | None = None  # As written in the training data
+    condition: tuple[str, ...] = ()  # Other covariates, each as name=value
+    out: Path | None = None  # New folder; None: RUN/samples/drawn_000 and so on
+
+    def run(self) -> int:  # Exit status
         self.generator = pick_generator(self.run_folder, self.generator)
-        options,frames = generator_options(self),[]
-        if self.out: refuse_taken(self.out)                                    # before any work
-        model = (CodeSampler if self.generator=='prior' else BrainLDM).load(self.run_folder)
-        requested = read_condition_flags(dict(diagnosis=self.diagnosis, slice=self.slice, age=self.age, sex=self.sex), self.condition,
-                             (*model.covariates, *model.autoencoder.covariates, *filter(None, [model.slice_covariate])))
+        options, frames = generator_options(self), []
+        if self.out:
+            refuse_taken(self.out)  # before any work
+        model = (CodeSampler if self.generator == 'prior' else BrainLDM).load(self.run_folder)
+        requested = read_condition_flags(
+            dict(diagnosis=self.diagnosis, slice=self.slice, age=self.age, sex=self.sex),
+            self.condition,
+            (
+                *model.covariates,
+                *model.autoencoder.covariates,
+                *filter(None, [model.slice_covariate]),
+            ),
+        )
         draw = partial(model.sample_stage1, **requested, seed=self.seed)
-        if self.generator!='stage1': draw = partial(model.sample, **requested, **options, seed=self.seed, progress=process_state().is_main_process)
-        if self.generator=='ldm': draw = partial(draw, callback=lambda i,t,p: frames.append(p))
-        def part(n, first):                                                    # the film shows four, all of the first process
-            shown = range(min(n, 4)) if first==0 else ()
-            return draw(n, first=first, **(dict(watched=shown) if self.generator=='ldm' else {}))
+        if self.generator != 'stage1':
+            draw = partial(
+                model.sample,
+                **requested,
+                **options,
+                seed=self.seed,
+                progress=process_state().is_main_process,
+            )
+        if self.generator == 'ldm':
+            draw = partial(draw, callback=lambda i, t, p: frames.append(p))
+
+        def part(n, first):  # the film shows four, all of the first process
+            shown = range(min(n, 4)) if first == 0 else ()
+            return draw(n, first=first, **(dict(watched=shown) if self.generator == 'ldm' else {}))
+
         images = sample_across_processes(part, self.n)
-        if images is None: return 0                                          # the first process saves
-        about = {k: v if np.isscalar(v) else str(v) for k,v in options.items()}
-        about['audit'] = audit_verdicts(read_metrics(self.run_folder), self.run_folder).get(self.generator, 'not audited')
-        folder = save_images(images, output_folder(self.out, self.run_folder/'samples'/'drawn'), requested, dict(generator=self.generator, **about, seed=self.seed))
-        if frames: save_gif([*frames, images[:len(frames[0])]], folder/'denoising.gif')
-        print(f'{self.n} synthetic pictures in {folder}', f'Known covariates: {describe_covariates(model.covariates) or "none"}',
-              audit_summary(self.run_folder, self.generator), sep='\n')
+        if images is None:
+            return 0  # the first process saves
+        about = {k: v if np.isscalar(v) else str(v) for k, v in options.items()}
+        about['audit'] = audit_verdicts(read_metrics(self.run_folder), self.run_folder).get(
+            self.generator, 'not audited'
+        )
+        folder = save_images(
+            images,
+            output_folder(self.out, self.run_folder / 'samples' / 'drawn'),
+            requested,
+            dict(generator=self.generator, **about, seed=self.seed),
+        )
+        if frames:
+            save_gif([*frames, images[: len(frames[0])]], folder / 'denoising.gif')
+        print(
+            f'{self.n} synthetic pictures in {folder}',
+            f'Known covariates: {describe_covariates(model.covariates) or "none"}',
+            audit_summary(self.run_folder, self.generator),
+            sep='\n',
+        )
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #325f6257
 def conditions_of_rows(
-    rows:pd.DataFrame, # Rows of a manifest
-    covariates:tuple, # What a model knows
-)->dict: # A list of values by name; None where there is none, or one that the model has never seen
-    "What the data says of some subjects, as far as a model can understand it; what it cannot is said aloud."
+    rows: pd.DataFrame,  # Rows of a manifest
+    covariates: tuple,  # What a model knows
+    # A list of values by name; None where there is none, or one that the model has never seen
+) -> dict:
+    """What the data says of some subjects, as far as a model can understand it; what it cannot is said
+    aloud.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows of a manifest.
+    covariates : tuple
+        What a model knows.
+
+    Returns
+    -------
+    dict
+    """
     out = {}
     for c in covariates:
-        values = rows[c.name].astype(object).where(rows[c.name].notna(), None) if c.name in rows else [None]*len(rows)
+        values = (
+            rows[c.name].astype(object).where(rows[c.name].notna(), None)
+            if c.name in rows
+            else [None] * len(rows)
+        )
+
         def known(v):
-            try: return read_value(v, c)
-            except ValueError: return None
+            try:
+                return read_value(v, c)
+            except ValueError:
+                return None
+
         out[c.name] = [known(v) for v in values]
-        lost = [v for v,o in zip(values, out[c.name]) if o is None and v is not None]
+        lost = [v for v, o in zip(values, out[c.name]) if o is None and v is not None]
         span = f"{c.range[0]:g} to {c.range[1]:g}" if c.range else ', '.join(c.values or ())
-        if lost: print(f'Note: {c.name} of {len(lost)} row(s), such as {lost[0]}, lies outside {span}, '
-                       'which this run knows: left open there.')
+        if lost:
+            print(
+                f'Note: {c.name} of {len(lost)} row(s), such as {lost[0]}, lies outside {span}, '
+                'which this run knows: left open there.'
+            )
     return out
 
 # %% ../../nbs/engineering/39_cli.ipynb #d65c9a9a
 @dataclass
 class Edit:
-    "Show scans under changed conditions: the same heads with another diagnosis, age or sex. The result is as private as the scans."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
-    data:tyro.conf.Positional[Path] # The data that it was trained on
-    to:tuple[str, ...] # What shall be otherwise, each as name=value: diagnosis=AD age=80
-    split:Literal['train', 'validate', 'test']='test' # Whose scans
-    n:int=8 # Scans, spread over the split
-    strength:float=1. # Share of the walk to undo: below 1 the coarse shape is kept
-    steps:int=50 # Steps of the whole walk, each way
-    refine:int=1 # Corrections of each step on the way to the noise
-    guidance_scale:float=1. # Above 1 exaggerates the change
-    subjects:Path|None=None # Table with one row a subject; None: the one of the run
-    out:Path|None=None # New folder; None: RUN/samples/edited_000 and so on
+    """Show scans under changed conditions: the same heads with another diagnosis, age or sex.
 
-    def run(self)->int: # Exit status
-        if self.n<1 or not self.to: raise ValueError(
-            f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to diagnosis=AD.")
-        if self.out: refuse_taken(self.out)                                    # before any work
-        dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects)).subset(self.split)
-        at = np.unique(np.linspace(0, len(dataset)-1, min(self.n, len(dataset))).round().astype(int))
-        model,scans,rows = BrainLDM.load(self.run_folder),dataset.__getitems__(at)['image'],dataset.manifest.iloc[at]
+    The result is as private as the scans.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    data : tyro.conf.Positional[Path]
+        The data that it was trained on.
+    to : tuple[str, ...]
+        What shall be otherwise, each as name=value: diagnosis=AD age=80.
+    split : Literal['train', 'validate', 'test'], default 'test'
+        Whose scans.
+    n : int, default 8
+        Scans, spread over the split.
+    strength : float, default 1.0
+        Share of the walk to undo: below 1 the coarse shape is kept.
+    steps : int, default 50
+        Steps of the whole walk, each way.
+    refine : int, default 1
+        Corrections of each step on the way to the noise.
+    guidance_scale : float, default 1.0
+        Above 1 exaggerates the change.
+    subjects : Path | None, default None
+        Table with one row a subject; None: the one of the run.
+    out : Path | None, default None
+        New folder; None: RUN/samples/edited_000 and so on.
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
+    data: tyro.conf.Positional[Path]  # The data that it was trained on
+    to: tuple[str, ...]  # What shall be otherwise, each as name=value: diagnosis=AD age=80
+    split: Literal['train', 'validate', 'test'] = 'test'  # Whose scans
+    n: int = 8  # Scans, spread over the split
+    strength: float = 1.0  # Share of the walk to undo: below 1 the coarse shape is kept
+    steps: int = 50  # Steps of the whole walk, each way
+    refine: int = 1  # Corrections of each step on the way to the noise
+    guidance_scale: float = 1.0  # Above 1 exaggerates the change
+    subjects: Path | None = None  # Table with one row a subject; None: the one of the run
+    out: Path | None = None  # New folder; None: RUN/samples/edited_000 and so on
+
+    def run(self) -> int:  # Exit status
+        if self.n < 1 or not self.to:
+            raise ValueError(
+                f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to"
+                " diagnosis=AD."
+            )
+        if self.out:
+            refuse_taken(self.out)  # before any work
+        dataset = open_dataset(self.data, data_config(self.run_folder, self.subjects)).subset(
+            self.split
+        )
+        at = np.unique(
+            np.linspace(0, len(dataset) - 1, min(self.n, len(dataset))).round().astype(int)
+        )
+        model, scans, rows = (
+            BrainLDM.load(self.run_folder),
+            dataset.__getitems__(at)['image'],
+            dataset.manifest.iloc[at],
+        )
         given = conditions_of_rows(rows, model.covariates)
-        to,options = read_condition_flags({}, self.to, model.covariates, '--to'),dict(strength=self.strength, steps=self.steps, refine=self.refine)
+        to, options = read_condition_flags({}, self.to, model.covariates, '--to'), dict(
+            strength=self.strength, steps=self.steps, refine=self.refine
+        )
         same = model.counterfactual(scans, {}, given, **options)
         new = model.counterfactual(scans, to, given, guidance_scale=self.guidance_scale, **options)
-        requested = {**given, **{k: [v]*len(at) for k,v in to.items()}}
+        requested = {**given, **{k: [v] * len(at) for k, v in to.items()}}
         about = dict(options, guidance_scale=self.guidance_scale, changed=' '.join(self.to))
-        folder = save_images(new, output_folder(self.out, self.run_folder/'samples'/'edited'), requested, about, owners=rows.subject.astype(str).tolist())
-        shown = torch.stack([scans, same, new, (new-same)*2])[:, :8, 0]
+        folder = save_images(
+            new,
+            output_folder(self.out, self.run_folder / 'samples' / 'edited'),
+            requested,
+            about,
+            owners=rows.subject.astype(str).tolist(),
+        )
+        shown = torch.stack([scans, same, new, (new - same) * 2])[:, :8, 0]
         names = ['scan', 'round trip', ' '.join(self.to), 'difference x 2']
-        save_figure(show_grid(shown, row_labels=names, title='The same heads, one thing changed'), folder/'before_and_after.png')
-        print(f'{len(at)} changed scans in {folder}; a picture of all steps: {folder/"before_and_after.png"}')
+        save_figure(
+            show_grid(shown, row_labels=names, title='The same heads, one thing changed'),
+            folder / 'before_and_after.png',
+        )
+        print(
+            f'{len(at)} changed scans in {folder}; a picture of all steps:'
+            f' {folder/"before_and_after.png"}'
+        )
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #e4e22bdc
 def describe_space(
-    spacing:tuple[float, float]|None, # Size of a pixel and distance of slices, mm; None: not known
-    left_known:bool, # Whether left is known
-)->str: # One line or two
-    "What a generated volume claims about space, and how to state what it does not know."
-    said = ('voxels of {0:g} x {0:g} x {1:g} mm'.format(*spacing) if spacing else
-            'The voxel size of the training data is not known, and the NIfTI claims none. State it with --voxel-mm PIXEL SLICE.')
-    return said if left_known else said+('\nWhich side is left is not known, and the NIfTI does not say. '
-                                         'State that images show left on the left with --left-on-left.')
+    # Size of a pixel and distance of slices, mm; None: not known
+    spacing: tuple[float, float] | None,
+    left_known: bool,  # Whether left is known
+) -> str:  # One line or two
+    """What a generated volume claims about space, and how to state what it does not know.
+
+    Parameters
+    ----------
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+    left_known : bool
+        Whether left is known.
+
+    Returns
+    -------
+    str
+        One line or two.
+    """
+    said = (
+        'voxels of {0:g} x {0:g} x {1:g} mm'.format(*spacing)
+        if spacing
+        else (
+            'The voxel size of the training data is not known, and the NIfTI claims none. State it'
+            ' with --voxel-mm PIXEL SLICE.'
+        )
+    )
+    return (
+        said
+        if left_known
+        else said
+        + '\nWhich side is left is not known, and the NIfTI does not say. '
+        'State that images show left on the left with --left-on-left.'
+    )
 
 # %% ../../nbs/engineering/39_cli.ipynb #b47493e8
 @dataclass
 class Volume:
-    "Draw whole brains. Saved as NIfTI marked as synthetic, with a film through the slices and three cuts."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder, after `brainldm train volume`
-    n:int=1 # Brains
-    diagnosis:str|None=None # AD or NC, or whatever the data calls it; leave out: open
-    age:float|None=None # Years
-    sex:str|None=None # As written in the training data
-    condition:tuple[str, ...]=() # Other covariates, each as name=value
-    steps:int=20 # Denoising steps a slice
-    guidance_scale:float=1. # 1 follows the data, above 1 exaggerates the conditions
-    sampler:Literal['ddim', 'dpmpp']='ddim' # Both walk without fresh noise
-    shared_noise:float|None=None # In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1
-    voxel_mm:tuple[float, float]|None=None # Size of a pixel and distance of slices of the training data, mm; None: as its files say
-    spacing_mm:tuple[float, float]|None=None # The same of the generated brains; None: worked out from voxel_mm, crop and size
-    left_on_left:bool=False # State that the training images show the subject's left on the left, where their files do not say
-    seed:int=0 # Same seed, same machine: same brains
-    out:Path|None=None # New folder; None: RUN/samples/brains_000 and so on
+    """Draw whole brains.
 
-    def run(self)->int: # Exit status
-        options = dict(steps=self.steps, guidance_scale=self.guidance_scale, sampler=self.sampler, seed=self.seed)
+    Saved as NIfTI marked as synthetic, with a film through the slices and three cuts.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder, after `brainldm train volume`.
+    n : int, default 1
+        Brains.
+    diagnosis : str | None, default None
+        AD or NC, or whatever the data calls it; leave out: open.
+    age : float | None, default None
+        Years.
+    sex : str | None, default None
+        As written in the training data.
+    condition : tuple[str, ...], default ()
+        Other covariates, each as name=value.
+    steps : int, default 20
+        Denoising steps a slice.
+    guidance_scale : float, default 1.0
+        1 follows the data, above 1 exaggerates the conditions.
+    sampler : Literal['ddim', 'dpmpp'], default 'ddim'
+        Both walk without fresh noise.
+    shared_noise : float | None, default None
+        In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1.
+    voxel_mm : tuple[float, float] | None, default None
+        Size of a pixel and distance of slices of the training data, mm; None: as its files say.
+    spacing_mm : tuple[float, float] | None, default None
+        The same of the generated brains; None: worked out from voxel_mm, crop and size.
+    left_on_left : bool, default False
+        State that the training images show the subject's left on the left, where their files do not
+        say.
+    seed : int, default 0
+        Same seed, same machine: same brains.
+    out : Path | None, default None
+        New folder; None: RUN/samples/brains_000 and so on.
+    """
+
+    # Run folder, after `brainldm train volume`
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+    n: int = 1  # Brains
+    diagnosis: str | None = None  # AD or NC, or whatever the data calls it; leave out: open
+    age: float | None = None  # Years
+    sex: str | None = None  # As written in the training data
+    condition: tuple[str, ...] = ()  # Other covariates, each as name=value
+    steps: int = 20  # Denoising steps a slice
+    guidance_scale: float = 1.0  # 1 follows the data, above 1 exaggerates the conditions
+    sampler: Literal['ddim', 'dpmpp'] = 'ddim'  # Both walk without fresh noise
+    # In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1
+    shared_noise: float | None = None
+    # Size of a pixel and distance of slices of the training data, mm; None: as its files say
+    voxel_mm: tuple[float, float] | None = None
+    # The same of the generated brains; None: worked out from voxel_mm, crop and size
+    spacing_mm: tuple[float, float] | None = None
+    # State that the training images show the subject's left on the left, where their files do not
+    # say
+    left_on_left: bool = False
+    seed: int = 0  # Same seed, same machine: same brains
+    out: Path | None = None  # New folder; None: RUN/samples/brains_000 and so on
+
+    def run(self) -> int:  # Exit status
+        options = dict(
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            sampler=self.sampler,
+            seed=self.seed,
+        )
         spacing = self.spacing_mm or resolve_spacing(self.run_folder, self.voxel_mm)
         check_spacing(spacing)
-        left_known = self.left_on_left or read_config(self.run_folder)['autoencoder']['data'].get('left_known', False)
-        if 'slice' in read_pairs(self.condition): raise ValueError(
-            f"brainldm volume: --condition {' '.join(self.condition)}. Expected no slice, for a brain has all of them. Leave it out.")
-        if self.out: refuse_taken(self.out)                                    # before any work
+        left_known = self.left_on_left or read_config(self.run_folder)['autoencoder']['data'].get(
+            'left_known', False
+        )
+        if 'slice' in read_pairs(self.condition):
+            raise ValueError(
+                f"brainldm volume: --condition {' '.join(self.condition)}. Expected no slice, for a"
+                " brain has all of them. Leave it out."
+            )
+        if self.out:
+            refuse_taken(self.out)  # before any work
         model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
-        requested = read_condition_flags(dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex), self.condition,
-                             (*model.covariates, *model.autoencoder.covariates))
-        draw = partial(model.sample_volume, progress=process_state().is_main_process) if self.shared_noise is None else \
-               partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
-        brains = sample_across_processes(lambda n, first: draw(n, first=first, **requested, **options), self.n)
-        if brains is None: return 0                                            # the first process saves
-        folder = save_volumes(brains, output_folder(self.out, self.run_folder/'samples'/'brains'), requested, spacing, dict(options, shared_noise=self.shared_noise), left_known)
-        print(f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}', describe_space(spacing, left_known), audit_summary(self.run_folder, 'volume'),
-              sep='\n')
+        requested = read_condition_flags(
+            dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex),
+            self.condition,
+            (*model.covariates, *model.autoencoder.covariates),
+        )
+        draw = (
+            partial(model.sample_volume, progress=process_state().is_main_process)
+            if self.shared_noise is None
+            else partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
+        )
+        brains = sample_across_processes(
+            lambda n, first: draw(n, first=first, **requested, **options), self.n
+        )
+        if brains is None:
+            return 0  # the first process saves
+        folder = save_volumes(
+            brains,
+            output_folder(self.out, self.run_folder / 'samples' / 'brains'),
+            requested,
+            spacing,
+            dict(options, shared_noise=self.shared_noise),
+            left_known,
+        )
+        print(
+            f'{self.n} synthetic brains of {brains.shape[1]} slices in {folder}',
+            describe_space(spacing, left_known),
+            audit_summary(self.run_folder, 'volume'),
+            sep='\n',
+        )
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #c0ffee50
 def evaluate_folders(
-    folders:tuple[Path, ...], # What was given before the flags
-    images:Path|None, # Folder of images, if any
-    out:Path|None=None, # Folder for their scores, if any
-)->tuple[Path|None, Path]: # The run, if one was given, and the data
-    "Tell RUN DATA from DATA alone. Raises ValueError for anything else."
-    if images is None and out is not None: raise ValueError(
-        f"evaluate: --out {out} without --images. Expected both: a run keeps its own scores. Leave --out out.")
-    if len(folders)==2: return folders
-    if len(folders)==1 and images is not None: return None,folders[0]
-    raise ValueError(f"evaluate: {' '.join(map(str, folders)) or 'no folder'}. Expected RUN DATA, or DATA --images FOLDER. "
-                     "Try `brainldm evaluate runs/brain DATA`.")
+    folders: tuple[Path, ...],  # What was given before the flags
+    images: Path | None,  # Folder of images, if any
+    out: Path | None = None,  # Folder for their scores, if any
+) -> tuple[Path | None, Path]:  # The run, if one was given, and the data
+    """Tell RUN DATA from DATA alone.
+
+    Parameters
+    ----------
+    folders : tuple[Path, ...]
+        What was given before the flags.
+    images : Path | None
+        Folder of images, if any.
+    out : Path | None, default None
+        Folder for their scores, if any.
+
+    Returns
+    -------
+    tuple[Path | None, Path]
+        The run, if one was given, and the data.
+
+    Raises
+    ------
+    ValueError
+        For anything else.
+    """
+    if images is None and out is not None:
+        raise ValueError(
+            f"evaluate: --out {out} without --images. Expected both: a run keeps its own scores."
+            " Leave --out out."
+        )
+    if len(folders) == 2:
+        return folders
+    if len(folders) == 1 and images is not None:
+        return None, folders[0]
+    raise ValueError(
+        f"evaluate: {' '.join(map(str, folders)) or 'no folder'}. Expected RUN DATA, or DATA"
+        " --images FOLDER. Try `brainldm evaluate runs/brain DATA`."
+    )
 
 # %% ../../nbs/engineering/39_cli.ipynb #c0ffee51
 def evaluate_config(
-    command, # An `Evaluate`
-    run:Path|None, # Run folder, if one was given
-)->DataConfig: # How to open the data: as the run did, or as the flags say, as large as the images
-    "The data settings of an evaluation. Raises ValueError for a flag that would have no effect."
-    default,given = DataConfig(),command.config
-    turned = [f.name for f in dataclasses.fields(given) if getattr(given, f.name)!=getattr(default, f.name)]
-    if run is None: return given if 'size' in turned else dataclasses.replace(given, size=image_side(command.images))
-    vain = [o for o in turned if o!='subjects']
-    if vain: raise ValueError(f"evaluate: --{vain[0].replace('_', '-')} does nothing with a run, which knows how its data "
-                              "were read. Expected only --subjects. Leave it out.")
+    command,  # An `Evaluate`
+    run: Path | None,  # Run folder, if one was given
+    # How to open the data: as the run did, or as the flags say, as large as the images
+) -> DataConfig:
+    """The data settings of an evaluation.
+
+    Parameters
+    ----------
+    command
+        An `Evaluate`.
+    run : Path | None
+        Run folder, if one was given.
+
+    Returns
+    -------
+    DataConfig
+
+    Raises
+    ------
+    ValueError
+        For a flag that would have no effect.
+    """
+    default, given = DataConfig(), command.config
+    turned = [
+        f.name
+        for f in dataclasses.fields(given)
+        if getattr(given, f.name) != getattr(default, f.name)
+    ]
+    if run is None:
+        return (
+            given
+            if 'size' in turned
+            else dataclasses.replace(given, size=image_side(command.images))
+        )
+    vain = [o for o in turned if o != 'subjects']
+    if vain:
+        raise ValueError(
+            f"evaluate: --{vain[0].replace('_', '-')} does nothing with a run, which knows how its"
+            " data were read. Expected only --subjects. Leave it out."
+        )
     return data_config(run, given.subjects)
 
 # %% ../../nbs/engineering/39_cli.ipynb #c0ffee52
 def evaluate_options(
-    command, # An `Evaluate`
-    run:Path|None, # Run folder, if one was given
-)->dict: # What its generator takes; nothing with images, which are there already
-    "The settings of the sampling. Raises ValueError for one that would have no effect."
+    command,  # An `Evaluate`
+    run: Path | None,  # Run folder, if one was given
+) -> dict:  # What its generator takes; nothing with images, which are there already
+    """The settings of the sampling.
+
+    Parameters
+    ----------
+    command
+        An `Evaluate`.
+    run : Path | None
+        Run folder, if one was given.
+
+    Returns
+    -------
+    dict
+        What its generator takes; nothing with images, which are there already.
+
+    Raises
+    ------
+    ValueError
+        For one that would have no effect.
+    """
     if command.images is None:
         command.generator = pick_generator(run, command.generator)
         return generator_options(command)
-    vain = [f.name for f in dataclasses.fields(SamplingFlags) if getattr(command, f.name)!=f.default]
-    if vain: raise ValueError(f"evaluate: --{vain[0].replace('_', '-')} does nothing with --images, which are there "
-                              "already. Expected no setting of a generator. Leave it out.")
+    vain = [
+        f.name for f in dataclasses.fields(SamplingFlags) if getattr(command, f.name) != f.default
+    ]
+    if vain:
+        raise ValueError(
+            f"evaluate: --{vain[0].replace('_', '-')} does nothing with --images, which are there "
+            "already. Expected no setting of a generator. Leave it out."
+        )
     return {}
 
 # %% ../../nbs/engineering/39_cli.ipynb #9a8c81bc
 @dataclass
 class Evaluate(SamplingFlags):
-    """Sample, judge and report: fidelity, variety, conditions, use and privacy, each beside real subjects.
+    """Sample, judge and report: fidelity, variety, conditions, use and privacy, each beside real
+    subjects.
 
-    `evaluate RUN DATA` judges a run: it writes RUN/metrics.json, RUN/evaluation and RUN/report.html. `evaluate DATA
-    --images FOLDER` judges images of any other generator, which FOLDER/manifest.csv lists with the conditions that
-    they were generated for; `evaluate RUN DATA --images FOLDER` does so with the data settings of a run."""
-    folders:Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name='run-data')] # RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on
-    images:Path|None=None # Folder of images of any generator, with manifest.csv: path, slice, diagnosis and other conditions
-    out:Path|None=None # (images) Folder for metrics.json and figures, the nearest real slices among them; none: that of the images
-    split:Literal['validate', 'test']='validate' # Which held-out subjects to compare with
-    utility:bool=True # Train classifiers on real and on synthetic slices too; takes longest
-    config:Annotated[DataConfig, FLAGS]=field(default_factory=DataConfig)
-    as_json:Annotated[bool, tyro.conf.arg(name='json')]=False # Print one JSON object and nothing else
+    `evaluate RUN DATA` judges a run: it writes RUN/metrics.json, RUN/evaluation and
+    RUN/report.html. `evaluate DATA --images FOLDER` judges images of any other generator, which
+    FOLDER/manifest.csv lists with the conditions that they were generated for; `evaluate RUN DATA
+    --images FOLDER` does so with the data settings of a run.
 
-    def run(self)->int: # Exit status
-        run,data = evaluate_folders(self.folders, self.images, self.out)
-        options,shown = evaluate_options(self, run),not self.as_json
-        options |= dict(split=self.split, progress=shown) | ({} if self.utility else dict(utility=None))
+    Attributes
+    ----------
+    generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
+        Diffusion model; transformer over codes; random latents, a floor; auto: what the run has.
+    guidance_scale : float, default 1.0
+        (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
+    scale : tuple[str, ...], default ()
+        (ldm) In its place, a scale for single covariates, each as name=number.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1.
+    steps : int, default 30
+        (ldm) Denoising steps.
+    sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
+        (ldm) ddim, dpmpp: few steps; ddpm: ancestral.
+    temperature : float, default 1.0
+        (prior) Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        (prior) Choose among so many codes only.
+    top_p : float, default 1.0
+        (prior) Choose among the codes that hold this share of the probability.
+    seed : int, default 0
+        Same seed, same machine: same pictures.
+    folders : Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name='run-data')]
+        RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on.
+    images : Path | None, default None
+        Folder of images of any generator, with manifest.csv: path, slice, diagnosis and other
+        conditions.
+    out : Path | None, default None
+        (images) Folder for metrics.json and figures, the nearest real slices among them; none: that
+        of the images.
+    split : Literal['validate', 'test'], default 'validate'
+        Which held-out subjects to compare with.
+    utility : bool, default True
+        Train classifiers on real and on synthetic slices too; takes longest.
+    as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
+        Print one JSON object and nothing else.
+    """
+
+    # RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name='run-data')]
+    # Folder of images of any generator, with manifest.csv: path, slice, diagnosis and other
+    # conditions
+    images: Path | None = None
+    # (images) Folder for metrics.json and figures, the nearest real slices among them; none: that
+    # of the images
+    out: Path | None = None
+    split: Literal['validate', 'test'] = 'validate'  # Which held-out subjects to compare with
+    utility: bool = True  # Train classifiers on real and on synthetic slices too; takes longest
+    config: Annotated[DataConfig, FLAGS] = field(default_factory=DataConfig)
+    # Print one JSON object and nothing else
+    as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
+
+    def run(self) -> int:  # Exit status
+        run, data = evaluate_folders(self.folders, self.images, self.out)
+        options, shown = evaluate_options(self, run), not self.as_json
+        options |= dict(split=self.split, progress=shown) | (
+            {} if self.utility else dict(utility=None)
+        )
         dataset = open_dataset(data, evaluate_config(self, run), progress=shown)
         if self.images is not None:
             scores = evaluate_images(self.images, dataset, run=run, out=self.out, **options)
-            page = (self.out or self.images)/'metrics.json'
+            page = (self.out or self.images) / 'metrics.json'
         else:
             scores = evaluate(run, dataset, self.generator, seed=self.seed, **options)
             page = report(run)
-        lines = [f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {verdict}"
-                 for name,drawn,real,target,verdict,_ in check_targets(scores)]
+        lines = [
+            f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {verdict}"
+            for name, drawn, real, target, verdict, _ in check_targets(scores)
+        ]
         trust = trust_rows('images' if self.images is not None else self.generator, scores)
         lines += [': '.join(o[:2]) for o in trust['table'][1:]]
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
@@ -622,13 +1523,27 @@ class Evaluate(SamplingFlags):
 # %% ../../nbs/engineering/39_cli.ipynb #68cb6d78
 @dataclass
 class Explore:
-    "Open a web page on this machine with sliders: ask a run for a brain, and walk from one brain to another. Ctrl-C ends it."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder with a diffusion model
-    port:int=8866 # Port on 127.0.0.1; 0: any that is free
-    browser:bool=True # Open it in the browser
+    """Open a web page on this machine with sliders: ask a run for a brain, and walk from one brain to
+    another. Ctrl-C ends it.
 
-    def run(self)->int: # Exit status
-        signal.signal(signal.SIGTERM, signal.default_int_handler)              # whoever ends this process ends its server, too
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder with a diffusion model.
+    port : int, default 8866
+        Port on 127.0.0.1; 0: any that is free.
+    browser : bool, default True
+        Open it in the browser.
+    """
+
+    # Run folder with a diffusion model
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+    port: int = 8866  # Port on 127.0.0.1; 0: any that is free
+    browser: bool = True  # Open it in the browser
+
+    def run(self) -> int:  # Exit status
+        # whoever ends this process ends its server, too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(audit_summary(self.run_folder))
         explore(self.run_folder, self.port, self.browser)
         return 0
@@ -636,125 +1551,307 @@ class Explore:
 # %% ../../nbs/engineering/39_cli.ipynb #fac18753
 @dataclass
 class Report:
-    "Write RUN/report.html: one page with everything a run is, reached and draws."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder
-    steps:int=30 # Denoising steps of the pictures drawn for it
-    guidance_scale:float=1. # Strength of their conditions
-    seed:int=0 # Their seed
+    """Write RUN/report.html: one page with everything a run is, reached and draws.
 
-    def run(self)->int: # Exit status
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    steps : int, default 30
+        Denoising steps of the pictures drawn for it.
+    guidance_scale : float, default 1.0
+        Strength of their conditions.
+    seed : int, default 0
+        Their seed.
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
+    steps: int = 30  # Denoising steps of the pictures drawn for it
+    guidance_scale: float = 1.0  # Strength of their conditions
+    seed: int = 0  # Their seed
+
+    def run(self) -> int:  # Exit status
         print(report(self.run_folder, self.steps, self.guidance_scale, self.seed))
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #80189753
 @dataclass
 class Fetch:
-    "Copy a run that others trained into a run folder of yours: one that ships with brainldm, or one from the Hugging Face hub."
-    source:tyro.conf.Positional[str] # phantom-128, phantom-128-codes, or user/name on the hub
-    run_folder:Annotated[Path, tyro.conf.arg(name='run')]=Path('runs/fetched') # Run folder to make
-    revision:str|None=None # Branch, tag or commit on the hub; none: the newest
+    """Copy a run that others trained into a run folder of yours: one that ships with brainldm, or one
+    from the Hugging Face hub.
 
-    def run(self)->int: # Exit status
+    Attributes
+    ----------
+    source : tyro.conf.Positional[str]
+        phantom-128, phantom-128-codes, or user/name on the hub.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/fetched')
+        Run folder to make.
+    revision : str | None, default None
+        Branch, tag or commit on the hub; none: the newest.
+    """
+
+    source: tyro.conf.Positional[str]  # phantom-128, phantom-128-codes, or user/name on the hub
+    # Run folder to make
+    run_folder: Annotated[Path, tyro.conf.arg(name='run')] = Path('runs/fetched')
+    revision: str | None = None  # Branch, tag or commit on the hub; none: the newest
+
+    def run(self) -> int:  # Exit status
         print(fetch_run(self.source, self.run_folder, self.revision))
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #f22e2866
 @dataclass
 class Share:
-    "Pack a run for others: 16-bit weights, numbers and card, without names, paths or pictures. To a folder, or to the hub."
-    run_folder:Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')] # Run folder, reported
-    out:Path|None=None # New folder to pack into
-    repo:str|None=None # user/name on the hub, in place of a folder
-    public:bool=False # Let everybody see it there
-    half:bool=True # Round weights to 16 bits
-    without_audit:str|None=None # Reason to share although the memorization audit has not passed; the model card shows it
+    """Pack a run for others: 16-bit weights, numbers and card, without names, paths or pictures.
 
-    def run(self)->int: # Exit status
-        if (self.out is None)==(self.repo is None): raise ValueError(
-            f'share: out={self.out}, repo={self.repo}. Expected one of them. Try --out FOLDER, or --repo USER/NAME.')
-        if self.out: print(pack_run(self.run_folder, self.out, self.half, self.without_audit))
-        else: print(push_run(self.run_folder, self.repo, not self.public, self.half, without_audit=self.without_audit))
+    To a folder, or to the hub.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder, reported.
+    out : Path | None, default None
+        New folder to pack into.
+    repo : str | None, default None
+        user/name on the hub, in place of a folder.
+    public : bool, default False
+        Let everybody see it there.
+    half : bool, default True
+        Round weights to 16 bits.
+    without_audit : str | None, default None
+        Reason to share although the memorization audit has not passed; the model card shows it.
+    """
+
+    # Run folder, reported
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+    out: Path | None = None  # New folder to pack into
+    repo: str | None = None  # user/name on the hub, in place of a folder
+    public: bool = False  # Let everybody see it there
+    half: bool = True  # Round weights to 16 bits
+    # Reason to share although the memorization audit has not passed; the model card shows it
+    without_audit: str | None = None
+
+    def run(self) -> int:  # Exit status
+        if (self.out is None) == (self.repo is None):
+            raise ValueError(
+                f'share: out={self.out}, repo={self.repo}. Expected one of them. Try --out FOLDER,'
+                ' or --repo USER/NAME.'
+            )
+        if self.out:
+            print(pack_run(self.run_folder, self.out, self.half, self.without_audit))
+        else:
+            print(
+                push_run(
+                    self.run_folder,
+                    self.repo,
+                    not self.public,
+                    self.half,
+                    without_audit=self.without_audit,
+                )
+            )
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #e47a584a
 def demo_configs(
-    preset:str, # 'tiny', 'laptop' or 'gpu'
-)->tuple[AEConfig, LDMConfig]: # The preset, with the laptop's trainings shortened to what phantoms need
-    "Phantoms are simpler than brains, and so few of them are soon learned by heart: a fraction of the pictures will do."
-    auto,ldm = PRESETS[preset]
-    if preset!='laptop': return auto,ldm
-    return (dataclasses.replace(auto, total_images=12_000, validate_every=4_000, checkpoint_every=4_000),
-            dataclasses.replace(ldm, total_images=12_000, warmup_images=1_000, validate_every=4_000, checkpoint_every=4_000))
+    preset: str,  # 'tiny', 'laptop' or 'gpu'
+    # The preset, with the laptop's trainings shortened to what phantoms need
+) -> tuple[AEConfig, LDMConfig]:
+    """Phantoms are simpler than brains, and so few of them are soon learned by heart: a fraction of
+    the pictures will do.
+
+    Parameters
+    ----------
+    preset : str
+        'tiny', 'laptop' or 'gpu'.
+
+    Returns
+    -------
+    tuple[AEConfig, LDMConfig]
+    """
+    auto, ldm = PRESETS[preset]
+    if preset != 'laptop':
+        return auto, ldm
+    return (
+        dataclasses.replace(
+            auto, total_images=12_000, validate_every=4_000, checkpoint_every=4_000
+        ),
+        dataclasses.replace(
+            ldm,
+            total_images=12_000,
+            warmup_images=1_000,
+            validate_every=4_000,
+            checkpoint_every=4_000,
+        ),
+    )
 
 # %% ../../nbs/engineering/39_cli.ipynb #7ecdae60
 def sample_condition_grid(
-    run:Path, # Run folder with both stages
-)->Path: # RUN/samples/grid.png
-    "Diagnosis by slice, as one picture."
-    save_figure(sample_by_condition(BrainLDM.load(run))[0], run/'samples'/'grid.png')
-    return run/'samples'/'grid.png'
+    run: Path,  # Run folder with both stages
+) -> Path:  # RUN/samples/grid.png
+    """Diagnosis by slice, as one picture.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with both stages.
+
+    Returns
+    -------
+    Path
+        RUN/samples/grid.png.
+    """
+    save_figure(sample_by_condition(BrainLDM.load(run))[0], run / 'samples' / 'grid.png')
+    return run / 'samples' / 'grid.png'
 
 # %% ../../nbs/engineering/39_cli.ipynb #a8524d47
 @dataclass
 class Demo:
-    "The whole job on synthetic brains, in minutes: cohort, both trainings, scores, samples, report. Run again, it goes on where it stopped."
-    out:Path=Path('runs/demo') # Folder for the cohort and the run
-    preset:Literal['tiny', 'laptop', 'gpu']='laptop' # Sizes; tiny takes seconds and draws badly
-    num_subjects:int=48 # Brains in the cohort
+    """The whole job on synthetic brains, in minutes: cohort, both trainings, scores, samples, report.
+    Run again, it goes on where it stopped.
 
-    def run(self)->int: # Exit status
-        auto,ldm = demo_configs(self.preset)
-        data,run = self.out/'phantom',self.out/'run'
-        if not (data/'phantom.json').is_file(): make_cohort(data, PhantomConfig(num_subjects=self.num_subjects, size=auto.data.size))
+    Attributes
+    ----------
+    out : Path, default Path('runs/demo')
+        Folder for the cohort and the run.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Sizes; tiny takes seconds and draws badly.
+    num_subjects : int, default 48
+        Brains in the cohort.
+    """
+
+    out: Path = Path('runs/demo')  # Folder for the cohort and the run
+    preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'  # Sizes; tiny takes seconds and draws badly
+    num_subjects: int = 48  # Brains in the cohort
+
+    def run(self) -> int:  # Exit status
+        auto, ldm = demo_configs(self.preset)
+        data, run = self.out / 'phantom', self.out / 'run'
+        if not (data / 'phantom.json').is_file():
+            make_cohort(data, PhantomConfig(num_subjects=self.num_subjects, size=auto.data.size))
         dataset = open_dataset(data, auto.data)
         train_autoencoder(dataset, run, auto, resume=True)
         train_ldm(dataset, run, ldm, resume=True)
-        scores = reconstruction_scores(BrainLDM.load(run), dataset.subset('test'), run, progress=True)
+        scores = reconstruction_scores(
+            BrainLDM.load(run), dataset.subset('test'), run, progress=True
+        )
         merge_metrics(run, 'reconstruction test', scores)
-        print(describe_scores(scores, 'test'), f'grid    {sample_condition_grid(run)}', f'report  {report(run)}', sep='\n')
+        print(
+            describe_scores(scores, 'test'),
+            f'grid    {sample_condition_grid(run)}',
+            f'report  {report(run)}',
+            sep='\n',
+        )
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #db8bf4bc
-COMMANDS = dict(demo=Demo, phantom=Phantom, check=Check, train=Train, reconstruct=Reconstruct, bits=Bits, sample=Sample,
-                edit=Edit, volume=Volume, evaluate=Evaluate, explore=Explore, report=Report, fetch=Fetch, share=Share) # Name -> what it does
+COMMANDS = dict(
+    demo=Demo,
+    phantom=Phantom,
+    check=Check,
+    train=Train,
+    reconstruct=Reconstruct,
+    bits=Bits,
+    sample=Sample,
+    # Name -> what it does
+    edit=Edit,
+    volume=Volume,
+    evaluate=Evaluate,
+    explore=Explore,
+    report=Report,
+    fetch=Fetch,
+    share=Share,
+)
 
 # %% ../../nbs/engineering/39_cli.ipynb #5e588986
 def parse(
-    args:list[str], # Words after `brainldm`
-): # The command, filled in
-    "Read the command line. A preset is looked up first, since it decides the defaults of everything else."
-    preset = next((b for a,b in zip(args, args[1:]) if a=='--preset'), next((a.partition('=')[2] for a in args if a.startswith('--preset=')), 'laptop'))
-    preset = preset if preset in PRESETS else 'laptop'                         # tyro will refuse the name
-    (auto,ldm),prior,volume = PRESETS[preset],PRIOR_PRESETS[preset],VOLUME_PRESETS[preset]
-    named = lambda kind,name,**default: Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **default)]
-    stages = Union[tuple(named(kind, name, default=kind(tyro.MISSING, config)) for kind,name,config in
-                         ((TrainAutoencoder, 'autoencoder', auto), (TrainLDM, 'ldm', ldm), (TrainPrior, 'prior', prior), (TrainVolume, 'volume', volume)))]
-    train = dataclasses.make_dataclass('Train', [('stage', stages)], bases=(Train,),
-                                       namespace=dict(__doc__=Train.__doc__))            # Train with these defaults
+    args: list[str],  # Words after `brainldm`
+):  # The command, filled in
+    """Read the command line.
+
+    A preset is looked up first, since it decides the defaults of everything else.
+
+    Parameters
+    ----------
+    args : list[str]
+        Words after `brainldm`.
+    """
+    preset = next(
+        (b for a, b in zip(args, args[1:]) if a == '--preset'),
+        next((a.partition('=')[2] for a in args if a.startswith('--preset=')), 'laptop'),
+    )
+    preset = preset if preset in PRESETS else 'laptop'  # tyro will refuse the name
+    (auto, ldm), prior, volume = PRESETS[preset], PRIOR_PRESETS[preset], VOLUME_PRESETS[preset]
+    named = lambda kind, name, **default: Annotated[
+        kind, tyro.conf.subcommand(name, prefix_name=False, **default)
+    ]
+    stages = Union[
+        tuple(
+            named(kind, name, default=kind(tyro.MISSING, config))
+            for kind, name, config in (
+                (TrainAutoencoder, 'autoencoder', auto),
+                (TrainLDM, 'ldm', ldm),
+                (TrainPrior, 'prior', prior),
+                (TrainVolume, 'volume', volume),
+            )
+        )
+    ]
+    train = dataclasses.make_dataclass(
+        'Train',
+        [('stage', stages)],
+        bases=(Train,),
+        # Train with these defaults
+        namespace=dict(__doc__=Train.__doc__),
+    )
     check = named(Check, 'check', default=Check(tyro.MISSING, auto.data, preset))
-    kinds = [check if v is Check else named(train if v is Train else v, k) for k,v in COMMANDS.items()]
-    return tyro.cli(Union[tuple(kinds)], args=args, prog='brainldm', config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-                    description='Latent diffusion for brain MRI. Research and teaching, not for clinical use.')
+    kinds = [
+        check if v is Check else named(train if v is Train else v, k) for k, v in COMMANDS.items()
+    ]
+    return tyro.cli(
+        Union[tuple(kinds)],
+        args=args,
+        prog='brainldm',
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        description='Latent diffusion for brain MRI. Research and teaching, not for clinical use.',
+    )
 
 # %% ../../nbs/engineering/39_cli.ipynb #538a5f5e
 def main(
-    args:list[str]|None=None, # Words after `brainldm`; None reads them from the terminal
-)->int: # Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C
-    "The `brainldm` command. Errors are one message without a traceback; BRAINLDM_DEBUG=1 shows where they arose."
+    args: list[str] | None = None,  # Words after `brainldm`; None reads them from the terminal
+) -> int:  # Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C
+    """The `brainldm` command.
+
+    Errors are one message without a traceback; BRAINLDM_DEBUG=1 shows where they arose.
+
+    Parameters
+    ----------
+    args : list[str] | None, default None
+        Words after `brainldm`; None reads them from the terminal.
+
+    Returns
+    -------
+    int
+        Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C.
+    """
     matplotlib.use('Agg')
     command = None
     try:
         command = parse(sys.argv[1:] if args is None else args)
         return command.run()
     except KeyboardInterrupt as e:
-        more = f" {e} The same command{'' if isinstance(command, Demo) else ' with --resume'} goes on." if str(e) else ''
+        more = (
+            f" {e} The same command{'' if isinstance(command, Demo) else ' with --resume'} goes on."
+            if str(e)
+            else ''
+        )
         print(f'\nbrainldm: stopped.{more}', file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as e:
-        if os.environ.get('BRAINLDM_DEBUG'): raise
-        sys.stdout.flush()                                                     # the error comes last, also in a file that holds both
+        if os.environ.get('BRAINLDM_DEBUG'):
+            raise
+        sys.stdout.flush()  # the error comes last, also in a file that holds both
         print(f'brainldm: error: {e}', file=sys.stderr)
         return 1
 
 # %% ../../nbs/engineering/39_cli.ipynb #5463f2ea
-if __name__=='__main__' and '__file__' in globals(): sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())

@@ -29,279 +29,735 @@ from .sharing import SharedModel
 
 # %% ../../nbs/engineering/34_codec.ipynb #244902fe
 def check_images(
-    name:str, # Function that asks, for the message
-    images:Tensor, # What arrived
-    size:int, # Side that the model knows, pixels
-)->int: # Number of pictures
-    "Refuse what is no batch of pictures. Raises TypeError or ValueError."
-    if not isinstance(images, Tensor) or not images.is_floating_point(): raise TypeError(
-        f"{name}: {getattr(images, 'dtype', type(images).__name__)}. Expected a float tensor of pictures in [-1, 1]. "
-        "Try dataset.__getitems__([0])['image'].")
-    if images.ndim!=4 or not len(images) or images.shape[1:]!=(1, size, size): raise ValueError(
-        f"{name}: pictures of shape {tuple(images.shape)}. Expected (n, 1, {size}, {size}). Check the size of the data.")
-    low,high = images.min().item(),images.max().item()
-    if not -1<=low<=high<=1: raise ValueError(
-        f"{name}: grey values from {low:g} to {high:g}. Expected -1 to 1. Try pictures/127.5-1 for 0 to 255.")
+    name: str,  # Function that asks, for the message
+    images: Tensor,  # What arrived
+    size: int,  # Side that the model knows, pixels
+) -> int:  # Number of pictures
+    """Refuse what is no batch of pictures.
+
+    Parameters
+    ----------
+    name : str
+        Function that asks, for the message.
+    images : Tensor
+        What arrived.
+    size : int
+        Side that the model knows, pixels.
+
+    Returns
+    -------
+    int
+        Number of pictures.
+
+    Raises
+    ------
+    TypeError
+    ValueError
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(
+            f"{name}: {getattr(images, 'dtype', type(images).__name__)}. Expected a float tensor of"
+            " pictures in [-1, 1]. Try dataset.__getitems__([0])['image']."
+        )
+    if images.ndim != 4 or not len(images) or images.shape[1:] != (1, size, size):
+        raise ValueError(
+            f"{name}: pictures of shape {tuple(images.shape)}. Expected (n, 1, {size}, {size})."
+            " Check the size of the data."
+        )
+    low, high = images.min().item(), images.max().item()
+    if not -1 <= low <= high <= 1:
+        raise ValueError(
+            f"{name}: grey values from {low:g} to {high:g}. Expected -1 to 1. Try pictures/127.5-1"
+            " for 0 to 255."
+        )
     return len(images)
 
 # %% ../../nbs/engineering/34_codec.ipynb #e0056460
 def check_conditions(
-    conditions:dict, # What was asked: a value or a list of values by covariate name; None is unknown
-    covariates:tuple[Covariate, ...], # What the model knows
-    n:int, # Pictures
-)->dict[str, Tensor]: # Encoded conditions, each (n,)
-    "Turn a request into tensors. Raises ValueError for a name, value or number of values that the model cannot take."
+    # What was asked: a value or a list of values by covariate name; None is unknown
+    conditions: dict,
+    covariates: tuple[Covariate, ...],  # What the model knows
+    n: int,  # Pictures
+) -> dict[str, Tensor]:  # Encoded conditions, each (n,)
+    """Turn a request into tensors.
+
+    Parameters
+    ----------
+    conditions : dict
+        What was asked: a value or a list of values by covariate name; None is unknown.
+    covariates : tuple[Covariate, ...]
+        What the model knows.
+    n : int
+        Pictures.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Encoded conditions, each (n,).
+
+    Raises
+    ------
+    ValueError
+        For a name, value or number of values that the model cannot take.
+    """
     requested = read_conditions(conditions, covariates)
-    for k,v in requested.items():
-        if np.ndim(v) and len(v)!=n: raise ValueError(
-            f"sample: {len(v)} values of {k} for n={n} pictures. Expected one value, or {n}. Try n={len(v)}.")
-    return encode_covariates({k: list(v) if np.ndim(v) else [v]*n for k,v in requested.items()}, covariates)
+    for k, v in requested.items():
+        if np.ndim(v) and len(v) != n:
+            raise ValueError(
+                f"sample: {len(v)} values of {k} for n={n} pictures. Expected one value, or {n}."
+                f" Try n={len(v)}."
+            )
+    return encode_covariates(
+        {k: list(v) if np.ndim(v) else [v] * n for k, v in requested.items()}, covariates
+    )
 
 # %% ../../nbs/engineering/34_codec.ipynb #a513d5ac
 def check_integer(
-    name:str, # Name of the argument
-    value, # What arrived
-    low:int, # Least that it may be
-    good:int, # What to try
-)->None: # Nothing: it raises or returns
-    "Refuse what is no whole number, or too small a one. Raises TypeError or ValueError."
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)): raise TypeError(
-        f"sample: {name}={value!r}. Expected a whole number. Try {name}={good}.")
-    if value<low: raise ValueError(f"sample: {name}={value}. Expected {low} or more. Try {name}={good}.")
+    name: str,  # Name of the argument
+    value,  # What arrived
+    low: int,  # Least that it may be
+    good: int,  # What to try
+) -> None:  # Nothing: it raises or returns
+    """Refuse what is no whole number, or too small a one.
+
+    Parameters
+    ----------
+    name : str
+        Name of the argument.
+    value
+        What arrived.
+    low : int
+        Least that it may be.
+    good : int
+        What to try.
+
+    Raises
+    ------
+    TypeError
+    ValueError
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"sample: {name}={value!r}. Expected a whole number. Try {name}={good}.")
+    if value < low:
+        raise ValueError(f"sample: {name}={value}. Expected {low} or more. Try {name}={good}.")
 
 # %% ../../nbs/engineering/34_codec.ipynb #644ae5a3
 def check_sample_counts(
-    n:int, # Pictures
-    seed:int, # Seed
-    batch_size:int, # Pictures at a time
-    first:int=0, # Number of the first picture
-)->None: # Nothing: it raises or returns
-    "Refuse numbers with which nothing can be drawn. Raises ValueError, or TypeError for a number that is not whole."
-    check_integer('n', n, 1, 8); check_integer('seed', seed, 0, 0)
-    check_integer('batch_size', batch_size, 1, 32); check_integer('first', first, 0, 0)
+    n: int,  # Pictures
+    seed: int,  # Seed
+    batch_size: int,  # Pictures at a time
+    first: int = 0,  # Number of the first picture
+) -> None:  # Nothing: it raises or returns
+    """Refuse numbers with which nothing can be drawn.
+
+    Parameters
+    ----------
+    n : int
+        Pictures.
+    seed : int
+        Seed.
+    batch_size : int
+        Pictures at a time.
+    first : int, default 0
+        Number of the first picture.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For a number that is not whole.
+    """
+    check_integer('n', n, 1, 8)
+    check_integer('seed', seed, 0, 0)
+    check_integer('batch_size', batch_size, 1, 32)
+    check_integer('first', first, 0, 0)
 
 # %% ../../nbs/engineering/34_codec.ipynb #eaeae39d
 def required_conditions(
-    autoencoder:nn.Module, # An autoencoder, with or without covariates
-    cond:dict[str, Tensor]|None, # Encoded covariates that are at hand, each (b,); a batch will do
-    device:torch.device|str, # Where the autoencoder computes
-)->dict[str, Tensor]: # Those it knows, there
-    "What a conditional autoencoder must hear. Raises ValueError if one is absent: it never learned to do without."
+    autoencoder: nn.Module,  # An autoencoder, with or without covariates
+    cond: (
+        dict[str, Tensor] | None
+    ),  # Encoded covariates that are at hand, each (b,); a batch will do
+    device: torch.device | str,  # Where the autoencoder computes
+) -> dict[str, Tensor]:  # Those it knows, there
+    """What a conditional autoencoder must hear.
+
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        An autoencoder, with or without covariates.
+    cond : dict[str, Tensor] | None
+        Encoded covariates that are at hand, each (b,); a batch will do.
+    device : torch.device | str
+        Where the autoencoder computes.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Those it knows, there.
+
+    Raises
+    ------
+    ValueError
+        If one is absent: it never learned to do without.
+    """
     lacking = [c.name for c in autoencoder.covariates if c.name not in (cond or {})]
-    if lacking: raise ValueError(f"told: no value of {', '.join(lacking)}. Expected one, since the autoencoder "
-                                 f"of this run is told. Try sample(..., {lacking[0]}=...), or give a batch as `cond`.")
+    if lacking:
+        raise ValueError(
+            f"told: no value of {', '.join(lacking)}. Expected one, since the autoencoder "
+            f"of this run is told. Try sample(..., {lacking[0]}=...), or give a batch as `cond`."
+        )
     return {c.name: cond[c.name].to(device) for c in autoencoder.covariates}
 
 # %% ../../nbs/engineering/34_codec.ipynb #49523c98
 def default_conditions(
-    model, # A `Codec`
-)->dict: # Values by name
-    "Something to tell an autoencoder about all that it cannot go without, besides the slice: the first value, or the middle."
-    return {c.name: c.values[0] if c.kind=='categorical' else sum(c.range)/2
-            for c in model.autoencoder.covariates if c.name!='slice'}
+    model,  # A `Codec`
+) -> dict:  # Values by name
+    """Something to tell an autoencoder about all that it cannot go without, besides the slice: the
+    first value, or the middle.
+
+    Parameters
+    ----------
+    model
+        A `Codec`.
+
+    Returns
+    -------
+    dict
+        Values by name.
+    """
+    return {
+        c.name: c.values[0] if c.kind == 'categorical' else sum(c.range) / 2
+        for c in model.autoencoder.covariates
+        if c.name != 'slice'
+    }
 
 # %% ../../nbs/engineering/34_codec.ipynb #169a28e0
 def in_batches(
-    cond:dict[str, Tensor], # Encoded conditions, each (n,)
-    n:int, # Pictures
-    batch_size:int, # Pictures at a time
-    device:torch.device|str, # Where the conditions shall be
-)->Iterator[tuple[int, int, dict]]: # First picture, one past the last, and the conditions of those between
-    "Cut a request into batches."
+    cond: dict[str, Tensor],  # Encoded conditions, each (n,)
+    n: int,  # Pictures
+    batch_size: int,  # Pictures at a time
+    device: torch.device | str,  # Where the conditions shall be
+    # First picture, one past the last, and the conditions of those between
+) -> Iterator[tuple[int, int, dict]]:
+    """Cut a request into batches.
+
+    Parameters
+    ----------
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n,).
+    n : int
+        Pictures.
+    batch_size : int
+        Pictures at a time.
+    device : torch.device | str
+        Where the conditions shall be.
+
+    Yields
+    ------
+    tuple[int, int, dict]
+    """
     for i in range(0, n, batch_size):
-        stop = min(i+batch_size, n)
-        yield i,stop,to_device({k: v[i:stop] for k,v in cond.items()}, device)
+        stop = min(i + batch_size, n)
+        yield i, stop, to_device({k: v[i:stop] for k, v in cond.items()}, device)
 
 # %% ../../nbs/engineering/34_codec.ipynb #0571dc6c
 def image_generators(
-    n:int, # Images
-    seed:int, # Seed of the whole request, 0 or more
-    start:int=0, # Number of the first image
-    stream:int=1, # Which noise of the image: 1 fresh noise while sampling, 2 random latents of stage 1
-    device:torch.device|str='cpu', # Where the generators shall draw
-)->list[torch.Generator]: # One an image
-    "A random number generator for each of images start, start+1, …: it depends on seed and number of the image alone."
-    seeds = [np.random.SeedSequence((seed, start+i, stream)).generate_state(1)[0] for i in range(n)]
+    n: int,  # Images
+    seed: int,  # Seed of the whole request, 0 or more
+    start: int = 0,  # Number of the first image
+    # Which noise of the image: 1 fresh noise while sampling, 2 random latents of stage 1
+    stream: int = 1,
+    device: torch.device | str = 'cpu',  # Where the generators shall draw
+) -> list[torch.Generator]:  # One an image
+    """A random number generator for each of images start, start+1, …: it depends on seed and number of
+    the image alone.
+
+    Parameters
+    ----------
+    n : int
+        Images.
+    seed : int
+        Seed of the whole request, 0 or more.
+    start : int, default 0
+        Number of the first image.
+    stream : int, default 1
+        Which noise of the image: 1 fresh noise while sampling, 2 random latents of stage 1.
+    device : torch.device | str, default 'cpu'
+        Where the generators shall draw.
+
+    Returns
+    -------
+    list[torch.Generator]
+        One an image.
+    """
+    seeds = [
+        np.random.SeedSequence((seed, start + i, stream)).generate_state(1)[0] for i in range(n)
+    ]
     return [torch.Generator(device).manual_seed(int(o)) for o in seeds]
 
 # %% ../../nbs/engineering/34_codec.ipynb #eb134226
 class Codec(SharedModel):
-    "A trained autoencoder, ready to use: pictures to latents and back, in any precision, on any device."
-    def __init__(self,
-        autoencoder:nn.Module, # Trained autoencoder
-        size:int, # Side of its pictures, pixels
-        precision:str='no', # Mixed precision to compute in: 'no', 'bf16' or 'fp16'
-        slice_covariate:Covariate|None=None, # The covariate 'slice' of the data, by which random codes are drawn
+    """A trained autoencoder, ready to use: pictures to latents and back, in any precision, on any
+    device.
+
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its pictures, pixels.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are drawn.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,  # Trained autoencoder
+        size: int,  # Side of its pictures, pixels
+        precision: str = 'no',  # Mixed precision to compute in: 'no', 'bf16' or 'fp16'
+        # The covariate 'slice' of the data, by which random codes are drawn
+        slice_covariate: Covariate | None = None,
     ):
-        self.autoencoder,self.size,self.precision,self.slice_covariate = autoencoder,size,precision,slice_covariate
+        self.autoencoder, self.size, self.precision, self.slice_covariate = (
+            autoencoder,
+            size,
+            precision,
+            slice_covariate,
+        )
 
     @property
-    def device(self)->torch.device: # Where the weights are
-        "The device that computes."
+    def device(self) -> torch.device:  # Where the weights are
+        """The device that computes.
+
+        Returns
+        -------
+        torch.device
+            Where the weights are.
+        """
         return next(self.autoencoder.parameters()).device
 
-    def _ask(self,
-        method:str, # What of the autoencoder to call
-        x:Tensor, # Pictures, latents or codes
-        cond:dict[str, Tensor]|None, # Encoded covariates that are at hand
-    ): # Its answer, on the model's device
+    def _ask(
+        self,
+        method: str,  # What of the autoencoder to call
+        x: Tensor,  # Pictures, latents or codes
+        cond: dict[str, Tensor] | None,  # Encoded covariates that are at hand
+    ):  # Its answer, on the model's device
         "Call the autoencoder in the model's precision, and tell it what it must hear."
         call = infer(self.autoencoder, self.precision, method)
         return call(x.to(self.device), required_conditions(self.autoencoder, cond, self.device))
 
-    def _joined(self,
-        known:tuple[Covariate, ...], # What a generator of latents or codes knows
-    )->tuple[Covariate, ...]: # The same, then those that only the autoencoder knows
+    def _joined(
+        self,
+        known: tuple[Covariate, ...],  # What a generator of latents or codes knows
+    ) -> tuple[Covariate, ...]:  # The same, then those that only the autoencoder knows
         "What a generator and this codec together can be asked for."
         names = [c.name for c in known]
         return (*known, *(c for c in self.autoencoder.covariates if c.name not in names))
 
-    def encode(self,
-        images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
-    )->Tensor: # Latent means (b, c, h/f, w/f), on the model's device
-        "Squeeze pictures into latents."
+    def encode(
+        self,
+        images: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+    ) -> Tensor:  # Latent means (b, c, h/f, w/f), on the model's device
+        """Squeeze pictures into latents.
+
+        Parameters
+        ----------
+        images : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            Latent means (b, c, h/f, w/f), on the model's device.
+        """
         return self._ask('encode', images, cond)[0].float()
 
-    def decode(self,
-        latents:Tensor, # Latents (b, c, h/f, w/f)
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
-    )->Tensor: # Pictures (b, 1, h, w), clipped to [-1, 1] as a screen would, on the CPU
-        "Turn latents into pictures."
+    def decode(
+        self,
+        latents: Tensor,  # Latents (b, c, h/f, w/f)
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+    ) -> Tensor:  # Pictures (b, 1, h, w), clipped to [-1, 1] as a screen would, on the CPU
+        """Turn latents into pictures.
+
+        Parameters
+        ----------
+        latents : Tensor
+            Latents (b, c, h/f, w/f).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            Pictures (b, 1, h, w), clipped to [-1, 1] as a screen would, on the CPU.
+        """
         return self._ask('decode', latents, cond).float().clamp(-1, 1).cpu()
 
-    def reconstruct(self,
-        images:Tensor, # Pictures (b, 1, h, w) in [-1, 1]
-        cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
-    )->Tensor: # The same pictures after the squeeze (b, 1, h, w)
-        "Encode and decode: what the autoencoder keeps of a picture."
+    def reconstruct(
+        self,
+        images: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+    ) -> Tensor:  # The same pictures after the squeeze (b, 1, h, w)
+        """Encode and decode: what the autoencoder keeps of a picture.
+
+        Parameters
+        ----------
+        images : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            The same pictures after the squeeze (b, 1, h, w).
+        """
         return self.decode(self.encode(images, cond), cond)
 
 # %% ../../nbs/engineering/34_codec.ipynb #14bbe7f5
 def sample_stage1(
-    model, # A `Codec`
-    n:int=1, # Pictures to draw
-    seed:int=0, # Same seed, same machine: same pictures
-    batch_size:int=32, # Pictures at a time
-    first:int=0, # Number of the first picture: a long drawing may be made in parts
-    **conditions, # slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by name
-)->Tensor: # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-    "Decode random latents: what stage 1 can draw by itself, a floor for every sampler. Raises ValueError."
+    model,  # A `Codec`
+    n: int = 1,  # Pictures to draw
+    seed: int = 0,  # Same seed, same machine: same pictures
+    batch_size: int = 32,  # Pictures at a time
+    first: int = 0,  # Number of the first picture: a long drawing may be made in parts
+    # slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by
+    # name
+    **conditions,
+) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
+    """Decode random latents: what stage 1 can draw by itself, a floor for every sampler.
+
+    Parameters
+    ----------
+    model
+        A `Codec`.
+    n : int, default 1
+        Pictures to draw.
+    seed : int, default 0
+        Same seed, same machine: same pictures.
+    batch_size : int, default 32
+        Pictures at a time.
+    first : int, default 0
+        Number of the first picture: a long drawing may be made in parts.
+    **conditions
+        slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by
+        name.
+
+    Returns
+    -------
+    Tensor
+        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+    """
     own = model.autoencoder.covariates
-    by_position = hasattr(model.autoencoder, 'histogram') and model.slice_covariate and 'slice' not in [c.name for c in own]
+    by_position = (
+        hasattr(model.autoencoder, 'histogram')
+        and model.slice_covariate
+        and 'slice' not in [c.name for c in own]
+    )
     known = (*own, model.slice_covariate) if by_position else own
     check_sample_counts(n, seed, batch_size, first)
     cond = check_conditions(conditions, known, n)
     required_conditions(model.autoencoder, cond, 'cpu')
-    side,cond,drawn = model.size//model.autoencoder.factor,to_device(cond, model.device),[]
-    for i,generator in enumerate(image_generators(n, seed, first, 2, model.device)):
-        drawn.append(model.autoencoder.random_latents(1, side, generator, {k: v[i:i+1] for k,v in cond.items()}))
-    parts = [(torch.cat(drawn[i:i+batch_size]), {k: v[i:i+batch_size] for k,v in cond.items()})
-             for i in range(0, n, batch_size)]
-    return torch.cat([model.decode(z, part) for z,part in parts])
+    side, cond, drawn = model.size // model.autoencoder.factor, to_device(cond, model.device), []
+    for i, generator in enumerate(image_generators(n, seed, first, 2, model.device)):
+        drawn.append(
+            model.autoencoder.random_latents(
+                1, side, generator, {k: v[i : i + 1] for k, v in cond.items()}
+            )
+        )
+    parts = [
+        (torch.cat(drawn[i : i + batch_size]), {k: v[i : i + batch_size] for k, v in cond.items()})
+        for i in range(0, n, batch_size)
+    ]
+    return torch.cat([model.decode(z, part) for z, part in parts])
 
-Codec.sample_stage1 = sample_stage1                                           # a function in a class is a method
+
+Codec.sample_stage1 = sample_stage1  # a function in a class is a method
 
 # %% ../../nbs/engineering/34_codec.ipynb #27bb8140
-SYNTHETIC = 'Synthetic picture drawn by a generative model (brainldm). Not a scan of a person; not for clinical use.'
-EDITED = 'Scan of a person, changed by a generative model (brainldm): as private as the scan itself. Not for clinical use.'
+SYNTHETIC = (
+    'Synthetic picture drawn by a generative model (brainldm). Not a scan of a person; not for'
+    ' clinical use.'
+)
+EDITED = (
+    'Scan of a person, changed by a generative model (brainldm): as private as the scan itself. Not'
+    ' for clinical use.'
+)
 
 # %% ../../nbs/engineering/34_codec.ipynb #55c18ef6
 def to_bytes(
-    images:Tensor, # Pictures (..., h, w) in [-1, 1]
-)->np.ndarray: # The same in uint8
-    "Grey values as a PNG holds them. Raises ValueError for a number that is none."
-    if not images.isfinite().all(): raise ValueError(
-        f"to_bytes: {(~images.isfinite()).sum()} pixels are not finite. Expected numbers. Try precision='no'.")
-    return ((images.float()+1)*127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    images: Tensor,  # Pictures (..., h, w) in [-1, 1]
+) -> np.ndarray:  # The same in uint8
+    """Grey values as a PNG holds them.
+
+    Parameters
+    ----------
+    images : Tensor
+        Pictures (..., h, w) in [-1, 1].
+
+    Returns
+    -------
+    np.ndarray
+        The same in uint8.
+
+    Raises
+    ------
+    ValueError
+        For a number that is none.
+    """
+    if not images.isfinite().all():
+        raise ValueError(
+            f"to_bytes: {(~images.isfinite()).sum()} pixels are not finite. Expected numbers. Try"
+            " precision='no'."
+        )
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 # %% ../../nbs/engineering/34_codec.ipynb #a9fdcc21
 def make_folder(
-    folder:Path, # Folder to make, with those above it
-    exist_ok:bool=False, # False: it must be new, and of several processes at once one succeeds
-)->Path: # The folder
-    "Make a folder. Raises FileExistsError, or OSError with words that help."
-    try: folder.mkdir(parents=True, exist_ok=exist_ok)
-    except FileExistsError: raise
-    except OSError as e: raise type(e)(
-        f"new_folder: {folder} cannot be made ({e.strerror}). Expected a place where folders can be made. "
-        "Choose another --out.") from e
+    folder: Path,  # Folder to make, with those above it
+    exist_ok: bool = False,  # False: it must be new, and of several processes at once one succeeds
+) -> Path:  # The folder
+    """Make a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder to make, with those above it.
+    exist_ok : bool, default False
+        False: it must be new, and of several processes at once one succeeds.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileExistsError
+    OSError
+        With words that help.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as e:
+        raise type(e)(
+            f"new_folder: {folder} cannot be made ({e.strerror}). Expected a place where folders"
+            " can be made. Choose another --out."
+        ) from e
     return folder
 
 # %% ../../nbs/engineering/34_codec.ipynb #bb79c61f
 def new_folder(
-    folder:str|Path, # Folder that must not hold anything yet
-    first:str, # Name of the first file of the result, which is made at once: it marks the folder as taken
-)->Path: # The folder, which now exists
-    "Make an output folder and take it. Raises FileExistsError if it holds something, or if another process was faster."
+    folder: str | Path,  # Folder that must not hold anything yet
+    # Name of the first file of the result, which is made at once: it marks the folder as taken
+    first: str,
+) -> Path:  # The folder, which now exists
+    """Make an output folder and take it.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Folder that must not hold anything yet.
+    first : str
+        Name of the first file of the result, which is made at once: it marks the folder as taken.
+
+    Returns
+    -------
+    Path
+        The folder, which now exists.
+
+    Raises
+    ------
+    FileExistsError
+        If it holds something, or if another process was faster.
+    """
     folder = make_folder(refuse_taken(folder), exist_ok=True)
-    try: (folder/first).open('xb').close()                                     # the system lets one process make it
-    except FileExistsError: raise FileExistsError(
-        f"new_folder: {folder} was taken by another process. Expected a folder of its own for each: nothing is "
-        "overwritten. Choose another name.") from None
+    try:
+        (folder / first).open('xb').close()  # the system lets one process make it
+    except FileExistsError:
+        raise FileExistsError(
+            f"new_folder: {folder} was taken by another process. Expected a folder of its own for"
+            " each: nothing is overwritten. Choose another name."
+        ) from None
     return folder
 
 # %% ../../nbs/engineering/34_codec.ipynb #1bd4178f
 def manifest_of(
-    conditions:dict, # What was asked: a value or n values by covariate name
-    n:int, # Pictures
-)->pd.DataFrame: # path, subject, slice and the other conditions, one row a picture
-    "The table of a folder of synthetic pictures. Raises ValueError for another number of values."
-    requested = {k: v.tolist() if hasattr(v, 'tolist') else v for k,v in conditions.items() if v is not None}
-    for k,v in requested.items():
-        if np.ndim(v) and len(v)!=n: raise ValueError(
-            f"save_images: {len(v)} values of {k} for {n} pictures. Expected one, or {n}. Check both.")
-    table = pd.DataFrame({k: list(v) if np.ndim(v) else [v]*n for k,v in requested.items()}, index=range(n))
+    conditions: dict,  # What was asked: a value or n values by covariate name
+    n: int,  # Pictures
+) -> pd.DataFrame:  # path, subject, slice and the other conditions, one row a picture
+    """The table of a folder of synthetic pictures.
+
+    Parameters
+    ----------
+    conditions : dict
+        What was asked: a value or n values by covariate name.
+    n : int
+        Pictures.
+
+    Returns
+    -------
+    pd.DataFrame
+        path, subject, slice and the other conditions, one row a picture.
+
+    Raises
+    ------
+    ValueError
+        For another number of values.
+    """
+    requested = {
+        k: v.tolist() if hasattr(v, 'tolist') else v for k, v in conditions.items() if v is not None
+    }
+    for k, v in requested.items():
+        if np.ndim(v) and len(v) != n:
+            raise ValueError(
+                f"save_images: {len(v)} values of {k} for {n} pictures. Expected one, or {n}. Check"
+                " both."
+            )
+    table = pd.DataFrame(
+        {k: list(v) if np.ndim(v) else [v] * n for k, v in requested.items()}, index=range(n)
+    )
     table.insert(0, 'path', [f'picture_{i:04d}.png' for i in range(n)])
     table.insert(1, 'subject', [f'synthetic_{i:04d}' for i in range(n)])
-    slices = pd.to_numeric(table['slice']) if 'slice' in table else pd.Series(np.nan, index=table.index)
+    slices = (
+        pd.to_numeric(table['slice']) if 'slice' in table else pd.Series(np.nan, index=table.index)
+    )
     whole = slices.round().fillna(0).astype(int)
-    return table.assign(slice=whole) if (whole==slices).all() else table.assign(slice=whole, slice_asked=slices)
+    return (
+        table.assign(slice=whole)
+        if (whole == slices).all()
+        else table.assign(slice=whole, slice_asked=slices)
+    )
 
 # %% ../../nbs/engineering/34_codec.ipynb #ac93cdd2
 def save_images(
-    images:Tensor, # New pictures (n, 1, h, w) in [-1, 1]
-    folder:str|Path, # New folder
-    conditions:dict, # What was asked: a value or n values by covariate name
-    about:dict, # Seed, steps, guidance and the like, for the record
-    owners:list[str]|None=None, # Whose scans they were made from, one a picture; None: they are nobody's
-)->Path: # The folder: picture_0000.png …, grid.png, and at last manifest.csv, readable by `brainldm check`
-    "Save new pictures, each marked in its metadata as what it is. Raises FileExistsError rather than overwrite."
-    table,gray,n = manifest_of(conditions, len(images)),to_bytes(images[:, 0]),len(images)
-    mark,title = (SYNTHETIC,'Synthetic pictures') if owners is None else (EDITED,'Changed scans')
-    if owners is not None: table = table.assign(subject=owners)
+    images: Tensor,  # New pictures (n, 1, h, w) in [-1, 1]
+    folder: str | Path,  # New folder
+    conditions: dict,  # What was asked: a value or n values by covariate name
+    about: dict,  # Seed, steps, guidance and the like, for the record
+    # Whose scans they were made from, one a picture; None: they are nobody's
+    owners: list[str] | None = None,
+    # The folder: picture_0000.png …, grid.png, and at last manifest.csv, readable by `brainldm
+    # check`
+) -> Path:
+    """Save new pictures, each marked in its metadata as what it is.
+
+    Parameters
+    ----------
+    images : Tensor
+        New pictures (n, 1, h, w) in [-1, 1].
+    folder : str | Path
+        New folder.
+    conditions : dict
+        What was asked: a value or n values by covariate name.
+    about : dict
+        Seed, steps, guidance and the like, for the record.
+    owners : list[str] | None, default None
+        Whose scans they were made from, one a picture; None: they are nobody's.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    FileExistsError
+        Rather than overwrite.
+    """
+    table, gray, n = manifest_of(conditions, len(images)), to_bytes(images[:, 0]), len(images)
+    mark, title = (SYNTHETIC, 'Synthetic pictures') if owners is None else (EDITED, 'Changed scans')
+    if owners is not None:
+        table = table.assign(subject=owners)
     folder = new_folder(folder, table.path[0])
-    requested = table.drop(columns='slice').rename(columns={'slice_asked': 'slice'}) if 'slice_asked' in table else table
-    for row,image in zip(requested.to_dict('records'), gray):
-        known = {k: v for k,v in row.items() if not pd.isna(v)}
+    requested = (
+        table.drop(columns='slice').rename(columns={'slice_asked': 'slice'})
+        if 'slice_asked' in table
+        else table
+    )
+    for row, image in zip(requested.to_dict('records'), gray):
+        known = {k: v for k, v in row.items() if not pd.isna(v)}
         info = PngInfo()
-        info.add_text('Description', mark); info.add_text('Software', f'brainldm {brainldm.__version__}')
+        info.add_text('Description', mark)
+        info.add_text('Software', f'brainldm {brainldm.__version__}')
         info.add_text('brainldm', json.dumps(dict(known, **about, synthetic=True), default=str))
-        Image.fromarray(image).save(folder/row['path'], pnginfo=info)
+        Image.fromarray(image).save(folder / row['path'], pnginfo=info)
     shown = min(n, 64)
-    title += f' (first {shown} of {n})' if shown<n else ''
-    save_figure(show_grid(images[:shown, 0], ncols=min(8, shown), title=title), folder/'grid.png')
-    table.assign(**about, synthetic=True).to_csv(folder/'manifest.csv', index=False)
+    title += f' (first {shown} of {n})' if shown < n else ''
+    save_figure(show_grid(images[:shown, 0], ncols=min(8, shown), title=title), folder / 'grid.png')
+    table.assign(**about, synthetic=True).to_csv(folder / 'manifest.csv', index=False)
     return folder
 
 # %% ../../nbs/engineering/34_codec.ipynb #963e1b9e
 def save_gif(
-    frames:list[Tensor], # Pictures of each step, each (n, 1, h, w) in [-1, 1]; the first four are shown side by side
-    path:str|Path, # File to write, .gif
-    seconds:float=4., # Length; the last frame stays as long as eight others
-)->Path: # The file
-    "The walk from noise to a brain as a film, marked as synthetic. Raises FileExistsError rather than overwrite."
+    # Pictures of each step, each (n, 1, h, w) in [-1, 1]; the first four are shown side by side
+    frames: list[Tensor],
+    path: str | Path,  # File to write, .gif
+    seconds: float = 4.0,  # Length; the last frame stays as long as eight others
+) -> Path:  # The file
+    """The walk from noise to a brain as a film, marked as synthetic.
+
+    Parameters
+    ----------
+    frames : list[Tensor]
+        Pictures of each step, each (n, 1, h, w) in [-1, 1]; the first four are shown side by side.
+    path : str | Path
+        File to write, .gif.
+    seconds : float, default 4.0
+        Length; the last frame stays as long as eight others.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    FileExistsError
+        Rather than overwrite.
+    """
     path = Path(path)
-    if not frames or not seconds>0: raise ValueError(
-        f"save_gif: {len(frames)} frames in seconds={seconds}. Expected one frame or more, a length above 0. "
-        "Collect them with `callback`.")
+    if not frames or not seconds > 0:
+        raise ValueError(
+            f"save_gif: {len(frames)} frames in seconds={seconds}. Expected one frame or more, a"
+            " length above 0. Collect them with `callback`."
+        )
     rows = [Image.fromarray(np.concatenate(list(to_bytes(o[:4, 0])), axis=1)) for o in frames]
-    each = max(20, round(1000*seconds/(len(rows)+7)))                          # browsers show nothing faster than 20 ms
+    each = max(
+        20, round(1000 * seconds / (len(rows) + 7))
+    )  # browsers show nothing faster than 20 ms
     film = BytesIO()
-    rows[0].save(film, 'gif', save_all=True, append_images=rows[1:], loop=0,
-                 duration=[each]*(len(rows)-1)+[8*each], comment=SYNTHETIC.encode())
+    rows[0].save(
+        film,
+        'gif',
+        save_all=True,
+        append_images=rows[1:],
+        loop=0,
+        duration=[each] * (len(rows) - 1) + [8 * each],
+        comment=SYNTHETIC.encode(),
+    )
     try:
-        with path.open('xb') as f: f.write(film.getvalue())                    # x: a file that exists is refused
-    except FileExistsError: raise FileExistsError(
-        f"save_gif: {path} exists. Expected a new file: nothing is overwritten. Choose another name.") from None
+        with path.open('xb') as f:
+            f.write(film.getvalue())  # x: a file that exists is refused
+    except FileExistsError:
+        raise FileExistsError(
+            f"save_gif: {path} exists. Expected a new file: nothing is overwritten. Choose another"
+            " name."
+        ) from None
     return path

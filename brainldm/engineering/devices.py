@@ -16,65 +16,159 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 # %% ../../nbs/engineering/41_devices.ipynb #fc7e1a1c
-def process_device()->str: # 'cpu', 'cuda', 'cuda:1', 'mps'
+def process_device() -> str:  # 'cpu', 'cuda', 'cuda:1', 'mps'
     """The accelerator of this process, or the CPU.
 
-    A launcher (`accelerate launch`, `torchrun`) starts one process a GPU and says in LOCAL_RANK which one this is.
-    Where accelerate has been set up already, its device is taken; ACCELERATE_USE_CPU=true asks for the CPU."""
-    if PartialState._shared_state: return str(PartialState().device)           # of a training, or of the host program
-    if parse_flag_from_env('ACCELERATE_USE_CPU'): return 'cpu'
-    if not torch.cuda.is_available(): return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    A launcher (`accelerate launch`, `torchrun`) starts one process a GPU and says in LOCAL_RANK
+    which one this is. Where accelerate has been set up already, its device is taken;
+    ACCELERATE_USE_CPU=true asks for the CPU.
+
+    Returns
+    -------
+    str
+        'cpu', 'cuda', 'cuda:1', 'mps'.
+    """
+    # of a training, or of the host program
+    if PartialState._shared_state:
+        return str(PartialState().device)
+    if parse_flag_from_env('ACCELERATE_USE_CPU'):
+        return 'cpu'
+    if not torch.cuda.is_available():
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
     rank = int(os.environ.get('LOCAL_RANK', -1))
-    return 'cuda' if rank<0 else f'cuda:{rank%torch.cuda.device_count()}'      # as accelerate counts
+    return 'cuda' if rank < 0 else f'cuda:{rank%torch.cuda.device_count()}'  # as accelerate counts
 
 # %% ../../nbs/engineering/41_devices.ipynb #9afc93d7
 def pick_device(
-    device:str|None=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the accelerator of this process, if there is one
-)->torch.device: # Where to compute
-    "Where networks compute; all of the package asks here. Raises ValueError for a device that this machine lacks."
+    # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the accelerator of this process, if there is one
+    device: str | None = None,
+) -> torch.device:  # Where to compute
+    """Where networks compute; all of the package asks here.
+
+    Parameters
+    ----------
+    device : str | None, default None
+        'cpu', 'cuda', 'cuda:1', 'mps'; None: the accelerator of this process, if there is one.
+
+    Returns
+    -------
+    torch.device
+        Where to compute.
+
+    Raises
+    ------
+    ValueError
+        For a device that this machine lacks.
+    """
     device = device or process_device()
-    try: return torch.zeros((), device=device).device
-    except (RuntimeError, AssertionError) as e: raise ValueError(
-        f"pick_device: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). "
-        "Expected a device of this machine. Try device='cpu'.") from None
+    try:
+        return torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(
+            f"pick_device: device={device!r} cannot be used ({str(e).splitlines()[0][:120]}). "
+            "Expected a device of this machine. Try device='cpu'."
+        ) from None
 
 # %% ../../nbs/engineering/41_devices.ipynb #2829c572
 def pick_precision(
-    precision:str, # 'auto', 'no', 'bf16' or 'fp16'
-    device:torch.device, # Where training runs
-)->str: # 'no', 'bf16' or 'fp16'
-    "Turn 'auto' into bf16 where the hardware has it, else into float32 ('no'). Raises ValueError for fp16 on a CPU."
-    if precision not in ('auto', 'no', 'bf16', 'fp16'): raise ValueError(
-        f"pick_precision: precision={precision!r}. Expected 'auto', 'no', 'bf16' or 'fp16'. Try precision='auto'.")
-    if precision=='fp16' and device.type=='cpu': raise ValueError(
-        "pick_precision: precision='fp16' on a CPU. Expected 'bf16' or 'no' there. Try precision='auto'.")
-    if precision!='auto': return precision
-    if device.type=='cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
+    precision: str,  # 'auto', 'no', 'bf16' or 'fp16'
+    device: torch.device,  # Where training runs
+) -> str:  # 'no', 'bf16' or 'fp16'
+    """Turn 'auto' into bf16 where the hardware has it, else into float32 ('no').
+
+    Parameters
+    ----------
+    precision : str
+        'auto', 'no', 'bf16' or 'fp16'.
+    device : torch.device
+        Where training runs.
+
+    Returns
+    -------
+    str
+        'no', 'bf16' or 'fp16'.
+
+    Raises
+    ------
+    ValueError
+        For fp16 on a CPU.
+    """
+    if precision not in ('auto', 'no', 'bf16', 'fp16'):
+        raise ValueError(
+            f"pick_precision: precision={precision!r}. Expected 'auto', 'no', 'bf16' or 'fp16'. Try"
+            " precision='auto'."
+        )
+    if precision == 'fp16' and device.type == 'cpu':
+        raise ValueError(
+            "pick_precision: precision='fp16' on a CPU. Expected 'bf16' or 'no' there. Try"
+            " precision='auto'."
+        )
+    if precision != 'auto':
+        return precision
+    if device.type == 'cuda':
+        return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
     fast = (getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16', 'amx_tile'))
-    return 'bf16' if device.type=='cpu' and any(fast) else 'no'
+    return 'bf16' if device.type == 'cpu' and any(fast) else 'no'
 
 # %% ../../nbs/engineering/41_devices.ipynb #7df75c6a
 def double_on_cpu(
-    x:Tensor, # Numbers on any device
-)->Tensor: # The same in float64, on the CPU, without a graph
-    "For statistics, which want many digits and little work: some devices (Apple's MPS) have no float64."
+    x: Tensor,  # Numbers on any device
+) -> Tensor:  # The same in float64, on the CPU, without a graph
+    """For statistics, which want many digits and little work: some devices (Apple's MPS) have no
+    float64.
+
+    Parameters
+    ----------
+    x : Tensor
+        Numbers on any device.
+
+    Returns
+    -------
+    Tensor
+        The same in float64, on the CPU, without a graph.
+    """
     return x.detach().cpu().double()
 
 # %% ../../nbs/engineering/41_devices.ipynb #44068149
 def device_name(
-    device:torch.device, # A device of torch
-)->str: # What the machine calls it, such as 'NVIDIA H200', or the model of the processor
-    "Name the chip on which networks compute; its kind where the system does not say more."
-    if device.type=='cuda': return torch.cuda.get_device_name(device)
-    if device.type!='cpu': return device.type
-    try: names = [o.partition(':')[2].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')]
-    except OSError: names = []                                                 # not Linux
+    device: torch.device,  # A device of torch
+) -> str:  # What the machine calls it, such as 'NVIDIA H200', or the model of the processor
+    """Name the chip on which networks compute; its kind where the system does not say more.
+
+    Parameters
+    ----------
+    device : torch.device
+        A device of torch.
+
+    Returns
+    -------
+    str
+        What the machine calls it, such as 'NVIDIA H200', or the model of the processor.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    if device.type != 'cpu':
+        return device.type
+    try:
+        names = [
+            o.partition(':')[2].strip()
+            for o in Path('/proc/cpuinfo').read_text().splitlines()
+            if o.startswith('model name')
+        ]
+    except OSError:
+        names = []  # not Linux
     return next(iter(names), platform.processor() or platform.machine() or 'cpu')
 
 # %% ../../nbs/engineering/41_devices.ipynb #a01b1e01
-def describe_device()->str: # One line, such as 'cpu, 2 threads, bf16'
-    "Say on what networks compute here, and in which precision if nobody asks for another."
+def describe_device() -> str:  # One line, such as 'cpu, 2 threads, bf16'
+    """Say on what networks compute here, and in which precision if nobody asks for another.
+
+    Returns
+    -------
+    str
+        One line, such as 'cpu, 2 threads, bf16'.
+    """
     device = pick_device()
-    name = device_name(device) if device.type=='cuda' else device.type
-    threads = f', {torch.get_num_threads()} threads' if device.type=='cpu' else ''
+    name = device_name(device) if device.type == 'cuda' else device.type
+    threads = f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''
     return f"{name}{threads}, {pick_precision('auto', device).replace('no', 'float32')}"

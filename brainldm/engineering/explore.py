@@ -45,159 +45,406 @@ from ..sampling import BrainLDM, sample_batch, sample_noise, slerp, prepare_cond
 
 # %% ../../nbs/engineering/35_explore.ipynb #fd7dc3d0
 def sample_frames(
-    model, # A `Sampler`: a run with a trained denoiser
-    steps:int=20, # Network calls
-    **request, # As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
-)->Tensor: # The picture expected after each step (steps, size, size) in [-1, 1]; the last one is the answer
-    "Draw one brain and keep the way to it. Raises as `sample` does."
+    model,  # A `Sampler`: a run with a trained denoiser
+    steps: int = 20,  # Network calls
+    **request,  # As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
+    # The picture expected after each step (steps, size, size) in [-1, 1]; the last one is the
+    # answer
+) -> Tensor:
+    """Draw one brain and keep the way to it.
+
+    Raises as `sample` does.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    steps : int, default 20
+        Network calls.
+    **request
+        As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
+
+    Returns
+    -------
+    Tensor
+    """
     frames = []
-    model.sample(1, steps=steps, callback=lambda i, t, images: frames.append(images[0, 0]), **request)
+    model.sample(
+        1, steps=steps, callback=lambda i, t, images: frames.append(images[0, 0]), **request
+    )
     return torch.stack(frames)
 
 # %% ../../nbs/engineering/35_explore.ipynb #f8c741bc
 def sample_between(
-    model, # A `Sampler`: a run with a trained denoiser
-    seed_a:int=0, # Seed of the brain at one end
-    seed_b:int=1, # Seed of the brain at the other end
-    n:int=9, # Pictures, both ends included
-    steps:int=12, # Network calls
-    **conditions, # diagnosis, slice, age, sex, …: the same all the way
-)->Tensor: # Pictures from one brain to the other (n, size, size) in [-1, 1]
-    "Brains between two drawn brains. Source: Shoemake 1985. Raises ValueError or TypeError."
-    if seed_a==seed_b or n<2: raise ValueError(
-        f"sample_between: seed_a={seed_a}, seed_b={seed_b}, n={n}. Expected two different seeds, and n of 2 or more. "
-        f"Try seed_b={seed_a+1}.")
+    model,  # A `Sampler`: a run with a trained denoiser
+    seed_a: int = 0,  # Seed of the brain at one end
+    seed_b: int = 1,  # Seed of the brain at the other end
+    n: int = 9,  # Pictures, both ends included
+    steps: int = 12,  # Network calls
+    **conditions,  # diagnosis, slice, age, sex, …: the same all the way
+) -> Tensor:  # Pictures from one brain to the other (n, size, size) in [-1, 1]
+    """Brains between two drawn brains.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    seed_a : int, default 0
+        Seed of the brain at one end.
+    seed_b : int, default 1
+        Seed of the brain at the other end.
+    n : int, default 9
+        Pictures, both ends included.
+    steps : int, default 12
+        Network calls.
+    **conditions
+        diagnosis, slice, age, sex, …: the same all the way.
+
+    Returns
+    -------
+    Tensor
+        Pictures from one brain to the other (n, size, size) in [-1, 1].
+
+    Raises
+    ------
+    ValueError
+    TypeError
+
+    References
+    ----------
+    Shoemake 1985.
+    """
+    if seed_a == seed_b or n < 2:
+        raise ValueError(
+            f"sample_between: seed_a={seed_a}, seed_b={seed_b}, n={n}. Expected two different"
+            f" seeds, and n of 2 or more. Try seed_b={seed_a+1}."
+        )
     options = dict(steps=steps)
     cond = prepare_conditions(model, conditions, n, options, min(seed_a, seed_b), n)
-    shape = (model.autoencoder.latent_channels, *[model.size//model.autoencoder.factor]*2)
+    shape = (model.autoencoder.latent_channels, *[model.size // model.autoencoder.factor] * 2)
     ends = [sample_noise(1, shape, seed, device=model.device)[0] for seed in (seed_a, seed_b)]
-    return sample_batch(model, slerp(*ends, torch.linspace(0, 1, n)), to_device(cond, model.device), options)[:, 0]
+    return sample_batch(
+        model, slerp(*ends, torch.linspace(0, 1, n)), to_device(cond, model.device), options
+    )[:, 0]
 
 # %% ../../nbs/engineering/35_explore.ipynb #e7357c37
 def plot_noising(
-    x0:Tensor, # One picture (h, w), standardised: mean 0, variance 1
-    schedule:NoiseSchedule, # How noise is added
-    t:int, # Step, 0 to T-1
-)->plt.Figure: # The noised picture, and where it stands on two curves
-    "What is left of a picture after step t. Raises as `add_noise` does."
+    x0: Tensor,  # One picture (h, w), standardised: mean 0, variance 1
+    schedule: NoiseSchedule,  # How noise is added
+    t: int,  # Step, 0 to T-1
+) -> plt.Figure:  # The noised picture, and where it stands on two curves
+    """What is left of a picture after step t.
+
+    Raises as `add_noise` does.
+
+    Parameters
+    ----------
+    x0 : Tensor
+        One picture (h, w), standardised: mean 0, variance 1.
+    schedule : NoiseSchedule
+        How noise is added.
+    t : int
+        Step, 0 to T-1.
+
+    Returns
+    -------
+    plt.Figure
+        The noised picture, and where it stands on two curves.
+    """
     xt = add_noise(x0[None], sample_noise(1, tuple(x0.shape), seed=0), t, schedule.abar)[0]
-    fig,axs = plt.subplots(1, 3, figsize=(7.5, 2.5), layout='constrained')
-    axs[0].imshow(xt.numpy(), cmap='gray', vmin=-2, vmax=2); axs[0].set(xticks=[], yticks=[], title='noised slice')
-    abar,snr = schedule.abar.numpy(),schedule.snr.clamp(min=1e-5).numpy()      # a logarithm has no place for 0
-    axs[1].plot(abar); axs[1].plot(t, abar[t], 'o')
-    axs[2].semilogy(snr); axs[2].semilogy(t, snr[t], 'o')
-    axs[1].set(xlabel='step t', title='signal variance left', ylim=(-.05, 1.05))
+    fig, axs = plt.subplots(1, 3, figsize=(7.5, 2.5), layout='constrained')
+    axs[0].imshow(xt.numpy(), cmap='gray', vmin=-2, vmax=2)
+    axs[0].set(xticks=[], yticks=[], title='noised slice')
+    # a logarithm has no place for 0
+    abar, snr = schedule.abar.numpy(), schedule.snr.clamp(min=1e-5).numpy()
+    axs[1].plot(abar)
+    axs[1].plot(t, abar[t], 'o')
+    axs[2].semilogy(snr)
+    axs[2].semilogy(t, snr[t], 'o')
+    axs[1].set(xlabel='step t', title='signal variance left', ylim=(-0.05, 1.05))
     axs[2].set(xlabel='step t', title='signal-to-noise ratio', ylim=(5e-6, 1e5))
     return fig
 
 # %% ../../nbs/engineering/35_explore.ipynb #81f4ca1e
 def code_patches(
-    images:Tensor, # Decoded pictures (n, 1, h*f, w*f)
-    codes:Tensor, # Their codes (n, h, w)
-    num_embeddings:int, # Codes there are, k
-)->Tensor: # Mean patch drawn where each code stands (k, f, f); NaN where it stands nowhere
-    "What the decoder draws for a code, on average over the places where it was used."
-    patches = rearrange(images, 'n 1 (h f) (w g) -> (n h w) f g', h=codes.shape[1], w=codes.shape[2])
-    total = patches.new_zeros(num_embeddings, *patches.shape[1:]).index_add_(0, codes.flatten(), patches)
-    return total/torch.bincount(codes.flatten(), minlength=num_embeddings).view(-1, 1, 1)
+    images: Tensor,  # Decoded pictures (n, 1, h*f, w*f)
+    codes: Tensor,  # Their codes (n, h, w)
+    num_embeddings: int,  # Codes there are, k
+) -> Tensor:  # Mean patch drawn where each code stands (k, f, f); NaN where it stands nowhere
+    """What the decoder draws for a code, on average over the places where it was used.
+
+    Parameters
+    ----------
+    images : Tensor
+        Decoded pictures (n, 1, h*f, w*f).
+    codes : Tensor
+        Their codes (n, h, w).
+    num_embeddings : int
+        Codes there are, k.
+
+    Returns
+    -------
+    Tensor
+        Mean patch drawn where each code stands (k, f, f); NaN where it stands nowhere.
+    """
+    patches = rearrange(
+        images, 'n 1 (h f) (w g) -> (n h w) f g', h=codes.shape[1], w=codes.shape[2]
+    )
+    total = patches.new_zeros(num_embeddings, *patches.shape[1:]).index_add_(
+        0, codes.flatten(), patches
+    )
+    return total / torch.bincount(codes.flatten(), minlength=num_embeddings).view(-1, 1, 1)
 
 # %% ../../nbs/engineering/35_explore.ipynb #dc9d95f5
 def read_codebook(
-    model, # A `Codec` of a run with codes
-    images:Tensor, # Pictures to look words up in (n, 1, size, size) in [-1, 1]
-    cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
-)->dict[str, Tensor]: # decoded (n, 1, size, size), codes (n, h, w), patches (k, f, f), counts (h, w, k) of training
-    "All that is to be seen of a codebook. Raises ValueError for an autoencoder that has none."
+    model,  # A `Codec` of a run with codes
+    images: Tensor,  # Pictures to look words up in (n, 1, size, size) in [-1, 1]
+    cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+    # decoded (n, 1, size, size), codes (n, h, w), patches (k, f, f), counts (h, w, k) of training
+) -> dict[str, Tensor]:
+    """All that is to be seen of a codebook.
+
+    Parameters
+    ----------
+    model
+        A `Codec` of a run with codes.
+    images : Tensor
+        Pictures to look words up in (n, 1, size, size) in [-1, 1].
+    cond : dict[str, Tensor] | None, default None
+        Encoded covariates, for a conditional autoencoder.
+
+    Returns
+    -------
+    dict[str, Tensor]
+
+    Raises
+    ------
+    ValueError
+        For an autoencoder that has none.
+    """
     check_images('read_codebook', images, model.size)
-    if not hasattr(model.autoencoder, 'quantizer'): raise ValueError(
-        f"read_codebook: a run of kind {type(model.autoencoder).__name__}. Expected one with codes. "
-        "Try `brainldm train autoencoder DATA --kind vq`.")
-    z,quantizer = model.encode(images, cond),model.autoencoder.quantizer
-    codes,decoded = quantizer.nearest(z).cpu(),model.decode(z, cond)
+    if not hasattr(model.autoencoder, 'quantizer'):
+        raise ValueError(
+            f"read_codebook: a run of kind {type(model.autoencoder).__name__}. Expected one with"
+            " codes. Try `brainldm train autoencoder DATA --kind vq`."
+        )
+    z, quantizer = model.encode(images, cond), model.autoencoder.quantizer
+    codes, decoded = quantizer.nearest(z).cpu(), model.decode(z, cond)
     patches = code_patches(decoded, codes, quantizer.num_embeddings)
-    return dict(decoded=decoded, codes=codes, patches=patches, counts=model.autoencoder.histogram.counts.sum(0).cpu())
+    return dict(
+        decoded=decoded,
+        codes=codes,
+        patches=patches,
+        counts=model.autoencoder.histogram.counts.sum(0).cpu(),
+    )
 
 # %% ../../nbs/engineering/35_explore.ipynb #b8aa5293
 def plot_code(
-    book:dict[str, Tensor], # From `read_codebook`
-    code:int, # The word
-    image:int=0, # Number of the picture to find it in
-)->plt.Figure: # What is drawn for it, where it stands in the picture, where it stood in training
-    "One word of a codebook. Raises ValueError for a number that is none."
-    k,n = len(book['patches']),len(book['codes'])
-    if not (0<=code<k and 0<=image<n): raise ValueError(
-        f"plot_code: code={code}, picture={image}. Expected 0 to {k-1} and 0 to {n-1}. Check both.")
-    drawn,codes,counts = book['decoded'][image, 0],book['codes'][image],book['counts'][..., code]
-    fig,axs = plt.subplots(1, 3, figsize=(7.5, 2.6), layout='constrained')
-    for ax,p in zip(axs, (book['patches'][code], drawn)): ax.imshow(p.numpy(), cmap='gray', vmin=-1, vmax=1)
-    f = len(drawn)//len(codes)
-    for i,j in (codes==code).nonzero().tolist():
-        axs[1].add_patch(Rectangle((j*f-.5, i*f-.5), f, f, fill=False, edgecolor='tab:orange', lw=1.5))
-    fig.colorbar(axs[2].imshow((counts/counts.sum().clamp(min=1)).numpy(), vmin=0), ax=axs[2], shrink=.8)
-    for ax,title in zip(axs, ('drawn for it, on average', 'where it stands here', 'share of its uses, by place')):
+    book: dict[str, Tensor],  # From `read_codebook`
+    code: int,  # The word
+    image: int = 0,  # Number of the picture to find it in
+    # What is drawn for it, where it stands in the picture, where it stood in training
+) -> plt.Figure:
+    """One word of a codebook.
+
+    Parameters
+    ----------
+    book : dict[str, Tensor]
+        From `read_codebook`.
+    code : int
+        The word.
+    image : int, default 0
+        Number of the picture to find it in.
+
+    Returns
+    -------
+    plt.Figure
+
+    Raises
+    ------
+    ValueError
+        For a number that is none.
+    """
+    k, n = len(book['patches']), len(book['codes'])
+    if not (0 <= code < k and 0 <= image < n):
+        raise ValueError(
+            f"plot_code: code={code}, picture={image}. Expected 0 to {k-1} and 0 to {n-1}. Check"
+            " both."
+        )
+    drawn, codes, counts = (
+        book['decoded'][image, 0],
+        book['codes'][image],
+        book['counts'][..., code],
+    )
+    fig, axs = plt.subplots(1, 3, figsize=(7.5, 2.6), layout='constrained')
+    for ax, p in zip(axs, (book['patches'][code], drawn)):
+        ax.imshow(p.numpy(), cmap='gray', vmin=-1, vmax=1)
+    f = len(drawn) // len(codes)
+    for i, j in (codes == code).nonzero().tolist():
+        axs[1].add_patch(
+            Rectangle((j * f - 0.5, i * f - 0.5), f, f, fill=False, edgecolor='tab:orange', lw=1.5)
+        )
+    fig.colorbar(
+        axs[2].imshow((counts / counts.sum().clamp(min=1)).numpy(), vmin=0), ax=axs[2], shrink=0.8
+    )
+    for ax, title in zip(
+        axs, ('drawn for it, on average', 'where it stands here', 'share of its uses, by place')
+    ):
         ax.set(xticks=[], yticks=[], title=title)
     return fig
 
 # %% ../../nbs/engineering/35_explore.ipynb #24d55baa
 def to_png(
-    image:Tensor, # A picture (h, w) in [-1, 1]
-)->bytes: # PNG file, marked as synthetic
-    "A picture as a browser takes it. Raises ValueError for numbers that are none."
-    info,file = PngInfo(),BytesIO()
+    image: Tensor,  # A picture (h, w) in [-1, 1]
+) -> bytes:  # PNG file, marked as synthetic
+    """A picture as a browser takes it.
+
+    Parameters
+    ----------
+    image : Tensor
+        A picture (h, w) in [-1, 1].
+
+    Returns
+    -------
+    bytes
+        PNG file, marked as synthetic.
+
+    Raises
+    ------
+    ValueError
+        For numbers that are none.
+    """
+    info, file = PngInfo(), BytesIO()
     info.add_text('Description', SYNTHETIC)
     Image.fromarray(to_bytes(image)).save(file, 'png', pnginfo=info)
     return file.getvalue()
 
 # %% ../../nbs/engineering/35_explore.ipynb #2851a406
 def slider_values(
-    covariate:Covariate, # A continuous covariate
-)->list: # Numbers within its range
-    "Where a slider may rest: at whole numbers if 5 to 300 of them lie in the range, else at 50 even steps."
-    low,high = covariate.range
-    whole = list(range(math.ceil(low), math.floor(high)+1))
-    return whole if 5<=len(whole)<=300 else np.linspace(low, high, 50 if high>low else 1).tolist()
+    covariate: Covariate,  # A continuous covariate
+) -> list:  # Numbers within its range
+    """Where a slider may rest: at whole numbers if 5 to 300 of them lie in the range, else at 50 even
+    steps.
+
+    Parameters
+    ----------
+    covariate : Covariate
+        A continuous covariate.
+
+    Returns
+    -------
+    list
+        Numbers within its range.
+    """
+    low, high = covariate.range
+    whole = list(range(math.ceil(low), math.floor(high) + 1))
+    return (
+        whole
+        if 5 <= len(whole) <= 300
+        else np.linspace(low, high, 50 if high > low else 1).tolist()
+    )
 
 # %% ../../nbs/engineering/35_explore.ipynb #445ffcc6
-OPEN = object()                                                                # left to the model
+OPEN = object()  # left to the model
+
 
 def covariate_control(
-    covariate:Covariate, # What can be asked
-    may_be_open:bool=True, # Offer 'open', which leaves it to the model
-)->widgets.Widget: # A list or a slider; its value is one of the covariate's, or OPEN
-    "A control for one covariate."
+    covariate: Covariate,  # What can be asked
+    may_be_open: bool = True,  # Offer 'open', which leaves it to the model
+) -> widgets.Widget:  # A list or a slider; its value is one of the covariate's, or OPEN
+    """A control for one covariate.
+
+    Parameters
+    ----------
+    covariate : Covariate
+        What can be asked.
+    may_be_open : bool, default True
+        Offer 'open', which leaves it to the model.
+
+    Returns
+    -------
+    widgets.Widget
+        A list or a slider; its value is one of the covariate's, or OPEN.
+    """
     values = covariate.values or slider_values(covariate)
     stops = [(v if isinstance(v, str) else f'{v:.4g}', v) for v in values]
-    same = dict(options=[('open', OPEN)]*may_be_open+stops, description=covariate.name)
-    if covariate.kind=='categorical': return widgets.Dropdown(value=values[0], **same)
-    return widgets.SelectionSlider(value=values[len(values)//2], continuous_update=False, **same)
+    same = dict(options=[('open', OPEN)] * may_be_open + stops, description=covariate.name)
+    if covariate.kind == 'categorical':
+        return widgets.Dropdown(value=values[0], **same)
+    return widgets.SelectionSlider(value=values[len(values) // 2], continuous_update=False, **same)
 
 # %% ../../nbs/engineering/35_explore.ipynb #fe611b15
 def condition_controls(
-    model, # A `Sampler`: a run with a trained denoiser
-)->dict[str, widgets.Widget]: # One control a covariate, by name
-    "Controls for all that a run can be asked for. What its autoencoder must be told cannot be left open."
+    model,  # A `Sampler`: a run with a trained denoiser
+) -> dict[str, widgets.Widget]:  # One control a covariate, by name
+    """Controls for all that a run can be asked for.
+
+    What its autoencoder must be told cannot be left open.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+
+    Returns
+    -------
+    dict[str, widgets.Widget]
+        One control a covariate, by name.
+    """
     told = [c.name for c in model.autoencoder.covariates]
     return {c.name: covariate_control(c, c.name not in told) for c in model.covariates}
 
 # %% ../../nbs/engineering/35_explore.ipynb #309347cb
 def number_control(
-    name:str, # What stands beside it
-    value:float, # Where it starts; a whole number makes a slider over whole numbers
-    low:float, # Least
-    high:float, # Most
-    step:float=1, # From one stop to the next
-)->widgets.Widget: # A slider
-    "A slider that speaks when it is let go, not while it moves."
+    name: str,  # What stands beside it
+    value: float,  # Where it starts; a whole number makes a slider over whole numbers
+    low: float,  # Least
+    high: float,  # Most
+    step: float = 1,  # From one stop to the next
+) -> widgets.Widget:  # A slider
+    """A slider that speaks when it is let go, not while it moves.
+
+    Parameters
+    ----------
+    name : str
+        What stands beside it.
+    value : float
+        Where it starts; a whole number makes a slider over whole numbers.
+    low : float
+        Least.
+    high : float
+        Most.
+    step : float, default 1
+        From one stop to the next.
+
+    Returns
+    -------
+    widgets.Widget
+        A slider.
+    """
     kind = widgets.IntSlider if isinstance(value, int) else widgets.FloatSlider
     return kind(value, min=low, max=high, step=step, description=name, continuous_update=False)
 
 # %% ../../nbs/engineering/35_explore.ipynb #aaed2f68
 def as_call(
-    call:str, # A call with a gap for the state, as 'sample_frames(model, {})'
-    state:dict, # Arguments by name; None is left out
-)->str: # As one would type it
-    "The Python that draws the same picture."
-    return call.format(', '.join(f'{k}={v!r}' for k,v in state.items() if v is not None))
+    call: str,  # A call with a gap for the state, as 'sample_frames(model, {})'
+    state: dict,  # Arguments by name; None is left out
+) -> str:  # As one would type it
+    """The Python that draws the same picture.
+
+    Parameters
+    ----------
+    call : str
+        A call with a gap for the state, as 'sample_frames(model, {})'.
+    state : dict
+        Arguments by name; None is left out.
+
+    Returns
+    -------
+    str
+        As one would type it.
+    """
+    return call.format(', '.join(f'{k}={v!r}' for k, v in state.items() if v is not None))
 
 # %% ../../nbs/engineering/35_explore.ipynb #9c0e777f
 STYLE = """<style>
@@ -206,219 +453,493 @@ STYLE = """<style>
 .brainldm .widget-inline-hbox { width: auto; }
 .brainldm img { width: 100%; max-width: 560px; }
 .brainldm .stale { opacity: .35; transition: opacity .2s .2s; }
-.brainldm code, .brainldm .message { white-space: normal; overflow-wrap: anywhere; line-height: 1.4; }
+.brainldm code, .brainldm .message {
+    white-space: normal; overflow-wrap: anywhere; line-height: 1.4;
+}
 .brainldm .message { color: #b00020; }
-</style>"""                                                                    # two columns; one where it is narrow
+</style>"""  # two columns; one where it is narrow
 
 # %% ../../nbs/engineering/35_explore.ipynb #6d9b8701
 class Explorer(widgets.Box):
-    "Controls beside the picture that a pure function makes of their values."
-    def __init__(self,
-        render:Callable, # Called with the value of each control by name; gives PNG files: one, or the frames of a walk
-        controls:dict[str, widgets.Widget], # Controls by name of argument
-        call:str, # The Python that is shown, with a gap for the state; see `as_call`
-        scrub:str='', # Name of the slider over the frames; '': one frame, no slider
-        start:float=1., # Where that slider starts, from 0 to 1
+    """Controls beside the picture that a pure function makes of their values.
+
+    Parameters
+    ----------
+    render : Callable
+        Called with the value of each control by name; gives PNG files: one, or the frames of a
+        walk.
+    controls : dict[str, widgets.Widget]
+        Controls by name of argument.
+    call : str
+        The Python that is shown, with a gap for the state; see `as_call`.
+    scrub : str, default ''
+        Name of the slider over the frames; '': one frame, no slider.
+    start : float, default 1.0
+        Where that slider starts, from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        # Called with the value of each control by name; gives PNG files: one, or the frames of a
+        # walk
+        render: Callable,
+        controls: dict[str, widgets.Widget],  # Controls by name of argument
+        call: str,  # The Python that is shown, with a gap for the state; see `as_call`
+        scrub: str = '',  # Name of the slider over the frames; '': one frame, no slider
+        start: float = 1.0,  # Where that slider starts, from 0 to 1
     ):
-        self.render,self.controls,self.call,self.share = lru_cache(maxsize=32)(render),controls,call,start
-        self.picture,self.note,self.frames = widgets.Image(format='png'),widgets.HTML(),[]
-        self.scrubber = widgets.IntSlider(1, 1, 1, description=scrub, layout=dict(display='' if scrub else 'none'))
+        self.render, self.controls, self.call, self.share = (
+            lru_cache(maxsize=32)(render),
+            controls,
+            call,
+            start,
+        )
+        self.picture, self.note, self.frames = widgets.Image(format='png'), widgets.HTML(), []
+        self.scrubber = widgets.IntSlider(
+            1, 1, 1, description=scrub, layout=dict(display='' if scrub else 'none')
+        )
         view = widgets.VBox([widgets.HTML(STYLE), self.picture, self.scrubber, self.note])
         super().__init__([widgets.VBox(list(controls.values())), view])
         self.add_class('brainldm')
-        for o in controls.values(): o.observe(self.update, 'value')
+        for o in controls.values():
+            o.observe(self.update, 'value')
         self.scrubber.observe(self.show_frame, 'value')
         self.update()
 
     @property
-    def state(self)->dict: # Value of each control by name
-        "All that the picture depends on."
-        return {k: None if o.value is OPEN else o.value for k,o in self.controls.items()}
+    def state(self) -> dict:  # Value of each control by name
+        """All that the picture depends on.
+
+        Returns
+        -------
+        dict
+            Value of each control by name.
+        """
+        return {k: None if o.value is OPEN else o.value for k, o in self.controls.items()}
 
     def update(self, _=None):
-        "Draw the present state, or say why not."
-        self.picture.add_class('stale'); self.note.value = 'drawing …'
-        try: self.frames = self.render(**self.state)
-        except Exception as e:                                                 # the caller is the page: tell it
-            self.note.value = f'<div class="message" role="alert">{html.escape(str(e) or type(e).__name__)}</div>'
+        """Draw the present state, or say why not."""
+        self.picture.add_class('stale')
+        self.note.value = 'drawing …'
+        try:
+            self.frames = self.render(**self.state)
+        except Exception as e:  # the caller is the page: tell it
+            self.note.value = (
+                f'<div class="message" role="alert">{html.escape(str(e) or type(e).__name__)}</div>'
+            )
             return
-        share = self.share                                                     # moving the ends moves the handle
+        share = self.share  # moving the ends moves the handle
         self.scrubber.max = len(self.frames)
-        self.scrubber.value = 1+round(share*(len(self.frames)-1))
-        self.show_frame(); self.share = share
+        self.scrubber.value = 1 + round(share * (len(self.frames) - 1))
+        self.show_frame()
+        self.share = share
         self.picture.remove_class('stale')
         self.note.value = f'<code>{html.escape(as_call(self.call, self.state))}</code>'
 
     def show_frame(self, _=None):
-        "Put the chosen frame on the page."
-        self.picture.value = self.frames[self.scrubber.value-1]
-        self.share = (self.scrubber.value-1)/max(len(self.frames)-1, 1)
+        """Put the chosen frame on the page."""
+        self.picture.value = self.frames[self.scrubber.value - 1]
+        self.share = (self.scrubber.value - 1) / max(len(self.frames) - 1, 1)
 
 # %% ../../nbs/engineering/35_explore.ipynb #f85cb3b3
 def explore_sample(
-    model, # A `Sampler`: a run with a trained denoiser
-)->Explorer: # Ask for a brain, and scrub through the way to it
-    "Diagnosis, slice, guidance, steps, seed … to a brain, and the denoising on the way."
+    model,  # A `Sampler`: a run with a trained denoiser
+) -> Explorer:  # Ask for a brain, and scrub through the way to it
+    """Diagnosis, slice, guidance, steps, seed … to a brain, and the denoising on the way.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+
+    Returns
+    -------
+    Explorer
+        Ask for a brain, and scrub through the way to it.
+    """
     most = min(50, model.schedule.num_train_timesteps)
-    knobs = dict(guidance_scale=number_control('guidance', 1., 0., 8., .5),
-                 steps=number_control('steps', min(20, most), 1, most), seed=number_control('seed', 0, 0, 99))
-    def render(**state): return [to_png(o) for o in sample_frames(model, **state)]
-    return Explorer(render, condition_controls(model)|knobs, 'sample_frames(model, {})', 'step')
+    knobs = dict(
+        guidance_scale=number_control('guidance', 1.0, 0.0, 8.0, 0.5),
+        steps=number_control('steps', min(20, most), 1, most),
+        seed=number_control('seed', 0, 0, 99),
+    )
+
+    def render(**state):
+        return [to_png(o) for o in sample_frames(model, **state)]
+
+    return Explorer(render, condition_controls(model) | knobs, 'sample_frames(model, {})', 'step')
 
 # %% ../../nbs/engineering/35_explore.ipynb #3f53ce19
 def explore_between(
-    model, # A `Sampler`: a run with a trained denoiser
-    images:Tensor|None=None, # Two pictures (2, 1, size, size) in [-1, 1]; None: two that are drawn
-)->Explorer: # The ends at the left and right, and between them where you are
-    "Walk from one brain to another, through noise. Raises ValueError or TypeError for pictures that are none."
-    seeds = dict(seed_a=number_control('seed, left', 0, 0, 99), seed_b=number_control('seed, right', 1, 0, 99))
+    model,  # A `Sampler`: a run with a trained denoiser
+    # Two pictures (2, 1, size, size) in [-1, 1]; None: two that are drawn
+    images: Tensor | None = None,
+) -> Explorer:  # The ends at the left and right, and between them where you are
+    """Walk from one brain to another, through noise.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    images : Tensor | None, default None
+        Two pictures (2, 1, size, size) in [-1, 1]; None: two that are drawn.
+
+    Returns
+    -------
+    Explorer
+        The ends at the left and right, and between them where you are.
+
+    Raises
+    ------
+    ValueError
+        For pictures that are none.
+    TypeError
+        For pictures that are none.
+    """
+    seeds = dict(
+        seed_a=number_control('seed, left', 0, 0, 99),
+        seed_b=number_control('seed, right', 1, 0, 99),
+    )
     call = 'sample_between(model, {})'
     if images is not None:
-        if check_images('explore_between', images, model.size)!=2: raise ValueError(
-            f"explore_between: {len(images)} pictures. Expected two. Try pictures[:2].")
-        seeds,call = {},'model.interpolate(*pictures[:, None], 9, steps=12, given=dict({}))'
+        if check_images('explore_between', images, model.size) != 2:
+            raise ValueError(
+                f"explore_between: {len(images)} pictures. Expected two. Try pictures[:2]."
+            )
+        seeds, call = {}, 'model.interpolate(*pictures[:, None], 9, steps=12, given=dict({}))'
+
     def walk(**state):
-        if images is None: return sample_between(model, **state)
+        if images is None:
+            return sample_between(model, **state)
         return model.interpolate(*images[:, None], 9, state, steps=12)[:, 0]
+
     def render(**state):
         way = walk(**state)
         return [to_png(torch.cat([way[0], o, way[-1]], dim=1)) for o in way]
-    return Explorer(render, condition_controls(model)|seeds, call, 'way', .5)
+
+    return Explorer(render, condition_controls(model) | seeds, call, 'way', 0.5)
 
 # %% ../../nbs/engineering/35_explore.ipynb #f7b7a9e1
 def explore_noise(
-    image:Tensor, # A picture (h, w); it is standardised as latents are
-)->Explorer: # Walk along a noise schedule
-    "Schedule and step to a noised slice, and where it stands on the curves."
-    x0 = (image-image.mean())/image.std()
-    controls = dict(beta_schedule=widgets.Dropdown(options=BETA_SCHEDULES, value='cosine', description='schedule'),
-                    zero_terminal_snr=widgets.Checkbox(True, description='ends in pure noise'),
-                    t=number_control('step t', 500, 0, 999, 25))
-    def render(t, **state): return [figure_to_png(plot_noising(x0, NoiseSchedule(**state), t))]
+    image: Tensor,  # A picture (h, w); it is standardised as latents are
+) -> Explorer:  # Walk along a noise schedule
+    """Schedule and step to a noised slice, and where it stands on the curves.
+
+    Parameters
+    ----------
+    image : Tensor
+        A picture (h, w); it is standardised as latents are.
+
+    Returns
+    -------
+    Explorer
+        Walk along a noise schedule.
+    """
+    x0 = (image - image.mean()) / image.std()
+    controls = dict(
+        beta_schedule=widgets.Dropdown(
+            options=BETA_SCHEDULES, value='cosine', description='schedule'
+        ),
+        zero_terminal_snr=widgets.Checkbox(True, description='ends in pure noise'),
+        t=number_control('step t', 500, 0, 999, 25),
+    )
+
+    def render(t, **state):
+        return [figure_to_png(plot_noising(x0, NoiseSchedule(**state), t))]
+
     return Explorer(render, controls, 'plot_noising(x0, {})')
 
 # %% ../../nbs/engineering/35_explore.ipynb #92f1288b
 def explore_codes(
-    model, # A `Codec` of a run with codes
-    images:Tensor, # Pictures to find them in (n, 1, size, size) in [-1, 1]
-    cond:dict[str, Tensor]|None=None, # Encoded covariates, for a conditional autoencoder
-)->Explorer: # Leaf through a codebook, from dark words to bright ones; unused ones come last
-    "Word and picture to its patch, its places here and its places in training. Raises as `read_codebook` does."
+    model,  # A `Codec` of a run with codes
+    images: Tensor,  # Pictures to find them in (n, 1, size, size) in [-1, 1]
+    cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+) -> Explorer:  # Leaf through a codebook, from dark words to bright ones; unused ones come last
+    """Word and picture to its patch, its places here and its places in training.
+
+    Raises as `read_codebook` does.
+
+    Parameters
+    ----------
+    model
+        A `Codec` of a run with codes.
+    images : Tensor
+        Pictures to find them in (n, 1, size, size) in [-1, 1].
+    cond : dict[str, Tensor] | None, default None
+        Encoded covariates, for a conditional autoencoder.
+
+    Returns
+    -------
+    Explorer
+        Leaf through a codebook, from dark words to bright ones; unused ones come last.
+    """
     book = read_codebook(model, images, cond)
     order = book['patches'].mean((1, 2)).nan_to_num(math.inf).argsort().tolist()
-    stops = [(str(i), code) for i,code in enumerate(order, 1)]
-    start = order[len(order)//2]
-    word = widgets.SelectionSlider(options=stops, value=start, description='word', continuous_update=False)
-    controls = dict(code=word, image=number_control('image', 0, 0, len(images)-1))
-    def render(**state): return [figure_to_png(plot_code(book, **state))]
+    stops = [(str(i), code) for i, code in enumerate(order, 1)]
+    start = order[len(order) // 2]
+    word = widgets.SelectionSlider(
+        options=stops, value=start, description='word', continuous_update=False
+    )
+    controls = dict(code=word, image=number_control('image', 0, 0, len(images) - 1))
+
+    def render(**state):
+        return [figure_to_png(plot_code(book, **state))]
+
     return Explorer(render, controls, 'plot_code(book, {})')
 
 # %% ../../nbs/engineering/35_explore.ipynb #d13aff79
 def page(
-    run:str|Path, # Run folder
-)->widgets.Widget: # What the web page shows
-    "The explorers of a run, one a tab, each drawn when it is first looked at. Raises as `BrainLDM.load` does."
-    model,parts = BrainLDM.load(run),{'Ask for a brain': explore_sample, 'Between two brains': explore_between}
+    run: str | Path,  # Run folder
+) -> widgets.Widget:  # What the web page shows
+    """The explorers of a run, one a tab, each drawn when it is first looked at.
+
+    Raises as `BrainLDM.load` does.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Returns
+    -------
+    widgets.Widget
+        What the web page shows.
+    """
+    model, parts = BrainLDM.load(run), {
+        'Ask for a brain': explore_sample,
+        'Between two brains': explore_between,
+    }
     tabs = widgets.Tab([widgets.HTML('drawing …') for _ in parts], titles=list(parts))
+
     def fill(_=None):
-        at,shown = tabs.selected_index,list(tabs.children)
-        if not isinstance(shown[at], Explorer): shown[at] = list(parts.values())[at](model)
+        at, shown = tabs.selected_index, list(tabs.children)
+        if not isinstance(shown[at], Explorer):
+            shown[at] = list(parts.values())[at](model)
         tabs.children = shown
-    tabs.observe(fill, 'selected_index'); fill()
-    return widgets.VBox([widgets.HTML(f'<h2>brainldm: {html.escape(Path(run).name)}</h2><p>{SYNTHETIC}</p>'), tabs])
+
+    tabs.observe(fill, 'selected_index')
+    fill()
+    return widgets.VBox(
+        [widgets.HTML(f'<h2>brainldm: {html.escape(Path(run).name)}</h2><p>{SYNTHETIC}</p>'), tabs]
+    )
 
 # %% ../../nbs/engineering/35_explore.ipynb #008cb8e1
 OFFLINE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 {%- block notebook_css -%}
 {{ super() | replace('<link rel="stylesheet" href="https:', '<link rel="none" href="https:') }}
-{%- endblock -%}"""                                                            # Jinja, for Voilà
+{%- endblock -%}"""  # Jinja, for Voilà
+
 
 def write_page(
-    run:str|Path, # Run folder
-    folder:Path, # Where to write
-)->Path: # The notebook: one cell that shows `page`
-    "Write what Voilà serves: the notebook, and the template."
+    run: str | Path,  # Run folder
+    folder: Path,  # Where to write
+) -> Path:  # The notebook: one cell that shows `page`
+    """Write what Voilà serves: the notebook, and the template.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    folder : Path
+        Where to write.
+
+    Returns
+    -------
+    Path
+        The notebook: one cell that shows `page`.
+    """
     source = f'from brainldm.engineering.explore import page\npage({str(Path(run).resolve())!r})'
-    cell = dict(cell_type='code', id='page', metadata={}, source=source, outputs=[], execution_count=None)
+    cell = dict(
+        cell_type='code', id='page', metadata={}, source=source, outputs=[], execution_count=None
+    )
     kernel = dict(name='python3', display_name='Python 3', language='python')
-    notebook,template = folder/'brainldm.ipynb',folder/'voila'/'templates'/'brainldm'
+    notebook, template = folder / 'brainldm.ipynb', folder / 'voila' / 'templates' / 'brainldm'
     template.mkdir(parents=True)
-    (template/'conf.json').write_text('{"base_template": "lab"}')
-    (template/'index.html.j2').write_text(OFFLINE)
+    (template / 'conf.json').write_text('{"base_template": "lab"}')
+    (template / 'index.html.j2').write_text(OFFLINE)
     doc = dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
     notebook.write_text(json.dumps(doc), encoding='utf-8')
     return notebook
 
 # %% ../../nbs/engineering/35_explore.ipynb #33604321
 def check_run(
-    run:str|Path, # Run folder
-)->None: # Nothing: it raises or returns
-    "Refuse a run that cannot be explored. Raises FileNotFoundError or ValueError."
-    if BrainLDM.load(run, 'cpu').unet is None: raise FileNotFoundError(
-        f"explore: {run} has no ldm.safetensors, only an autoencoder. Expected a trained diffusion model. "
-        "Run `brainldm train ldm` first.")
+    run: str | Path,  # Run folder
+) -> None:  # Nothing: it raises or returns
+    """Refuse a run that cannot be explored.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
+    if BrainLDM.load(run, 'cpu').unet is None:
+        raise FileNotFoundError(
+            f"explore: {run} has no ldm.safetensors, only an autoencoder. Expected a trained"
+            " diffusion model. Run `brainldm train ldm` first."
+        )
 
 # %% ../../nbs/engineering/35_explore.ipynb #32566767
 def free_port(
-    port:int, # Port wished for; 0: any
-)->int: # A port that is free on 127.0.0.1
-    "Refuse a port that is taken. Raises ValueError."
+    port: int,  # Port wished for; 0: any
+) -> int:  # A port that is free on 127.0.0.1
+    """Refuse a port that is taken.
+
+    Parameters
+    ----------
+    port : int
+        Port wished for; 0: any.
+
+    Returns
+    -------
+    int
+        A port that is free on 127.0.0.1.
+
+    Raises
+    ------
+    ValueError
+    """
     with socket.socket() as s:
-        if os.name=='posix': s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)   # it may just be cooling down
-        try: s.bind(('127.0.0.1', port))
-        except (OSError, OverflowError) as e: raise ValueError(
-            f"explore: port {port} cannot be used ({e}). Expected a free one, 1024 to 65535. "
-            "Try port=0, any that is free.") from None
+        # it may just be cooling down
+        if os.name == 'posix':
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(('127.0.0.1', port))
+        except (OSError, OverflowError) as e:
+            raise ValueError(
+                f"explore: port {port} cannot be used ({e}). Expected a free one, 1024 to 65535. "
+                "Try port=0, any that is free."
+            ) from None
         return s.getsockname()[1]
 
 # %% ../../nbs/engineering/35_explore.ipynb #2cfd8c36
 def start_server(
-    notebook:Path, # From `write_page`
-    port:int, # Port to listen to
-    log:IO, # Where its lines go
-)->subprocess.Popen: # Voilà, starting
-    "Serve the notebook on 127.0.0.1, to this machine alone, with the template beside it."
+    notebook: Path,  # From `write_page`
+    port: int,  # Port to listen to
+    log: IO,  # Where its lines go
+) -> subprocess.Popen:  # Voilà, starting
+    """Serve the notebook on 127.0.0.1, to this machine alone, with the template beside it.
+
+    Parameters
+    ----------
+    notebook : Path
+        From `write_page`.
+    port : int
+        Port to listen to.
+    log : IO
+        Where its lines go.
+
+    Returns
+    -------
+    subprocess.Popen
+        Voilà, starting.
+    """
     home = os.pathsep.join([str(notebook.parent), *filter(None, [os.environ.get('JUPYTER_PATH')])])
-    command = [sys.executable, '-m', 'voila', notebook, f'--port={port}', '--Voila.ip=127.0.0.1',
-               '--Voila.port_retries=0', '--template=brainldm', '--no-browser']
-    return subprocess.Popen(command, env=dict(os.environ, JUPYTER_PATH=home), stdout=log, stderr=subprocess.STDOUT)
+    command = [
+        sys.executable,
+        '-m',
+        'voila',
+        notebook,
+        f'--port={port}',
+        '--Voila.ip=127.0.0.1',
+        '--Voila.port_retries=0',
+        '--template=brainldm',
+        '--no-browser',
+    ]
+    return subprocess.Popen(
+        command, env=dict(os.environ, JUPYTER_PATH=home), stdout=log, stderr=subprocess.STDOUT
+    )
 
 # %% ../../nbs/engineering/35_explore.ipynb #ba8a974d
 def await_server(
-    server:subprocess.Popen, # The server that is starting
-    port:int, # Port it will listen to
-    seconds:float=120., # Time it has
-)->bool: # Whether it answers; False: it has ended
-    "Wait until a server answers. Raises RuntimeError if it takes too long."
-    end = time.monotonic()+seconds
+    server: subprocess.Popen,  # The server that is starting
+    port: int,  # Port it will listen to
+    seconds: float = 120.0,  # Time it has
+) -> bool:  # Whether it answers; False: it has ended
+    """Wait until a server answers.
+
+    Parameters
+    ----------
+    server : subprocess.Popen
+        The server that is starting.
+    port : int
+        Port it will listen to.
+    seconds : float, default 120.0
+        Time it has.
+
+    Returns
+    -------
+    bool
+        Whether it answers; False: it has ended.
+
+    Raises
+    ------
+    RuntimeError
+        If it takes too long.
+    """
+    end = time.monotonic() + seconds
     while server.poll() is None:
-        try: socket.create_connection(('127.0.0.1', port), 1).close()
-        except OSError: time.sleep(.1)
-        else: return True
-        if time.monotonic()>end: raise RuntimeError(f"explore: no answer from port {port} in {seconds:g} s. "
-                                                    "Expected Voilà to start. Try again, or another port.")
+        try:
+            socket.create_connection(('127.0.0.1', port), 1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return True
+        if time.monotonic() > end:
+            raise RuntimeError(
+                f"explore: no answer from port {port} in {seconds:g} s. "
+                "Expected Voilà to start. Try again, or another port."
+            )
     return False
 
 # %% ../../nbs/engineering/35_explore.ipynb #02ab3baa
 def explore(
-    run:str|Path, # Run folder
-    port:int=8866, # Port on this machine; 0: any that is free
-    open_browser:bool=True, # Open the page in the browser
-)->None: # Returns after Ctrl-C
-    "Serve the explorers of a run as a web page for this machine. Raises FileNotFoundError, ValueError or RuntimeError."
-    if not find_spec('voila'): raise RuntimeError(
-        "explore: voila is not installed. Expected it beside ipywidgets. Try `pip install voila`.")
+    run: str | Path,  # Run folder
+    port: int = 8866,  # Port on this machine; 0: any that is free
+    open_browser: bool = True,  # Open the page in the browser
+) -> None:  # Returns after Ctrl-C
+    """Serve the explorers of a run as a web page for this machine.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    port : int, default 8866
+        Port on this machine; 0: any that is free.
+    open_browser : bool, default True
+        Open the page in the browser.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    RuntimeError
+    """
+    if not find_spec('voila'):
+        raise RuntimeError(
+            "explore: voila is not installed. Expected it beside ipywidgets. Try `pip install"
+            " voila`."
+        )
     check_run(run)
     port = free_port(port)
     with tempfile.TemporaryDirectory(prefix='brainldm_') as folder:
-        notebook,log = write_page(run, Path(folder)),Path(folder)/'server.log'
+        notebook, log = write_page(run, Path(folder)), Path(folder) / 'server.log'
         with open(log, 'wb') as out, start_server(notebook, port, out) as server:
             try:
                 if await_server(server, port):
                     print(f'http://127.0.0.1:{port} shows {run}. Ctrl-C ends it.', flush=True)
-                    if open_browser: webbrowser.open(f'http://127.0.0.1:{port}')
+                    if open_browser:
+                        webbrowser.open(f'http://127.0.0.1:{port}')
                     server.wait()
-            except KeyboardInterrupt: return
-            finally: server.terminate()
-        raise RuntimeError(f"explore: the page's server ended with status {server.poll()}. "
-                           f"Expected it to run until Ctrl-C. Its last words: {log.read_text(errors='replace')[-300:]}")
+            except KeyboardInterrupt:
+                return
+            finally:
+                server.terminate()
+        raise RuntimeError(
+            f"explore: the page's server ended with status {server.poll()}. Expected it to run"
+            f" until Ctrl-C. Its last words: {log.read_text(errors='replace')[-300:]}"
+        )

@@ -25,220 +25,523 @@ from scipy import ndimage
 from tqdm import tqdm
 from .checks import DataFault
 
-ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz') # Archives that can be given in place of a folder
-EXPANSION = 100 # An archive may unpack to so many times its own size (small ones to 16 MiB)
+ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz')  # Archives that can be given in place of a folder
+EXPANSION = 100  # An archive may unpack to so many times its own size (small ones to 16 MiB)
 
 # %% ../../nbs/engineering/23_files.ipynb #0352072c
 def as_faults(
-    paths, # Path of each faulty file
-    kind='', # One word to group by, one for all or one each
-    detail='', # What is wrong, one text for all or one each
-)->pd.DataFrame: # Columns path, fault, detail
-    "A table of faults."
-    kind,detail = (o if isinstance(o, str) else list(o) for o in (kind, detail))
+    paths,  # Path of each faulty file
+    kind='',  # One word to group by, one for all or one each
+    detail='',  # What is wrong, one text for all or one each
+) -> pd.DataFrame:  # Columns path, fault, detail
+    """A table of faults.
+
+    Parameters
+    ----------
+    paths
+        Path of each faulty file.
+    kind : default ''
+        One word to group by, one for all or one each.
+    detail : default ''
+        What is wrong, one text for all or one each.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns path, fault, detail.
+    """
+    kind, detail = (o if isinstance(o, str) else list(o) for o in (kind, detail))
     return pd.DataFrame(dict(path=list(paths), fault=kind, detail=detail), dtype=object)
 
 # %% ../../nbs/engineering/23_files.ipynb #1b731fed
 def read_gray_image(
-    path:Path, # PNG or JPEG
-    to_gray:bool=False, # Turn colour grey instead of refusing it
-)->tuple: # Grey values (h, w), uint8; whether an EXIF tag turned or mirrored it
-    "Read one 8-bit grey picture, upright as its EXIF tag says. Raises DataFault."
-    if not path.is_file(): raise DataFault('missing', 'no such file')
-    if not path.stat().st_size: raise DataFault('empty', '0 bytes')
+    path: Path,  # PNG or JPEG
+    to_gray: bool = False,  # Turn colour grey instead of refusing it
+) -> tuple:  # Grey values (h, w), uint8; whether an EXIF tag turned or mirrored it
+    """Read one 8-bit grey picture, upright as its EXIF tag says.
+
+    Parameters
+    ----------
+    path : Path
+        PNG or JPEG.
+    to_gray : bool, default False
+        Turn colour grey instead of refusing it.
+
+    Returns
+    -------
+    tuple
+        Grey values (h, w), uint8; whether an EXIF tag turned or mirrored it.
+
+    Raises
+    ------
+    DataFault
+    """
+    if not path.is_file():
+        raise DataFault('missing', 'no such file')
+    if not path.stat().st_size:
+        raise DataFault('empty', '0 bytes')
     try:
         with Image.open(path, formats=('PNG', 'JPEG')) as im:
             mode = im.mode
-            if max(im.size)>8192: raise DataFault('size', f'{im.height} x {im.width} pixels; expected at most 8192 a side')
-            if getattr(im, 'n_frames', 1)>1: raise DataFault('animated', f'{im.n_frames} frames; expected one. Save one of them')
-            if mode.startswith(('I', 'F')): raise DataFault(
-                '16-bit', f'mode {mode}; expected 8-bit grey. Choose what becomes black and white, and save it')
-            if mode!='L' and not to_gray: raise DataFault(
-                'colour', f'mode {mode}; expected 8-bit grey. Save it as grey or use --to-gray')
-            turned = im.getexif().get(0x0112, 1) in range(2, 9)                # tag 0x0112: how the camera was held
+            if max(im.size) > 8192:
+                raise DataFault(
+                    'size', f'{im.height} x {im.width} pixels; expected at most 8192 a side'
+                )
+            if getattr(im, 'n_frames', 1) > 1:
+                raise DataFault('animated', f'{im.n_frames} frames; expected one. Save one of them')
+            if mode.startswith(('I', 'F')):
+                raise DataFault(
+                    '16-bit',
+                    f'mode {mode}; expected 8-bit grey. Choose what becomes black and white, and'
+                    ' save it',
+                )
+            if mode != 'L' and not to_gray:
+                raise DataFault(
+                    'colour', f'mode {mode}; expected 8-bit grey. Save it as grey or use --to-gray'
+                )
+            # tag 0x0112: how the camera was held
+            turned = im.getexif().get(0x0112, 1) in range(2, 9)
             upright = ImageOps.exif_transpose(im) if turned else im
-            return np.asarray(upright if mode=='L' else upright.convert('L')), turned
-    except UnidentifiedImageError as e: raise DataFault('unreadable', 'not a PNG or JPEG, whatever its name says; expected one') from e
-    except DataFault: raise
+            return np.asarray(upright if mode == 'L' else upright.convert('L')), turned
+    except UnidentifiedImageError as e:
+        raise DataFault(
+            'unreadable', 'not a PNG or JPEG, whatever its name says; expected one'
+        ) from e
+    except DataFault:
+        raise
     except Exception as e:
-        raise DataFault('truncated' if 'truncated' in str(e).lower() else 'unreadable', f'{e}; expected a whole PNG or JPEG') from e
+        raise DataFault(
+            'truncated' if 'truncated' in str(e).lower() else 'unreadable',
+            f'{e}; expected a whole PNG or JPEG',
+        ) from e
 
 # %% ../../nbs/engineering/23_files.ipynb #pict0001
 def decode_image(
-    path:Path, # PNG or JPEG
-    to_gray:bool=False, # Turn colour grey instead of refusing it
-)->np.ndarray: # Grey values (h, w), uint8
-    "Read one 8-bit grey picture. Raises DataFault."
+    path: Path,  # PNG or JPEG
+    to_gray: bool = False,  # Turn colour grey instead of refusing it
+) -> np.ndarray:  # Grey values (h, w), uint8
+    """Read one 8-bit grey picture.
+
+    Parameters
+    ----------
+    path : Path
+        PNG or JPEG.
+    to_gray : bool, default False
+        Turn colour grey instead of refusing it.
+
+    Returns
+    -------
+    np.ndarray
+        Grey values (h, w), uint8.
+
+    Raises
+    ------
+    DataFault
+    """
     return read_gray_image(path, to_gray)[0]
 
 # %% ../../nbs/engineering/23_files.ipynb #da0cde49
 def hash_image(
-    image:np.ndarray, # Picture (h, w), uint8
-)->str: # 32 hex digits
-    "Name a picture by its pixels: the same for a copy, whatever the file is called."
+    image: np.ndarray,  # Picture (h, w), uint8
+) -> str:  # 32 hex digits
+    """Name a picture by its pixels: the same for a copy, whatever the file is called.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Picture (h, w), uint8.
+
+    Returns
+    -------
+    str
+        32 hex digits.
+    """
     return hashlib.blake2b(f'{image.shape}'.encode() + image.tobytes(), digest_size=16).hexdigest()
 
 # %% ../../nbs/engineering/23_files.ipynb #8c79633c
 def foreground_side(
-    image:np.ndarray, # Picture (h, w), uint8
-    threshold:int=25, # Grey value that JPEG noise does not reach, 0 to 255
-)->int: # Side of the smallest central square that holds all brighter pixels; 0 if there are none
-    "How far the head reaches from the centre of the picture."
-    bright = image>threshold
-    reach = [np.abs(2*np.flatnonzero(bright.any(axis))-(n-1)) for axis,n in ((1, image.shape[0]), (0, image.shape[1]))]
-    return int(max((o.max() for o in reach if len(o)), default=-1)+1)
+    image: np.ndarray,  # Picture (h, w), uint8
+    threshold: int = 25,  # Grey value that JPEG noise does not reach, 0 to 255
+    # Side of the smallest central square that holds all brighter pixels; 0 if there are none
+) -> int:
+    """How far the head reaches from the centre of the picture.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Picture (h, w), uint8.
+    threshold : int, default 25
+        Grey value that JPEG noise does not reach, 0 to 255.
+
+    Returns
+    -------
+    int
+    """
+    bright = image > threshold
+    reach = [
+        np.abs(2 * np.flatnonzero(bright.any(axis)) - (n - 1))
+        for axis, n in ((1, image.shape[0]), (0, image.shape[1]))
+    ]
+    return int(max((o.max() for o in reach if len(o)), default=-1) + 1)
 
 # %% ../../nbs/engineering/23_files.ipynb #88cfc49d
 @dataclass(frozen=True)
 class Grid:
-    "Where the voxels of a volume lie, its axes taken to the right, the front and the top (RAS+)."
-    shape:tuple # Voxels along x, y, z
-    affine:np.ndarray # (4, 4): from voxel (i, j, k) to a place in mm
+    """Where the voxels of a volume lie, its axes taken to the right, the front and the top (RAS+).
+
+    Attributes
+    ----------
+    shape : tuple
+        Voxels along x, y, z.
+    affine : np.ndarray
+        (4, 4): from voxel (i, j, k) to a place in mm.
+    """
+
+    shape: tuple  # Voxels along x, y, z
+    affine: np.ndarray  # (4, 4): from voxel (i, j, k) to a place in mm
 
     @property
-    def voxel_mm(self)->tuple: # Along x, y, z, mm; z is the spacing of axial planes
-        "The size of a voxel."
+    def voxel_mm(self) -> tuple:  # Along x, y, z, mm; z is the spacing of axial planes
+        """The size of a voxel.
+
+        Returns
+        -------
+        tuple
+            Along x, y, z, mm; z is the spacing of axial planes.
+        """
         return tuple(float(o) for o in nib.affines.voxel_sizes(self.affine))
 
-    def describe(self)->dict: # Text by property
-        "What two grids may differ in, in words that can be laid side by side."
-        size,(x,y,z) = self.voxel_mm,self.affine[:3,3]+0.
-        lean = np.rad2deg(np.arccos(np.clip(np.abs(np.diag(self.affine[:3,:3]))/size, 0, 1)))
-        return {'voxels': f"{' x '.join(f'{o:.4g}' for o in size)} mm",
-                'matrix': ' x '.join(map(str, self.shape)),
-                'origin': f'({x:.1f}, {y:.1f}, {z:.1f}) mm',
-                'axes': f"leaning by {', '.join(f'{o:.1f}' for o in lean)} degrees"}
+    def describe(self) -> dict:  # Text by property
+        """What two grids may differ in, in words that can be laid side by side.
 
-    def same(self,
-        other:'Grid', # Another volume's
-        tolerance:float=.1, # Voxels by which a corner may be off
-    )->bool: # True if voxel (i, j, k) is the same place in both
-        "Compare two grids by the places of their corners."
-        if self.shape!=other.shape: return False
-        corners = np.stack(np.meshgrid(*[(0, n-1) for n in self.shape], [1]), -1).reshape(-1, 4)
-        off = np.linalg.norm((corners@(self.affine-other.affine).T)[:,:3], axis=1).max()
-        return bool(off<=tolerance*min(self.voxel_mm))
+        Returns
+        -------
+        dict
+            Text by property.
+        """
+        size, (x, y, z) = self.voxel_mm, self.affine[:3, 3] + 0.0
+        lean = np.rad2deg(np.arccos(np.clip(np.abs(np.diag(self.affine[:3, :3])) / size, 0, 1)))
+        return {
+            'voxels': f"{' x '.join(f'{o:.4g}' for o in size)} mm",
+            'matrix': ' x '.join(map(str, self.shape)),
+            'origin': f'({x:.1f}, {y:.1f}, {z:.1f}) mm',
+            'axes': f"leaning by {', '.join(f'{o:.1f}' for o in lean)} degrees",
+        }
+
+    def same(
+        self,
+        other: 'Grid',  # Another volume's
+        tolerance: float = 0.1,  # Voxels by which a corner may be off
+    ) -> bool:  # True if voxel (i, j, k) is the same place in both
+        """Compare two grids by the places of their corners.
+
+        Parameters
+        ----------
+        other : Grid
+            Another volume's.
+        tolerance : float, default 0.1
+            Voxels by which a corner may be off.
+
+        Returns
+        -------
+        bool
+            True if voxel (i, j, k) is the same place in both.
+        """
+        if self.shape != other.shape:
+            return False
+        corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], [1]), -1).reshape(-1, 4)
+        off = np.linalg.norm((corners @ (self.affine - other.affine).T)[:, :3], axis=1).max()
+        return bool(off <= tolerance * min(self.voxel_mm))
 
 # %% ../../nbs/engineering/23_files.ipynb #grid0001
 def read_grid(
-    path:Path, # NIfTI volume
-)->Grid: # Its grid
-    "Read off the header where the voxels lie; a fourth axis of length 1 is left out. Raises DataFault."
-    try: img = nib.load(path)
-    except Exception as e: raise DataFault('unreadable', f'nibabel cannot open it: {e}') from e
+    path: Path,  # NIfTI volume
+) -> Grid:  # Its grid
+    """Read off the header where the voxels lie; a fourth axis of length 1 is left out.
+
+    Parameters
+    ----------
+    path : Path
+        NIfTI volume.
+
+    Returns
+    -------
+    Grid
+        Its grid.
+
+    Raises
+    ------
+    DataFault
+    """
+    try:
+        img = nib.load(path)
+    except Exception as e:
+        raise DataFault('unreadable', f'nibabel cannot open it: {e}') from e
     shape = img.shape[:3]
-    if len(shape)!=3 or math.prod(img.shape[3:])!=1: raise DataFault(
-        'shape', f'{len(img.shape)}-D volume {img.shape}; expected 3-D. Save one volume of it')
-    if min(shape)<1 or math.prod(shape)>2**30: raise DataFault(
-        'shape', f'a header that promises {img.shape} voxels; expected 1 to 2**30. It may be broken')
-    turn = nib.io_orientation(img.affine) if np.isfinite(img.affine).all() else np.full((3, 2), np.nan)
-    axes = turn[:,0].tolist()                                                  # NaN for one lost
-    if sorted(axes)!=[0, 1, 2]: raise DataFault('orientation', 'affine has no volume; expected three axes')
-    if not (img.header['sform_code'] or img.header['qform_code']): raise DataFault(
-        'orientation', 'sform and qform code are 0, so left and front are unknown; set the affine with nibabel')
-    affine = img.affine@nib.orientations.inv_ornt_aff(turn, shape)
+    if len(shape) != 3 or math.prod(img.shape[3:]) != 1:
+        raise DataFault(
+            'shape', f'{len(img.shape)}-D volume {img.shape}; expected 3-D. Save one volume of it'
+        )
+    if min(shape) < 1 or math.prod(shape) > 2**30:
+        raise DataFault(
+            'shape',
+            f'a header that promises {img.shape} voxels; expected 1 to 2**30. It may be broken',
+        )
+    turn = (
+        nib.io_orientation(img.affine) if np.isfinite(img.affine).all() else np.full((3, 2), np.nan)
+    )
+    axes = turn[:, 0].tolist()  # NaN for one lost
+    if sorted(axes) != [0, 1, 2]:
+        raise DataFault('orientation', 'affine has no volume; expected three axes')
+    if not (img.header['sform_code'] or img.header['qform_code']):
+        raise DataFault(
+            'orientation',
+            'sform and qform code are 0, so left and front are unknown; set the affine with'
+            ' nibabel',
+        )
+    affine = img.affine @ nib.orientations.inv_ornt_aff(turn, shape)
     return Grid(tuple(shape[axes.index(i)] for i in range(3)), affine)
 
 # %% ../../nbs/engineering/23_files.ipynb #grid0002
 def count_planes(
-    path:Path, # NIfTI volume
-)->int: # Axial planes in it
-    "Read off the header how many axial planes a volume has. Raises DataFault."
+    path: Path,  # NIfTI volume
+) -> int:  # Axial planes in it
+    """Read off the header how many axial planes a volume has.
+
+    Parameters
+    ----------
+    path : Path
+        NIfTI volume.
+
+    Returns
+    -------
+    int
+        Axial planes in it.
+
+    Raises
+    ------
+    DataFault
+    """
     return read_grid(path).shape[2]
 
 # %% ../../nbs/engineering/23_files.ipynb #nan00001
 def fill_background(
-    vol:np.ndarray, # Intensities (x, y, z), float, perhaps with NaN
-)->tuple: # The same with NaN outside the brain as 0, number of them
-    "Take NaN for background where it lies outside the brain. Raises DataFault for NaN inside it."
+    vol: np.ndarray,  # Intensities (x, y, z), float, perhaps with NaN
+) -> tuple:  # The same with NaN outside the brain as 0, number of them
+    """Take NaN for background where it lies outside the brain.
+
+    Parameters
+    ----------
+    vol : np.ndarray
+        Intensities (x, y, z), float, perhaps with NaN.
+
+    Returns
+    -------
+    tuple
+        The same with NaN outside the brain as 0, number of them.
+
+    Raises
+    ------
+    DataFault
+        For NaN inside it.
+    """
     nan = np.isnan(vol)
-    if not nan.any(): return vol, 0
-    brain = ~nan & (vol!=0)
+    if not nan.any():
+        return vol, 0
+    brain = ~nan & (vol != 0)
     sides = np.zeros_like(nan)
-    sides[[0, -1]] = sides[:,[0, -1]] = True
-    lost = nan & ~ndimage.binary_propagation(sides & ~brain, mask=~brain)      # not to be reached from the sides
+    sides[[0, -1]] = sides[:, [0, -1]] = True
+    # not to be reached from the sides
+    lost = nan & ~ndimage.binary_propagation(sides & ~brain, mask=~brain)
     for axis in range(3):
-        others = tuple(i for i in range(3) if i!=axis)
-        area,gaps = brain.sum(others),nan.sum(others)
-        before,after = np.maximum.accumulate(area),np.maximum.accumulate(area[::-1])[::-1]
-        gone = (gaps>0) & (area<.25*np.minimum(before, after))                 # a plane cut out of the middle
+        others = tuple(i for i in range(3) if i != axis)
+        area, gaps = brain.sum(others), nan.sum(others)
+        before, after = np.maximum.accumulate(area), np.maximum.accumulate(area[::-1])[::-1]
+        gone = (gaps > 0) & (
+            area < 0.25 * np.minimum(before, after)
+        )  # a plane cut out of the middle
         lost |= nan & np.expand_dims(gone, others)
-    if lost.any(): raise DataFault(
-        'nan', f'{lost.sum()} voxels inside the brain are NaN; expected numbers. Fill them, or leave the volume out')
+    if lost.any():
+        raise DataFault(
+            'nan',
+            f'{lost.sum()} voxels inside the brain are NaN; expected numbers. Fill them, or leave'
+            ' the volume out',
+        )
     return np.where(nan, 0, vol), int(nan.sum())
 
 # %% ../../nbs/engineering/23_files.ipynb #bac553c7
 def scale_to_bytes(
-    vol:np.ndarray, # Intensities (x, y, z), background 0
-)->tuple: # Volume as uint8; dict of what was done: `clipped`, fraction of voxels above 0 that became white; `nan`,
-          # voxels taken as background; `negative`, depth of what was set to 0 as a fraction of the bright end
+    vol: np.ndarray,  # Intensities (x, y, z), background 0
+    # Volume as uint8; dict of what was done: `clipped`, fraction of voxels above 0 that became
+    # white; `nan`,
+) -> tuple:
+    # voxels taken as background; `negative`, depth of what was set to 0 as a fraction of the
+    # bright end
     """Scale so that the 99.9th percentile of the voxels above 0 is white; bytes are taken as they are.
 
-    Raises DataFault."""
-    if vol.dtype==np.uint8: return vol, dict(clipped=0., nan=0, negative=0.)
-    if vol.dtype.kind not in 'iuf': raise DataFault('unreadable', f'voxels of type {vol.dtype}; expected numbers')
+    Parameters
+    ----------
+    vol : np.ndarray
+        Intensities (x, y, z), background 0.
+
+    Returns
+    -------
+    tuple
+
+    Raises
+    ------
+    DataFault
+    """
+    if vol.dtype == np.uint8:
+        return vol, dict(clipped=0.0, nan=0, negative=0.0)
+    if vol.dtype.kind not in 'iuf':
+        raise DataFault('unreadable', f'voxels of type {vol.dtype}; expected numbers')
     vol = vol.astype(np.float32)
-    if np.isinf(vol).any(): raise DataFault('nan', f'{np.isinf(vol).sum()} voxels are infinite; expected numbers')
-    vol,num_nan = fill_background(vol)
-    if not vol.any(): raise DataFault('empty', 'every voxel is 0')
-    light = vol[vol>0]
-    if not len(light): raise DataFault('negative', 'no intensity above 0')
-    bright,low = np.percentile(light, 99),max(0., -float(vol.min()))
-    below = -vol[vol<0].sum(dtype=np.float64)
-    if low>.02*bright and below>.01*light.sum(dtype=np.float64): raise DataFault(
-        'negative', f'{(vol<0).mean():.0%} of the voxels are below 0, down to {-low:.4g} where the bright end is '
-        f'{bright:.4g}; expected a background of 0. Save it before it is normalized to mean 0')
+    if np.isinf(vol).any():
+        raise DataFault('nan', f'{np.isinf(vol).sum()} voxels are infinite; expected numbers')
+    vol, num_nan = fill_background(vol)
+    if not vol.any():
+        raise DataFault('empty', 'every voxel is 0')
+    light = vol[vol > 0]
+    if not len(light):
+        raise DataFault('negative', 'no intensity above 0')
+    bright, low = np.percentile(light, 99), max(0.0, -float(vol.min()))
+    below = -vol[vol < 0].sum(dtype=np.float64)
+    if low > 0.02 * bright and below > 0.01 * light.sum(dtype=np.float64):
+        raise DataFault(
+            'negative',
+            f'{(vol<0).mean():.0%} of the voxels are below 0, down to {-low:.4g} where the bright'
+            f' end is {bright:.4g}; expected a background of 0. Save it before it is normalized to'
+            ' mean 0',
+        )
     top = np.percentile(light, 99.9)
-    done = dict(clipped=float((light>top).mean()), nan=num_nan, negative=float(low/bright))
-    return np.clip(vol/top*255, 0, 255).round().astype(np.uint8), done
+    done = dict(clipped=float((light > top).mean()), nan=num_nan, negative=float(low / bright))
+    return np.clip(vol / top * 255, 0, 255).round().astype(np.uint8), done
 
 # %% ../../nbs/engineering/23_files.ipynb #f9203487
 def load_volume(
-    path:Path, # NIfTI volume
-)->tuple: # Volume (x, y, z) as uint8 with axes to the right, front and top (RAS+); what `scale_to_bytes` did
-    "Read a volume and turn its axes as the affine says. Raises DataFault."
-    grid,img = read_grid(path),nib.load(path)
+    path: Path,  # NIfTI volume
+    # Volume (x, y, z) as uint8 with axes to the right, front and top (RAS+); what
+    # `scale_to_bytes` did
+) -> tuple:
+    """Read a volume and turn its axes as the affine says.
+
+    Parameters
+    ----------
+    path : Path
+        NIfTI volume.
+
+    Returns
+    -------
+    tuple
+
+    Raises
+    ------
+    DataFault
+    """
+    grid, img = read_grid(path), nib.load(path)
     tilt = np.rad2deg(nib.affines.obliquity(img.affine).max())
-    if tilt>15: raise DataFault(
-        'oblique', f'axes lean {tilt:.0f} degrees; expected 15 or less. Resample it to a straight grid')
-    try: vol = np.asanyarray(nib.as_closest_canonical(img).dataobj).reshape(grid.shape)
-    except Exception as e: raise DataFault('truncated', f'voxels cannot be read: {e}') from e
-    dx,dy = grid.voxel_mm[:2]
-    if abs(dx/dy-1)>.01: raise DataFault(
-        'voxels', f'{dx:.3g} x {dy:.3g} mm in plane; expected squares. Resample it with nilearn.image.resample_img')
+    if tilt > 15:
+        raise DataFault(
+            'oblique',
+            f'axes lean {tilt:.0f} degrees; expected 15 or less. Resample it to a straight grid',
+        )
+    try:
+        vol = np.asanyarray(nib.as_closest_canonical(img).dataobj).reshape(grid.shape)
+    except Exception as e:
+        raise DataFault('truncated', f'voxels cannot be read: {e}') from e
+    dx, dy = grid.voxel_mm[:2]
+    if abs(dx / dy - 1) > 0.01:
+        raise DataFault(
+            'voxels',
+            f'{dx:.3g} x {dy:.3g} mm in plane; expected squares. Resample it with'
+            ' nilearn.image.resample_img',
+        )
     return scale_to_bytes(vol)
 
 # %% ../../nbs/engineering/23_files.ipynb #93eeeeeb
 def axial_slice(
-    vol:np.ndarray, # Volume (x, y, z), RAS+
-    k:int, # Plane
-)->np.ndarray: # Picture (y, x): front of the head at the top, left on the left
-    "Cut one axial plane out of a volume."
-    return np.ascontiguousarray(np.flipud(vol[:,:,k].T))
+    vol: np.ndarray,  # Volume (x, y, z), RAS+
+    k: int,  # Plane
+) -> np.ndarray:  # Picture (y, x): front of the head at the top, left on the left
+    """Cut one axial plane out of a volume.
+
+    Parameters
+    ----------
+    vol : np.ndarray
+        Volume (x, y, z), RAS+.
+    k : int
+        Plane.
+
+    Returns
+    -------
+    np.ndarray
+        Picture (y, x): front of the head at the top, left on the left.
+    """
+    return np.ascontiguousarray(np.flipud(vol[:, :, k].T))
 
 # %% ../../nbs/engineering/23_files.ipynb #89ece140
 def decode_file(
-    path:Path, # Picture or volume
-    planes, # Plane of each row that uses the file; -1 for a picture
-    to_gray:bool=False, # Turn colour grey instead of refusing it
-)->tuple: # List of pictures (h, w) uint8, one a row; dict of what was done: as `scale_to_bytes`, or `turned` by EXIF
-    "Decode every row of one file. Raises DataFault."
+    path: Path,  # Picture or volume
+    planes,  # Plane of each row that uses the file; -1 for a picture
+    to_gray: bool = False,  # Turn colour grey instead of refusing it
+    # List of pictures (h, w) uint8, one a row; dict of what was done: as `scale_to_bytes`, or
+    # `turned` by EXIF
+) -> tuple:
+    """Decode every row of one file.
+
+    Parameters
+    ----------
+    path : Path
+        Picture or volume.
+    planes
+        Plane of each row that uses the file; -1 for a picture.
+    to_gray : bool, default False
+        Turn colour grey instead of refusing it.
+
+    Returns
+    -------
+    tuple
+
+    Raises
+    ------
+    DataFault
+    """
     if not path.name.lower().endswith(('.nii', '.nii.gz')):
-        image,turned = read_gray_image(path, to_gray)
-        return [image]*len(planes), dict(turned=turned)
-    if not path.is_file(): raise DataFault('missing', 'no such file')
-    vol,done = load_volume(path)
-    if max(planes)>=vol.shape[2]: raise DataFault('planes', f'{vol.shape[2]} planes; row asks for plane {max(planes)}')
+        image, turned = read_gray_image(path, to_gray)
+        return [image] * len(planes), dict(turned=turned)
+    if not path.is_file():
+        raise DataFault('missing', 'no such file')
+    vol, done = load_volume(path)
+    if max(planes) >= vol.shape[2]:
+        raise DataFault('planes', f'{vol.shape[2]} planes; row asks for plane {max(planes)}')
     return [axial_slice(vol, k) for k in planes], done
 
 # %% ../../nbs/engineering/23_files.ipynb #4465f4f9
 def map_files(
-    work, # Called as work(path, positions): a path in the manifest and the rows that use it
-    rows:pd.DataFrame, # Manifest
-    progress:bool, # Show a bar with the time left
-    title:str, # Its text
-)->list: # (positions, result) by file
-    "Run `work` once a file on a few threads: decoding waits for the disk and frees Python's lock."
+    work,  # Called as work(path, positions): a path in the manifest and the rows that use it
+    rows: pd.DataFrame,  # Manifest
+    progress: bool,  # Show a bar with the time left
+    title: str,  # Its text
+) -> list:  # (positions, result) by file
+    """Run `work` once a file on a few threads: decoding waits for the disk and frees Python's lock.
+
+    Parameters
+    ----------
+    work
+        Called as work(path, positions): a path in the manifest and the rows that use it.
+    rows : pd.DataFrame
+        Manifest.
+    progress : bool
+        Show a bar with the time left.
+    title : str
+        Its text.
+
+    Returns
+    -------
+    list
+        (positions, result) by file.
+    """
     files = list(rows.groupby('path', sort=False).indices.items())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         done = pool.map(lambda o: (o[1], work(*o)), files)
@@ -246,174 +549,417 @@ def map_files(
 
 # %% ../../nbs/engineering/23_files.ipynb #6762f8c1
 def cache_folder(
-    cache_dir:str|Path|None=None, # None: $BRAINLDM_CACHE, else the user's cache, such as ~/.cache/brainldm
-)->Path: # Folder of all caches, perhaps not there yet
-    "Where prepared images are kept. Raises OSError for a user without a home folder."
-    if cache_dir or os.environ.get('BRAINLDM_CACHE'): return Path(cache_dir or os.environ['BRAINLDM_CACHE'])
-    try: folder = user_cache_path('brainldm', appauthor=False)
-    except RuntimeError: folder = Path('~')                                    # a user that the system does not know
-    if not folder.is_absolute(): raise OSError(
-        "cache_folder: this user has no home folder, and so no cache. Expected a place to keep prepared images. "
-        "Set BRAINLDM_CACHE to a folder that can be written.")
+    # None: $BRAINLDM_CACHE, else the user's cache, such as ~/.cache/brainldm
+    cache_dir: str | Path | None = None,
+) -> Path:  # Folder of all caches, perhaps not there yet
+    """Where prepared images are kept.
+
+    Parameters
+    ----------
+    cache_dir : str | Path | None, default None
+        None: $BRAINLDM_CACHE, else the user's cache, such as ~/.cache/brainldm.
+
+    Returns
+    -------
+    Path
+        Folder of all caches, perhaps not there yet.
+
+    Raises
+    ------
+    OSError
+        For a user without a home folder.
+    """
+    if cache_dir or os.environ.get('BRAINLDM_CACHE'):
+        return Path(cache_dir or os.environ['BRAINLDM_CACHE'])
+    try:
+        folder = user_cache_path('brainldm', appauthor=False)
+    except RuntimeError:
+        folder = Path('~')  # a user that the system does not know
+    if not folder.is_absolute():
+        raise OSError(
+            "cache_folder: this user has no home folder, and so no cache. Expected a place to keep"
+            " prepared images. Set BRAINLDM_CACHE to a folder that can be written."
+        )
     return folder
 
 # %% ../../nbs/engineering/23_files.ipynb #9c40bcff
 def temporary_in_cache(
-    folder:Path, # Folder of all caches, made if it is not there
-    prefix:str, # What the new name begins with
-)->Path: # New empty folder in it
-    "A place to write what will become a cache. Raises OSError where nothing can be written."
+    folder: Path,  # Folder of all caches, made if it is not there
+    prefix: str,  # What the new name begins with
+) -> Path:  # New empty folder in it
+    """A place to write what will become a cache.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of all caches, made if it is not there.
+    prefix : str
+        What the new name begins with.
+
+    Returns
+    -------
+    Path
+        New empty folder in it.
+
+    Raises
+    ------
+    OSError
+        Where nothing can be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-    except OSError as e: raise type(e)(
-        f"cache_folder: the cache {folder} cannot be written ({e.strerror}). Expected a folder to keep prepared images "
-        "in. Set BRAINLDM_CACHE to one that can be written.") from None
+    except OSError as e:
+        raise type(e)(
+            f"cache_folder: the cache {folder} cannot be written ({e.strerror}). Expected a folder"
+            " to keep prepared images in. Set BRAINLDM_CACHE to one that can be written."
+        ) from None
 
 # %% ../../nbs/engineering/23_files.ipynb #8500e797
 class StrictHeader(tarfile.TarInfo):
-    "The header of a file in a tar: a broken one is an error, not the end of the archive."
+    """The header of a file in a tar: a broken one is an error, not the end of the archive."""
+
     @classmethod
-    def fromtarfile(cls,
-        archive:tarfile.TarFile, # Open for reading
-    )->tarfile.TarInfo: # The next header
-        "Read a header. Raises tarfile.ReadError for a broken one."
-        try: return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError: raise                                   # blocks of zeros: the true end
-        except tarfile.HeaderError as e: raise tarfile.ReadError(f'broken or missing header: {e}') from e
+    def fromtarfile(
+        cls,
+        archive: tarfile.TarFile,  # Open for reading
+    ) -> tarfile.TarInfo:  # The next header
+        """Read a header.
+
+        Parameters
+        ----------
+        archive : tarfile.TarFile
+            Open for reading.
+
+        Returns
+        -------
+        tarfile.TarInfo
+            The next header.
+
+        Raises
+        ------
+        tarfile.ReadError
+            For a broken one.
+        """
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise  # blocks of zeros: the true end
+        except tarfile.HeaderError as e:
+            raise tarfile.ReadError(f'broken or missing header: {e}') from e
 
 # %% ../../nbs/engineering/23_files.ipynb #e039c052
 class LimitedStream:
-    "A stream that hands out so many bytes and no more, headers included."
-    def __init__(self,
-        stream, # Open for reading
-        limit:int, # Bytes it may give
-    ):
-        self.stream,self.left = stream,limit
+    """A stream that hands out so many bytes and no more, headers included.
 
-    def read(self,
-        n:int, # Bytes
-    )->bytes: # The next n, or what is left
-        "Read on. Raises OverflowError beyond the limit."
-        part = self.stream.read(min(n, self.left+1))
+    Parameters
+    ----------
+    stream
+        Open for reading.
+    limit : int
+        Bytes it may give.
+    """
+
+    def __init__(
+        self,
+        stream,  # Open for reading
+        limit: int,  # Bytes it may give
+    ):
+        self.stream, self.left = stream, limit
+
+    def read(
+        self,
+        n: int,  # Bytes
+    ) -> bytes:  # The next n, or what is left
+        """Read on.
+
+        Parameters
+        ----------
+        n : int
+            Bytes.
+
+        Returns
+        -------
+        bytes
+            The next n, or what is left.
+
+        Raises
+        ------
+        OverflowError
+            Beyond the limit.
+        """
+        part = self.stream.read(min(n, self.left + 1))
         self.left -= len(part)
-        if self.left<0: raise OverflowError
+        if self.left < 0:
+            raise OverflowError
         return part
 
 # %% ../../nbs/engineering/23_files.ipynb #054d9fa5
 def read_members(
-    path:Path, # Archive
-    limit:int, # Bytes that may come out
-)->Iterator[tuple[str, str, int, Callable]]: # Name; 'file', 'folder' or 'other'; bytes; a call that opens it
-    "Walk through an archive. Raises what zipfile, tarfile and gzip raise, OverflowError beyond the limit, ValueError for a password."
-    kinds = {0: 'file', stat.S_IFREG: 'file', stat.S_IFDIR: 'folder'}                          # 0: not from Unix, says nothing
+    path: Path,  # Archive
+    limit: int,  # Bytes that may come out
+    # Name; 'file', 'folder' or 'other'; bytes; a call that opens it
+) -> Iterator[tuple[str, str, int, Callable]]:
+    """Walk through an archive.
+
+    Raises what zipfile, tarfile and gzip raise, OverflowError beyond the limit, ValueError for a
+    password.
+
+    Parameters
+    ----------
+    path : Path
+        Archive.
+    limit : int
+        Bytes that may come out.
+
+    Yields
+    ------
+    tuple[str, str, int, Callable]
+    """
+    # 0: not from Unix, says nothing
+    kinds = {0: 'file', stat.S_IFREG: 'file', stat.S_IFDIR: 'folder'}
     if path.name.lower().endswith('.zip'):
         with zipfile.ZipFile(path) as archive:
             for o in archive.infolist():
-                if o.flag_bits&1: raise ValueError(
-                    f"unpack: '{path}' wants a password. Expected an open archive. Unpack it yourself, and give the folder.")
-                kind = 'folder' if o.is_dir() else kinds.get(stat.S_IFMT(o.external_attr>>16), 'other')
-                yield o.filename,kind,o.file_size,partial(archive.open, o)
+                if o.flag_bits & 1:
+                    raise ValueError(
+                        f"unpack: '{path}' wants a password. Expected an open archive. Unpack it"
+                        " yourself, and give the folder."
+                    )
+                kind = (
+                    'folder'
+                    if o.is_dir()
+                    else kinds.get(stat.S_IFMT(o.external_attr >> 16), 'other')
+                )
+                yield o.filename, kind, o.file_size, partial(archive.open, o)
     else:
         with (open if path.name.lower().endswith('.tar') else gzip.open)(path, 'rb') as stream:
-            with tarfile.open(fileobj=LimitedStream(stream, limit), mode='r|', tarinfo=StrictHeader) as archive:
+            with tarfile.open(
+                fileobj=LimitedStream(stream, limit), mode='r|', tarinfo=StrictHeader
+            ) as archive:
                 for o in archive:
                     kind = 'file' if o.isreg() else 'folder' if o.isdir() else 'other'
-                    yield o.name,kind,o.size,partial(archive.extractfile, o)
+                    yield o.name, kind, o.size, partial(archive.extractfile, o)
 
 # %% ../../nbs/engineering/23_files.ipynb #14401ee4
 def member_path(
-    folder:Path, # Where the archive is unpacked
-    name:str, # Name in the archive
-    kind:str, # 'file', 'folder' or 'other'
-)->Path: # Place below the folder
-    "Where a member goes. Raises ValueError for one that leads out of the folder, and for links and devices."
+    folder: Path,  # Where the archive is unpacked
+    name: str,  # Name in the archive
+    kind: str,  # 'file', 'folder' or 'other'
+) -> Path:  # Place below the folder
+    """Where a member goes.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the archive is unpacked.
+    name : str
+        Name in the archive.
+    kind : str
+        'file', 'folder' or 'other'.
+
+    Returns
+    -------
+    Path
+        Place below the folder.
+
+    Raises
+    ------
+    ValueError
+        For one that leads out of the folder, and for links and devices.
+    """
     parts = name.replace('\\', '/').split('/')
-    if not parts[0] or '..' in parts or '\0' in name or re.match('[A-Za-z]:', name): raise ValueError(
-        f"unpack: the archive holds {name[:200]!r}, which leads out of its folder. Expected names below it. "
-        "Do not trust this archive: ask where it comes from.")
-    if kind=='other': raise ValueError(
-        f"unpack: {name[:200]!r} in the archive is a link or a device. Expected files and folders. "
-        "Pack the files themselves, or unpack it yourself and give the folder.")
+    if not parts[0] or '..' in parts or '\0' in name or re.match('[A-Za-z]:', name):
+        raise ValueError(
+            f"unpack: the archive holds {name[:200]!r}, which leads out of its folder. Expected"
+            " names below it. Do not trust this archive: ask where it comes from."
+        )
+    if kind == 'other':
+        raise ValueError(
+            f"unpack: {name[:200]!r} in the archive is a link or a device. Expected files and"
+            " folders. Pack the files themselves, or unpack it yourself and give the folder."
+        )
     return folder.joinpath(*parts)
 
 # %% ../../nbs/engineering/23_files.ipynb #27988d0b
 def unpack_into(
-    path:Path, # Archive
-    folder:Path, # Empty folder
-)->None:
-    "Unpack files and folders. Raises ValueError for an archive that is broken, dangerous or too large."
-    free,size = shutil.disk_usage(folder).free,path.stat().st_size
-    limit,total = min(max(EXPANSION*size, 2**24), free),0
+    path: Path,  # Archive
+    folder: Path,  # Empty folder
+) -> None:
+    """Unpack files and folders.
+
+    Parameters
+    ----------
+    path : Path
+        Archive.
+    folder : Path
+        Empty folder.
+
+    Raises
+    ------
+    ValueError
+        For an archive that is broken, dangerous or too large.
+    """
+    free, size = shutil.disk_usage(folder).free, path.stat().st_size
+    limit, total = min(max(EXPANSION * size, 2**24), free), 0
     try:
-        for name,kind,size,open_member in read_members(path, limit):
+        for name, kind, size, open_member in read_members(path, limit):
             total += size
-            if total>limit: raise OverflowError
+            if total > limit:
+                raise OverflowError
             place = member_path(folder, name, kind)
-            (place if kind=='folder' else place.parent).mkdir(parents=True, exist_ok=True)
-            if kind=='file':
-                with open_member() as source, place.open('xb') as target: shutil.copyfileobj(source, target)
-    except OverflowError: raise ValueError(
-        f"unpack: '{path}' unpacks to more than {limit:,} bytes. Expected at most {EXPANSION} times its own size, and no "
-        f"more than the {free:,} bytes that are free. If you trust it, unpack it yourself and give the folder.") from None
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, EOFError, OSError, NotImplementedError) as e:
+            (place if kind == 'folder' else place.parent).mkdir(parents=True, exist_ok=True)
+            if kind == 'file':
+                with open_member() as source, place.open('xb') as target:
+                    shutil.copyfileobj(source, target)
+    except OverflowError:
+        raise ValueError(
+            f"unpack: '{path}' unpacks to more than {limit:,} bytes. Expected at most {EXPANSION}"
+            f" times its own size, and no more than the {free:,} bytes that are free. If you trust"
+            " it, unpack it yourself and give the folder."
+        ) from None
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        zlib.error,
+        struct.error,
+        EOFError,
+        OSError,
+        NotImplementedError,
+    ) as e:
         raise ValueError(
             f"unpack: '{path}' cannot be unpacked ({e}). Expected a whole {', '.join(ARCHIVES)}. "
-            "Fetch it again, or unpack it yourself and give the folder.") from e
+            "Fetch it again, or unpack it yourself and give the folder."
+        ) from e
 
 # %% ../../nbs/engineering/23_files.ipynb #1b20c548
 def unpack(
-    root:str|Path, # Data folder, CSV manifest or archive
-)->Path: # The same, or the folder in the cache that holds what was in the archive
-    "Unpack an archive, once. Raises ValueError for one that is broken, dangerous or too large."
+    root: str | Path,  # Data folder, CSV manifest or archive
+) -> Path:  # The same, or the folder in the cache that holds what was in the archive
+    """Unpack an archive, once.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+
+    Returns
+    -------
+    Path
+        The same, or the folder in the cache that holds what was in the archive.
+
+    Raises
+    ------
+    ValueError
+        For one that is broken, dangerous or too large.
+    """
     root = Path(root)
-    if not root.is_file() or not root.name.lower().endswith(ARCHIVES): return root
+    if not root.is_file() or not root.name.lower().endswith(ARCHIVES):
+        return root
     about = root.stat()
-    key = hashlib.blake2b(f'{root.resolve()} {about.st_size} {about.st_mtime_ns}'.encode(errors='surrogateescape'), digest_size=16)
-    folder = cache_folder()/f'unpacked-{key.hexdigest()}'
+    key = hashlib.blake2b(
+        f'{root.resolve()} {about.st_size} {about.st_mtime_ns}'.encode(errors='surrogateescape'),
+        digest_size=16,
+    )
+    folder = cache_folder() / f'unpacked-{key.hexdigest()}'
     if not folder.is_dir():
         tmp = temporary_in_cache(folder.parent, '.unpacked-')
         try:
             unpack_into(root, tmp)
-            if not folder.is_dir(): tmp.rename(folder)
-        finally: shutil.rmtree(tmp, ignore_errors=True)
-    tables = ('phantom.json', 'manifest.csv')                                                  # perhaps one folder down
-    return next((o for o in (folder, *sorted(folder.iterdir())) if any((o/t).is_file() for t in tables)), folder)
+            if not folder.is_dir():
+                tmp.rename(folder)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+    tables = ('phantom.json', 'manifest.csv')  # perhaps one folder down
+    return next(
+        (o for o in (folder, *sorted(folder.iterdir())) if any((o / t).is_file() for t in tables)),
+        folder,
+    )
 
 # %% ../../nbs/engineering/23_files.ipynb #40034b8c
 def list_files(
-    root:Path, # Folder to walk
-)->list[str]: # Paths relative to `root`, posix, sorted
-    "Every file below a folder, except hidden ones. Links are followed, but not back to a folder that leads here."
-    out,above = [], {str(root): {os.path.realpath(root)}}                                     # by folder: itself and all above it
-    for folder,subfolders,names in os.walk(root, followlinks=True):
+    root: Path,  # Folder to walk
+) -> list[str]:  # Paths relative to `root`, posix, sorted
+    """Every file below a folder, except hidden ones.
+
+    Links are followed, but not back to a folder that leads here.
+
+    Parameters
+    ----------
+    root : Path
+        Folder to walk.
+
+    Returns
+    -------
+    list[str]
+        Paths relative to `root`, posix, sorted.
+    """
+    out, above = [], {str(root): {os.path.realpath(root)}}  # by folder: itself and all above it
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         real = {o: os.path.realpath(os.path.join(folder, o)) for o in subfolders}
-        subfolders[:] = [o for o in subfolders if not o.startswith('.') and real[o] not in above[folder]]
+        subfolders[:] = [
+            o for o in subfolders if not o.startswith('.') and real[o] not in above[folder]
+        ]
         above |= {os.path.join(folder, o): above[folder] | {real[o]} for o in subfolders}
-        here = '' if Path(folder)==root else Path(folder).relative_to(root).as_posix()+'/'
-        out += [here+o for o in names if not o.startswith('.')]
+        here = '' if Path(folder) == root else Path(folder).relative_to(root).as_posix() + '/'
+        out += [here + o for o in names if not o.startswith('.')]
     return sorted(out)
 
 # %% ../../nbs/engineering/23_files.ipynb #b8aca5ab
 def explain_disk(
-    e:OSError, # What the operating system said
-    path:Path, # File that was to be written
-)->OSError: # The same error, with words that help
-    "Say which file could not be written, and what to do."
-    return OSError(e.errno, f"{e.strerror or e} while writing {path}. Expected room on the disk and permission to write. "
-                            "What was there before is whole: make room, then go on with --resume.")
+    e: OSError,  # What the operating system said
+    path: Path,  # File that was to be written
+) -> OSError:  # The same error, with words that help
+    """Say which file could not be written, and what to do.
+
+    Parameters
+    ----------
+    e : OSError
+        What the operating system said.
+    path : Path
+        File that was to be written.
+
+    Returns
+    -------
+    OSError
+        The same error, with words that help.
+    """
+    return OSError(
+        e.errno,
+        f"{e.strerror or e} while writing {path}. Expected room on the disk and permission to"
+        " write. What was there before is whole: make room, then go on with --resume.",
+    )
 
 # %% ../../nbs/engineering/23_files.ipynb #d89acc97
 def write_atomic(
-    path:Path, # File to write
-    data:bytes, # Its whole content
-)->None:
-    "Write a file so that it is either whole or not there: temporary file, fsync, rename. Raises OSError."
+    path: Path,  # File to write
+    data: bytes,  # Its whole content
+) -> None:
+    """Write a file so that it is either whole or not there: temporary file, fsync, rename.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    data : bytes
+        Its whole content.
+
+    Raises
+    ------
+    OSError
+    """
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open('wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        with part.open('wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
-    except OSError as e: part.unlink(missing_ok=True); raise explain_disk(e, path) from None
-    except BaseException: part.unlink(missing_ok=True); raise
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise explain_disk(e, path) from None
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -25,169 +25,434 @@ from .batches import Covariate
 class ResBlock(nn.Module):
     """Two convolutions around a skip path, scaled and shifted by an embedding when one is given.
 
-    Source: He et al. 2016, fig. 2; adaptive group norm from Dhariwal & Nichol 2021, sec. 3; dropout: Srivastava et al. 2014.
-    Raises ValueError if the channels do not divide into groups."""
-    def __init__(self,
-        in_channels:int, # Channels in, a multiple of `norm_num_groups`
-        out_channels:int, # Channels out, a multiple of `norm_num_groups`
-        emb_channels:int|None=None, # Length of the embedding; None where nothing conditions the block
-        norm_num_groups:int=8, # Groups in each GroupNorm
-        dropout:float=0., # Share of the features before the second convolution that training leaves out
+    Parameters
+    ----------
+    in_channels : int
+        Channels in, a multiple of `norm_num_groups`.
+    out_channels : int
+        Channels out, a multiple of `norm_num_groups`.
+    emb_channels : int | None, default None
+        Length of the embedding; None where nothing conditions the block.
+    norm_num_groups : int, default 8
+        Groups in each GroupNorm.
+    dropout : float, default 0.0
+        Share of the features before the second convolution that training leaves out.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not divide into groups.
+
+    References
+    ----------
+    He et al. 2016, fig. 2; adaptive group norm from Dhariwal & Nichol 2021, sec. 3; dropout:
+    Srivastava et al. 2014.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # Channels in, a multiple of `norm_num_groups`
+        out_channels: int,  # Channels out, a multiple of `norm_num_groups`
+        # Length of the embedding; None where nothing conditions the block
+        emb_channels: int | None = None,
+        norm_num_groups: int = 8,  # Groups in each GroupNorm
+        # Share of the features before the second convolution that training leaves out
+        dropout: float = 0.0,
     ):
         super().__init__()
-        check_divides('ResBlock', norm_num_groups, in_channels=in_channels, out_channels=out_channels)
-        self.norm1,self.norm2 = (nn.GroupNorm(norm_num_groups, n) for n in (in_channels, out_channels))
-        self.conv1,self.conv2 = (nn.Conv2d(n, out_channels, 3, padding=1) for n in (in_channels, out_channels))
-        self.skip = nn.Identity() if in_channels==out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        self.emb_proj = nn.Linear(emb_channels, 2*out_channels) if emb_channels else None
+        check_divides(
+            'ResBlock', norm_num_groups, in_channels=in_channels, out_channels=out_channels
+        )
+        self.norm1, self.norm2 = (
+            nn.GroupNorm(norm_num_groups, n) for n in (in_channels, out_channels)
+        )
+        self.conv1, self.conv2 = (
+            nn.Conv2d(n, out_channels, 3, padding=1) for n in (in_channels, out_channels)
+        )
+        self.skip = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
+        )
+        self.emb_proj = nn.Linear(emb_channels, 2 * out_channels) if emb_channels else None
         self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.conv2.weight); nn.init.zeros_(self.conv2.bias)   # start as the skip path
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # start as the skip path
 
-    def forward(self,
-        x:Tensor, # Features (b, in_channels, h, w)
-        emb:Tensor|None=None, # Embedding of time and conditions (b, emb_channels)
-    )->Tensor: # Features (b, out_channels, h, w)
-        h = self.norm2(self.conv1(F.silu(self.norm1(x))))                      # (b, out_channels, h, w)
+    def forward(
+        self,
+        x: Tensor,  # Features (b, in_channels, h, w)
+        emb: Tensor | None = None,  # Embedding of time and conditions (b, emb_channels)
+    ) -> Tensor:  # Features (b, out_channels, h, w)
+        """Features (b, out_channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w).
+        emb : Tensor | None, default None
+            Embedding of time and conditions (b, emb_channels).
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, h, w).
+        """
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # (b, out_channels, h, w)
         if self.emb_proj is not None:
-            scale,shift = self.emb_proj(F.silu(emb))[..., None, None].chunk(2, dim=1)
-            h = h*(1+scale) + shift                                            # the same at every pixel
+            scale, shift = self.emb_proj(F.silu(emb))[..., None, None].chunk(2, dim=1)
+            h = h * (1 + scale) + shift  # the same at every pixel
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 # %% ../../nbs/engineering/28_layers.ipynb #4d34dbf6
 class Downsample(nn.Module):
-    "Halve height and width with a strided convolution."
-    def __init__(self,
-        in_channels:int, # Channels in
-        out_channels:int, # Channels out
+    """Halve height and width with a strided convolution.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels in.
+    out_channels : int
+        Channels out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # Channels in
+        out_channels: int,  # Channels out
     ):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
 
-    def forward(self,
-        x:Tensor, # Features (b, in_channels, h, w), h and w even
-    )->Tensor: # Features (b, out_channels, h/2, w/2)
+    def forward(
+        self,
+        x: Tensor,  # Features (b, in_channels, h, w), h and w even
+    ) -> Tensor:  # Features (b, out_channels, h/2, w/2)
+        """Features (b, out_channels, h/2, w/2).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w), h and w even.
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, h/2, w/2).
+        """
         return self.conv(x)
 
 # %% ../../nbs/engineering/28_layers.ipynb #d4f9cb48
 class Upsample(nn.Module):
-    "Double height and width: each pixel is repeated, then a convolution smooths the blocks away."
-    def __init__(self,
-        in_channels:int, # Channels in
-        out_channels:int, # Channels out
+    """Double height and width: each pixel is repeated, then a convolution smooths the blocks away.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels in.
+    out_channels : int
+        Channels out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # Channels in
+        out_channels: int,  # Channels out
     ):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
-    def forward(self,
-        x:Tensor, # Features (b, in_channels, h, w)
-    )->Tensor: # Features (b, out_channels, 2h, 2w)
-        return self.conv(F.interpolate(x, scale_factor=2., mode='nearest'))
+    def forward(
+        self,
+        x: Tensor,  # Features (b, in_channels, h, w)
+    ) -> Tensor:  # Features (b, out_channels, 2h, 2w)
+        """Features (b, out_channels, 2h, 2w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w).
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, 2h, 2w).
+        """
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode='nearest'))
 
 # %% ../../nbs/engineering/28_layers.ipynb #764f80ef
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels of a feature map, added to its input.
 
-    Source: Vaswani et al. 2017, eq. 1. Raises ValueError if the channels do not divide into heads."""
-    def __init__(self,
-        channels:int, # Channels in and out, a multiple of `num_heads` and `norm_num_groups`
-        num_heads:int=4, # Attention heads
-        norm_num_groups:int=8, # Groups in the GroupNorm
+    Parameters
+    ----------
+    channels : int
+        Channels in and out, a multiple of `num_heads` and `norm_num_groups`.
+    num_heads : int, default 4
+        Attention heads.
+    norm_num_groups : int, default 8
+        Groups in the GroupNorm.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not divide into heads.
+
+    References
+    ----------
+    Vaswani et al. 2017, eq. 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,  # Channels in and out, a multiple of `num_heads` and `norm_num_groups`
+        num_heads: int = 4,  # Attention heads
+        norm_num_groups: int = 8,  # Groups in the GroupNorm
     ):
         super().__init__()
         check_divides('AttentionBlock', norm_num_groups, channels=channels)
         check_divides('AttentionBlock', num_heads, channels=channels)
-        self.num_heads,self.norm = num_heads,nn.GroupNorm(norm_num_groups, channels)
-        self.qkv,self.proj = nn.Conv2d(channels, 3*channels, 1),nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight); nn.init.zeros_(self.proj.bias)       # start as the identity
+        self.num_heads, self.norm = num_heads, nn.GroupNorm(norm_num_groups, channels)
+        self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)  # start as the identity
 
-    def forward(self,
-        x:Tensor, # Features (b, channels, h, w)
-    )->Tensor: # Features (b, channels, h, w)
-        qkv = rearrange(self.qkv(self.norm(x)), 'b (qkv n c) h w -> qkv b n (h w) c', qkv=3, n=self.num_heads)
-        q,k,v = qkv.contiguous()                                               # the fast kernels want it so
-        out = F.scaled_dot_product_attention(q, k, v)                          # (b, heads, h*w, c)
+    def forward(
+        self,
+        x: Tensor,  # Features (b, channels, h, w)
+    ) -> Tensor:  # Features (b, channels, h, w)
+        """Features (b, channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, channels, h, w).
+
+        Returns
+        -------
+        Tensor
+            Features (b, channels, h, w).
+        """
+        qkv = rearrange(
+            self.qkv(self.norm(x)), 'b (qkv n c) h w -> qkv b n (h w) c', qkv=3, n=self.num_heads
+        )
+        q, k, v = qkv.contiguous()  # the fast kernels want it so
+        out = F.scaled_dot_product_attention(q, k, v)  # (b, heads, h*w, c)
         return x + self.proj(rearrange(out, 'b n (h w) c -> b (n c) h w', h=x.shape[-2]))
 
 # %% ../../nbs/engineering/28_layers.ipynb #f5292898
 class CrossAttention(nn.Module):
     """Let every pixel ask the condition tokens, and add the answer to its features.
 
-    Source: Vaswani et al. 2017, eq. 1; Rombach et al. 2022, sec. 3.3. Raises ValueError if channels do not divide."""
-    def __init__(self,
-        channels:int, # Channels of the picture's features, a multiple of `num_heads` and `norm_num_groups`
-        context_channels:int, # Length of a token
-        num_heads:int=4, # Attention heads
-        norm_num_groups:int=8, # Groups in the GroupNorm
+    Parameters
+    ----------
+    channels : int
+        Channels of the picture's features, a multiple of `num_heads` and `norm_num_groups`.
+    context_channels : int
+        Length of a token.
+    num_heads : int, default 4
+        Attention heads.
+    norm_num_groups : int, default 8
+        Groups in the GroupNorm.
+
+    Raises
+    ------
+    ValueError
+        If channels do not divide.
+
+    References
+    ----------
+    Vaswani et al. 2017, eq. 1; Rombach et al. 2022, sec. 3.3.
+    """
+
+    def __init__(
+        self,
+        # Channels of the picture's features, a multiple of `num_heads` and `norm_num_groups`
+        channels: int,
+        context_channels: int,  # Length of a token
+        num_heads: int = 4,  # Attention heads
+        norm_num_groups: int = 8,  # Groups in the GroupNorm
     ):
         super().__init__()
         check_divides('CrossAttention', norm_num_groups, channels=channels)
         check_divides('CrossAttention', num_heads, channels=channels)
-        self.num_heads,self.norm = num_heads,nn.GroupNorm(norm_num_groups, channels)
-        self.to_q,self.to_kv = nn.Conv2d(channels, channels, 1),nn.Linear(context_channels, 2*channels)
+        self.num_heads, self.norm = num_heads, nn.GroupNorm(norm_num_groups, channels)
+        self.to_q, self.to_kv = nn.Conv2d(channels, channels, 1), nn.Linear(
+            context_channels, 2 * channels
+        )
         self.proj = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight); nn.init.zeros_(self.proj.bias)       # start as the identity
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)  # start as the identity
 
-    def forward(self,
-        x:Tensor, # Features (b, channels, h, w)
-        tokens:Tensor, # Condition tokens (b, n, context_channels)
-    )->Tensor: # Features (b, channels, h, w)
+    def forward(
+        self,
+        x: Tensor,  # Features (b, channels, h, w)
+        tokens: Tensor,  # Condition tokens (b, n, context_channels)
+    ) -> Tensor:  # Features (b, channels, h, w)
+        """Features (b, channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, channels, h, w).
+        tokens : Tensor
+            Condition tokens (b, n, context_channels).
+
+        Returns
+        -------
+        Tensor
+            Features (b, channels, h, w).
+        """
         q = rearrange(self.to_q(self.norm(x)), 'b (n c) h w -> b n (h w) c', n=self.num_heads)
-        k,v = rearrange(self.to_kv(tokens), 'b t (kv n c) -> kv b n t c', kv=2, n=self.num_heads)
-        out = F.scaled_dot_product_attention(q, k, v)                          # (b, heads, h*w, c)
+        k, v = rearrange(self.to_kv(tokens), 'b t (kv n c) -> kv b n t c', kv=2, n=self.num_heads)
+        out = F.scaled_dot_product_attention(q, k, v)  # (b, heads, h*w, c)
         return x + self.proj(rearrange(out, 'b n (h w) c -> b (n c) h w', h=x.shape[-2]))
 
 # %% ../../nbs/engineering/28_layers.ipynb #222f2b10
 class ScalarEmbedding(nn.Module):
-    "A number in [0, 1] as a vector: waves of several lengths, then a small network. Source: Tancik et al. 2020, eq. 5."
-    def __init__(self,
-        channels:int, # Length of the vector
-        num_waves:int=4, # Wave m has 2**m half periods in [0, 1]
+    """A number in [0, 1] as a vector: waves of several lengths, then a small network.
+
+    Parameters
+    ----------
+    channels : int
+        Length of the vector.
+    num_waves : int, default 4
+        Wave m has 2**m half periods in [0, 1].
+
+    References
+    ----------
+    Tancik et al. 2020, eq. 5.
+    """
+
+    def __init__(
+        self,
+        channels: int,  # Length of the vector
+        num_waves: int = 4,  # Wave m has 2**m half periods in [0, 1]
     ):
         super().__init__()
-        self.register_buffer('freqs', math.pi*2.**torch.arange(num_waves), persistent=False)
-        self.net = nn.Sequential(nn.Linear(2*num_waves+1, channels), nn.SiLU(), nn.Linear(channels, channels))
+        self.register_buffer('freqs', math.pi * 2.0 ** torch.arange(num_waves), persistent=False)
+        self.net = nn.Sequential(
+            nn.Linear(2 * num_waves + 1, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
 
-    def forward(self,
-        r:Tensor, # Numbers (b,), mostly in [0, 1]
-    )->Tensor: # Vectors (b, channels)
+    def forward(
+        self,
+        r: Tensor,  # Numbers (b,), mostly in [0, 1]
+    ) -> Tensor:  # Vectors (b, channels)
+        """Vectors (b, channels).
+
+        Parameters
+        ----------
+        r : Tensor
+            Numbers (b,), mostly in [0, 1].
+
+        Returns
+        -------
+        Tensor
+            Vectors (b, channels).
+        """
         r = r[:, None]
-        return self.net(torch.cat([r, (r*self.freqs).sin(), (r*self.freqs).cos()], dim=1))
+        return self.net(torch.cat([r, (r * self.freqs).sin(), (r * self.freqs).cos()], dim=1))
 
 # %% ../../nbs/engineering/28_layers.ipynb #ca6389f4
 class Conditioner(nn.Module):
     """One token a covariate; a missing or dropped covariate gives its learned null token.
 
-    Source: null tokens as in Ho & Salimans 2022, sec. 3.2. Raises ValueError on a covariate it does not know."""
-    def __init__(self,
-        covariates:tuple[Covariate, ...], # The covariates, in the order of the tokens
-        channels:int, # Length of a token
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        The covariates, in the order of the tokens.
+    channels : int
+        Length of a token.
+
+    Raises
+    ------
+    ValueError
+        On a covariate it does not know.
+
+    References
+    ----------
+    Null tokens as in Ho & Salimans 2022, sec. 3.2.
+    """
+
+    def __init__(
+        self,
+        covariates: tuple[Covariate, ...],  # The covariates, in the order of the tokens
+        channels: int,  # Length of a token
     ):
         super().__init__()
         self.covariates = tuple(covariates)
-        self.embed = nn.ModuleDict({c.name: nn.Embedding(len(c.values), channels) if c.kind=='categorical'
-                                    else ScalarEmbedding(channels) for c in self.covariates})
+        self.embed = nn.ModuleDict(
+            {
+                c.name: (
+                    nn.Embedding(len(c.values), channels)
+                    if c.kind == 'categorical'
+                    else ScalarEmbedding(channels)
+                )
+                for c in self.covariates
+            }
+        )
         self.null = nn.Parameter(torch.randn(len(self.covariates), channels))
 
-    def forward(self,
-        cond:dict[str, Tensor], # Encoded covariates by name, each (b,): index or -1, number or NaN
-        batch_size:int, # b, since `cond` may be empty
-        drop:Tensor|None=None, # True where a token is to be dropped (b, n)
-    )->Tensor: # Tokens (b, n, channels)
+    def forward(
+        self,
+        # Encoded covariates by name, each (b,): index or -1, number or NaN
+        cond: dict[str, Tensor],
+        batch_size: int,  # b, since `cond` may be empty
+        drop: Tensor | None = None,  # True where a token is to be dropped (b, n)
+    ) -> Tensor:  # Tokens (b, n, channels)
+        """Tokens (b, n, channels).
+
+        Parameters
+        ----------
+        cond : dict[str, Tensor]
+            Encoded covariates by name, each (b,): index or -1, number or NaN.
+        batch_size : int
+            b, since `cond` may be empty.
+        drop : Tensor | None, default None
+            True where a token is to be dropped (b, n).
+
+        Returns
+        -------
+        Tensor
+            Tokens (b, n, channels).
+        """
         unknown = set(cond) - set(self.embed)
-        if unknown: raise ValueError(f"Conditioner: unknown covariate {sorted(unknown)}. "
-                                     f"Expected some of {list(self.embed)}. Check the names.")
-        null = self.null.expand(batch_size, -1, -1)                            # (b, n, channels)
-        if not cond: return null
-        tokens = [self.token(i, cond[c.name]) if c.name in cond else null[:, i] for i,c in enumerate(self.covariates)]
+        if unknown:
+            raise ValueError(
+                f"Conditioner: unknown covariate {sorted(unknown)}. "
+                f"Expected some of {list(self.embed)}. Check the names."
+            )
+        null = self.null.expand(batch_size, -1, -1)  # (b, n, channels)
+        if not cond:
+            return null
+        tokens = [
+            self.token(i, cond[c.name]) if c.name in cond else null[:, i]
+            for i, c in enumerate(self.covariates)
+        ]
         tokens = torch.stack([t.to(null) for t in tokens], dim=1)
         return tokens if drop is None else torch.where(drop[..., None], null, tokens)
 
-    def token(self,
-        i:int, # Number of the covariate
-        value:Tensor, # Encoded values (b,)
-    )->Tensor: # (b, channels), null where the value is missing
-        "The token of one covariate in each row."
+    def token(
+        self,
+        i: int,  # Number of the covariate
+        value: Tensor,  # Encoded values (b,)
+    ) -> Tensor:  # (b, channels), null where the value is missing
+        """The token of one covariate in each row.
+
+        Parameters
+        ----------
+        i : int
+            Number of the covariate.
+        value : Tensor
+            Encoded values (b,).
+
+        Returns
+        -------
+        Tensor
+            (b, channels), null where the value is missing.
+        """
         covariate = self.covariates[i]
-        missing = value<0 if covariate.kind=='categorical' else value.isnan()
+        missing = value < 0 if covariate.kind == 'categorical' else value.isnan()
         known = self.embed[covariate.name](value.masked_fill(missing, 0))
         return torch.where(missing[:, None], self.null[i].to(known), known)

@@ -39,225 +39,523 @@ from .batches import ShuffledBatches
 # %% ../../nbs/engineering/29_loop.ipynb #89d26982
 @dataclass
 class TrainConfig:
-    "What every training has in common. Lengths are counted in pictures seen, repeats included."
-    total_images:int=20_000 # Pictures to see before training ends
-    batch_size:int=8 # Pictures a step, on each process
-    accumulate:int=1 # Steps whose gradients are added up before the weights move
-    auto_find_batch_size:bool=False # When memory runs out: a smaller batch, more steps added up, and on
-    learning_rate:float=2e-3 # Highest learning rate of AdamW
-    warmup_images:int=1_000 # Pictures over which the learning rate rises from 0
-    weight_decay:float=0. # Pull of AdamW on the weights towards 0
-    clip_norm:float=1. # Longest gradient allowed; longer ones are scaled down to it
-    precision:Literal['auto', 'no', 'bf16', 'fp16']='auto' # Mixed precision; auto: bf16 where the device computes in it
-    compile:bool=False # Compile the network first (torch.compile)
-    validate_every:int=5_000 # Pictures between two looks at the validate subjects
-    checkpoint_every:int=5_000 # Pictures between two checkpoints
-    log_every:int=10 # Steps between two lines of the log
-    num_workers:int=0 # Processes that load pictures; 0 loads in the training process
-    seed:int=0 # Seed of the weights, the order of the pictures and the noise
-    init_from:str|None=None # Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name
-    log_with:str|None=None # A tracker that accelerate knows, such as tensorboard or wandb
+    """What every training has in common. Lengths are counted in pictures seen, repeats included.
+
+    Attributes
+    ----------
+    total_images : int, default 20000
+        Pictures to see before training ends.
+    batch_size : int, default 8
+        Pictures a step, on each process.
+    accumulate : int, default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : float, default 0.002
+        Highest learning rate of AdamW.
+    warmup_images : int, default 1000
+        Pictures over which the learning rate rises from 0.
+    weight_decay : float, default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : float, default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : int, default 5000
+        Pictures between two looks at the validate subjects.
+    checkpoint_every : int, default 5000
+        Pictures between two checkpoints.
+    log_every : int, default 10
+        Steps between two lines of the log.
+    num_workers : int, default 0
+        Processes that load pictures; 0 loads in the training process.
+    seed : int, default 0
+        Seed of the weights, the order of the pictures and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate knows, such as tensorboard or wandb.
+    """
+
+    total_images: int = 20_000  # Pictures to see before training ends
+    batch_size: int = 8  # Pictures a step, on each process
+    accumulate: int = 1  # Steps whose gradients are added up before the weights move
+    # When memory runs out: a smaller batch, more steps added up, and on
+    auto_find_batch_size: bool = False
+    learning_rate: float = 2e-3  # Highest learning rate of AdamW
+    warmup_images: int = 1_000  # Pictures over which the learning rate rises from 0
+    weight_decay: float = 0.0  # Pull of AdamW on the weights towards 0
+    clip_norm: float = 1.0  # Longest gradient allowed; longer ones are scaled down to it
+    # Mixed precision; auto: bf16 where the device computes in it
+    precision: Literal['auto', 'no', 'bf16', 'fp16'] = 'auto'
+    compile: bool = False  # Compile the network first (torch.compile)
+    validate_every: int = 5_000  # Pictures between two looks at the validate subjects
+    checkpoint_every: int = 5_000  # Pictures between two checkpoints
+    log_every: int = 10  # Steps between two lines of the log
+    num_workers: int = 0  # Processes that load pictures; 0 loads in the training process
+    seed: int = 0  # Seed of the weights, the order of the pictures and the noise
+    # Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name
+    init_from: str | None = None
+    log_with: str | None = None  # A tracker that accelerate knows, such as tensorboard or wandb
 
 # %% ../../nbs/engineering/29_loop.ipynb #5465b47e
 LIMITS = (
-    ('total_images batch_size accumulate learning_rate clip_norm validate_every checkpoint_every log_every '
-     'latent_channels num_res_blocks patch num_heads cond_channels ema_images preview_steps num_embeddings discriminator_learning_rate '
-     'embed_dim num_layers unet_levels',
-     lambda v: v>0, 'a number above 0'),
-    ('warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost adversarial_start adversarial_weight '
-     'adversarial_max_weight discriminator_warmup random_weight feature_weight neighbor_noise snr_offset', lambda v: v>=0, '0 or more'),
-    ('restart_below dropout replace_codes label_smoothing neighbor_dropout', lambda v: 0<=v<1,
-     'a share, 0 or more and less than 1'),
-    ('snr_gamma', lambda v: v is None or 0<v<math.inf, 'a number above 0, or None'),
-    ('covariate_dropout condition_dropout', lambda v: 0<=v<=1, 'a probability, 0 to 1'),
-    ('channels discriminator_channels', lambda v: len(v)>0 and min(v)>0, 'one number above 0 a level'),
-    ('fsq_levels', lambda v: len(v)>0 and min(v)>2, 'three levels or more for each channel'),
-) # What the settings of a configuration may be: names, test, words
+    (
+        (
+            'total_images batch_size accumulate learning_rate clip_norm validate_every'
+            ' checkpoint_every log_every latent_channels num_res_blocks patch num_heads'
+            ' cond_channels ema_images preview_steps num_embeddings discriminator_learning_rate'
+            ' embed_dim num_layers unet_levels'
+        ),
+        lambda v: v > 0,
+        'a number above 0',
+    ),
+    (
+        (
+            'warmup_images weight_decay num_workers seed kl_weight kl_period commitment_cost'
+            ' adversarial_start adversarial_weight adversarial_max_weight discriminator_warmup'
+            ' random_weight feature_weight neighbor_noise snr_offset'
+        ),
+        lambda v: v >= 0,
+        '0 or more',
+    ),
+    (
+        'restart_below dropout replace_codes label_smoothing neighbor_dropout',
+        lambda v: 0 <= v < 1,
+        'a share, 0 or more and less than 1',
+    ),
+    ('snr_gamma', lambda v: v is None or 0 < v < math.inf, 'a number above 0, or None'),
+    ('covariate_dropout condition_dropout', lambda v: 0 <= v <= 1, 'a probability, 0 to 1'),
+    (
+        'channels discriminator_channels',
+        lambda v: len(v) > 0 and min(v) > 0,
+        'one number above 0 a level',
+    ),
+    ('fsq_levels', lambda v: len(v) > 0 and min(v) > 2, 'three levels or more for each channel'),
+)  # What the settings of a configuration may be: names, test, words
 
 # %% ../../nbs/engineering/29_loop.ipynb #9edd8c7c
 def is_kind(
-    v, # Value of a setting
-    kind, # Type that its field names
-)->bool: # Whether the one is of the other
-    "A whole number will do where a number is asked for; True and False are no numbers, and a tuple is looked into."
-    if get_origin(kind) is tuple: return isinstance(v, (tuple, list)) and all(is_kind(o, get_args(kind)[0]) for o in v)
-    if get_origin(kind) is UnionType: return any(is_kind(v, o) for o in get_args(kind))
-    if kind in (int, float): return isinstance(v, (int, kind)) and not isinstance(v, bool)
+    v,  # Value of a setting
+    kind,  # Type that its field names
+) -> bool:  # Whether the one is of the other
+    """A whole number will do where a number is asked for; True and False are no numbers, and a tuple
+    is looked into.
+
+    Parameters
+    ----------
+    v
+        Value of a setting.
+    kind
+        Type that its field names.
+
+    Returns
+    -------
+    bool
+        Whether the one is of the other.
+    """
+    if get_origin(kind) is tuple:
+        return isinstance(v, (tuple, list)) and all(is_kind(o, get_args(kind)[0]) for o in v)
+    if get_origin(kind) is UnionType:
+        return any(is_kind(v, o) for o in get_args(kind))
+    if kind in (int, float):
+        return isinstance(v, (int, kind)) and not isinstance(v, bool)
     return isinstance(v, kind)
 
 # %% ../../nbs/engineering/29_loop.ipynb #d19347f2
 def check_numbers(
-    config:TrainConfig, # The configuration to look at
-)->None: # Nothing: it raises or returns
-    "Refuse single settings with which training cannot work. Raises TypeError or ValueError naming the first one."
+    config: TrainConfig,  # The configuration to look at
+) -> None:  # Nothing: it raises or returns
+    """Refuse single settings with which training cannot work.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        The configuration to look at.
+
+    Raises
+    ------
+    TypeError
+        Naming the first one.
+    ValueError
+        Naming the first one.
+    """
     for f in fields(config):
-        v,flag = getattr(config, f.name),'--'+f.name.replace('_', '-')
-        words = {int: 'a whole number', float: 'a number', bool: 'True or False'}.get(f.type, f.type)
-        if get_origin(f.type) is Literal: check_choice('check_config', f.name, v, get_args(f.type))
-        elif not is_kind(v, f.type): raise TypeError(f"check_config: {f.name}={v!r}. Expected {words}. Check {flag}.")
-        if f.type in (int, float) and not math.isfinite(v): raise ValueError(
-            f"check_config: {f.name}={v}. Expected a finite number. Check {flag}.")
-        for names,fits,words in LIMITS:
-            if f.name in names.split() and not fits(v): raise ValueError(
-                f"check_config: {f.name}={v!r}. Expected {words}. Check {flag}.")
+        v, flag = getattr(config, f.name), '--' + f.name.replace('_', '-')
+        words = {int: 'a whole number', float: 'a number', bool: 'True or False'}.get(
+            f.type, f.type
+        )
+        if get_origin(f.type) is Literal:
+            check_choice('check_config', f.name, v, get_args(f.type))
+        elif not is_kind(v, f.type):
+            raise TypeError(f"check_config: {f.name}={v!r}. Expected {words}. Check {flag}.")
+        if f.type in (int, float) and not math.isfinite(v):
+            raise ValueError(f"check_config: {f.name}={v}. Expected a finite number. Check {flag}.")
+        for names, fits, words in LIMITS:
+            if f.name in names.split() and not fits(v):
+                raise ValueError(f"check_config: {f.name}={v!r}. Expected {words}. Check {flag}.")
 
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e01
 NEEDS = (
-    ('snr_offset', lambda c: c.snr_gamma, 'snr_gamma: the offset belongs to that limit', 'snr_gamma=5'),
+    (
+        'snr_offset',
+        lambda c: c.snr_gamma,
+        'snr_gamma: the offset belongs to that limit',
+        'snr_gamma=5',
+    ),
     ('random_weight feature_weight', lambda c: c.adversarial, 'an adversary', 'adversarial=True'),
-    ('kl_period', lambda c: c.kind=='kl', 'Gaussian latents', "kind='kl'"),
-    ('adversarial', lambda c: c.adversarial_start<c.total_images, 'to be heard before training ends',
-     'a smaller adversarial_start, or more total_images'),
-) # Settings that do nothing alone: names, what they need as a test, in words, and what to try
+    ('kl_period', lambda c: c.kind == 'kl', 'Gaussian latents', "kind='kl'"),
+    (
+        'adversarial',
+        lambda c: c.adversarial_start < c.total_images,
+        'to be heard before training ends',
+        'a smaller adversarial_start, or more total_images',
+    ),
+)  # Settings that do nothing alone: names, what they need as a test, in words, and what to try
 
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e02
 def check_effect(
-    config:TrainConfig, # The configuration to look at
-)->None: # Nothing: it raises or returns
-    "Refuse settings that would be written down and change nothing. Raises ValueError naming the first one."
-    for names,met,words,good in NEEDS:
+    config: TrainConfig,  # The configuration to look at
+) -> None:  # Nothing: it raises or returns
+    """Refuse settings that would be written down and change nothing.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        The configuration to look at.
+
+    Raises
+    ------
+    ValueError
+        Naming the first one.
+    """
+    for names, met, words, good in NEEDS:
         idle = [o for o in names.split() if getattr(config, o, 0) and not met(config)]
-        if idle: raise ValueError(f"check_config: {idle[0]}={getattr(config, idle[0])!r} would change nothing. "
-                                  f"Expected {words}. Try {good}, or leave it out.")
+        if idle:
+            raise ValueError(
+                f"check_config: {idle[0]}={getattr(config, idle[0])!r} would change nothing. "
+                f"Expected {words}. Try {good}, or leave it out."
+            )
 
 # %% ../../nbs/engineering/29_loop.ipynb #ec7832a1
 def check_config(
-    config:TrainConfig, # The configuration to look at
-)->None: # Nothing: it raises or returns
-    "Refuse settings with which training cannot work, alone or together. Raises TypeError or ValueError."
-    check_numbers(config); check_effect(config)
-    levels = len(getattr(config, 'channels', ())),len(getattr(config, 'attention_levels', ()))
-    if levels[0]!=levels[1]: raise ValueError(
-        f"check_config: {levels[0]} channels and {levels[1]} attention_levels. Expected one of each a level. "
-        "Make them equally long.")
-    if config.log_every%config.accumulate: raise ValueError(
-        f"check_config: log_every={config.log_every} is not a multiple of accumulate={config.accumulate}. "
-        "Expected one, "
-        f"so that a checkpoint never falls between two weight updates. Try log_every={config.accumulate*10}.")
+    config: TrainConfig,  # The configuration to look at
+) -> None:  # Nothing: it raises or returns
+    """Refuse settings with which training cannot work, alone or together.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        The configuration to look at.
+
+    Raises
+    ------
+    TypeError
+    ValueError
+    """
+    check_numbers(config)
+    check_effect(config)
+    levels = len(getattr(config, 'channels', ())), len(getattr(config, 'attention_levels', ()))
+    if levels[0] != levels[1]:
+        raise ValueError(
+            f"check_config: {levels[0]} channels and {levels[1]} attention_levels. Expected one of"
+            " each a level. Make them equally long."
+        )
+    if config.log_every % config.accumulate:
+        raise ValueError(
+            f"check_config: log_every={config.log_every} is not a multiple of"
+            f" accumulate={config.accumulate}. Expected one, so that a checkpoint never falls"
+            f" between two weight updates. Try log_every={config.accumulate*10}."
+        )
     schedule = getattr(config, 'schedule', None)
     T = schedule.num_train_timesteps if schedule else math.inf
-    if getattr(config, 'preview_steps', 0)>T: raise ValueError(
-        f"check_config: preview_steps={config.preview_steps}. Expected at most the {T} steps of the schedule. "
-        "Try preview_steps=20.")
-    if schedule and schedule.prediction_type=='epsilon' and getattr(config, 'snr_offset', 0): raise ValueError(
-        f"check_config: snr_offset={config.snr_offset} with prediction_type='epsilon'. Expected 0: an error on pure noise "
-        "would count without bound. Leave it out.")
-    if schedule and schedule.prediction_type=='epsilon' and schedule.abar[-1]<1e-5: raise ValueError(
-        f"check_config: prediction_type='epsilon', and {schedule.abar[-1].sqrt():.0e} of the signal is left at the end. "
-        "Expected 3e-3 or more, for sampling divides by it. Try prediction_type='v_prediction', or beta_schedule='linear'.")
+    if getattr(config, 'preview_steps', 0) > T:
+        raise ValueError(
+            f"check_config: preview_steps={config.preview_steps}. Expected at most the {T} steps of"
+            " the schedule. Try preview_steps=20."
+        )
+    if schedule and schedule.prediction_type == 'epsilon' and getattr(config, 'snr_offset', 0):
+        raise ValueError(
+            f"check_config: snr_offset={config.snr_offset} with prediction_type='epsilon'. Expected"
+            " 0: an error on pure noise would count without bound. Leave it out."
+        )
+    if schedule and schedule.prediction_type == 'epsilon' and schedule.abar[-1] < 1e-5:
+        raise ValueError(
+            f"check_config: prediction_type='epsilon', and {schedule.abar[-1].sqrt():.0e} of the"
+            " signal is left at the end. Expected 3e-3 or more, for sampling divides by it. Try"
+            " prediction_type='v_prediction', or beta_schedule='linear'."
+        )
     known = [str(getattr(o, 'value', o)) for o in get_available_trackers()]
-    if config.log_with and config.log_with not in known: raise ValueError(
-        f"check_config: log_with={config.log_with!r} is not installed, or not a tracker that accelerate knows. "
-        f"Expected one of {known}. "
-        f"Try pip install {config.log_with}, or leave --log-with out: log.jsonl is written in any case.")
+    if config.log_with and config.log_with not in known:
+        raise ValueError(
+            f"check_config: log_with={config.log_with!r} is not installed, or not a tracker that"
+            f" accelerate knows. Expected one of {known}. Try pip install {config.log_with}, or"
+            " leave --log-with out: log.jsonl is written in any case."
+        )
 
 # %% ../../nbs/engineering/29_loop.ipynb #7f90a912
 def lr_at(
-    seen:int, # Pictures seen so far
-    config:TrainConfig, # Gives highest rate, warm-up and length
-    num_processes:int=1, # How many share the work
-    start:int=0, # Images seen when training was lengthened: the rise begins anew there
-)->float: # Learning rate for the next update of the weights
-    "A straight rise, then a fall by the square root. Source: Hägele et al. 2024, sec. 3, cool-down 1-sqrt."
-    update = config.batch_size*config.accumulate*num_processes
-    rise = min(1., (seen-start+update)/max(config.warmup_images, update))
-    return config.learning_rate*rise*(1-math.sqrt(min(seen/config.total_images, 1.)))
+    seen: int,  # Pictures seen so far
+    config: TrainConfig,  # Gives highest rate, warm-up and length
+    num_processes: int = 1,  # How many share the work
+    start: int = 0,  # Images seen when training was lengthened: the rise begins anew there
+) -> float:  # Learning rate for the next update of the weights
+    """A straight rise, then a fall by the square root.
+
+    Parameters
+    ----------
+    seen : int
+        Pictures seen so far.
+    config : TrainConfig
+        Gives highest rate, warm-up and length.
+    num_processes : int, default 1
+        How many share the work.
+    start : int, default 0
+        Images seen when training was lengthened: the rise begins anew there.
+
+    Returns
+    -------
+    float
+        Learning rate for the next update of the weights.
+
+    References
+    ----------
+    Hägele et al. 2024, sec. 3, cool-down 1-sqrt.
+    """
+    update = config.batch_size * config.accumulate * num_processes
+    rise = min(1.0, (seen - start + update) / max(config.warmup_images, update))
+    return config.learning_rate * rise * (1 - math.sqrt(min(seen / config.total_images, 1.0)))
 
 # %% ../../nbs/engineering/29_loop.ipynb #ffb980ba
 def ema_decay(
-    seen:int, # Pictures seen so far
-    batch_size:int, # Pictures this update
-    half_life:float, # Pictures after which an old weight counts half
-    ramp:float=.05, # The half life is at most this share of what was seen
-)->float: # Share of the old average that is kept, in [0, 1)
-    "How much of the average survives one update; short memory at first. Source: Karras et al. 2022, app. F.2 and code."
-    return .5**(batch_size/max(min(half_life, seen*ramp), 1e-8))
+    seen: int,  # Pictures seen so far
+    batch_size: int,  # Pictures this update
+    half_life: float,  # Pictures after which an old weight counts half
+    ramp: float = 0.05,  # The half life is at most this share of what was seen
+) -> float:  # Share of the old average that is kept, in [0, 1)
+    """How much of the average survives one update; short memory at first.
+
+    Parameters
+    ----------
+    seen : int
+        Pictures seen so far.
+    batch_size : int
+        Pictures this update.
+    half_life : float
+        Pictures after which an old weight counts half.
+    ramp : float, default 0.05
+        The half life is at most this share of what was seen.
+
+    Returns
+    -------
+    float
+        Share of the old average that is kept, in [0, 1).
+
+    References
+    ----------
+    Karras et al. 2022, app. F.2 and code.
+    """
+    return 0.5 ** (batch_size / max(min(half_life, seen * ramp), 1e-8))
 
 # %% ../../nbs/engineering/29_loop.ipynb #2244bd6b
 class Average(AveragedModel):
-    "A network that follows another one slowly: `module` is a copy of it whose weights trail behind."
-    def __init__(self,
-        model:nn.Module, # The network to follow
-        decay:Callable[[], float], # Asked at each update: the share of the old average to keep
+    """A network that follows another one slowly: `module` is a copy of it whose weights trail behind.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to follow.
+    decay : Callable[[], float]
+        Asked at each update: the share of the old average to keep.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,  # The network to follow
+        decay: Callable[[], float],  # Asked at each update: the share of the old average to keep
     ):
         super().__init__(model)
         self.decay = decay
 
     @torch.no_grad()
-    def update_parameters(self,
-        model:nn.Module, # The network that is followed, after its step
-    )->None:
-        "Go a little way towards the weights as they are now; buffers, such as a table of constants, are copied."
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1-self.decay())
-        for old,new in zip(self.module.buffers(), model.buffers()): old.copy_(new)
+    def update_parameters(
+        self,
+        model: nn.Module,  # The network that is followed, after its step
+    ) -> None:
+        """Go a little way towards the weights as they are now; buffers, such as a table of constants,
+        are copied.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network that is followed, after its step.
+        """
+        torch._foreach_lerp_(
+            list(self.module.parameters()), list(model.parameters()), 1 - self.decay()
+        )
+        for old, new in zip(self.module.buffers(), model.buffers()):
+            old.copy_(new)
         self.n_averaged += 1
 
 # %% ../../nbs/engineering/29_loop.ipynb #cd4f5657
 def step_seed(
-    seed:int, # Seed of the run
-    place:int, # Place of the batch in the line of pictures: how many come before it
-    stream:int=0, # Which chance of this batch: 0 for the loss, 1 for dropout in the network
-)->int: # Seed of this one batch
-    "A well mixed seed that depends on the place alone: so a resumed run draws the same noise, and so do many processes."
+    seed: int,  # Seed of the run
+    place: int,  # Place of the batch in the line of pictures: how many come before it
+    stream: int = 0,  # Which chance of this batch: 0 for the loss, 1 for dropout in the network
+) -> int:  # Seed of this one batch
+    """A well mixed seed that depends on the place alone: so a resumed run draws the same noise, and so
+    do many processes.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the run.
+    place : int
+        Place of the batch in the line of pictures: how many come before it.
+    stream : int, default 0
+        Which chance of this batch: 0 for the loss, 1 for dropout in the network.
+
+    Returns
+    -------
+    int
+        Seed of this one batch.
+    """
     return int(np.random.SeedSequence((seed, place, stream)).generate_state(1)[0])
 
 # %% ../../nbs/engineering/29_loop.ipynb #f30f96bd
 def ignore_interrupts(
-    worker:int=0, # Number of the loading process
-)->None:
-    "Let a loading process live on when Ctrl-C reaches the whole group: the training process decides when to stop."
+    worker: int = 0,  # Number of the loading process
+) -> None:
+    """Let a loading process live on when Ctrl-C reaches the whole group: the training process decides
+    when to stop.
+
+    Parameters
+    ----------
+    worker : int, default 0
+        Number of the loading process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 # %% ../../nbs/engineering/29_loop.ipynb #7c9e1beb
 def train_batches(
-    dataset, # Gives a batch for a list of indices
-    config:TrainConfig, # Batch size, seed, workers
-    seen:int=0, # Pictures seen by all processes, when going on
-    rank:int=0, # Number of this process
-    num_processes:int=1, # How many share the work
-)->DataLoader: # Endless batches
-    "The rest of the endless, shuffled line of batches, dealt out to the processes in turn."
-    line = ShuffledBatches(len(dataset), config.batch_size, config.seed, seen//config.batch_size)
-    return DataLoader(dataset, batch_sampler=islice(line, rank, None, num_processes), collate_fn=dict,
-                      num_workers=config.num_workers, worker_init_fn=ignore_interrupts,
-                      pin_memory=torch.cuda.is_available())
+    dataset,  # Gives a batch for a list of indices
+    config: TrainConfig,  # Batch size, seed, workers
+    seen: int = 0,  # Pictures seen by all processes, when going on
+    rank: int = 0,  # Number of this process
+    num_processes: int = 1,  # How many share the work
+) -> DataLoader:  # Endless batches
+    """The rest of the endless, shuffled line of batches, dealt out to the processes in turn.
+
+    Parameters
+    ----------
+    dataset
+        Gives a batch for a list of indices.
+    config : TrainConfig
+        Batch size, seed, workers.
+    seen : int, default 0
+        Pictures seen by all processes, when going on.
+    rank : int, default 0
+        Number of this process.
+    num_processes : int, default 1
+        How many share the work.
+
+    Returns
+    -------
+    DataLoader
+        Endless batches.
+    """
+    line = ShuffledBatches(len(dataset), config.batch_size, config.seed, seen // config.batch_size)
+    return DataLoader(
+        dataset,
+        batch_sampler=islice(line, rank, None, num_processes),
+        collate_fn=dict,
+        num_workers=config.num_workers,
+        worker_init_fn=ignore_interrupts,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 # %% ../../nbs/engineering/29_loop.ipynb #5010c79b
-def process_state()->PartialState: # Device of this process, its number, how many there are, and whether it is the first
-    "The processes that were started together. Without a GPU the environment must say so: ACCELERATE_USE_CPU=true."
-    return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))         # set by `accelerate launch --cpu`
+# Device of this process, its number, how many there are, and whether it is the first
+def process_state() -> PartialState:
+    """The processes that were started together.
+
+    Without a GPU the environment must say so: ACCELERATE_USE_CPU=true.
+
+    Returns
+    -------
+    PartialState
+    """
+    # set by `accelerate launch --cpu`
+    return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
 
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e03
 @contextmanager
 def isolated_state(
-    acc:Accelerator|None=None, # Whose settings accelerate shall see meanwhile; None: none yet
-): # A context; afterwards the host program's settings are what they were
-    "Set up a training without touching what the program around it told accelerate."
+    acc: Accelerator | None = None,  # Whose settings accelerate shall see meanwhile; None: none yet
+):  # A context; afterwards the host program's settings are what they were
+    """Set up a training without touching what the program around it told accelerate.
+
+    Parameters
+    ----------
+    acc : Accelerator | None, default None
+        Whose settings accelerate shall see meanwhile; None: none yet.
+    """
     kinds = (AcceleratorState, GradientState)
     before = [o._shared_state for o in kinds]
     now = ({}, {}) if acc is None else (vars(acc.state), vars(acc.gradient_state))
-    for kind,state in zip(kinds, now): kind._shared_state = state
-    try: yield
+    for kind, state in zip(kinds, now):
+        kind._shared_state = state
+    try:
+        yield
     finally:
-        for kind,state in zip(kinds, before): kind._shared_state = state
+        for kind, state in zip(kinds, before):
+            kind._shared_state = state
 
 # %% ../../nbs/engineering/29_loop.ipynb #52cb347e
 def make_accelerator(
-    config:TrainConfig, # Precision, accumulation, tracker
-    run:Path|None=None, # Run folder, for a tracker's files
-)->Accelerator: # Knows device, precision and processes
-    "A fresh accelerator, beside any other that this program has."
+    config: TrainConfig,  # Precision, accumulation, tracker
+    run: Path | None = None,  # Run folder, for a tracker's files
+) -> Accelerator:  # Knows device, precision and processes
+    """A fresh accelerator, beside any other that this program has.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Precision, accumulation, tracker.
+    run : Path | None, default None
+        Run folder, for a tracker's files.
+
+    Returns
+    -------
+    Accelerator
+        Knows device, precision and processes.
+    """
     precision = pick_precision(config.precision, process_state().device)
     with isolated_state():
-        return Accelerator(mixed_precision=precision, project_dir=run, log_with=config.log_with,
-                           gradient_accumulation_steps=config.accumulate)
+        return Accelerator(
+            mixed_precision=precision,
+            project_dir=run,
+            log_with=config.log_with,
+            gradient_accumulation_steps=config.accumulate,
+        )
 
 # %% ../../nbs/engineering/29_loop.ipynb #5f373d89
 def seeded(
-    seed:int, # Seed
-    make:Callable, # Draws from torch's global generator
-): # What it made
-    "Call something with chance of its own; the global generator on the CPU is left as it was, a GPU's stays seeded anew."
+    seed: int,  # Seed
+    make: Callable,  # Draws from torch's global generator
+):  # What it made
+    """Call something with chance of its own; the global generator on the CPU is left as it was, a
+    GPU's stays seeded anew.
+
+    Parameters
+    ----------
+    seed : int
+        Seed.
+    make : Callable
+        Draws from torch's global generator.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -266,210 +564,500 @@ def seeded(
 class Learner:
     """A network, its loss, optimizer and average: all that one training step changes.
 
-    `loss_fn(model, batch, generator, seen)` gives a scalar loss and a dict of detached scalars to log; `seen` counts
-    the pictures before this update of the weights."""
-    def __init__(self,
-        model:nn.Module, # The network to train
-        loss_fn:Callable, # See above
-        config:TrainConfig, # Rates, lengths and precision
-        run:Path|None=None, # Run folder, for a tracker's files
-        discriminator:'Learner|None'=None, # An adversary that `loss_fn` lets learn; its state is kept with this one's
+    `loss_fn(model, batch, generator, seen)` gives a scalar loss and a dict of detached scalars to
+    log; `seen` counts the pictures before this update of the weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to train.
+    loss_fn : Callable
+        See above.
+    config : TrainConfig
+        Rates, lengths and precision.
+    run : Path | None, default None
+        Run folder, for a tracker's files.
+    discriminator : Learner|None, default None
+        An adversary that `loss_fn` lets learn; its state is kept with this one's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,  # The network to train
+        loss_fn: Callable,  # See above
+        config: TrainConfig,  # Rates, lengths and precision
+        run: Path | None = None,  # Run folder, for a tracker's files
+        # An adversary that `loss_fn` lets learn; its state is kept with this one's
+        discriminator: 'Learner|None' = None,
     ):
         check_config(config)
         self.accelerator = acc = make_accelerator(config, run)
-        self.config,self.loss_fn,self.raw,self.seen,self.discriminator = config,loss_fn,model.to(acc.device),0,discriminator
-        self.stretches = [(0, config.total_images)]                            # images seen, and length from there on
-        self.precision,self.images_per_step = acc.mixed_precision,config.batch_size*acc.num_processes   # all of them
-        half_life,update = getattr(config, 'ema_images', 0),self.images_per_step*config.accumulate
-        self.ema = Average(model, lambda: ema_decay(self.seen, update, half_life)) if half_life else None
-        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(.9, .99),
-                                      weight_decay=config.weight_decay, fused=acc.device.type in ('cpu', 'cuda'))
-        if config.compile: model.compile()
-        with isolated_state(acc): self.model,self.optimizer = acc.prepare(model, optimizer)
+        self.config, self.loss_fn, self.raw, self.seen, self.discriminator = (
+            config,
+            loss_fn,
+            model.to(acc.device),
+            0,
+            discriminator,
+        )
+        self.stretches = [(0, config.total_images)]  # images seen, and length from there on
+        # all of them
+        self.precision, self.images_per_step = (
+            acc.mixed_precision,
+            config.batch_size * acc.num_processes,
+        )
+        half_life, update = (
+            getattr(config, 'ema_images', 0),
+            self.images_per_step * config.accumulate,
+        )
+        self.ema = (
+            Average(model, lambda: ema_decay(self.seen, update, half_life)) if half_life else None
+        )
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+            fused=acc.device.type in ('cpu', 'cuda'),
+        )
+        if config.compile:
+            model.compile()
+        with isolated_state(acc):
+            self.model, self.optimizer = acc.prepare(model, optimizer)
 
-    def step(self,
-        batch:dict[str, Tensor], # One batch, on any device
-    )->dict[str, Tensor]: # Detached scalars to log
-        "Go one step: loss, gradient, weights, average."
-        acc,config = self.accelerator,self.config
-        batch = {k: v.to(acc.device, non_blocking=True) for k,v in batch.items()}
-        place = self.seen+acc.process_index*config.batch_size
+    def step(
+        self,
+        batch: dict[str, Tensor],  # One batch, on any device
+    ) -> dict[str, Tensor]:  # Detached scalars to log
+        """Go one step: loss, gradient, weights, average.
+
+        Parameters
+        ----------
+        batch : dict[str, Tensor]
+            One batch, on any device.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            Detached scalars to log.
+        """
+        acc, config = self.accelerator, self.config
+        batch = {k: v.to(acc.device, non_blocking=True) for k, v in batch.items()}
+        place = self.seen + acc.process_index * config.batch_size
         generator = torch.Generator(acc.device).manual_seed(step_seed(config.seed, place))
-        start = self.seen - self.seen%(self.images_per_step*config.accumulate)   # of this update of the weights
-        for group in self.optimizer.param_groups: group['lr'] = self.learning_rate_at(start)
+        # of this update of the weights
+        start = self.seen - self.seen % (self.images_per_step * config.accumulate)
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.learning_rate_at(start)
         with acc.accumulate(self.model):
             ask = partial(self.loss_fn, self.model, batch, generator, start)
-            loss,logs = seeded(step_seed(config.seed, place, stream=1), ask)
+            loss, logs = seeded(step_seed(config.seed, place, stream=1), ask)
             acc.backward(loss)
-            if acc.sync_gradients: logs['grad_norm'] = acc.clip_grad_norm_(self.raw.parameters(), config.clip_norm)
-            self.optimizer.step(); self.optimizer.zero_grad()
+            if acc.sync_gradients:
+                logs['grad_norm'] = acc.clip_grad_norm_(self.raw.parameters(), config.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.seen += self.images_per_step
-        if self.ema is not None and acc.sync_gradients: self.ema.update_parameters(self.raw)
-        if acc.scaler: logs.pop('grad_norm', None)                             # fp16 skips a step that overflowed
+        if self.ema is not None and acc.sync_gradients:
+            self.ema.update_parameters(self.raw)
+        if acc.scaler:
+            logs.pop('grad_norm', None)  # fp16 skips a step that overflowed
         return dict(loss=loss.detach(), **logs)
 
-    def learning_rate_at(self,
-        seen:int, # Images seen
-    )->float: # Learning rate of the update that begins there
-        "The schedule of `lr_at`, which rises anew where the training was lengthened."
-        start,total = next(o for o in reversed(self.stretches) if o[0]<=seen)
-        return lr_at(seen, replace(self.config, total_images=total), self.accelerator.num_processes, start)
+    def learning_rate_at(
+        self,
+        seen: int,  # Images seen
+    ) -> float:  # Learning rate of the update that begins there
+        """The schedule of `lr_at`, which rises anew where the training was lengthened.
 
-    def lengthen(self,
-        stretches:list[tuple[int, int]], # Images seen when it was lengthened, and the length from there on; rising
-    )->None:
-        "Say how this training was lengthened, to it and to its adversary."
+        Parameters
+        ----------
+        seen : int
+            Images seen.
+
+        Returns
+        -------
+        float
+            Learning rate of the update that begins there.
+        """
+        start, total = next(o for o in reversed(self.stretches) if o[0] <= seen)
+        return lr_at(
+            seen, replace(self.config, total_images=total), self.accelerator.num_processes, start
+        )
+
+    def lengthen(
+        self,
+        # Images seen when it was lengthened, and the length from there on; rising
+        stretches: list[tuple[int, int]],
+    ) -> None:
+        """Say how this training was lengthened, to it and to its adversary.
+
+        Parameters
+        ----------
+        stretches : list[tuple[int, int]]
+            Images seen when it was lengthened, and the length from there on; rising.
+        """
         self.stretches = [tuple(o) for o in stretches]
-        if self.discriminator is not None: self.discriminator.lengthen(stretches)
+        if self.discriminator is not None:
+            self.discriminator.lengthen(stretches)
 
 # %% ../../nbs/engineering/29_loop.ipynb #24515b1a
 def split_batch_size(
-    config:TrainConfig, # A configuration whose batch does not fit in memory
-)->TrainConfig: # The same with smaller batches, of which more are added up: an update of the weights stays what it was
-    "Cut a batch into its fewest equal parts. Raises ValueError if it holds one picture only."
+    config: TrainConfig,  # A configuration whose batch does not fit in memory
+    # The same with smaller batches, of which more are added up: an update of the weights stays
+    # what it was
+) -> TrainConfig:
+    """Cut a batch into its fewest equal parts.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        A configuration whose batch does not fit in memory.
+
+    Returns
+    -------
+    TrainConfig
+
+    Raises
+    ------
+    ValueError
+        If it holds one picture only.
+    """
     b = config.batch_size
-    if b<2: raise ValueError(
-        f"split_batch_size: batch_size={b}. Expected 2 or more: one picture cannot be divided. Try a smaller network or size.")
-    parts = next(n for n in range(2, b+1) if b%n==0)
-    return replace(config, batch_size=b//parts, accumulate=config.accumulate*parts, log_every=config.log_every*parts)
+    if b < 2:
+        raise ValueError(
+            f"split_batch_size: batch_size={b}. Expected 2 or more: one picture cannot be divided."
+            " Try a smaller network or size."
+        )
+    parts = next(n for n in range(2, b + 1) if b % n == 0)
+    return replace(
+        config,
+        batch_size=b // parts,
+        accumulate=config.accumulate * parts,
+        log_every=config.log_every * parts,
+    )
 
 # %% ../../nbs/engineering/29_loop.ipynb #a8ed636e
 def bare_model(
-    learner:Learner, # After training
-)->nn.Module: # Its network in evaluation mode, as it was before accelerate prepared it
-    "Take a network out of its training harness."
+    learner: Learner,  # After training
+) -> nn.Module:  # Its network in evaluation mode, as it was before accelerate prepared it
+    """Take a network out of its training harness.
+
+    Parameters
+    ----------
+    learner : Learner
+        After training.
+
+    Returns
+    -------
+    nn.Module
+        Its network in evaluation mode, as it was before accelerate prepared it.
+    """
     model = learner.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
-    vars(model).pop('forward', None)                                           # accelerate leaves one there
+    vars(model).pop('forward', None)  # accelerate leaves one there
     return model.eval()
 
 # %% ../../nbs/engineering/29_loop.ipynb #77d0ae84
 def mixed_precision(
-    device:torch.device, # Where a network computes
-    precision:str, # 'no', 'bf16' or 'fp16'
-)->torch.autocast: # A context in which it computes so
-    "Mixed precision as a context. Weights are cast once inside the outermost one, so put one around a whole walk."
+    device: torch.device,  # Where a network computes
+    precision: str,  # 'no', 'bf16' or 'fp16'
+) -> torch.autocast:  # A context in which it computes so
+    """Mixed precision as a context.
+
+    Weights are cast once inside the outermost one, so put one around a whole walk.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where a network computes.
+    precision : str
+        'no', 'bf16' or 'fp16'.
+
+    Returns
+    -------
+    torch.autocast
+        A context in which it computes so.
+    """
     dtype = {'no': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
-    return torch.autocast(device.type, dtype, enabled=precision!='no')
+    return torch.autocast(device.type, dtype, enabled=precision != 'no')
 
 # %% ../../nbs/engineering/29_loop.ipynb #039c8ff6
 def infer(
-    model:nn.Module, # A network
-    precision:str='no', # 'no', 'bf16' or 'fp16'
-    method:str='forward', # Which of its methods to call
-)->Callable: # That method: in evaluation mode, without gradient, in that precision; the mode is put back after
-    "Call a network for its answer alone."
+    model: nn.Module,  # A network
+    precision: str = 'no',  # 'no', 'bf16' or 'fp16'
+    method: str = 'forward',  # Which of its methods to call
+    # That method: in evaluation mode, without gradient, in that precision; the mode is put back
+    # after
+) -> Callable:
+    """Call a network for its answer alone.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A network.
+    precision : str, default 'no'
+        'no', 'bf16' or 'fp16'.
+    method : str, default 'forward'
+        Which of its methods to call.
+
+    Returns
+    -------
+    Callable
+    """
+
     def call(*args, **kwargs):
         mode = model.training
         model.eval()
         try:
             with torch.no_grad(), mixed_precision(next(model.parameters()).device, precision):
                 return getattr(model, method)(*args, **kwargs)
-        finally: model.train(mode)
+        finally:
+            model.train(mode)
+
     return call
 
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e04
 def split_rows(
-    value, # A tensor with a row for each picture, a dict of such, or anything else
-    size:int, # Rows at a time
-    rows:int, # Rows that there are
-)->list: # One value a chunk
-    "Cut an argument of a network into chunks; what has no rows goes to each of them. Raises ValueError."
+    value,  # A tensor with a row for each picture, a dict of such, or anything else
+    size: int,  # Rows at a time
+    rows: int,  # Rows that there are
+) -> list:  # One value a chunk
+    """Cut an argument of a network into chunks; what has no rows goes to each of them.
+
+    Parameters
+    ----------
+    value
+        A tensor with a row for each picture, a dict of such, or anything else.
+    size : int
+        Rows at a time.
+    rows : int
+        Rows that there are.
+
+    Returns
+    -------
+    list
+        One value a chunk.
+
+    Raises
+    ------
+    ValueError
+    """
     if isinstance(value, dict):
-        parts = {k: split_rows(v, size, rows) for k,v in value.items()}
-        return [{k: v[i] for k,v in parts.items()} for i in range(math.ceil(rows/size))]
-    if not isinstance(value, Tensor) or not value.ndim: return [value]*math.ceil(rows/size)
-    if len(value)!=rows: raise ValueError(
-        f"in_chunks: a tensor of {len(value)} rows beside one of {rows}. Expected as many. Check the batch.")
+        parts = {k: split_rows(v, size, rows) for k, v in value.items()}
+        return [{k: v[i] for k, v in parts.items()} for i in range(math.ceil(rows / size))]
+    if not isinstance(value, Tensor) or not value.ndim:
+        return [value] * math.ceil(rows / size)
+    if len(value) != rows:
+        raise ValueError(
+            f"in_chunks: a tensor of {len(value)} rows beside one of {rows}. Expected as many."
+            " Check the batch."
+        )
     return list(value.split(size))
 
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e05
 def in_chunks(
-    call:Callable, # A network's answer, one row for each row of its arguments: a tensor, or a tuple of them
-    size:int, # Rows at a time, at first
-)->Callable: # The same function, whose need of memory does not grow with the batch
-    "Ask a network about many rows, a few at a time; when memory runs out, fewer still, with a warning."
+    # A network's answer, one row for each row of its arguments: a tensor, or a tuple of them
+    call: Callable,
+    size: int,  # Rows at a time, at first
+) -> Callable:  # The same function, whose need of memory does not grow with the batch
+    """Ask a network about many rows, a few at a time; when memory runs out, fewer still, with a
+    warning.
+
+    Parameters
+    ----------
+    call : Callable
+        A network's answer, one row for each row of its arguments: a tensor, or a tuple of them.
+    size : int
+        Rows at a time, at first.
+
+    Returns
+    -------
+    Callable
+        The same function, whose need of memory does not grow with the batch.
+    """
+
     def requested(*args, **kwargs):
         nonlocal size
         rows = len(args[0])
         while True:
-            parts = split_rows(dict(enumerate(args)), size, rows),split_rows(kwargs, size, rows)
-            try: answers = [call(*a.values(), **k) for a,k in zip(*parts)]
+            parts = split_rows(dict(enumerate(args)), size, rows), split_rows(kwargs, size, rows)
+            try:
+                answers = [call(*a.values(), **k) for a, k in zip(*parts)]
             except RuntimeError as e:
-                if min(size, rows)<2 or not should_reduce_batch_size(e): raise
-                size = min(size, rows)//2
-                warnings.warn(f'in_chunks: out of memory outside of a training step. Going on with {size} rows at a '
-                              'time, and with the training batch as it is.')
+                if min(size, rows) < 2 or not should_reduce_batch_size(e):
+                    raise
+                size = min(size, rows) // 2
+                warnings.warn(
+                    f'in_chunks: out of memory outside of a training step. Going on with {size}'
+                    ' rows at a time, and with the training batch as it is.'
+                )
                 clear_device_cache(garbage_collection=True)
                 continue
-            if isinstance(answers[0], Tensor): return torch.cat(answers)
+            if isinstance(answers[0], Tensor):
+                return torch.cat(answers)
             return tuple(torch.cat(o) for o in zip(*answers))
+
     return requested
 
 # %% ../../nbs/engineering/29_loop.ipynb #acfc106d
 def to_device(
-    batch:dict[str, Tensor], # A batch
-    device:torch.device, # Where it shall go
-)->dict[str, Tensor]: # The batch there
-    "Move every tensor of a batch."
-    return {k: v.to(device) for k,v in batch.items()}
+    batch: dict[str, Tensor],  # A batch
+    device: torch.device,  # Where it shall go
+) -> dict[str, Tensor]:  # The batch there
+    """Move every tensor of a batch.
+
+    Parameters
+    ----------
+    batch : dict[str, Tensor]
+        A batch.
+    device : torch.device
+        Where it shall go.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        The batch there.
+    """
+    return {k: v.to(device) for k, v in batch.items()}
 
 # %% ../../nbs/engineering/29_loop.ipynb #39c5f75b
 def mean_logs(
-    logs:list[dict[str, Tensor]], # Scalars of several steps
-)->dict[str, float]: # Their means: the one place where training waits for the device
-    "Average the logged scalars of a stretch of steps, each over the steps that have it."
+    logs: list[dict[str, Tensor]],  # Scalars of several steps
+) -> dict[str, float]:  # Their means: the one place where training waits for the device
+    """Average the logged scalars of a stretch of steps, each over the steps that have it.
+
+    Parameters
+    ----------
+    logs : list[dict[str, Tensor]]
+        Scalars of several steps.
+
+    Returns
+    -------
+    dict[str, float]
+        Their means: the one place where training waits for the device.
+    """
     names = dict.fromkeys(k for o in logs for k in o)
     return {k: torch.stack([o[k].float() for o in logs if k in o]).mean().item() for k in names}
 
 # %% ../../nbs/engineering/29_loop.ipynb #e06905ec
 def check_finite(
-    numbers:dict[str, float], # What was measured
-    seen:int, # Pictures seen so far
-)->None: # Nothing: it raises or returns
-    "Stop a training whose numbers blew up. Raises RuntimeError naming the first."
-    bad = [k for k,v in numbers.items() if not math.isfinite(v)]
-    if bad: raise RuntimeError(
-        f"fit: {bad[0]}={numbers[bad[0]]} after {seen:,} pictures. Expected a finite number. "
-        "The last checkpoint, from before this, "
-        "is untouched. Start another run with a smaller learning_rate, a longer warmup_images or precision='no'.")
+    numbers: dict[str, float],  # What was measured
+    seen: int,  # Pictures seen so far
+) -> None:  # Nothing: it raises or returns
+    """Stop a training whose numbers blew up.
+
+    Parameters
+    ----------
+    numbers : dict[str, float]
+        What was measured.
+    seen : int
+        Pictures seen so far.
+
+    Raises
+    ------
+    RuntimeError
+        Naming the first.
+    """
+    bad = [k for k, v in numbers.items() if not math.isfinite(v)]
+    if bad:
+        raise RuntimeError(
+            f"fit: {bad[0]}={numbers[bad[0]]} after {seen:,} pictures. Expected a finite number."
+            " The last checkpoint, from before this, is untouched. Start another run with a"
+            " smaller learning_rate, a longer warmup_images or precision='no'."
+        )
 
 # %% ../../nbs/engineering/29_loop.ipynb #b1eefe0d
 def fit(
-    step:Callable[[dict], dict], # Updates the weights from one batch, returns detached scalars to log
-    batches:Iterable[dict], # Batches, without end
-    total_images:int, # Stop once this many pictures have been seen, counting repeats
-    seen:int=0, # Pictures seen before, when going on
-    images_per_step:int|None=None, # Pictures a step of all processes together; None: as many as the batch holds
-    log_every:int=10, # Steps between two calls of the callbacks
-    callbacks:tuple=(), # Each called as `cb(seen, means)` with the means since the last call
-)->int: # Pictures seen at the end
+    # Updates the weights from one batch, returns detached scalars to log
+    step: Callable[[dict], dict],
+    batches: Iterable[dict],  # Batches, without end
+    total_images: int,  # Stop once this many pictures have been seen, counting repeats
+    seen: int = 0,  # Pictures seen before, when going on
+    # Pictures a step of all processes together; None: as many as the batch holds
+    images_per_step: int | None = None,
+    log_every: int = 10,  # Steps between two calls of the callbacks
+    callbacks: tuple = (),  # Each called as `cb(seen, means)` with the means since the last call
+) -> int:  # Pictures seen at the end
     """Run `step` over `batches` until `total_images` pictures were seen.
 
-    Raises RuntimeError at a logged number that is not finite, ValueError if `batches` runs dry."""
-    logs,batches = [],iter(batches)
-    while seen<total_images:
+    Parameters
+    ----------
+    step : Callable[[dict], dict]
+        Updates the weights from one batch, returns detached scalars to log.
+    batches : Iterable[dict]
+        Batches, without end.
+    total_images : int
+        Stop once this many pictures have been seen, counting repeats.
+    seen : int, default 0
+        Pictures seen before, when going on.
+    images_per_step : int | None, default None
+        Pictures a step of all processes together; None: as many as the batch holds.
+    log_every : int, default 10
+        Steps between two calls of the callbacks.
+    callbacks : tuple, default ()
+        Each called as `cb(seen, means)` with the means since the last call.
+
+    Returns
+    -------
+    int
+        Pictures seen at the end.
+
+    Raises
+    ------
+    RuntimeError
+        At a logged number that is not finite.
+    ValueError
+        If `batches` runs dry.
+    """
+    logs, batches = [], iter(batches)
+    while seen < total_images:
         batch = next(batches, None)
-        if batch is None: raise ValueError(f"fit: `batches` ended after {seen} of {total_images} pictures. "
-                                           "Expected an endless stream. Check that the train split is not empty.")
+        if batch is None:
+            raise ValueError(
+                f"fit: `batches` ended after {seen} of {total_images} pictures. "
+                "Expected an endless stream. Check that the train split is not empty."
+            )
         logs.append(step(batch))
         seen += images_per_step or len(next(iter(batch.values())))
-        if len(logs)<log_every and seen<total_images: continue
-        means,logs = mean_logs(logs),[]
+        if len(logs) < log_every and seen < total_images:
+            continue
+        means, logs = mean_logs(logs), []
         check_finite(means, seen)
-        for cb in callbacks: cb(seen, means)
+        for cb in callbacks:
+            cb(seen, means)
     return seen
 
 # %% ../../nbs/engineering/29_loop.ipynb #6d080475
 def call_every(
-    num_images:int, # Pictures between two calls
-    cb:Callable, # Called as cb(seen, means)
-    total_images:int, # At the end it is called in any case
-    seen:int=0, # Pictures seen before, when going on
-)->Callable: # A callback for `fit`
-    "Let a callback run only now and then: whenever a multiple of `num_images` was passed, and at the end."
+    num_images: int,  # Pictures between two calls
+    cb: Callable,  # Called as cb(seen, means)
+    total_images: int,  # At the end it is called in any case
+    seen: int = 0,  # Pictures seen before, when going on
+) -> Callable:  # A callback for `fit`
+    """Let a callback run only now and then: whenever a multiple of `num_images` was passed, and at the
+    end.
+
+    Parameters
+    ----------
+    num_images : int
+        Pictures between two calls.
+    cb : Callable
+        Called as cb(seen, means).
+    total_images : int
+        At the end it is called in any case.
+    seen : int, default 0
+        Pictures seen before, when going on.
+
+    Returns
+    -------
+    Callable
+        A callback for `fit`.
+    """
     last = seen
+
     def call(seen, means):
         nonlocal last
-        if seen//num_images>last//num_images or seen>=total_images: cb(seen, means)
+        if seen // num_images > last // num_images or seen >= total_images:
+            cb(seen, means)
         last = seen
+
     return call

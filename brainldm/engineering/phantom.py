@@ -28,335 +28,758 @@ from tqdm import tqdm
 
 import brainldm
 
-AXIAL_RANGE_MM = (0., 31.)           # MNI z of the lowest and highest slice: thalamus, bodies of the lateral ventricles
-FIELD_OF_VIEW_MM = 208.          # side of the square picture
-CENTER_MM = (0., -17.)           # x and y in MNI space of the middle of the picture
-GRID_MM = 4.                     # spacing of the grid that carries the displacement
+# MNI z of the lowest and highest slice: thalamus, bodies of the lateral ventricles
+AXIAL_RANGE_MM = (0.0, 31.0)
+FIELD_OF_VIEW_MM = 208.0  # side of the square picture
+CENTER_MM = (0.0, -17.0)  # x and y in MNI space of the middle of the picture
+GRID_MM = 4.0  # spacing of the grid that carries the displacement
 
 # %% ../../nbs/engineering/22_phantom.ipynb #5675e22f
 @dataclass
 class PhantomConfig:
-    "What a synthetic cohort looks like. Raises ValueError for a setting that cannot work."
-    num_subjects:int=60 # People
-    num_slices:int=32 # Axial slices a person, spread evenly over MNI z = 0 to 31 mm
-    size:int=128 # Side of a slice, pixels; the field of view stays 208 mm
-    seed:int=0 # A person is a function of this seed and of his or her number
-    format:str='png' # 'png': 8-bit pictures; 'nifti': one volume a person
-    ad_fraction:float=.5 # Share of people with Alzheimer's disease (AD); the rest are normal controls (NC)
-    age_min:float=55. # Youngest, years
-    age_max:float=90. # Oldest, years
-    ad_effect:float=1.2 # Atrophy that AD adds, in standard deviations between people
-    age_effect:float=.6 # Atrophy that ten years add, in the same unit
-    shape_mm:float=2.5 # Size of the individual differences in shape, mm
-    noise_sigma:float=3. # Rician noise, grey levels
-    bias_fraction:float=.1 # Largest departure of the bias field from 1
+    """What a synthetic cohort looks like.
+
+    Attributes
+    ----------
+    num_subjects : int, default 60
+        People.
+    num_slices : int, default 32
+        Axial slices a person, spread evenly over MNI z = 0 to 31 mm.
+    size : int, default 128
+        Side of a slice, pixels; the field of view stays 208 mm.
+    seed : int, default 0
+        A person is a function of this seed and of his or her number.
+    format : str, default 'png'
+        'png': 8-bit pictures; 'nifti': one volume a person.
+    ad_fraction : float, default 0.5
+        Share of people with Alzheimer's disease (AD); the rest are normal controls (NC).
+    age_min : float, default 55.0
+        Youngest, years.
+    age_max : float, default 90.0
+        Oldest, years.
+    ad_effect : float, default 1.2
+        Atrophy that AD adds, in standard deviations between people.
+    age_effect : float, default 0.6
+        Atrophy that ten years add, in the same unit.
+    shape_mm : float, default 2.5
+        Size of the individual differences in shape, mm.
+    noise_sigma : float, default 3.0
+        Rician noise, grey levels.
+    bias_fraction : float, default 0.1
+        Largest departure of the bias field from 1.
+
+    Raises
+    ------
+    ValueError
+        For a setting that cannot work.
+    """
+
+    num_subjects: int = 60  # People
+    num_slices: int = 32  # Axial slices a person, spread evenly over MNI z = 0 to 31 mm
+    size: int = 128  # Side of a slice, pixels; the field of view stays 208 mm
+    seed: int = 0  # A person is a function of this seed and of his or her number
+    format: str = 'png'  # 'png': 8-bit pictures; 'nifti': one volume a person
+    # Share of people with Alzheimer's disease (AD); the rest are normal controls (NC)
+    ad_fraction: float = 0.5
+    age_min: float = 55.0  # Youngest, years
+    age_max: float = 90.0  # Oldest, years
+    ad_effect: float = 1.2  # Atrophy that AD adds, in standard deviations between people
+    age_effect: float = 0.6  # Atrophy that ten years add, in the same unit
+    shape_mm: float = 2.5  # Size of the individual differences in shape, mm
+    noise_sigma: float = 3.0  # Rician noise, grey levels
+    bias_fraction: float = 0.1  # Largest departure of the bias field from 1
 
     def __post_init__(self):
-        whole = dict(num_subjects=(1, 9999), num_slices=(1, 256), size=(16, 1024), seed=(0, 2**63-1))
-        real = dict(ad_fraction=(0, 1), age_min=(18, 120), age_max=(18, 120), ad_effect=(-5, 5), age_effect=(-5, 5),
-                    shape_mm=(0, 5), noise_sigma=(0, 50), bias_fraction=(0, .5))
-        for name,(lo,hi) in (whole|real).items():
+        whole = dict(
+            num_subjects=(1, 9999), num_slices=(1, 256), size=(16, 1024), seed=(0, 2**63 - 1)
+        )
+        real = dict(
+            ad_fraction=(0, 1),
+            age_min=(18, 120),
+            age_max=(18, 120),
+            ad_effect=(-5, 5),
+            age_effect=(-5, 5),
+            shape_mm=(0, 5),
+            noise_sigma=(0, 50),
+            bias_fraction=(0, 0.5),
+        )
+        for name, (lo, hi) in (whole | real).items():
             v = getattr(self, name)
-            kind,types = ('a whole number', int) if name in whole else ('a number', (int, float))
-            if isinstance(v, bool) or not isinstance(v, types): raise TypeError(
-                f"PhantomConfig: {name}={v!r}. Expected {kind}. Try {name}={lo}.")
-            if not lo<=v<=hi: raise ValueError(
-                f"PhantomConfig: {name}={v}. Expected {kind} from {lo} to {hi}. Try {name}={hi if v>hi else lo}.")
-        if self.age_min>self.age_max: raise ValueError(
-            f"PhantomConfig: age_min={self.age_min} above age_max={self.age_max}. Expected age_min <= age_max. "
-            f"Try age_min={self.age_max}, age_max={self.age_min}.")
-        if self.format not in ('png', 'nifti'): raise ValueError(
-            f"PhantomConfig: format={self.format!r}. Expected 'png' or 'nifti'. Try format='png'.")
+            kind, types = ('a whole number', int) if name in whole else ('a number', (int, float))
+            if isinstance(v, bool) or not isinstance(v, types):
+                raise TypeError(f"PhantomConfig: {name}={v!r}. Expected {kind}. Try {name}={lo}.")
+            if not lo <= v <= hi:
+                raise ValueError(
+                    f"PhantomConfig: {name}={v}. Expected {kind} from {lo} to {hi}. Try"
+                    f" {name}={hi if v>hi else lo}."
+                )
+        if self.age_min > self.age_max:
+            raise ValueError(
+                f"PhantomConfig: age_min={self.age_min} above age_max={self.age_max}. Expected"
+                f" age_min <= age_max. Try age_min={self.age_max}, age_max={self.age_min}."
+            )
+        if self.format not in ('png', 'nifti'):
+            raise ValueError(
+                f"PhantomConfig: format={self.format!r}. Expected 'png' or 'nifti'. Try"
+                " format='png'."
+            )
 
 # %% ../../nbs/engineering/22_phantom.ipynb #baae3ba8
 def slice_points(
-    config:PhantomConfig, # The cohort
-)->Tensor: # MNI positions of the pixels (z, h, w, 3), mm
-    "Place the pixels of every slice in MNI space: rows run from front to back, columns from left to right."
-    half = FIELD_OF_VIEW_MM/2*(1-1/config.size)                                    # middle of the outermost pixel
-    z = torch.linspace(*AXIAL_RANGE_MM, config.num_slices) if config.num_slices>1 else torch.tensor([sum(AXIAL_RANGE_MM)/2])
-    y = torch.linspace(CENTER_MM[1]+half, CENTER_MM[1]-half, config.size)
-    x = torch.linspace(CENTER_MM[0]-half, CENTER_MM[0]+half, config.size)
-    z,y,x = torch.meshgrid(z, y, x, indexing='ij')
+    config: PhantomConfig,  # The cohort
+) -> Tensor:  # MNI positions of the pixels (z, h, w, 3), mm
+    """Place the pixels of every slice in MNI space: rows run from front to back, columns from left to
+    right.
+
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+
+    Returns
+    -------
+    Tensor
+        MNI positions of the pixels (z, h, w, 3), mm.
+    """
+    half = FIELD_OF_VIEW_MM / 2 * (1 - 1 / config.size)  # middle of the outermost pixel
+    z = (
+        torch.linspace(*AXIAL_RANGE_MM, config.num_slices)
+        if config.num_slices > 1
+        else torch.tensor([sum(AXIAL_RANGE_MM) / 2])
+    )
+    y = torch.linspace(CENTER_MM[1] + half, CENTER_MM[1] - half, config.size)
+    x = torch.linspace(CENTER_MM[0] - half, CENTER_MM[0] + half, config.size)
+    z, y, x = torch.meshgrid(z, y, x, indexing='ij')
     return torch.stack([x, y, z], -1)
 
 # %% ../../nbs/engineering/22_phantom.ipynb #98acdbe7
 def volume_affine(
-    config:PhantomConfig, # The cohort
-)->np.ndarray: # (4, 4), from voxel (x, y, z) to MNI mm
-    "Say where the voxels of a stored volume lie."
+    config: PhantomConfig,  # The cohort
+) -> np.ndarray:  # (4, 4), from voxel (x, y, z) to MNI mm
+    """Say where the voxels of a stored volume lie.
+
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+
+    Returns
+    -------
+    np.ndarray
+        (4, 4), from voxel (x, y, z) to MNI mm.
+    """
     p = slice_points(config).double().numpy()
-    dz = p[1, 0, 0, 2]-p[0, 0, 0, 2] if config.num_slices>1 else 1.
-    pixel = FIELD_OF_VIEW_MM/config.size
-    affine = np.diag([pixel, pixel, dz, 1.]); affine[:3, 3] = p[0, -1, 0]
+    dz = p[1, 0, 0, 2] - p[0, 0, 0, 2] if config.num_slices > 1 else 1.0
+    pixel = FIELD_OF_VIEW_MM / config.size
+    affine = np.diag([pixel, pixel, dz, 1.0])
+    affine[:3, 3] = p[0, -1, 0]
     return affine
 
 # %% ../../nbs/engineering/22_phantom.ipynb #d51885a3
 def find_ventricles(
-    csf:np.ndarray, # Share of fluid in each voxel (x, y, z)
-    origin:tuple, # MNI position of voxel (0, 0, 0), mm
-)->np.ndarray: # The same shares, 0 outside the lateral and third ventricles
-    "Keep the large pieces of fluid in the middle of the brain, and leave out the cisterns behind and in front of them."
-    x,y,z = (np.arange(n)+o for n,o in zip(csf.shape, origin))
-    x,y,z = abs(x)[:, None, None],y[:, None],z
-    inside = (x<36) & (y>-62) & (y<42) & (z>-15) & (z<42)
-    cistern = (x<12)&(y<-20)&(z<10) | (x<6)&(y<-22) | (x<3)&(y>22)
-    labels,n = ndimage.label((csf>.5) & inside & ~cistern)
-    large = 1+np.flatnonzero(ndimage.sum_labels(labels>0, labels, range(1, n+1))>1000)
-    return csf*ndimage.binary_dilation(np.isin(labels, large), iterations=2)*~cistern
+    csf: np.ndarray,  # Share of fluid in each voxel (x, y, z)
+    origin: tuple,  # MNI position of voxel (0, 0, 0), mm
+) -> np.ndarray:  # The same shares, 0 outside the lateral and third ventricles
+    """Keep the large pieces of fluid in the middle of the brain, and leave out the cisterns behind and
+    in front of them.
+
+    Parameters
+    ----------
+    csf : np.ndarray
+        Share of fluid in each voxel (x, y, z).
+    origin : tuple
+        MNI position of voxel (0, 0, 0), mm.
+
+    Returns
+    -------
+    np.ndarray
+        The same shares, 0 outside the lateral and third ventricles.
+    """
+    x, y, z = (np.arange(n) + o for n, o in zip(csf.shape, origin))
+    x, y, z = abs(x)[:, None, None], y[:, None], z
+    inside = (x < 36) & (y > -62) & (y < 42) & (z > -15) & (z < 42)
+    cistern = (x < 12) & (y < -20) & (z < 10) | (x < 6) & (y < -22) | (x < 3) & (y > 22)
+    labels, n = ndimage.label((csf > 0.5) & inside & ~cistern)
+    large = 1 + np.flatnonzero(ndimage.sum_labels(labels > 0, labels, range(1, n + 1)) > 1000)
+    return csf * ndimage.binary_dilation(np.isin(labels, large), iterations=2) * ~cistern
 
 # %% ../../nbs/engineering/22_phantom.ipynb #d0cb5b2a
 @lru_cache
-def load_template()->tuple: # Maps by name (x, y, z) float32, RAS+, 1 mm; MNI position of voxel (0, 0, 0), mm
-    "Load the MNI152 average brain, which comes with nilearn, cropped to the heights that slices can reach; read only."
-    from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
-    images = [f(resolution=1) for f in (load_mni152_template, load_mni152_gm_template, load_mni152_wm_template)]
+# Maps by name (x, y, z) float32, RAS+, 1 mm; MNI position of voxel (0, 0, 0), mm
+def load_template() -> tuple:
+    """Load the MNI152 average brain, which comes with nilearn, cropped to the heights that slices can
+    reach; read only.
+
+    Returns
+    -------
+    tuple
+    """
+    from nilearn.datasets import (
+        load_mni152_gm_template,
+        load_mni152_template,
+        load_mni152_wm_template,
+    )
+
+    images = [
+        f(resolution=1)
+        for f in (load_mni152_template, load_mni152_gm_template, load_mni152_wm_template)
+    ]
     corner = images[0].affine[:3, 3]
-    z = (np.array([AXIAL_RANGE_MM[0]-24, AXIAL_RANGE_MM[1]+24])-corner[2]).astype(int)
-    t1,gray,white = (np.asarray(i.dataobj, np.float32)[20:178, 18:218, z[0]:z[1]] for i in images)
-    origin = tuple(float(c) for c in corner+(20, 18, z[0]))
-    brain = (t1>0).astype(np.float32)
-    csf = np.clip(brain-gray-white, 0, 1)
+    z = (np.array([AXIAL_RANGE_MM[0] - 24, AXIAL_RANGE_MM[1] + 24]) - corner[2]).astype(int)
+    t1, gray, white = (
+        np.asarray(i.dataobj, np.float32)[20:178, 18:218, z[0] : z[1]] for i in images
+    )
+    origin = tuple(float(c) for c in corner + (20, 18, z[0]))
+    brain = (t1 > 0).astype(np.float32)
+    csf = np.clip(brain - gray - white, 0, 1)
     ventricle = find_ventricles(csf, origin)
-    sulcus = np.clip(3*ndimage.gaussian_filter(csf-ventricle, 1.), 0, 1)**2
-    tissue = np.stack([csf, gray, white])[:, brain>0]
-    texture = t1.copy(); texture[brain>0] -= np.linalg.lstsq(tissue.T, t1[brain>0], rcond=None)[0]@tissue
-    maps = dict(t1=t1, gray=gray, white=white, csf=csf,
-                ventricle=ventricle, sulcus=sulcus, texture=texture, brain=brain)
-    return {k:np.ascontiguousarray(v, np.float32) for k,v in maps.items()},origin
+    sulcus = np.clip(3 * ndimage.gaussian_filter(csf - ventricle, 1.0), 0, 1) ** 2
+    tissue = np.stack([csf, gray, white])[:, brain > 0]
+    texture = t1.copy()
+    texture[brain > 0] -= np.linalg.lstsq(tissue.T, t1[brain > 0], rcond=None)[0] @ tissue
+    maps = dict(
+        t1=t1,
+        gray=gray,
+        white=white,
+        csf=csf,
+        ventricle=ventricle,
+        sulcus=sulcus,
+        texture=texture,
+        brain=brain,
+    )
+    return {k: np.ascontiguousarray(v, np.float32) for k, v in maps.items()}, origin
 
 # %% ../../nbs/engineering/22_phantom.ipynb #49adf26a
 def sample_maps(
-    maps:Tensor, # Maps to read (c, x, y, z)
-    points:Tensor, # Positions in voxels (..., 3), order x y z
-)->Tensor: # Values (c, ...)
-    "Read maps between voxels by trilinear interpolation; beyond the edge, the edge continues."
-    last = torch.tensor(maps.shape[1:]).to(points)-1
-    unit = (2*points/last-1).flip(-1).reshape(1, -1, 1, 1, 3)                    # grid_sample wants z y x in [-1, 1]
-    out = F.grid_sample(maps[None], unit, mode='bilinear', padding_mode='border', align_corners=True)
+    maps: Tensor,  # Maps to read (c, x, y, z)
+    points: Tensor,  # Positions in voxels (..., 3), order x y z
+) -> Tensor:  # Values (c, ...)
+    """Read maps between voxels by trilinear interpolation; beyond the edge, the edge continues.
+
+    Parameters
+    ----------
+    maps : Tensor
+        Maps to read (c, x, y, z).
+    points : Tensor
+        Positions in voxels (..., 3), order x y z.
+
+    Returns
+    -------
+    Tensor
+        Values (c, ...).
+    """
+    last = torch.tensor(maps.shape[1:]).to(points) - 1
+    # grid_sample wants z y x in [-1, 1]
+    unit = (2 * points / last - 1).flip(-1).reshape(1, -1, 1, 1, 3)
+    out = F.grid_sample(
+        maps[None], unit, mode='bilinear', padding_mode='border', align_corners=True
+    )
     return out.reshape(len(maps), *points.shape[:-1])
 
 # %% ../../nbs/engineering/22_phantom.ipynb #debdc4d3
 def integrate(
-    velocity:Tensor, # (3, x, y, z), voxels a unit of time
-    num_squarings:int=6, # The first step lasts 2**-num_squarings
-)->Tensor: # Displacement after one unit of time (3, x, y, z), voxels
-    "Follow a steady flow for one unit of time by scaling and squaring. Source: Arsigny et al. 2006."
+    velocity: Tensor,  # (3, x, y, z), voxels a unit of time
+    num_squarings: int = 6,  # The first step lasts 2**-num_squarings
+) -> Tensor:  # Displacement after one unit of time (3, x, y, z), voxels
+    """Follow a steady flow for one unit of time by scaling and squaring.
+
+    Parameters
+    ----------
+    velocity : Tensor
+        (3, x, y, z), voxels a unit of time.
+    num_squarings : int, default 6
+        The first step lasts 2**-num_squarings.
+
+    Returns
+    -------
+    Tensor
+        Displacement after one unit of time (3, x, y, z), voxels.
+
+    References
+    ----------
+    Arsigny et al. 2006.
+    """
     axes = [torch.arange(n).to(velocity) for n in velocity.shape[1:]]
-    here = torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)                   # (x, y, z, 3)
-    u = velocity/2**num_squarings
-    for _ in range(num_squarings): u = u+sample_maps(u, here+rearrange(u, 'c x y z -> x y z c'))
+    here = torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)  # (x, y, z, 3)
+    u = velocity / 2**num_squarings
+    for _ in range(num_squarings):
+        u = u + sample_maps(u, here + rearrange(u, 'c x y z -> x y z c'))
     return u
 
 # %% ../../nbs/engineering/22_phantom.ipynb #997fdf39
 def jacobian_determinant(
-    displacement:Tensor, # (3, x, y, z), voxels
-)->Tensor: # (x, y, z): volume after over volume before; 0 or less where space has folded
-    "Measure how much a warp stretches each voxel."
-    rows = torch.stack(torch.gradient(displacement, dim=(1, 2, 3)), -1)            # (3, x, y, z, 3)
-    return torch.linalg.det(rearrange(rows, 'c x y z d -> x y z c d')+torch.eye(3).to(rows))
+    displacement: Tensor,  # (3, x, y, z), voxels
+) -> Tensor:  # (x, y, z): volume after over volume before; 0 or less where space has folded
+    """Measure how much a warp stretches each voxel.
+
+    Parameters
+    ----------
+    displacement : Tensor
+        (3, x, y, z), voxels.
+
+    Returns
+    -------
+    Tensor
+        (x, y, z): volume after over volume before; 0 or less where space has folded.
+    """
+    rows = torch.stack(torch.gradient(displacement, dim=(1, 2, 3)), -1)  # (3, x, y, z, 3)
+    return torch.linalg.det(rearrange(rows, 'c x y z d -> x y z c d') + torch.eye(3).to(rows))
 
 # %% ../../nbs/engineering/22_phantom.ipynb #ed0a9b92
 def smooth_noise(
-    rng:np.random.Generator, # Source of randomness
-    shape:tuple, # Shape of the result
-    sigma:float, # Standard deviation of the Gaussian blur, voxels
-)->np.ndarray: # float32, mean square 1
-    "Blur white noise and bring its mean square back to 1."
-    field = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), sigma, mode='wrap', truncate=3)
-    return field/np.sqrt((field**2).mean())
+    rng: np.random.Generator,  # Source of randomness
+    shape: tuple,  # Shape of the result
+    sigma: float,  # Standard deviation of the Gaussian blur, voxels
+) -> np.ndarray:  # float32, mean square 1
+    """Blur white noise and bring its mean square back to 1.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        Source of randomness.
+    shape : tuple
+        Shape of the result.
+    sigma : float
+        Standard deviation of the Gaussian blur, voxels.
+
+    Returns
+    -------
+    np.ndarray
+        float32, mean square 1.
+    """
+    field = ndimage.gaussian_filter(
+        rng.standard_normal(shape, np.float32), sigma, mode='wrap', truncate=3
+    )
+    return field / np.sqrt((field**2).mean())
 
 # %% ../../nbs/engineering/22_phantom.ipynb #40893587
 @lru_cache
-def atrophy_flow()->np.ndarray: # Velocity (3, x, y, z) on the displacement grid, mm for one unit of atrophy
-    "Find the flow that widens ventricles and sulci: it points into the fluid, for a warp says where to read."
-    maps,step = load_template()[0],int(GRID_MM)
+# Velocity (3, x, y, z) on the displacement grid, mm for one unit of atrophy
+def atrophy_flow() -> np.ndarray:
+    """Find the flow that widens ventricles and sulci: it points into the fluid, for a warp says where
+    to read.
+
+    Returns
+    -------
+    np.ndarray
+    """
+    maps, step = load_template()[0], int(GRID_MM)
+
     def climb(name, sigma, mm):
-        v = np.stack(np.gradient(ndimage.gaussian_filter(maps[name], sigma)))[:, ::step, ::step, ::step]
-        return mm*v/np.sqrt((v**2).sum(0)).max()
-    return (climb('ventricle', 5., 1.6)+climb('sulcus', 4., .35)).astype(np.float32)
+        v = np.stack(np.gradient(ndimage.gaussian_filter(maps[name], sigma)))[
+            :, ::step, ::step, ::step
+        ]
+        return mm * v / np.sqrt((v**2).sum(0)).max()
+
+    return (climb('ventricle', 5.0, 1.6) + climb('sulcus', 4.0, 0.35)).astype(np.float32)
 
 # %% ../../nbs/engineering/22_phantom.ipynb #9658134a
 @dataclass
 class Subject:
-    "One synthetic person."
-    subject:str # Name, 'sub-0001' onwards
-    diagnosis:str # 'AD' or 'NC'
-    age:float # Years
-    sex:str # 'F' or 'M'
-    atrophy:float # Tissue lost, 0 (none) to about 7; no table of the cohort tells it
-    vol:np.ndarray|None=None # Slices (z, h, w) uint8, lowest first, front of the head at the top, left on the left
-    ventricle_fraction:np.ndarray|None=None # (z,) ventricle area over brain area
+    """One synthetic person.
+
+    Attributes
+    ----------
+    subject : str
+        Name, 'sub-0001' onwards.
+    diagnosis : str
+        'AD' or 'NC'.
+    age : float
+        Years.
+    sex : str
+        'F' or 'M'.
+    atrophy : float
+        Tissue lost, 0 (none) to about 7; no table of the cohort tells it.
+    vol : np.ndarray | None, default None
+        Slices (z, h, w) uint8, lowest first, front of the head at the top, left on the left.
+    ventricle_fraction : np.ndarray | None, default None
+        (z,) ventricle area over brain area.
+    """
+
+    subject: str  # Name, 'sub-0001' onwards
+    diagnosis: str  # 'AD' or 'NC'
+    age: float  # Years
+    sex: str  # 'F' or 'M'
+    atrophy: float  # Tissue lost, 0 (none) to about 7; no table of the cohort tells it
+    # Slices (z, h, w) uint8, lowest first, front of the head at the top, left on the left
+    vol: np.ndarray | None = None
+    ventricle_fraction: np.ndarray | None = None  # (z,) ventricle area over brain area
 
 # %% ../../nbs/engineering/22_phantom.ipynb #445ff204
 def sample_subject(
-    config:PhantomConfig, # The cohort
-    index:int, # Number in the cohort, from 0
-)->Subject: # Without pictures
-    "Draw who a person is: diagnosis, age, sex, and the atrophy that age, disease and chance add up to."
+    config: PhantomConfig,  # The cohort
+    index: int,  # Number in the cohort, from 0
+) -> Subject:  # Without pictures
+    """Draw who a person is: diagnosis, age, sex, and the atrophy that age, disease and chance add up
+    to.
+
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+    index : int
+        Number in the cohort, from 0.
+
+    Returns
+    -------
+    Subject
+        Without pictures.
+    """
     rng = np.random.default_rng([config.seed, index, 1])
     start = np.random.default_rng([config.seed, 0, 3]).random()
-    ad = (start+index*(5**.5-1)/2)%1 < config.ad_fraction   # golden ratio steps: balanced at any length
+    # golden ratio steps: balanced at any length
+    ad = (start + index * (5**0.5 - 1) / 2) % 1 < config.ad_fraction
     age = round(float(rng.uniform(config.age_min, config.age_max)), 1)
     sex = 'FM'[rng.integers(2)]
-    level = config.age_effect*(age-70)/10+config.ad_effect*ad+rng.standard_normal()
-    return Subject(f'sub-{index+1:04d}', 'AD' if ad else 'NC', age, sex, float(np.logaddexp(0, 1.2*(level+.6))))
+    level = config.age_effect * (age - 70) / 10 + config.ad_effect * ad + rng.standard_normal()
+    return Subject(
+        f'sub-{index+1:04d}',
+        'AD' if ad else 'NC',
+        age,
+        sex,
+        float(np.logaddexp(0, 1.2 * (level + 0.6))),
+    )
 
 # %% ../../nbs/engineering/22_phantom.ipynb #6e3cf722
 def sample_warp(
-    rng:np.random.Generator, # Source of randomness
-    atrophy:float, # Tissue lost, from 0
-    shape_mm:float=2.5, # Individual differences: root mean square of the velocity along x and y, mm
-)->Tensor: # Displacement (3, x, y, z) on the 4 mm grid, mm
-    "Draw how one brain differs from the average: smooth flows of three sizes, plus atrophy, integrated."
-    flow = atrophy*atrophy_flow()
-    scales = {30.: .85, 14.: .45, 7.: .27}                                         # blur, mm -> weight
-    for mm,weight in scales.items():
-        noise = np.stack([smooth_noise(rng, flow.shape[1:], mm/GRID_MM) for _ in range(3)])
-        flow = flow+np.float32(shape_mm*weight)*noise*np.float32([1, 1, .6])[:, None, None, None]
-    return GRID_MM*integrate(torch.from_numpy(flow/GRID_MM))
+    rng: np.random.Generator,  # Source of randomness
+    atrophy: float,  # Tissue lost, from 0
+    # Individual differences: root mean square of the velocity along x and y, mm
+    shape_mm: float = 2.5,
+) -> Tensor:  # Displacement (3, x, y, z) on the 4 mm grid, mm
+    """Draw how one brain differs from the average: smooth flows of three sizes, plus atrophy,
+    integrated.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        Source of randomness.
+    atrophy : float
+        Tissue lost, from 0.
+    shape_mm : float, default 2.5
+        Individual differences: root mean square of the velocity along x and y, mm.
+
+    Returns
+    -------
+    Tensor
+        Displacement (3, x, y, z) on the 4 mm grid, mm.
+    """
+    flow = atrophy * atrophy_flow()
+    scales = {30.0: 0.85, 14.0: 0.45, 7.0: 0.27}  # blur, mm -> weight
+    for mm, weight in scales.items():
+        noise = np.stack([smooth_noise(rng, flow.shape[1:], mm / GRID_MM) for _ in range(3)])
+        flow = (
+            flow
+            + np.float32(shape_mm * weight) * noise * np.float32([1, 1, 0.6])[:, None, None, None]
+        )
+    return GRID_MM * integrate(torch.from_numpy(flow / GRID_MM))
 
 # %% ../../nbs/engineering/22_phantom.ipynb #7b652ceb
 def sample_pose(
-    rng:np.random.Generator, # Source of randomness
-    sex:str, # 'F' or 'M': heads of men are 3 % longer on average
-)->tuple[Tensor, Tensor]: # Matrix (3, 3) and shift (3,) mm, from the picture to the average head
-    "Draw the size and position of a head; standard deviations 2 %, 1.5 degrees and 1 mm along or about each axis."
-    scale = np.exp(rng.normal(0, .02, 3)+(.015 if sex=='M' else -.015))
-    a,b,c = rng.normal(0, math.radians(1.5), 3)
+    rng: np.random.Generator,  # Source of randomness
+    sex: str,  # 'F' or 'M': heads of men are 3 % longer on average
+    # Matrix (3, 3) and shift (3,) mm, from the picture to the average head
+) -> tuple[Tensor, Tensor]:
+    """Draw the size and position of a head; standard deviations 2 %, 1.5 degrees and 1 mm along or
+    about each axis.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        Source of randomness.
+    sex : str
+        'F' or 'M': heads of men are 3 % longer on average.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+    """
+    scale = np.exp(rng.normal(0, 0.02, 3) + (0.015 if sex == 'M' else -0.015))
+    a, b, c = rng.normal(0, math.radians(1.5), 3)
     turn = np.array([[0, -c, b], [c, 0, -a], [-b, a, 0]])
-    matrix = np.diag(1/scale)@(np.eye(3)+turn)
-    return torch.tensor(matrix, dtype=torch.float32), torch.tensor(rng.normal(0, 1, 3), dtype=torch.float32)
+    matrix = np.diag(1 / scale) @ (np.eye(3) + turn)
+    return torch.tensor(matrix, dtype=torch.float32), torch.tensor(
+        rng.normal(0, 1, 3), dtype=torch.float32
+    )
 
 # %% ../../nbs/engineering/22_phantom.ipynb #126a283c
 def place_slices(
-    config:PhantomConfig, # The cohort
-    matrix:Tensor, # Pose: matrix (3, 3)
-    shift:Tensor, # Pose: shift (3,), mm
-    warp:Tensor, # Displacement (3, x, y, z) on the 4 mm grid, mm
-)->Tensor: # Where to read the template (z, h, w, 3), voxels
-    "Follow each pixel through the pose and the warp to its place in the template."
-    centre = torch.tensor([*CENTER_MM, sum(AXIAL_RANGE_MM)/2])
-    points = (slice_points(config)-centre)@matrix.T+centre+shift-torch.tensor(load_template()[1])
-    return points+rearrange(sample_maps(warp, points/GRID_MM), 'c z h w -> z h w c')
+    config: PhantomConfig,  # The cohort
+    matrix: Tensor,  # Pose: matrix (3, 3)
+    shift: Tensor,  # Pose: shift (3,), mm
+    warp: Tensor,  # Displacement (3, x, y, z) on the 4 mm grid, mm
+) -> Tensor:  # Where to read the template (z, h, w, 3), voxels
+    """Follow each pixel through the pose and the warp to its place in the template.
+
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+    matrix : Tensor
+        Pose: matrix (3, 3).
+    shift : Tensor
+        Pose: shift (3,), mm.
+    warp : Tensor
+        Displacement (3, x, y, z) on the 4 mm grid, mm.
+
+    Returns
+    -------
+    Tensor
+        Where to read the template (z, h, w, 3), voxels.
+    """
+    centre = torch.tensor([*CENTER_MM, sum(AXIAL_RANGE_MM) / 2])
+    points = (
+        (slice_points(config) - centre) @ matrix.T
+        + centre
+        + shift
+        - torch.tensor(load_template()[1])
+    )
+    return points + rearrange(sample_maps(warp, points / GRID_MM), 'c z h w -> z h w c')
 
 # %% ../../nbs/engineering/22_phantom.ipynb #ac4ee0d0
 def read_template(
-    points:Tensor, # Positions (z, h, w, 3) in voxels of the template
-)->dict: # Name -> map on the slices (z, h, w), 0 outside the brain
-    "Read the tissue maps at the points inside the brain; more than half of a slice is background."
+    points: Tensor,  # Positions (z, h, w, 3) in voxels of the template
+) -> dict:  # Name -> map on the slices (z, h, w), 0 outside the brain
+    """Read the tissue maps at the points inside the brain; more than half of a slice is background.
+
+    Parameters
+    ----------
+    points : Tensor
+        Positions (z, h, w, 3) in voxels of the template.
+
+    Returns
+    -------
+    dict
+        Name -> map on the slices (z, h, w), 0 outside the brain.
+    """
     maps = load_template()[0]
     brain = sample_maps(torch.from_numpy(maps['brain'])[None], points)[0]
-    inside = brain>.5
+    inside = brain > 0.5
     names = ['gray', 'white', 'ventricle', 'sulcus', 'texture']
     values = torch.zeros(len(names), *brain.shape)
-    values[:, inside] = sample_maps(torch.from_numpy(np.stack([maps[n] for n in names])), points[inside])
+    values[:, inside] = sample_maps(
+        torch.from_numpy(np.stack([maps[n] for n in names])), points[inside]
+    )
     return dict(zip(names, values.numpy()), brain=inside.numpy())
 
 # %% ../../nbs/engineering/22_phantom.ipynb #0264ac4d
 def render_tissues(
-    maps:dict, # Name -> tissue map on the slices (z, h, w)
-    atrophy:float, # Turns grey matter beside the sulci into fluid
-    rng:np.random.Generator, # Source of randomness
-)->np.ndarray: # Signal (z, h, w), grey levels, without noise
-    "Mix the tissues' signals by their shares, with each person's own contrast and texture."
-    levels = np.array([54., 125., 198.])+rng.normal(0, (4., 5., 5.))               # fluid, grey matter, white matter
-    lost = maps['gray']*(1-np.exp(-.5*atrophy*maps['sulcus']))
-    gray,white = maps['gray']-lost,maps['white']
-    fluid = np.clip(maps['brain']-gray-white, 0, 1)
-    signal = levels[0]*fluid+levels[1]*gray+levels[2]*white
+    maps: dict,  # Name -> tissue map on the slices (z, h, w)
+    atrophy: float,  # Turns grey matter beside the sulci into fluid
+    rng: np.random.Generator,  # Source of randomness
+) -> np.ndarray:  # Signal (z, h, w), grey levels, without noise
+    """Mix the tissues' signals by their shares, with each person's own contrast and texture.
+
+    Parameters
+    ----------
+    maps : dict
+        Name -> tissue map on the slices (z, h, w).
+    atrophy : float
+        Turns grey matter beside the sulci into fluid.
+    rng : np.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    np.ndarray
+        Signal (z, h, w), grey levels, without noise.
+    """
+    # fluid, grey matter, white matter
+    levels = np.array([54.0, 125.0, 198.0]) + rng.normal(0, (4.0, 5.0, 5.0))
+    lost = maps['gray'] * (1 - np.exp(-0.5 * atrophy * maps['sulcus']))
+    gray, white = maps['gray'] - lost, maps['white']
+    fluid = np.clip(maps['brain'] - gray - white, 0, 1)
+    signal = levels[0] * fluid + levels[1] * gray + levels[2] * white
     pixels = maps['brain'].shape
-    grain = smooth_noise(rng, pixels, (0, *[2.5*n/FIELD_OF_VIEW_MM for n in pixels[1:]]))
-    return signal+150*maps['texture']+3*grain*(gray+white)
+    grain = smooth_noise(rng, pixels, (0, *[2.5 * n / FIELD_OF_VIEW_MM for n in pixels[1:]]))
+    return signal + 150 * maps['texture'] + 3 * grain * (gray + white)
 
 # %% ../../nbs/engineering/22_phantom.ipynb #a2d295dc
 def sample_bias_field(
-    rng:np.random.Generator, # Source of randomness
-    shape:tuple, # Slices (z, h, w)
-    fraction:float=.1, # Largest departure from 1
-)->np.ndarray: # Factors (z, h, w), between 1-fraction and 1+fraction
-    "Draw the slow change of brightness that a coil leaves on a picture."
+    rng: np.random.Generator,  # Source of randomness
+    shape: tuple,  # Slices (z, h, w)
+    fraction: float = 0.1,  # Largest departure from 1
+) -> np.ndarray:  # Factors (z, h, w), between 1-fraction and 1+fraction
+    """Draw the slow change of brightness that a coil leaves on a picture.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        Source of randomness.
+    shape : tuple
+        Slices (z, h, w).
+    fraction : float, default 0.1
+        Largest departure from 1.
+
+    Returns
+    -------
+    np.ndarray
+        Factors (z, h, w), between 1-fraction and 1+fraction.
+    """
     coarse = torch.tensor(rng.standard_normal((1, 1, 3, 4, 4), np.float32))
     field = F.interpolate(coarse, shape, mode='trilinear', align_corners=True)[0, 0].numpy()
-    return 1+fraction*field/abs(field).max()
+    return 1 + fraction * field / abs(field).max()
 
 # %% ../../nbs/engineering/22_phantom.ipynb #4e4d43b6
 def add_rician(
-    signal:np.ndarray, # Signal without noise, any shape
-    sigma:float, # Standard deviation of the noise in each of the two channels
-    rng:np.random.Generator, # Source of randomness
-)->np.ndarray: # Magnitude, never negative
-    "Add noise to the real and the imaginary part, then take the length. Source: Gudbjartsson & Patz 1995."
-    real,imag = sigma*rng.standard_normal((2, *signal.shape), np.float32)
-    return np.hypot(signal+real, imag)
+    signal: np.ndarray,  # Signal without noise, any shape
+    sigma: float,  # Standard deviation of the noise in each of the two channels
+    rng: np.random.Generator,  # Source of randomness
+) -> np.ndarray:  # Magnitude, never negative
+    """Add noise to the real and the imaginary part, then take the length.
+
+    Parameters
+    ----------
+    signal : np.ndarray
+        Signal without noise, any shape.
+    sigma : float
+        Standard deviation of the noise in each of the two channels.
+    rng : np.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    np.ndarray
+        Magnitude, never negative.
+
+    References
+    ----------
+    Gudbjartsson & Patz 1995.
+    """
+    real, imag = sigma * rng.standard_normal((2, *signal.shape), np.float32)
+    return np.hypot(signal + real, imag)
 
 # %% ../../nbs/engineering/22_phantom.ipynb #22bebd24
 def make_subject(
-    config:PhantomConfig, # The cohort
-    index:int, # Number in the cohort, from 0
-)->Subject: # With pictures
-    "Make one person: who, which shape, which contrast, which noise. Raises ValueError for a number outside the cohort."
-    if index not in range(config.num_subjects): raise ValueError(
-        f"make_subject: index={index!r}. Expected a whole number from 0 to {config.num_subjects-1}, the cohort has "
-        f"{config.num_subjects} people. Try a larger PhantomConfig.num_subjects.")
-    person,rng = sample_subject(config, index),np.random.default_rng([config.seed, index, 2])
-    matrix,shift = sample_pose(rng, person.sex)
+    config: PhantomConfig,  # The cohort
+    index: int,  # Number in the cohort, from 0
+) -> Subject:  # With pictures
+    """Make one person: who, which shape, which contrast, which noise.
+
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+    index : int
+        Number in the cohort, from 0.
+
+    Returns
+    -------
+    Subject
+        With pictures.
+
+    Raises
+    ------
+    ValueError
+        For a number outside the cohort.
+    """
+    if index not in range(config.num_subjects):
+        raise ValueError(
+            f"make_subject: index={index!r}. Expected a whole number from 0 to"
+            f" {config.num_subjects-1}, the cohort has {config.num_subjects} people. Try a larger"
+            " PhantomConfig.num_subjects."
+        )
+    person, rng = sample_subject(config, index), np.random.default_rng([config.seed, index, 2])
+    matrix, shift = sample_pose(rng, person.sex)
     warp = sample_warp(rng, person.atrophy, config.shape_mm)
     maps = read_template(place_slices(config, matrix, shift, warp))
-    bias = sample_bias_field(rng, maps['brain'].shape, config.bias_fraction)   # before the draws that depend on the size
-    signal = bias*render_tissues(maps, person.atrophy, rng)
+    # before the draws that depend on the size
+    bias = sample_bias_field(rng, maps['brain'].shape, config.bias_fraction)
+    signal = bias * render_tissues(maps, person.atrophy, rng)
     pixels = np.clip(np.rint(add_rician(signal, config.noise_sigma, rng)), 1, 255)
     person.vol = np.where(maps['brain'], pixels, 0).astype(np.uint8)
-    person.ventricle_fraction = maps['ventricle'].sum((1, 2))/maps['brain'].sum((1, 2)).clip(1)
+    person.ventricle_fraction = maps['ventricle'].sum((1, 2)) / maps['brain'].sum((1, 2)).clip(1)
     return person
 
 # %% ../../nbs/engineering/22_phantom.ipynb #29c28328
 def write_subject(
-    out:Path, # Folder of the cohort
-    person:Subject, # With pictures
-    config:PhantomConfig, # The cohort
-)->list[dict]: # One row of slices.csv a slice
-    "Write one person's pictures, or one volume."
+    out: Path,  # Folder of the cohort
+    person: Subject,  # With pictures
+    config: PhantomConfig,  # The cohort
+) -> list[dict]:  # One row of slices.csv a slice
+    """Write one person's pictures, or one volume.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the cohort.
+    person : Subject
+        With pictures.
+    config : PhantomConfig
+        The cohort.
+
+    Returns
+    -------
+    list[dict]
+        One row of slices.csv a slice.
+    """
     volume = f'volumes/{person.subject}.nii.gz'
     images = [f'images/{person.subject}_slice_{k:02d}.png' for k in range(len(person.vol))]
-    paths = [volume]*len(images) if config.format=='nifti' else images
-    (out/paths[0]).parent.mkdir(exist_ok=True)
-    if config.format=='nifti':
+    paths = [volume] * len(images) if config.format == 'nifti' else images
+    (out / paths[0]).parent.mkdir(exist_ok=True)
+    if config.format == 'nifti':
         data = np.ascontiguousarray(rearrange(person.vol[:, ::-1], 'z y x -> x y z'))
         image = nib.Nifti1Image(data, None)
-        image.set_sform(volume_affine(config), 'mni'); image.set_qform(volume_affine(config), 'mni')
+        image.set_sform(volume_affine(config), 'mni')
+        image.set_qform(volume_affine(config), 'mni')
         image.header.set_xyzt_units('mm')
-        image.to_filename(out/volume)
+        image.to_filename(out / volume)
     else:
-        for path,pixels in zip(paths, person.vol): Image.fromarray(pixels).save(out/path)
-    return [dict(path=p, subject=person.subject, slice=k, ventricle_fraction=round(float(f), 6))
-            for k,(p,f) in enumerate(zip(paths, person.ventricle_fraction))]
+        for path, pixels in zip(paths, person.vol):
+            Image.fromarray(pixels).save(out / path)
+    return [
+        dict(path=p, subject=person.subject, slice=k, ventricle_fraction=round(float(f), 6))
+        for k, (p, f) in enumerate(zip(paths, person.ventricle_fraction))
+    ]
 
 # %% ../../nbs/engineering/22_phantom.ipynb #628274a8
 def make_cohort(
-    out, # New folder, or an empty one
-    config:PhantomConfig, # What to make
-    progress:bool=True, # Show a bar
-)->Path: # `out`
-    """Write a whole cohort. It grows in a hidden folder beside `out` and moves there when done, `phantom.json` last.
+    out,  # New folder, or an empty one
+    config: PhantomConfig,  # What to make
+    progress: bool = True,  # Show a bar
+) -> Path:  # `out`
+    """Write a whole cohort. It grows in a hidden folder beside `out` and moves there when done,
+    `phantom.json` last.
 
-    Raises FileExistsError if `out` holds anything."""
+    Parameters
+    ----------
+    out
+        New folder, or an empty one.
+    config : PhantomConfig
+        What to make.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` holds anything.
+    """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(
-        f"make_cohort: {out} exists and is not empty. Expected a new or empty folder, so that nothing is overwritten. "
-        "Try another folder, or delete this one.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"make_cohort: {out} exists and is not empty. Expected a new or empty folder, so that"
+            " nothing is overwritten. Try another folder, or delete this one."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.phantom-', dir=out.parent) as tmp:
-        tmp,people,slices = Path(tmp),[],[]
+        tmp, people, slices = Path(tmp), [], []
         for index in tqdm(range(config.num_subjects), desc='subjects', disable=not progress):
             person = make_subject(config, index)
             slices += write_subject(tmp, person, config)
-            people.append({k:getattr(person, k) for k in ('subject', 'diagnosis', 'age', 'sex')})
-        pd.DataFrame(people).to_csv(tmp/'subjects.csv', index=False)
-        pd.DataFrame(slices).to_csv(tmp/'slices.csv', index=False)
+            people.append({k: getattr(person, k) for k in ('subject', 'diagnosis', 'age', 'sex')})
+        pd.DataFrame(people).to_csv(tmp / 'subjects.csv', index=False)
+        pd.DataFrame(slices).to_csv(tmp / 'slices.csv', index=False)
         note = dict(kind='brainldm phantom', version=brainldm.__version__, config=asdict(config))
-        (tmp/'phantom.json').write_text(json.dumps(note, indent=2)+'\n')
+        (tmp / 'phantom.json').write_text(json.dumps(note, indent=2) + '\n')
         out.mkdir(exist_ok=True)
-        parts = sorted(tmp.iterdir(), key=lambda p: p.name=='phantom.json')            # False sorts before True
-        for part in parts: os.replace(part, out/part.name)
+        # False sorts before True
+        parts = sorted(tmp.iterdir(), key=lambda p: p.name == 'phantom.json')
+        for part in parts:
+            os.replace(part, out / part.name)
     return out

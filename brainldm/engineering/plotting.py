@@ -17,71 +17,170 @@ from .files import write_atomic
 
 # %% ../../nbs/engineering/40_plotting.ipynb #b9a64704
 def show_grid(
-    images, # Pictures: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h, w)
-    titles:list|None=None, # One per picture, or one per column of a (rows, cols) grid
-    ncols:int|None=None, # Pictures in a row; None keeps a (rows, cols) grid, or puts up to 8 in a row
-    row_labels:list|None=None, # One per row, at its left
-    vlim:tuple=(-1, 1), # Intensities drawn as black and white; keep it fixed when comparing
-    title:str='', # The sentence a reader should check against the picture
-    cmap:str='gray', # Colour map
-    size:float=1.2, # Width of a picture, inches; shrunk so that the figure stays within 7.5
-    cbar:bool=False, # Draw a colour bar
-)->plt.Figure: # One axes a picture, row by row
-    "Draw pictures side by side on one grey scale."
+    # Pictures: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h, w)
+    images,
+    titles: list | None = None,  # One per picture, or one per column of a (rows, cols) grid
+    # Pictures in a row; None keeps a (rows, cols) grid, or puts up to 8 in a row
+    ncols: int | None = None,
+    row_labels: list | None = None,  # One per row, at its left
+    vlim: tuple = (-1, 1),  # Intensities drawn as black and white; keep it fixed when comparing
+    title: str = '',  # The sentence a reader should check against the picture
+    cmap: str = 'gray',  # Colour map
+    size: float = 1.2,  # Width of a picture, inches; shrunk so that the figure stays within 7.5
+    cbar: bool = False,  # Draw a colour bar
+) -> plt.Figure:  # One axes a picture, row by row
+    """Draw pictures side by side on one grey scale.
+
+    Parameters
+    ----------
+    images
+        Pictures: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h,
+        w).
+    titles : list | None, default None
+        One per picture, or one per column of a (rows, cols) grid.
+    ncols : int | None, default None
+        Pictures in a row; None keeps a (rows, cols) grid, or puts up to 8 in a row.
+    row_labels : list | None, default None
+        One per row, at its left.
+    vlim : tuple, default (-1, 1)
+        Intensities drawn as black and white; keep it fixed when comparing.
+    title : str, default ''
+        The sentence a reader should check against the picture.
+    cmap : str, default 'gray'
+        Colour map.
+    size : float, default 1.2
+        Width of a picture, inches; shrunk so that the figure stays within 7.5.
+    cbar : bool, default False
+        Draw a colour bar.
+
+    Returns
+    -------
+    plt.Figure
+        One axes a picture, row by row.
+    """
     pics = [np.asarray(i.detach().float().cpu() if isinstance(i, Tensor) else i) for i in images]
-    if not pics: raise ValueError("show_grid: no picture. Expected one or more. Check what was passed as `images`.")
-    if all(p.ndim==3 and len(p)==1 for p in pics): pics = [p[0] for p in pics]
-    elif all(p.ndim==3 for p in pics): ncols,pics = ncols or len(pics[0]), [q for p in pics for q in p]
-    if any(p.ndim!=2 for p in pics): raise ValueError(
-        f"show_grid: pictures of shape {sorted({p.shape for p in pics})}. Expected (n, h, w), (n, 1, h, w), "
-        "(rows, cols, h, w) or a list of (h, w). Try images[:, 0] to pick a channel.")
-    ncols = ncols or min(len(pics), 8); nrows = -(-len(pics)//ncols)
-    w = min(size, 7.4/ncols); tall = w*max(p.shape[0]/p.shape[1] for p in pics)
-    fig,axs = plt.subplots(nrows, ncols, squeeze=False, layout='constrained',
-        figsize=(min(7.5, max(w*ncols+.4*bool(row_labels), 2.5)), tall*nrows+.35*bool(title)+.22*bool(titles)))
-    for ax in axs.flat: ax.set(xticks=[], yticks=[]); ax.set_frame_on(False)
-    for ax,p in zip(axs.flat, pics): im = ax.imshow(p, cmap=cmap, vmin=vlim[0], vmax=vlim[1])
-    for ax,s in zip(axs.flat, titles or []): ax.set_title(s, fontsize=8, parse_math=False)          # names of others: $ is no formula
-    for ax,s in zip(axs[:, 0], row_labels or []): ax.set_ylabel(s, fontsize=8, parse_math=False)
-    if cbar: fig.colorbar(im, ax=axs, shrink=.8)
+    if not pics:
+        raise ValueError(
+            "show_grid: no picture. Expected one or more. Check what was passed as `images`."
+        )
+    if all(p.ndim == 3 and len(p) == 1 for p in pics):
+        pics = [p[0] for p in pics]
+    elif all(p.ndim == 3 for p in pics):
+        ncols, pics = ncols or len(pics[0]), [q for p in pics for q in p]
+    if any(p.ndim != 2 for p in pics):
+        raise ValueError(
+            f"show_grid: pictures of shape {sorted({p.shape for p in pics})}. Expected (n, h, w),"
+            " (n, 1, h, w), (rows, cols, h, w) or a list of (h, w). Try images[:, 0] to pick a"
+            " channel."
+        )
+    ncols = ncols or min(len(pics), 8)
+    nrows = -(-len(pics) // ncols)
+    w = min(size, 7.4 / ncols)
+    tall = w * max(p.shape[0] / p.shape[1] for p in pics)
+    fig, axs = plt.subplots(
+        nrows,
+        ncols,
+        squeeze=False,
+        layout='constrained',
+        figsize=(
+            min(7.5, max(w * ncols + 0.4 * bool(row_labels), 2.5)),
+            tall * nrows + 0.35 * bool(title) + 0.22 * bool(titles),
+        ),
+    )
+    for ax in axs.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.set_frame_on(False)
+    for ax, p in zip(axs.flat, pics):
+        im = ax.imshow(p, cmap=cmap, vmin=vlim[0], vmax=vlim[1])
+    # names of others: $ is no formula
+    for ax, s in zip(axs.flat, titles or []):
+        ax.set_title(s, fontsize=8, parse_math=False)
+    for ax, s in zip(axs[:, 0], row_labels or []):
+        ax.set_ylabel(s, fontsize=8, parse_math=False)
+    if cbar:
+        fig.colorbar(im, ax=axs, shrink=0.8)
     fig.suptitle(title, fontsize=10)
     return fig
 
 # %% ../../nbs/engineering/40_plotting.ipynb #ca8548d9
 def show_planes(
-    volumes:Tensor, # Brains (n, s, h, w) in [-1, 1]
-    labels:list[str], # A name each
-    ratio:float=1., # Distance of slices over size of a pixel
-    title:str='', # Title
-)->plt.Figure: # Axial cut of each brain above its coronal and sagittal cuts
-    "Cut each brain three ways: two of the cuts show whether slices belong together."
-    n,s,h,w = volumes.shape
-    flat = s*ratio/h
-    fig,axs = plt.subplots(3, n, figsize=(1.45*n, 1.45*(1+2*flat)+.5), squeeze=False, layout='constrained',
-                           height_ratios=[1, flat, flat])
-    for column,v,label in zip(axs.T, volumes.numpy(), labels):
-        cuts = (v[s//2], 1.),(v[::-1, h//2], ratio),(v[::-1, :, w//2], ratio)
-        for ax,(cut,aspect) in zip(column, cuts):
+    volumes: Tensor,  # Brains (n, s, h, w) in [-1, 1]
+    labels: list[str],  # A name each
+    ratio: float = 1.0,  # Distance of slices over size of a pixel
+    title: str = '',  # Title
+) -> plt.Figure:  # Axial cut of each brain above its coronal and sagittal cuts
+    """Cut each brain three ways: two of the cuts show whether slices belong together.
+
+    Parameters
+    ----------
+    volumes : Tensor
+        Brains (n, s, h, w) in [-1, 1].
+    labels : list[str]
+        A name each.
+    ratio : float, default 1.0
+        Distance of slices over size of a pixel.
+    title : str, default ''
+        Title.
+
+    Returns
+    -------
+    plt.Figure
+        Axial cut of each brain above its coronal and sagittal cuts.
+    """
+    n, s, h, w = volumes.shape
+    flat = s * ratio / h
+    fig, axs = plt.subplots(
+        3,
+        n,
+        figsize=(1.45 * n, 1.45 * (1 + 2 * flat) + 0.5),
+        squeeze=False,
+        layout='constrained',
+        height_ratios=[1, flat, flat],
+    )
+    for column, v, label in zip(axs.T, volumes.numpy(), labels):
+        cuts = (v[s // 2], 1.0), (v[::-1, h // 2], ratio), (v[::-1, :, w // 2], ratio)
+        for ax, (cut, aspect) in zip(column, cuts):
             ax.imshow(cut, cmap='gray', vmin=-1, vmax=1, aspect=aspect, interpolation='nearest')
             ax.set(xticks=[], yticks=[])
         column[0].set_title(label, fontsize=8)
-    for ax,name in zip(axs[:, 0], ('axial', 'coronal', 'sagittal')): ax.set_ylabel(name, fontsize=8)
+    for ax, name in zip(axs[:, 0], ('axial', 'coronal', 'sagittal')):
+        ax.set_ylabel(name, fontsize=8)
     fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/engineering/40_plotting.ipynb #4eda37fc
 def figure_to_png(
-    fig:plt.Figure, # The figure, closed afterwards
-)->bytes: # A PNG file
-    "A figure as a file or a page takes it."
+    fig: plt.Figure,  # The figure, closed afterwards
+) -> bytes:  # A PNG file
+    """A figure as a file or a page takes it.
+
+    Parameters
+    ----------
+    fig : plt.Figure
+        The figure, closed afterwards.
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+    """
     image = BytesIO()
-    fig.savefig(image, format='png', dpi=100); plt.close(fig)
+    fig.savefig(image, format='png', dpi=100)
+    plt.close(fig)
     return image.getvalue()
 
 # %% ../../nbs/engineering/40_plotting.ipynb #9aea5873
 def save_figure(
-    fig:plt.Figure, # The figure, closed afterwards
-    path:Path, # Where to write it, .png
-)->None:
-    "Write a figure as PNG, whole or not at all, and free its memory."
+    fig: plt.Figure,  # The figure, closed afterwards
+    path: Path,  # Where to write it, .png
+) -> None:
+    """Write a figure as PNG, whole or not at all, and free its memory.
+
+    Parameters
+    ----------
+    fig : plt.Figure
+        The figure, closed afterwards.
+    path : Path
+        Where to write it, .png.
+    """
     write_atomic(path, figure_to_png(fig))

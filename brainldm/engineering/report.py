@@ -44,542 +44,1409 @@ from ..sampling import BrainLDM
 from ..advanced.prior import CodeSampler, code_costs
 from ..advanced.evaluation import json_safe, merge_metrics, show_number, subject_interval
 from brainldm.advanced.fidelity import (
-    FEATURES, FeatureNet, compare_with_reference, evaluator_rows, feature_net, match_rows, pick_rows,
-    image_features, evaluator_scores, reference_rotations,
+    FEATURES,
+    FeatureNet,
+    compare_with_reference,
+    evaluator_rows,
+    feature_net,
+    match_rows,
+    pick_rows,
+    image_features,
+    evaluator_scores,
+    reference_rotations,
 )
 from brainldm.advanced.audit import (
-    UTILITY, as_dataset, audit_images, audit_summary, condition_effects, csf_fraction, diversity_scores,
-    membership_inference, utility_scores, ventricle_slices,
+    UTILITY,
+    as_dataset,
+    audit_images,
+    audit_summary,
+    condition_effects,
+    csf_fraction,
+    diversity_scores,
+    membership_inference,
+    utility_scores,
+    ventricle_slices,
 )
 
-EXCESS = .05 # Excess KID that a generator may have; features have variance 1, random latents reach 1 and more
+# Excess KID that a generator may have; features have variance 1, random latents reach 1 and more
+EXCESS = 0.05
 
 # %% ../../nbs/engineering/36_report.ipynb #06949520
 def sample_by_condition(
-    model:BrainLDM, # A run with a trained denoiser
-    columns:int=6, # Slice positions
-    steps:int=30, # Network calls
-    guidance_scale:float=1., # Strength of the conditions
-    seed:int=0, # Seed
-)->tuple[plt.Figure, plt.Figure]: # Grid of diagnosis by slice, and the walk from noise of one picture a row
-    "Draw the two figures that show what a run can do."
+    model: BrainLDM,  # A run with a trained denoiser
+    columns: int = 6,  # Slice positions
+    steps: int = 30,  # Network calls
+    guidance_scale: float = 1.0,  # Strength of the conditions
+    seed: int = 0,  # Seed
+    # Grid of diagnosis by slice, and the walk from noise of one picture a row
+) -> tuple[plt.Figure, plt.Figure]:
+    """Draw the two figures that show what a run can do.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        A run with a trained denoiser.
+    columns : int, default 6
+        Slice positions.
+    steps : int, default 30
+        Network calls.
+    guidance_scale : float, default 1.0
+        Strength of the conditions.
+    seed : int, default 0
+        Seed.
+
+    Returns
+    -------
+    tuple[plt.Figure, plt.Figure]
+    """
     known = {c.name: c for c in model.covariates}
     rows = list(known['diagnosis'].values) if 'diagnosis' in known else [None]
-    numbers = np.unique(np.linspace(*known['slice'].range, columns).round()).tolist() if 'slice' in known else None
-    columns,frames = len(numbers or [0]*columns),[]
-    options = dict(default_conditions(model), slice=numbers, steps=steps, guidance_scale=guidance_scale, seed=seed,
-               batch_size=columns, watched=[columns//2], callback=lambda i,t,p: frames.append(p[0, 0]))
-    images = torch.stack([model.sample(columns, **(options|dict(diagnosis=o))) for o in rows])[:, :, 0]
-    walks = torch.stack(frames).unflatten(0, (len(rows), steps))[:, np.linspace(0, steps-1, 7).round().astype(int)]
-    walks = torch.cat([walks, images[:, columns//2, None]], dim=1)
-    labels,titles = [str(o or 'any') for o in rows],numbers and [f'slice {k:g}' for k in numbers]
-    return (show_grid(images, titles=titles, row_labels=labels,
-                      title='Drawn from noise: same seed in a column, another diagnosis a row'),
-            show_grid(walks, row_labels=labels, title='What the network expects at the end, from first step to last'))
+    numbers = (
+        np.unique(np.linspace(*known['slice'].range, columns).round()).tolist()
+        if 'slice' in known
+        else None
+    )
+    columns, frames = len(numbers or [0] * columns), []
+    options = dict(
+        default_conditions(model),
+        slice=numbers,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=columns,
+        watched=[columns // 2],
+        callback=lambda i, t, p: frames.append(p[0, 0]),
+    )
+    images = torch.stack([model.sample(columns, **(options | dict(diagnosis=o))) for o in rows])[
+        :, :, 0
+    ]
+    walks = torch.stack(frames).unflatten(0, (len(rows), steps))[
+        :, np.linspace(0, steps - 1, 7).round().astype(int)
+    ]
+    walks = torch.cat([walks, images[:, columns // 2, None]], dim=1)
+    labels, titles = [str(o or 'any') for o in rows], numbers and [f'slice {k:g}' for k in numbers]
+    return (
+        show_grid(
+            images,
+            titles=titles,
+            row_labels=labels,
+            title='Drawn from noise: same seed in a column, another diagnosis a row',
+        ),
+        show_grid(
+            walks,
+            row_labels=labels,
+            title='What the network expects at the end, from first step to last',
+        ),
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #767edebe
 def figure_uri(
-    figure:plt.Figure|bytes, # A figure, closed afterwards, or the bytes of a PNG or GIF
-)->str: # data:… address that a page can hold
-    "Turn a picture into text, so that a report is one file."
-    if isinstance(figure, plt.Figure): figure = figure_to_png(figure)
-    kind = 'gif' if figure[:3]==b'GIF' else 'png'
+    figure: plt.Figure | bytes,  # A figure, closed afterwards, or the bytes of a PNG or GIF
+) -> str:  # data:… address that a page can hold
+    """Turn a picture into text, so that a report is one file.
+
+    Parameters
+    ----------
+    figure : plt.Figure | bytes
+        A figure, closed afterwards, or the bytes of a PNG or GIF.
+
+    Returns
+    -------
+    str
+        data:… address that a page can hold.
+    """
+    if isinstance(figure, plt.Figure):
+        figure = figure_to_png(figure)
+    kind = 'gif' if figure[:3] == b'GIF' else 'png'
     return f'data:image/{kind};base64,{base64.b64encode(figure).decode()}'
 
 # %% ../../nbs/engineering/36_report.ipynb #dabea93b
 def prior_scores(
-    model:CodeSampler, # A run with a trained prior
-    dataset:SliceDataset, # All splits of the data it was trained on
-    split:str='test', # Whose slices; the validate subjects have chosen the weights
-    progress:bool=False, # Show bars
-)->dict: # bits: mean bits per code of prior and floors; interval_95 of each; saving; counts
-    "What held-out codes cost the prior, beside what they cost without it."
-    prices,subjects = code_costs(model, dataset, split, progress),dataset.subset(split).manifest.subject
-    bits = {k: v.mean().item() for k,v in prices.items()}
-    return json_safe(dict(bits=bits, saving=1-bits['prior']/bits['place_slice'],
-        interval_95={k: subject_interval(pd.Series(v.numpy()), subjects) for k,v in prices.items()},
-        n_subjects=int(subjects.nunique()), n_slices=len(subjects)))
+    model: CodeSampler,  # A run with a trained prior
+    dataset: SliceDataset,  # All splits of the data it was trained on
+    split: str = 'test',  # Whose slices; the validate subjects have chosen the weights
+    progress: bool = False,  # Show bars
+) -> dict:  # bits: mean bits per code of prior and floors; interval_95 of each; saving; counts
+    """What held-out codes cost the prior, beside what they cost without it.
+
+    Parameters
+    ----------
+    model : CodeSampler
+        A run with a trained prior.
+    dataset : SliceDataset
+        All splits of the data it was trained on.
+    split : str, default 'test'
+        Whose slices; the validate subjects have chosen the weights.
+    progress : bool, default False
+        Show bars.
+
+    Returns
+    -------
+    dict
+        bits: mean bits per code of prior and floors; interval_95 of each; saving; counts.
+    """
+    prices, subjects = (
+        code_costs(model, dataset, split, progress),
+        dataset.subset(split).manifest.subject,
+    )
+    bits = {k: v.mean().item() for k, v in prices.items()}
+    return json_safe(
+        dict(
+            bits=bits,
+            saving=1 - bits['prior'] / bits['place_slice'],
+            interval_95={
+                k: subject_interval(pd.Series(v.numpy()), subjects) for k, v in prices.items()
+            },
+            n_subjects=int(subjects.nunique()),
+            n_slices=len(subjects),
+        )
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #4a6be5d0
 def sample_by_generator(
-    run:str|Path, # Run folder with a prior, and perhaps a diffusion model
-    columns:int=6, # Slice positions
-    steps:int=30, # Network calls of the diffusion model
-    seed:int=0, # Seed
-)->tuple[plt.Figure, dict[str, float]]: # Rows: prior, diffusion model, codes by place and height; seconds a picture
-    "The same request to everybody who can draw. What the autoencoder must be told has its first value, or its middle."
-    ldm,prior = BrainLDM.load(run),CodeSampler.load(run)
-    span = next((c.range for c in prior.covariates if c.name=='slice'), None)
+    run: str | Path,  # Run folder with a prior, and perhaps a diffusion model
+    columns: int = 6,  # Slice positions
+    steps: int = 30,  # Network calls of the diffusion model
+    seed: int = 0,  # Seed
+    # Rows: prior, diffusion model, codes by place and height; seconds a picture
+) -> tuple[plt.Figure, dict[str, float]]:
+    """The same request to everybody who can draw.
+
+    What the autoencoder must be told has its first value, or its middle.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder with a prior, and perhaps a diffusion model.
+    columns : int, default 6
+        Slice positions.
+    steps : int, default 30
+        Network calls of the diffusion model.
+    seed : int, default 0
+        Seed.
+
+    Returns
+    -------
+    tuple[plt.Figure, dict[str, float]]
+    """
+    ldm, prior = BrainLDM.load(run), CodeSampler.load(run)
+    span = next((c.range for c in prior.covariates if c.name == 'slice'), None)
     numbers = np.unique(np.linspace(*span, columns).round()).tolist() if span else None
     request = default_conditions(prior) | ({'slice': numbers} if numbers else {})
     n = len(numbers or range(columns))
     ways = {'prior': lambda: prior.sample(n, **request, seed=seed)}
-    def pick(*names): return {k: v for k,v in request.items() if k in names}
+
+    def pick(*names):
+        return {k: v for k, v in request.items() if k in names}
+
     told = [c.name for c in ldm.autoencoder.covariates]
     if ldm.unet:
-        heard = pick(*(c.name for c in ldm.covariates))                        # it may know less than the prior
+        heard = pick(*(c.name for c in ldm.covariates))  # it may know less than the prior
         ways['diffusion'] = lambda: ldm.sample(n, **heard, steps=steps, seed=seed)
     ways['histogram'] = lambda: ldm.sample_stage1(n, seed=seed, **pick('slice', *told))
-    rows,seconds = [],{}
-    for name,draw in ways.items():
-        start = time.perf_counter(); rows.append(draw()[:, 0]); seconds[name] = (time.perf_counter()-start)/n
-    return show_grid(torch.stack(rows), titles=numbers and [f'slice {k:g}' for k in numbers], row_labels=list(ways),
-                     title='The same request, as far as each generator knows it'),seconds
+    rows, seconds = [], {}
+    for name, draw in ways.items():
+        start = time.perf_counter()
+        rows.append(draw()[:, 0])
+        seconds[name] = (time.perf_counter() - start) / n
+    return (
+        show_grid(
+            torch.stack(rows),
+            titles=numbers and [f'slice {k:g}' for k in numbers],
+            row_labels=list(ways),
+            title='The same request, as far as each generator knows it',
+        ),
+        seconds,
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #199fb0c2
 def report_prior(
-    run:Path, # Run folder with a prior
-    metrics:dict, # Its metrics.json
-    steps:int, # Network calls of the diffusion model
-    seed:int, # Seed
-)->dict: # A section of the report
-    "The transformer's prices beside their floors, and its pictures beside those of the other generators."
-    figure,seconds = sample_by_generator(run, steps=steps, seed=seed)
-    measured = {k.split(' ', 1)[1]: o for k,o in metrics.items() if k.startswith('bits ')}
-    names = dict(prior='prior', place_slice='histogram by place and slice', place='by place', histogram='global',
-                 uniform='uniform')
+    run: Path,  # Run folder with a prior
+    metrics: dict,  # Its metrics.json
+    steps: int,  # Network calls of the diffusion model
+    seed: int,  # Seed
+) -> dict:  # A section of the report
+    """The transformer's prices beside their floors, and its pictures beside those of the other
+    generators.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with a prior.
+    metrics : dict
+        Its metrics.json.
+    steps : int
+        Network calls of the diffusion model.
+    seed : int
+        Seed.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
+    figure, seconds = sample_by_generator(run, steps=steps, seed=seed)
+    measured = {k.split(' ', 1)[1]: o for k, o in metrics.items() if k.startswith('bits ')}
+    names = dict(
+        prior='prior',
+        place_slice='histogram by place and slice',
+        place='by place',
+        histogram='global',
+        uniform='uniform',
+    )
     rows = [['split', 'subjects', 'slices', *names.values()]]
-    rows += [[k, o['n_subjects'], o['n_slices'], *(show_number(o['bits'][n], 2) for n in names)]
-             for k,o in measured.items()]
-    text = 'Bits per code on people the prior was not trained on; the histograms are its floors. ' if measured else \
-           'Bits per code were not measured yet: run `brainldm bits RUN DATA`. '
-    text += 'Seconds a picture, all in one run: ' + ', '.join(f'{k} {v:.2f}' for k,v in seconds.items()) + '.'
-    return dict(title='Written code by code', text=text, table=rows if measured else [],
-                figures=[(figure_uri(figure), 'Prior, diffusion model and codes by place, asked for the same slices')])
+    rows += [
+        [k, o['n_subjects'], o['n_slices'], *(show_number(o['bits'][n], 2) for n in names)]
+        for k, o in measured.items()
+    ]
+    text = (
+        'Bits per code on people the prior was not trained on; the histograms are its floors. '
+        if measured
+        else 'Bits per code were not measured yet: run `brainldm bits RUN DATA`. '
+    )
+    text += (
+        'Seconds a picture, all in one run: '
+        + ', '.join(f'{k} {v:.2f}' for k, v in seconds.items())
+        + '.'
+    )
+    return dict(
+        title='Written code by code',
+        text=text,
+        table=rows if measured else [],
+        figures=[
+            (
+                figure_uri(figure),
+                'Prior, diffusion model and codes by place, asked for the same slices',
+            )
+        ],
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #1214d037
 def sample_matched(
-    model, # `BrainLDM` or `CodeSampler`
-    table:pd.DataFrame, # Rows whose conditions to draw with
-    generator:str='ldm', # 'ldm', 'prior', or 'stage1': random latents, a floor
-    seed:int=0, # Seed
-    **options, # What `sample` takes: steps, guidance_scale, temperature, progress …; nothing for 'stage1'
-)->Tensor: # Pictures (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`
-    "Draw one picture for each row."
-    random = generator=='stage1'
+    model,  # `BrainLDM` or `CodeSampler`
+    table: pd.DataFrame,  # Rows whose conditions to draw with
+    generator: str = 'ldm',  # 'ldm', 'prior', or 'stage1': random latents, a floor
+    seed: int = 0,  # Seed
+    # What `sample` takes: steps, guidance_scale, temperature, progress …; nothing for 'stage1'
+    **options,
+) -> Tensor:  # Pictures (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`
+    """Draw one picture for each row.
+
+    Parameters
+    ----------
+    model
+        `BrainLDM` or `CodeSampler`.
+    table : pd.DataFrame
+        Rows whose conditions to draw with.
+    generator : str, default 'ldm'
+        'ldm', 'prior', or 'stage1': random latents, a floor.
+    seed : int, default 0
+        Seed.
+    **options
+        What `sample` takes: steps, guidance_scale, temperature, progress …; nothing for 'stage1'.
+
+    Returns
+    -------
+    Tensor
+        Pictures (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`.
+    """
+    random = generator == 'stage1'
     names = [c.name for c in (model.autoencoder if random else model).covariates]
-    if random and hasattr(model.autoencoder, 'histogram') and 'slice' not in names: names.append('slice')      # drawn by height
+    # drawn by height
+    if random and hasattr(model.autoencoder, 'histogram') and 'slice' not in names:
+        names.append('slice')
     requested = dict({k: table[k].tolist() for k in names}, seed=seed)
-    return model.sample_stage1(len(table), **requested) if random else model.sample(len(table), **requested, **options)
+    return (
+        model.sample_stage1(len(table), **requested)
+        if random
+        else model.sample(len(table), **requested, **options)
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee38
 def as_saved(
-    images:Tensor, # Images (n, 1, h, w) in [-1, 1]
-)->Tensor: # The same as a PNG file holds them, in 256 grey values
-    "What is judged is what others get: images as they are saved."
+    images: Tensor,  # Images (n, 1, h, w) in [-1, 1]
+) -> Tensor:  # The same as a PNG file holds them, in 256 grey values
+    """What is judged is what others get: images as they are saved.
+
+    Parameters
+    ----------
+    images : Tensor
+        Images (n, 1, h, w) in [-1, 1].
+
+    Returns
+    -------
+    Tensor
+        The same as a PNG file holds them, in 256 grey values.
+    """
     return from_bytes(to_bytes(images))
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee39
 def from_bytes(
-    pixels:np.ndarray, # Grey values (..., h, w), uint8
-)->Tensor: # Images in [-1, 1], float32
-    "Grey values of files as networks take them."
+    pixels: np.ndarray,  # Grey values (..., h, w), uint8
+) -> Tensor:  # Images in [-1, 1], float32
+    """Grey values of files as networks take them.
+
+    Parameters
+    ----------
+    pixels : np.ndarray
+        Grey values (..., h, w), uint8.
+
+    Returns
+    -------
+    Tensor
+        Images in [-1, 1], float32.
+    """
     return torch.from_numpy(np.array(pixels)).float().div(127.5).sub(1)
 
 # %% ../../nbs/engineering/36_report.ipynb #3fb0617f
 def evaluate_samples(
-    net:FeatureNet, # Trained on the train slices
-    images:Tensor, # Drawn pictures (n, 1, h, w), row for row with the conditions of `rows`
-    rows:np.ndarray, # Rows of `train` that they were drawn after, from `match_rows(held_out, train)`
-    train:SliceDataset, # Real slices of train people
-    held_out:SliceDataset, # Real slices of unseen people, n rows
-    utility:TrainConfig|None=UTILITY, # Length of the classifiers' trainings; None: leave them out
-    progress:bool=False, # Show a bar
-    more:tuple[Tensor, ...]=(), # Further sets for the same rows, sampled from other seeds: they show the noise of sampling
-    orders:pd.DataFrame|None=None, # Conditions that the samples were generated for (n rows); None: those of `rows`
-)->dict: # All scores but the memorization audit's
-    "Every measure of notebooks 10a and 10b on sets of images, each beside what real slices get."
-    who,requested = held_out.manifest.subject,train.manifest.iloc[rows].reset_index(drop=True)
+    net: FeatureNet,  # Trained on the train slices
+    images: Tensor,  # Drawn pictures (n, 1, h, w), row for row with the conditions of `rows`
+    # Rows of `train` that they were drawn after, from `match_rows(held_out, train)`
+    rows: np.ndarray,
+    train: SliceDataset,  # Real slices of train people
+    held_out: SliceDataset,  # Real slices of unseen people, n rows
+    # Length of the classifiers' trainings; None: leave them out
+    utility: TrainConfig | None = UTILITY,
+    progress: bool = False,  # Show a bar
+    # Further sets for the same rows, sampled from other seeds: they show the noise of sampling
+    more: tuple[Tensor, ...] = (),
+    # Conditions that the samples were generated for (n rows); None: those of `rows`
+    orders: pd.DataFrame | None = None,
+) -> dict:  # All scores but the memorization audit's
+    """Every measure of notebooks 10a and 10b on sets of images, each beside what real slices get.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained on the train slices.
+    images : Tensor
+        Drawn pictures (n, 1, h, w), row for row with the conditions of `rows`.
+    rows : np.ndarray
+        Rows of `train` that they were drawn after, from `match_rows(held_out, train)`.
+    train : SliceDataset
+        Real slices of train people.
+    held_out : SliceDataset
+        Real slices of unseen people, n rows.
+    utility : TrainConfig | None, default UTILITY
+        Length of the classifiers' trainings; None: leave them out.
+    progress : bool, default False
+        Show a bar.
+    more : tuple[Tensor, ...], default ()
+        Further sets for the same rows, sampled from other seeds: they show the noise of sampling.
+    orders : pd.DataFrame | None, default None
+        Conditions that the samples were generated for (n rows); None: those of `rows`.
+
+    Returns
+    -------
+    dict
+        All scores but the memorization audit's.
+    """
+    who, requested = held_out.manifest.subject, train.manifest.iloc[rows].reset_index(drop=True)
     orders = requested if orders is None else orders.reset_index(drop=True)
-    real,synthetic = SliceDataset(train.images[rows], requested, train.covariates),as_dataset(images, orders, train.covariates)
-    both = SliceDataset(np.concatenate([real.images, synthetic.images]), pd.concat([requested, orders], ignore_index=True),
-                        train.covariates)
+    real, synthetic = SliceDataset(train.images[rows], requested, train.covariates), as_dataset(
+        images, orders, train.covariates
+    )
+    both = SliceDataset(
+        np.concatenate([real.images, synthetic.images]),
+        pd.concat([requested, orders], ignore_index=True),
+        train.covariates,
+    )
     evaluator_subjects = evaluator_rows(train.manifest, net.fraction)
-    turns,known = reference_rotations(held_out.manifest, train.manifest, evaluator_subjects)
-    seen,every,*ours = (image_features(net, o) for o in (held_out, train, images, *more))
+    turns, known = reference_rotations(held_out.manifest, train.manifest, evaluator_subjects)
+    seen, every, *ours = (image_features(net, o) for o in (held_out, train, images, *more))
     owners = train.manifest.subject.to_numpy()
     middle = ventricle_slices(csf_fraction(train), train.manifest['slice'])
-    sets = dict(synthetic=(images, orders.assign(subject=range(len(orders)))), train=(train, train.manifest),
-                held_out=(held_out, held_out.manifest))
-    whole = {k: o.__getitems__(range(len(o)))['image'] for k,o in (('train', real), ('held_out', held_out))}
-    measures = dict(reading=lambda: evaluator_scores(net, held_out),
-        fidelity=lambda: dict(compare_with_reference(seen, ours, [every[o] for o in turns], who.to_numpy(),
-                                               [owners[o] for o in turns]), n_reference_seen=known),
-        conditioning=lambda: dict({k: condition_effects(net, *o, middle) for k,o in sets.items()},
-                                  slices=middle.tolist()),
+    sets = dict(
+        synthetic=(images, orders.assign(subject=range(len(orders)))),
+        train=(train, train.manifest),
+        held_out=(held_out, held_out.manifest),
+    )
+    whole = {
+        k: o.__getitems__(range(len(o)))['image']
+        for k, o in (('train', real), ('held_out', held_out))
+    }
+    measures = dict(
+        reading=lambda: evaluator_scores(net, held_out),
+        fidelity=lambda: dict(
+            compare_with_reference(
+                seen, ours, [every[o] for o in turns], who.to_numpy(), [owners[o] for o in turns]
+            ),
+            n_reference_seen=known,
+        ),
+        conditioning=lambda: dict(
+            {k: condition_effects(net, *o, middle) for k, o in sets.items()}, slices=middle.tolist()
+        ),
         diversity=lambda: diversity_scores(dict(synthetic=images, **whole), held_out.manifest),
-        utility=lambda: utility_scores(dict(real=real, synthetic=synthetic, both=both), held_out, utility, net.channels,
-                                       progress=progress))
-    if utility is None: measures.pop('utility')
+        utility=lambda: utility_scores(
+            dict(real=real, synthetic=synthetic, both=both),
+            held_out,
+            utility,
+            net.channels,
+            progress=progress,
+        ),
+    )
+    if utility is None:
+        measures.pop('utility')
     bar = tqdm(measures.items(), desc='measures', disable=not progress)
-    out = {k: measure() for k,measure in bar}
+    out = {k: measure() for k, measure in bar}
     return json_safe(dict(n=len(images), n_subjects=int(who.nunique()), **out))
 
 # %% ../../nbs/engineering/36_report.ipynb #3250f9b9
 def plot_audit(
-    samples:pd.DataFrame, # As from `nearest_copies`, of samples
-    reference:pd.DataFrame, # The same of slices that cannot be copies, with split
-    audit:dict, # As from `memorization_audit`
-)->plt.Figure: # Histograms of the correlations, of whole slices and of halves
-    "How similar samples are to train slices, beside slices that cannot be copies; the threshold of a copy dotted."
-    fig,axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
-    for ax,space in zip(axs, ('whole', 'half')):
+    samples: pd.DataFrame,  # As from `nearest_copies`, of samples
+    reference: pd.DataFrame,  # The same of slices that cannot be copies, with split
+    audit: dict,  # As from `memorization_audit`
+) -> plt.Figure:  # Histograms of the correlations, of whole slices and of halves
+    """How similar samples are to train slices, beside slices that cannot be copies; the threshold of a
+    copy dotted.
+
+    Parameters
+    ----------
+    samples : pd.DataFrame
+        As from `nearest_copies`, of samples.
+    reference : pd.DataFrame
+        The same of slices that cannot be copies, with split.
+    audit : dict
+        As from `memorization_audit`.
+
+    Returns
+    -------
+    plt.Figure
+        Histograms of the correlations, of whole slices and of halves.
+    """
+    fig, axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
+    for ax, space in zip(axs, ('whole', 'half')):
         bins = np.linspace(0, 1, 41)
-        groups = {'other train subjects': reference[reference.split=='train'],
-                  'held-out subjects': reference[reference.split!='train'], 'samples': samples}
-        for name,o in groups.items(): ax.hist(o[space], bins, alpha=.5, label=name, weights=np.full(len(o), 1/max(1, len(o))))
+        groups = {
+            'other train subjects': reference[reference.split == 'train'],
+            'held-out subjects': reference[reference.split != 'train'],
+            'samples': samples,
+        }
+        for name, o in groups.items():
+            ax.hist(
+                o[space], bins, alpha=0.5, label=name, weights=np.full(len(o), 1 / max(1, len(o)))
+            )
         ax.axvline(audit[space]['threshold'], c='k', ls=':', label='copy')
-        ax.set(xlabel=f'correlation with the most similar train slice, {space}', ylabel='fraction of slices')
+        ax.set(
+            xlabel=f'correlation with the most similar train slice, {space}',
+            ylabel='fraction of slices',
+        )
     axs[0].legend(frameon=False)
     return fig
 
 # %% ../../nbs/engineering/36_report.ipynb #9c677d79
 def plot_pairs(
-    images:Tensor, # Drawn pictures (n, 1, h, w)
-    train:SliceDataset, # Real slices of train people
-    near:pd.DataFrame, # As from `nearest_copies`, of the pictures
-    number:int=6, # Pairs of each space
-)->plt.Figure: # Samples above, most similar train slice below; by the whole, then by the better half. Real slices: handle as such
-    "The pictures that lie nearest to training, with what they resemble."
-    rows,labels = [],[]
+    images: Tensor,  # Drawn pictures (n, 1, h, w)
+    train: SliceDataset,  # Real slices of train people
+    near: pd.DataFrame,  # As from `nearest_copies`, of the pictures
+    number: int = 6,  # Pairs of each space
+    # Samples above, most similar train slice below; by the whole, then by the better half. Real
+    # slices: handle as such
+) -> plt.Figure:
+    """The pictures that lie nearest to training, with what they resemble.
+
+    Parameters
+    ----------
+    images : Tensor
+        Drawn pictures (n, 1, h, w).
+    train : SliceDataset
+        Real slices of train people.
+    near : pd.DataFrame
+        As from `nearest_copies`, of the pictures.
+    number : int, default 6
+        Pairs of each space.
+
+    Returns
+    -------
+    plt.Figure
+    """
+    rows, labels = [], []
     for space in ('whole', 'half'):
         first = near[space].sort_values(kind='stable', ascending=False).index[:number].tolist()
-        rows += [images[first, 0], train.__getitems__(near[f'{space}_row'][first].tolist())['image'][:, 0]]
+        rows += [
+            images[first, 0],
+            train.__getitems__(near[f'{space}_row'][first].tolist())['image'][:, 0],
+        ]
         labels += [f'sample, by {space}', 'most similar']
-    return show_grid(torch.stack(rows), row_labels=labels, title='The most similar pairs: is it the same brain?')
+    return show_grid(
+        torch.stack(rows), row_labels=labels, title='The most similar pairs: is it the same brain?'
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee37
 def save_evaluation(
-    folder:Path, # Folder for the figures
-    name:str, # What their names begin with
-    scores:dict, # As from `evaluate_samples`
-    images:Tensor, # Synthetic images (n, 1, h, w)
-    train:SliceDataset, # Real slices of train subjects
-    near:list[pd.DataFrame], # What `plot_audit` and `plot_pairs` take: of the samples, of their reference
-    pairs:bool=True, # Save real slices beside the synthetic ones that are nearest to them
-)->None:
-    "Save the figures of an evaluation: some images, the audit's distances, the nearest pairs."
-    shown = np.linspace(0, len(images)-1, 24).round().astype(int)
-    figures = dict(synthetic=show_grid(images[shown, 0], ncols=8, title='Drawn, not scanned'), audit=plot_audit(*near, scores['memorization']))
-    if pairs: figures['pairs'] = plot_pairs(images, train, near[0])
-    for k,figure in figures.items(): save_figure(figure, folder/f'{name}_{k}.png')
+    folder: Path,  # Folder for the figures
+    name: str,  # What their names begin with
+    scores: dict,  # As from `evaluate_samples`
+    images: Tensor,  # Synthetic images (n, 1, h, w)
+    train: SliceDataset,  # Real slices of train subjects
+    # What `plot_audit` and `plot_pairs` take: of the samples, of their reference
+    near: list[pd.DataFrame],
+    pairs: bool = True,  # Save real slices beside the synthetic ones that are nearest to them
+) -> None:
+    """Save the figures of an evaluation: some images, the audit's distances, the nearest pairs.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder for the figures.
+    name : str
+        What their names begin with.
+    scores : dict
+        As from `evaluate_samples`.
+    images : Tensor
+        Synthetic images (n, 1, h, w).
+    train : SliceDataset
+        Real slices of train subjects.
+    near : list[pd.DataFrame]
+        What `plot_audit` and `plot_pairs` take: of the samples, of their reference.
+    pairs : bool, default True
+        Save real slices beside the synthetic ones that are nearest to them.
+    """
+    shown = np.linspace(0, len(images) - 1, 24).round().astype(int)
+    figures = dict(
+        synthetic=show_grid(images[shown, 0], ncols=8, title='Drawn, not scanned'),
+        audit=plot_audit(*near, scores['memorization']),
+    )
+    if pairs:
+        figures['pairs'] = plot_pairs(images, train, near[0])
+    for k, figure in figures.items():
+        save_figure(figure, folder / f'{name}_{k}.png')
 
 # %% ../../nbs/engineering/36_report.ipynb #5b9a6640
 def evaluate(
-    run:str|Path, # Run folder
-    dataset:SliceDataset, # The data it was trained on, all splits
-    generator:str='ldm', # Who draws: 'ldm', 'prior' or 'stage1'
-    split:str='validate', # Which unseen people to compare with
-    seed:int=0, # Seed of the images; a second set, from the next seed, shows the noise of sampling
-    features:TrainConfig=FEATURES, # Training of the feature network, if the run has none yet
-    utility:TrainConfig|None=UTILITY, # Training of each classifier; None: leave them out
-    channels:tuple[int, ...]=(64, 96, 128), # Of the feature network, if the run has none yet
-    progress:bool=False, # Show bars
-    **options, # What `sample` takes: steps, guidance_scale, temperature …
-)->dict: # The scores, as in RUN/metrics.json under 'samples GENERATOR'
-    "Draw, judge, and write RUN/metrics.json and RUN/evaluation. Raises ValueError for other data than the run's."
-    run = Path(run); refuse_leak(read_config(run), dataset, run)
-    train,held_out = dataset.subset('train'),dataset.subset(split)
-    if len(held_out)<50: raise ValueError(
-        f"evaluate: {len(held_out)} unseen slices in {split}. Expected 50 or more: no score can be told from chance. "
-        "Hold back more people.")
+    run: str | Path,  # Run folder
+    dataset: SliceDataset,  # The data it was trained on, all splits
+    generator: str = 'ldm',  # Who draws: 'ldm', 'prior' or 'stage1'
+    split: str = 'validate',  # Which unseen people to compare with
+    # Seed of the images; a second set, from the next seed, shows the noise of sampling
+    seed: int = 0,
+    features: TrainConfig = FEATURES,  # Training of the feature network, if the run has none yet
+    utility: TrainConfig | None = UTILITY,  # Training of each classifier; None: leave them out
+    channels: tuple[int, ...] = (64, 96, 128),  # Of the feature network, if the run has none yet
+    progress: bool = False,  # Show bars
+    **options,  # What `sample` takes: steps, guidance_scale, temperature …
+) -> dict:  # The scores, as in RUN/metrics.json under 'samples GENERATOR'
+    """Draw, judge, and write RUN/metrics.json and RUN/evaluation.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    dataset : SliceDataset
+        The data it was trained on, all splits.
+    generator : str, default 'ldm'
+        Who draws: 'ldm', 'prior' or 'stage1'.
+    split : str, default 'validate'
+        Which unseen people to compare with.
+    seed : int, default 0
+        Seed of the images; a second set, from the next seed, shows the noise of sampling.
+    features : TrainConfig, default FEATURES
+        Training of the feature network, if the run has none yet.
+    utility : TrainConfig | None, default UTILITY
+        Training of each classifier; None: leave them out.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Of the feature network, if the run has none yet.
+    progress : bool, default False
+        Show bars.
+    **options
+        What `sample` takes: steps, guidance_scale, temperature …
+
+    Returns
+    -------
+    dict
+        The scores, as in RUN/metrics.json under 'samples GENERATOR'.
+
+    Raises
+    ------
+    ValueError
+        For other data than the run's.
+    """
+    run = Path(run)
+    refuse_leak(read_config(run), dataset, run)
+    train, held_out = dataset.subset('train'), dataset.subset(split)
+    if len(held_out) < 50:
+        raise ValueError(
+            f"evaluate: {len(held_out)} unseen slices in {split}. Expected 50 or more: no score can"
+            " be told from chance. Hold back more people."
+        )
     rows = match_rows(held_out.manifest, train.manifest)
-    model = (CodeSampler if generator=='prior' else BrainLDM).load(run)
+    model = (CodeSampler if generator == 'prior' else BrainLDM).load(run)
     note_changes(run, generator, dataset, model.autoencoder)
     net = feature_net(run, dataset, features, channels, progress).to(model.device)
     requested = train.manifest.iloc[rows]
-    images,*more = (as_saved(sample_matched(model, requested, generator, o, progress=progress, **options)) for o in (seed, seed+1))
-    audit,*near = audit_images(images, train, held_out, model.reconstruct, device=model.device, progress=progress)
+    images, *more = (
+        as_saved(sample_matched(model, requested, generator, o, progress=progress, **options))
+        for o in (seed, seed + 1)
+    )
+    audit, *near = audit_images(
+        images, train, held_out, model.reconstruct, device=model.device, progress=progress
+    )
     scores = evaluate_samples(net, images, rows, train, held_out, utility, progress, tuple(more))
-    scores = dict(split=split, seed=seed, options=options, **scores,
-                  memorization=dict(json_safe(audit), weights=generator_hash(run, generator)),
-                  membership=json_safe(membership_inference(model, train, held_out)))
+    scores = dict(
+        split=split,
+        seed=seed,
+        options=options,
+        **scores,
+        memorization=dict(json_safe(audit), weights=generator_hash(run, generator)),
+        membership=json_safe(membership_inference(model, train, held_out)),
+    )
     merge_metrics(run, f'samples {generator}', scores)
-    save_evaluation(run/'evaluation', generator, scores, images, train, near)
+    save_evaluation(run / 'evaluation', generator, scores, images, train, near)
     return scores
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee32
 def read_image(
-    path:Path, # PNG, JPEG or NIfTI
-    plane:int=0, # Axial plane of a NIfTI file
-)->np.ndarray: # Grey values (h, w), uint8
-    "Read one image. Raises ValueError for a file that holds none."
-    try: return decode_file(path, [plane])[0][0]
-    except DataFault as e: raise ValueError(
-        f"read_images: '{path.name}': {e}. Expected an 8-bit grey PNG or JPEG, or a NIfTI volume. Check the file, and "
-        "the column path of manifest.csv.") from None
+    path: Path,  # PNG, JPEG or NIfTI
+    plane: int = 0,  # Axial plane of a NIfTI file
+) -> np.ndarray:  # Grey values (h, w), uint8
+    """Read one image.
+
+    Parameters
+    ----------
+    path : Path
+        PNG, JPEG or NIfTI.
+    plane : int, default 0
+        Axial plane of a NIfTI file.
+
+    Returns
+    -------
+    np.ndarray
+        Grey values (h, w), uint8.
+
+    Raises
+    ------
+    ValueError
+        For a file that holds none.
+    """
+    try:
+        return decode_file(path, [plane])[0][0]
+    except DataFault as e:
+        raise ValueError(
+            f"read_images: '{path.name}': {e}. Expected an 8-bit grey PNG or JPEG, or a NIfTI"
+            " volume. Check the file, and the column path of manifest.csv."
+        ) from None
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee33
 def check_image_set(
-    images:list[np.ndarray], # Images, each (h, w), uint8
-    names, # Their files
-)->None: # Nothing: it raises or returns
-    "Refuse images of several sizes, ones that are not square, and copies. Raises ValueError."
-    names,sizes = list(names),pd.Series([f'{o.shape[0]} x {o.shape[1]}' for o in images])
+    images: list[np.ndarray],  # Images, each (h, w), uint8
+    names,  # Their files
+) -> None:  # Nothing: it raises or returns
+    """Refuse images of several sizes, ones that are not square, and copies.
+
+    Parameters
+    ----------
+    images : list[np.ndarray]
+        Images, each (h, w), uint8.
+    names
+        Their files.
+
+    Raises
+    ------
+    ValueError
+    """
+    names, sizes = list(names), pd.Series([f'{o.shape[0]} x {o.shape[1]}' for o in images])
     kinds = sizes.value_counts()
-    first = ', '.join(f"{k} ({n}, such as {names[(sizes==k).argmax()]})" for k,n in kinds.items())
-    if len(kinds)!=1 or images[0].shape[0]!=images[0].shape[1]: raise ValueError(
-        f"read_images: images of {first} pixels. Expected squares of one size. Crop or resize them all in one way.")
+    first = ', '.join(f"{k} ({n}, such as {names[(sizes==k).argmax()]})" for k, n in kinds.items())
+    if len(kinds) != 1 or images[0].shape[0] != images[0].shape[1]:
+        raise ValueError(
+            f"read_images: images of {first} pixels. Expected squares of one size. Crop or resize"
+            " them all in one way."
+        )
     marks = pd.Series([hash_image(o) for o in images])
     again = marks.duplicated()
-    if again.any(): raise ValueError(
-        f"read_images: {again.sum()} of {len(images)} images are copies of another one, such as {names[again.argmax()]} of "
-        f"{names[(marks==marks[again.argmax()]).argmax()]}. Expected different images: a copy counts twice in every score. "
-        "Generate others, or leave the copies out.")
+    if again.any():
+        raise ValueError(
+            f"read_images: {again.sum()} of {len(images)} images are copies of another one, such as"
+            f" {names[again.argmax()]} of {names[(marks==marks[again.argmax()]).argmax()]}."
+            " Expected different images: a copy counts twice in every score. Generate others, or"
+            " leave the copies out."
+        )
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee31
 def read_images(
-    folder:str|Path, # Folder with manifest.csv and the PNG, JPEG or NIfTI files that it names
-    covariates:list, # Conditions that the real data know
-)->tuple[np.ndarray, pd.DataFrame]: # Images (n, h, w), uint8; their requested conditions and path, row for row
+    folder: str | Path,  # Folder with manifest.csv and the PNG, JPEG or NIfTI files that it names
+    covariates: list,  # Conditions that the real data know
+    # Images (n, h, w), uint8; their requested conditions and path, row for row
+) -> tuple[np.ndarray, pd.DataFrame]:
     """Read the images of any generator with the conditions they were generated for.
 
-    Raises FileNotFoundError without manifest.csv, ValueError for whatever cannot be compared."""
-    path,names = Path(folder)/'manifest.csv',[c.name for c in covariates]
+    Parameters
+    ----------
+    folder : str | Path
+        Folder with manifest.csv and the PNG, JPEG or NIfTI files that it names.
+    covariates : list
+        Conditions that the real data know.
+
+    Returns
+    -------
+    tuple[np.ndarray, pd.DataFrame]
+
+    Raises
+    ------
+    FileNotFoundError
+        Without manifest.csv.
+    ValueError
+        For whatever cannot be compared.
+    """
+    path, names = Path(folder) / 'manifest.csv', [c.name for c in covariates]
     needs = ['path', *(o for o in ('slice', 'diagnosis') if o in names)]
-    if not path.is_file(): raise FileNotFoundError(
-        f"read_images: '{folder}' has no manifest.csv. Expected a table with the columns {', '.join(needs)}, one row an "
-        "image: its file, and what it was generated for. Write one; `brainldm sample` does.")
-    table = read_table(path, tuple(o for o in needs if o!='diagnosis'))
-    if 'diagnosis' in needs and ('diagnosis' not in table or table.diagnosis.isna().any()): raise ValueError(
-        f"read_images: {'no diagnosis in' if 'diagnosis' not in table else 'a row without diagnosis in'} '{path}'. Expected "
-        "one in each row: it decides which real slices stand beside the image. Fill it in.")
-    if 'slice_asked' in table: table = table.assign(slice=table.slice_asked)   # as `save_images` writes a half slice
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"read_images: '{folder}' has no manifest.csv. Expected a table with the columns"
+            f" {', '.join(needs)}, one row an image: its file, and what it was generated for. Write"
+            " one; `brainldm sample` does."
+        )
+    table = read_table(path, tuple(o for o in needs if o != 'diagnosis'))
+    if 'diagnosis' in needs and ('diagnosis' not in table or table.diagnosis.isna().any()):
+        raise ValueError(
+            "read_images:"
+            f" {'no diagnosis in' if 'diagnosis' not in table else 'a row without diagnosis in'}"
+            f" '{path}'. Expected one in each row: it decides which real slices stand beside the"
+            " image. Fill it in."
+        )
+    # as `save_images` writes a half slice
+    if 'slice_asked' in table:
+        table = table.assign(slice=table.slice_asked)
     requested = read_conditions({o: table[o].tolist() for o in names if o in table}, covariates)
     planes = table.plane.fillna(0) if 'plane' in table else np.zeros(len(table))
-    images = [read_image(path.parent/name, int(k)) for name,k in zip(table.path, planes)]
+    images = [read_image(path.parent / name, int(k)) for name, k in zip(table.path, planes)]
     check_image_set(images, table.path)
-    return np.stack(images),pd.DataFrame(requested).assign(path=table.path)
+    return np.stack(images), pd.DataFrame(requested).assign(path=table.path)
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee41
 def image_side(
-    folder:str|Path, # Folder with manifest.csv
-)->int: # Side of its first image, pixels
-    "How large the images of a folder are, before the data are opened at that size. Raises as `read_images` does."
-    path = Path(folder)/'manifest.csv'
-    if not path.is_file(): read_images(folder, [])                             # says what is missing
+    folder: str | Path,  # Folder with manifest.csv
+) -> int:  # Side of its first image, pixels
+    """How large the images of a folder are, before the data are opened at that size.
+
+    Raises as `read_images` does.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Folder with manifest.csv.
+
+    Returns
+    -------
+    int
+        Side of its first image, pixels.
+    """
+    path = Path(folder) / 'manifest.csv'
+    if not path.is_file():
+        read_images(folder, [])  # says what is missing
     table = read_table(path, ('path',))
-    if not len(table): raise ValueError(f"read_images: '{path}' has no row. Expected one an image. Write them.")
-    return read_image(path.parent/table.path[0]).shape[0]
+    if not len(table):
+        raise ValueError(f"read_images: '{path}' has no row. Expected one an image. Write them.")
+    return read_image(path.parent / table.path[0]).shape[0]
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee35
 def pair_images(
-    table:pd.DataFrame, # Requested conditions of images
-    held_out:pd.DataFrame, # Manifest rows of held-out subjects
-)->tuple[list[np.ndarray], np.ndarray]: # Rows of `table` for each set, and the rows of `held_out` that they stand beside
-    "Give each held-out slice an image of the same position and diagnosis. Raises ValueError below 50."
+    table: pd.DataFrame,  # Requested conditions of images
+    held_out: pd.DataFrame,  # Manifest rows of held-out subjects
+    # Rows of `table` for each set, and the rows of `held_out` that they stand beside
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Give each held-out slice an image of the same position and diagnosis.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        Requested conditions of images.
+    held_out : pd.DataFrame
+        Manifest rows of held-out subjects.
+
+    Returns
+    -------
+    tuple[list[np.ndarray], np.ndarray]
+
+    Raises
+    ------
+    ValueError
+        Below 50.
+    """
     names = [o for o in ('slice', 'diagnosis') if o in held_out and o in table]
-    def cells(o): return o[names].apply(lambda c: c.map(level_text)).fillna('').groupby(names).indices
-    images,real = cells(table),cells(held_out)
+
+    def cells(o):
+        return o[names].apply(lambda c: c.map(level_text)).fillna('').groupby(names).indices
+
+    images, real = cells(table), cells(held_out)
     found = {k: images.get(k, np.empty(0, int)) for k in real}
-    full = min(len(found[k])//len(rows) for k,rows in real.items())
+    full = min(len(found[k]) // len(rows) for k, rows in real.items())
     sets = [np.full(len(held_out), -1) for _ in range(max(1, full))]
-    for k,rows in real.items():
-        for i,one in enumerate(sets):
-            part = found[k][i*len(rows):(i+1)*len(rows)]
-            one[rows[:len(part)]] = part
-    rows = np.flatnonzero(sets[0]>=0)
-    if len(rows)<50: raise ValueError(
-        f"evaluate: {len(rows)} of {len(table)} images have a held-out slice of the same {' and '.join(names)} to stand "
-        f"beside; there are {len(held_out)} held-out slices. Expected 50 or more: no score can be told from chance. Generate "
-        "an image for each held-out slice, better two.")
-    return [o[rows] for o in sets],rows
+    for k, rows in real.items():
+        for i, one in enumerate(sets):
+            part = found[k][i * len(rows) : (i + 1) * len(rows)]
+            one[rows[: len(part)]] = part
+    rows = np.flatnonzero(sets[0] >= 0)
+    if len(rows) < 50:
+        raise ValueError(
+            f"evaluate: {len(rows)} of {len(table)} images have a held-out slice of the same"
+            f" {' and '.join(names)} to stand beside; there are {len(held_out)} held-out slices."
+            " Expected 50 or more: no score can be told from chance. Generate an image for each"
+            " held-out slice, better two."
+        )
+    return [o[rows] for o in sets], rows
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee36
 def evaluate_images(
-    images:str|Path, # Folder of images with manifest.csv, as for `read_images`
-    dataset:SliceDataset, # Real data, all splits, as large as the images
-    split:str='validate', # Which held-out subjects to compare with
-    features:TrainConfig=FEATURES, # Training of the feature network, if these data have none yet
-    utility:TrainConfig|None=UTILITY, # Training of each classifier; None: leave them out
-    channels:tuple[int, ...]=(64, 96, 128), # Of the feature network, if these data have none yet
-    progress:bool=False, # Show bars
-    run:str|Path|None=None, # Run that generated them: its feature network, and its autoencoder for the audit; None: no run
-    out:str|Path|None=None, # Folder for metrics.json and figures; None: the images' folder, without real slices
-)->dict: # The scores, as in metrics.json under 'samples images'
-    "Judge the images of any generator as `evaluate` judges those of a run. Raises ValueError, FileNotFoundError."
-    pixels,table = read_images(images, dataset.covariates)
-    if pixels.shape[1]!=dataset.images.shape[1]: raise ValueError(
-        f"evaluate: images of {pixels.shape[1]} pixels, real data of {dataset.images.shape[1]}. Expected equal sizes. "
-        f"Open the data with DataConfig(size={pixels.shape[1]}).")
-    train,held_out = dataset.subset('train'),dataset.subset(split)
-    sets,rows = pair_images(table, held_out.manifest)
-    unused = len(table)-sum(len(o) for o in sets)
-    if unused: print(f'Note: {unused} of {len(table)} images have no held-out slice of their own to stand beside: left out.')
+    images: str | Path,  # Folder of images with manifest.csv, as for `read_images`
+    dataset: SliceDataset,  # Real data, all splits, as large as the images
+    split: str = 'validate',  # Which held-out subjects to compare with
+    # Training of the feature network, if these data have none yet
+    features: TrainConfig = FEATURES,
+    utility: TrainConfig | None = UTILITY,  # Training of each classifier; None: leave them out
+    # Of the feature network, if these data have none yet
+    channels: tuple[int, ...] = (64, 96, 128),
+    progress: bool = False,  # Show bars
+    # Run that generated them: its feature network, and its autoencoder for the audit; None: no
+    # run
+    run: str | Path | None = None,
+    # Folder for metrics.json and figures; None: the images' folder, without real slices
+    out: str | Path | None = None,
+) -> dict:  # The scores, as in metrics.json under 'samples images'
+    """Judge the images of any generator as `evaluate` judges those of a run.
+
+    Parameters
+    ----------
+    images : str | Path
+        Folder of images with manifest.csv, as for `read_images`.
+    dataset : SliceDataset
+        Real data, all splits, as large as the images.
+    split : str, default 'validate'
+        Which held-out subjects to compare with.
+    features : TrainConfig, default FEATURES
+        Training of the feature network, if these data have none yet.
+    utility : TrainConfig | None, default UTILITY
+        Training of each classifier; None: leave them out.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Of the feature network, if these data have none yet.
+    progress : bool, default False
+        Show bars.
+    run : str | Path | None, default None
+        Run that generated them: its feature network, and its autoencoder for the audit; None: no
+        run.
+    out : str | Path | None, default None
+        Folder for metrics.json and figures; None: the images' folder, without real slices.
+
+    Returns
+    -------
+    dict
+        The scores, as in metrics.json under 'samples images'.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+    """
+    pixels, table = read_images(images, dataset.covariates)
+    if pixels.shape[1] != dataset.images.shape[1]:
+        raise ValueError(
+            f"evaluate: images of {pixels.shape[1]} pixels, real data of {dataset.images.shape[1]}."
+            f" Expected equal sizes. Open the data with DataConfig(size={pixels.shape[1]})."
+        )
+    train, held_out = dataset.subset('train'), dataset.subset(split)
+    sets, rows = pair_images(table, held_out.manifest)
+    unused = len(table) - sum(len(o) for o in sets)
+    if unused:
+        print(
+            f'Note: {unused} of {len(table)} images have no held-out slice of their own to stand'
+            ' beside: left out.'
+        )
     held_out = pick_rows(held_out, rows)
-    home = cache_folder()/'feature_nets'/f"{fingerprint(dataset.manifest)['hash']}_{pixels.shape[1]}"
+    home = (
+        cache_folder()
+        / 'feature_nets'
+        / f"{fingerprint(dataset.manifest)['hash']}_{pixels.shape[1]}"
+    )
     home.mkdir(parents=True, exist_ok=True)
     net = feature_net(run or home, dataset, features, channels, progress)
-    device,model = pick_device(),BrainLDM.load(run) if run else None
-    first,*more = (from_bytes(pixels[o])[:, None] for o in sets)
-    audit,*near = audit_images(first, train, held_out, model and model.reconstruct, device=device, progress=progress)
-    scores = evaluate_samples(net.to(device), first, match_rows(held_out.manifest, train.manifest), train, held_out, utility,
-                            progress, tuple(more), table.iloc[sets[0]])
-    scores = dict(split=split, images=Path(images).resolve().name, n_unused=unused, **scores,
-                  memorization=json_safe(audit))
+    device, model = pick_device(), BrainLDM.load(run) if run else None
+    first, *more = (from_bytes(pixels[o])[:, None] for o in sets)
+    audit, *near = audit_images(
+        first, train, held_out, model and model.reconstruct, device=device, progress=progress
+    )
+    scores = evaluate_samples(
+        net.to(device),
+        first,
+        match_rows(held_out.manifest, train.manifest),
+        train,
+        held_out,
+        utility,
+        progress,
+        tuple(more),
+        table.iloc[sets[0]],
+    )
+    scores = dict(
+        split=split,
+        images=Path(images).resolve().name,
+        n_unused=unused,
+        **scores,
+        memorization=json_safe(audit),
+    )
     place = Path(out or images)
     merge_metrics(place, 'samples images', scores)
-    save_evaluation(place/'evaluation', 'images', scores, first, train, near, pairs=out is not None)         # real slices
+    # real slices
+    save_evaluation(
+        place / 'evaluation', 'images', scores, first, train, near, pairs=out is not None
+    )
     return scores
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee60
 def target_verdict(
-    interval:tuple[float, float]|None, # 95 % interval of a number; None: it could not be estimated
-    least:float=-math.inf, # Smallest value that reaches the target
-    most:float=math.inf, # Largest value that reaches the target
-)->str: # 'reached', 'missed' or 'unclear'
-    "A target is reached by the whole interval, missed by the whole interval, or unclear."
-    low,high = interval or (-math.inf, math.inf)
-    if least<=low and high<=most: return 'reached'
-    return 'missed' if high<least or low>most else 'unclear'
+    # 95 % interval of a number; None: it could not be estimated
+    interval: tuple[float, float] | None,
+    least: float = -math.inf,  # Smallest value that reaches the target
+    most: float = math.inf,  # Largest value that reaches the target
+) -> str:  # 'reached', 'missed' or 'unclear'
+    """A target is reached by the whole interval, missed by the whole interval, or unclear.
+
+    Parameters
+    ----------
+    interval : tuple[float, float] | None
+        95 % interval of a number; None: it could not be estimated.
+    least : float, default -math.inf
+        Smallest value that reaches the target.
+    most : float, default math.inf
+        Largest value that reaches the target.
+
+    Returns
+    -------
+    str
+        'reached', 'missed' or 'unclear'.
+    """
+    low, high = interval or (-math.inf, math.inf)
+    if least <= low and high <= most:
+        return 'reached'
+    return 'missed' if high < least or low > most else 'unclear'
 
 # %% ../../nbs/engineering/36_report.ipynb #21a5c247
 def check_targets(
-    scores:dict, # As from `evaluate`
-)->list[tuple]: # Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not reached
-    "The five targets beside what was measured, each judged by its interval over subjects."
-    synthetic,reference,excess = (scores['fidelity'][k] for k in ('synthetic', 'reference', 'excess'))
-    pairs,audit,use = scores['diversity'],scores['memorization'],scores.get('utility')
+    scores: dict,  # As from `evaluate`
+    # Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not
+    # reached
+) -> list[tuple]:
+    """The five targets beside what was measured, each judged by its interval over subjects.
+
+    Parameters
+    ----------
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    list[tuple]
+    """
+    synthetic, reference, excess = (
+        scores['fidelity'][k] for k in ('synthetic', 'reference', 'excess')
+    )
+    pairs, audit, use = scores['diversity'], scores['memorization'], scores.get('utility')
     real = pairs['train']['ms_ssim']
-    out = [('excess KID over real subjects', excess['kid'], 0., f'at most {EXCESS:g}',
+    out = [
+        (
+            'excess KID over real subjects',
+            excess['kid'],
+            0.0,
+            f'at most {EXCESS:g}',
             target_verdict(excess['interval_95'], most=EXCESS),
-            'Synthetic images may differ from held-out slices more than those of other real subjects do: blur, too '
-            'short a training, or too few steps.'),
-           ('recall', synthetic['recall'], reference['recall'], 'at least 0.5',
-            target_verdict(synthetic['interval_95'].get('recall'), least=.5),
-            'Many real slices are like nothing that it generates.'),
-           ('MS-SSIM, same conditions', pairs['synthetic']['ms_ssim'], real, 'within 0.03 of real',
-            target_verdict(pairs['synthetic']['interval_95'], real-.03, real+.03),
-            'Answers to the same request are more similar, or less, than real subjects are.'),
-           ('memorization audit, copies', audit['copies'], 0, 'passed',
+            (
+                'Synthetic images may differ from held-out slices more than those of other real'
+                ' subjects do: blur, too short a training, or too few steps.'
+            ),
+        ),
+        (
+            'recall',
+            synthetic['recall'],
+            reference['recall'],
+            'at least 0.5',
+            target_verdict(synthetic['interval_95'].get('recall'), least=0.5),
+            'Many real slices are like nothing that it generates.',
+        ),
+        (
+            'MS-SSIM, same conditions',
+            pairs['synthetic']['ms_ssim'],
+            real,
+            'within 0.03 of real',
+            target_verdict(pairs['synthetic']['interval_95'], real - 0.03, real + 0.03),
+            'Answers to the same request are more similar, or less, than real subjects are.',
+        ),
+        (
+            'memorization audit, copies',
+            audit['copies'],
+            0,
+            'passed',
             dict(passed='reached', failed='missed').get(audit['verdict'], 'unclear'),
-            f"The memorization audit {'has failed' if audit['verdict']=='failed' else 'is unclear'}: {audit['reason']}. "
-            'Look at the most similar pairs, and do not share before.')]
-    if not use: return out
+            (
+                "The memorization audit"
+                f" {'has failed' if audit['verdict']=='failed' else 'is unclear'}:"
+                f" {audit['reason']}. Look at the most similar pairs, and do not share before."
+            ),
+        ),
+    ]
+    if not use:
+        return out
     real = use['real']['auc']
-    return [*out, ('AUC of a classifier trained on them', use['synthetic']['auc'], real, f'at least {.9*real:.2f}, 0.9 x real',
-                   target_verdict(use['synthetic']['interval_95'], least=.9*real), 'Disease may be weaker in them than it '
-                   'is: a classifier may learn less from these images than from real ones.')]
+    return [
+        *out,
+        (
+            'AUC of a classifier trained on them',
+            use['synthetic']['auc'],
+            real,
+            f'at least {.9*real:.2f}, 0.9 x real',
+            target_verdict(use['synthetic']['interval_95'], least=0.9 * real),
+            (
+                'Disease may be weaker in them than it '
+                'is: a classifier may learn less from these images than from real ones.'
+            ),
+        ),
+    ]
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee20
 def fidelity_rows(
-    fidelity:dict, # As from `compare_with_reference`
-)->list[list[str]]: # Rows of a table: measure, synthetic, real-vs-real reference, target (none), reached (none)
-    "What the excess is made of: both sampling seeds, both distances, and how far the rotations differ."
-    def span(o): return f"[{', '.join(map(show_number, o or (None, None)))}]"
-    def turns(k): return [o[k] for o in fidelity['by_rotation']]
-    excess,first = fidelity['excess'],fidelity['synthetic']
-    rows = [[f'excess KID, seed {i+1}', f"{show_number(o['kid'])} {span(o['interval_95'])}", '0', '', '']
-            for i,o in enumerate(excess['by_seed'])]
-    names = dict(kid='KID to held-out slices', frechet='Fréchet distance to held-out slices', precision='precision',
-                 recall='recall', coverage='coverage')
-    return [['excess KID, all seeds', f"{show_number(excess['kid'])} {span(excess['interval_95'])}", '0', '', '']]+rows+[
-        [name, f"{' and '.join(show_number(o[k]) for o in fidelity['by_seed'])} {span(first['interval_95'].get(k))}",
-         f"{show_number(fidelity['reference'][k])} (rotations {show_number(min(turns(k)))} to {show_number(max(turns(k)))})",
-         '', ''] for k,name in names.items()]
+    fidelity: dict,  # As from `compare_with_reference`
+    # Rows of a table: measure, synthetic, real-vs-real reference, target (none), reached (none)
+) -> list[list[str]]:
+    """What the excess is made of: both sampling seeds, both distances, and how far the rotations
+    differ.
+
+    Parameters
+    ----------
+    fidelity : dict
+        As from `compare_with_reference`.
+
+    Returns
+    -------
+    list[list[str]]
+    """
+
+    def span(o):
+        return f"[{', '.join(map(show_number, o or (None, None)))}]"
+
+    def turns(k):
+        return [o[k] for o in fidelity['by_rotation']]
+
+    excess, first = fidelity['excess'], fidelity['synthetic']
+    rows = [
+        [
+            f'excess KID, seed {i+1}',
+            f"{show_number(o['kid'])} {span(o['interval_95'])}",
+            '0',
+            '',
+            '',
+        ]
+        for i, o in enumerate(excess['by_seed'])
+    ]
+    names = dict(
+        kid='KID to held-out slices',
+        frechet='Fréchet distance to held-out slices',
+        precision='precision',
+        recall='recall',
+        coverage='coverage',
+    )
+    return (
+        [
+            [
+                'excess KID, all seeds',
+                f"{show_number(excess['kid'])} {span(excess['interval_95'])}",
+                '0',
+                '',
+                '',
+            ]
+        ]
+        + rows
+        + [
+            [
+                name,
+                (
+                    f"{' and '.join(show_number(o[k]) for o in fidelity['by_seed'])}"
+                    f" {span(first['interval_95'].get(k))}"
+                ),
+                (
+                    f"{show_number(fidelity['reference'][k])} (rotations"
+                    f" {show_number(min(turns(k)))} to {show_number(max(turns(k)))})"
+                ),
+                '',
+                '',
+            ]
+            for k, name in names.items()
+        ]
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee21
 def reference_note(
-    fidelity:dict, # As from `compare_with_reference`, with n_reference_seen
-)->str: # A sentence or two
-    "Who the real-vs-real reference is, and whether the feature network has seen it."
-    seen,n = fidelity['n_reference_seen'],len(fidelity['by_rotation'])
-    return (f'The real-vs-real reference is the mean of {n} rotations of train subjects'
-            + (', none of whom the feature network was trained on.' if not seen else
-               f'; the feature network was trained on {seen} of them, since too few others match: their distance may be '
-               'too large, and the excess too small.'))
+    fidelity: dict,  # As from `compare_with_reference`, with n_reference_seen
+) -> str:  # A sentence or two
+    """Who the real-vs-real reference is, and whether the feature network has seen it.
+
+    Parameters
+    ----------
+    fidelity : dict
+        As from `compare_with_reference`, with n_reference_seen.
+
+    Returns
+    -------
+    str
+        A sentence or two.
+    """
+    seen, n = fidelity['n_reference_seen'], len(fidelity['by_rotation'])
+    return f'The real-vs-real reference is the mean of {n} rotations of train subjects' + (
+        ', none of whom the feature network was trained on.'
+        if not seen
+        else (
+            f'; the feature network was trained on {seen} of them, since too few others match:'
+            ' their distance may be too large, and the excess too small.'
+        )
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #a0d30001
 def audit_rows(
-    audit:dict, # As from `memorization_audit`
-)->list[list[str]]: # Rows of a table, the head first
-    "What the audit found, and what it would have found: copies planted into slices of held-out subjects."
-    def caught(o): return f"{o.get('caught', o.get('failed'))} of {o['trials']} [95 %: {o['interval_95'][0]:.0%} to {o['interval_95'][1]:.0%}]"
-    rows = [['memorization audit', 'found'], ['verdict', f"{audit['verdict']}: {audit['reason']}"],
-            ['copies', f"{audit['copies']} of {audit['n']} samples, of {audit['copied_subjects']} of {audit['n_train_subjects']} train subjects"]]
+    audit: dict,  # As from `memorization_audit`
+) -> list[list[str]]:  # Rows of a table, the head first
+    """What the audit found, and what it would have found: copies planted into slices of held-out
+    subjects.
+
+    Parameters
+    ----------
+    audit : dict
+        As from `memorization_audit`.
+
+    Returns
+    -------
+    list[list[str]]
+        Rows of a table, the head first.
+    """
+
+    def caught(o):
+        return (
+            f"{o.get('caught', o.get('failed'))} of {o['trials']} [95 %: {o['interval_95'][0]:.0%}"
+            f" to {o['interval_95'][1]:.0%}]"
+        )
+
+    rows = [
+        ['memorization audit', 'found'],
+        ['verdict', f"{audit['verdict']}: {audit['reason']}"],
+        [
+            'copies',
+            (
+                f"{audit['copies']} of {audit['n']} samples, of {audit['copied_subjects']} of"
+                f" {audit['n_train_subjects']} train subjects"
+            ),
+        ],
+    ]
     for name in ('whole', 'half'):
         o = audit[name]
-        rows.append([f'{name} slices', f"highest correlation {o['highest']:.2f}, a copy from {o['threshold']:.2f}; near to training "
-                     f"{o['near']:.1%}, p {o['p_value']:.3f} by subject; of one train subject {o['most_of_one']}, p {o['p_subject']:.3f}"])
-    rows.append(['reference', f"{audit['n_reference']} slices of {audit['n_reference_subjects']} subjects"])
-    for kind,o in (audit['power'] or {}).items():
-        rows.append(['sets without copies that fail' if kind=='none' else f'5 % copies, {kind}: caught', caught(o)])
+        rows.append(
+            [
+                f'{name} slices',
+                (
+                    f"highest correlation {o['highest']:.2f}, a copy from {o['threshold']:.2f};"
+                    f" near to training {o['near']:.1%}, p {o['p_value']:.3f} by subject; of one"
+                    f" train subject {o['most_of_one']}, p {o['p_subject']:.3f}"
+                ),
+            ]
+        )
+    rows.append(
+        ['reference', f"{audit['n_reference']} slices of {audit['n_reference_subjects']} subjects"]
+    )
+    for kind, o in (audit['power'] or {}).items():
+        rows.append(
+            [
+                (
+                    'sets without copies that fail'
+                    if kind == 'none'
+                    else f'5 % copies, {kind}: caught'
+                ),
+                caught(o),
+            ]
+        )
     return rows
 
 # %% ../../nbs/engineering/36_report.ipynb #a0d30002
 def membership_rows(
-    membership:dict|None, # As from `membership_inference`; None: not measured
-)->list[list[str]]: # Rows of a table
-    "Membership inference beside its control, with what is aimed for: attack minus control at most 0.02."
-    def span(o): return f"[{', '.join(map(show_number, o or (None, None)))}]"
-    return [[f'membership inference by {k}', f"AUC {show_number(o['auc'])} {span(o['interval_95'])} of {o['n_members']} members against "
-             f"{o['n_others']} others; control {show_number(o['control'])} {span(o['control_interval_95'])}; attack - control "
-             f"{show_number(o['excess'])}, {'at most' if o['excess']<=.02 else 'MORE than'} 0.02"] for k,o in (membership or {}).items()]
+    membership: dict | None,  # As from `membership_inference`; None: not measured
+) -> list[list[str]]:  # Rows of a table
+    """Membership inference beside its control, with what is aimed for: attack minus control at most
+    0.02.
+
+    Parameters
+    ----------
+    membership : dict | None
+        As from `membership_inference`; None: not measured.
+
+    Returns
+    -------
+    list[list[str]]
+        Rows of a table.
+    """
+
+    def span(o):
+        return f"[{', '.join(map(show_number, o or (None, None)))}]"
+
+    return [
+        [
+            f'membership inference by {k}',
+            (
+                f"AUC {show_number(o['auc'])} {span(o['interval_95'])} of {o['n_members']} members"
+                f" against {o['n_others']} others; control {show_number(o['control'])}"
+                f" {span(o['control_interval_95'])}; attack - control {show_number(o['excess'])},"
+                f" {'at most' if o['excess']<=.02 else 'MORE than'} 0.02"
+            ),
+        ]
+        for k, o in (membership or {}).items()
+    ]
 
 # %% ../../nbs/engineering/36_report.ipynb #b742481f
 def report_samples(
-    generator:str, # 'ldm', 'prior' or 'stage1'
-    scores:dict, # As from `evaluate`
-)->dict: # A section of the report
-    "Targets, missed ones in plain words, and what the pictures say about their conditions."
+    generator: str,  # 'ldm', 'prior' or 'stage1'
+    scores: dict,  # As from `evaluate`
+) -> dict:  # A section of the report
+    """Targets, missed ones in plain words, and what the pictures say about their conditions.
+
+    Parameters
+    ----------
+    generator : str
+        'ldm', 'prior' or 'stage1'.
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
     title = f'Can its pictures be trusted? ({generator})'
-    if 'excess' not in scores['fidelity']: return dict(title=title, table=[], figures=[], text=
-        'Measured by an earlier version, whose kernel distance counted pairs of slices of one subject. '
-        'Run `brainldm evaluate RUN DATA` again.')
-    if audit_verdicts({'samples x': scores})['x']=='not audited': return dict(
-        title=title, table=[], figures=[],
-        text='Evaluated by an earlier rule, which let copies pass: not audited. Run `brainldm evaluate RUN DATA` again.')
+    if 'excess' not in scores['fidelity']:
+        return dict(
+            title=title,
+            table=[],
+            figures=[],
+            text=(
+                'Measured by an earlier version, whose kernel distance counted pairs of slices of'
+                ' one subject. Run `brainldm evaluate RUN DATA` again.'
+            ),
+        )
+    if audit_verdicts({'samples x': scores})['x'] == 'not audited':
+        return dict(
+            title=title,
+            table=[],
+            figures=[],
+            text=(
+                'Evaluated by an earlier rule, which let copies pass: not audited. Run `brainldm'
+                ' evaluate RUN DATA` again.'
+            ),
+        )
     targets = check_targets(scores)
     rows = [['measure', 'synthetic', 'real-vs-real reference', 'target', 'verdict']]
-    rows += [[name, show_number(a), show_number(b), goal, verdict] for name,a,b,goal,verdict,_ in targets]
-    def cell(o): return f"{show_number(o['value'])} [{', '.join(map(show_number, o['interval_95'] or (None, None)))}]"
-    names = dict(slice_error='distance from the slice asked for', diagnosis_effect='fluid, AD minus NC (Cohen d)',
-                 age_slope='fluid, change in ten years of age', fine_detail='fine detail')
+    rows += [
+        [name, show_number(a), show_number(b), goal, verdict]
+        for name, a, b, goal, verdict, _ in targets
+    ]
+
+    def cell(o):
+        return (
+            f"{show_number(o['value'])}"
+            f" [{', '.join(map(show_number, o['interval_95'] or (None, None)))}]"
+        )
+
+    names = dict(
+        slice_error='distance from the slice asked for',
+        diagnosis_effect='fluid, AD minus NC (Cohen d)',
+        age_slope='fluid, change in ten years of age',
+        fine_detail='fine detail',
+    )
     rows += fidelity_rows(scores['fidelity'])
-    ours,train,held_out = (scores['conditioning'][k] for k in ('synthetic', 'train', 'held_out'))
-    rows += [[label, cell(ours[k]), f'train {cell(train[k])}, held-out {cell(held_out[k])}', '', '']
-             for k,label in names.items() if k in ours]
-    read = ', '.join(f"{k} {'AUC' if 'auc' in o else 'to within'} {show_number(o.get('auc', o.get('error')), 2)} "
-                     f"(knowing nothing: {show_number(o['baseline'], 2)})" for k,o in scores['reading'].items())
-    text = ' '.join(f"{name}: {'not reached' if verdict=='missed' else verdict}. {why}"
-                    for name,*_,verdict,why in targets if verdict!='reached')
+    ours, train, held_out = (scores['conditioning'][k] for k in ('synthetic', 'train', 'held_out'))
+    rows += [
+        [label, cell(ours[k]), f'train {cell(train[k])}, held-out {cell(held_out[k])}', '', '']
+        for k, label in names.items()
+        if k in ours
+    ]
+    read = ', '.join(
+        f"{k} {'AUC' if 'auc' in o else 'to within'} {show_number(o.get('auc', o.get('error')), 2)}"
+        f" (knowing nothing: {show_number(o['baseline'], 2)})"
+        for k, o in scores['reading'].items()
+    )
+    text = ' '.join(
+        f"{name}: {'not reached' if verdict=='missed' else verdict}. {why}"
+        for name, *_, verdict, why in targets
+        if verdict != 'reached'
+    )
     text = text or 'All targets that were measured are reached.'
-    if not scores.get('utility'): text += ' Whether a classifier can learn from the pictures was not measured.'
-    text += (f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people whom no part "
-             "was trained on; with so few people every number is uncertain. The network that compares them reads of "
-             f"unseen people: {read}. {reference_note(scores['fidelity'])}")
+    if not scores.get('utility'):
+        text += ' Whether a classifier can learn from the pictures was not measured.'
+    text += (
+        f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people"
+        " whom no part was trained on; with so few people every number is uncertain. The network"
+        f" that compares them reads of unseen people: {read}. {reference_note(scores['fidelity'])}"
+    )
     return dict(title=title, text=text, table=rows, figures=[])
 
 # %% ../../nbs/engineering/36_report.ipynb #45c1a24f
 def trust_rows(
-    generator:str, # 'ldm', 'prior', 'stage1' or 'images'
-    scores:dict, # As from `evaluate`
-)->dict|None: # A section of the report; None for scores of an earlier version
-    "What is known about the checks themselves: power and false alarms of the audit, membership inference, excess KID."
-    if 'excess' not in scores['fidelity'] or audit_verdicts({'samples x': scores})['x']=='not audited': return None
-    images = '--images FOLDER' if generator=='images' else f'--generator {generator}'
-    command = f"`brainldm evaluate {'' if generator=='images' else 'RUN '}DATA {images} --split {scores['split']}`"
-    excess,by = scores['fidelity']['excess'],fidelity_rows(scores['fidelity'])
+    generator: str,  # 'ldm', 'prior', 'stage1' or 'images'
+    scores: dict,  # As from `evaluate`
+) -> dict | None:  # A section of the report; None for scores of an earlier version
+    """What is known about the checks themselves: power and false alarms of the audit, membership
+    inference, excess KID.
+
+    Parameters
+    ----------
+    generator : str
+        'ldm', 'prior', 'stage1' or 'images'.
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    dict | None
+        A section of the report; None for scores of an earlier version.
+    """
+    if (
+        'excess' not in scores['fidelity']
+        or audit_verdicts({'samples x': scores})['x'] == 'not audited'
+    ):
+        return None
+    images = '--images FOLDER' if generator == 'images' else f'--generator {generator}'
+    command = (
+        f"`brainldm evaluate {'' if generator=='images' else 'RUN '}DATA {images} --split"
+        f" {scores['split']}`"
+    )
+    excess, by = scores['fidelity']['excess'], fidelity_rows(scores['fidelity'])
     rows = [['check', 'found', 'command'], ['excess KID over real subjects', by[0][1], command]]
-    rows += [[o[0], o[1], command] for o in by[1:1+len(excess['by_seed'])]]
-    rows += [[name, found, command] for name,found in
-             [*audit_rows(scores['memorization'])[1:], *membership_rows(scores.get('membership'))]]
-    return dict(title=f'Can these results be trusted? ({generator})', table=rows, figures=[], text=
-        'What each check found, and what it would have found: an excess whose interval holds 0 cannot be told from real '
-        'subjects, an audit is worth its power, and an attack is worth what it gains over its control. '
-        + reference_note(scores['fidelity']))
+    rows += [[o[0], o[1], command] for o in by[1 : 1 + len(excess['by_seed'])]]
+    rows += [
+        [name, found, command]
+        for name, found in [
+            *audit_rows(scores['memorization'])[1:],
+            *membership_rows(scores.get('membership')),
+        ]
+    ]
+    return dict(
+        title=f'Can these results be trusted? ({generator})',
+        table=rows,
+        figures=[],
+        text=(
+            'What each check found, and what it would have found: an excess whose interval holds 0'
+            ' cannot be told from real subjects, an audit is worth its power, and an attack is'
+            ' worth what it gains over its control. '
+        )
+        + reference_note(scores['fidelity']),
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #dfe48654
-PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+PAGE = Template(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" 
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>brainldm report: {{ name }}</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem;
        color: #222; background: #fff }
 img { max-width: 100%; height: auto }
 table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { padding: .25rem .75rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
+td, th { padding: .25rem .75rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd;
+ vertical-align: top }
 figure { margin: 1rem 0 }
 figcaption, footer { color: #555; font-size: .9rem }
 .note { background: #fff6e0; padding: .5rem 1rem }
@@ -590,176 +1457,474 @@ Pictures called drawn are synthetic: nobody was scanned for them.</p>
 {% for part in sections %}<h2>{{ part.title }}</h2>
 {% if part.text %}<p>{{ part.text }}</p>{% endif %}
 {% if part.table %}<table>{% for row in part.table %}{% set tag = 'th' if loop.first else 'td' %}
-<tr>{% for cell in row %}<{{ tag }}>{{ cell }}</{{ tag }}>{% endfor %}</tr>{% endfor %}</table>{% endif %}
+<tr>{% for cell in row %}<{{ tag }}>{{ cell }}</{{ tag }}>{% endfor %}</tr>{% endfor %}
+</table>{% endif %}
 {% for source, caption in part.figures %}<figure><img src="{{ source }}" alt="{{ caption }}">
 <figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}{% endfor %}
 <footer><p>{{ footer }}</p></footer></body></html>
-""", autoescape=True)
+""",
+    autoescape=True,
+)
 
 # %% ../../nbs/engineering/36_report.ipynb #cdccdb50
-ACKNOWLEDGMENTS = dict( # What the page of a run says about its data, by layout
-    phantom='Synthetic people, warped from the MNI152 template and tissue maps that ship in nilearn. '
-            'Nobody was scanned for them.',
-    oasis='If these are scans of OASIS-1, its data use agreement governs, and this must be said: OASIS: Cross-Sectional'
-          ': D. Marcus, R. Buckner, J. Csernansky, J. Morris; P50 AG05681, P01 AG03991, P01 AG026276, R01 AG021910, '
-          'P20 MH071616, U24 RR021382 (Marcus et al. 2007, J Cogn Neurosci 19:1498-1507).',
-    adni='If these are scans of ADNI, its data use agreement governs: scans and their derivatives may not be passed '
-         'on, and ADNI must be acknowledged.')
+ACKNOWLEDGMENTS = dict(  # What the page of a run says about its data, by layout
+    phantom=(
+        'Synthetic people, warped from the MNI152 template and tissue maps that ship in nilearn. '
+        'Nobody was scanned for them.'
+    ),
+    oasis=(
+        'If these are scans of OASIS-1, its data use agreement governs, and this must be said:'
+        ' OASIS: Cross-Sectional: D. Marcus, R. Buckner, J. Csernansky, J. Morris; P50 AG05681, P01'
+        ' AG03991, P01 AG026276, R01 AG021910, P20 MH071616, U24 RR021382 (Marcus et al. 2007, J'
+        ' Cogn Neurosci 19:1498-1507).'
+    ),
+    adni=(
+        'If these are scans of ADNI, its data use agreement governs: scans and their derivatives'
+        ' may not be passed on, and ADNI must be acknowledged.'
+    ),
+)
 
 # %% ../../nbs/engineering/36_report.ipynb #70e1426f
 def report_data(
-    settings:dict, # config.json of the run
-    records:list[dict], # Lines of its log.jsonl
-    covariates:tuple=(), # What the run can be asked for
-)->dict: # A section of the report
-    "What was trained on what."
-    if 'autoencoder' not in settings: raise ValueError(
-        f"report: config.json holds {', '.join(settings) or 'nothing'}. Expected a run with an autoencoder. Check it.")
-    rows = [['stage', 'layout', 'train', 'validate', 'test', 'pictures seen', 'seed', 'precision', 'versions']]
-    for stage,o in settings.items():
-        people,slices = o['data']['subjects'],o['data']['slices']
-        sizes = [f'{people.get(k, 0)} subjects, {slices.get(k, 0)} slices' for k in ('train', 'validate', 'test')]
-        seen = max((r['images'] for r in records if r['stage']==stage), default=0)
-        rows.append([stage, o['data']['layout'], *sizes, f"{seen:,} of {o['config']['total_images']:,}",
-                     o['config']['seed'], o['config']['precision'],
-                     ' '.join(f'{k} {v}' for k,v in o['versions'].items())])
-    span = lambda c: ' or '.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'
+    settings: dict,  # config.json of the run
+    records: list[dict],  # Lines of its log.jsonl
+    covariates: tuple = (),  # What the run can be asked for
+) -> dict:  # A section of the report
+    """What was trained on what.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    records : list[dict]
+        Lines of its log.jsonl.
+    covariates : tuple, default ()
+        What the run can be asked for.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
+    if 'autoencoder' not in settings:
+        raise ValueError(
+            f"report: config.json holds {', '.join(settings) or 'nothing'}. Expected a run with an"
+            " autoencoder. Check it."
+        )
+    rows = [
+        [
+            'stage',
+            'layout',
+            'train',
+            'validate',
+            'test',
+            'pictures seen',
+            'seed',
+            'precision',
+            'versions',
+        ]
+    ]
+    for stage, o in settings.items():
+        people, slices = o['data']['subjects'], o['data']['slices']
+        sizes = [
+            f'{people.get(k, 0)} subjects, {slices.get(k, 0)} slices'
+            for k in ('train', 'validate', 'test')
+        ]
+        seen = max((r['images'] for r in records if r['stage'] == stage), default=0)
+        rows.append(
+            [
+                stage,
+                o['data']['layout'],
+                *sizes,
+                f"{seen:,} of {o['config']['total_images']:,}",
+                o['config']['seed'],
+                o['config']['precision'],
+                ' '.join(f'{k} {v}' for k, v in o['versions'].items()),
+            ]
+        )
+    span = lambda c: (
+        ' or '.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'
+    )
     requested = ', '.join(f'{c.name} ({span(c)})' for c in covariates)
-    return dict(title='What was trained on what', table=rows, figures=[], text='Splits are by subject. '
-                + (f'The model can be asked for {requested}. ' if requested else '')
-                + f"Fingerprint of the data: {settings['autoencoder']['data']['hash']}. "
-                + ACKNOWLEDGMENTS.get(settings['autoencoder']['data']['layout'],
-                                  'Ask who made the scans for their terms, and name them.'))
+    return dict(
+        title='What was trained on what',
+        table=rows,
+        figures=[],
+        text='Splits are by subject. '
+        + (f'The model can be asked for {requested}. ' if requested else '')
+        + f"Fingerprint of the data: {settings['autoencoder']['data']['hash']}. "
+        + ACKNOWLEDGMENTS.get(
+            settings['autoencoder']['data']['layout'],
+            'Ask who made the scans for their terms, and name them.',
+        ),
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #3fab16ef
 def report_numbers(
-    metrics:dict, # metrics.json of the run
-)->dict: # A section of the report
-    "Reconstruction scores beside the floor of predicting the mean slice."
-    rows = [['split', 'subjects', 'slices', 'SSIM [95 %]', 'baseline', 'SSIM brain [95 %]', 'baseline', 'PSNR dB', 'baseline',
-             'sharpness', 'baseline', 'codes used', 'perplexity']]
+    metrics: dict,  # metrics.json of the run
+) -> dict:  # A section of the report
+    """Reconstruction scores beside the floor of predicting the mean slice.
+
+    Parameters
+    ----------
+    metrics : dict
+        metrics.json of the run.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
+    rows = [
+        [
+            'split',
+            'subjects',
+            'slices',
+            'SSIM [95 %]',
+            'baseline',
+            'SSIM brain [95 %]',
+            'baseline',
+            'PSNR dB',
+            'baseline',
+            'sharpness',
+            'baseline',
+            'codes used',
+            'perplexity',
+        ]
+    ]
     notes = []
-    for name,o in metrics.items():
-        if not name.startswith('reconstruction'): continue
-        low,spans = o['baseline_mean_slice'],{k: v or (None, None) for k,v in o['interval_95'].items()}
-        cells = sum(([f"{show_number(o[k])} [{', '.join(map(show_number, spans[k]))}]", show_number(low[k])]
-                     for k in ('ssim', 'ssim_brain')), [])
-        rows.append([name.split(' ', 1)[-1], o['n_subjects'], o['n_slices'], *cells,
-                     show_number(o['psnr'], 1), show_number(low['psnr'], 1),
-                     show_number(o.get('sharpness'), 2), show_number(low.get('sharpness'), 2),
-                     show_number(o.get('codebook_usage')), show_number(o.get('perplexity'), 0)])
+    for name, o in metrics.items():
+        if not name.startswith('reconstruction'):
+            continue
+        low, spans = o['baseline_mean_slice'], {
+            k: v or (None, None) for k, v in o['interval_95'].items()
+        }
+        cells = sum(
+            (
+                [
+                    f"{show_number(o[k])} [{', '.join(map(show_number, spans[k]))}]",
+                    show_number(low[k]),
+                ]
+                for k in ('ssim', 'ssim_brain')
+            ),
+            [],
+        )
+        rows.append(
+            [
+                name.split(' ', 1)[-1],
+                o['n_subjects'],
+                o['n_slices'],
+                *cells,
+                show_number(o['psnr'], 1),
+                show_number(low['psnr'], 1),
+                show_number(o.get('sharpness'), 2),
+                show_number(low.get('sharpness'), 2),
+                show_number(o.get('codebook_usage')),
+                show_number(o.get('perplexity'), 0),
+            ]
+        )
         n = o.get('n_slices_without_brain')
-        if n: notes.append(f' {n} of the slices of {rows[-1][0]} have no brain.')
-    text = ('SSIM: Gaussian window 11x11, sigma 1.5, data_range 1; brain: pixels of the original above 0.1; intervals '
-            'by bootstrap over subjects, too narrow with fewer than ten; floor: the train mean of that slice position; '
-            'sharpness: variance of the Laplacian inside the brain, 1 is as sharp as the scan; codes used: share of '
-            'the codebook that these slices need, where there is one.'
-            + ''.join(notes))
-    if len(rows)==1: rows,text = [],'Not measured yet: run `brainldm reconstruct RUN DATA`.'
-    return dict(title='How much of a brain survives the autoencoder', text=text, table=rows, figures=[])
+        if n:
+            notes.append(f' {n} of the slices of {rows[-1][0]} have no brain.')
+    text = (
+        'SSIM: Gaussian window 11x11, sigma 1.5, data_range 1; brain: pixels of the original above'
+        ' 0.1; intervals by bootstrap over subjects, too narrow with fewer than ten; floor: the'
+        ' train mean of that slice position; sharpness: variance of the Laplacian inside the brain,'
+        ' 1 is as sharp as the scan; codes used: share of the codebook that these slices need,'
+        ' where there is one.'
+        + ''.join(notes)
+    )
+    if len(rows) == 1:
+        rows, text = [], 'Not measured yet: run `brainldm reconstruct RUN DATA`.'
+    return dict(
+        title='How much of a brain survives the autoencoder', text=text, table=rows, figures=[]
+    )
 
 # %% ../../nbs/engineering/36_report.ipynb #833a8375
 def evaluation_figures(
-    run:Path, # Run folder
-    generator:str, # 'ldm', 'prior' or 'stage1'
-    real_images:bool, # Whether real slices may be shown
-)->list[tuple[str, str]]: # (address, caption) of what `evaluate` has left
-    "The figures of an evaluation."
-    names = dict(synthetic='One picture for each unseen slice, some of them',
-                 audit='Correlation with the most similar train slice. Right of the dotted line: a copy. Samples should lie '
-                       'where slices of other subjects do',
-                 pairs='The drawn pictures nearest to training, each above the REAL train slice that it resembles. '
-                       'Do not pass this page on')
-    found = {k: Path(run)/'evaluation'/f'{generator}_{k}.png' for k in names if k!='pairs' or real_images}
-    return [(figure_uri(o.read_bytes()), names[k]) for k,o in found.items() if o.is_file()]
+    run: Path,  # Run folder
+    generator: str,  # 'ldm', 'prior' or 'stage1'
+    real_images: bool,  # Whether real slices may be shown
+) -> list[tuple[str, str]]:  # (address, caption) of what `evaluate` has left
+    """The figures of an evaluation.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    generator : str
+        'ldm', 'prior' or 'stage1'.
+    real_images : bool
+        Whether real slices may be shown.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        (address, caption) of what `evaluate` has left.
+    """
+    names = dict(
+        synthetic='One picture for each unseen slice, some of them',
+        audit=(
+            'Correlation with the most similar train slice. Right of the dotted line: a copy.'
+            ' Samples should lie where slices of other subjects do'
+        ),
+        pairs=(
+            'The drawn pictures nearest to training, each above the REAL train slice that it'
+            ' resembles. Do not pass this page on'
+        ),
+    )
+    found = {
+        k: Path(run) / 'evaluation' / f'{generator}_{k}.png'
+        for k in names
+        if k != 'pairs' or real_images
+    }
+    return [(figure_uri(o.read_bytes()), names[k]) for k, o in found.items() if o.is_file()]
 
 # %% ../../nbs/engineering/36_report.ipynb #d1bce1c6
 def latest_figure(
-    run:Path, # Run folder
-    stage:str, # 'autoencoder' or 'ldm'
-    caption:str, # What the picture shows
-)->list[tuple[str, str]]: # (address, caption) of the newest picture of that stage, or nothing
-    "The last picture that training left."
-    found = sorted((Path(run)/'samples').glob(f'{stage}_*.png'))
+    run: Path,  # Run folder
+    stage: str,  # 'autoencoder' or 'ldm'
+    caption: str,  # What the picture shows
+) -> list[tuple[str, str]]:  # (address, caption) of the newest picture of that stage, or nothing
+    """The last picture that training left.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder' or 'ldm'.
+    caption : str
+        What the picture shows.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        (address, caption) of the newest picture of that stage, or nothing.
+    """
+    found = sorted((Path(run) / 'samples').glob(f'{stage}_*.png'))
     return [(figure_uri(found[-1].read_bytes()), caption)] if found else []
 
 # %% ../../nbs/engineering/36_report.ipynb #e286eafb
 def escape_markdown(
-    text, # Anything that can be printed
-)->str: # One line that stays text
-    "Escape what Markdown or HTML would read as more than letters."
+    text,  # Anything that can be printed
+) -> str:  # One line that stays text
+    """Escape what Markdown or HTML would read as more than letters.
+
+    Parameters
+    ----------
+    text
+        Anything that can be printed.
+
+    Returns
+    -------
+    str
+        One line that stays text.
+    """
     return re.sub(r'([\[\]|])', r'\\\1', html.escape(' '.join(str(text).split()), quote=False))
 
 # %% ../../nbs/engineering/36_report.ipynb #a2d539d0
 def model_card(
-    name:str, # Name of the run
-    sampler, # The run: a `BrainLDM` or `CodeSampler`
-    sections:list[dict], # As on the page
-    layout:str, # Where its data are from, as config.json has it
-)->str: # Markdown with a head for the hub
-    "What a run is, what it reached and how to use it, in words and numbers."
-    module,cls = type(sampler).__module__,type(sampler).__name__
-    requested = ', '.join(f'{c.name}={c.values[0] if c.values else round(sum(c.range)/2)!r}' for c in sampler.covariates)
-    head = ['---', f"license: {'apache-2.0' if layout=='phantom' else 'other'}", 'library_name: brainldm',
-            'tags: [mri, brain, latent-diffusion, synthetic]', '---', f'# {escape_markdown(name)}', '', '**Research and teaching, not for clinical use.** What it draws is synthetic: nobody was scanned for it.', '',
-            '```python', f'from {module} import {cls}', '', f"model = {cls}.from_pretrained('FOLDER OR USER/NAME')",
-            *([f'pictures = model.sample(4, {requested})'] if requested else []), '```']
+    name: str,  # Name of the run
+    sampler,  # The run: a `BrainLDM` or `CodeSampler`
+    sections: list[dict],  # As on the page
+    layout: str,  # Where its data are from, as config.json has it
+) -> str:  # Markdown with a head for the hub
+    """What a run is, what it reached and how to use it, in words and numbers.
+
+    Parameters
+    ----------
+    name : str
+        Name of the run.
+    sampler
+        The run: a `BrainLDM` or `CodeSampler`.
+    sections : list[dict]
+        As on the page.
+    layout : str
+        Where its data are from, as config.json has it.
+
+    Returns
+    -------
+    str
+        Markdown with a head for the hub.
+    """
+    module, cls = type(sampler).__module__, type(sampler).__name__
+    requested = ', '.join(
+        f'{c.name}={c.values[0] if c.values else round(sum(c.range)/2)!r}'
+        for c in sampler.covariates
+    )
+    head = [
+        '---',
+        f"license: {'apache-2.0' if layout=='phantom' else 'other'}",
+        'library_name: brainldm',
+        'tags: [mri, brain, latent-diffusion, synthetic]',
+        '---',
+        f'# {escape_markdown(name)}',
+        '',
+        (
+            '**Research and teaching, not for clinical use.** What it draws is synthetic: nobody'
+            ' was scanned for it.'
+        ),
+        '',
+        '```python',
+        f'from {module} import {cls}',
+        '',
+        f"model = {cls}.from_pretrained('FOLDER OR USER/NAME')",
+        *([f'pictures = model.sample(4, {requested})'] if requested else []),
+        '```',
+    ]
     for part in sections:
-        rows = ['| '+' | '.join(map(escape_markdown, row))+' |' for row in part.get('table') or ()]
-        rows[1:1] = ['|'+' --- |'*len(part['table'][0])] if rows else []
-        if rows or part['text']: head += ['', f"## {escape_markdown(part['title'])}", '', escape_markdown(part['text']), '', *rows]
-    return '\n'.join(head)+'\n'
+        rows = [
+            '| ' + ' | '.join(map(escape_markdown, row)) + ' |' for row in part.get('table') or ()
+        ]
+        rows[1:1] = ['|' + ' --- |' * len(part['table'][0])] if rows else []
+        if rows or part['text']:
+            head += [
+                '',
+                f"## {escape_markdown(part['title'])}",
+                '',
+                escape_markdown(part['text']),
+                '',
+                *rows,
+            ]
+    return '\n'.join(head) + '\n'
 
 # %% ../../nbs/engineering/36_report.ipynb #86d7d9e2
 def from_metrics(
-    run:Path, # Run folder, for the message
-    build:Callable, # `report_numbers` or `report_samples`
-    *args, # What it takes
-)->dict: # The section it builds
-    "Build a section of numbers. Raises ValueError if metrics.json holds others than brainldm writes."
-    try: return build(*args)
-    except (KeyError, TypeError, AttributeError, IndexError) as e: raise ValueError(
-        f"report: {run}/metrics.json does not hold what it should ({type(e).__name__}: {e}). Expected what brainldm wrote. "
-        "Remove the file and measure again.") from None
+    run: Path,  # Run folder, for the message
+    build: Callable,  # `report_numbers` or `report_samples`
+    *args,  # What it takes
+) -> dict:  # The section it builds
+    """Build a section of numbers.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder, for the message.
+    build : Callable
+        `report_numbers` or `report_samples`.
+    *args
+        What it takes.
+
+    Returns
+    -------
+    dict
+        The section it builds.
+
+    Raises
+    ------
+    ValueError
+        If metrics.json holds others than brainldm writes.
+    """
+    try:
+        return build(*args)
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(
+            f"report: {run}/metrics.json does not hold what it should ({type(e).__name__}: {e})."
+            " Expected what brainldm wrote. Remove the file and measure again."
+        ) from None
 
 # %% ../../nbs/engineering/36_report.ipynb #5b3505b7
 def report(
-    run:str|Path, # Run folder
-    steps:int=30, # Network calls of the pictures drawn for it
-    guidance_scale:float=1., # Strength of the conditions of those pictures
-    seed:int=0, # Their seed
-    real_images:bool|None=None, # Show real slices: reconstructions and nearest pairs; None: only if they are phantoms
-)->Path: # RUN/report.html, one file that needs nothing else; RUN/README.md is the card
-    "Write what a run is, what it reached and what it draws into one page, and its card. Raises FileNotFoundError without a run."
-    run,settings = Path(run),read_config(run)
-    metrics,records,model = read_metrics(run),read_log(run/'log.jsonl'),BrainLDM.load(run)
-    sampler = CodeSampler.load(run) if not model.unet and (run/'prior.safetensors').is_file() else model
-    logged = [o for o in settings if any('loss' in r and r['stage']==o for r in records)]
+    run: str | Path,  # Run folder
+    steps: int = 30,  # Network calls of the pictures drawn for it
+    guidance_scale: float = 1.0,  # Strength of the conditions of those pictures
+    seed: int = 0,  # Their seed
+    # Show real slices: reconstructions and nearest pairs; None: only if they are phantoms
+    real_images: bool | None = None,
+) -> Path:  # RUN/report.html, one file that needs nothing else; RUN/README.md is the card
+    """Write what a run is, what it reached and what it draws into one page, and its card.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    steps : int, default 30
+        Network calls of the pictures drawn for it.
+    guidance_scale : float, default 1.0
+        Strength of the conditions of those pictures.
+    seed : int, default 0
+        Their seed.
+    real_images : bool | None, default None
+        Show real slices: reconstructions and nearest pairs; None: only if they are phantoms.
+
+    Returns
+    -------
+    Path
+        RUN/report.html, one file that needs nothing else; RUN/README.md is the card.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without a run.
+    """
+    run, settings = Path(run), read_config(run)
+    metrics, records, model = read_metrics(run), read_log(run / 'log.jsonl'), BrainLDM.load(run)
+    sampler = (
+        CodeSampler.load(run) if not model.unet and (run / 'prior.safetensors').is_file() else model
+    )
+    logged = [o for o in settings if any('loss' in r and r['stage'] == o for r in records)]
     curves = [(figure_uri(plot_history(records, o)), f'Course of the {o} training') for o in logged]
-    sections = [report_data(settings, records, sampler.covariates),
-                dict(title='How training went', text='' if curves else 'Nothing was logged.', figures=curves),
-                from_metrics(run, report_numbers, metrics)]
-    real = settings['autoencoder']['data']['layout']=='phantom' if real_images is None else real_images
+    sections = [
+        report_data(settings, records, sampler.covariates),
+        dict(
+            title='How training went', text='' if curves else 'Nothing was logged.', figures=curves
+        ),
+        from_metrics(run, report_numbers, metrics),
+    ]
+    real = (
+        settings['autoencoder']['data']['layout'] == 'phantom'
+        if real_images is None
+        else real_images
+    )
     caption = 'Held-out slices above, encoded and decoded below'
-    if real: sections[2]['figures'] = latest_figure(run, 'autoencoder', caption)
-    else: sections[2]['text'] += (' Pictures of real people are left out of this page; they lie in the run folder, '
-                                  'under samples and evaluation.')
+    if real:
+        sections[2]['figures'] = latest_figure(run, 'autoencoder', caption)
+    else:
+        sections[2]['text'] += (
+            ' Pictures of real people are left out of this page; they lie in the run folder, '
+            'under samples and evaluation.'
+        )
     if model.unet:
-        synthetic,walk = sample_by_condition(model, steps=steps, guidance_scale=guidance_scale, seed=seed)
-        figures = [(figure_uri(synthetic), 'Drawn slices by diagnosis and position'),
-                   (figure_uri(walk), 'Denoising, first step to last')]
-        sections.append(dict(title='What it draws', figures=figures, text=f'{steps} DDIM steps, guidance scale '
-            f'{guidance_scale:g}, seed {seed}. Columns share their noise. {audit_summary(run)}'))
-    else: sections.append(dict(title='What it draws', figures=[], text='Nothing: no diffusion model was trained yet.'))
+        synthetic, walk = sample_by_condition(
+            model, steps=steps, guidance_scale=guidance_scale, seed=seed
+        )
+        figures = [
+            (figure_uri(synthetic), 'Drawn slices by diagnosis and position'),
+            (figure_uri(walk), 'Denoising, first step to last'),
+        ]
+        sections.append(
+            dict(
+                title='What it draws',
+                figures=figures,
+                text=(
+                    f'{steps} DDIM steps, guidance scale {guidance_scale:g}, seed {seed}. Columns'
+                    f' share their noise. {audit_summary(run)}'
+                ),
+            )
+        )
+    else:
+        sections.append(
+            dict(
+                title='What it draws',
+                figures=[],
+                text='Nothing: no diffusion model was trained yet.',
+            )
+        )
     for name in (o.removeprefix('samples ') for o in metrics if o.startswith('samples ')):
         section = from_metrics(run, report_samples, name, metrics[f'samples {name}'])
         sections.append(dict(section, figures=evaluation_figures(run, name, real)))
-        sections += [o] if (o := from_metrics(run, trust_rows, name, metrics[f'samples {name}'])) else []
-    if (run/'prior.safetensors').is_file(): sections.append(report_prior(run, metrics, steps, seed))
+        sections += (
+            [o] if (o := from_metrics(run, trust_rows, name, metrics[f'samples {name}'])) else []
+        )
+    if (run / 'prior.safetensors').is_file():
+        sections.append(report_prior(run, metrics, steps, seed))
     footer = f'{SYNTHETIC} Written by brainldm {brainldm.__version__}.'
     page = PAGE.render(name=run.resolve().name, sections=sections, footer=footer)
-    write_atomic(run/'report.html', page.encode())
-    card = model_card(run.resolve().name, sampler, sections, settings['autoencoder']['data']['layout'])
-    write_atomic(run/'README.md', card.encode())
-    return run/'report.html'
+    write_atomic(run / 'report.html', page.encode())
+    card = model_card(
+        run.resolve().name, sampler, sections, settings['autoencoder']['data']['layout']
+    )
+    write_atomic(run / 'README.md', card.encode())
+    return run / 'report.html'

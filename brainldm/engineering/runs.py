@@ -42,723 +42,1635 @@ from .devices import device_name
 from .files import explain_disk, write_atomic
 from .batches import Covariate, SliceDataset, fingerprint
 from brainldm.engineering.loop import (
-    Learner, TrainConfig, check_finite, call_every, fit, split_batch_size, train_batches,
+    Learner,
+    TrainConfig,
+    check_finite,
+    call_every,
+    fit,
+    split_batch_size,
+    train_batches,
 )
 
 # %% ../../nbs/engineering/30_runs.ipynb #0c1d7e01
-RENAMED = {                                                                    # what brainldm 0.1 wrote -> what it is called now
+RENAMED = {  # what brainldm 0.1 wrote -> what it is called now
     'config.json': dict(
-        drop_one='covariate_dropout', drop_all='condition_dropout', to_grey='to_gray', hide_neighbour='neighbor_dropout',
-        neighbour_noise='neighbor_noise', critic_warmup='discriminator_warmup',
-        critic_rate='discriminator_learning_rate', critic_channels='discriminator_channels', adversary='adversarial',
-        adversary_start='adversarial_start', adversary_weight='adversarial_weight',
-        adversary_max_weight='adversarial_max_weight', adversary_loss='adversarial_loss'),
+        drop_one='covariate_dropout',
+        drop_all='condition_dropout',
+        to_grey='to_gray',
+        hide_neighbour='neighbor_dropout',
+        neighbour_noise='neighbor_noise',
+        critic_warmup='discriminator_warmup',
+        critic_rate='discriminator_learning_rate',
+        critic_channels='discriminator_channels',
+        adversary='adversarial',
+        adversary_start='adversarial_start',
+        adversary_weight='adversarial_weight',
+        adversary_max_weight='adversarial_max_weight',
+        adversary_loss='adversarial_loss',
+    ),
     'safetensors': dict(critic='discriminator', heights='slice_covariate'),
     'log.jsonl': dict(
-        critic='discriminator', critic_accuracy='discriminator_accuracy', val_mse_alone='val_mse_without_neighbors'),
+        critic='discriminator',
+        critic_accuracy='discriminator_accuracy',
+        val_mse_alone='val_mse_without_neighbors',
+    ),
     'metrics.json': dict(
-        floor='baseline', floor_mean_slice='baseline_mean_slice', n_slices_never_seen='n_slices_new_position',
-        how='options', drawn='synthetic', held='held_out')}
+        floor='baseline',
+        floor_mean_slice='baseline_mean_slice',
+        n_slices_never_seen='n_slices_new_position',
+        how='options',
+        drawn='synthetic',
+        held='held_out',
+    ),
+}
 
 # %% ../../nbs/engineering/30_runs.ipynb #0c1d7e02
 def translate(
-    values, # Settings, numbers or a description, as JSON gives them
-    file:str, # Kind of file that they come from, a key of `RENAMED`
-): # The same, each name as it is called now
-    "Read a file of version 0.1 with the names of today; what is named so already stays as it is."
-    if isinstance(values, list): return [translate(o, file) for o in values]
-    if not isinstance(values, dict): return values
+    values,  # Settings, numbers or a description, as JSON gives them
+    file: str,  # Kind of file that they come from, a key of `RENAMED`
+):  # The same, each name as it is called now
+    """Read a file of version 0.1 with the names of today; what is named so already stays as it is.
+
+    Parameters
+    ----------
+    values
+        Settings, numbers or a description, as JSON gives them.
+    file : str
+        Kind of file that they come from, a key of `RENAMED`.
+    """
+    if isinstance(values, list):
+        return [translate(o, file) for o in values]
+    if not isinstance(values, dict):
+        return values
     out = {}
-    for k,v in values.items():
-        if k in ('covariates', 'columns'): out[k] = v                                       # names of columns stay as they are
-        elif k=='reading' and isinstance(v, dict): out[k] = {c: translate(o, file) for c,o in v.items()}
-        else: out[RENAMED[file].get(k, k)] = translate(v, file)
+    for k, v in values.items():
+        if k in ('covariates', 'columns'):
+            out[k] = v  # names of columns stay as they are
+        elif k == 'reading' and isinstance(v, dict):
+            out[k] = {c: translate(o, file) for c, o in v.items()}
+        else:
+            out[RENAMED[file].get(k, k)] = translate(v, file)
     return out
 
 # %% ../../nbs/engineering/30_runs.ipynb #784defe1
 def save_weights(
-    path:Path, # File to write, .safetensors
-    tensors:dict[str, Tensor], # Named tensors
-    info:dict, # What is needed to use them, JSON
-)->None:
-    "Write tensors and their description into one file, atomically."
-    cpu = {k: v.detach().to('cpu', copy=True).contiguous() for k,v in tensors.items()}
+    path: Path,  # File to write, .safetensors
+    tensors: dict[str, Tensor],  # Named tensors
+    info: dict,  # What is needed to use them, JSON
+) -> None:
+    """Write tensors and their description into one file, atomically.
+
+    Parameters
+    ----------
+    path : Path
+        File to write, .safetensors.
+    tensors : dict[str, Tensor]
+        Named tensors.
+    info : dict
+        What is needed to use them, JSON.
+    """
+    cpu = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in tensors.items()}
     write_atomic(Path(path), save(cpu, metadata={'brainldm': json.dumps(info)}))
 
 # %% ../../nbs/engineering/30_runs.ipynb #5e0dc9e1
 def load_weights(
-    path:Path, # A file written by `save_weights`
-)->tuple[dict[str, Tensor], dict]: # Named tensors on the CPU, and the description
-    "Read tensors and description; nothing is unpickled. Raises FileNotFoundError, or ValueError on a broken file."
+    path: Path,  # A file written by `save_weights`
+) -> tuple[dict[str, Tensor], dict]:  # Named tensors on the CPU, and the description
+    """Read tensors and description; nothing is unpickled.
+
+    Parameters
+    ----------
+    path : Path
+        A file written by `save_weights`.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict]
+        Named tensors on the CPU, and the description.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        On a broken file.
+    """
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(
-        f"load_weights: no file {path.name} in {path.parent}. Expected one written by training. "
-        "Check the run folder, or train first.")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"load_weights: no file {path.name} in {path.parent}. Expected one written by training."
+            " Check the run folder, or train first."
+        )
     try:
-        with safe_open(path, 'pt') as f:                                       # copies: a mapped file cannot be removed on Windows
-            tensors = {re.sub(r'^critic[.]', 'discriminator.', k): f.get_tensor(k).clone() for k in f.keys()}
+        with safe_open(path, 'pt') as f:  # copies: a mapped file cannot be removed on Windows
+            tensors = {
+                re.sub(r'^critic[.]', 'discriminator.', k): f.get_tensor(k).clone()
+                for k in f.keys()
+            }
             info = translate(json.loads(f.metadata()['brainldm']), 'safetensors')
-        if not isinstance(info, dict): raise TypeError(f'its description is a {type(info).__name__}')
-        return tensors,info
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e: raise ValueError(
-        f"load_weights: {path} cannot be read ({type(e).__name__}: {e}). Expected a file written by brainldm. "
-        "It may be truncated or foreign; train again or take it from a backup.") from None
+        if not isinstance(info, dict):
+            raise TypeError(f'its description is a {type(info).__name__}')
+        return tensors, info
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
+        raise ValueError(
+            f"load_weights: {path} cannot be read ({type(e).__name__}: {e}). Expected a file"
+            " written by brainldm. It may be truncated or foreign; train again or take it from a"
+            " backup."
+        ) from None
 
 # %% ../../nbs/engineering/30_runs.ipynb #4e719d93
 def fill_model(
-    model:nn.Module, # The network to fill, in place
-    tensors:dict[str, Tensor], # Weights by name
-    what:str, # File or network, for the message
-)->nn.Module: # The same network
-    "Copy weights into a network of exactly the same architecture. Raises ValueError naming what does not fit."
+    model: nn.Module,  # The network to fill, in place
+    tensors: dict[str, Tensor],  # Weights by name
+    what: str,  # File or network, for the message
+) -> nn.Module:  # The same network
+    """Copy weights into a network of exactly the same architecture.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to fill, in place.
+    tensors : dict[str, Tensor]
+        Weights by name.
+    what : str
+        File or network, for the message.
+
+    Returns
+    -------
+    nn.Module
+        The same network.
+
+    Raises
+    ------
+    ValueError
+        Naming what does not fit.
+    """
     own = model.state_dict()
-    wrong = [k for k in own if k not in tensors or tensors[k].shape!=own[k].shape]
+    wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape]
     wrong += [k for k in tensors if k not in own]
-    if wrong: raise ValueError(
-        f"fill_model: {what} is of another architecture: {len(wrong)} weights do not fit, first {wrong[0]} "
-        f"({tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else 'absent'} in the file, "
-        f"{tuple(own[wrong[0]].shape) if wrong[0] in own else 'absent'} in the network). "
-        "Expected the same names and shapes. "
-        "Check that file and configuration belong together.")
-    broken = [k for k,v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken: raise ValueError(f"fill_model: {what} holds numbers that are not finite, first in {broken[0]}. "
-                                "Expected a trained network. Take an earlier checkpoint, or train again.")
+    if wrong:
+        raise ValueError(
+            f"fill_model: {what} is of another architecture: {len(wrong)} weights do not fit, first"
+            f" {wrong[0]} ({tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else 'absent'} in"
+            f" the file, {tuple(own[wrong[0]].shape) if wrong[0] in own else 'absent'} in the"
+            " network). Expected the same names and shapes. Check that file and configuration"
+            " belong together."
+        )
+    broken = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"fill_model: {what} holds numbers that are not finite, first in {broken[0]}. "
+            "Expected a trained network. Take an earlier checkpoint, or train again."
+        )
     model.load_state_dict(tensors)
     return model
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e23
 def weights_hash(
-    model:nn.Module, # A network
-)->str: # 32 hexadecimal digits
-    "A fingerprint of weights to 16 bits, as they travel."
+    model: nn.Module,  # A network
+) -> str:  # 32 hexadecimal digits
+    """A fingerprint of weights to 16 bits, as they travel.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A network.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for k,v in model.state_dict().items():
+    for k, v in model.state_dict().items():
         v = v.detach().cpu()
-        digest.update(k.encode()+(v.half() if v.is_floating_point() else v).numpy().tobytes())
+        digest.update(k.encode() + (v.half() if v.is_floating_point() else v).numpy().tobytes())
     return digest.hexdigest()
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e24
 def read_info(
-    path:Path, # A file written by `save_weights`
-)->dict: # Its description
-    "Read what a file says of itself, without its tensors; what is no such file says nothing."
+    path: Path,  # A file written by `save_weights`
+) -> dict:  # Its description
+    """Read what a file says of itself, without its tensors; what is no such file says nothing.
+
+    Parameters
+    ----------
+    path : Path
+        A file written by `save_weights`.
+
+    Returns
+    -------
+    dict
+        Its description.
+    """
     try:
-        with safe_open(path, 'pt') as f: return translate(json.loads(f.metadata()['brainldm']), 'safetensors')
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError): return {}
+        with safe_open(path, 'pt') as f:
+            return translate(json.loads(f.metadata()['brainldm']), 'safetensors')
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
+        return {}
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e25
 def check_trained_on(
-    path:Path, # Weights of a later stage, such as RUN/ldm.safetensors
-    **below:nn.Module, # The networks that it shall work with now, by the name of their stage
-)->list[str]: # Stages of which the file does not say with which weights it was trained: made by an earlier version
-    "Refuse a network whose autoencoder, or diffusion model, is not the one it was trained on. Raises ValueError."
+    path: Path,  # Weights of a later stage, such as RUN/ldm.safetensors
+    **below: nn.Module,  # The networks that it shall work with now, by the name of their stage
+    # Stages of which the file does not say with which weights it was trained: made by an earlier
+    # version
+) -> list[str]:
+    """Refuse a network whose autoencoder, or diffusion model, is not the one it was trained on.
+
+    Parameters
+    ----------
+    path : Path
+        Weights of a later stage, such as RUN/ldm.safetensors.
+    **below : nn.Module
+        The networks that it shall work with now, by the name of their stage.
+
+    Returns
+    -------
+    list[str]
+
+    Raises
+    ------
+    ValueError
+    """
     info = read_info(path)
     known = info.get('trained_on') if isinstance(info, dict) else None
-    known = known if isinstance(known, dict) else {}                           # what else it may be is refused where it is read
-    for stage,model in below.items():
-        if known.get(stage, '')==weights_hash(model) or stage not in known: continue
+    # what else it may be is refused where it is read
+    known = known if isinstance(known, dict) else {}
+    for stage, model in below.items():
+        if known.get(stage, '') == weights_hash(model) or stage not in known:
+            continue
         raise ValueError(
-            f"check_trained_on: {path} was trained on another {stage} than the one beside it (weights "
-            f"{known[stage][:12]}, now {weights_hash(model)[:12]}). Expected files of one run. Put back the {stage} that it "
-            f"was trained on, or train {Path(path).stem} again in a new run.")
+            f"check_trained_on: {path} was trained on another {stage} than the one beside it"
+            f" (weights {known[stage][:12]}, now {weights_hash(model)[:12]}). Expected files of one"
+            f" run. Put back the {stage} that it was trained on, or train {Path(path).stem} again"
+            " in a new run."
+        )
     return [o for o in below if o not in known]
 
 # %% ../../nbs/engineering/30_runs.ipynb #b3a22996
 def pack_state(
-    learner:Learner, # The training so far
-)->tuple[dict[str, Tensor], dict]: # Tensors by name, and the rest as JSON
-    "Everything that training needs in order to go on as if it had never stopped."
-    tensors = {f'model.{k}': v for k,v in learner.raw.state_dict().items()}
-    if learner.ema is not None: tensors |= {f'ema.{k}': v for k,v in learner.ema.state_dict().items()}
-    for i,slots in learner.optimizer.state_dict()['state'].items():
-        tensors |= {f'optimizer.{i}.{k}': v for k,v in slots.items()}
+    learner: Learner,  # The training so far
+) -> tuple[dict[str, Tensor], dict]:  # Tensors by name, and the rest as JSON
+    """Everything that training needs in order to go on as if it had never stopped.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict]
+        Tensors by name, and the rest as JSON.
+    """
+    tensors = {f'model.{k}': v for k, v in learner.raw.state_dict().items()}
+    if learner.ema is not None:
+        tensors |= {f'ema.{k}': v for k, v in learner.ema.state_dict().items()}
+    for i, slots in learner.optimizer.state_dict()['state'].items():
+        tensors |= {f'optimizer.{i}.{k}': v for k, v in slots.items()}
     scaler = learner.accelerator.scaler
     info = dict(seen=learner.seen, scaler=scaler.state_dict() if scaler else None)
-    if learner.discriminator is None: return tensors,info
-    discriminator,about = pack_state(learner.discriminator)
-    return tensors | {f'discriminator.{k}': v for k,v in discriminator.items()},dict(info, discriminator=about)
+    if learner.discriminator is None:
+        return tensors, info
+    discriminator, about = pack_state(learner.discriminator)
+    return tensors | {f'discriminator.{k}': v for k, v in discriminator.items()}, dict(
+        info, discriminator=about
+    )
 
 # %% ../../nbs/engineering/30_runs.ipynb #b8fbd649
 def unpack_state(
-    learner:Learner, # A fresh training of the same settings
-    tensors:dict[str, Tensor], # As `pack_state` gave them
-    info:dict, # As `pack_state` gave it
-)->None:
-    "Put a saved state back. Raises ValueError if it is of another architecture."
-    part = lambda name: {k.removeprefix(name+'.'): v for k,v in tensors.items() if k.startswith(name+'.')}
+    learner: Learner,  # A fresh training of the same settings
+    tensors: dict[str, Tensor],  # As `pack_state` gave them
+    info: dict,  # As `pack_state` gave it
+) -> None:
+    """Put a saved state back.
+
+    Parameters
+    ----------
+    learner : Learner
+        A fresh training of the same settings.
+    tensors : dict[str, Tensor]
+        As `pack_state` gave them.
+    info : dict
+        As `pack_state` gave it.
+
+    Raises
+    ------
+    ValueError
+        If it is of another architecture.
+    """
+    part = lambda name: {
+        k.removeprefix(name + '.'): v for k, v in tensors.items() if k.startswith(name + '.')
+    }
     fill_model(learner.raw, part('model'), 'the checkpoint')
-    if learner.ema is not None: learner.ema.load_state_dict(part('ema'))
+    if learner.ema is not None:
+        learner.ema.load_state_dict(part('ema'))
     slots = {}
-    for k,v in part('optimizer').items():
-        i,name = k.split('.', 1); slots.setdefault(int(i), {})[name] = v
+    for k, v in part('optimizer').items():
+        i, name = k.split('.', 1)
+        slots.setdefault(int(i), {})[name] = v
     learner.optimizer.load_state_dict(dict(learner.optimizer.state_dict(), state=slots))
-    if info['scaler']: learner.accelerator.scaler.load_state_dict(info['scaler'])
+    if info['scaler']:
+        learner.accelerator.scaler.load_state_dict(info['scaler'])
     learner.seen = info['seen']
-    if learner.discriminator is not None: unpack_state(learner.discriminator, part('discriminator'), info['discriminator'])
+    if learner.discriminator is not None:
+        unpack_state(learner.discriminator, part('discriminator'), info['discriminator'])
 
 # %% ../../nbs/engineering/30_runs.ipynb #f50106dd
 class Checkpoint:
-    "The resumable states of one stage: `folder/IMAGES.safetensors`, of which the last two are kept."
-    def __init__(self,
-        folder:Path, # Where the states lie
-        keep:int=2, # How many to keep
-    ):
-        self.folder,self.keep = Path(folder),keep
+    """The resumable states of one stage: `folder/IMAGES.safetensors`, of which the last two are kept.
 
-    def files(self)->list[Path]: # Oldest first
-        "The states on disk."
+    Parameters
+    ----------
+    folder : Path
+        Where the states lie.
+    keep : int, default 2
+        How many to keep.
+    """
+
+    def __init__(
+        self,
+        folder: Path,  # Where the states lie
+        keep: int = 2,  # How many to keep
+    ):
+        self.folder, self.keep = Path(folder), keep
+
+    def files(self) -> list[Path]:  # Oldest first
+        """The states on disk.
+
+        Returns
+        -------
+        list[Path]
+            Oldest first.
+        """
         return sorted(self.folder.glob('[0-9]*.safetensors'))
 
-    def save(self,
-        seen:int, # Pictures seen
-        tensors:dict[str, Tensor], # Weights, average, optimizer
-        info:dict, # Anything else, JSON
-    )->None:
-        "Write a state, then forget the oldest ones, any beyond this position, and what a crashed writer left behind."
-        save_weights(self.folder/f'{seen:012d}.safetensors', tensors, dict(info, seen=seen))
-        beyond = [o for o in self.files() if int(o.stem)>seen]
-        past = [o for o in self.files() if int(o.stem)<=seen]
-        for old in [*beyond, *past[:-self.keep], *self.folder.glob('.*.part')]: old.unlink()
+    def save(
+        self,
+        seen: int,  # Pictures seen
+        tensors: dict[str, Tensor],  # Weights, average, optimizer
+        info: dict,  # Anything else, JSON
+    ) -> None:
+        """Write a state, then forget the oldest ones, any beyond this position, and what a crashed
+        writer left behind.
 
-    def load(self)->tuple[dict[str, Tensor], dict]|None: # Tensors and info of the newest state, None if there is none
-        "Read the newest state that can be read. Raises ValueError if there are some and none can."
+        Parameters
+        ----------
+        seen : int
+            Pictures seen.
+        tensors : dict[str, Tensor]
+            Weights, average, optimizer.
+        info : dict
+            Anything else, JSON.
+        """
+        save_weights(self.folder / f'{seen:012d}.safetensors', tensors, dict(info, seen=seen))
+        beyond = [o for o in self.files() if int(o.stem) > seen]
+        past = [o for o in self.files() if int(o.stem) <= seen]
+        for old in [*beyond, *past[: -self.keep], *self.folder.glob('.*.part')]:
+            old.unlink()
+
+    # Tensors and info of the newest state, None if there is none
+    def load(self) -> tuple[dict[str, Tensor], dict] | None:
+        """Read the newest state that can be read.
+
+        Returns
+        -------
+        tuple[dict[str, Tensor], dict] | None
+
+        Raises
+        ------
+        ValueError
+            If there are some and none can.
+        """
         for path in reversed(self.files()):
-            try: return load_weights(path)
-            except ValueError as e: warnings.warn(f'Checkpoint: going back to an older state. {e}'); last = e
-        if self.files(): raise last
+            try:
+                return load_weights(path)
+            except ValueError as e:
+                warnings.warn(f'Checkpoint: going back to an older state. {e}')
+                last = e
+        if self.files():
+            raise last
 
 # %% ../../nbs/engineering/30_runs.ipynb #b8b1d534
 def read_log(
-    path:Path, # A log.jsonl
-)->list[dict]: # Its records, oldest first; none if there is no file
-    "Read a log. A last line cut short by a crash is left out; any other broken line raises ValueError."
-    lines = Path(path).read_bytes().decode('utf-8', 'replace').splitlines() if Path(path).is_file() else []
+    path: Path,  # A log.jsonl
+) -> list[dict]:  # Its records, oldest first; none if there is no file
+    """Read a log.
+
+    A last line cut short by a crash is left out; any other broken line raises ValueError.
+
+    Parameters
+    ----------
+    path : Path
+        A log.jsonl.
+
+    Returns
+    -------
+    list[dict]
+        Its records, oldest first; none if there is no file.
+    """
+    lines = (
+        Path(path).read_bytes().decode('utf-8', 'replace').splitlines()
+        if Path(path).is_file()
+        else []
+    )
     records = []
-    for i,line in enumerate(lines):
-        try: record = translate(json.loads(line), 'log.jsonl'); record['stage'],record['images']; records.append(record)
+    for i, line in enumerate(lines):
+        try:
+            record = translate(json.loads(line), 'log.jsonl')
+            record['stage'], record['images']
+            records.append(record)
         except (ValueError, TypeError, KeyError, RecursionError):
-            if i<len(lines)-1: raise ValueError(f"read_log: line {i+1} of {path} is not JSON with stage and images: {line[:60]!r}. "
-                                                "Expected one record a line. Remove the line.") from None
+            if i < len(lines) - 1:
+                raise ValueError(
+                    f"read_log: line {i+1} of {path} is not JSON with stage and images:"
+                    f" {line[:60]!r}. Expected one record a line. Remove the line."
+                ) from None
     return records
 
 # %% ../../nbs/engineering/30_runs.ipynb #b9236d66
 class JsonLog:
-    "`log.jsonl`: one line a record; records of one stage beyond `seen` are dropped when a run goes on from there."
-    def __init__(self,
-        path:Path, # The file
-        stage:str, # 'autoencoder' or 'ldm'
-        seen:int=0, # Pictures seen before, when going on
-    ):
-        self.path,self.stage = Path(path),stage
-        kept = [o for o in read_log(self.path) if o['stage']!=stage or o['images']<=seen]
-        write_atomic(self.path, ''.join(json.dumps(o)+'\n' for o in kept).encode())
+    """`log.jsonl`: one line a record; records of one stage beyond `seen` are dropped when a run goes
+    on from there.
 
-    def write(self,
-        seen:int, # Pictures seen
-        record:dict[str, float], # Numbers to note
-    )->None:
-        "Add one line. Raises OSError."
+    Parameters
+    ----------
+    path : Path
+        The file.
+    stage : str
+        'autoencoder' or 'ldm'.
+    seen : int, default 0
+        Pictures seen before, when going on.
+    """
+
+    def __init__(
+        self,
+        path: Path,  # The file
+        stage: str,  # 'autoencoder' or 'ldm'
+        seen: int = 0,  # Pictures seen before, when going on
+    ):
+        self.path, self.stage = Path(path), stage
+        kept = [o for o in read_log(self.path) if o['stage'] != stage or o['images'] <= seen]
+        write_atomic(self.path, ''.join(json.dumps(o) + '\n' for o in kept).encode())
+
+    def write(
+        self,
+        seen: int,  # Pictures seen
+        record: dict[str, float],  # Numbers to note
+    ) -> None:
+        """Add one line.
+
+        Parameters
+        ----------
+        seen : int
+            Pictures seen.
+        record : dict[str, float]
+            Numbers to note.
+
+        Raises
+        ------
+        OSError
+        """
         line = json.dumps(dict(stage=self.stage, images=seen, **record))
         try:
-            with self.path.open('a', encoding='utf-8') as f: f.write(line+'\n')
-        except OSError as e: raise explain_disk(e, self.path) from None
+            with self.path.open('a', encoding='utf-8') as f:
+                f.write(line + '\n')
+        except OSError as e:
+            raise explain_disk(e, self.path) from None
 
 # %% ../../nbs/engineering/30_runs.ipynb #7fb8d35d
 def read_metrics(
-    run:str|Path, # Run folder
-)->dict: # Numbers by the name of the measurement; none yet: empty
-    "Read RUN/metrics.json. Raises ValueError if it is broken."
-    path = Path(run)/'metrics.json'
-    try: metrics = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-    except (ValueError, RecursionError) as e: raise ValueError(
-        f"read_metrics: {path} is not JSON ({e}). Expected what brainldm wrote. Remove it and measure again.") from None
-    if not isinstance(metrics, dict) or not all(isinstance(o, dict) for o in metrics.values()): raise ValueError(
-        f"read_metrics: {path} holds something else than measurements. Expected numbers by name, under the name of "
-        "what was measured. Remove it and measure again.")
+    run: str | Path,  # Run folder
+) -> dict:  # Numbers by the name of the measurement; none yet: empty
+    """Read RUN/metrics.json.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Returns
+    -------
+    dict
+        Numbers by the name of the measurement; none yet: empty.
+
+    Raises
+    ------
+    ValueError
+        If it is broken.
+    """
+    path = Path(run) / 'metrics.json'
+    try:
+        metrics = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    except (ValueError, RecursionError) as e:
+        raise ValueError(
+            f"read_metrics: {path} is not JSON ({e}). Expected what brainldm wrote. Remove it and"
+            " measure again."
+        ) from None
+    if not isinstance(metrics, dict) or not all(isinstance(o, dict) for o in metrics.values()):
+        raise ValueError(
+            f"read_metrics: {path} holds something else than measurements. Expected numbers by"
+            " name, under the name of what was measured. Remove it and measure again."
+        )
     return translate(metrics, 'metrics.json')
 
 # %% ../../nbs/engineering/30_runs.ipynb #5c21e724
 class StopRequest:
-    "Notes Ctrl-C and SIGTERM, so that training can stop where its state is whole; the second one stops at once."
-    def __init__(self): self.asked,self.old = False,{}
+    """Notes Ctrl-C and SIGTERM, so that training can stop where its state is whole; the second one
+    stops at once.
+    """
 
-    def note(self,
-        number:int, # Of the signal
-        frame, # Where the program was
-    )->None:
-        "Called by Python when a signal arrives."
-        if self.asked: raise KeyboardInterrupt
+    def __init__(self):
+        self.asked, self.old = False, {}
+
+    def note(
+        self,
+        number: int,  # Of the signal
+        frame,  # Where the program was
+    ) -> None:
+        """Called by Python when a signal arrives.
+
+        Parameters
+        ----------
+        number : int
+            Of the signal.
+        frame
+            Where the program was.
+        """
+        if self.asked:
+            raise KeyboardInterrupt
         self.asked = True
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():              # elsewhere Python takes no handlers
+        # elsewhere Python takes no handlers
+        if threading.current_thread() is threading.main_thread():
             self.old = {o: signal.signal(o, self.note) for o in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        for o,handler in self.old.items(): signal.signal(o, handler or signal.SIG_DFL)
+        for o, handler in self.old.items():
+            signal.signal(o, handler or signal.SIG_DFL)
 
 # %% ../../nbs/engineering/30_runs.ipynb #13003007
-HARMLESS = {'validate_every', 'checkpoint_every', 'log_every', 'num_workers', 'log_with', 'preview_steps',
-            'auto_find_batch_size', 'unet_levels'} # No weight feels them
-FOUND = {f'data.{o}' for o in ('planes', 'to_gray', 'split_seed', 'validate_fraction', 'test_fraction', 'subjects',
-                               'skip_faulty')} # How images are found: what came of it is compared, row by row
+HARMLESS = {
+    'validate_every',
+    'checkpoint_every',
+    'log_every',
+    'num_workers',
+    'log_with',
+    'preview_steps',
+    'auto_find_batch_size',
+    'unet_levels',
+}  # No weight feels them
+FOUND = {
+    f'data.{o}'
+    for o in (
+        'planes',
+        'to_gray',
+        'split_seed',
+        'validate_fraction',
+        'test_fraction',
+        'subjects',
+        # How images are found: what came of it is compared, row by row
+        'skip_faulty',
+    )
+}
 
 # %% ../../nbs/engineering/30_runs.ipynb #31d86cd2
 def read_config(
-    run:Path, # Run folder
-)->dict: # Its config.json: one entry a stage
-    "Read what a run was made of. Raises FileNotFoundError if it is no run, "
+    run: Path,  # Run folder
+) -> dict:  # Its config.json: one entry a stage
+    """Read what a run was made of.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+
+    Returns
+    -------
+    dict
+        Its config.json: one entry a stage.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is no run.
+    """
     "ValueError if the file is another project's."
-    path = Path(run)/'config.json'
-    if not path.is_file(): raise FileNotFoundError(
-        f"read_config: {run} is not a run folder: it has no config.json. Expected a folder made by `brainldm train`. "
-        "Check the path, or train first.")
+    path = Path(run) / 'config.json'
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"read_config: {run} is not a run folder: it has no config.json. Expected a folder made"
+            " by `brainldm train`. Check the path, or train first."
+        )
     try:
         settings = json.loads(path.read_text(encoding='utf-8'))
-        ours = all(isinstance(o.get(k), dict) for o in settings.values() for k in ('config', 'data'))
-    except (ValueError, AttributeError, TypeError, RecursionError): ours = False
-    if not ours: raise ValueError(f"read_config: {path} was not written by brainldm. "
-                                  "Expected a run folder of this project. Choose another --run.")
-    return {k: dict(o, config=translate(o['config'], 'config.json')) for k,o in settings.items()}
+        ours = all(
+            isinstance(o.get(k), dict) for o in settings.values() for k in ('config', 'data')
+        )
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"read_config: {path} was not written by brainldm. "
+            "Expected a run folder of this project. Choose another --run."
+        )
+    return {k: dict(o, config=translate(o['config'], 'config.json')) for k, o in settings.items()}
 
 # %% ../../nbs/engineering/30_runs.ipynb #956aa477
 def compare_configs(
-    old:dict, # What config.json says of a stage
-    new:dict, # What is asked for now
-)->list[str]: # One phrase a difference that matters
+    old: dict,  # What config.json says of a stage
+    new: dict,  # What is asked for now
+) -> list[str]:  # One phrase a difference that matters
     """Name the settings in which two trainings differ, besides those that touch no weight.
 
-    Data are compared by `compare_given`, weights by `compare_stage`."""
-    free_cut = new['config'].get('auto_find_batch_size')                       # only the pictures of an update count
+    Data are compared by `compare_given`, weights by `compare_stage`.
+
+    Parameters
+    ----------
+    old : dict
+        What config.json says of a stage.
+    new : dict
+        What is asked for now.
+
+    Returns
+    -------
+    list[str]
+        One phrase a difference that matters.
+    """
+    free_cut = new['config'].get('auto_find_batch_size')  # only the pictures of an update count
+
     def flat(o):
         c = o['config']
-        if free_cut: c = c | dict(batch_size=c['batch_size']*c['accumulate'], accumulate=None)
-        nested = {f'{k}.{kk}': vv for k,v in c.items() if isinstance(v, dict) for kk,vv in v.items()}
-        plain = {k: v for k,v in c.items() if k not in (*HARMLESS, 'init_from') and not isinstance(v, dict)}
+        if free_cut:
+            c = c | dict(batch_size=c['batch_size'] * c['accumulate'], accumulate=None)
+        nested = {
+            f'{k}.{kk}': vv for k, v in c.items() if isinstance(v, dict) for kk, vv in v.items()
+        }
+        plain = {
+            k: v
+            for k, v in c.items()
+            if k not in (*HARMLESS, 'init_from') and not isinstance(v, dict)
+        }
         return plain | nested | {'data fingerprint': o['data']['hash']}
-    a,b = flat(old),flat(new)
-    if all('columns' in o['data'] for o in (old, new)):                        # else a run from before
-        a,b = ({k: v for k,v in o.items() if k not in FOUND and k!='data fingerprint'} for o in (a, b))
-    if a['total_images']<b['total_images']:                                    # lengthened, see `lengthen_stage`
-        del a['total_images'],b['total_images']
-    return [f'{k}={b.get(k)!r}, was {a.get(k)!r}' for k in sorted({*a, *b}) if a.get(k)!=b.get(k)]
+
+    a, b = flat(old), flat(new)
+    if all('columns' in o['data'] for o in (old, new)):  # else a run from before
+        a, b = (
+            {k: v for k, v in o.items() if k not in FOUND and k != 'data fingerprint'}
+            for o in (a, b)
+        )
+    if a['total_images'] < b['total_images']:  # lengthened, see `lengthen_stage`
+        del a['total_images'], b['total_images']
+    return [f'{k}={b.get(k)!r}, was {a.get(k)!r}' for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e11
 def plain_text(
-    values:pd.Series, # One column
-)->list[str]: # Its values as text; missing: ''
-    "Text that does not depend on how a table was read: 61 and 61.0 are one number."
-    codes,found = pd.factorize(values)                                         # -1: missing
+    values: pd.Series,  # One column
+) -> list[str]:  # Its values as text; missing: ''
+    """Text that does not depend on how a table was read: 61 and 61.0 are one number.
+
+    Parameters
+    ----------
+    values : pd.Series
+        One column.
+
+    Returns
+    -------
+    list[str]
+        Its values as text; missing: ''.
+    """
+    codes, found = pd.factorize(values)  # -1: missing
     numeric = [isinstance(o, Real) and not isinstance(o, bool) for o in found]
-    texts = [f'{o:.15g}' if n else str(o) for o,n in zip(found, numeric)]
-    return ['' if i<0 else texts[i] for i in codes]
+    texts = [f'{o:.15g}' if n else str(o) for o, n in zip(found, numeric)]
+    return ['' if i < 0 else texts[i] for i in codes]
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e12
 def given_table(
-    dataset:SliceDataset, # All splits
-    columns:tuple[str, ...]=('slice',), # What a stage is given besides pixels and split
-)->pd.DataFrame: # Text, one row a slice: path, plane, subject, which name it; image (a hash of its pixels), split, columns
-    "What a stage is given, in the order in which it is given."
+    dataset: SliceDataset,  # All splits
+    columns: tuple[str, ...] = ('slice',),  # What a stage is given besides pixels and split
+    # Text, one row a slice: path, plane, subject, which name it; image (a hash of its pixels),
+    # split, columns
+) -> pd.DataFrame:
+    """What a stage is given, in the order in which it is given.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        All splits.
+    columns : tuple[str, ...], default ('slice',)
+        What a stage is given besides pixels and split.
+
+    Returns
+    -------
+    pd.DataFrame
+    """
     rows = dataset.manifest
-    if 'hash' in rows: images = rows['hash']
-    else: images = pd.Series([hashlib.blake2b(o.tobytes(), digest_size=16).hexdigest() for o in dataset.images])
-    out = {o: rows[o] if o in rows else pd.Series(['']*len(rows)) for o in ('path', 'plane', 'subject')}
+    if 'hash' in rows:
+        images = rows['hash']
+    else:
+        images = pd.Series(
+            [hashlib.blake2b(o.tobytes(), digest_size=16).hexdigest() for o in dataset.images]
+        )
+    out = {
+        o: rows[o] if o in rows else pd.Series([''] * len(rows))
+        for o in ('path', 'plane', 'subject')
+    }
     out |= {'image': images, 'split': rows.split}
-    out |= {o: rows[o] if o in rows else pd.Series(['']*len(rows)) for o in columns}
-    return pd.DataFrame({k: plain_text(v) for k,v in out.items()})
+    out |= {o: rows[o] if o in rows else pd.Series([''] * len(rows)) for o in columns}
+    return pd.DataFrame({k: plain_text(v) for k, v in out.items()})
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e13
 def describe_given(
-    dataset:SliceDataset, # All splits
-    covariates:tuple[Covariate, ...]=(), # What the stage learns of
-    columns:tuple[str, ...]=('slice',), # What else it is given
-)->tuple[dict, pd.DataFrame]: # What config.json says of the data, and the table of `given_table`
-    "Sum up what a stage is given, column by column."
+    dataset: SliceDataset,  # All splits
+    covariates: tuple[Covariate, ...] = (),  # What the stage learns of
+    columns: tuple[str, ...] = ('slice',),  # What else it is given
+    # What config.json says of the data, and the table of `given_table`
+) -> tuple[dict, pd.DataFrame]:
+    """Sum up what a stage is given, column by column.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        All splits.
+    covariates : tuple[Covariate, ...], default ()
+        What the stage learns of.
+    columns : tuple[str, ...], default ('slice',)
+        What else it is given.
+
+    Returns
+    -------
+    tuple[dict, pd.DataFrame]
+    """
     table = given_table(dataset, tuple(dict.fromkeys([*columns, *(c.name for c in covariates)])))
-    compared = [o for o in table if o not in ('path', 'plane') and (o!='subject' or o in columns)]
-    def digest(values): return hashlib.blake2b('\n'.join(values).encode(), digest_size=16).hexdigest()
-    about = dict(columns={o: digest(table[o]) for o in compared}, covariates=[asdict(c) for c in covariates])
-    return dict(fingerprint(dataset.manifest), **json.loads(json.dumps(about))),table
+    compared = [o for o in table if o not in ('path', 'plane') and (o != 'subject' or o in columns)]
+
+    def digest(values):
+        return hashlib.blake2b('\n'.join(values).encode(), digest_size=16).hexdigest()
+
+    about = dict(
+        columns={o: digest(table[o]) for o in compared}, covariates=[asdict(c) for c in covariates]
+    )
+    return dict(fingerprint(dataset.manifest), **json.loads(json.dumps(about))), table
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e14
 def name_changes(
-    then:pd.DataFrame, # As from `given_table`, when the stage began
-    now:pd.DataFrame, # The same now
-    columns:list[str], # Those that differ
-    most:int=3, # Rows to name
-)->list[str]: # One phrase a difference
-    "Say in which rows two tables differ: value now, value then."
-    some = lambda values: ', '.join(values[:most])+(f' and {len(values)-most} more' if len(values)>most else '')
+    then: pd.DataFrame,  # As from `given_table`, when the stage began
+    now: pd.DataFrame,  # The same now
+    columns: list[str],  # Those that differ
+    most: int = 3,  # Rows to name
+) -> list[str]:  # One phrase a difference
+    """Say in which rows two tables differ: value now, value then.
+
+    Parameters
+    ----------
+    then : pd.DataFrame
+        As from `given_table`, when the stage began.
+    now : pd.DataFrame
+        The same now.
+    columns : list[str]
+        Those that differ.
+    most : int, default 3
+        Rows to name.
+
+    Returns
+    -------
+    list[str]
+        One phrase a difference.
+    """
+    some = lambda values: ', '.join(values[:most]) + (
+        f' and {len(values)-most} more' if len(values) > most else ''
+    )
     out = []
-    if len(then)!=len(now) or (then.image.to_numpy()!=now.image.to_numpy()).any():        # rows must be looked up
-        then,now = (o.drop_duplicates(['path', 'plane']).set_index(['path', 'plane']) for o in (then, now))
-        new,gone = now.loc[now.index.difference(then.index)],then.loc[then.index.difference(now.index)]
-        for rows,word in ((new, 'new'), (gone, 'gone')):
-            if len(rows): out.append(f"{len(rows)} images are {word}, of {some(list(rows.subject.unique()))}")
+    # rows must be looked up
+    if len(then) != len(now) or (then.image.to_numpy() != now.image.to_numpy()).any():
+        then, now = (
+            o.drop_duplicates(['path', 'plane']).set_index(['path', 'plane']) for o in (then, now)
+        )
+        new, gone = (
+            now.loc[now.index.difference(then.index)],
+            then.loc[then.index.difference(now.index)],
+        )
+        for rows, word in ((new, 'new'), (gone, 'gone')):
+            if len(rows):
+                out.append(f"{len(rows)} images are {word}, of {some(list(rows.subject.unique()))}")
         both = then.index.intersection(now.index)
-        then,now = then.loc[both],now.loc[both]
+        then, now = then.loc[both], now.loc[both]
+
     def phrase(c, subject, k, a, b):
-        if c=='image': return f'{subject} slice {k}: other pixels'
+        if c == 'image':
+            return f'{subject} slice {k}: other pixels'
         return f"{subject}: {a or 'nothing'} now, {b or 'nothing'} then"
+
     for c in columns:
-        at = then[c].to_numpy()!=now[c].to_numpy()
-        if not at.any(): continue
+        at = then[c].to_numpy() != now[c].to_numpy()
+        if not at.any():
+            continue
         pairs = zip(now.subject[at], now.get('slice', now[c])[at], now[c][at], then[c][at])
         out.append(f"{c} of {some(list(dict.fromkeys(phrase(c, *o) for o in pairs)))}")
     return out or ['the order of the images']
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e15
 def compare_given(
-    run:Path, # Run folder
-    stage:str, # One of its stages
-    known:dict, # What its config.json says of the data of that stage
-    dataset:SliceDataset, # The data now
-)->list[str]: # One phrase a difference; none: the stage would be given the same
-    "Compare data with what a stage was given: pixels, split, covariates. A run from before knows its fingerprint only."
+    run: Path,  # Run folder
+    stage: str,  # One of its stages
+    known: dict,  # What its config.json says of the data of that stage
+    dataset: SliceDataset,  # The data now
+) -> list[str]:  # One phrase a difference; none: the stage would be given the same
+    """Compare data with what a stage was given: pixels, split, covariates.
+
+    A run from before knows its fingerprint only.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        One of its stages.
+    known : dict
+        What its config.json says of the data of that stage.
+    dataset : SliceDataset
+        The data now.
+
+    Returns
+    -------
+    list[str]
+        One phrase a difference; none: the stage would be given the same.
+    """
     if 'columns' not in known:
         now = fingerprint(dataset.manifest)['hash']
-        return [] if now==known['hash'] else [f"data fingerprint {now[:12]}, was {known['hash'][:12]}"]
+        return (
+            []
+            if now == known['hash']
+            else [f"data fingerprint {now[:12]}, was {known['hash'][:12]}"]
+        )
     names = [c['name'] for c in known['covariates']]
     covariates = tuple(c for c in dataset.covariates if c.name in names)
-    data,table = describe_given(dataset, covariates, tuple(o for o in known['columns'] if o not in ('image', 'split')))
-    odd = [k for k,v in known['columns'].items() if data['columns'][k]!=v]
-    file = Path(run)/'given'/f'{stage}.csv.gz'
-    if odd and not file.is_file(): return [f"{', '.join(odd)} (a packed run does not say of whom)"]
-    if odd: return name_changes(pd.read_csv(file, dtype=str, keep_default_na=False), table, odd)
+    data, table = describe_given(
+        dataset, covariates, tuple(o for o in known['columns'] if o not in ('image', 'split'))
+    )
+    odd = [k for k, v in known['columns'].items() if data['columns'][k] != v]
+    file = Path(run) / 'given' / f'{stage}.csv.gz'
+    if odd and not file.is_file():
+        return [f"{', '.join(odd)} (a packed run does not say of whom)"]
+    if odd:
+        return name_changes(pd.read_csv(file, dtype=str, keep_default_na=False), table, odd)
     pairs = zip(known['covariates'], data['covariates'])
     lost = [o for o in names if o not in [c['name'] for c in data['covariates']]]
-    return [f'{o} is no covariate now' for o in lost] or [f"{a['name']}: {b} now, {a} then" for a,b in pairs if a!=b]
+    return [f'{o} is no covariate now' for o in lost] or [
+        f"{a['name']}: {b} now, {a} then" for a, b in pairs if a != b
+    ]
 
 # %% ../../nbs/engineering/30_runs.ipynb #6e2e9b99
 def find_run(
-    run:Path, # Run folder, perhaps not there yet
-)->dict: # What its config.json says; nothing yet for a new run
-    "Look up a run to begin or to go on with. Raises FileExistsError or ValueError if the folder is something else."
+    run: Path,  # Run folder, perhaps not there yet
+) -> dict:  # What its config.json says; nothing yet for a new run
+    """Look up a run to begin or to go on with.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder, perhaps not there yet.
+
+    Returns
+    -------
+    dict
+        What its config.json says; nothing yet for a new run.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder is something else.
+    ValueError
+        If the folder is something else.
+    """
     run = Path(run)
-    if (run/'config.json').is_file(): return read_config(run)
-    if run.exists() and (not run.is_dir() or any(o.name[0]!='.' for o in run.iterdir())): raise FileExistsError(
-        f"open_run: {run} exists and is not a run folder. Expected a new name or a run of this project. "
-        "Choose another --run.")
+    if (run / 'config.json').is_file():
+        return read_config(run)
+    if run.exists() and (not run.is_dir() or any(o.name[0] != '.' for o in run.iterdir())):
+        raise FileExistsError(
+            f"open_run: {run} exists and is not a run folder. Expected a new name or a run of this"
+            " project. Choose another --run."
+        )
     return {}
 
 # %% ../../nbs/engineering/30_runs.ipynb #b58c8fdb
 def compare_stage(
-    run:Path, # Run folder
-    stage:str, # 'autoencoder', 'ldm', 'prior' or 'volume'
-    known:dict, # What config.json says of the stage
-    new:dict, # What it would say now
-    dataset:SliceDataset, # The data now
-)->None: # Nothing: it raises or returns
-    "Refuse to go on with other settings, data, or weights below. Raises ValueError naming each difference."
-    defaults = json.loads(json.dumps(asdict(new['kind']()), default=str))      # of settings that did not exist then
+    run: Path,  # Run folder
+    stage: str,  # 'autoencoder', 'ldm', 'prior' or 'volume'
+    known: dict,  # What config.json says of the stage
+    new: dict,  # What it would say now
+    dataset: SliceDataset,  # The data now
+) -> None:  # Nothing: it raises or returns
+    """Refuse to go on with other settings, data, or weights below.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder', 'ldm', 'prior' or 'volume'.
+    known : dict
+        What config.json says of the stage.
+    new : dict
+        What it would say now.
+    dataset : SliceDataset
+        The data now.
+
+    Raises
+    ------
+    ValueError
+        Naming each difference.
+    """
+    # of settings that did not exist then
+    defaults = json.loads(json.dumps(asdict(new['kind']()), default=str))
     settings = defaults | known['config']
-    nested = {k for k,v in settings.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)}
-    settings = {k: defaults[k] | v if k in nested else v for k,v in settings.items()}
+    nested = {
+        k for k, v in settings.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)
+    }
+    settings = {k: defaults[k] | v if k in nested else v for k, v in settings.items()}
     differ = compare_configs(dict(known, config=settings), new)
-    if 'columns' in known['data']: differ += compare_given(run, stage, known['data'], dataset)
-    requested,was = (o['config'].get('init_from') for o in (new, known))
-    now,then = ((o.get('origin') or {}).get('weights') for o in (new, known))  # None: it has a state, and reads no source
-    if requested and (requested!=was if now is None else now!=then): differ.append(
-        f"init_from={requested!r}, was {was!r}{' with other weights' if requested==was else ''}")
-    if differ: raise ValueError(f"open_run: {run} was begun with other settings: {'; '.join(differ)}. "
-                                "Expected the same when resuming. Give the old ones, or start another --run.")
-    for k,v in new.get('trained_on', {}).items():
-        if known.get('trained_on', {}).get(k, v)!=v: raise ValueError(
-            f"open_run: the {stage} of {run} was begun on another {k} than the one that lies there now. Expected the same "
-            f"weights. Put back {k}.safetensors, or start another --run.")
-    if new.get('trained_on') and 'trained_on' not in known: warnings.warn(
-        f'open_run: {run} does not say on which weights its {stage} was begun, since it was made by an earlier version. '
-        f"Make sure that {' and '.join(new['trained_on'])} did not change since.")
+    if 'columns' in known['data']:
+        differ += compare_given(run, stage, known['data'], dataset)
+    requested, was = (o['config'].get('init_from') for o in (new, known))
+    # None: it has a state, and reads no source
+    now, then = ((o.get('origin') or {}).get('weights') for o in (new, known))
+    if requested and (requested != was if now is None else now != then):
+        differ.append(
+            f"init_from={requested!r}, was {was!r}{' with other weights' if requested==was else ''}"
+        )
+    if differ:
+        raise ValueError(
+            f"open_run: {run} was begun with other settings: {'; '.join(differ)}. "
+            "Expected the same when resuming. Give the old ones, or start another --run."
+        )
+    for k, v in new.get('trained_on', {}).items():
+        if known.get('trained_on', {}).get(k, v) != v:
+            raise ValueError(
+                f"open_run: the {stage} of {run} was begun on another {k} than the one that lies"
+                f" there now. Expected the same weights. Put back {k}.safetensors, or start another"
+                " --run."
+            )
+    if new.get('trained_on') and 'trained_on' not in known:
+        warnings.warn(
+            f'open_run: {run} does not say on which weights its {stage} was begun, since it was'
+            ' made by an earlier version. '
+            f"Make sure that {' and '.join(new['trained_on'])} did not change since."
+        )
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e21
-LATER = dict(autoencoder=('ldm', 'prior', 'volume'), ldm=('volume',)) # Stage -> stages that are trained on its weights
+# Stage -> stages that are trained on its weights
+LATER = dict(autoencoder=('ldm', 'prior', 'volume'), ldm=('volume',))
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e17
 def lengthen_stage(
-    run:Path, # Run folder
-    settings:dict, # Its config.json, changed in place
-    stage:str, # Stage to go on with
-    config:TrainConfig, # With the new length
-    seen:int, # Images seen so far
-)->None:
-    "Note that a stage is trained longer than it was to be. Raises ValueError where other stages stand on its weights."
-    known,total = settings[stage],config.total_images
-    if total<=known['config']['total_images']: return
+    run: Path,  # Run folder
+    settings: dict,  # Its config.json, changed in place
+    stage: str,  # Stage to go on with
+    config: TrainConfig,  # With the new length
+    seen: int,  # Images seen so far
+) -> None:
+    """Note that a stage is trained longer than it was to be.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    settings : dict
+        Its config.json, changed in place.
+    stage : str
+        Stage to go on with.
+    config : TrainConfig
+        With the new length.
+    seen : int
+        Images seen so far.
+
+    Raises
+    ------
+    ValueError
+        Where other stages stand on its weights.
+    """
+    known, total = settings[stage], config.total_images
+    if total <= known['config']['total_images']:
+        return
     above = [o for o in LATER.get(stage, ()) if o in settings]
-    if above and seen: raise ValueError(
-        f"open_run: a longer {stage} would leave the {', '.join(above)} of {run} without the weights that it was trained "
-        f"on. Expected a {stage} that nothing stands on yet. Start another run from its weights: --run NEW "
-        f"--init-from {run}.")
-    if seen: known['stretches'] = [*known.get('stretches', [[0, known['config']['total_images']]]), [seen, total]]
+    if above and seen:
+        raise ValueError(
+            f"open_run: a longer {stage} would leave the {', '.join(above)} of {run} without the"
+            f" weights that it was trained on. Expected a {stage} that nothing stands on yet. Start"
+            f" another run from its weights: --run NEW --init-from {run}."
+        )
+    if seen:
+        known['stretches'] = [
+            *known.get('stretches', [[0, known['config']['total_images']]]),
+            [seen, total],
+        ]
     known['config']['total_images'] = total
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e18
 def note_given(
-    run:Path, # Run folder
-    stage:str, # Stage that is about to be trained
-    table:pd.DataFrame, # As from `given_table`
-)->None:
-    "Write what a stage is given to RUN/given, beside the hashes in config.json."
-    write_atomic(run/'given'/f'{stage}.csv.gz', gzip.compress(table.to_csv(index=False).encode(), mtime=0))
+    run: Path,  # Run folder
+    stage: str,  # Stage that is about to be trained
+    table: pd.DataFrame,  # As from `given_table`
+) -> None:
+    """Write what a stage is given to RUN/given, beside the hashes in config.json.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        Stage that is about to be trained.
+    table : pd.DataFrame
+        As from `given_table`.
+    """
+    write_atomic(
+        run / 'given' / f'{stage}.csv.gz',
+        gzip.compress(table.to_csv(index=False).encode(), mtime=0),
+    )
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e19
 def resume_stage(
-    run:Path, # Run folder
-    settings:dict, # Its config.json
-    stage:str, # Stage to go on with
-    config:TrainConfig, # Its configuration now
-    new:dict, # What config.json would say of it
-    table:pd.DataFrame, # As from `given_table`
-)->tuple[dict[str, Tensor], dict]|None: # The state to go on from, None if there is none yet
-    "Take up a stage that was begun, and note what has changed since: length, batch, machine. Raises ValueError."
-    known,state = settings[stage],Checkpoint(run/'state'/stage).load()
-    before,seen = json.dumps(settings),state[1]['seen'] if state else 0
-    if known.get('origin') and not (state or new.get('origin')): raise ValueError(
-        f"open_run: {run} was begun from the weights of {known['origin']['run']}, and has saved nothing yet. Expected "
-        "them again. Add --init-from.")
+    run: Path,  # Run folder
+    settings: dict,  # Its config.json
+    stage: str,  # Stage to go on with
+    config: TrainConfig,  # Its configuration now
+    new: dict,  # What config.json would say of it
+    table: pd.DataFrame,  # As from `given_table`
+) -> tuple[dict[str, Tensor], dict] | None:  # The state to go on from, None if there is none yet
+    """Take up a stage that was begun, and note what has changed since: length, batch, machine.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    settings : dict
+        Its config.json.
+    stage : str
+        Stage to go on with.
+    config : TrainConfig
+        Its configuration now.
+    new : dict
+        What config.json would say of it.
+    table : pd.DataFrame
+        As from `given_table`.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict] | None
+        The state to go on from, None if there is none yet.
+
+    Raises
+    ------
+    ValueError
+    """
+    known, state = settings[stage], Checkpoint(run / 'state' / stage).load()
+    before, seen = json.dumps(settings), state[1]['seen'] if state else 0
+    if known.get('origin') and not (state or new.get('origin')):
+        raise ValueError(
+            f"open_run: {run} was begun from the weights of {known['origin']['run']}, and has saved"
+            " nothing yet. Expected them again. Add --init-from."
+        )
     lengthen_stage(run, settings, stage, config, seen)
-    if seen>=config.total_images: return state                                 # finished: nothing is computed
+    if seen >= config.total_images:
+        return state  # finished: nothing is computed
     source = known['config'].get('init_from')
-    known.update({k: new[k] for k in ('data', 'trained_on') if k in new}, config=dict(new['config'], init_from=source))
-    past,machine = known.setdefault('computed', []),new.get('computed')
-    same = past and all(past[-1][k]==v for k,v in machine.items()) if machine else True
-    if past and machine and past[-1]['precision']!=machine['precision']: warnings.warn(
-        f"open_run: the {stage} of {run} was trained in precision {past[-1]['precision']!r} and goes on in "
-        f"{machine['precision']!r}: the result will not be exactly that of one machine.")
-    if not same: past.append(dict(images=seen, **machine))
-    if not (run/'given'/f'{stage}.csv.gz').is_file(): note_given(run, stage, table)
-    if json.dumps(settings)!=before: write_atomic(run/'config.json', json.dumps(settings, indent=1).encode())
+    known.update(
+        {k: new[k] for k in ('data', 'trained_on') if k in new},
+        config=dict(new['config'], init_from=source),
+    )
+    past, machine = known.setdefault('computed', []), new.get('computed')
+    same = past and all(past[-1][k] == v for k, v in machine.items()) if machine else True
+    if past and machine and past[-1]['precision'] != machine['precision']:
+        warnings.warn(
+            f"open_run: the {stage} of {run} was trained in precision {past[-1]['precision']!r} and"
+            f" goes on in {machine['precision']!r}: the result will not be exactly that of one"
+            " machine."
+        )
+    if not same:
+        past.append(dict(images=seen, **machine))
+    if not (run / 'given' / f'{stage}.csv.gz').is_file():
+        note_given(run, stage, table)
+    if json.dumps(settings) != before:
+        write_atomic(run / 'config.json', json.dumps(settings, indent=1).encode())
     return state
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e20
 def open_run(
-    run:Path, # Run folder, made if it is not there
-    stage:str, # 'autoencoder', 'ldm', 'prior' or 'volume'
-    config:TrainConfig, # Configuration of the stage
-    dataset:SliceDataset, # The data
-    resume:bool=False, # Go on where the stage stopped
-    covariates:tuple[Covariate, ...]=(), # What the stage learns of
-    columns:tuple[str, ...]=('slice',), # What else it is given of each row
-    notes:dict|None=None, # What else config.json shall say: trained_on, origin, computed
-)->tuple[dict[str, Tensor], dict]|None: # The state to go on from, None at a start
+    run: Path,  # Run folder, made if it is not there
+    stage: str,  # 'autoencoder', 'ldm', 'prior' or 'volume'
+    config: TrainConfig,  # Configuration of the stage
+    dataset: SliceDataset,  # The data
+    resume: bool = False,  # Go on where the stage stopped
+    covariates: tuple[Covariate, ...] = (),  # What the stage learns of
+    columns: tuple[str, ...] = ('slice',),  # What else it is given of each row
+    notes: dict | None = None,  # What else config.json shall say: trained_on, origin, computed
+) -> tuple[dict[str, Tensor], dict] | None:  # The state to go on from, None at a start
     """Make or reopen a run folder and note in config.json what is about to be trained.
 
-    Raises FileExistsError if something would be overwritten, ValueError if a resumed run was another."""
-    run,settings,notes = Path(run),find_run(run),notes or {}
-    data,table = describe_given(dataset, covariates, columns)
+    Parameters
+    ----------
+    run : Path
+        Run folder, made if it is not there.
+    stage : str
+        'autoencoder', 'ldm', 'prior' or 'volume'.
+    config : TrainConfig
+        Configuration of the stage.
+    dataset : SliceDataset
+        The data.
+    resume : bool, default False
+        Go on where the stage stopped.
+    covariates : tuple[Covariate, ...], default ()
+        What the stage learns of.
+    columns : tuple[str, ...], default ('slice',)
+        What else it is given of each row.
+    notes : dict | None, default None
+        What else config.json shall say: trained_on, origin, computed.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict] | None
+        The state to go on from, None at a start.
+
+    Raises
+    ------
+    FileExistsError
+        If something would be overwritten.
+    ValueError
+        If a resumed run was another.
+    """
+    run, settings, notes = Path(run), find_run(run), notes or {}
+    data, table = describe_given(dataset, covariates, columns)
     new = json.loads(json.dumps(dict(config=asdict(config), data=data, **notes), default=str))
     if stage not in settings:
         subjects = sorted(dataset.subset('train').manifest.subject.unique())
-        versions = dict(brainldm=brainldm.__version__, torch=torch.__version__, python=platform.python_version())
+        versions = dict(
+            brainldm=brainldm.__version__, torch=torch.__version__, python=platform.python_version()
+        )
         computed = [dict(images=0, **notes['computed'])] if 'computed' in notes else []
         settings[stage] = dict(new, computed=computed, train_subjects=subjects, versions=versions)
-        write_atomic(run/'config.json', json.dumps(settings, indent=1).encode())       # first: it makes this a run folder
+        # first: it makes this a run folder
+        write_atomic(run / 'config.json', json.dumps(settings, indent=1).encode())
         note_given(run, stage, table)
         return None
-    if not resume: raise FileExistsError(
-        f"open_run: {run} already has a trained or half-trained {stage}. Expected a new run. "
-        "Add --resume, or choose another --run.")
+    if not resume:
+        raise FileExistsError(
+            f"open_run: {run} already has a trained or half-trained {stage}. Expected a new run. "
+            "Add --resume, or choose another --run."
+        )
     compare_stage(run, stage, settings[stage], dict(new, kind=type(config)), dataset)
     return resume_stage(run, settings, stage, config, new, table)
 
 # %% ../../nbs/engineering/30_runs.ipynb #2ab78e56
 def lock_file(
-    file, # A file that is open for writing
-)->None:
-    "Lock a file for this process, until it is closed or the process is dead. Raises OSError if another one has it."
-    if os.name=='nt':
+    file,  # A file that is open for writing
+) -> None:
+    """Lock a file for this process, until it is closed or the process is dead.
+
+    Parameters
+    ----------
+    file
+        A file that is open for writing.
+
+    Raises
+    ------
+    OSError
+        If another one has it.
+    """
+    if os.name == 'nt':
         import msvcrt
+
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX|fcntl.LOCK_NB)                         # belongs to the process: loaders do not inherit it
+
+        # belongs to the process: loaders do not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 # %% ../../nbs/engineering/30_runs.ipynb #f0f3c99a
-LOCKED_RUNS = {} # (process, run folder) -> the open file by which this process holds that folder
+LOCKED_RUNS = {}  # (process, run folder) -> the open file by which this process holds that folder
 
 # %% ../../nbs/engineering/30_runs.ipynb #3f3e8888
 def lock_run(
-    run:Path, # Run folder, made if it is not there
-)->None:
-    "Keep other processes from training in a run folder, and clear what dead ones left. Raises RuntimeError if one does."
+    run: Path,  # Run folder, made if it is not there
+) -> None:
+    """Keep other processes from training in a run folder, and clear what dead ones left.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder, made if it is not there.
+
+    Raises
+    ------
+    RuntimeError
+        If one does.
+    """
     run = Path(run).resolve()
-    if (os.getpid(), run) in LOCKED_RUNS: return
+    if (os.getpid(), run) in LOCKED_RUNS:
+        return
     run.mkdir(parents=True, exist_ok=True)
-    file = (run/'.lock').open('ab')
-    try: lock_file(file)
+    file = (run / '.lock').open('ab')
+    try:
+        lock_file(file)
     except (BlockingIOError, PermissionError):
         file.close()
-        raise RuntimeError(f"lock_run: another process is training in {run}. Expected one at a time. "
-                           "Wait until it ends, stop it, or choose another --run.") from None
-    except OSError as e: warnings.warn(f'lock_run: {run} lies where files cannot be locked ({e.strerror}). '
-                                       'Make sure that no other process trains in it.')
+        raise RuntimeError(
+            f"lock_run: another process is training in {run}. Expected one at a time. "
+            "Wait until it ends, stop it, or choose another --run."
+        ) from None
+    except OSError as e:
+        warnings.warn(
+            f'lock_run: {run} lies where files cannot be locked ({e.strerror}). '
+            'Make sure that no other process trains in it.'
+        )
     LOCKED_RUNS[os.getpid(), run] = file
-    for old in run.rglob('.*.part'): old.unlink()                              # nobody is writing now
+    for old in run.rglob('.*.part'):
+        old.unlink()  # nobody is writing now
 
 # %% ../../nbs/engineering/30_runs.ipynb #894b4f9f
 def free_run(
-    run:Path, # Run folder
-)->None:
-    "Let other processes train in a run folder again."
+    run: Path,  # Run folder
+) -> None:
+    """Let other processes train in a run folder again.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    """
     file = LOCKED_RUNS.pop((os.getpid(), Path(run).resolve()), None)
-    if file: file.close()
+    if file:
+        file.close()
 
 # %% ../../nbs/engineering/30_runs.ipynb #379a1af6
 def enter_run(
-    learner:Learner, # About to be trained
-    run:Path, # Run folder
-    stage:str, # 'autoencoder', 'ldm', 'prior' or 'volume'
-    dataset:SliceDataset, # The data
-    resume:bool, # Go on where the stage stopped
-    covariates:tuple[Covariate, ...]=(), # What the stage learns of
-    columns:tuple[str, ...]=('slice',), # What else it is given of each row
-    **notes, # What else config.json shall say of the stage: trained_on, origin
-)->tuple[dict[str, Tensor], dict]|None: # The state to go on from, None at a start
-    "Lock and open the run folder, the first process before the others. Raises as `lock_run` and `open_run` do."
+    learner: Learner,  # About to be trained
+    run: Path,  # Run folder
+    stage: str,  # 'autoencoder', 'ldm', 'prior' or 'volume'
+    dataset: SliceDataset,  # The data
+    resume: bool,  # Go on where the stage stopped
+    covariates: tuple[Covariate, ...] = (),  # What the stage learns of
+    columns: tuple[str, ...] = ('slice',),  # What else it is given of each row
+    **notes,  # What else config.json shall say of the stage: trained_on, origin
+) -> tuple[dict[str, Tensor], dict] | None:  # The state to go on from, None at a start
+    """Lock and open the run folder, the first process before the others.
+
+    Raises as `lock_run` and `open_run` do.
+
+    Parameters
+    ----------
+    learner : Learner
+        About to be trained.
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder', 'ldm', 'prior' or 'volume'.
+    dataset : SliceDataset
+        The data.
+    resume : bool
+        Go on where the stage stopped.
+    covariates : tuple[Covariate, ...], default ()
+        What the stage learns of.
+    columns : tuple[str, ...], default ('slice',)
+        What else it is given of each row.
+    **notes
+        What else config.json shall say of the stage: trained_on, origin.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict] | None
+        The state to go on from, None at a start.
+    """
     acc = learner.accelerator
-    machine = dict(device=device_name(acc.device), precision=learner.precision.replace('no', 'float32'),
-                   threads=torch.get_num_threads(), processes=acc.num_processes)
-    notes = {k: v for k,v in dict(notes, computed=machine).items() if v}
+    machine = dict(
+        device=device_name(acc.device),
+        precision=learner.precision.replace('no', 'float32'),
+        threads=torch.get_num_threads(),
+        processes=acc.num_processes,
+    )
+    notes = {k: v for k, v in dict(notes, computed=machine).items() if v}
     with acc.main_process_first():
-        find_run(run)                                                          # leave a folder alone that is no run
-        if acc.is_main_process: lock_run(run)
+        find_run(run)  # leave a folder alone that is no run
+        if acc.is_main_process:
+            lock_run(run)
         resume = resume or not acc.is_main_process
         state = open_run(run, stage, learner.config, dataset, resume, covariates, columns, notes)
-        learner.lengthen(read_config(run)[stage].get('stretches') or [(0, learner.config.total_images)])
+        learner.lengthen(
+            read_config(run)[stage].get('stretches') or [(0, learner.config.total_images)]
+        )
     return state
 
 # %% ../../nbs/engineering/30_runs.ipynb #085151e3
 def stage_callbacks(
-    learner:Learner, # What is trained
-    run:Path, # Run folder
-    stage:str, # 'autoencoder' or 'ldm'
-    validate:Callable, # Called as validate(seen), returns numbers to log
-    export:Callable, # Called as export(seen), writes the file that users load
-    bar:tqdm, # Progress bar
-    stop:StopRequest, # Whether Ctrl-C was pressed
-)->tuple[Callable, ...]: # Callbacks for `fit`
-    "Note, look, save, stop: on the first process; the others only stop."
-    config,acc,start,total = learner.config,learner.accelerator,learner.seen,learner.config.total_images
+    learner: Learner,  # What is trained
+    run: Path,  # Run folder
+    stage: str,  # 'autoencoder' or 'ldm'
+    validate: Callable,  # Called as validate(seen), returns numbers to log
+    export: Callable,  # Called as export(seen), writes the file that users load
+    bar: tqdm,  # Progress bar
+    stop: StopRequest,  # Whether Ctrl-C was pressed
+) -> tuple[Callable, ...]:  # Callbacks for `fit`
+    """Note, look, save, stop: on the first process; the others only stop.
+
+    Parameters
+    ----------
+    learner : Learner
+        What is trained.
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder' or 'ldm'.
+    validate : Callable
+        Called as validate(seen), returns numbers to log.
+    export : Callable
+        Called as export(seen), writes the file that users load.
+    bar : tqdm
+        Progress bar.
+    stop : StopRequest
+        Whether Ctrl-C was pressed.
+
+    Returns
+    -------
+    tuple[Callable, ...]
+        Callbacks for `fit`.
+    """
+    config, acc, start, total = (
+        learner.config,
+        learner.accelerator,
+        learner.seen,
+        learner.config.total_images,
+    )
+
     def record(seen, means):
         log.write(seen, dict(means, learning_rate=learner.learning_rate_at(seen)))
         acc.log(means, step=seen)
-        bar.update(min(seen, total)-bar.n); bar.set_postfix({k: f'{v:.4g}' for k,v in means.items()})
+        bar.update(min(seen, total) - bar.n)
+        bar.set_postfix({k: f'{v:.4g}' for k, v in means.items()})
+
     def look(seen, _):
         scores = validate(seen)
-        check_finite({k: v for k,v in scores.items() if k in ('val_l1', 'val_mse')}, seen)
-        log.write(seen, scores); acc.log(scores, step=seen)
-        if not bar.disable: bar.write(f'{stage} {seen:,} images: ' + ' '.join(f'{k} {v:.4g}' for k,v in scores.items()))
+        check_finite({k: v for k, v in scores.items() if k in ('val_l1', 'val_mse')}, seen)
+        log.write(seen, scores)
+        acc.log(scores, step=seen)
+        if not bar.disable:
+            bar.write(
+                f'{stage} {seen:,} images: ' + ' '.join(f'{k} {v:.4g}' for k, v in scores.items())
+            )
+
     def save_all(seen, _):
-        export(seen); Checkpoint(run/'state'/stage).save(seen, *pack_state(learner))
+        export(seen)
+        Checkpoint(run / 'state' / stage).save(seen, *pack_state(learner))
+
     def obey(seen, means):
-        if not acc.reduce(torch.tensor(float(stop.asked), device=acc.device)): return      # no process was asked
-        if acc.is_main_process: save_all(seen, means)
+        # no process was asked
+        if not acc.reduce(torch.tensor(float(stop.asked), device=acc.device)):
+            return
+        if acc.is_main_process:
+            save_all(seen, means)
         raise KeyboardInterrupt(f'{stage} is saved at {seen:,} of {total:,} pictures.')
-    if not acc.is_main_process: return (obey,)
-    log = JsonLog(run/'log.jsonl', stage, start)
+
+    if not acc.is_main_process:
+        return (obey,)
+    log = JsonLog(run / 'log.jsonl', stage, start)
     gaps = {look: config.validate_every, save_all: config.checkpoint_every}
-    return record,*(call_every(gap, cb, total, start) for cb,gap in gaps.items()),obey
+    return record, *(call_every(gap, cb, total, start) for cb, gap in gaps.items()), obey
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e01
-class StepOutOfMemory(RuntimeError): "A training step did not fit into memory: a smaller batch may."
+class StepOutOfMemory(RuntimeError):
+    """A training step did not fit into memory: a smaller batch may."""
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e02
 def mark_out_of_memory(
-    step:Callable[[dict], dict], # One training step
-)->Callable[[dict], dict]: # The same; where memory runs out it raises StepOutOfMemory
-    "Tell a step that is too large apart from anything else that fills the memory."
+    step: Callable[[dict], dict],  # One training step
+) -> Callable[[dict], dict]:  # The same; where memory runs out it raises StepOutOfMemory
+    """Tell a step that is too large apart from anything else that fills the memory.
+
+    Parameters
+    ----------
+    step : Callable[[dict], dict]
+        One training step.
+
+    Returns
+    -------
+    Callable[[dict], dict]
+        The same; where memory runs out it raises StepOutOfMemory.
+    """
+
     def marked(batch):
-        try: return step(batch)
+        try:
+            return step(batch)
         except RuntimeError as e:
-            if not should_reduce_batch_size(e): raise
+            if not should_reduce_batch_size(e):
+                raise
             raise StepOutOfMemory(str(e)) from e
+
     return marked
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e27
 def note_lengthened(
-    learner:Learner, # About to go on
-    stage:str, # Its name
-    say:Callable[[str], None], # Where the sentence goes
-)->None:
-    "Say what happens to the learning rate when a training goes on beyond the end that it had."
-    start,total = learner.stretches[-1]
-    if learner.seen!=start or len(learner.stretches)<2: return
-    top = start+min(learner.config.warmup_images, total-start)                 # where the rise ends
-    say(f'{stage}: lengthened from {learner.stretches[-2][1]:,} to {total:,} images at {start:,}. The learning rate '
-        f'rises again to {learner.learning_rate_at(top):.2g} and falls to 0; average, optimizer and order of the images go on.')
+    learner: Learner,  # About to go on
+    stage: str,  # Its name
+    say: Callable[[str], None],  # Where the sentence goes
+) -> None:
+    """Say what happens to the learning rate when a training goes on beyond the end that it had.
+
+    Parameters
+    ----------
+    learner : Learner
+        About to go on.
+    stage : str
+        Its name.
+    say : Callable[[str], None]
+        Where the sentence goes.
+    """
+    start, total = learner.stretches[-1]
+    if learner.seen != start or len(learner.stretches) < 2:
+        return
+    top = start + min(learner.config.warmup_images, total - start)  # where the rise ends
+    say(
+        f'{stage}: lengthened from {learner.stretches[-2][1]:,} to {total:,} images at {start:,}.'
+        f' The learning rate rises again to {learner.learning_rate_at(top):.2g} and falls to 0;'
+        ' average, optimizer and order of the images go on.'
+    )
 
 # %% ../../nbs/engineering/30_runs.ipynb #34cca5c3
 def run_stage(
-    learner:Learner, # What to train
-    dataset, # Train split: gives batches by index
-    run:Path, # Run folder
-    stage:str, # 'autoencoder' or 'ldm'
-    state:tuple|None, # As from `open_run`
-    validate:Callable, # Called as validate(seen), returns numbers to log
-    export:Callable, # Called as export(seen), writes the file that users load
-    progress:bool=True, # Show a bar
-)->None:
-    "Train one stage to its end, with bar, log, validation, checkpoints, and a clean stop on Ctrl-C."
-    config,acc = learner.config,learner.accelerator
-    if acc.is_main_process: lock_run(run)
-    if state: unpack_state(learner, *state)
-    start,total = learner.seen,config.total_images
-    if start>=total and acc.is_main_process: export(start)                     # finished; only its file is missing
+    learner: Learner,  # What to train
+    dataset,  # Train split: gives batches by index
+    run: Path,  # Run folder
+    stage: str,  # 'autoencoder' or 'ldm'
+    state: tuple | None,  # As from `open_run`
+    validate: Callable,  # Called as validate(seen), returns numbers to log
+    export: Callable,  # Called as export(seen), writes the file that users load
+    progress: bool = True,  # Show a bar
+) -> None:
+    """Train one stage to its end, with bar, log, validation, checkpoints, and a clean stop on Ctrl-C.
+
+    Parameters
+    ----------
+    learner : Learner
+        What to train.
+    dataset
+        Train split: gives batches by index.
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder' or 'ldm'.
+    state : tuple | None
+        As from `open_run`.
+    validate : Callable
+        Called as validate(seen), returns numbers to log.
+    export : Callable
+        Called as export(seen), writes the file that users load.
+    progress : bool, default True
+        Show a bar.
+    """
+    config, acc = learner.config, learner.accelerator
+    if acc.is_main_process:
+        lock_run(run)
+    if state:
+        unpack_state(learner, *state)
+    start, total = learner.seen, config.total_images
+    if start >= total and acc.is_main_process:
+        export(start)  # finished; only its file is missing
     batches = train_batches(dataset, config, start, acc.process_index, acc.num_processes)
-    bar = tqdm(total=total, initial=start, unit='img', desc=stage, disable=not (progress and acc.is_main_process))
-    if config.log_with: acc.init_trackers('brainldm')
-    if not bar.disable: note_lengthened(learner, stage, bar.write)
+    bar = tqdm(
+        total=total,
+        initial=start,
+        unit='img',
+        desc=stage,
+        disable=not (progress and acc.is_main_process),
+    )
+    if config.log_with:
+        acc.init_trackers('brainldm')
+    if not bar.disable:
+        note_lengthened(learner, stage, bar.write)
     learner.model.train()
     try:
         with StopRequest() as stop:
             callbacks = stage_callbacks(learner, run, stage, validate, export, bar, stop)
-            fit(mark_out_of_memory(learner.step), batches, total, start, learner.images_per_step, config.log_every, callbacks)
+            fit(
+                mark_out_of_memory(learner.step),
+                batches,
+                total,
+                start,
+                learner.images_per_step,
+                config.log_every,
+                callbacks,
+            )
     finally:
         bar.close()
-        for tracker in acc.trackers: tracker.finish()
-    acc.wait_for_everyone()                                                    # the first process may still be writing
+        for tracker in acc.trackers:
+            tracker.finish()
+    acc.wait_for_everyone()  # the first process may still be writing
 
 # %% ../../nbs/engineering/30_runs.ipynb #ec089f7c
 def is_finished(
-    state:tuple|None, # As from `open_run`
-    config:TrainConfig, # Says how long training was to be
-    path:Path, # The file that training leaves for users
-)->bool: # True if there is nothing left to do
-    "Whether a stage was trained to its end."
-    return state is not None and state[1]['seen']>=config.total_images and path.is_file()
+    state: tuple | None,  # As from `open_run`
+    config: TrainConfig,  # Says how long training was to be
+    path: Path,  # The file that training leaves for users
+) -> bool:  # True if there is nothing left to do
+    """Whether a stage was trained to its end.
+
+    Parameters
+    ----------
+    state : tuple | None
+        As from `open_run`.
+    config : TrainConfig
+        Says how long training was to be.
+    path : Path
+        The file that training leaves for users.
+
+    Returns
+    -------
+    bool
+        True if there is nothing left to do.
+    """
+    return state is not None and state[1]['seen'] >= config.total_images and path.is_file()
 
 # %% ../../nbs/engineering/30_runs.ipynb #478eb114
 def reduce_batch(
-    name:str, # Training that ran out of memory, for the message
-    config:TrainConfig, # Its configuration
-    error:RuntimeError, # What was raised
-)->TrainConfig: # With a smaller batch and the same update
-    "Answer a full memory. Raises RuntimeError if the batch may not or cannot be cut."
-    smaller = split_batch_size(config) if config.batch_size>1 else None
+    name: str,  # Training that ran out of memory, for the message
+    config: TrainConfig,  # Its configuration
+    error: RuntimeError,  # What was raised
+) -> TrainConfig:  # With a smaller batch and the same update
+    """Answer a full memory.
+
+    Parameters
+    ----------
+    name : str
+        Training that ran out of memory, for the message.
+    config : TrainConfig
+        Its configuration.
+    error : RuntimeError
+        What was raised.
+
+    Returns
+    -------
+    TrainConfig
+        With a smaller batch and the same update.
+
+    Raises
+    ------
+    RuntimeError
+        If the batch may not or cannot be cut.
+    """
+    smaller = split_batch_size(config) if config.batch_size > 1 else None
     words = f'batch_size={smaller.batch_size}, accumulate={smaller.accumulate}' if smaller else ''
-    if not smaller or not config.auto_find_batch_size or PartialState().num_processes>1: raise RuntimeError(
-        f"{name}: out of memory at batch_size={config.batch_size}. Expected a step that fits. Try "
-        +(f"{words} (the same update), or auto_find_batch_size on one process." if smaller else "a smaller network or size.")
-    ) from error
-    warnings.warn(f'{name}: out of memory at batch_size={config.batch_size}. Going on with {words}: the same update.')
+    if not smaller or not config.auto_find_batch_size or PartialState().num_processes > 1:
+        raise RuntimeError(
+            f"{name}: out of memory at batch_size={config.batch_size}. Expected a step that fits."
+            " Try "
+            + (
+                f"{words} (the same update), or auto_find_batch_size on one process."
+                if smaller
+                else "a smaller network or size."
+            )
+        ) from error
+    warnings.warn(
+        f'{name}: out of memory at batch_size={config.batch_size}. Going on with {words}: the same'
+        ' update.'
+    )
     return smaller
 
 # %% ../../nbs/engineering/30_runs.ipynb #c1a0ddf9
 def retry_on_oom(
-    train:Callable, # A training, called as train(dataset, run, config, resume, progress)
-)->Callable: # The same; a full memory makes it go on with a smaller batch, or say what to try; its run is free afterwards
-    "Let a training answer a full memory, as `reduce_batch` says, and let go of the run folder however it ends."
+    train: Callable,  # A training, called as train(dataset, run, config, resume, progress)
+    # The same; a full memory makes it go on with a smaller batch, or say what to try; its run is
+    # free afterwards
+) -> Callable:
+    """Let a training answer a full memory, as `reduce_batch` says, and let go of the run folder
+    however it ends.
+
+    Parameters
+    ----------
+    train : Callable
+        A training, called as train(dataset, run, config, resume, progress).
+
+    Returns
+    -------
+    Callable
+    """
+
     @wraps(train)
     def call(dataset, run, config, resume=False, progress=True):
         while True:
-            try: return train(dataset, run, config, resume, progress)
-            except StepOutOfMemory as e: config,resume = reduce_batch(train.__name__, config, e),True
+            try:
+                return train(dataset, run, config, resume, progress)
+            except StepOutOfMemory as e:
+                config, resume = reduce_batch(train.__name__, config, e), True
             except RuntimeError as e:
-                if not should_reduce_batch_size(e): raise
-                raise RuntimeError(f"{train.__name__}: out of memory outside of a training step ({e}). Expected room for "
-                                   "one slice. Try a smaller network or size, or a device with more memory; what was "
-                                   "saved is whole, and --resume goes on from it.") from e
-            finally: free_run(run)
+                if not should_reduce_batch_size(e):
+                    raise
+                raise RuntimeError(
+                    f"{train.__name__}: out of memory outside of a training step ({e}). Expected"
+                    " room for one slice. Try a smaller network or size, or a device with more"
+                    " memory; what was saved is whole, and --resume goes on from it."
+                ) from e
+            finally:
+                free_run(run)
             clear_device_cache(garbage_collection=True)
+
     return call

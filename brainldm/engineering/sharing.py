@@ -26,248 +26,680 @@ from .runs import load_weights, read_config, read_metrics, save_weights
 
 # %% ../../nbs/engineering/33_sharing.ipynb #4b874588
 def strip_settings(
-    settings:dict, # As from `read_config`
-)->dict: # The same without names of people and without paths
-    "Take out of a run's settings what is about people. A phantom is nobody: its numbers stay."
+    settings: dict,  # As from `read_config`
+) -> dict:  # The same without names of people and without paths
+    """Take out of a run's settings what is about people. A phantom is nobody: its numbers stay.
+
+    Parameters
+    ----------
+    settings : dict
+        As from `read_config`.
+
+    Returns
+    -------
+    dict
+        The same without names of people and without paths.
+    """
+
     def bare(o):
-        config = {k: None if k=='init_from' else v for k,v in o['config'].items()}     # a path, perhaps; its hash stays
-        return config | (dict(data=dict(config['data'], subjects=None)) if config.get('data') else {})
-    def source(o): return dict(origin={k: v for k,v in o['origin'].items() if k!='run'}) if o.get('origin') else {}
-    def names(o): return o.get('train_subjects') if o['data'].get('layout')=='phantom' else None
-    return {stage: dict(o, config=bare(o), train_subjects=names(o), **source(o)) for stage,o in settings.items()}
+        # a path, perhaps; its hash stays
+        config = {k: None if k == 'init_from' else v for k, v in o['config'].items()}
+        return config | (
+            dict(data=dict(config['data'], subjects=None)) if config.get('data') else {}
+        )
+
+    def source(o):
+        return (
+            dict(origin={k: v for k, v in o['origin'].items() if k != 'run'})
+            if o.get('origin')
+            else {}
+        )
+
+    def names(o):
+        return o.get('train_subjects') if o['data'].get('layout') == 'phantom' else None
+
+    return {
+        stage: dict(o, config=bare(o), train_subjects=names(o), **source(o))
+        for stage, o in settings.items()
+    }
 
 # %% ../../nbs/engineering/33_sharing.ipynb #8b23344e
 def to_half(
-    tensors:dict[str, Tensor], # Weights by name
-    what:str, # File they come from, for the message
-)->dict[str, Tensor]: # The same; those in float32 rounded to float16, statistics of latents as they were
-    "Round weights to 16 bits. Source: IEEE 754, binary16. Raises ValueError if one is too large for them."
+    tensors: dict[str, Tensor],  # Weights by name
+    what: str,  # File they come from, for the message
+    # The same; those in float32 rounded to float16, statistics of latents as they were
+) -> dict[str, Tensor]:
+    """Round weights to 16 bits.
+
+    Parameters
+    ----------
+    tensors : dict[str, Tensor]
+        Weights by name.
+    what : str
+        File they come from, for the message.
+
+    Returns
+    -------
+    dict[str, Tensor]
+
+    Raises
+    ------
+    ValueError
+        If one is too large for them.
+
+    References
+    ----------
+    IEEE 754, binary16.
+    """
     keep = ('latent_mean', 'latent_std')
-    small = {k: v.half() if v.dtype==torch.float32 and k not in keep else v for k,v in tensors.items()}
-    for k,v in small.items():
-        if v.is_floating_point() and v.isinf().any() and not tensors[k].isinf().any(): raise ValueError(
-            f"to_half: {k} of {what} holds {tensors[k].abs().max():g}. Expected at most 65504, the largest number of 16 bits. "
-            "Try half=False.")
+    small = {
+        k: v.half() if v.dtype == torch.float32 and k not in keep else v for k, v in tensors.items()
+    }
+    for k, v in small.items():
+        if v.is_floating_point() and v.isinf().any() and not tensors[k].isinf().any():
+            raise ValueError(
+                f"to_half: {k} of {what} holds {tensors[k].abs().max():g}. Expected at most 65504,"
+                " the largest number of 16 bits. Try half=False."
+            )
     return small
 
 # %% ../../nbs/engineering/33_sharing.ipynb #417f8a19
-WEIGHTS = ('autoencoder', 'ldm', 'prior', 'volume', 'train_mean') # Files of weights that a run may have
+# Files of weights that a run may have
+WEIGHTS = ('autoencoder', 'ldm', 'prior', 'volume', 'train_mean')
 
 # %% ../../nbs/engineering/33_sharing.ipynb #a0d20000
 def generator_hash(
-    run:str|Path, # Run folder
-    generator:str, # 'ldm', 'prior' or 'stage1'
-)->str: # 32 hexadecimal digits, the same after packing; of the files that are there
-    "A fingerprint of the weights that a generator uses, to 16 bits: an audit belongs to them and to no others."
+    run: str | Path,  # Run folder
+    generator: str,  # 'ldm', 'prior' or 'stage1'
+) -> str:  # 32 hexadecimal digits, the same after packing; of the files that are there
+    """A fingerprint of the weights that a generator uses, to 16 bits: an audit belongs to them and to
+    no others.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    generator : str
+        'ldm', 'prior' or 'stage1'.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits, the same after packing; of the files that are there.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in ('autoencoder', generator):
-        if not (Path(run)/f'{name}.safetensors').is_file(): continue
-        for k,v in sorted(load_weights(Path(run)/f'{name}.safetensors')[0].items()):
-            if not k.startswith('raw.'): digest.update(k.encode()+(v.half() if v.is_floating_point() else v).numpy().tobytes())
+        if not (Path(run) / f'{name}.safetensors').is_file():
+            continue
+        for k, v in sorted(load_weights(Path(run) / f'{name}.safetensors')[0].items()):
+            if not k.startswith('raw.'):
+                digest.update(
+                    k.encode() + (v.half() if v.is_floating_point() else v).numpy().tobytes()
+                )
     return digest.hexdigest()
 
 # %% ../../nbs/engineering/33_sharing.ipynb #a0d20001
 def audit_verdicts(
-    metrics:dict, # metrics.json of a run
-    run:str|Path|None=None, # Its folder: an audit of weights that were replaced since is none; None: this is not looked at
-)->dict[str, str]: # By generator: 'passed', 'unclear', 'failed', or 'not audited'
+    metrics: dict,  # metrics.json of a run
+    # Its folder: an audit of weights that were replaced since is none; None: this is not looked
+    # at
+    run: str | Path | None = None,
+) -> dict[str, str]:  # By generator: 'passed', 'unclear', 'failed', or 'not audited'
     """What the memorization audit (notebook 10b) said of each generator that was evaluated.
 
-    A verdict without a table of measured power is of an earlier rule, which let verbatim copies pass: not audited."""
+    A verdict without a table of measured power is of an earlier rule, which let verbatim copies
+    pass: not audited.
+
+    Parameters
+    ----------
+    metrics : dict
+        metrics.json of a run.
+    run : str | Path | None, default None
+        Its folder: an audit of weights that were replaced since is none; None: this is not looked
+        at.
+
+    Returns
+    -------
+    dict[str, str]
+        By generator: 'passed', 'unclear', 'failed', or 'not audited'.
+    """
     out = {}
-    for name,scores in metrics.items():
-        if not name.startswith('samples '): continue
+    for name, scores in metrics.items():
+        if not name.startswith('samples '):
+            continue
         audit = scores.get('memorization') if isinstance(scores, dict) else None
-        whole = isinstance(audit, dict) and {'verdict', 'reason', 'copies', 'power', 'near', 'n', 'allowed'} <= set(audit)
+        whole = isinstance(audit, dict) and {
+            'verdict',
+            'reason',
+            'copies',
+            'power',
+            'near',
+            'n',
+            'allowed',
+        } <= set(audit)
         generator = name.removeprefix('samples ')
-        old = whole and run is not None and 'weights' in audit and audit['weights']!=generator_hash(run, generator)
+        old = (
+            whole
+            and run is not None
+            and 'weights' in audit
+            and audit['weights'] != generator_hash(run, generator)
+        )
         out[generator] = audit['verdict'] if whole and not old else 'not audited'
     return out
 
 # %% ../../nbs/engineering/33_sharing.ipynb #efbc0fb2
 def open_verdicts(
-    run:Path, # Run folder
-    metrics:dict, # Its metrics.json
-)->dict[str, str]: # By generator: 'unclear', 'failed' or 'not audited'; empty if all have passed
-    "Generators of a run whose memorization audit has not passed: those it has weights of, and any other that failed."
+    run: Path,  # Run folder
+    metrics: dict,  # Its metrics.json
+    # By generator: 'unclear', 'failed' or 'not audited'; empty if all have passed
+) -> dict[str, str]:
+    """Generators of a run whose memorization audit has not passed: those it has weights of, and any
+    other that failed.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    metrics : dict
+        Its metrics.json.
+
+    Returns
+    -------
+    dict[str, str]
+    """
     verdicts = audit_verdicts(metrics, run)
-    packed = [k for k in ('ldm', 'prior', 'volume') if (Path(run)/f'{k}.safetensors').is_file()] or ['stage1']
-    names = dict.fromkeys([*packed, *(k for k,o in verdicts.items() if o=='failed')])
-    return {k: verdicts.get(k, 'not audited') for k in names if verdicts.get(k)!='passed'}
+    packed = [
+        k for k in ('ldm', 'prior', 'volume') if (Path(run) / f'{k}.safetensors').is_file()
+    ] or ['stage1']
+    names = dict.fromkeys([*packed, *(k for k, o in verdicts.items() if o == 'failed')])
+    return {k: verdicts.get(k, 'not audited') for k in names if verdicts.get(k) != 'passed'}
 
 # %% ../../nbs/engineering/33_sharing.ipynb #a0d20002
-ADVICE = {'not audited': 'run `brainldm evaluate RUN DATA` with --generator for each (volumes are not audited: leave volume.safetensors out)',
-          'unclear': 'evaluate with more held-out subjects; metrics.json says why',
-          'failed': 'train on more subjects or for fewer images, and evaluate again'} # Verdict -> what to do
+ADVICE = {
+    'not audited': (
+        'run `brainldm evaluate RUN DATA` with --generator for each (volumes are not audited: leave'
+        ' volume.safetensors out)'
+    ),
+    'unclear': 'evaluate with more held-out subjects; metrics.json says why',
+    # Verdict -> what to do
+    'failed': 'train on more subjects or for fewer images, and evaluate again',
+}
+
 
 def refuse_unaudited(
-    run:Path, # Run folder
-    metrics:dict, # Its metrics.json
-)->None: # Nothing: it raises or returns
-    "Refuse to pass on a generator whose audit has not passed. Raises ValueError with each verdict and what to do."
+    run: Path,  # Run folder
+    metrics: dict,  # Its metrics.json
+) -> None:  # Nothing: it raises or returns
+    """Refuse to pass on a generator whose audit has not passed.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    metrics : dict
+        Its metrics.json.
+
+    Raises
+    ------
+    ValueError
+        With each verdict and what to do.
+    """
     found = open_verdicts(run, metrics)
-    if found: raise ValueError(
-        f"pack_run: memorization audit of {', '.join(f'{k}: {o}' for k,o in found.items())}. Expected passed: what is shared "
-        f"may hand out training scans. To pass, {'; '.join(ADVICE[o] for o in dict.fromkeys(found.values()))}. To share all the "
-        "same, give a reason that the card will show: --without-audit REASON.")
+    if found:
+        raise ValueError(
+            f"pack_run: memorization audit of {', '.join(f'{k}: {o}' for k,o in found.items())}."
+            " Expected passed: what is shared may hand out training scans. To pass,"
+            f" {'; '.join(ADVICE[o] for o in dict.fromkeys(found.values()))}. To share all the"
+            " same, give a reason that the card will show: --without-audit REASON."
+        )
 
 # %% ../../nbs/engineering/33_sharing.ipynb #a0d20003
 def card_with_override(
-    card:str, # Text of the card
-    run:Path, # Run folder
-    metrics:dict, # Its metrics.json
-    reason:str, # Why it is shared all the same
-)->str: # The card, which says so at its end
-    "Write down that the memorization audit was overridden. Raises ValueError for an empty reason."
+    card: str,  # Text of the card
+    run: Path,  # Run folder
+    metrics: dict,  # Its metrics.json
+    reason: str,  # Why it is shared all the same
+) -> str:  # The card, which says so at its end
+    """Write down that the memorization audit was overridden.
+
+    Parameters
+    ----------
+    card : str
+        Text of the card.
+    run : Path
+        Run folder.
+    metrics : dict
+        Its metrics.json.
+    reason : str
+        Why it is shared all the same.
+
+    Returns
+    -------
+    str
+        The card, which says so at its end.
+
+    Raises
+    ------
+    ValueError
+        For an empty reason.
+    """
     reason = html.escape(' '.join(reason.split()), quote=False)
-    if not reason: raise ValueError(
-        'pack_run: without_audit is empty. Expected a reason, which the card will show. Say why the run may be shared.')
-    found = ', '.join(f'{k}: {o}' for k,o in open_verdicts(run, metrics).items())
-    if not found: return card                                                  # there was nothing to override
+    if not reason:
+        raise ValueError(
+            'pack_run: without_audit is empty. Expected a reason, which the card will show. Say why'
+            ' the run may be shared.'
+        )
+    found = ', '.join(f'{k}: {o}' for k, o in open_verdicts(run, metrics).items())
+    if not found:
+        return card  # there was nothing to override
     heading = '## Shared without a passed memorization audit'
-    return (f'{card.partition(heading)[0].rstrip()}\n\n{heading}\n\nAudit of {found}. **Its images may repeat '
-            f'scans that it was trained on.** Reason given for sharing it: {reason}\n')
+    return (
+        f'{card.partition(heading)[0].rstrip()}\n\n{heading}\n\nAudit of {found}. **Its images may'
+        f' repeat scans that it was trained on.** Reason given for sharing it: {reason}\n'
+    )
 
 # %% ../../nbs/engineering/33_sharing.ipynb #f756b500
 def pack_weights(
-    source:Path, # A .safetensors file of a run
-    target:Path, # File to write
-    half:bool=True, # Round to 16 bits
-)->None:
-    "Copy weights for drawing: the averaged ones where there are two sets. Raises ValueError if they do not fit 16 bits."
-    tensors,info = load_weights(source)
-    tensors = {k: v for k,v in tensors.items() if not k.startswith('raw.')}
+    source: Path,  # A .safetensors file of a run
+    target: Path,  # File to write
+    half: bool = True,  # Round to 16 bits
+) -> None:
+    """Copy weights for drawing: the averaged ones where there are two sets.
+
+    Parameters
+    ----------
+    source : Path
+        A .safetensors file of a run.
+    target : Path
+        File to write.
+    half : bool, default True
+        Round to 16 bits.
+
+    Raises
+    ------
+    ValueError
+        If they do not fit 16 bits.
+    """
+    tensors, info = load_weights(source)
+    tensors = {k: v for k, v in tensors.items() if not k.startswith('raw.')}
     save_weights(target, to_half(tensors, source.name) if half else tensors, info)
 
 # %% ../../nbs/engineering/33_sharing.ipynb #9f750791
 def pack_run(
-    run:str|Path, # A trained and reported run folder
-    out:str|Path, # New folder
-    half:bool=True, # Round weights to 16 bits
-    without_audit:str|None=None, # Reason to share although the memorization audit has not passed; the card shows it
-)->Path: # The new folder, itself a run folder: small, without names, paths or pictures
+    run: str | Path,  # A trained and reported run folder
+    out: str | Path,  # New folder
+    half: bool = True,  # Round weights to 16 bits
+    # Reason to share although the memorization audit has not passed; the card shows it
+    without_audit: str | None = None,
+) -> Path:  # The new folder, itself a run folder: small, without names, paths or pictures
     """Copy what others need to draw.
 
-    Raises FileNotFoundError without a card, FileExistsError for a folder in use, ValueError for broken metrics, for an
-    empty reason, or unless the memorization audit of every generator has passed."""
-    run,out = Path(run),refuse_taken(out)
-    settings,card = read_config(run),run/'README.md'
-    if not card.is_file(): raise FileNotFoundError(
-        f"pack_run: {run} has no README.md, the card that says what was measured. Expected one. Run `brainldm report {run}` first.")
-    metrics,text = read_metrics(run),card.read_text(encoding='utf-8')
-    if without_audit is None: refuse_unaudited(run, metrics)
-    else: text = card_with_override(text, run, metrics, without_audit)
+    Parameters
+    ----------
+    run : str | Path
+        A trained and reported run folder.
+    out : str | Path
+        New folder.
+    half : bool, default True
+        Round weights to 16 bits.
+    without_audit : str | None, default None
+        Reason to share although the memorization audit has not passed; the card shows it.
+
+    Returns
+    -------
+    Path
+        The new folder, itself a run folder: small, without names, paths or pictures.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without a card.
+    FileExistsError
+        For a folder in use.
+    ValueError
+        For broken metrics, for an empty reason, or unless the memorization audit of every generator
+        has passed.
+    """
+    run, out = Path(run), refuse_taken(out)
+    settings, card = read_config(run), run / 'README.md'
+    if not card.is_file():
+        raise FileNotFoundError(
+            f"pack_run: {run} has no README.md, the card that says what was measured. Expected one."
+            f" Run `brainldm report {run}` first."
+        )
+    metrics, text = read_metrics(run), card.read_text(encoding='utf-8')
+    if without_audit is None:
+        refuse_unaudited(run, metrics)
+    else:
+        text = card_with_override(text, run, metrics, without_audit)
     out.mkdir(parents=True, exist_ok=True)
     for name in WEIGHTS:
-        if (run/f'{name}.safetensors').is_file(): pack_weights(run/f'{name}.safetensors', out/f'{name}.safetensors', half)
-    if (run/'metrics.json').is_file(): shutil.copyfile(run/'metrics.json', out/'metrics.json')
-    write_atomic(out/card.name, text.encode())
-    write_atomic(out/'config.json', json.dumps(strip_settings(settings), indent=1).encode())
+        if (run / f'{name}.safetensors').is_file():
+            pack_weights(run / f'{name}.safetensors', out / f'{name}.safetensors', half)
+    if (run / 'metrics.json').is_file():
+        shutil.copyfile(run / 'metrics.json', out / 'metrics.json')
+    write_atomic(out / card.name, text.encode())
+    write_atomic(out / 'config.json', json.dumps(strip_settings(settings), indent=1).encode())
     return out
 
 # %% ../../nbs/engineering/33_sharing.ipynb #58329aa3
 def pretrained_run(
-    name:str='phantom-128', # A run that ships with brainldm
-)->Path: # Its folder, inside the package: read it, do not write into it
-    "Find a run that ships with brainldm. Raises ValueError for a name that does not exist."
-    shelf = Path(brainldm.__file__).parent/'pretrained'
-    check_choice('load_pretrained', 'name', name, sorted(o.parent.name for o in shelf.glob('*/config.json')))
-    return shelf/name
+    name: str = 'phantom-128',  # A run that ships with brainldm
+) -> Path:  # Its folder, inside the package: read it, do not write into it
+    """Find a run that ships with brainldm.
+
+    Parameters
+    ----------
+    name : str, default 'phantom-128'
+        A run that ships with brainldm.
+
+    Returns
+    -------
+    Path
+        Its folder, inside the package: read it, do not write into it.
+
+    Raises
+    ------
+    ValueError
+        For a name that does not exist.
+    """
+    shelf = Path(brainldm.__file__).parent / 'pretrained'
+    check_choice(
+        'load_pretrained', 'name', name, sorted(o.parent.name for o in shelf.glob('*/config.json'))
+    )
+    return shelf / name
 
 # %% ../../nbs/engineering/33_sharing.ipynb #73bf6a86
 def locate_run(
-    source:str|Path, # A run folder, the name of a run that ships with brainldm, or `user/name` on the Hugging Face hub
-    revision:str|None=None, # Branch, tag or commit on the hub; None: the newest
-    token:str|None=None, # For private repositories; None: the one that `hf auth login` has stored
-    cache_dir:str|Path|None=None, # Where downloads are kept; None: the hub library's own place
-)->Path: # A folder that can be loaded
-    "Get hold of a run, from the disk, the package or the hub. Raises FileNotFoundError if it is in none of them."
-    if (Path(source)/'config.json').is_file(): return Path(source)
-    shelf = Path(brainldm.__file__).parent/'pretrained'
-    if (shelf/str(source)/'config.json').is_file(): return pretrained_run(str(source))
-    if str(source).count('/')!=1 or Path(source).exists(): raise FileNotFoundError(
-        f"locate_run: {source} is neither a run folder nor a shipped run ({', '.join(sorted(o.name for o in shelf.iterdir()))}) nor user/name on a hub. "
-        "Expected one of them. Check the spelling.")
-    wanted = [f'{o}.safetensors' for o in WEIGHTS]+['config.json', 'metrics.json', 'README.md']
-    return Path(snapshot_download(str(source), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=wanted))
+    # A run folder, the name of a run that ships with brainldm, or `user/name` on the Hugging Face
+    # hub
+    source: str | Path,
+    revision: str | None = None,  # Branch, tag or commit on the hub; None: the newest
+    # For private repositories; None: the one that `hf auth login` has stored
+    token: str | None = None,
+    cache_dir: (
+        str | Path | None
+    ) = None,  # Where downloads are kept; None: the hub library's own place
+) -> Path:  # A folder that can be loaded
+    """Get hold of a run, from the disk, the package or the hub.
+
+    Parameters
+    ----------
+    source : str | Path
+        A run folder, the name of a run that ships with brainldm, or `user/name` on the Hugging Face
+        hub.
+    revision : str | None, default None
+        Branch, tag or commit on the hub; None: the newest.
+    token : str | None, default None
+        For private repositories; None: the one that `hf auth login` has stored.
+    cache_dir : str | Path | None, default None
+        Where downloads are kept; None: the hub library's own place.
+
+    Returns
+    -------
+    Path
+        A folder that can be loaded.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is in none of them.
+    """
+    if (Path(source) / 'config.json').is_file():
+        return Path(source)
+    shelf = Path(brainldm.__file__).parent / 'pretrained'
+    if (shelf / str(source) / 'config.json').is_file():
+        return pretrained_run(str(source))
+    if str(source).count('/') != 1 or Path(source).exists():
+        raise FileNotFoundError(
+            f"locate_run: {source} is neither a run folder nor a shipped run"
+            f" ({', '.join(sorted(o.name for o in shelf.iterdir()))}) nor user/name on a hub."
+            " Expected one of them. Check the spelling."
+        )
+    wanted = [f'{o}.safetensors' for o in WEIGHTS] + ['config.json', 'metrics.json', 'README.md']
+    return Path(
+        snapshot_download(
+            str(source), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=wanted
+        )
+    )
 
 # %% ../../nbs/engineering/33_sharing.ipynb #11dd40e6
 def push_run(
-    run:str|Path, # A trained and reported run folder
-    repo_id:str, # user/name on the Hugging Face hub; made if it is not there
-    private:bool=True, # Whether only you may see it
-    half:bool=True, # Round weights to 16 bits
-    token:str|None=None, # Your key; None: the one that `hf auth login` has stored
-    without_audit:str|None=None, # As for `pack_run`: a reason, which the card shows
-)->str: # Address of the commit
-    "Pack a run and upload it. Raises as `pack_run` does, before anything is sent."
+    run: str | Path,  # A trained and reported run folder
+    repo_id: str,  # user/name on the Hugging Face hub; made if it is not there
+    private: bool = True,  # Whether only you may see it
+    half: bool = True,  # Round weights to 16 bits
+    token: str | None = None,  # Your key; None: the one that `hf auth login` has stored
+    without_audit: str | None = None,  # As for `pack_run`: a reason, which the card shows
+) -> str:  # Address of the commit
+    """Pack a run and upload it.
+
+    Raises as `pack_run` does, before anything is sent.
+
+    Parameters
+    ----------
+    run : str | Path
+        A trained and reported run folder.
+    repo_id : str
+        user/name on the Hugging Face hub; made if it is not there.
+    private : bool, default True
+        Whether only you may see it.
+    half : bool, default True
+        Round weights to 16 bits.
+    token : str | None, default None
+        Your key; None: the one that `hf auth login` has stored.
+    without_audit : str | None, default None
+        As for `pack_run`: a reason, which the card shows.
+
+    Returns
+    -------
+    str
+        Address of the commit.
+    """
     with TemporaryDirectory() as place:
-        folder,api = pack_run(run, Path(place)/'run', half, without_audit),HfApi(token=token)
+        folder, api = pack_run(run, Path(place) / 'run', half, without_audit), HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         message = f'Run packed by brainldm {brainldm.__version__}'
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url)
+        return str(
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=message
+            ).commit_url
+        )
 
 # %% ../../nbs/engineering/33_sharing.ipynb #badbad3c
 class SharedModel:
-    "What a model that was loaded from a run folder needs in order to be handed on. The heir has `load(folder)` and `run`."
-    run:Path|None=None # Folder that the model was loaded from
+    """What a model that was loaded from a run folder needs in order to be handed on.
+
+    The heir has `load(folder)` and `run`.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
+
+    run: Path | None = None  # Folder that the model was loaded from
 
     @classmethod
-    def load_pretrained(cls,
-        name:str='phantom-128', # A run that ships with brainldm
-        **options, # What `load` takes: device, precision
-    )->'SharedModel': # Ready to use
-        "Load a run that ships with brainldm. Raises ValueError for a name that does not exist."
+    def load_pretrained(
+        cls,
+        name: str = 'phantom-128',  # A run that ships with brainldm
+        **options,  # What `load` takes: device, precision
+    ) -> 'SharedModel':  # Ready to use
+        """Load a run that ships with brainldm.
+
+        Parameters
+        ----------
+        name : str, default 'phantom-128'
+            A run that ships with brainldm.
+        **options
+            What `load` takes: device, precision.
+
+        Returns
+        -------
+        SharedModel
+            Ready to use.
+
+        Raises
+        ------
+        ValueError
+            For a name that does not exist.
+        """
         return cls.load(pretrained_run(name), **options)
 
     @classmethod
-    def from_pretrained(cls,
-        source:str|Path, # A run folder, the name of a shipped run, or `user/name` on the hub
-        revision:str|None=None, # Branch, tag or commit on the hub; None: the newest
-        token:str|None=None, # For private repositories
-        cache_dir:str|Path|None=None, # Where downloads are kept
-        **options, # What `load` takes: device, precision
-    )->'SharedModel': # Ready to use
-        "Load a run from wherever it is. Raises FileNotFoundError, or what the hub library raises without a network."
+    def from_pretrained(
+        cls,
+        source: str | Path,  # A run folder, the name of a shipped run, or `user/name` on the hub
+        revision: str | None = None,  # Branch, tag or commit on the hub; None: the newest
+        token: str | None = None,  # For private repositories
+        cache_dir: str | Path | None = None,  # Where downloads are kept
+        **options,  # What `load` takes: device, precision
+    ) -> 'SharedModel':  # Ready to use
+        """Load a run from wherever it is.
+
+        Parameters
+        ----------
+        source : str | Path
+            A run folder, the name of a shipped run, or `user/name` on the hub.
+        revision : str | None, default None
+            Branch, tag or commit on the hub; None: the newest.
+        token : str | None, default None
+            For private repositories.
+        cache_dir : str | Path | None, default None
+            Where downloads are kept.
+        **options
+            What `load` takes: device, precision.
+
+        Returns
+        -------
+        SharedModel
+            Ready to use.
+
+        Raises
+        ------
+        FileNotFoundError
+            Or what the hub library raises without a network.
+        """
         return cls.load(locate_run(source, revision, token, cache_dir), **options)
 
-    def save_pretrained(self,
-        folder:str|Path, # New folder
-        half:bool=True, # Round weights to 16 bits
-        without_audit:str|None=None, # As for `pack_run`: a reason, which the card shows
-    )->Path: # The folder
-        "Pack the run for others. Raises as `pack_run` does."
+    def save_pretrained(
+        self,
+        folder: str | Path,  # New folder
+        half: bool = True,  # Round weights to 16 bits
+        without_audit: str | None = None,  # As for `pack_run`: a reason, which the card shows
+    ) -> Path:  # The folder
+        """Pack the run for others.
+
+        Raises as `pack_run` does.
+
+        Parameters
+        ----------
+        folder : str | Path
+            New folder.
+        half : bool, default True
+            Round weights to 16 bits.
+        without_audit : str | None, default None
+            As for `pack_run`: a reason, which the card shows.
+
+        Returns
+        -------
+        Path
+            The folder.
+        """
         return pack_run(self.came_from('save_pretrained'), folder, half, without_audit)
 
-    def push_to_hub(self,
-        repo_id:str, # user/name; made if it is not there
-        private:bool=True, # Whether only you may see it
-        half:bool=True, # Round weights to 16 bits
-        token:str|None=None, # Your key; None: the one that `hf auth login` has stored
-        without_audit:str|None=None, # As for `pack_run`: a reason, which the card shows
-    )->str: # Address of the commit
-        "Pack the run and upload it. Raises as `pack_run` does, before anything is sent."
+    def push_to_hub(
+        self,
+        repo_id: str,  # user/name; made if it is not there
+        private: bool = True,  # Whether only you may see it
+        half: bool = True,  # Round weights to 16 bits
+        token: str | None = None,  # Your key; None: the one that `hf auth login` has stored
+        without_audit: str | None = None,  # As for `pack_run`: a reason, which the card shows
+    ) -> str:  # Address of the commit
+        """Pack the run and upload it.
+
+        Raises as `pack_run` does, before anything is sent.
+
+        Parameters
+        ----------
+        repo_id : str
+            user/name; made if it is not there.
+        private : bool, default True
+            Whether only you may see it.
+        half : bool, default True
+            Round weights to 16 bits.
+        token : str | None, default None
+            Your key; None: the one that `hf auth login` has stored.
+        without_audit : str | None, default None
+            As for `pack_run`: a reason, which the card shows.
+
+        Returns
+        -------
+        str
+            Address of the commit.
+        """
         return push_run(self.came_from('push_to_hub'), repo_id, private, half, token, without_audit)
 
-    def came_from(self,
-        caller:str, # Method that wants to know, for the message
-    )->Path: # Folder that the model was loaded from
-        "Where the run lies. Raises ValueError for a model that was put together by hand."
-        if self.run is None: raise ValueError(
-            f"{caller}: this {type(self).__name__} was put together by hand. Expected one that was loaded from a run folder. "
-            "Try load(run).")
+    def came_from(
+        self,
+        caller: str,  # Method that wants to know, for the message
+    ) -> Path:  # Folder that the model was loaded from
+        """Where the run lies.
+
+        Parameters
+        ----------
+        caller : str
+            Method that wants to know, for the message.
+
+        Returns
+        -------
+        Path
+            Folder that the model was loaded from.
+
+        Raises
+        ------
+        ValueError
+            For a model that was put together by hand.
+        """
+        if self.run is None:
+            raise ValueError(
+                f"{caller}: this {type(self).__name__} was put together by hand. Expected one that"
+                " was loaded from a run folder. Try load(run)."
+            )
         return self.run
 
 # %% ../../nbs/engineering/33_sharing.ipynb #0a297fbf
 def fetch_run(
-    source:str|Path, # A run folder, the name of a shipped run, or `user/name` on the hub
-    run:str|Path, # New run folder
-    revision:str|None=None, # Branch, tag or commit on the hub; None: the newest
-)->Path: # The new run folder
-    "Copy a run that somebody shared into a folder of your own. Raises FileExistsError for a folder in use."
+    source: str | Path,  # A run folder, the name of a shipped run, or `user/name` on the hub
+    run: str | Path,  # New run folder
+    revision: str | None = None,  # Branch, tag or commit on the hub; None: the newest
+) -> Path:  # The new run folder
+    """Copy a run that somebody shared into a folder of your own.
+
+    Parameters
+    ----------
+    source : str | Path
+        A run folder, the name of a shipped run, or `user/name` on the hub.
+    run : str | Path
+        New run folder.
+    revision : str | None, default None
+        Branch, tag or commit on the hub; None: the newest.
+
+    Returns
+    -------
+    Path
+        The new run folder.
+
+    Raises
+    ------
+    FileExistsError
+        For a folder in use.
+    """
     run = refuse_taken(run)
     source = locate_run(source, revision)
     run.mkdir(parents=True, exist_ok=True)
     for o in sorted(source.iterdir()):
-        if o.is_file(): shutil.copyfile(o, run/o.name)
+        if o.is_file():
+            shutil.copyfile(o, run / o.name)
     return run

@@ -32,415 +32,1102 @@ from ..advanced.solvers import denoise
 from ..unet import UNet
 from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
 from brainldm.engineering.runs import (
-    check_trained_on, compare_given, enter_run, fill_model, is_finished, load_weights, read_config,
-    run_stage, save_weights, unpack_state, weights_hash, retry_on_oom,
+    check_trained_on,
+    compare_given,
+    enter_run,
+    fill_model,
+    is_finished,
+    load_weights,
+    read_config,
+    run_stage,
+    save_weights,
+    unpack_state,
+    weights_hash,
+    retry_on_oom,
 )
 from .sharing import locate_run
 from brainldm.training import (
-    LOAD_ERRORS, AEConfig, adopt_weights, check_size, covariates_to_dict, is_begun, load_autoencoder,
-    compare_opening, origin_of, pick_covariates, covariates_from_dict, refuse_architecture, evenly_spaced_rows,
+    LOAD_ERRORS,
+    AEConfig,
+    adopt_weights,
+    check_size,
+    covariates_to_dict,
+    is_begun,
+    load_autoencoder,
+    compare_opening,
+    origin_of,
+    pick_covariates,
+    covariates_from_dict,
+    refuse_architecture,
+    evenly_spaced_rows,
 )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #75cdd7d5
 @dataclass
 class LDMConfig(TrainConfig):
-    "Everything that decides a latent diffusion model, given its autoencoder."
-    learning_rate:float=1e-3 # Highest learning rate of AdamW
-    batch_size:int=32 # Latents a step, on each process
-    channels:tuple[int, ...]=(96, 160) # Features at each level of the UNet
-    num_res_blocks:int=2 # Blocks a level
-    attention_levels:tuple[bool, ...]=(True, True) # Levels with self- and cross-attention
-    num_heads:int=4 # Attention heads
-    cond_channels:int=128 # Length of a covariate token
-    covariates:tuple[str, ...]|None=None # Covariates to learn; None: all that the data has
-    dropout:float=0. # Share of each block's features that training leaves out; for few pictures seen many times
-    covariate_dropout:float=.1 # Probability of hiding each covariate by itself
-    condition_dropout:float=.1 # Probability of hiding all of them at once
-    schedule:NoiseSchedule=field(default_factory=NoiseSchedule) # The noise, and what the network predicts
-    snr_gamma:float|None=None # Ceiling of the min-SNR loss weight; None: every step weighs the same
-    snr_offset:float=0. # Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise
-    ema_images:int=20_000 # Half life of the average of the weights
-    preview_steps:int=20 # Denoising steps of the pictures drawn during training
+    """Everything that decides a latent diffusion model, given its autoencoder.
+
+    Attributes
+    ----------
+    total_images : int, default 20000
+        Pictures to see before training ends.
+    batch_size : int, default 32
+        Latents a step, on each process.
+    accumulate : int, default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : float, default 0.001
+        Highest learning rate of AdamW.
+    warmup_images : int, default 1000
+        Pictures over which the learning rate rises from 0.
+    weight_decay : float, default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : float, default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : int, default 5000
+        Pictures between two looks at the validate subjects.
+    checkpoint_every : int, default 5000
+        Pictures between two checkpoints.
+    log_every : int, default 10
+        Steps between two lines of the log.
+    num_workers : int, default 0
+        Processes that load pictures; 0 loads in the training process.
+    seed : int, default 0
+        Seed of the weights, the order of the pictures and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate knows, such as tensorboard or wandb.
+    channels : tuple[int, ...], default (96, 160)
+        Features at each level of the UNet.
+    num_res_blocks : int, default 2
+        Blocks a level.
+    attention_levels : tuple[bool, ...], default (True, True)
+        Levels with self- and cross-attention.
+    num_heads : int, default 4
+        Attention heads.
+    cond_channels : int, default 128
+        Length of a covariate token.
+    covariates : tuple[str, ...] | None, default None
+        Covariates to learn; None: all that the data has.
+    dropout : float, default 0.0
+        Share of each block's features that training leaves out; for few pictures seen many times.
+    covariate_dropout : float, default 0.1
+        Probability of hiding each covariate by itself.
+    condition_dropout : float, default 0.1
+        Probability of hiding all of them at once.
+    schedule : NoiseSchedule, default NoiseSchedule()
+        The noise, and what the network predicts.
+    snr_gamma : float | None, default None
+        Ceiling of the min-SNR loss weight; None: every step weighs the same.
+    snr_offset : float, default 0.0
+        Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise.
+    ema_images : int, default 20000
+        Half life of the average of the weights.
+    preview_steps : int, default 20
+        Denoising steps of the pictures drawn during training.
+    """
+
+    learning_rate: float = 1e-3  # Highest learning rate of AdamW
+    batch_size: int = 32  # Latents a step, on each process
+    channels: tuple[int, ...] = (96, 160)  # Features at each level of the UNet
+    num_res_blocks: int = 2  # Blocks a level
+    attention_levels: tuple[bool, ...] = (True, True)  # Levels with self- and cross-attention
+    num_heads: int = 4  # Attention heads
+    cond_channels: int = 128  # Length of a covariate token
+    covariates: tuple[str, ...] | None = None  # Covariates to learn; None: all that the data has
+    # Share of each block's features that training leaves out; for few pictures seen many times
+    dropout: float = 0.0
+    covariate_dropout: float = 0.1  # Probability of hiding each covariate by itself
+    condition_dropout: float = 0.1  # Probability of hiding all of them at once
+    # The noise, and what the network predicts
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    # Ceiling of the min-SNR loss weight; None: every step weighs the same
+    snr_gamma: float | None = None
+    # Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise
+    snr_offset: float = 0.0
+    ema_images: int = 20_000  # Half life of the average of the weights
+    preview_steps: int = 20  # Denoising steps of the pictures drawn during training
 
 # %% ../../nbs/engineering/32_stage2.ipynb #ba7b992a
 PRESETS = {
-    'tiny': (AEConfig(total_images=1_200, batch_size=8, warmup_images=100, validate_every=600, checkpoint_every=600,
-                      data=DataConfig(size=64), channels=(32, 48), latent_channels=4),
-             LDMConfig(total_images=3_200, warmup_images=320, validate_every=1_600, checkpoint_every=1_600,
-                       channels=(32, 48), attention_levels=(False, True), cond_channels=32, ema_images=500,
-                       preview_steps=8)),
-    'laptop': (AEConfig(data=DataConfig(crop='auto'), latent_channels=8, total_images=28_000, batch_size=2,
-                        learning_rate=1e-3, log_every=50, validate_every=6_000, checkpoint_every=6_000),
-               LDMConfig(total_images=90_000, batch_size=8, learning_rate=2e-3, warmup_images=2_000, log_every=40,
-                         validate_every=15_000, checkpoint_every=15_000, num_res_blocks=1,
-                         attention_levels=(False, True), snr_gamma=5., snr_offset=1.)),
-    'gpu': (AEConfig(total_images=2_000_000, batch_size=32, warmup_images=20_000, validate_every=100_000,
-                     checkpoint_every=50_000, data=DataConfig(size=256, crop='auto'), channels=(128, 192, 256),
-                     num_res_blocks=2, attention_levels=(False, False, True), patch=2, unet_levels=3, num_workers=4),
-            LDMConfig(total_images=10_000_000, batch_size=128, learning_rate=5e-4, warmup_images=100_000,
-                      validate_every=500_000, checkpoint_every=250_000, channels=(192, 384, 576),
-                      attention_levels=(False, True, True), num_heads=8, cond_channels=256, dropout=.1,
-                      ema_images=500_000, num_workers=4, preview_steps=30)),
-} # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
+    'tiny': (
+        AEConfig(
+            total_images=1_200,
+            batch_size=8,
+            warmup_images=100,
+            validate_every=600,
+            checkpoint_every=600,
+            data=DataConfig(size=64),
+            channels=(32, 48),
+            latent_channels=4,
+        ),
+        LDMConfig(
+            total_images=3_200,
+            warmup_images=320,
+            validate_every=1_600,
+            checkpoint_every=1_600,
+            channels=(32, 48),
+            attention_levels=(False, True),
+            cond_channels=32,
+            ema_images=500,
+            preview_steps=8,
+        ),
+    ),
+    'laptop': (
+        AEConfig(
+            data=DataConfig(crop='auto'),
+            latent_channels=8,
+            total_images=28_000,
+            batch_size=2,
+            learning_rate=1e-3,
+            log_every=50,
+            validate_every=6_000,
+            checkpoint_every=6_000,
+        ),
+        LDMConfig(
+            total_images=90_000,
+            batch_size=8,
+            learning_rate=2e-3,
+            warmup_images=2_000,
+            log_every=40,
+            validate_every=15_000,
+            checkpoint_every=15_000,
+            num_res_blocks=1,
+            attention_levels=(False, True),
+            snr_gamma=5.0,
+            snr_offset=1.0,
+        ),
+    ),
+    'gpu': (
+        AEConfig(
+            total_images=2_000_000,
+            batch_size=32,
+            warmup_images=20_000,
+            validate_every=100_000,
+            checkpoint_every=50_000,
+            data=DataConfig(size=256, crop='auto'),
+            channels=(128, 192, 256),
+            num_res_blocks=2,
+            attention_levels=(False, False, True),
+            patch=2,
+            unet_levels=3,
+            num_workers=4,
+        ),
+        LDMConfig(
+            total_images=10_000_000,
+            batch_size=128,
+            learning_rate=5e-4,
+            warmup_images=100_000,
+            validate_every=500_000,
+            checkpoint_every=250_000,
+            channels=(192, 384, 576),
+            attention_levels=(False, True, True),
+            num_heads=8,
+            cond_channels=256,
+            dropout=0.1,
+            ema_images=500_000,
+            num_workers=4,
+            preview_steps=30,
+        ),
+    ),
+}  # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
 
 # %% ../../nbs/engineering/32_stage2.ipynb #c504f576
 def mean_encoder(
-    model:Autoencoder, # The trained autoencoder, on the device that computes
-    precision:str='no', # Mixed precision to compute in
-)->Callable[[dict], Tensor]: # A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU
-    "What stage 2 sees of a slice. Means, not draws: a draw puts noise into the target that no network can predict."
-    device,encode = next(model.parameters()).device,infer(model, precision, 'encode')
-    mean = in_chunks(lambda x,cond: encode(x, cond)[0], 64)
+    model: Autoencoder,  # The trained autoencoder, on the device that computes
+    precision: str = 'no',  # Mixed precision to compute in
+    # A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU
+) -> Callable[[dict], Tensor]:
+    """What stage 2 sees of a slice.
+
+    Means, not draws: a draw puts noise into the target that no network can predict.
+
+    Parameters
+    ----------
+    model : Autoencoder
+        The trained autoencoder, on the device that computes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+
+    Returns
+    -------
+    Callable[[dict], Tensor]
+    """
+    device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
+    mean = in_chunks(lambda x, cond: encode(x, cond)[0], 64)
     return lambda batch: mean(batch['image'].to(device), to_device(batch, device)).float().cpu()
 
 # %% ../../nbs/engineering/32_stage2.ipynb #05bcbc3f
 def cache_latents(
-    model:Autoencoder, # The trained autoencoder
-    dataset:SliceDataset, # Rows to encode
-    precision:str='no', # Mixed precision to compute in
-    batch_size:int=64, # Pictures at a time
-    progress:bool=True, # Show a bar
-)->Tensor: # Latent means (n, c, h, w), float32, on the CPU
-    "Encode every slice once, in memory."
-    encode,total = mean_encoder(model, precision),math.ceil(len(dataset)/batch_size)
-    batches = tqdm(eval_batches(dataset, batch_size), total=total, desc='latents', disable=not progress)
+    model: Autoencoder,  # The trained autoencoder
+    dataset: SliceDataset,  # Rows to encode
+    precision: str = 'no',  # Mixed precision to compute in
+    batch_size: int = 64,  # Pictures at a time
+    progress: bool = True,  # Show a bar
+) -> Tensor:  # Latent means (n, c, h, w), float32, on the CPU
+    """Encode every slice once, in memory.
+
+    Parameters
+    ----------
+    model : Autoencoder
+        The trained autoencoder.
+    dataset : SliceDataset
+        Rows to encode.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Pictures at a time.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        Latent means (n, c, h, w), float32, on the CPU.
+    """
+    encode, total = mean_encoder(model, precision), math.ceil(len(dataset) / batch_size)
+    batches = tqdm(
+        eval_batches(dataset, batch_size), total=total, desc='latents', disable=not progress
+    )
     return torch.cat([encode(o) for o in batches])
 
 # %% ../../nbs/engineering/32_stage2.ipynb #e8229896
 def encode_rows(
-    encode:Callable[[dict], Tensor], # A batch of pictures and conditions in, a row for each out, on the CPU
-    dataset:SliceDataset, # Rows to encode
-    file:Path, # File to write, .npy; an old one goes
-    acc:Accelerator, # Whose processes share the work; all of them must call
-    batch_size:int=64, # Pictures at a time
-    desc:str='latents', # Of the bar
-    progress:bool=True, # Show a bar
-)->Tensor: # What every picture became (n, …), in order, read from the disk as it is needed
-    "Encode every picture once, each process its part, into one file that all read. Raises OSError on a full disk."
-    one,n = encode(dataset.__getitems__([0])).numpy(),len(dataset)
+    # A batch of pictures and conditions in, a row for each out, on the CPU
+    encode: Callable[[dict], Tensor],
+    dataset: SliceDataset,  # Rows to encode
+    file: Path,  # File to write, .npy; an old one goes
+    acc: Accelerator,  # Whose processes share the work; all of them must call
+    batch_size: int = 64,  # Pictures at a time
+    desc: str = 'latents',  # Of the bar
+    progress: bool = True,  # Show a bar
+) -> Tensor:  # What every picture became (n, …), in order, read from the disk as it is needed
+    """Encode every picture once, each process its part, into one file that all read.
+
+    Parameters
+    ----------
+    encode : Callable[[dict], Tensor]
+        A batch of pictures and conditions in, a row for each out, on the CPU.
+    dataset : SliceDataset
+        Rows to encode.
+    file : Path
+        File to write, .npy; an old one goes.
+    acc : Accelerator
+        Whose processes share the work; all of them must call.
+    batch_size : int, default 64
+        Pictures at a time.
+    desc : str, default 'latents'
+        Of the bar.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        What every picture became (n, …), in order, read from the disk as it is needed.
+
+    Raises
+    ------
+    OSError
+        On a full disk.
+    """
+    one, n = encode(dataset.__getitems__([0])).numpy(), len(dataset)
     if acc.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(file, 'w+', one.dtype, (n, *one.shape[1:])).flush()
     acc.wait_for_everyone()
-    head,starts = np.load(file, mmap_mode='r').offset,range(0, n, batch_size)[acc.process_index::acc.num_processes]
+    head, starts = (
+        np.load(file, mmap_mode='r').offset,
+        range(0, n, batch_size)[acc.process_index :: acc.num_processes],
+    )
     with file.open('r+b') as out:
         for i in tqdm(starts, desc=desc, disable=not (progress and acc.is_main_process)):
-            rows = encode(dataset.__getitems__(range(i, min(i+batch_size, n))))
-            out.seek(head+i*one[0].nbytes); out.write(rows.numpy().tobytes())
+            rows = encode(dataset.__getitems__(range(i, min(i + batch_size, n))))
+            out.seek(head + i * one[0].nbytes)
+            out.write(rows.numpy().tobytes())
     acc.wait_for_everyone()
-    return torch.from_numpy(np.load(file, mmap_mode='c'))                      # private: nobody can write back
+    return torch.from_numpy(np.load(file, mmap_mode='c'))  # private: nobody can write back
 
 # %% ../../nbs/engineering/32_stage2.ipynb #31249b13
 def latent_stats(
-    latents:Tensor, # Latent means of the train slices (n, c, h, w)
-)->tuple[Tensor, Tensor]: # Mean and standard deviation of each channel, each (1, c, 1, 1)
-    "What standardises latents. Source: Rombach et al. 2022, app. G, by channel. Raises ValueError on a dead channel."
-    mean,std = latents.mean((0, 2, 3), keepdim=True),latents.std((0, 2, 3), keepdim=True)
-    dead = (~(std>1e-6)).flatten().nonzero().flatten().tolist()                # also catches NaN
-    if dead: raise ValueError(
-        f"latent_stats: latent channels {dead} never change (standard deviation {std.flatten()[dead[0]]:.2g}). "
-        "Expected every channel in use. "
-        "Train the autoencoder longer, with a smaller kl_weight or fewer latent_channels.")
-    return mean,std
+    latents: Tensor,  # Latent means of the train slices (n, c, h, w)
+) -> tuple[Tensor, Tensor]:  # Mean and standard deviation of each channel, each (1, c, 1, 1)
+    """What standardises latents.
+
+    Parameters
+    ----------
+    latents : Tensor
+        Latent means of the train slices (n, c, h, w).
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Mean and standard deviation of each channel, each (1, c, 1, 1).
+
+    Raises
+    ------
+    ValueError
+        On a dead channel.
+
+    References
+    ----------
+    Rombach et al. 2022, app. G, by channel.
+    """
+    mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
+    dead = (~(std > 1e-6)).flatten().nonzero().flatten().tolist()  # also catches NaN
+    if dead:
+        raise ValueError(
+            f"latent_stats: latent channels {dead} never change (standard deviation"
+            f" {std.flatten()[dead[0]]:.2g}). Expected every channel in use. Train the autoencoder"
+            " longer, with a smaller kl_weight or fewer latent_channels."
+        )
+    return mean, std
 
 # %% ../../nbs/engineering/32_stage2.ipynb #c1191cf1
 class LatentDataset(torch.utils.data.Dataset):
-    "Latents with their conditions: batches as from `SliceDataset`, with 'latent' in place of 'image'."
-    def __init__(self,
-        latents:Tensor, # Latents (n, c, h, w), or codes
-        conditions:dict[str, Tensor], # Encoded covariates, each (n,)
-        mean:Tensor|None=None, # What to subtract from each row (1, c, 1, 1); None: rows stay as they are
-        std:Tensor|None=None, # What to divide it by then, same shape
+    """Latents with their conditions: batches as from `SliceDataset`, with 'latent' in place of
+    'image'.
+
+    Parameters
+    ----------
+    latents : Tensor
+        Latents (n, c, h, w), or codes.
+    conditions : dict[str, Tensor]
+        Encoded covariates, each (n,).
+    mean : Tensor | None, default None
+        What to subtract from each row (1, c, 1, 1); None: rows stay as they are.
+    std : Tensor | None, default None
+        What to divide it by then, same shape.
+    """
+
+    def __init__(
+        self,
+        latents: Tensor,  # Latents (n, c, h, w), or codes
+        conditions: dict[str, Tensor],  # Encoded covariates, each (n,)
+        # What to subtract from each row (1, c, 1, 1); None: rows stay as they are
+        mean: Tensor | None = None,
+        std: Tensor | None = None,  # What to divide it by then, same shape
     ):
-        self.latents,self.conditions,self.mean,self.std = latents,conditions,mean,std
+        self.latents, self.conditions, self.mean, self.std = latents, conditions, mean, std
 
-    def __len__(self): return len(self.latents)
+    def __len__(self):
+        return len(self.latents)
 
-    def rows(self,
-        at:Tensor, # Row numbers (b,)
-    )->Tensor: # Their latents (b, c, h, w), standardised
-        "Latents as the network sees them."
-        return self.latents[at] if self.mean is None else (self.latents[at]-self.mean).div_(self.std)
+    def rows(
+        self,
+        at: Tensor,  # Row numbers (b,)
+    ) -> Tensor:  # Their latents (b, c, h, w), standardised
+        """Latents as the network sees them.
+
+        Parameters
+        ----------
+        at : Tensor
+            Row numbers (b,).
+
+        Returns
+        -------
+        Tensor
+            Their latents (b, c, h, w), standardised.
+        """
+        return (
+            self.latents[at] if self.mean is None else (self.latents[at] - self.mean).div_(self.std)
+        )
 
     def __getitems__(self, indices):
         at = torch.as_tensor(indices)
-        return {'latent': self.rows(at), **{k: v[at] for k,v in self.conditions.items()}}
+        return {'latent': self.rows(at), **{k: v[at] for k, v in self.conditions.items()}}
 
 # %% ../../nbs/engineering/32_stage2.ipynb #fd749e1d
 def remove_folder(
-    folder:Path, # Folder of files that nobody needs any more
-    acc:Accelerator, # Whose first process does it, once all have come so far
-)->None:
-    "Throw latents away after training. A system that forbids it while they are open keeps them until the next run."
+    folder: Path,  # Folder of files that nobody needs any more
+    acc: Accelerator,  # Whose first process does it, once all have come so far
+) -> None:
+    """Throw latents away after training.
+
+    A system that forbids it while they are open keeps them until the next run.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of files that nobody needs any more.
+    acc : Accelerator
+        Whose first process does it, once all have come so far.
+    """
     acc.wait_for_everyone()
-    if acc.is_main_process: shutil.rmtree(folder, ignore_errors=True)
+    if acc.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/engineering/32_stage2.ipynb #3fefff46
 def latent_splits(
-    autoencoder:Autoencoder, # Trained, on the device that computes
-    dataset:SliceDataset, # All splits
-    folder:Path, # Where the latents are kept while they are needed
-    acc:Accelerator, # Whose processes share the work
-    progress:bool=True, # Show bars
-)->tuple[LatentDataset, LatentDataset, Tensor, Tensor]: # Train, validate, mean and deviation by channel (1, c, 1, 1)
-    "Encode train and validate slices, and standardise both by the train slices."
-    parts,encode = {o: dataset.subset(o) for o in ('train', 'validate')},mean_encoder(autoencoder, acc.mixed_precision)
-    latents = {k: encode_rows(encode, o, folder/f'{k}.npy', acc, progress=progress) for k,o in parts.items()}
-    mean,std = latent_stats(latents['train'])
-    return *(LatentDataset(latents[k], o.conditions, mean, std) for k,o in parts.items()),mean,std
+    autoencoder: Autoencoder,  # Trained, on the device that computes
+    dataset: SliceDataset,  # All splits
+    folder: Path,  # Where the latents are kept while they are needed
+    acc: Accelerator,  # Whose processes share the work
+    progress: bool = True,  # Show bars
+    # Train, validate, mean and deviation by channel (1, c, 1, 1)
+) -> tuple[LatentDataset, LatentDataset, Tensor, Tensor]:
+    """Encode train and validate slices, and standardise both by the train slices.
+
+    Parameters
+    ----------
+    autoencoder : Autoencoder
+        Trained, on the device that computes.
+    dataset : SliceDataset
+        All splits.
+    folder : Path
+        Where the latents are kept while they are needed.
+    acc : Accelerator
+        Whose processes share the work.
+    progress : bool, default True
+        Show bars.
+
+    Returns
+    -------
+    tuple[LatentDataset, LatentDataset, Tensor, Tensor]
+    """
+    parts, encode = {o: dataset.subset(o) for o in ('train', 'validate')}, mean_encoder(
+        autoencoder, acc.mixed_precision
+    )
+    latents = {
+        k: encode_rows(encode, o, folder / f'{k}.npy', acc, progress=progress)
+        for k, o in parts.items()
+    }
+    mean, std = latent_stats(latents['train'])
+    return (
+        *(LatentDataset(latents[k], o.conditions, mean, std) for k, o in parts.items()),
+        mean,
+        std,
+    )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #0f5f5359
 def condition_dropout_mask(
-    n:int, # Rows b
-    covariates:int, # Covariates
-    one:float, # Probability of hiding each by itself
-    all:float, # Probability of hiding all of a row
-    generator:torch.Generator, # Source of chance; says the device
-)->Tensor: # True where a token is hidden (b, covariates)
-    "Hide conditions at random, to learn to work with and without. Source: Ho & Salimans 2022, alg. 1."
-    u = torch.rand(n, covariates+1, generator=generator, device=generator.device)
-    return (u[:, 1:]<one) | (u[:, :1]<all)
+    n: int,  # Rows b
+    covariates: int,  # Covariates
+    one: float,  # Probability of hiding each by itself
+    all: float,  # Probability of hiding all of a row
+    generator: torch.Generator,  # Source of chance; says the device
+) -> Tensor:  # True where a token is hidden (b, covariates)
+    """Hide conditions at random, to learn to work with and without.
+
+    Parameters
+    ----------
+    n : int
+        Rows b.
+    covariates : int
+        Covariates.
+    one : float
+        Probability of hiding each by itself.
+    all : float
+        Probability of hiding all of a row.
+    generator : torch.Generator
+        Source of chance; says the device.
+
+    Returns
+    -------
+    Tensor
+        True where a token is hidden (b, covariates).
+
+    References
+    ----------
+    Ho & Salimans 2022, alg. 1.
+    """
+    u = torch.rand(n, covariates + 1, generator=generator, device=generator.device)
+    return (u[:, 1:] < one) | (u[:, :1] < all)
 
 # %% ../../nbs/engineering/32_stage2.ipynb #c44953a1
 def prediction_error(
-    model:nn.Module, # A UNet
-    batch:dict[str, Tensor], # 'latent' (b, c, h, w) and encoded covariates, each (b,)
-    t:Tensor, # Timesteps (b,)
-    eps:Tensor, # Standard normal noise, shape of the latents
-    drop:Tensor, # True where a covariate is hidden (b, n)
-    schedule:NoiseSchedule, # The noise, and what the network predicts
-    covariates:tuple[Covariate, ...], # The covariates the network knows, in order
-)->Tensor: # Mean squared error of each row (b,)
-    "How far the prediction is from its target. Source: Ho et al. 2020, eq. 14."
+    model: nn.Module,  # A UNet
+    batch: dict[str, Tensor],  # 'latent' (b, c, h, w) and encoded covariates, each (b,)
+    t: Tensor,  # Timesteps (b,)
+    eps: Tensor,  # Standard normal noise, shape of the latents
+    drop: Tensor,  # True where a covariate is hidden (b, n)
+    schedule: NoiseSchedule,  # The noise, and what the network predicts
+    covariates: tuple[Covariate, ...],  # The covariates the network knows, in order
+) -> Tensor:  # Mean squared error of each row (b,)
+    """How far the prediction is from its target.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A UNet.
+    batch : dict[str, Tensor]
+        'latent' (b, c, h, w) and encoded covariates, each (b,).
+    t : Tensor
+        Timesteps (b,).
+    eps : Tensor
+        Standard normal noise, shape of the latents.
+    drop : Tensor
+        True where a covariate is hidden (b, n).
+    schedule : NoiseSchedule
+        The noise, and what the network predicts.
+    covariates : tuple[Covariate, ...]
+        The covariates the network knows, in order.
+
+    Returns
+    -------
+    Tensor
+        Mean squared error of each row (b,).
+
+    References
+    ----------
+    Ho et al. 2020, eq. 14.
+    """
     x0 = batch['latent']
-    pred = model(add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop)
-    return (pred.float()-targets(x0, eps, t, schedule.abar, schedule.prediction_type)).square().mean((1, 2, 3))
+    pred = model(
+        add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop
+    )
+    return (
+        (pred.float() - targets(x0, eps, t, schedule.abar, schedule.prediction_type))
+        .square()
+        .mean((1, 2, 3))
+    )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #035b4ae3
 def loss_weight(
-    t:Tensor, # Timesteps (b,)
-    schedule:NoiseSchedule, # The noise, and what the network predicts
-    gamma:float|None=None, # Limit of min-SNR weighting; None: every step counts alike, on a straight road by its speed
-    offset:float=0., # Added to the SNR below that limit
-)->Tensor: # Weights of the squared errors (b,), float32
-    "How much the error at each step counts. Source: Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2."
-    if gamma: return min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma, offset)
-    straight = schedule.beta_schedule=='flow' and schedule.prediction_type=='v_prediction'
+    t: Tensor,  # Timesteps (b,)
+    schedule: NoiseSchedule,  # The noise, and what the network predicts
+    # Limit of min-SNR weighting; None: every step counts alike, on a straight road by its speed
+    gamma: float | None = None,
+    offset: float = 0.0,  # Added to the SNR below that limit
+) -> Tensor:  # Weights of the squared errors (b,), float32
+    """How much the error at each step counts.
+
+    Parameters
+    ----------
+    t : Tensor
+        Timesteps (b,).
+    schedule : NoiseSchedule
+        The noise, and what the network predicts.
+    gamma : float | None, default None
+        Limit of min-SNR weighting; None: every step counts alike, on a straight road by its speed.
+    offset : float, default 0.0
+        Added to the SNR below that limit.
+
+    Returns
+    -------
+    Tensor
+        Weights of the squared errors (b,), float32.
+
+    References
+    ----------
+    Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2.
+    """
+    if gamma:
+        return min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma, offset)
+    straight = schedule.beta_schedule == 'flow' and schedule.prediction_type == 'v_prediction'
     return flow_weight(t, schedule.abar) if straight else torch.ones(len(t), device=t.device)
 
 # %% ../../nbs/engineering/32_stage2.ipynb #fb02dde9
 def ldm_loss(
-    model:nn.Module, # A UNet
-    batch:dict[str, Tensor], # 'latent' and encoded covariates
-    generator:torch.Generator, # Source of times, noise and hiding, on the batch's device
-    seen:int, # Pictures seen so far; nothing here depends on it
-    config:LDMConfig, # Schedule, weights, probabilities
-    covariates:tuple[Covariate, ...], # The covariates the network knows, in order
-)->tuple[Tensor, dict[str, Tensor]]: # The loss, and its parts for the log
-    "Weighted squared error of the prediction at random times. Source: Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6."
-    x0,schedule = batch['latent'],config.schedule
-    t = torch.randint(schedule.num_train_timesteps, (len(x0),), generator=generator, device=x0.device)
+    model: nn.Module,  # A UNet
+    batch: dict[str, Tensor],  # 'latent' and encoded covariates
+    generator: torch.Generator,  # Source of times, noise and hiding, on the batch's device
+    seen: int,  # Pictures seen so far; nothing here depends on it
+    config: LDMConfig,  # Schedule, weights, probabilities
+    covariates: tuple[Covariate, ...],  # The covariates the network knows, in order
+) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
+    """Weighted squared error of the prediction at random times.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A UNet.
+    batch : dict[str, Tensor]
+        'latent' and encoded covariates.
+    generator : torch.Generator
+        Source of times, noise and hiding, on the batch's device.
+    seen : int
+        Pictures seen so far; nothing here depends on it.
+    config : LDMConfig
+        Schedule, weights, probabilities.
+    covariates : tuple[Covariate, ...]
+        The covariates the network knows, in order.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6.
+    """
+    x0, schedule = batch['latent'], config.schedule
+    t = torch.randint(
+        schedule.num_train_timesteps, (len(x0),), generator=generator, device=x0.device
+    )
     eps = torch.randn(x0.shape, generator=generator, device=x0.device)
-    drop = condition_dropout_mask(len(x0), len(covariates), config.covariate_dropout, config.condition_dropout, generator)
+    drop = condition_dropout_mask(
+        len(x0), len(covariates), config.covariate_dropout, config.condition_dropout, generator
+    )
     mse = prediction_error(model, batch, t, eps, drop, schedule, covariates)
-    return (loss_weight(t, schedule, config.snr_gamma, config.snr_offset)*mse).mean(),dict(mse=mse.detach().mean())
+    return (loss_weight(t, schedule, config.snr_gamma, config.snr_offset) * mse).mean(), dict(
+        mse=mse.detach().mean()
+    )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #36505830
 def unet_args(
-    config:LDMConfig, # The configuration
-    in_channels:int, # Channels of the latents
-    covariates:tuple[Covariate, ...], # What the network may be told
-)->dict: # Arguments of `UNet`
-    "The part of a configuration that decides the architecture."
+    config: LDMConfig,  # The configuration
+    in_channels: int,  # Channels of the latents
+    covariates: tuple[Covariate, ...],  # What the network may be told
+) -> dict:  # Arguments of `UNet`
+    """The part of a configuration that decides the architecture.
+
+    Parameters
+    ----------
+    config : LDMConfig
+        The configuration.
+    in_channels : int
+        Channels of the latents.
+    covariates : tuple[Covariate, ...]
+        What the network may be told.
+
+    Returns
+    -------
+    dict
+        Arguments of `UNet`.
+    """
     names = 'channels num_res_blocks attention_levels num_heads cond_channels dropout'.split()
-    return dict({o: getattr(config, o) for o in names}, in_channels=in_channels, covariates=covariates)
+    return dict(
+        {o: getattr(config, o) for o in names}, in_channels=in_channels, covariates=covariates
+    )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #47032e5d
 def refuse_leak(
-    settings:dict, # config.json of the run
-    dataset:SliceDataset, # Data of the next stage
-    run:Path='', # Run folder, which knows in which rows data differ
-    stage:str='autoencoder', # Whose data they must be
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have been trained on there."
+    settings: dict,  # config.json of the run
+    dataset: SliceDataset,  # Data of the next stage
+    run: Path = '',  # Run folder, which knows in which rows data differ
+    stage: str = 'autoencoder',  # Whose data they must be
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have
+    been trained on there.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    dataset : SliceDataset
+        Data of the next stage.
+    run : Path, default ''
+        Run folder, which knows in which rows data differ.
+    stage : str, default 'autoencoder'
+        Whose data they must be.
+    """
     differ = compare_given(run, stage, settings[stage]['data'], dataset)
-    if differ: raise ValueError(
-        f"refuse_leak: the data is not what the {stage} was trained on: {'; '.join(differ)}. Expected the same images, "
-        "splits and covariates that it learned. Give the same DATA and --subjects, or start another run.")
+    if differ:
+        raise ValueError(
+            f"refuse_leak: the data is not what the {stage} was trained on: {'; '.join(differ)}."
+            " Expected the same images, splits and covariates that it learned. Give the same DATA"
+            " and --subjects, or start another run."
+        )
     odd = compare_opening(dataset, DataConfig(**settings['autoencoder']['config']['data']))
-    if odd: raise ValueError(f"refuse_leak: the data was opened with {odd}. Expected it as the autoencoder saw it. "
-                             "Open it with the DataConfig of the run.")
+    if odd:
+        raise ValueError(
+            f"refuse_leak: the data was opened with {odd}. Expected it as the autoencoder saw it. "
+            "Open it with the DataConfig of the run."
+        )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #a06a0e05
 def note_changes(
-    run:Path, # Run folder
-    stage:str, # 'ldm' or 'prior'
-    dataset:SliceDataset, # Data at hand
-    autoencoder:Autoencoder, # Autoencoder at hand
-)->None: # Nothing: it warns or returns
-    "Say what scores of a trained stage rest on: covariates that were corrected since, weights that are not known."
+    run: Path,  # Run folder
+    stage: str,  # 'ldm' or 'prior'
+    dataset: SliceDataset,  # Data at hand
+    autoencoder: Autoencoder,  # Autoencoder at hand
+) -> None:  # Nothing: it warns or returns
+    """Say what scores of a trained stage rest on: covariates that were corrected since, weights that
+    are not known.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        'ldm' or 'prior'.
+    dataset : SliceDataset
+        Data at hand.
+    autoencoder : Autoencoder
+        Autoencoder at hand.
+    """
     known = read_config(run).get(stage)
-    if known is None: return
-    if check_trained_on(run/f'{stage}.safetensors', autoencoder=autoencoder): warnings.warn(
-        f'{run} was trained by an earlier version: its {stage} does not say on which autoencoder. Make sure that both '
-        'are of one run.')
+    if known is None:
+        return
+    if check_trained_on(run / f'{stage}.safetensors', autoencoder=autoencoder):
+        warnings.warn(
+            f'{run} was trained by an earlier version: its {stage} does not say on which'
+            ' autoencoder. Make sure that both are of one run.'
+        )
     differ = compare_given(run, stage, known['data'], dataset)
-    if differ: warnings.warn(f"the {stage} of {run} was trained with other covariates: {'; '.join(differ)}. Scores are "
-                             "those for the values now.")
+    if differ:
+        warnings.warn(
+            f"the {stage} of {run} was trained with other covariates: {'; '.join(differ)}. Scores"
+            " are those for the values now."
+        )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #936c4672
 def refuse_unfinished(
-    settings:dict, # config.json of the run
-    images:int, # Pictures that the stage has seen
-    stage:str='autoencoder', # 'autoencoder' or 'ldm'
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse to train on what will change when an earlier stage goes on."
+    settings: dict,  # config.json of the run
+    images: int,  # Pictures that the stage has seen
+    stage: str = 'autoencoder',  # 'autoencoder' or 'ldm'
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse to train on what will change when an earlier stage goes on.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    images : int
+        Pictures that the stage has seen.
+    stage : str, default 'autoencoder'
+        'autoencoder' or 'ldm'.
+    """
     total = settings[stage]['config']['total_images']
-    if images<total: raise ValueError(
-        f"refuse_unfinished: the {stage} has seen {images:,} of {total:,} pictures. Expected a finished one. "
-        "Finish it first, with --resume.")
+    if images < total:
+        raise ValueError(
+            f"refuse_unfinished: the {stage} has seen {images:,} of {total:,} pictures. Expected a"
+            " finished one. Finish it first, with --resume."
+        )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #51af403d
 def check_stage2(
-    run:Path, # Run folder with a trained autoencoder
-    dataset:SliceDataset, # Data of the next stage
-    about:dict, # Description of the autoencoder, as from `load_autoencoder`
-    factor:int, # The side of the pictures must be a multiple of this
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures of another size."
+    run: Path,  # Run folder with a trained autoencoder
+    dataset: SliceDataset,  # Data of the next stage
+    about: dict,  # Description of the autoencoder, as from `load_autoencoder`
+    factor: int,  # The side of the pictures must be a multiple of this
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures
+    of another size.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with a trained autoencoder.
+    dataset : SliceDataset
+        Data of the next stage.
+    about : dict
+        Description of the autoencoder, as from `load_autoencoder`.
+    factor : int
+        The side of the pictures must be a multiple of this.
+    """
     settings = read_config(run)
     refuse_leak(settings, dataset, run)
     refuse_unfinished(settings, about['images'])
     check_size(dataset, about['size'], 1)
-    if about['size']%factor: raise ValueError(
-        f"check_stage2: size={about['size']} and a network that needs a multiple of {factor}. Expected what the trained "
-        "autoencoder allows. Try one level fewer: shorter --channels and --attention-levels.")
+    if about['size'] % factor:
+        raise ValueError(
+            f"check_stage2: size={about['size']} and a network that needs a multiple of {factor}."
+            " Expected what the trained autoencoder allows. Try one level fewer: shorter"
+            " --channels and --attention-levels."
+        )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #a06a0e01
 def check_latent_origin(
-    run:Path, # Run whose stage 2 is to be trained
-    source:Path, # Run from whose stage 2 it is to start
-    autoencoder:Autoencoder, # Of the first
-)->None: # Nothing: it raises or returns
-    "Refuse to start from a network that knows the latents of an unrelated autoencoder. Raises ValueError."
+    run: Path,  # Run whose stage 2 is to be trained
+    source: Path,  # Run from whose stage 2 it is to start
+    autoencoder: Autoencoder,  # Of the first
+) -> None:  # Nothing: it raises or returns
+    """Refuse to start from a network that knows the latents of an unrelated autoencoder.
+
+    Parameters
+    ----------
+    run : Path
+        Run whose stage 2 is to be trained.
+    source : Path
+        Run from whose stage 2 it is to start.
+    autoencoder : Autoencoder
+        Of the first.
+
+    Raises
+    ------
+    ValueError
+    """
     theirs = weights_hash(load_autoencoder(source)[0])
     origin = read_config(run)['autoencoder'].get('origin') or {}
-    if theirs not in (weights_hash(autoencoder), origin.get('weights')): raise ValueError(
-        f"init_from: the autoencoder of {source} is neither that of {run} nor what it started from, and their latents "
-        "mean different things. Expected one of both. Train this run's autoencoder with the same --init-from first.")
+    if theirs not in (weights_hash(autoencoder), origin.get('weights')):
+        raise ValueError(
+            f"init_from: the autoencoder of {source} is neither that of {run} nor what it started"
+            " from, and their latents mean different things. Expected one of both. Train this"
+            " run's autoencoder with the same --init-from first."
+        )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #a06a0e02
 def load_unet(
-    run:Path, # Run folder
-)->tuple[UNet, dict]: # The averaged network in evaluation mode on the CPU, and the description of its file
-    "Build the UNet of a run from its file alone. Raises FileNotFoundError or ValueError."
-    tensors,about = load_weights(Path(run)/'ldm.safetensors')
-    try: unet = UNet(**dict(about['args'], covariates=covariates_from_dict(about['args']['covariates'])))
-    except LOAD_ERRORS as e: raise ValueError(
-        f"load_unet: {run}/ldm.safetensors does not describe a denoiser ({type(e).__name__}: {e}). Expected a file of "
-        "this version. Train again, or take it from a backup.") from None
-    part = {k.removeprefix('ema.'): v for k,v in tensors.items() if k.startswith('ema.')}
-    return fill_model(unet, part, f'{run}/ldm.safetensors').eval(),about
+    run: Path,  # Run folder
+    # The averaged network in evaluation mode on the CPU, and the description of its file
+) -> tuple[UNet, dict]:
+    """Build the UNet of a run from its file alone.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[UNet, dict]
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
+    tensors, about = load_weights(Path(run) / 'ldm.safetensors')
+    try:
+        unet = UNet(
+            **dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
+        )
+    except LOAD_ERRORS as e:
+        raise ValueError(
+            f"load_unet: {run}/ldm.safetensors does not describe a denoiser ({type(e).__name__}:"
+            f" {e}). Expected a file of this version. Train again, or take it from a backup."
+        ) from None
+    part = {k.removeprefix('ema.'): v for k, v in tensors.items() if k.startswith('ema.')}
+    return fill_model(unet, part, f'{run}/ldm.safetensors').eval(), about
 
 # %% ../../nbs/engineering/32_stage2.ipynb #a06a0e03
 def adopt_unet(
-    model:UNet, # Fresh; filled in place
-    config:LDMConfig, # Says from which run
-    args:dict, # Arguments of `model`, as from `unet_args`
-    run:Path, # Run to train
-    autoencoder:Autoencoder, # Its autoencoder
-)->dict: # Where the weights came from, for config.json
-    "Fill a UNet with the averaged weights of another run. Raises ValueError, or FileNotFoundError if there are none."
+    model: UNet,  # Fresh; filled in place
+    config: LDMConfig,  # Says from which run
+    args: dict,  # Arguments of `model`, as from `unet_args`
+    run: Path,  # Run to train
+    autoencoder: Autoencoder,  # Its autoencoder
+) -> dict:  # Where the weights came from, for config.json
+    """Fill a UNet with the averaged weights of another run.
+
+    Parameters
+    ----------
+    model : UNet
+        Fresh; filled in place.
+    config : LDMConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `unet_args`.
+    run : Path
+        Run to train.
+    autoencoder : Autoencoder
+        Its autoencoder.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there are none.
+    """
     place = locate_run(config.init_from)
-    source,about = load_unet(place)
-    schedules = ({f'schedule.{k}': v for k,v in o.items()} for o in (asdict(config.schedule), about['schedule']))
-    now,then = (dict(a, **s) for a,s in zip((args, about['args']), schedules))
+    source, about = load_unet(place)
+    schedules = (
+        {f'schedule.{k}': v for k, v in o.items()}
+        for o in (asdict(config.schedule), about['schedule'])
+    )
+    now, then = (dict(a, **s) for a, s in zip((args, about['args']), schedules))
     refuse_architecture(now, then, config.init_from)
     check_latent_origin(run, place, autoencoder)
     return origin_of(config, source, adopt_weights(model, source, config.init_from))
 
 # %% ../../nbs/engineering/32_stage2.ipynb #ea3bf201
 def preview_conditions(
-    covariates:tuple[Covariate, ...], # What the network knows
-    columns:int=6, # Pictures in a row
-)->tuple[dict[str, Tensor], list[str]]: # Encoded conditions, row after row, and a label a row
-    "Conditions for a grid of pictures: a row for each diagnosis, slices rising from left to right, the rest left open."
+    covariates: tuple[Covariate, ...],  # What the network knows
+    columns: int = 6,  # Pictures in a row
+) -> tuple[dict[str, Tensor], list[str]]:  # Encoded conditions, row after row, and a label a row
+    """Conditions for a grid of pictures: a row for each diagnosis, slices rising from left to right,
+    the rest left open.
+
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        What the network knows.
+    columns : int, default 6
+        Pictures in a row.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], list[str]]
+        Encoded conditions, row after row, and a label a row.
+    """
     named = {c.name: c for c in covariates}
     rows = list(named['diagnosis'].values) if 'diagnosis' in named else ['']
     cond = {}
-    if 'slice' in named: cond['slice'] = torch.linspace(0, 1, columns).repeat(len(rows))
-    if 'diagnosis' in named: cond['diagnosis'] = torch.arange(len(rows)).repeat_interleave(columns)
-    return cond,rows
+    if 'slice' in named:
+        cond['slice'] = torch.linspace(0, 1, columns).repeat(len(rows))
+    if 'diagnosis' in named:
+        cond['diagnosis'] = torch.arange(len(rows)).repeat_interleave(columns)
+    return cond, rows
 
 # %% ../../nbs/engineering/32_stage2.ipynb #043cf546
 @torch.no_grad()
 def validate_ldm(
-    learner:Learner, # The training so far
-    held_out:LatentDataset, # Validate latents
-    decode:Callable, # Latents to pictures
-    config:LDMConfig, # Schedule and preview
-    covariates:tuple[Covariate, ...], # What the network knows
-    path:Path, # Where the picture goes
-)->dict[str, float]: # val_mse of the averaged network, on times and noise that are the same each time
-    "Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye."
+    learner: Learner,  # The training so far
+    held_out: LatentDataset,  # Validate latents
+    decode: Callable,  # Latents to pictures
+    config: LDMConfig,  # Schedule and preview
+    covariates: tuple[Covariate, ...],  # What the network knows
+    path: Path,  # Where the picture goes
+    # val_mse of the averaged network, on times and noise that are the same each time
+) -> dict[str, float]:
+    """Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far.
+    held_out : LatentDataset
+        Validate latents.
+    decode : Callable
+        Latents to pictures.
+    config : LDMConfig
+        Schedule and preview.
+    covariates : tuple[Covariate, ...]
+        What the network knows.
+    path : Path
+        Where the picture goes.
+
+    Returns
+    -------
+    dict[str, float]
+    """
     device = learner.accelerator.device
     unet = in_chunks(infer(learner.ema.module, learner.precision), config.batch_size)
-    batch,gen = to_device(evenly_spaced_rows(held_out, 512), device),torch.Generator(device).manual_seed(0)
-    _,logs = ldm_loss(unet, batch, gen, learner.seen, replace(config, covariate_dropout=0., condition_dropout=0.), covariates)
-    cond,rows = preview_conditions(covariates)
-    columns = len(next(iter(cond.values())))//len(rows) if cond else 6
+    batch, gen = to_device(evenly_spaced_rows(held_out, 512), device), torch.Generator(
+        device
+    ).manual_seed(0)
+    _, logs = ldm_loss(
+        unet,
+        batch,
+        gen,
+        learner.seen,
+        replace(config, covariate_dropout=0.0, condition_dropout=0.0),
+        covariates,
+    )
+    cond, rows = preview_conditions(covariates)
+    columns = len(next(iter(cond.values()))) // len(rows) if cond else 6
     cond = to_device(cond, device)
-    noise = torch.randn(columns, *held_out.latents.shape[1:], generator=gen, device=device).repeat(len(rows), 1, 1, 1)
-    z = denoise(lambda xt,t: unet(xt, t, cond).float(), noise, config.schedule, config.preview_steps)
-    images = in_chunks(decode, config.batch_size)(z, cond)[:, 0].cpu().unflatten(0, (len(rows), columns))
-    save_figure(show_grid(images, row_labels=rows, title='Drawn, not scanned: diagnosis by slice'), path)
+    noise = torch.randn(columns, *held_out.latents.shape[1:], generator=gen, device=device).repeat(
+        len(rows), 1, 1, 1
+    )
+    z = denoise(
+        lambda xt, t: unet(xt, t, cond).float(), noise, config.schedule, config.preview_steps
+    )
+    images = (
+        in_chunks(decode, config.batch_size)(z, cond)[:, 0].cpu().unflatten(0, (len(rows), columns))
+    )
+    save_figure(
+        show_grid(images, row_labels=rows, title='Drawn, not scanned: diagnosis by slice'), path
+    )
     return dict(val_mse=logs['mse'].item())
 
 # %% ../../nbs/engineering/32_stage2.ipynb #09870af8
 def save_ldm(
-    path:Path, # RUN/ldm.safetensors
-    learner:Learner, # The training so far
-    mean:Tensor, # Mean of each latent channel (1, c, 1, 1)
-    std:Tensor, # Standard deviation, same shape
-    info:dict, # Architecture, covariates, schedule
-)->None:
-    "Write what is needed to draw: averaged and last weights, latent statistics, description."
-    tensors = {f'raw.{k}': v for k,v in learner.raw.state_dict().items()}
-    tensors |= {f'ema.{k}': v for k,v in learner.ema.module.state_dict().items()}
-    save_weights(path, tensors | dict(latent_mean=mean, latent_std=std), dict(info, kind='ldm', images=learner.seen))
+    path: Path,  # RUN/ldm.safetensors
+    learner: Learner,  # The training so far
+    mean: Tensor,  # Mean of each latent channel (1, c, 1, 1)
+    std: Tensor,  # Standard deviation, same shape
+    info: dict,  # Architecture, covariates, schedule
+) -> None:
+    """Write what is needed to draw: averaged and last weights, latent statistics, description.
+
+    Parameters
+    ----------
+    path : Path
+        RUN/ldm.safetensors.
+    learner : Learner
+        The training so far.
+    mean : Tensor
+        Mean of each latent channel (1, c, 1, 1).
+    std : Tensor
+        Standard deviation, same shape.
+    info : dict
+        Architecture, covariates, schedule.
+    """
+    tensors = {f'raw.{k}': v for k, v in learner.raw.state_dict().items()}
+    tensors |= {f'ema.{k}': v for k, v in learner.ema.module.state_dict().items()}
+    save_weights(
+        path,
+        tensors | dict(latent_mean=mean, latent_std=std),
+        dict(info, kind='ldm', images=learner.seen),
+    )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #014fb833
 @retry_on_oom
 def train_ldm(
-    dataset:SliceDataset, # The data that the autoencoder was trained on
-    run:Path, # Run folder with a trained autoencoder
-    config:LDMConfig, # Everything else
-    resume:bool=False, # Go on where a former call stopped
-    progress:bool=True, # Show a bar
-)->UNet: # The averaged network
-    "Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors."
-    run,(autoencoder,about) = Path(run),load_autoencoder(run)
+    dataset: SliceDataset,  # The data that the autoencoder was trained on
+    run: Path,  # Run folder with a trained autoencoder
+    config: LDMConfig,  # Everything else
+    resume: bool = False,  # Go on where a former call stopped
+    progress: bool = True,  # Show a bar
+) -> UNet:  # The averaged network
+    """Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        The data that the autoencoder was trained on.
+    run : Path
+        Run folder with a trained autoencoder.
+    config : LDMConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    UNet
+        The averaged network.
+    """
+    run, (autoencoder, about) = Path(run), load_autoencoder(run)
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = unet_args(config, autoencoder.latent_channels, covariates)
     model = seeded(config.seed, lambda: UNet(**args))
-    check_stage2(run, dataset, about, autoencoder.factor*model.factor)
+    check_stage2(run, dataset, about, autoencoder.factor * model.factor)
     begun = not config.init_from or is_begun(run, 'ldm', resume)
     origin = None if begun else adopt_unet(model, config, args, run, autoencoder)
     below = dict(autoencoder=weights_hash(autoencoder))
     learner = Learner(model, partial(ldm_loss, config=config, covariates=covariates), config, run)
-    state = enter_run(learner, run, 'ldm', dataset, resume, covariates, trained_on=below, origin=origin)
-    if is_finished(state, config, run/'ldm.safetensors'):
+    state = enter_run(
+        learner, run, 'ldm', dataset, resume, covariates, trained_on=below, origin=origin
+    )
+    if is_finished(state, config, run / 'ldm.safetensors'):
         unpack_state(learner, *state)
         return learner.ema.module.eval()
     autoencoder.to(learner.accelerator.device)
-    train,held_out,mean,std = latent_splits(autoencoder, dataset, run/'state'/'latents', learner.accelerator, progress)
+    train, held_out, mean, std = latent_splits(
+        autoencoder, dataset, run / 'state' / 'latents', learner.accelerator, progress
+    )
     answer = infer(autoencoder, learner.precision, 'decode')
-    info = dict(args=dict(args, covariates=covariates_to_dict(covariates)), schedule=asdict(config.schedule),
-                trained_on=below)
-    def image(seen): return run/'samples'/f'ldm_{seen:09d}.png'
-    def decode(z, cond): return answer(z*std.to(z)+mean.to(z), cond).float().clamp(-1, 1)
-    run_stage(learner, train, run, 'ldm', state, progress=progress,
-        validate=lambda seen: validate_ldm(learner, held_out, decode, config, covariates, image(seen)),
-        export=lambda seen: save_ldm(run/'ldm.safetensors', learner, mean, std, info))
-    remove_folder(run/'state'/'latents', learner.accelerator)
+    info = dict(
+        args=dict(args, covariates=covariates_to_dict(covariates)),
+        schedule=asdict(config.schedule),
+        trained_on=below,
+    )
+
+    def image(seen):
+        return run / 'samples' / f'ldm_{seen:09d}.png'
+
+    def decode(z, cond):
+        return answer(z * std.to(z) + mean.to(z), cond).float().clamp(-1, 1)
+
+    run_stage(
+        learner,
+        train,
+        run,
+        'ldm',
+        state,
+        progress=progress,
+        validate=lambda seen: validate_ldm(
+            learner, held_out, decode, config, covariates, image(seen)
+        ),
+        export=lambda seen: save_ldm(run / 'ldm.safetensors', learner, mean, std, info),
+    )
+    remove_folder(run / 'state' / 'latents', learner.accelerator)
     return learner.ema.module.eval()

@@ -17,377 +17,852 @@ import pandas as pd
 
 from .files import as_faults
 
-NAMES = {   # what the path of a file says, by study: a pattern (regular expression, case-blind) for each part
-    'bids': dict(subject=r'(?:^|/)(sub-[a-z0-9]+)(?![a-z0-9])(?!.*/sub-)', session=r'[_/](ses-[a-z0-9]+)',
-                 run=r'_run-(\d+)', kind=r'_([a-z0-9]+)$'),
-    'adni': dict(subject=r'(?<!\d)(\d{3}_S_\d{4,5})(?!\d)', session=r'/(\d{4}-\d\d-\d\d)[^/]*/|_(S\d{3,})_',
-                 image=r'[_/](I\d{3,})(?![a-z0-9])', kind=r'\d{3}_S_\d+_([a-z][^/]*?)_(?:(?:br|raw)_)*\d{5,}'),
-    'oasis': dict(subject=r'(?:^|/)(OAS[12]_\d{4}|OAS[34]\d{4})(?=_)', session=r'OAS\d_?\d{4}_(MR_?d?\d+)',
-                  run=r'mpr-(\d)(?!\d)', kind=r'_(anon[^/]*)$'),
-    'brats': dict(subject=r'(?:^|/)(BraTS-[a-z]+-\d+|BraTS\d+_[^/]+?)(?=(?:-\d+)?(?:[-_](?:flair|t[12][a-z]*))?$)',
-                  session=r'BraTS-[a-z]+-\d+-(\d+)', kind=r'[-_](flair|t[12][a-z]*)$'),
+# what the path of a file says, by study: a pattern (regular expression, case-blind) for each part
+NAMES = {
+    'bids': dict(
+        subject=r'(?:^|/)(sub-[a-z0-9]+)(?![a-z0-9])(?!.*/sub-)',
+        session=r'[_/](ses-[a-z0-9]+)',
+        run=r'_run-(\d+)',
+        kind=r'_([a-z0-9]+)$',
+    ),
+    'adni': dict(
+        subject=r'(?<!\d)(\d{3}_S_\d{4,5})(?!\d)',
+        session=r'/(\d{4}-\d\d-\d\d)[^/]*/|_(S\d{3,})_',
+        image=r'[_/](I\d{3,})(?![a-z0-9])',
+        kind=r'\d{3}_S_\d+_([a-z][^/]*?)_(?:(?:br|raw)_)*\d{5,}',
+    ),
+    'oasis': dict(
+        subject=r'(?:^|/)(OAS[12]_\d{4}|OAS[34]\d{4})(?=_)',
+        session=r'OAS\d_?\d{4}_(MR_?d?\d+)',
+        run=r'mpr-(\d)(?!\d)',
+        kind=r'_(anon[^/]*)$',
+    ),
+    'brats': dict(
+        subject=(
+            r'(?:^|/)(BraTS-[a-z]+-\d+|BraTS\d+_[^/]+?)(?=(?:-\d+)?(?:[-_](?:flair|t[12][a-z]*))?$)'
+        ),
+        session=r'BraTS-[a-z]+-\d+-(\d+)',
+        kind=r'[-_](flair|t[12][a-z]*)$',
+    ),
     'ixi': dict(subject=r'(?:^|/)(IXI\d{3})-', kind=r'-(T1|T2|PD|MRA|DTI)[^/]*$'),
-    'miriad': dict(subject=r'(miriad_\d{3})_', session=r'_[MF]_(\d\d)_MR', run=r'_MR_(\d+)')}
-LABELS = (r'(?:^|[^a-z0-9])(?:[adf]?seg|probseg|pveseg|pve_\d|w?m?parc|aparc|(?:brain)?mask|labels?|labelmap|roi)(?:[^a-z0-9][^/]*)?$|'
-          r'(?:^|/)(?:labels?(?:tr|ts)?|masks?|segs?|segmentations?)/')          # a map of labels, no image
-MODALITIES = {   # contrast: how it is written in names
-    'T1 with contrast agent': r't1(?:c|ce|gd)', 'FLAIR': r'flair|t2f', 'T1': r't1[wn]?|mt1|mprage|mpr|mp-rage|spgr|fspgr',
-    'T2': r't2w?', 'PD': r'pdw?', 'diffusion': r'dwi|dti|adc|fa|md', 'T2*': r't2star|swi|gre', 'BOLD': r'bold|fmri|rest',
-    'perfusion': r'asl|cbf|pwi', 'angiography': r'mra|tof', 'PET': r'pet|fdg|pib|av45|pt', 'CT': r'ct'}
-PARTS = {   # what a part of an unknown name seems to be
-    'visit': r'(?:ses|session|visit|vis|tp|timepoint|time|month|mo|m|week|wk|w|year|yr|y|day|d|v|fu|scan|exam)[-_ ]?\d{1,4}'
-             r'|baseline|bl|follow-?up|retest|pre|post|(?:19|20)\d\d[-_]?[01]\d[-_]?[0-3]\d',
+    'miriad': dict(subject=r'(miriad_\d{3})_', session=r'_[MF]_(\d\d)_MR', run=r'_MR_(\d+)'),
+}
+LABELS = (
+    r'(?:^|[^a-z0-9])(?:[adf]?seg|probseg|pveseg|pve_\d|w?m?parc|aparc|(?:brain)?mask|labels?|labelmap|roi)(?:[^a-z0-9][^/]*)?$|'
+    # a map of labels, no image
+    r'(?:^|/)(?:labels?(?:tr|ts)?|masks?|segs?|segmentations?)/'
+)
+MODALITIES = {  # contrast: how it is written in names
+    'T1 with contrast agent': r't1(?:c|ce|gd)',
+    'FLAIR': r'flair|t2f',
+    'T1': r't1[wn]?|mt1|mprage|mpr|mp-rage|spgr|fspgr',
+    'T2': r't2w?',
+    'PD': r'pdw?',
+    'diffusion': r'dwi|dti|adc|fa|md',
+    'T2*': r't2star|swi|gre',
+    'BOLD': r'bold|fmri|rest',
+    'perfusion': r'asl|cbf|pwi',
+    'angiography': r'mra|tof',
+    'PET': r'pet|fdg|pib|av45|pt',
+    'CT': r'ct',
+}
+PARTS = {  # what a part of an unknown name seems to be
+    'visit': (
+        r'(?:ses|session|visit|vis|tp|timepoint|time|month|mo|m|week|wk|w|year|yr|y|day|d|v|fu|scan|exam)[-_'
+        r' ]?\d{1,4}'
+        r'|baseline|bl|follow-?up|retest|pre|post|(?:19|20)\d\d[-_]?[01]\d[-_]?[0-3]\d'
+    ),
     'run': r'(?:run|rep|repeat|mpr|acq|try|echo|series|copy)[-_ ]?\d+|repeat|rescan|copy|\(\d+\)',
-    'contrast': '|'.join(MODALITIES.values()), 'image': r'[is]\d{4,}|(?:img|image)[-_ ]?\d+'}
-ALIASES = {   # our column: what other tables call it, compared without case, with _ for blanks and -
-    'subject': ('participant_id', 'participant', 'subject_id', 'subjectid', 'ptid', 'patient', 'patient_id', 'id'),
-    'image': ('image_id', 'image_data_id', 'imageid', 'image_uid', 'imageuid', 'mri_id', 'filename', 'file'),
+    'contrast': '|'.join(MODALITIES.values()),
+    'image': r'[is]\d{4,}|(?:img|image)[-_ ]?\d+',
+}
+# our column: what other tables call it, compared without case, with _ for blanks and -
+ALIASES = {
+    'subject': (
+        'participant_id',
+        'participant',
+        'subject_id',
+        'subjectid',
+        'ptid',
+        'patient',
+        'patient_id',
+        'id',
+    ),
+    'image': (
+        'image_id',
+        'image_data_id',
+        'imageid',
+        'image_uid',
+        'imageuid',
+        'mri_id',
+        'filename',
+        'file',
+    ),
     'session': ('session_id', 'visit', 'viscode', 'timepoint'),
     'diagnosis': ('group', 'dx', 'dx_group', 'dx_bl', 'research_group', 'diag'),
-    'age': ('age_years', 'age_at_scan', 'age_at_visit', 'entry_age'), 'sex': ('gender', 'm/f', 'ptgender'),
-    'split': (), 'path': (), 'slice': (), 'plane': ()}
-MISSING = ['', 'n/a', 'N/A', 'NA', 'NaN', 'nan', 'NULL', 'null', '#N/A', '<NA>'] # Not known. None is a word: diagnosis=None
-TEXT = ('path', 'subject', 'image', 'session', 'diagnosis', 'split', 'sex') # Columns that are never numbers
+    'age': ('age_years', 'age_at_scan', 'age_at_visit', 'entry_age'),
+    'sex': ('gender', 'm/f', 'ptgender'),
+    'split': (),
+    'path': (),
+    'slice': (),
+    'plane': (),
+}
+# Not known. None is a word: diagnosis=None
+MISSING = ['', 'n/a', 'N/A', 'NA', 'NaN', 'nan', 'NULL', 'null', '#N/A', '<NA>']
+# Columns that are never numbers
+TEXT = ('path', 'subject', 'image', 'session', 'diagnosis', 'split', 'sex')
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00013
 def read_name(
-    path:str, # Path of a file, with / between folders
-)->dict|None: # study, subject, session, run, image, kind (text or None); None for a name of no known study
-    "Read off the path whose scan it is. The first study whose `subject` is found decides."
+    path: str,  # Path of a file, with / between folders
+    # study, subject, session, run, image, kind (text or None); None for a name of no known study
+) -> dict | None:
+    """Read off the path whose scan it is. The first study whose `subject` is found decides.
+
+    Parameters
+    ----------
+    path : str
+        Path of a file, with / between folders.
+
+    Returns
+    -------
+    dict | None
+    """
     text = re.sub(r'\.(?:nii(?:\.gz)?|png|jpe?g|img|hdr|mgz)$', '', path, flags=re.IGNORECASE)
-    for study,parts in NAMES.items():
-        found = {k: re.search(v, text, re.IGNORECASE) for k,v in parts.items()}
-        if not found['subject']: continue
-        said = {k: next(filter(None, m.groups()), None) if m else None for k,m in found.items()}
+    for study, parts in NAMES.items():
+        found = {k: re.search(v, text, re.IGNORECASE) for k, v in parts.items()}
+        if not found['subject']:
+            continue
+        said = {k: next(filter(None, m.groups()), None) if m else None for k, m in found.items()}
         return dict(dict.fromkeys(('session', 'run', 'image', 'kind')), **said, study=study)
     return None
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00015
 def find_modality(
-    text:str|None, # Name of a file, or the `kind` in it
-)->str|None: # Key of MODALITIES, or None
-    "Which contrast a name speaks of."
+    text: str | None,  # Name of a file, or the `kind` in it
+) -> str | None:  # Key of MODALITIES, or None
+    """Which contrast a name speaks of.
+
+    Parameters
+    ----------
+    text : str | None
+        Name of a file, or the `kind` in it.
+
+    Returns
+    -------
+    str | None
+        Key of MODALITIES, or None.
+    """
     words = re.split(r'[^a-z0-9-]+', text.lower() if isinstance(text, str) else '')
     words += [part for o in words for part in o.split('-')]
-    return next((k for k,v in MODALITIES.items() for o in words if re.fullmatch(v, o)), None)
+    return next((k for k, v in MODALITIES.items() for o in words if re.fullmatch(v, o)), None)
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00021
 def session_names(
-    part:pd.DataFrame, # The files of one subject: session, run, image, kind
-)->tuple: # A name for the session of each; why it cannot be done, or ''
-    "Name the files of one subject by visit and run."
-    run = ('run-'+part.run.astype(str)).where(part.run.notna(), '')
+    part: pd.DataFrame,  # The files of one subject: session, run, image, kind
+) -> tuple:  # A name for the session of each; why it cannot be done, or ''
+    """Name the files of one subject by visit and run.
+
+    Parameters
+    ----------
+    part : pd.DataFrame
+        The files of one subject: session, run, image, kind.
+
+    Returns
+    -------
+    tuple
+        A name for the session of each; why it cannot be done, or ''.
+    """
+    run = ('run-' + part.run.astype(str)).where(part.run.notna(), '')
     visit = part.session.where(part.session.notna(), part.image.where(part.run.isna())).fillna('')
-    label = (visit.astype(str)+' '+run).str.strip()
+    label = (visit.astype(str) + ' ' + run).str.strip()
     contrasts = part.kind.map(find_modality).dropna().unique()
-    if len(part)<2: return label, ''
-    if len(contrasts)>1: return label, f"contrasts {', '.join(contrasts)}"
-    kind = part.kind.fillna('').str.replace(r'-R(?=_|$)|[_-]*repeat', '', case=False, regex=True)     # ADNI's repeated scans
-    if kind.groupby(visit).nunique().max()>1: return label, f"{', '.join(sorted(kind.unique())[:3])} of one visit"
-    if not label.is_unique: label = (label+' '+part.image.fillna('')).str.strip()
+    if len(part) < 2:
+        return label, ''
+    if len(contrasts) > 1:
+        return label, f"contrasts {', '.join(contrasts)}"
+    # ADNI's repeated scans
+    kind = part.kind.fillna('').str.replace(r'-R(?=_|$)|[_-]*repeat', '', case=False, regex=True)
+    if kind.groupby(visit).nunique().max() > 1:
+        return label, f"{', '.join(sorted(kind.unique())[:3])} of one visit"
+    if not label.is_unique:
+        label = (label + ' ' + part.image.fillna('')).str.strip()
     told = label.is_unique and label.ne('').all()
     return label, '' if told else 'no visit or run in the names tells them apart'
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00025
 def name_sessions(
-    units:pd.DataFrame, # One row a file (or a stack of pictures): unit, subject, session, run, image, kind
-)->tuple: # Name of the session of each row; why a row is refused, '' where it is not
-    "Tell the files of every subject apart, or say why that cannot be done."
-    label,refused = (pd.Series('', index=units.index) for _ in range(2))
-    for subject,part in units.groupby('subject'):
-        label[part.index],why = session_names(part)
-        beside = ', '.join(part.unit[:4])+' ...'*(len(part)>4)
-        if why: refused[part.index] = (
-            f"subject {subject} has {len(part)} files: {beside} ({why}). Expected one of each visit. Choose with "
-            "--only, such as --only '*_T1w*', or in a manifest.csv")
+    # One row a file (or a stack of pictures): unit, subject, session, run, image, kind
+    units: pd.DataFrame,
+) -> tuple:  # Name of the session of each row; why a row is refused, '' where it is not
+    """Tell the files of every subject apart, or say why that cannot be done.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        One row a file (or a stack of pictures): unit, subject, session, run, image, kind.
+
+    Returns
+    -------
+    tuple
+        Name of the session of each row; why a row is refused, '' where it is not.
+    """
+    label, refused = (pd.Series('', index=units.index) for _ in range(2))
+    for subject, part in units.groupby('subject'):
+        label[part.index], why = session_names(part)
+        beside = ', '.join(part.unit[:4]) + ' ...' * (len(part) > 4)
+        if why:
+            refused[part.index] = (
+                f"subject {subject} has {len(part)} files: {beside} ({why}). Expected one of each"
+                " visit. Choose with --only, such as --only '*_T1w*', or in a manifest.csv"
+            )
     return label, refused
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00023
 def mixed_contrasts(
-    units:pd.DataFrame, # One row a file: unit, kind
-)->pd.Series: # Why a row is refused, by index; '' where it is not
-    "A model of one contrast needs one contrast: name the files that speak of another than most."
+    units: pd.DataFrame,  # One row a file: unit, kind
+) -> pd.Series:  # Why a row is refused, by index; '' where it is not
+    """A model of one contrast needs one contrast: name the files that speak of another than most.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        One row a file: unit, kind.
+
+    Returns
+    -------
+    pd.Series
+        Why a row is refused, by index; '' where it is not.
+    """
     seen = units.kind.map(find_modality)
     counts = seen.value_counts()
     refused = pd.Series('', index=units.index)
-    if len(counts)<2: return refused
-    usual = counts.index[0] if 2*counts.iloc[0]>counts.sum() else None
-    told = ', '.join(f'{k} {v}' for k,v in counts.items())
-    bad = seen.notna() & (seen!=usual)
-    refused[bad] = 'seems to be '+seen[bad]+f' (in all: {told}). Expected one contrast. Choose with --only'
+    if len(counts) < 2:
+        return refused
+    usual = counts.index[0] if 2 * counts.iloc[0] > counts.sum() else None
+    told = ', '.join(f'{k} {v}' for k, v in counts.items())
+    bad = seen.notna() & (seen != usual)
+    refused[bad] = (
+        'seems to be ' + seen[bad] + f' (in all: {told}). Expected one contrast. Choose with --only'
+    )
     return refused
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00031
 def strip_parts(
-    unit:str, # Name without suffix, perhaps with folders
-)->tuple: # What is left, text of each part by what it seems to be
-    "Take what seems to be visit, run, contrast or image out of a name, but not its beginning."
+    unit: str,  # Name without suffix, perhaps with folders
+) -> tuple:  # What is left, text of each part by what it seems to be
+    """Take what seems to be visit, run, contrast or image out of a name, but not its beginning.
+
+    Parameters
+    ----------
+    unit : str
+        Name without suffix, perhaps with folders.
+
+    Returns
+    -------
+    tuple
+        What is left, text of each part by what it seems to be.
+    """
     first = re.match(r'[^-_./ ]*', unit)[0]
-    rest,parts = unit[len(first):],{}
-    for what,pattern in PARTS.items():
+    rest, parts = unit[len(first) :], {}
+    for what, pattern in PARTS.items():
         whole = rf'[-_./ ]+({pattern})(?=$|[-_./ ])'
         parts |= {what: ' '.join(m[1] for m in re.finditer(whole, rest, re.IGNORECASE))}
         rest = re.sub(whole, '', rest, flags=re.IGNORECASE)
-    return (first+rest).lower(), {k: v for k,v in parts.items() if v}
+    return (first + rest).lower(), {k: v for k, v in parts.items() if v}
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00032
 def suspect_names(
-    units:list, # Names without suffix of no known study
-)->tuple: # Why a name is refused, by name; a note or ''
-    "Find names that are equal but for what seems to be a visit, a run, a contrast or an image. Sure: refused; else noted."
+    units: list,  # Names without suffix of no known study
+) -> tuple:  # Why a name is refused, by name; a note or ''
+    """Find names that are equal but for what seems to be a visit, a run, a contrast or an image.
+
+    Sure: refused; else noted.
+
+    Parameters
+    ----------
+    units : list
+        Names without suffix of no known study.
+
+    Returns
+    -------
+    tuple
+        Why a name is refused, by name; a note or ''.
+    """
     table = pd.DataFrame([strip_parts(o) for o in units], columns=['base', 'parts'], index=units)
     size = table.groupby('base').base.transform('size')
-    groups = table[(size>1) & table.base.str.contains(r'\d')]                   # what is left must look like a subject
+    # what is left must look like a subject
+    groups = table[(size > 1) & table.base.str.contains(r'\d')]
     refused = {}
-    if len(groups) and groups.groupby('base').size().median()<=10:
-        for base,part in groups.groupby('base'):
+    if len(groups) and groups.groupby('base').size().median() <= 10:
+        for base, part in groups.groupby('base'):
             kinds = sorted({k for o in part.parts for k in o})
-            beside = ', '.join(part.index[:4])+' ...'*(len(part)>4)
+            beside = ', '.join(part.index[:4]) + ' ...' * (len(part) > 4)
             for o in part.index if kinds else ():
-                refused[o] = (f"{beside} seem to be one subject, told apart by {' and '.join(kinds)}. Expected one file a subject. Say "
-                              'in a table with columns image and subject whose each is, or choose with --only')
-    bare = pd.Series(units, dtype=object).str.replace(r'(?<=\d)(?:[-_ ]\d{1,2}|[-_ ]?[a-d])$', '', regex=True)
+                refused[o] = (
+                    f"{beside} seem to be one subject, told apart by {' and '.join(kinds)}."
+                    " Expected one file a subject. Say in a table with columns image and subject"
+                    " whose each is, or choose with --only"
+                )
+    bare = pd.Series(units, dtype=object).str.replace(
+        r'(?<=\d)(?:[-_ ]\d{1,2}|[-_ ]?[a-d])$', '', regex=True
+    )
     by = bare[~bare.isin(refused)].value_counts()
-    twins = by[(by>1) & by.index.str.contains(r'\d')]
-    if refused or not len(twins) or twins.median()>10: return refused, ''
-    shown = ', '.join(sorted(o for o,b in zip(units, bare) if b==twins.index[0])[:3])
-    return refused, (f'{len(twins)} groups of names differ in a last number or letter only ({shown}): if that is a visit, one '
-                     'subject may sit in two splits. Say so in a table with columns image and subject')
+    twins = by[(by > 1) & by.index.str.contains(r'\d')]
+    if refused or not len(twins) or twins.median() > 10:
+        return refused, ''
+    shown = ', '.join(sorted(o for o, b in zip(units, bare) if b == twins.index[0])[:3])
+    return (
+        refused,
+        (
+            f'{len(twins)} groups of names differ in a last number or letter only ({shown}): if'
+            ' that is a visit, one subject may sit in two splits. Say so in a table with columns'
+            ' image and subject'
+        ),
+    )
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00041
 def name_columns(
-    columns:list, # Names as they stand in the table
-)->dict: # Ours, by theirs
-    "Find the columns that have a meaning here. Raises ValueError where two claim one meaning."
+    columns: list,  # Names as they stand in the table
+) -> dict:  # Ours, by theirs
+    """Find the columns that have a meaning here.
+
+    Parameters
+    ----------
+    columns : list
+        Names as they stand in the table.
+
+    Returns
+    -------
+    dict
+        Ours, by theirs.
+
+    Raises
+    ------
+    ValueError
+        Where two claim one meaning.
+    """
     plain = {o: re.sub(r'[\s_-]+', '_', o.strip().casefold()) for o in columns}
     out = {}
-    for name,others in ALIASES.items():
-        claims = [o for o in columns if plain[o]==name] or [o for o in columns if plain[o] in others]
-        if len(claims)>1: claims = [o for o in claims if plain[o]!='id'] or claims     # `id` gives way to a clearer name
-        if len(claims)>1: raise ValueError(
-            f"name_columns: two columns, {claims[0]!r} and {claims[1]!r}, may be the {name}. Expected one. Rename the "
-            f"right one to {name}, or remove the other.")
+    for name, others in ALIASES.items():
+        claims = [o for o in columns if plain[o] == name] or [
+            o for o in columns if plain[o] in others
+        ]
+        # `id` gives way to a clearer name
+        if len(claims) > 1:
+            claims = [o for o in claims if plain[o] != 'id'] or claims
+        if len(claims) > 1:
+            raise ValueError(
+                f"name_columns: two columns, {claims[0]!r} and {claims[1]!r}, may be the {name}."
+                f" Expected one. Rename the right one to {name}, or remove the other."
+            )
         out |= {o: name for o in claims}
     return out
 
 # %% ../../nbs/engineering/24_tables.ipynb #1e317456
 def check_columns(
-    table:pd.DataFrame, # As pandas read it, all text
-    path:Path, # Where from, for the message
-    needs:tuple, # Columns that must be there
-)->None: # Nothing: it raises ValueError or returns
-    "Refuse a table whose columns cannot be told apart, and one that pandas has put together wrongly."
+    table: pd.DataFrame,  # As pandas read it, all text
+    path: Path,  # Where from, for the message
+    needs: tuple,  # Columns that must be there
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse a table whose columns cannot be told apart, and one that pandas has put together wrongly.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        As pandas read it, all text.
+    path : Path
+        Where from, for the message.
+    needs : tuple
+        Columns that must be there.
+    """
     names = ', '.join(table.columns)
     lost = [o for o in needs if o not in table]
-    if lost: raise ValueError(
-        f"read_table: '{path}' has columns {names}. Expected also {', '.join(lost)}. "
-        "Check the first line and that commas separate the columns.")
-    for o in table.columns[table.columns.duplicated()]: raise ValueError(
-        f"read_table: '{path}' has two columns {o!r}. Expected a name of its own for each. Rename one.")
-    for o in table.columns[table.columns.str.startswith('_')]: raise ValueError(
-        f"read_table: '{path}' has a column {o!r}. Expected names without _ at the start: brainldm keeps them for itself. "
-        "Rename it.")
-    if not isinstance(table.index, pd.RangeIndex): raise ValueError(
-        f"read_table: line 2 of '{path}' has more cells than the first line, {names}. Expected as many. Check the commas.")
+    if lost:
+        raise ValueError(
+            f"read_table: '{path}' has columns {names}. Expected also {', '.join(lost)}. "
+            "Check the first line and that commas separate the columns."
+        )
+    for o in table.columns[table.columns.duplicated()]:
+        raise ValueError(
+            f"read_table: '{path}' has two columns {o!r}. Expected a name of its own for each."
+            " Rename one."
+        )
+    for o in table.columns[table.columns.str.startswith('_')]:
+        raise ValueError(
+            f"read_table: '{path}' has a column {o!r}. Expected names without _ at the start:"
+            " brainldm keeps them for itself. Rename it."
+        )
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(
+            f"read_table: line 2 of '{path}' has more cells than the first line, {names}. Expected"
+            " as many. Check the commas."
+        )
     for o in table:
         odd = table[o].str.contains(r'[\x00-\x1f\x7f]', regex=True, na=False).to_numpy(bool)
-        if odd.any(): raise ValueError(
-            f"read_table: {o}={table[o][odd].iloc[0][:80]!r}, row {odd.argmax()+1} of '{path}'. Expected a table of text "
-            "without line breaks in it. Check the quotes.")
+        if odd.any():
+            raise ValueError(
+                f"read_table: {o}={table[o][odd].iloc[0][:80]!r}, row {odd.argmax()+1} of '{path}'."
+                " Expected a table of text without line breaks in it. Check the quotes."
+            )
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00043
 def read_cells(
-    path:Path, # Table with a line of names
-)->tuple: # All cells as text, missing where nothing is known; what separates them
-    "Read a table separated by commas, or else by tabs or semicolons, whichever its first line holds. Raises ValueError."
+    path: Path,  # Table with a line of names
+) -> tuple:  # All cells as text, missing where nothing is known; what separates them
+    """Read a table separated by commas, or else by tabs or semicolons, whichever its first line holds.
+
+    Parameters
+    ----------
+    path : Path
+        Table with a line of names.
+
+    Returns
+    -------
+    tuple
+        All cells as text, missing where nothing is known; what separates them.
+
+    Raises
+    ------
+    ValueError
+    """
     try:
         text = path.read_text(encoding='utf-8-sig').lstrip('\n')
         head = text.partition('\n')[0]
         found = [o for o in ',\t;' if o in head]
-        sep = found[0] if len(found)==1 else ','
-        return pd.read_csv(io.StringIO(text), sep=sep, dtype=str, skipinitialspace=True, keep_default_na=False, na_values=MISSING,
-                           skip_blank_lines=False), sep
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e: raise ValueError(
-        f"read_table: '{path}' does not read as a table ({str(e).strip()}). Expected comma-separated UTF-8 text. "
-        "Save it as CSV, one row a line.") from e
+        sep = found[0] if len(found) == 1 else ','
+        return (
+            pd.read_csv(
+                io.StringIO(text),
+                sep=sep,
+                dtype=str,
+                skipinitialspace=True,
+                keep_default_na=False,
+                na_values=MISSING,
+                skip_blank_lines=False,
+            ),
+            sep,
+        )
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e:
+        raise ValueError(
+            f"read_table: '{path}' does not read as a table ({str(e).strip()}). Expected"
+            " comma-separated UTF-8 text. Save it as CSV, one row a line."
+        ) from e
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00044
 def to_numbers(
-    cells:pd.Series, # Text of one column
-    years:bool=False, # `60Y` and `60 years` are 60
-    comma:bool=False, # `60,5` is 60.5
-)->pd.Series: # Floats; NaN where a cell is missing, or no number
-    "Read a column of numbers. `None` stands for missing where everything else is a number."
+    cells: pd.Series,  # Text of one column
+    years: bool = False,  # `60Y` and `60 years` are 60
+    comma: bool = False,  # `60,5` is 60.5
+) -> pd.Series:  # Floats; NaN where a cell is missing, or no number
+    """Read a column of numbers. `None` stands for missing where everything else is a number.
+
+    Parameters
+    ----------
+    cells : pd.Series
+        Text of one column.
+    years : bool, default False
+        `60Y` and `60 years` are 60.
+    comma : bool, default False
+        `60,5` is 60.5.
+
+    Returns
+    -------
+    pd.Series
+        Floats; NaN where a cell is missing, or no number.
+    """
     text = cells.replace('None', np.nan)
-    if years: text = text.str.replace(r'(?i)^(\d+(?:[.,]\d+)?) ?(?:y|yr|yrs|years?)$', r'\1', regex=True)
-    if comma: text = text.str.replace(r'^(-?\d+),(\d+)$', r'\1.\2', regex=True)
+    if years:
+        text = text.str.replace(r'(?i)^(\d+(?:[.,]\d+)?) ?(?:y|yr|yrs|years?)$', r'\1', regex=True)
+    if comma:
+        text = text.str.replace(r'^(-?\d+),(\d+)$', r'\1.\2', regex=True)
     return pd.to_numeric(text, errors='coerce')
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00046
 def wrong_cell(
-    table:pd.DataFrame, # All text; the index counts lines below the first
-    col:str, # Column with a bad cell
-    bad:pd.Series, # True where it is bad
-    path:Path, # Where from
-)->str: # What stands where, and what to do
-    "Say which line of a table is wrong."
+    table: pd.DataFrame,  # All text; the index counts lines below the first
+    col: str,  # Column with a bad cell
+    bad: pd.Series,  # True where it is bad
+    path: Path,  # Where from
+) -> str:  # What stands where, and what to do
+    """Say which line of a table is wrong.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        All text; the index counts lines below the first.
+    col : str
+        Column with a bad cell.
+    bad : pd.Series
+        True where it is bad.
+    path : Path
+        Where from.
+
+    Returns
+    -------
+    str
+        What stands where, and what to do.
+    """
     who = f" of subject '{table.subject[bad].iloc[0]}'" if 'subject' in table else ''
-    expected = dict(age='years from 0, or a blank; 89+ is no number', subject='a name', image='a name',
-                    path='the path of a file').get(col, 'a whole number')
-    return (f"read_table: {col} '{table[col][bad].iloc[0]}'{who}, line {bad.idxmax()+2} of '{path}'. Expected {expected}. "
-            "Correct the line.")
+    expected = dict(
+        age='years from 0, or a blank; 89+ is no number',
+        subject='a name',
+        image='a name',
+        path='the path of a file',
+    ).get(col, 'a whole number')
+    return (
+        f"read_table: {col} '{table[col][bad].iloc[0]}'{who}, line {bad.idxmax()+2} of '{path}'."
+        f" Expected {expected}. Correct the line."
+    )
 
 # %% ../../nbs/engineering/24_tables.ipynb #55c476fb
 def read_table(
-    path:str|Path, # CSV table
-    needs:tuple, # Columns that must be there, without blanks
-)->pd.DataFrame: # Text, and floats where a whole column reads as numbers; `attrs['notes']` has sentences
-    "Read a table; subjects stay text, so '001' keeps its zeros. Raises ValueError naming the line that is wrong."
+    path: str | Path,  # CSV table
+    needs: tuple,  # Columns that must be there, without blanks
+    # Text, and floats where a whole column reads as numbers; `attrs['notes']` has sentences
+) -> pd.DataFrame:
+    """Read a table; subjects stay text, so '001' keeps its zeros.
+
+    Parameters
+    ----------
+    path : str | Path
+        CSV table.
+    needs : tuple
+        Columns that must be there, without blanks.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    ValueError
+        Naming the line that is wrong.
+    """
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(
-        f"read_table: '{path}' does not exist. Expected a CSV table. Check the path.")
-    table,sep = read_cells(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"read_table: '{path}' does not exist. Expected a CSV table. Check the path."
+        )
+    table, sep = read_cells(path)
     table = table.rename(columns=str.strip)
     table = table.rename(columns=name_columns(table.columns.unique().tolist()))
     check_columns(table, path, needs)
     table = table.apply(lambda o: o.str.strip())
     blank = table.isna().all(axis=1)
-    table,notes = table[~blank],[f"{blank.sum()} blank rows of {path.name} left out"]*bool(blank.any())
+    table, notes = table[~blank], [f"{blank.sum()} blank rows of {path.name} left out"] * bool(
+        blank.any()
+    )
     for col in table.columns.difference(TEXT, sort=False):
-        numbers = to_numbers(table[col], years=col=='age', comma=sep!=',')
-        missing = table[col].isna() | (table[col]=='None')
+        numbers = to_numbers(table[col], years=col == 'age', comma=sep != ',')
+        missing = table[col].isna() | (table[col] == 'None')
         bad = (~missing & ~np.isfinite(numbers)) | (missing if col in needs else False)
-        if col=='age': bad |= numbers<0
-        if not bad.any(): table = table.assign(**{col: numbers.astype(float)})
-        elif col in ('age', 'slice', 'plane', *needs): raise ValueError(wrong_cell(table, col, bad, path))
+        if col == 'age':
+            bad |= numbers < 0
+        if not bad.any():
+            table = table.assign(**{col: numbers.astype(float)})
+        elif col in ('age', 'slice', 'plane', *needs):
+            raise ValueError(wrong_cell(table, col, bad, path))
     for col in set(needs) & set(TEXT):
-        if table[col].isna().any(): raise ValueError(wrong_cell(table, col, table[col].isna(), path))
+        if table[col].isna().any():
+            raise ValueError(wrong_cell(table, col, table[col].isna(), path))
     table = table.reset_index(drop=True)
     table.attrs['notes'] = notes
     return table
 
 # %% ../../nbs/engineering/24_tables.ipynb #c8c48af5
 def read_subjects(
-    path:Path, # Table with a column `subject`, and `image` where it has one row an image
-)->pd.DataFrame: # Covariates, indexed by image, by subject and session, or by subject (text)
-    "Read the facts about each subject, visit or image. Raises ValueError if one has two rows."
+    path: Path,  # Table with a column `subject`, and `image` where it has one row an image
+) -> pd.DataFrame:  # Covariates, indexed by image, by subject and session, or by subject (text)
+    """Read the facts about each subject, visit or image.
+
+    Parameters
+    ----------
+    path : Path
+        Table with a column `subject`, and `image` where it has one row an image.
+
+    Returns
+    -------
+    pd.DataFrame
+        Covariates, indexed by image, by subject and session, or by subject (text).
+
+    Raises
+    ------
+    ValueError
+        If one has two rows.
+    """
     table = read_table(path, ('subject',))
     taken = [o for o in ('path', 'plane', 'slice', 'hash') if o in table]
-    if taken: raise ValueError(
-        f"read_subjects: '{path}' has a column {taken[0]}. Expected facts about subjects. Put facts about slices in "
-        "a manifest.csv.")
+    if taken:
+        raise ValueError(
+            f"read_subjects: '{path}' has a column {taken[0]}. Expected facts about subjects. Put"
+            " facts about slices in a manifest.csv."
+        )
     key = 'image' if 'image' in table else 'subject'
     read = [read_name(o) or {} for o in table.subject]
     visits = [o.get('session') for o in read]
-    if key=='subject' and any(visits):                                          # names such as OAS1_0061_MR1
-        table = table.assign(subject=[o.get('subject', s) for o,s in zip(read, table.subject)],
-                             session=[v or s for v,s in zip(visits, table.get('session', [None]*len(table)))])
+    if key == 'subject' and any(visits):  # names such as OAS1_0061_MR1
+        table = table.assign(
+            subject=[o.get('subject', s) for o, s in zip(read, table.subject)],
+            session=[v or s for v, s in zip(visits, table.get('session', [None] * len(table)))],
+        )
     twice = table[key][table[key].duplicated() | table[key].isna()]
-    if len(twice) and key=='subject' and 'session' in table: key = ['subject', 'session']
-    elif len(twice): raise ValueError(
-        f"read_subjects: {key} '{twice.iloc[0]}' has several rows in '{path}'. Expected one row a subject, or a column "
-        "session or image that tells them apart. Drop the others.")
-    if table.duplicated(key).any(): raise ValueError(
-        f"read_subjects: subject '{table.subject[table.duplicated(key)].iloc[0]}' has several rows for one session in "
-        f"'{path}'. Expected one. Drop the others.")
+    if len(twice) and key == 'subject' and 'session' in table:
+        key = ['subject', 'session']
+    elif len(twice):
+        raise ValueError(
+            f"read_subjects: {key} '{twice.iloc[0]}' has several rows in '{path}'. Expected one row"
+            " a subject, or a column session or image that tells them apart. Drop the others."
+        )
+    if table.duplicated(key).any():
+        raise ValueError(
+            f"read_subjects: subject '{table.subject[table.duplicated(key)].iloc[0]}' has several"
+            f" rows for one session in '{path}'. Expected one. Drop the others."
+        )
     return table.set_index(key)
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00051
 def match_images(
-    units:pd.DataFrame, # One row a file: unit, path, subject, session, image
-    table:pd.DataFrame, # Indexed by image
-)->pd.Series: # The table's name of each row, missing where it has none
-    "Find each file in a table of images, by its path, name, image id, or subject and visit. I218391 finds 218391."
-    known = {o: o for o in table.index} | {o[1:]: o for o in table.index if re.fullmatch(r'I\d+', o)}
+    units: pd.DataFrame,  # One row a file: unit, path, subject, session, image
+    table: pd.DataFrame,  # Indexed by image
+) -> pd.Series:  # The table's name of each row, missing where it has none
+    """Find each file in a table of images, by its path, name, image id, or subject and visit.
+
+    I218391 finds 218391.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        One row a file: unit, path, subject, session, image.
+    table : pd.DataFrame
+        Indexed by image.
+
+    Returns
+    -------
+    pd.Series
+        The table's name of each row, missing where it has none.
+    """
+    known = {o: o for o in table.index} | {
+        o[1:]: o for o in table.index if re.fullmatch(r'I\d+', o)
+    }
     name = units.path.str.rsplit('/', n=1).str[-1]
     stem = name.str.replace(r'\.(?:nii(?:\.gz)?|png|jpe?g)$', '', case=False, regex=True)
-    ways = [units.path, name, stem, units.unit, units.image,
-            pd.Series([f'{a}_{b}' for a,b in zip(units.subject, units.session)], index=units.index)]
+    ways = [
+        units.path,
+        name,
+        stem,
+        units.unit,
+        units.image,
+        pd.Series([f'{a}_{b}' for a, b in zip(units.subject, units.session)], index=units.index),
+    ]
     found = pd.Series(np.nan, index=units.index, dtype=object)
-    for way in ways: found = found.where(found.notna(), way.map(known))
+    for way in ways:
+        found = found.where(found.notna(), way.map(known))
     return found
 
 # %% ../../nbs/engineering/24_tables.ipynb #2084584f
 def row_keys(
-    rows:pd.DataFrame, # Rows with subject, and session or listed where known
-    table:pd.DataFrame, # From `read_subjects`
-)->pd.Series: # The table's key of each row, missing where it has none
-    "Find the line of a table that speaks of each row. Names match letter by letter; only ses- before a session may be left out."
-    if table.index.name=='image': return rows.listed
-    if table.index.nlevels==1: return rows.subject.where(rows.subject.isin(table.index))
+    rows: pd.DataFrame,  # Rows with subject, and session or listed where known
+    table: pd.DataFrame,  # From `read_subjects`
+) -> pd.Series:  # The table's key of each row, missing where it has none
+    """Find the line of a table that speaks of each row.
+
+    Names match letter by letter; only ses- before a session may be left out.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject, and session or listed where known.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    pd.Series
+        The table's key of each row, missing where it has none.
+    """
+    if table.index.name == 'image':
+        return rows.listed
+    if table.index.nlevels == 1:
+        return rows.subject.where(rows.subject.isin(table.index))
     short = lambda o: re.sub(r'^ses-', '', str(o))
-    known = {(s, short(v)): (s, v) for s,v in table.index}
+    known = {(s, short(v)): (s, v) for s, v in table.index}
     visits = rows.session if 'session' in rows else pd.Series(None, index=rows.index)
-    return pd.Series([known.get((s, short(v))) for s,v in zip(rows.subject, visits)], index=rows.index, dtype=object)
+    return pd.Series(
+        [known.get((s, short(v))) for s, v in zip(rows.subject, visits)],
+        index=rows.index,
+        dtype=object,
+    )
 
 # %% ../../nbs/engineering/24_tables.ipynb #join0001
 def describe_match(
-    rows:pd.DataFrame, # Rows with a column `subject`
-    known:pd.Series, # True where the table speaks of a row
-    table:pd.DataFrame, # From `read_subjects`
-)->tuple: # Faults, notes
-    "Say how well data and table fit: no subject in common is a fault, few are worth a look."
-    n,lost = rows.subject.nunique(),sorted(rows.subject[~known].unique())
-    if not lost: return as_faults([]), []
-    names = f"{', '.join(lost[:5])}{' ...' if len(lost)>5 else ''}" + (f' (it has names like {table.index[0]})' if len(table) else '')
-    if not known.any(): return as_faults(rows.path[:1], 'table', [
-        f'none of the {n} subjects has a row in the table of subjects: {names}. Expected the same names. Write them alike, letter by letter']), []
-    few = [f'only {n-len(lost)} of {n} subjects have a row in the table of subjects: is it the right one?']*(2*len(lost)>n)
-    return as_faults([]), [f'{len(lost)} subjects without a row in the table of subjects: {names}', *few]
+    rows: pd.DataFrame,  # Rows with a column `subject`
+    known: pd.Series,  # True where the table speaks of a row
+    table: pd.DataFrame,  # From `read_subjects`
+) -> tuple:  # Faults, notes
+    """Say how well data and table fit: no subject in common is a fault, few are worth a look.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with a column `subject`.
+    known : pd.Series
+        True where the table speaks of a row.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        Faults, notes.
+    """
+    n, lost = rows.subject.nunique(), sorted(rows.subject[~known].unique())
+    if not lost:
+        return as_faults([]), []
+    names = f"{', '.join(lost[:5])}{' ...' if len(lost)>5 else ''}" + (
+        f' (it has names like {table.index[0]})' if len(table) else ''
+    )
+    if not known.any():
+        return (
+            as_faults(
+                rows.path[:1],
+                'table',
+                [
+                    f'none of the {n} subjects has a row in the table of subjects: {names}.'
+                    ' Expected the same names. Write them alike, letter by letter'
+                ],
+            ),
+            [],
+        )
+    few = [
+        f'only {n-len(lost)} of {n} subjects have a row in the table of subjects: is it the right'
+        ' one?'
+    ] * (2 * len(lost) > n)
+    return as_faults([]), [
+        f'{len(lost)} subjects without a row in the table of subjects: {names}',
+        *few,
+    ]
 
 # %% ../../nbs/engineering/24_tables.ipynb #join0002
 def join_subjects(
-    rows:pd.DataFrame, # Rows with a column `subject`
-    table:pd.DataFrame, # From `read_subjects`
-)->tuple: # Rows with the covariates, faults, notes
-    "Add what is known of each subject, visit or image. Raises ValueError where two sources disagree."
+    rows: pd.DataFrame,  # Rows with a column `subject`
+    table: pd.DataFrame,  # From `read_subjects`
+) -> tuple:  # Rows with the covariates, faults, notes
+    """Add what is known of each subject, visit or image.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with a column `subject`.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        Rows with the covariates, faults, notes.
+
+    Raises
+    ------
+    ValueError
+        Where two sources disagree.
+    """
     key = row_keys(rows, table)
-    faults,notes = describe_match(rows, key.notna(), table)
-    notes = table.attrs.get('notes', [])+notes
+    faults, notes = describe_match(rows, key.notna(), table)
+    notes = table.attrs.get('notes', []) + notes
     for col in table.columns.drop(['subject', 'session'], errors='ignore'):
         new = key.map(table[col].to_dict()).astype(table[col].dtype)
         if col in rows and rows[col].notna().any():
-            if col=='split':
-                notes.append('the split column in the table of subjects is not used: the folders give the splits')
+            if col == 'split':
+                notes.append(
+                    'the split column in the table of subjects is not used: the folders give the'
+                    ' splits'
+                )
                 continue
-            clash = rows[col].notna() & new.notna() & (rows[col]!=new)
-            if clash.any(): raise ValueError(
-                f"join_subjects: subject '{rows.subject[clash].iloc[0]}' has {col} {rows[col][clash].iloc[0]} in the "
-                "folders or manifest "
-                f"and {new[clash].iloc[0]} in the table of subjects. Expected one {col}. Correct one of them.")
+            clash = rows[col].notna() & new.notna() & (rows[col] != new)
+            if clash.any():
+                raise ValueError(
+                    f"join_subjects: subject '{rows.subject[clash].iloc[0]}' has {col}"
+                    f" {rows[col][clash].iloc[0]} in the folders or manifest and"
+                    f" {new[clash].iloc[0]} in the table of subjects. Expected one {col}. Correct"
+                    " one of them."
+                )
             new = rows[col].where(rows[col].notna(), new)
         rows = rows.assign(**{col: new})
     return rows, faults, notes
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00053
 def name_subjects(
-    rows:pd.DataFrame, # Rows with path, unit (what one volume or stack is called), subject where nothing better is known
-    table:pd.DataFrame|None=None, # From `read_subjects`
-)->tuple: # Rows with subject and session, faults, notes
-    "Settle whose scan each row is: a table of images decides, then the name of a known study, then the name as it is."
+    # Rows with path, unit (what one volume or stack is called), subject where nothing better is
+    # known
+    rows: pd.DataFrame,
+    table: pd.DataFrame | None = None,  # From `read_subjects`
+) -> tuple:  # Rows with subject and session, faults, notes
+    """Settle whose scan each row is: a table of images decides, then the name of a known study, then
+    the name as it is.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, unit (what one volume or stack is called), subject where nothing better is
+        known.
+    table : pd.DataFrame | None, default None
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        Rows with subject and session, faults, notes.
+    """
     units = rows.drop_duplicates('unit').set_index('unit', drop=False)
-    read = pd.DataFrame([read_name(o) or {} for o in units.place], index=units.index,
-                        columns=['study', 'subject', 'session', 'run', 'image', 'kind']).astype(object)
+    read = pd.DataFrame(
+        [read_name(o) or {} for o in units.place],
+        index=units.index,
+        columns=['study', 'subject', 'session', 'run', 'image', 'kind'],
+    ).astype(object)
     known = read.study.notna()
-    guess = pd.Series([strip_parts(o)[1].get('contrast') for o in units.unit], index=units.index, dtype=object)
-    units = units[['unit', 'path']].join(read.drop(columns=['subject', 'kind'])).assign(
-        subject=read.subject.where(known, units.subject), kind=read.kind.where(known, guess), listed=None)
-    lost,notes = [],[]
-    if table is not None and table.index.name=='image':
+    guess = pd.Series(
+        [strip_parts(o)[1].get('contrast') for o in units.unit], index=units.index, dtype=object
+    )
+    units = (
+        units[['unit', 'path']]
+        .join(read.drop(columns=['subject', 'kind']))
+        .assign(
+            subject=read.subject.where(known, units.subject),
+            kind=read.kind.where(known, guess),
+            listed=None,
+        )
+    )
+    lost, notes = [], []
+    if table is not None and table.index.name == 'image':
         units['listed'] = match_images(units, table)
         found = units.listed.notna()
-        if found.any(): lost = units.index[~found]
+        if found.any():
+            lost = units.index[~found]
         units.loc[found, 'subject'] = units.listed[found].map(table.subject)
-        if 'session' in table: units.loc[found, 'session'] = units.listed[found].map(table.session)
+        if 'session' in table:
+            units.loc[found, 'session'] = units.listed[found].map(table.session)
         units.loc[found & units.image.isna(), 'image'] = units.listed[found]
     unclear = ~known & units.listed.isna()
-    refused,note = suspect_names(units.unit[unclear].tolist())
-    notes += [note]*bool(note)
-    label,several = name_sessions(units)
+    refused, note = suspect_names(units.unit[unclear].tolist())
+    notes += [note] * bool(note)
+    label, several = name_sessions(units)
     other = mixed_contrasts(units)
-    why = {**{o: ('contrast', t) for o,t in other.items() if t}, **{o: ('two volumes', t) for o,t in several.items() if t},
-           **{o: ('subject', t) for o,t in refused.items()},
-           **{o: ('subject', 'is not in the table of images. Expected a row for each image, or no table of images') for o in lost}}
+    why = {
+        **{o: ('contrast', t) for o, t in other.items() if t},
+        **{o: ('two volumes', t) for o, t in several.items() if t},
+        **{o: ('subject', t) for o, t in refused.items()},
+        **{
+            o: (
+                'subject',
+                (
+                    'is not in the table of images. Expected a row for each image, or no table of'
+                    ' images'
+                ),
+            )
+            for o in lost
+        },
+    }
     faults = as_faults(units.path[list(why)], *zip(*why.values())) if why else as_faults([])
     settled = units[['subject', 'session', 'listed']].assign(label=label).astype(object)
     out = rows.assign(**{k: rows.unit.map(settled[k]).astype(object) for k in settled})

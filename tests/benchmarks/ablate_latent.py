@@ -1,10 +1,15 @@
-"""What a latent should be like for the diffusion model that draws it: one table, one command, seeds and data named.
+"""What a latent should be like for the diffusion model that draws it: one table, one command,
+seeds and data named.
 
-python tests/benchmarks/ablate_latent.py DATA RUN        # RUN: a folder with a trained KL autoencoder
+python tests/benchmarks/ablate_latent.py DATA RUN        # RUN: a folder with a trained KL
+autoencoder
 
-The autoencoder is trained a little longer, each time with another price on its latents; then the same diffusion model learns each of them, and its
-samples are evaluated as in `ablate_unet.py`, with the same seeds. The first row trains longer at the old price: what the others gain beyond it is due to their price.
-What is finished is not done again. Nothing of the data leaves OUT."""
+The autoencoder is trained a little longer, each time with another price on its latents; then
+the same diffusion model learns each of them, and its samples are evaluated as in
+`ablate_unet.py`, with the same seeds. The first row trains longer at the old price: what the
+others gain beyond it is due to their price. What is finished is not done again. Nothing of the
+data leaves OUT."""
+
 import json
 import shutil
 from dataclasses import dataclass
@@ -33,7 +38,9 @@ import ablate_unet
 
 @dataclass
 class Ablation:
-    "Train an autoencoder a little longer at other prices of its latents, and judge what is drawn from each."
+    """Train an autoencoder a little longer at other prices of its latents, and judge what is drawn
+    from each."""
+
     data: tyro.conf.Positional[Path]  # The data that the autoencoder was trained on
     run: tyro.conf.Positional[Path]  # Run folder with a KL autoencoder
     out: Path = Path("runs/ablation_latent")  # Runs, table.json and figures
@@ -47,10 +54,14 @@ class Ablation:
 
 
 def variants(run: Path) -> dict[str, dict]:
-    "Prices of the latent: weight of the KL term, and of decoding a halved latent into anything but the halved picture."
+    """Prices of the latent: weight of the KL term, and of decoding a halved latent into anything
+    but the halved picture."""
     config = read_config(run)["autoencoder"]["config"]
     if config.get("kind", "kl") != "kl" or config.get("adversarial"):
-        raise SystemExit(f"ablate_latent: {run.name} has codes or a critic. Expected a plain KL autoencoder. Train one with `brainldm train autoencoder`.")
+        raise SystemExit(
+            f"ablate_latent: {run.name} has codes or a critic. Expected a plain KL autoencoder."
+            " Train one with `brainldm train autoencoder`."
+        )
     kept = config["kl_weight"]
     return {
         "as before": dict(kl_weight=kept, scale_weight=0.0),
@@ -62,7 +73,9 @@ def variants(run: Path) -> dict[str, dict]:
 
 
 def priced_loss(model, batch, generator, seen, kl_weight, scale_weight):
-    "Mean absolute error, KL, and the error of the halved latent's picture. Source: Skorokhodov et al. 2025, sec. 3 (scale equivariance)."
+    """Mean absolute error, KL, and the error of the halved latent's picture.
+
+    Source: Skorokhodov et al. 2025, sec. 3 (scale equivariance)."""
     x = batch["image"]
     mu, logvar = model.encode(x, batch)
     z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator, device=x.device))
@@ -81,13 +94,30 @@ def tune(name: str, prices: dict, dataset, job: Ablation) -> Path:
         return run
     model, info = load_autoencoder(job.run)
     kept = {o: getattr(PRESETS[job.preset][0], o) for o in ("batch_size", "log_every")}
-    config = AEConfig(**kept, precision="no", total_images=job.tune_images, warmup_images=job.tune_images // 8, learning_rate=5e-4, seed=job.seed)
+    config = AEConfig(
+        **kept,
+        precision="no",
+        total_images=job.tune_images,
+        warmup_images=job.tune_images // 8,
+        learning_rate=5e-4,
+        seed=job.seed,
+    )
     learner = Learner(model.train(), partial(priced_loss, **prices), config)
     with tqdm(total=job.tune_images, unit="img", desc=f"autoencoder, {name}") as bar:
+
         def tell(seen, means):
             bar.update(seen - bar.n)
             bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if k in ("l1", "kl", "half")})
-        fit(learner.step, train_batches(dataset.subset("train"), config), config.total_images, 0, learner.images_per_step, config.log_every, (tell,))
+
+        fit(
+            learner.step,
+            train_batches(dataset.subset("train"), config),
+            config.total_images,
+            0,
+            learner.images_per_step,
+            config.log_every,
+            (tell,),
+        )
     run.mkdir(parents=True, exist_ok=True)
     shutil.copy(job.run / "train_mean.safetensors", run)
     settings = dict(read_config(job.run)["autoencoder"])
@@ -101,16 +131,32 @@ def measure(name: str, prices: dict, dataset, job: Ablation) -> dict:
     "Reconstructions, then samples, of one variant."
     source = tune(name, prices, dataset, job)
     scores = reconstruction_scores(BrainLDM.load(source), dataset.subset("validate"), source)
-    judge = ablate_unet.Ablation(job.data, (source,), job.out, images=job.images, steps=job.steps, seed=job.seed, preset=job.preset)
+    judge = ablate_unet.Ablation(
+        job.data,
+        (source,),
+        job.out,
+        images=job.images,
+        steps=job.steps,
+        seed=job.seed,
+        preset=job.preset,
+    )
     drawn = ablate_unet.measure(source, "base", ablate_unet.variants(judge)["base"], dataset, judge)
-    return {"SSIM": scores["ssim"], "brain SSIM": scores["ssim_brain"], "sharpness": scores["sharpness"], **drawn}
+    return {
+        "SSIM": scores["ssim"],
+        "brain SSIM": scores["ssim_brain"],
+        "sharpness": scores["sharpness"],
+        **drawn,
+    }
 
 
 def main(job: Ablation) -> pd.DataFrame:
     matplotlib.use("Agg")
     dataset, names = open_dataset(job.data, data_config(job.run, None)), variants(job.run)
     chosen = {"as before": names["as before"]} | ablate_unet.choose(names, job.only)
-    rows = {k: [measure(k, v, dataset, o) for o in ablate_unet.each_seed(job)] for k, v in chosen.items()}
+    rows = {
+        k: [measure(k, v, dataset, o) for o in ablate_unet.each_seed(job)]
+        for k, v in chosen.items()
+    }
     return ablate_unet.tell(rows, "as before", job, "tune_images")
 
 

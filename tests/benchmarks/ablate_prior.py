@@ -1,11 +1,14 @@
 """What each choice of the code prior buys: one table, one command, seeds and data named.
 
-python tests/benchmarks/ablate_prior.py DATA RUN                 # RUN: a folder with a trained VQVAE
-python tests/benchmarks/ablate_prior.py DATA RUN --only base,rotary
+python tests/benchmarks/ablate_prior.py DATA RUN                 # RUN: a folder with a trained
+VQVAE python tests/benchmarks/ablate_prior.py DATA RUN --only base,rotary
 
-Every variant is trained with the same seeds, sees the same codes in the same order, and its bits are counted on the same held-out subjects. A difference
-counts where it is larger than seed noise (`seeds.py`). Stopped, it goes on with the variant that it was at. Nothing of the data leaves OUT.
-With fewer maps than train slices nothing is seen twice: dropout, smoothing and replaced codes cannot show what they do against learning by heart."""
+Every variant is trained with the same seeds, sees the same codes in the same order, and its
+bits are counted on the same held-out subjects. A difference counts where it is larger than seed
+noise (`seeds.py`). Stopped, it goes on with the variant that it was at. Nothing of the data
+leaves OUT. With fewer maps than train slices nothing is seen twice: dropout, smoothing and
+replaced codes cannot show what they do against learning by heart."""
+
 import json
 import platform
 import time
@@ -27,8 +30,15 @@ from brainldm.engineering.loop import Learner, fit, seeded, train_batches
 from brainldm.training import load_autoencoder, pick_covariates, evenly_spaced_rows
 from brainldm.engineering.stage2 import LatentDataset
 from brainldm.advanced.prior import (
-    PRIOR_PRESETS, CodeTransformer, PriorConfig, cache_codes, code_bits, code_baselines, code_vectors,
-    prior_args, prior_loss,
+    PRIOR_PRESETS,
+    CodeTransformer,
+    PriorConfig,
+    cache_codes,
+    code_bits,
+    code_baselines,
+    code_vectors,
+    prior_args,
+    prior_loss,
 )
 from brainldm.engineering.cli import data_config
 
@@ -38,6 +48,7 @@ import seeds
 @dataclass
 class Ablation:
     "Train and price every variant of the prior."
+
     data: tyro.conf.Positional[Path]  # The data that the autoencoder was trained on
     run: tyro.conf.Positional[Path]  # Run folder with a trained VQVAE; nothing is written there
     out: Path = Path("runs/ablation_prior")  # Codes, one file a variant, and table.json
@@ -51,6 +62,7 @@ class Ablation:
 @dataclass
 class Variant:
     "One prior: its configuration, and what no configuration decides."
+
     config: PriorConfig
     positions: str = "learned"  # 'learned', 'rotary' or 'both'
     tied: bool = False  # Whether the output head uses the vectors that codes come in with
@@ -59,7 +71,9 @@ class Variant:
 
 def variants(job: Ablation) -> dict[str, Variant]:
     "One thing changed at a time."
-    base = replace(PRIOR_PRESETS[job.preset], total_images=job.maps, warmup_images=job.maps // 8, seed=job.seed)
+    base = replace(
+        PRIOR_PRESETS[job.preset], total_images=job.maps, warmup_images=job.maps // 8, seed=job.seed
+    )
     half = base.embed_dim // 2
     return {
         "base": Variant(base),
@@ -72,12 +86,15 @@ def variants(job: Ablation) -> dict[str, Variant]:
         "label smoothing 0.1": Variant(replace(base, label_smoothing=0.1)),
         "dropout 0.2": Variant(replace(base, dropout=0.2)),
         "half as wide again": Variant(replace(base, embed_dim=base.embed_dim + half)),
-        "half as deep again": Variant(replace(base, num_layers=base.num_layers + base.num_layers // 2)),
+        "half as deep again": Variant(
+            replace(base, num_layers=base.num_layers + base.num_layers // 2)
+        ),
     }
 
 
 def place_angles(side: int, head_dim: int, before: int, base: float = 100.0) -> torch.Tensor:
-    "Angle of each pair of channels at each place (before + side * side, head_dim / 2): half turn with the row, half with the column; covariates stay."
+    """Angle of each pair of channels at each place (before + side * side, head_dim / 2): half turn
+    with the row, half with the column; covariates stay."""
     speed = base ** -torch.linspace(0, 1, head_dim // 4)
     i, j = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     turn = torch.cat([i.flatten()[:, None] * speed, j.flatten()[:, None] * speed], dim=1)
@@ -85,13 +102,19 @@ def place_angles(side: int, head_dim: int, before: int, base: float = 100.0) -> 
 
 
 def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    "Turn each pair of channels (..., t, c) by its angle (t, c / 2). Source: Su et al. 2021, eq. 34; on two axes: Heo et al. 2024, sec. 3.1."
+    """Turn each pair of channels (..., t, c) by its angle (t, c / 2).
+
+    Source: Su et al. 2021, eq. 34; on two axes: Heo et al. 2024, sec. 3.1."""
     a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * turn.cos() - b * turn.sin(), a * turn.sin() + b * turn.cos()], dim=-1).to(x)
+    return torch.cat([a * turn.cos() - b * turn.sin(), a * turn.sin() + b * turn.cos()], dim=-1).to(
+        x
+    )
 
 
 class Rotary(nn.Module):
-    "A block's `qkv` that turns queries and keys by their place. For whole sequences: a place written alone would be taken for the first."
+    """A block's `qkv` that turns queries and keys by their place.
+
+    For whole sequences: a place written alone would be taken for the first."""
 
     def __init__(self, qkv: nn.Linear, num_heads: int, turn: torch.Tensor):
         super().__init__()
@@ -105,7 +128,9 @@ class Rotary(nn.Module):
 
 
 class Tied(nn.Module):
-    "Scores each code by the vector that it comes in with. Source: Press & Wolf 2017; scale: Vaswani et al. 2017, sec. 3.4."
+    """Scores each code by the vector that it comes in with.
+
+    Source: Press & Wolf 2017; scale: Vaswani et al. 2017, sec. 3.4."""
 
     def __init__(self, codes: nn.Embedding):
         super().__init__()
@@ -140,9 +165,16 @@ def check_relative(side: int = 6, head_dim: int = 16) -> None:
     q, k = torch.randn(2, 1, head_dim, generator=gen)
     places = (side, side, side, side)  # row and column of the query, then of the key
     turn = place_angles(side, head_dim, before=0)
-    scores = (rotate(q.expand(side**2, -1), turn) @ rotate(k.expand(side**2, -1), turn).T).view(places)
-    torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], atol=1e-4, rtol=0)  # all moved by one row and one column
-    assert scores[0, 0].std() > 0.1 and not torch.allclose(scores[0, 0], scores[0, 0].T), "attention must depend on rows and on columns"
+    scores = (rotate(q.expand(side**2, -1), turn) @ rotate(k.expand(side**2, -1), turn).T).view(
+        places
+    )
+    # all moved by one row and one column
+    torch.testing.assert_close(
+        scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], atol=1e-4, rtol=0
+    )
+    assert scores[0, 0].std() > 0.1 and not torch.allclose(
+        scores[0, 0], scores[0, 0].T
+    ), "attention must depend on rows and on columns"
 
 
 def load_codes(job: Ablation, autoencoder, dataset) -> dict[str, torch.Tensor]:
@@ -150,37 +182,62 @@ def load_codes(job: Ablation, autoencoder, dataset) -> dict[str, torch.Tensor]:
     file = job.out / "codes.npz"
     if not file.is_file():
         precision = pick_precision("auto", next(autoencoder.parameters()).device)
-        found = {o: cache_codes(autoencoder, dataset.subset(o), precision, progress=False).numpy() for o in ("train", "validate")}
+        found = {
+            o: cache_codes(autoencoder, dataset.subset(o), precision, progress=False).numpy()
+            for o in ("train", "validate")
+        }
         np.savez(file, **found)
     return {k: torch.from_numpy(v) for k, v in np.load(file).items()}
 
 
-def measure(name: str, variant: Variant, codes: dict, dataset, args: dict, vectors: torch.Tensor, out: Path) -> dict:
+def measure(
+    name: str, variant: Variant, codes: dict, dataset, args: dict, vectors: torch.Tensor, out: Path
+) -> dict:
     "Train one variant and price train and held-out subjects."
     config = variant.config
     file = out / f"{name.replace(' ', '_')}_seed_{config.seed}.json"
     if file.is_file():
         return json.loads(file.read_text())
     parts = {k: LatentDataset(v, dataset.subset(k).conditions) for k, v in codes.items()}
-    args = dict(args, **{o: getattr(config, o) for o in ("embed_dim", "num_layers", "num_heads", "dropout")})
+    args = dict(
+        args, **{o: getattr(config, o) for o in ("embed_dim", "num_layers", "num_heads", "dropout")}
+    )
     net = seeded(config.seed, lambda: build(variant, args, vectors))
-    loss = partial(prior_loss, config=config, covariates=args["covariates"], num_embeddings=args["num_embeddings"])
+    loss = partial(
+        prior_loss,
+        config=config,
+        covariates=args["covariates"],
+        num_embeddings=args["num_embeddings"],
+    )
     learner = Learner(net, loss, config)
     learner.model.train()
-    clock = time.process_time if torch.get_num_threads() == 1 and learner.accelerator.device.type == "cpu" else time.perf_counter
+    clock = (
+        time.process_time
+        if torch.get_num_threads() == 1 and learner.accelerator.device.type == "cpu"
+        else time.perf_counter
+    )
     begin = clock()
     seen = fit(learner.step, train_batches(parts["train"], config), config.total_images)
     took = clock() - begin
-    looks = (evenly_spaced_rows(parts[o], len(parts["validate"])) for o in ("train", "validate"))  # as many train rows as held-out ones
-    train, held_out = (code_bits(learner.ema.module, o["latent"], o, learner.precision) for o in looks)
-    row = dict(parameters=sum(p.numel() for p in net.parameters()), train_bits=train.mean().item(), seconds=1000 * took / seen, held_out=held_out.tolist())
+    # as many train rows as held-out ones
+    looks = (evenly_spaced_rows(parts[o], len(parts["validate"])) for o in ("train", "validate"))
+    train, held_out = (
+        code_bits(learner.ema.module, o["latent"], o, learner.precision) for o in looks
+    )
+    row = dict(
+        parameters=sum(p.numel() for p in net.parameters()),
+        train_bits=train.mean().item(),
+        seconds=1000 * took / seen,
+        held_out=held_out.tolist(),
+    )
     file.write_text(json.dumps(row))
     print(f"{name}, seed {config.seed}: {held_out.mean():.4f} bits per code held out", flush=True)
     return row
 
 
 def tabulate(rows: dict[str, list[dict]], subjects: list[str]) -> pd.DataFrame:
-    "Bits per code, and how far from the base; a standard error over subjects, each subject's slices and all seeds taken together."
+    """Bits per code, and how far from the base; a standard error over subjects, each subject's
+    slices and all seeds taken together."""
     table = {}
     held_out = {k: np.mean([o["held"] for o in v], axis=0) for k, v in rows.items()}
     people = {k: pd.Series(v).groupby(np.array(subjects)).mean() for k, v in held_out.items()}
@@ -199,33 +256,72 @@ def tabulate(rows: dict[str, list[dict]], subjects: list[str]) -> pd.DataFrame:
 
 def main(job: Ablation) -> pd.DataFrame:
     check_relative()
-    dataset, (autoencoder, about) = open_dataset(job.data, data_config(job.run, None)), load_autoencoder(job.run)
+    dataset, (autoencoder, about) = open_dataset(
+        job.data, data_config(job.run, None)
+    ), load_autoencoder(job.run)
     names = variants(job)
     unknown = set(filter(None, job.only.split(","))) - set(names)
     if unknown:
-        raise SystemExit(f"ablate_prior: unknown variant {sorted(unknown)}. Expected some of {list(names)}.")
+        raise SystemExit(
+            f"ablate_prior: unknown variant {sorted(unknown)}. Expected some of {list(names)}."
+        )
     job.out.mkdir(parents=True, exist_ok=True)
-    where = dict(data=job.data.name, codes=autoencoder.quantizer.num_embeddings, maps=job.maps, preset=job.preset, seed=job.seed, seeds=job.seeds,
-                 torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
+    where = dict(
+        data=job.data.name,
+        codes=autoencoder.quantizer.num_embeddings,
+        maps=job.maps,
+        preset=job.preset,
+        seed=job.seed,
+        seeds=job.seeds,
+        torch=torch.__version__.split("+")[0],
+        threads=torch.get_num_threads(),
+        machine=platform.machine(),
+    )
     began = job.out / "where.json"
     if began.is_file() and json.loads(began.read_text()) != where:
-        raise SystemExit(f"ablate_prior: {job.out} holds results of {began.read_text()}. Expected {where}. Give another --out.")
+        raise SystemExit(
+            f"ablate_prior: {job.out} holds results of {began.read_text()}. Expected {where}. Give"
+            " another --out."
+        )
     began.write_text(json.dumps(where))
     codes = load_codes(job, autoencoder, dataset)
-    args = prior_args(names["base"].config, autoencoder, about["size"], pick_covariates(dataset.covariates, None))
+    args = prior_args(
+        names["base"].config, autoencoder, about["size"], pick_covariates(dataset.covariates, None)
+    )
     parts = {o: dataset.subset(o).manifest for o in codes}
     heights = {k: torch.tensor(o.slice.to_numpy()) for k, o in parts.items()}
-    floors = code_baselines(codes["train"], heights["train"], parts["train"].subject.tolist(), codes["validate"], heights["validate"], args["num_embeddings"])
+    floors = code_baselines(
+        codes["train"],
+        heights["train"],
+        parts["train"].subject.tolist(),
+        codes["validate"],
+        heights["validate"],
+        args["num_embeddings"],
+    )
     floors = {k: v.mean().item() for k, v in floors.items()}
-    chosen = ["base"] + [k for k in names if k != "base" and (not job.only or k in job.only.split(","))]
+    chosen = ["base"] + [
+        k for k in names if k != "base" and (not job.only or k in job.only.split(","))
+    ]
     every = [variants(replace(job, seed=job.seed + i)) for i in range(job.seeds)]
-    rows = {k: [measure(k, o[k], codes, dataset, args, code_vectors(autoencoder), job.out) for o in every] for k in chosen}
+    rows = {
+        k: [
+            measure(k, o[k], codes, dataset, args, code_vectors(autoencoder), job.out)
+            for o in every
+        ]
+        for k in chosen
+    }
     table = tabulate(rows, parts["validate"].subject.tolist())
-    said = seeds.describe({k: [{"held-out bits": np.mean(o["held"])} for o in v] for k, v in rows.items()}, "base", ("held-out bits",))
+    said = seeds.describe(
+        {k: [{"held-out bits": np.mean(o["held"])} for o in v] for k, v in rows.items()},
+        "base",
+        ("held-out bits",),
+    )
     print(table.to_string(float_format="{:.3f}".format), said, sep="\n")
     print("floors, bits per code:", {k: round(v, 3) for k, v in floors.items()})
     print(where)
-    (job.out / "table.json").write_text(json.dumps(dict(where=where, floors=floors, rows=table.T.to_dict(), said=said), indent=1))
+    (job.out / "table.json").write_text(
+        json.dumps(dict(where=where, floors=floors, rows=table.T.to_dict(), said=said), indent=1)
+    )
     return table
 
 

@@ -1,10 +1,13 @@
 """What each part of stage 1 buys: one table, one command, seeds and data named.
 
 python tests/benchmarks/ablate_stage1.py                 # phantom cohort, made on the spot
-python tests/benchmarks/ablate_stage1.py --data DATA     # anybody's own pictures (nothing of them leaves OUT)
+python tests/benchmarks/ablate_stage1.py --data DATA     # anybody's own pictures (nothing of
+them leaves OUT)
 
-Every variant is trained with the same seeds, sees the same images in the same order, and is scored on the same held-out subjects. A difference counts where
-it is larger than seed noise (`seeds.py`). Stopped, it goes on where it was."""
+Every variant is trained with the same seeds, sees the same images in the same order, and is
+scored on the same held-out subjects. A difference counts where it is larger than seed noise
+(`seeds.py`). Stopped, it goes on where it was."""
+
 import json
 import platform
 from dataclasses import dataclass, replace
@@ -32,7 +35,9 @@ MEASURES = ("ssim", "ssim_brain", "sharpness")  # compared with the first varian
 @dataclass
 class Ablation:
     "Train and score every variant of stage 1."
-    data: Path | None = None  # Folder of pictures; None: 48 phantom people, 6 slices each, 128 x 128, seed 0
+
+    # Folder of pictures; None: 48 phantom people, 6 slices each, 128 x 128, seed 0
+    data: Path | None = None
     out: Path = Path("runs/ablation")  # Runs, table.json, table.md and two figures
     images: int = 6_000  # Pictures that each variant sees
     seed: int = 0  # The first seed, of the weights and the order of the images
@@ -43,9 +48,24 @@ class Ablation:
 
 def variants(images: int, seed: int, preset: str) -> dict[str, AEConfig]:
     "The ladder: each row adds one thing to the row named in its label."
-    base = replace(PRESETS[preset][0], total_images=images, validate_every=images // 3, checkpoint_every=images // 3, seed=seed)
-    discriminator = dict(adversarial=True, adversarial_start=images // 2, discriminator_warmup=images // 6)
-    codes = replace(base, kind="vq", latent_channels=8, codebook_ema=False, codebook_start="uniform", restart_below=0.0)
+    base = replace(
+        PRESETS[preset][0],
+        total_images=images,
+        validate_every=images // 3,
+        checkpoint_every=images // 3,
+        seed=seed,
+    )
+    discriminator = dict(
+        adversarial=True, adversarial_start=images // 2, discriminator_warmup=images // 6
+    )
+    codes = replace(
+        base,
+        kind="vq",
+        latent_channels=8,
+        codebook_ema=False,
+        codebook_start="uniform",
+        restart_below=0.0,
+    )
     return {
         "KL, L1 only": base,
         "KL + adversary": replace(base, **discriminator),
@@ -54,31 +74,70 @@ def variants(images: int, seed: int, preset: str) -> dict[str, AEConfig]:
         "VQ, plain": codes,
         "VQ + k-means": replace(codes, codebook_start="kmeans"),
         "VQ + k-means + EMA": replace(codes, codebook_start="kmeans", codebook_ema=True),
-        "VQ + k-means + EMA + restart": replace(codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1),
-        "VQ, all of it + adversary": replace(codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1, **discriminator),
+        "VQ + k-means + EMA + restart": replace(
+            codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1
+        ),
+        "VQ, all of it + adversary": replace(
+            codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1, **discriminator
+        ),
         "FSQ (8, 5, 5, 5)": replace(base, kind="fsq"),
     }
 
 
 def measure(name: str, config: AEConfig, dataset, job: Ablation) -> dict:
     "Train one variant and score it."
-    stem = name.lower().replace(" ", "_").replace(",", "").replace("(", "").replace(")", "").replace("+", "and")
+    stem = (
+        name.lower()
+        .replace(" ", "_")
+        .replace(",", "")
+        .replace("(", "")
+        .replace(")", "")
+        .replace("+", "and")
+    )
     run = job.out / f"{stem}_seed_{config.seed}"
     train_autoencoder(dataset, run, config, resume=(run / "config.json").is_file())
     model = BrainLDM.load(run)
     scores = reconstruction_scores(model, dataset.subset(job.split), run)
-    discriminator = [o["discriminator_accuracy"] for o in read_log(run / "log.jsonl") if "discriminator_accuracy" in o]
-    row = {k: scores.get(k) for k in ("ssim", "ssim_brain", "psnr", "sharpness", "codebook_usage", "perplexity")}
-    row["discriminator_accuracy"] = sum(discriminator[-10:]) / len(discriminator[-10:]) if discriminator else None
+    discriminator = [
+        o["discriminator_accuracy"]
+        for o in read_log(run / "log.jsonl")
+        if "discriminator_accuracy" in o
+    ]
+    row = {
+        k: scores.get(k)
+        for k in ("ssim", "ssim_brain", "psnr", "sharpness", "codebook_usage", "perplexity")
+    }
+    row["discriminator_accuracy"] = (
+        sum(discriminator[-10:]) / len(discriminator[-10:]) if discriminator else None
+    )
     batch = evenly_spaced_rows(dataset.subset(job.split), 5)
-    return dict(row=row, baseline=scores["baseline_mean_slice"], recon=model.reconstruct(batch["image"], batch)[2, 0])
+    return dict(
+        row=row,
+        baseline=scores["baseline_mean_slice"],
+        recon=model.reconstruct(batch["image"], batch)[2, 0],
+    )
 
 
 def draw(rows: dict[str, dict], original: torch.Tensor, title: str, path: Path) -> None:
     "Pictures above their errors."
     shown = torch.stack([original, *(o["recon"] for o in rows.values())])
-    names = ["original", *(f"{k.replace(' + ', chr(10) + '+ ')}\n{o['row']['ssim_brain']:.3f}" for k, o in rows.items())]
-    save_figure(show_grid(torch.stack([shown, (shown - original) * 2]), titles=names, row_labels=["picture", "error x 2"], title=title, size=1.3), path)
+    names = [
+        "original",
+        *(
+            f"{k.replace(' + ', chr(10) + '+ ')}\n{o['row']['ssim_brain']:.3f}"
+            for k, o in rows.items()
+        ),
+    ]
+    save_figure(
+        show_grid(
+            torch.stack([shown, (shown - original) * 2]),
+            titles=names,
+            row_labels=["picture", "error x 2"],
+            title=title,
+            size=1.3,
+        ),
+        path,
+    )
 
 
 def main(job: Ablation) -> pd.DataFrame:
@@ -88,24 +147,52 @@ def main(job: Ablation) -> pd.DataFrame:
     if data is None:
         data = job.out / "phantom"
         if not (data / "phantom.json").is_file():
-            make_cohort(data, PhantomConfig(num_subjects=48, num_slices=6, size=settings.size, seed=0))
+            make_cohort(
+                data, PhantomConfig(num_subjects=48, num_slices=6, size=settings.size, seed=0)
+            )
     dataset = open_dataset(data, settings)
     every = [variants(job.images, job.seed + i, job.preset) for i in range(job.seeds)]
     found = {k: [measure(k, o[k], dataset, job) for o in every] for k in configs}
-    rows, numbers = {k: v[0] for k, v in found.items()}, {k: [o["row"] for o in v] for k, v in found.items()}
+    rows, numbers = {k: v[0] for k, v in found.items()}, {
+        k: [o["row"] for o in v] for k, v in found.items()
+    }
     original = evenly_spaced_rows(dataset.subset(job.split), 5)["image"][2, 0]
-    for name, title in (("KL", "The critic brings back edges that the absolute error gave away"), ("codes", "The same bits, better and better used")):
-        draw({k: o for k, o in rows.items() if k.startswith("KL") == (name == "KL")}, original, title, job.out / f"{name.lower()}.png")
+    for name, title in (
+        ("KL", "The critic brings back edges that the absolute error gave away"),
+        ("codes", "The same bits, better and better used"),
+    ):
+        draw(
+            {k: o for k, o in rows.items() if k.startswith("KL") == (name == "KL")},
+            original,
+            title,
+            job.out / f"{name.lower()}.png",
+        )
     table = seeds.mean_over_seeds(numbers).round(3)
-    groups = {base: {k: v for k, v in numbers.items() if k.startswith("KL") == base.startswith("KL")} for base in ("KL, L1 only", "VQ, plain")}
+    groups = {
+        base: {k: v for k, v in numbers.items() if k.startswith("KL") == base.startswith("KL")}
+        for base in ("KL, L1 only", "VQ, plain")
+    }
     said = "\n".join(seeds.describe(group, base, MEASURES) for base, group in groups.items())
     floor = next(iter(rows.values()))["baseline"]
-    where = dict(data=str(job.data.name) if job.data else "phantom, 48 people, 6 slices, seed 0", split=job.split, images=job.images, seed=job.seed, seeds=job.seeds,
-                 torch=torch.__version__.split("+")[0], threads=torch.get_num_threads(), machine=platform.machine())
+    where = dict(
+        data=str(job.data.name) if job.data else "phantom, 48 people, 6 slices, seed 0",
+        split=job.split,
+        images=job.images,
+        seed=job.seed,
+        seeds=job.seeds,
+        torch=torch.__version__.split("+")[0],
+        threads=torch.get_num_threads(),
+        machine=platform.machine(),
+    )
     print(table.to_string(na_rep=""), said, sep="\n")
     print("floor, the mean slice:", {k: round(v, 3) for k, v in floor.items()})
     print(where)
-    (job.out / "table.json").write_text(json.dumps(dict(where=where, baseline=floor, rows=json.loads(table.T.to_json()), said=said), indent=1))
+    (job.out / "table.json").write_text(
+        json.dumps(
+            dict(where=where, baseline=floor, rows=json.loads(table.T.to_json()), said=said),
+            indent=1,
+        )
+    )
     return table
 
 

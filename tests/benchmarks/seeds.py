@@ -1,8 +1,11 @@
 """Which differences between variants are larger than what another seed does to the same variant.
 
-Every variant is trained with the same seeds. The standard deviation over seeds, pooled over all variants, is the seed noise of a measure. A variant differs
-from the base where its mean over the seeds does so by more than a two-sided t test at 5 % allows, divided by the number of variants compared (Bonferroni).
-With one seed there is no estimate of that noise, and so no finding."""
+Every variant is trained with the same seeds. The standard deviation over seeds, pooled over all
+variants, is the seed noise of a measure. A variant differs from the base where its mean over
+the seeds does so by more than a two-sided t test at 5 % allows, divided by the number of
+variants compared (Bonferroni). With one seed there is no estimate of that noise, and so no
+finding."""
+
 import numpy as np
 import pandas as pd
 from scipy.stats import t
@@ -29,7 +32,8 @@ def findings(
     rows: dict[str, list[dict]],  # By variant: the numbers of each seed
     base: str,  # The variant that the others are compared with
     measures: tuple[str, ...],  # Which numbers to compare
-) -> dict[str, list[str]]:  # By variant: the measures that differ from the base by more than seed noise
+    # By variant: the measures that differ from the base by more than seed noise
+) -> dict[str, list[str]]:
     "Differences that the seeds alone do not explain."
     means, noise = mean_over_seeds(rows), seed_noise(rows)
     freedom = sum(len(v) - 1 for v in rows.values())
@@ -53,7 +57,13 @@ def describe(
     if seeds < 2:
         return "One seed: no difference in this table is told from seed noise. Try --seeds 3."
     noise = ", ".join(f"{k} {v:.3g}" for k, v in seed_noise(rows)[list(measures)].items())
-    lines = [f"Seed noise (standard deviation over {seeds} seeds, pooled over {len(rows)} variants): {noise}."]
-    lines += [f"{k}: {'differs from ' + base + ' in ' + ', '.join(v) if v else 'no difference from ' + base + ' beyond seed noise'}."
-              for k, v in findings(rows, base, measures).items()]
+    lines = [
+        f"Seed noise (standard deviation over {seeds} seeds, pooled over {len(rows)} variants):"
+        f" {noise}."
+    ]
+    lines += [
+        f"{k}:"
+        f" {'differs from ' + base + ' in ' + ', '.join(v) if v else 'no difference from ' + base + ' beyond seed noise'}."
+        for k, v in findings(rows, base, measures).items()
+    ]
     return "\n".join(lines)
