@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sample_noise', 'standard_deviation', 'guide', 'check_guidance', 'conditional_denoiser', 'sample_batch', 'check_steps',
-           'check_watched', 'prepare_conditions', 'sample_images', 'Sampler', 'load_denoiser', 'BrainLDM',
-           'skipped_steps', 'image_to_image', 'find_noise', 'counterfactual', 'slerp', 'mix_conditions', 'interpolate']
+           'check_watched', 'prepare_conditions', 'Sampler', 'load_denoiser', 'BrainLDM', 'skipped_steps', 'find_noise',
+           'slerp', 'mix_conditions']
 
 # %% ../nbs/07_sampling.ipynb #ece23166
 import math
@@ -214,7 +214,7 @@ def check_guidance(
 
 # %% ../nbs/07_sampling.ipynb #c2556766
 def conditional_denoiser(
-    model,  # A `Sampler`
+    model: 'Sampler',  # Codec with a denoiser
     cond: dict[str, Tensor],  # Encoded conditions, each (b,), on the model's device
     # guidance_scale, guidance_interval and guidance_rescale, where they are not 1, all and none
     options: dict,
@@ -223,8 +223,8 @@ def conditional_denoiser(
 
     Parameters
     ----------
-    model
-        A `Sampler`.
+    model : Sampler
+        Codec with a denoiser.
     cond : dict[str, Tensor]
         Encoded conditions, each (b,), on the model's device.
     options : dict
@@ -249,7 +249,7 @@ def conditional_denoiser(
 
 # %% ../nbs/07_sampling.ipynb #49870c02
 def sample_batch(
-    model,  # A `Sampler`
+    model: 'Sampler',  # Codec with a denoiser
     # Standard normal noise (b, c, h, w), or latents at the noise of step `start`, on the model's
     # device
     noise: Tensor,
@@ -260,7 +260,8 @@ def sample_batch(
     seed: int = 0,  # Of fresh noise, if the sampler needs some
     # Called as callback(i, t, images) with the clean images expected at step i
     callback: Callable | None = None,
-    tick: Callable = lambda n: None,  # Called with the number of pictures after each network call
+    # Called with the number of pictures after each network call
+    tick: Callable = lambda n: None,
     first: int = 0,  # Number of the first image; with `seed` it names the fresh noise of each
     # Places in the batch of the images that `callback` is shown; None: all of them
     watched: list[int] | None = None,
@@ -269,8 +270,8 @@ def sample_batch(
 
     Parameters
     ----------
-    model
-        A `Sampler`.
+    model : Sampler
+        Codec with a denoiser.
     noise : Tensor
         Standard normal noise (b, c, h, w), or latents at the noise of step `start`, on the model's
         device.
@@ -391,7 +392,7 @@ def check_watched(
 
 # %% ../nbs/07_sampling.ipynb #5aadedc2
 def prepare_conditions(
-    model,  # A `Sampler`
+    model: 'Sampler',  # Codec with a denoiser
     # What was asked: a value or a list of values by covariate name; None is unknown
     conditions: dict,
     n: int,  # Pictures
@@ -404,8 +405,8 @@ def prepare_conditions(
 
     Parameters
     ----------
-    model
-        A `Sampler`.
+    model : Sampler
+        Codec with a denoiser.
     conditions : dict
         What was asked: a value or a list of values by covariate name; None is unknown.
     n : int
@@ -450,125 +451,6 @@ def prepare_conditions(
     required_conditions(model.autoencoder, cond, 'cpu')  # refuse now, not after the walk
     return cond
 
-# %% ../nbs/07_sampling.ipynb #aa140a99
-def sample_images(
-    model,  # A `Sampler`: a run with a trained denoiser
-    n: int = 1,  # Pictures to draw
-    diagnosis: str | list[str] | None = None,  # One for all or one each; None leaves it open
-    slice: float | list[float] | None = None,  # Slice number, as in the training data
-    age: float | list[float] | None = None,  # Years
-    sex: str | list[str] | None = None,  # As written in the training data
-    steps: int = 30,  # Network calls, 1 to T
-    # 1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate
-    guidance_scale: float | dict[str, float] = 1.0,
-    # Part of the chain to guide in: shares of T, 0 clean, 1 noise
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    # Share of the way back to the contrast of the unguided answer, 0 to 1
-    guidance_rescale: float = 0.0,
-    seed: int = 0,  # Same seed, same machine: same pictures
-    sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
-    eta: float = 0.0,  # Fresh noise in 'ddim', 0 to 1
-    batch_size: int = 32,  # Pictures at a time
-    first: int = 0,  # Number of the first picture: a long drawing may be made in parts
-    progress: bool = False,  # Show a bar
-    # Called in each batch as callback(i, t, images) with the images expected at step i
-    callback: Callable | None = None,
-    # Which images `callback` is shown, by place from 0; None: all. Others are decoded once
-    watched: Iterable[int] | None = None,
-    **others,  # Any other covariate that the run knows, by name
-) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-    """Draw pictures with the conditions asked for; what is not named is left open.
-
-    Parameters
-    ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
-    n : int, default 1
-        Pictures to draw.
-    diagnosis : str | list[str] | None, default None
-        One for all or one each; None leaves it open.
-    slice : float | list[float] | None, default None
-        Slice number, as in the training data.
-    age : float | list[float] | None, default None
-        Years.
-    sex : str | list[str] | None, default None
-        As written in the training data.
-    steps : int, default 30
-        Network calls, 1 to T.
-    guidance_scale : float | dict[str, float], default 1.0
-        1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate.
-    guidance_interval : tuple[float, float], default (0.0, 1.0)
-        Part of the chain to guide in: shares of T, 0 clean, 1 noise.
-    guidance_rescale : float, default 0.0
-        Share of the way back to the contrast of the unguided answer, 0 to 1.
-    seed : int, default 0
-        Same seed, same machine: same pictures.
-    sampler : str, default 'ddim'
-        'ddim', 'ddpm' or 'dpmpp'.
-    eta : float, default 0.0
-        Fresh noise in 'ddim', 0 to 1.
-    batch_size : int, default 32
-        Pictures at a time.
-    first : int, default 0
-        Number of the first picture: a long drawing may be made in parts.
-    progress : bool, default False
-        Show a bar.
-    callback : Callable | None, default None
-        Called in each batch as callback(i, t, images) with the images expected at step i.
-    watched : Iterable[int] | None, default None
-        Which images `callback` is shown, by place from 0; None: all. Others are decoded once.
-    **others
-        Any other covariate that the run knows, by name.
-
-    Returns
-    -------
-    Tensor
-        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
-
-    Raises
-    ------
-    ValueError
-        For what the run cannot serve.
-    TypeError
-        For what the run cannot serve.
-
-    References
-    ----------
-    Song et al. 2021, sec. 4.2 (DDIM).
-    """
-    options = dict(
-        steps=steps,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        guidance_rescale=guidance_rescale,
-        sampler=sampler,
-        eta=eta,
-    )
-    cond = prepare_conditions(
-        model,
-        dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others),
-        n,
-        options,
-        seed,
-        batch_size,
-        first,
-    )
-    watched = None if watched is None else check_watched(watched, n)
-    shape, images = (
-        model.autoencoder.latent_channels,
-        *[model.size // model.autoencoder.factor] * 2,
-    ), []
-    with tqdm(total=n * steps, unit='step', desc='sample', disable=not progress) as bar:
-        for i, stop, part in in_batches(cond, n, batch_size, model.device):
-            noise = sample_noise(stop - i, shape, seed, first + i, model.device)
-            here = None if watched is None else [k - i for k in watched if i <= k < stop]
-            images.append(
-                sample_batch(
-                    model, noise, part, options, seed, callback, bar.update, first + i, here
-                )
-            )
-    return torch.cat(images)
-
 # %% ../nbs/07_sampling.ipynb #b69e8eb3
 class Sampler(Codec):
     """A codec with a denoiser: draws new pictures under the conditions asked for.
@@ -612,12 +494,10 @@ class Sampler(Codec):
         slice_covariate: Covariate | None = None,
     ):
         super().__init__(autoencoder, size, precision, slice_covariate)
-        self.unet, self.schedule, self.latent_mean, self.latent_std = (
-            unet,
-            schedule,
-            latent_mean,
-            latent_std,
-        )
+        self.unet = unet
+        self.schedule = schedule
+        self.latent_mean = latent_mean
+        self.latent_std = latent_std
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
@@ -631,10 +511,328 @@ class Sampler(Codec):
         """
         return () if self.unet is None else self._joined(self.unet.covariates)
 
+    def sample(
+        self,
+        n: int = 1,  # Pictures to draw
+        diagnosis: str | list[str] | None = None,  # One for all or one each; None leaves it open
+        slice: float | list[float] | None = None,  # Slice number, as in the training data
+        age: float | list[float] | None = None,  # Years
+        sex: str | list[str] | None = None,  # As written in the training data
+        steps: int = 30,  # Network calls, 1 to T
+        # 1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate
+        guidance_scale: float | dict[str, float] = 1.0,
+        # Part of the chain to guide in: shares of T, 0 clean, 1 noise
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        # Share of the way back to the contrast of the unguided answer, 0 to 1
+        guidance_rescale: float = 0.0,
+        seed: int = 0,  # Same seed, same machine: same pictures
+        sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
+        eta: float = 0.0,  # Fresh noise in 'ddim', 0 to 1
+        batch_size: int = 32,  # Pictures at a time
+        first: int = 0,  # Number of the first picture: a long drawing may be made in parts
+        progress: bool = False,  # Show a bar
+        # Called in each batch as callback(i, t, images) with the images expected at step i
+        callback: Callable | None = None,
+        # Which images `callback` is shown, by place from 0; None: all. Others are decoded once
+        watched: Iterable[int] | None = None,
+        **others,  # Any other covariate that the run knows, by name
+    ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
+        """Draw pictures with the conditions asked for; what is not named is left open.
+
+        Parameters
+        ----------
+        n : int, default 1
+            Pictures to draw.
+        diagnosis : str | list[str] | None, default None
+            One for all or one each; None leaves it open.
+        slice : float | list[float] | None, default None
+            Slice number, as in the training data.
+        age : float | list[float] | None, default None
+            Years.
+        sex : str | list[str] | None, default None
+            As written in the training data.
+        steps : int, default 30
+            Network calls, 1 to T.
+        guidance_scale : float | dict[str, float], default 1.0
+            1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate.
+        guidance_interval : tuple[float, float], default (0.0, 1.0)
+            Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+        guidance_rescale : float, default 0.0
+            Share of the way back to the contrast of the unguided answer, 0 to 1.
+        seed : int, default 0
+            Same seed, same machine: same pictures.
+        sampler : str, default 'ddim'
+            'ddim', 'ddpm' or 'dpmpp'.
+        eta : float, default 0.0
+            Fresh noise in 'ddim', 0 to 1.
+        batch_size : int, default 32
+            Pictures at a time.
+        first : int, default 0
+            Number of the first picture: a long drawing may be made in parts.
+        progress : bool, default False
+            Show a bar.
+        callback : Callable | None, default None
+            Called in each batch as callback(i, t, images) with the images expected at step i.
+        watched : Iterable[int] | None, default None
+            Which images `callback` is shown, by place from 0; None: all. Others are decoded once.
+        **others
+            Any other covariate that the run knows, by name.
+
+        Returns
+        -------
+        Tensor
+            New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+
+        Raises
+        ------
+        ValueError
+            For what the run cannot serve.
+        TypeError
+            For what the run cannot serve.
+
+        References
+        ----------
+        Song et al. 2021, sec. 4.2 (DDIM).
+        """
+        options = dict(
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            sampler=sampler,
+            eta=eta,
+        )
+        cond = prepare_conditions(
+            self,
+            dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others),
+            n,
+            options,
+            seed,
+            batch_size,
+            first,
+        )
+        watched = None if watched is None else check_watched(watched, n)
+        shape, images = (
+            self.autoencoder.latent_channels,
+            *[self.size // self.autoencoder.factor] * 2,
+        ), []
+        with tqdm(total=n * steps, unit='step', desc='sample', disable=not progress) as bar:
+            for i, stop, part in in_batches(cond, n, batch_size, self.device):
+                noise = sample_noise(stop - i, shape, seed, first + i, self.device)
+                here = None if watched is None else [k - i for k in watched if i <= k < stop]
+                images.append(
+                    sample_batch(
+                        self, noise, part, options, seed, callback, bar.update, first + i, here
+                    )
+                )
+        return torch.cat(images)
+
+    def image_to_image(
+        self,
+        images: Tensor,  # Pictures to start from (n, 1, size, size) in [-1, 1]
+        # Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left
+        strength: float = 0.6,
+        steps: int = 30,  # Steps of the whole walk; strength*steps network calls
+        guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`
+        seed: int = 0,  # Of the noise that is added
+        sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
+        batch_size: int = 32,  # Pictures at a time
+        **conditions,  # What the new pictures shall be: diagnosis, slice, age, sex, …
+    ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
+        """Draw the pictures anew from half-noise.
+
+        Parameters
+        ----------
+        images : Tensor
+            Pictures to start from (n, 1, size, size) in [-1, 1].
+        strength : float, default 0.6
+            Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left.
+        steps : int, default 30
+            Steps of the whole walk; strength*steps network calls.
+        guidance_scale : float | dict[str, float], default 1.0
+            As in `sample`.
+        seed : int, default 0
+            Of the noise that is added.
+        sampler : str, default 'ddim'
+            'ddim', 'ddpm' or 'dpmpp'.
+        batch_size : int, default 32
+            Pictures at a time.
+        **conditions
+            What the new pictures shall be: diagnosis, slice, age, sex, …
+
+        Returns
+        -------
+        Tensor
+            New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+
+        Raises
+        ------
+        ValueError
+        TypeError
+
+        References
+        ----------
+        Meng et al. 2022, alg. 1.
+        """
+        n = check_images('image_to_image', images, self.size)
+        options = dict(
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            start=skipped_steps(steps, strength),
+        )
+        cond, out = prepare_conditions(self, conditions, n, options, seed, batch_size), []
+        level = sampling_timesteps(
+            steps, self.schedule.num_train_timesteps, start=options['start']
+        )[0]
+        for i, stop, part in in_batches(cond, n, batch_size, self.device):
+            z = self.encode_standard(images[i:stop], part)
+            noise = sample_noise(stop - i, tuple(z.shape[1:]), seed, i, self.device)
+            out.append(
+                sample_batch(
+                    self,
+                    add_noise(z, noise, level, self.schedule.abar),
+                    part,
+                    options,
+                    seed,
+                    first=i,
+                )
+            )
+        return torch.cat(out)
+
+    def counterfactual(
+        self,
+        images: Tensor,  # Pictures to edit (n, 1, size, size) in [-1, 1]
+        # What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is
+        # the
+        # round trip
+        to: dict,
+        # What is known of the pictures, in the same form; stays as it is where `to` says nothing
+        given: dict | None = None,
+        strength: float = 1.0,  # Share of the walk to undo: below 1 the coarse shape is kept
+        steps: int = 50,  # Steps of the whole walk, each way
+        guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`, on the way back
+        refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
+        batch_size: int = 32,  # Pictures at a time
+        # The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU
+    ) -> Tensor:
+        """Walk to the noise of each picture, then back under changed conditions.
+
+        Parameters
+        ----------
+        images : Tensor
+            Pictures to edit (n, 1, size, size) in [-1, 1].
+        to : dict
+            What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is
+            the round trip.
+        given : dict | None, default None
+            What is known of the pictures, in the same form; stays as it is where `to` says nothing.
+        strength : float, default 1.0
+            Share of the walk to undo: below 1 the coarse shape is kept.
+        steps : int, default 50
+            Steps of the whole walk, each way.
+        guidance_scale : float | dict[str, float], default 1.0
+            As in `sample`, on the way back.
+        refine : int, default 1
+            Corrections of each step on the way to the noise, see `invert`.
+        batch_size : int, default 32
+            Pictures at a time.
+
+        Returns
+        -------
+        Tensor
+            The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU.
+
+        Raises
+        ------
+        ValueError
+        TypeError
+        """
+        n, given = check_images('counterfactual', images, self.size), given or {}
+        options = dict(
+            steps=steps,
+            guidance_scale=guidance_scale,
+            start=skipped_steps(steps, strength),
+            refine=refine,
+        )
+        after = prepare_conditions(self, {**given, **to}, n, options, 0, batch_size)
+        before, out = prepare_conditions(self, given, n, dict(steps=steps), 0, batch_size), []
+        for (i, stop, old), (_, _, new) in zip(
+            *(in_batches(o, n, batch_size, self.device) for o in (before, after))
+        ):
+            out.append(
+                sample_batch(self, find_noise(self, images[i:stop], old, options), new, options)
+            )
+        return torch.cat(out)
+
+    def interpolate(
+        self,
+        a: Tensor,  # One picture (1, 1, size, size) in [-1, 1]
+        b: Tensor,  # Another
+        n: int = 8,  # Pictures, both ends included; 2 or more
+        given: dict | None = None,  # What is known of them: a value, or two, by covariate name
+        steps: int = 50,  # Steps of the walk, each way
+        refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
+        batch_size: int = 32,  # Pictures at a time
+        # Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
+        # CPU
+    ) -> Tensor:
+        """Brains between two brains: a great circle between their noises.
+
+        Parameters
+        ----------
+        a : Tensor
+            One picture (1, 1, size, size) in [-1, 1].
+        b : Tensor
+            Another.
+        n : int, default 8
+            Pictures, both ends included; 2 or more.
+        given : dict | None, default None
+            What is known of them: a value, or two, by covariate name.
+        steps : int, default 50
+            Steps of the walk, each way.
+        refine : int, default 1
+            Corrections of each step on the way to the noise, see `invert`.
+        batch_size : int, default 32
+            Pictures at a time.
+
+        Returns
+        -------
+        Tensor
+            Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
+            CPU.
+
+        Raises
+        ------
+        ValueError
+        TypeError
+        """
+        check_sample_counts(n, 0, batch_size)
+        if [check_images('interpolate', o, self.size) for o in (a, b)] != [1, 1] or n < 2:
+            raise ValueError(
+                f"interpolate: {len(a)} and {len(b)} pictures, n={n}. Expected one and one, and n"
+                " of 2 or more. Try a[:1], b[:1]."
+            )
+        options = dict(steps=steps, start=0, refine=refine)
+        ends, u = prepare_conditions(self, given or {}, 2, options, 0, batch_size), torch.linspace(
+            0, 1, n
+        )
+        between = mix_conditions(ends, u)
+        noise = slerp(
+            *find_noise(self, torch.cat([a, b]), to_device(ends, self.device), options), u
+        )
+        return torch.cat(
+            [
+                sample_batch(self, noise[i:stop], part, options)
+                for i, stop, part in in_batches(between, n, batch_size, self.device)
+            ]
+        )
+
     def decode_standard(
         self,
         z: Tensor,  # Standardised latents (b, c, h, w), as the denoiser makes them
-        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+        # Encoded covariates, for a conditional autoencoder
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Pictures (b, 1, size, size) in [-1, 1]
         """Undo the standardisation, then decode.
 
@@ -655,7 +853,8 @@ class Sampler(Codec):
     def encode_standard(
         self,
         images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
-        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+        # Encoded covariates, for a conditional autoencoder
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Standardised latents (b, c, h, w), as the denoiser knows them
         """Encode, then standardise.
 
@@ -672,8 +871,6 @@ class Sampler(Codec):
             Standardised latents (b, c, h, w), as the denoiser knows them.
         """
         return (self.encode(images, cond) - self.latent_mean) / self.latent_std
-
-    sample = sample_images  # a function in a class is a method
 
 # %% ../nbs/07_sampling.ipynb #939b4edc
 def load_denoiser(
@@ -836,81 +1033,9 @@ def skipped_steps(
         )
     return steps - int(steps * strength)
 
-# %% ../nbs/07_sampling.ipynb #3b97a7af
-def image_to_image(
-    model,  # A `Sampler`: a run with a trained denoiser
-    images: Tensor,  # Pictures to start from (n, 1, size, size) in [-1, 1]
-    # Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left
-    strength: float = 0.6,
-    steps: int = 30,  # Steps of the whole walk; strength*steps network calls
-    guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`
-    seed: int = 0,  # Of the noise that is added
-    sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
-    batch_size: int = 32,  # Pictures at a time
-    **conditions,  # What the new pictures shall be: diagnosis, slice, age, sex, …
-) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-    """Draw the pictures anew from half-noise.
-
-    Parameters
-    ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
-    images : Tensor
-        Pictures to start from (n, 1, size, size) in [-1, 1].
-    strength : float, default 0.6
-        Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left.
-    steps : int, default 30
-        Steps of the whole walk; strength*steps network calls.
-    guidance_scale : float | dict[str, float], default 1.0
-        As in `sample`.
-    seed : int, default 0
-        Of the noise that is added.
-    sampler : str, default 'ddim'
-        'ddim', 'ddpm' or 'dpmpp'.
-    batch_size : int, default 32
-        Pictures at a time.
-    **conditions
-        What the new pictures shall be: diagnosis, slice, age, sex, …
-
-    Returns
-    -------
-    Tensor
-        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
-
-    Raises
-    ------
-    ValueError
-    TypeError
-
-    References
-    ----------
-    Meng et al. 2022, alg. 1.
-    """
-    n = check_images('image_to_image', images, model.size)
-    options = dict(
-        steps=steps,
-        guidance_scale=guidance_scale,
-        sampler=sampler,
-        start=skipped_steps(steps, strength),
-    )
-    cond, out = prepare_conditions(model, conditions, n, options, seed, batch_size), []
-    level = sampling_timesteps(steps, model.schedule.num_train_timesteps, start=options['start'])[0]
-    for i, stop, part in in_batches(cond, n, batch_size, model.device):
-        z = model.encode_standard(images[i:stop], part)
-        noise = sample_noise(stop - i, tuple(z.shape[1:]), seed, i, model.device)
-        out.append(
-            sample_batch(
-                model, add_noise(z, noise, level, model.schedule.abar), part, options, seed, first=i
-            )
-        )
-    return torch.cat(out)
-
-
-Sampler.image_to_image = image_to_image
-
 # %% ../nbs/07_sampling.ipynb #f6d96590
 def find_noise(
-    model,  # A `Sampler`
+    model: 'Sampler',  # Codec with a denoiser
     images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
     # Encoded conditions, what is known of them, each (b,), on the model's device
     cond: dict[str, Tensor],
@@ -922,8 +1047,8 @@ def find_noise(
 
     Parameters
     ----------
-    model
-        A `Sampler`.
+    model : Sampler
+        Codec with a denoiser.
     images : Tensor
         Pictures (b, 1, size, size) in [-1, 1].
     cond : dict[str, Tensor]
@@ -934,6 +1059,8 @@ def find_noise(
     Returns
     -------
     Tensor
+        Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the
+        pictures.
 
     References
     ----------
@@ -949,75 +1076,6 @@ def find_noise(
             start=options['start'],
             refine=options['refine'],
         )
-
-# %% ../nbs/07_sampling.ipynb #1a00dd52
-def counterfactual(
-    model,  # A `Sampler`: a run with a trained denoiser
-    images: Tensor,  # Pictures to edit (n, 1, size, size) in [-1, 1]
-    # What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is the
-    # round trip
-    to: dict,
-    # What is known of the pictures, in the same form; stays as it is where `to` says nothing
-    given: dict | None = None,
-    strength: float = 1.0,  # Share of the walk to undo: below 1 the coarse shape is kept
-    steps: int = 50,  # Steps of the whole walk, each way
-    guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`, on the way back
-    refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
-    batch_size: int = 32,  # Pictures at a time
-) -> Tensor:  # The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU
-    """Walk to the noise of each picture, then back under changed conditions.
-
-    Parameters
-    ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
-    images : Tensor
-        Pictures to edit (n, 1, size, size) in [-1, 1].
-    to : dict
-        What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is the
-        round trip.
-    given : dict | None, default None
-        What is known of the pictures, in the same form; stays as it is where `to` says nothing.
-    strength : float, default 1.0
-        Share of the walk to undo: below 1 the coarse shape is kept.
-    steps : int, default 50
-        Steps of the whole walk, each way.
-    guidance_scale : float | dict[str, float], default 1.0
-        As in `sample`, on the way back.
-    refine : int, default 1
-        Corrections of each step on the way to the noise, see `invert`.
-    batch_size : int, default 32
-        Pictures at a time.
-
-    Returns
-    -------
-    Tensor
-        The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU.
-
-    Raises
-    ------
-    ValueError
-    TypeError
-    """
-    n, given = check_images('counterfactual', images, model.size), given or {}
-    options = dict(
-        steps=steps,
-        guidance_scale=guidance_scale,
-        start=skipped_steps(steps, strength),
-        refine=refine,
-    )
-    after = prepare_conditions(model, {**given, **to}, n, options, 0, batch_size)
-    before, out = prepare_conditions(model, given, n, dict(steps=steps), 0, batch_size), []
-    for (i, stop, old), (_, _, new) in zip(
-        *(in_batches(o, n, batch_size, model.device) for o in (before, after))
-    ):
-        out.append(
-            sample_batch(model, find_noise(model, images[i:stop], old, options), new, options)
-        )
-    return torch.cat(out)
-
-
-Sampler.counterfactual = counterfactual
 
 # %% ../nbs/07_sampling.ipynb #92ccc675
 def slerp(
@@ -1045,7 +1103,8 @@ def slerp(
     ----------
     Shoemake 1985.
     """
-    angle = torch.arccos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))  # rounding can pass 1
+    # rounding can pass 1
+    angle = torch.arccos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))
     u = u.to(a).view(-1, *[1] * a.ndim)
     if angle.sin() < 1e-4:
         return (1 - u) * a + u * b  # no circle to speak of: a straight line
@@ -1086,67 +1145,3 @@ def mix_conditions(
         k: v[0] + u.to(v.device) * (v[1] - v[0]) if v.is_floating_point() else v[:1].expand(len(u))
         for k, v in cond.items()
     }
-
-# %% ../nbs/07_sampling.ipynb #e92719bd
-def interpolate(
-    model,  # A `Sampler`: a run with a trained denoiser
-    a: Tensor,  # One picture (1, 1, size, size) in [-1, 1]
-    b: Tensor,  # Another
-    n: int = 8,  # Pictures, both ends included; 2 or more
-    given: dict | None = None,  # What is known of them: a value, or two, by covariate name
-    steps: int = 50,  # Steps of the walk, each way
-    refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
-    batch_size: int = 32,  # Pictures at a time
-    # Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the CPU
-) -> Tensor:
-    """Brains between two brains: a great circle between their noises.
-
-    Parameters
-    ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
-    a : Tensor
-        One picture (1, 1, size, size) in [-1, 1].
-    b : Tensor
-        Another.
-    n : int, default 8
-        Pictures, both ends included; 2 or more.
-    given : dict | None, default None
-        What is known of them: a value, or two, by covariate name.
-    steps : int, default 50
-        Steps of the walk, each way.
-    refine : int, default 1
-        Corrections of each step on the way to the noise, see `invert`.
-    batch_size : int, default 32
-        Pictures at a time.
-
-    Returns
-    -------
-    Tensor
-
-    Raises
-    ------
-    ValueError
-    TypeError
-    """
-    check_sample_counts(n, 0, batch_size)
-    if [check_images('interpolate', o, model.size) for o in (a, b)] != [1, 1] or n < 2:
-        raise ValueError(
-            f"interpolate: {len(a)} and {len(b)} pictures, n={n}. Expected one and one, and n of 2"
-            " or more. Try a[:1], b[:1]."
-        )
-    options = dict(steps=steps, start=0, refine=refine)
-    ends, u = prepare_conditions(model, given or {}, 2, options, 0, batch_size), torch.linspace(
-        0, 1, n
-    )
-    between = mix_conditions(ends, u)
-    noise = slerp(*find_noise(model, torch.cat([a, b]), to_device(ends, model.device), options), u)
-    return torch.cat(
-        [
-            sample_batch(model, noise[i:stop], part, options)
-            for i, stop, part in in_batches(between, n, batch_size, model.device)
-        ]
-    )
-
-
-Sampler.interpolate = interpolate

@@ -439,6 +439,7 @@ def to_x0_eps(
     Returns
     -------
     tuple[Tensor, Tensor]
+        Estimates of the clean latents and of the noise, in the dtype of `xt`.
 
     Raises
     ------

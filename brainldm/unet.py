@@ -98,6 +98,24 @@ class ConditionEmbedding(nn.Module):
         drop: Tensor | None,  # True where a token is to be dropped (b, n)
         # Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None
     ) -> tuple[Tensor, Tensor | None]:
+        """Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w), for their dtype and number.
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor] | None
+            Encoded covariates by name, each (b,).
+        drop : Tensor | None
+            True where a token is to be dropped (b, n).
+
+        Returns
+        -------
+        tuple[Tensor, Tensor | None]
+            Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None.
+        """
         check_condition_tensors(cond, drop, len(x), self.names)
         emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
         if self.conditioner is None:
@@ -325,6 +343,21 @@ class UNetDown(nn.Module):
         # Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
         # it
     ) -> tuple[Tensor, list]:
+        """Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before it.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, in_channels, h, w).
+        *told
+            Embedding (b, emb_channels) and tokens (b, n, cond_channels).
+
+        Returns
+        -------
+        tuple[Tensor, list]
+            Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
+            it.
+        """
         x, skips = self.conv_in(x), []
         for block in [block for level in self.levels for block in level]:
             if isinstance(block, Downsample):

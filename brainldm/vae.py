@@ -426,6 +426,7 @@ class Autoencoder(nn.Module):
         Returns
         -------
         Tensor | None
+            Mean of the condition tokens (b, cond_channels), or None in an unconditional model.
         """
         if self.conditioner is None:
             return None
@@ -593,6 +594,7 @@ class AutoencoderKL(Autoencoder):
         Returns
         -------
         tuple[Tensor, Tensor]
+            Mean and log-variance (limited, see `LimitLogvar`), each (b, latent_channels, h/f, w/f).
 
         Raises
         ------
@@ -610,6 +612,22 @@ class AutoencoderKL(Autoencoder):
         eps: Tensor | None = None,
         # Reconstruction (b, 1, h, w), mean and log-variance of the latents
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (b, 1, h, w), mean and log-variance of the latents.
+
+        Parameters
+        ----------
+        x : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+        eps : Tensor | None, default None
+            Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Reconstruction (b, 1, h, w), mean and log-variance of the latents.
+        """
         mu, logvar = self.encode(x, cond)
         z = mu if eps is None else reparameterize(mu, logvar, eps)
         return self.decode(z, cond), mu, logvar
@@ -661,6 +679,7 @@ def laplacian_variance(
     Returns
     -------
     Tensor
+        Variance of the Laplacian where all eight neighbours are brain, too (b,); NaN without brain.
 
     References
     ----------
@@ -697,6 +716,8 @@ def sharpness(
     Returns
     -------
     Tensor
+        Variance of the Laplacian inside the brain, reconstruction over original (b,); NaN without
+        brain.
     """
     return laplacian_variance(recon, brain) / laplacian_variance(real, brain)
 
@@ -720,6 +741,8 @@ def image_scores(
     Returns
     -------
     dict[str, Tensor]
+        ssim, ssim_brain, psnr (dB), sharpness of each picture, each (b,); NaN where there is no
+        brain.
 
     Raises
     ------

@@ -122,6 +122,7 @@ def code_scores(
     Returns
     -------
     dict[str, float]
+        codebook_usage: share of codes used; perplexity: equally used codes of this entropy.
 
     Raises
     ------
@@ -295,6 +296,20 @@ class VectorQuantizer(nn.Module):
         u: Tensor | None = None,
         # Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w).
+        u : Tensor | None, default None
+            Uniform numbers in [0, 1) (k,), for the restart of dead codes; None: no restart.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder.
+        """
         z = self.bound(z)
         indices = self.nearest(z)
         zq = self.lookup(indices)
@@ -545,6 +560,20 @@ class FSQ(nn.Module):
         u: Tensor | None = None,  # Not looked at: no code can die
         # Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w), as the encoder says them.
+        u : Tensor | None, default None
+            Not looked at: no code can die.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0.
+        """
         z = self.bound(z)
         indices = self.nearest(z)
         return straight_through(z, self.lookup(indices)), indices, z.new_zeros(())
@@ -717,6 +746,7 @@ class VQVAE(Autoencoder):
         Returns
         -------
         tuple[Tensor, Tensor]
+            Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f).
 
         Raises
         ------
@@ -776,6 +806,22 @@ class VQVAE(Autoencoder):
         u: Tensor | None = None,  # Uniform numbers in [0, 1) (k,), for the restart of dead codes
         # Reconstruction (b, 1, h, w), codes (b, h/f, w/f), loss of the quantiser
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (b, 1, h, w), codes (b, h/f, w/f), loss of the quantiser.
+
+        Parameters
+        ----------
+        x : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates; 'slice' is also what the histogram counts by.
+        u : Tensor | None, default None
+            Uniform numbers in [0, 1) (k,), for the restart of dead codes.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Reconstruction (b, 1, h, w), codes (b, h/f, w/f), loss of the quantiser.
+        """
         zq, indices, loss = self.quantizer(self.squeeze(x, cond), u)
         if self.training:
             self.histogram.update(
@@ -873,6 +919,20 @@ class PatchDiscriminator(nn.Module):
         cond: dict[str, Tensor] | None = None,
         # Logits of the patches (b, 1, h/8, w/8), and the features of each level
     ) -> tuple[Tensor, list[Tensor]]:
+        """Logits of the patches (b, 1, h/8, w/8), and the features of each level.
+
+        Parameters
+        ----------
+        x : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates; others than its own are not looked at.
+
+        Returns
+        -------
+        tuple[Tensor, list[Tensor]]
+            Logits of the patches (b, 1, h/8, w/8), and the features of each level.
+        """
         features = []
         for level in self.levels:
             features.append(x := level(x))
@@ -909,6 +969,7 @@ def discriminator_loss(
     Returns
     -------
     Tensor
+        Scalar: half for the real ones, half for the fake ones, however many there are of each.
 
     References
     ----------
@@ -972,6 +1033,8 @@ def discriminator_accuracy(
     Returns
     -------
     Tensor
+        Share of patches judged rightly, half the weight on each kind; 0.5 is guessing, 1 is
+        certainty.
     """
     return ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
 

@@ -103,6 +103,7 @@ def neighbor_scores(
     Returns
     -------
     dict[str, Tensor]
+        Each (n,): ssim of neighbouring slices; roughness, the mean size of second differences.
     """
     n = len(volumes)
     below, above = (o.flatten(0, 1)[:, None] for o in (volumes[:, :-1], volumes[:, 1:]))
@@ -243,6 +244,7 @@ def prepare_brain_conditions(
     Returns
     -------
     tuple[dict[str, Tensor], list[float]]
+        Encoded conditions, each (n*depth,), and the slice numbers.
 
     Raises
     ------
@@ -321,6 +323,8 @@ def correlate_noise(
     Returns
     -------
     Tensor
+        Noise of the same shape, each slice standard normal, slices i and j correlated by
+        correlation**|i-j|.
 
     References
     ----------
@@ -335,7 +339,7 @@ def correlate_noise(
 
 # %% ../../nbs/advanced/11_volume.ipynb #fd316284
 def sample_shared_noise(
-    model,  # A `Sampler`: a run with a trained denoiser
+    model: Sampler,  # A run with a trained denoiser
     n: int = 1,  # Brains to draw
     # Of neighbouring slices, 0 to 1; 1: one field of noise for all slices
     noise_correlation: float = 1.0,
@@ -351,8 +355,8 @@ def sample_shared_noise(
 
     Parameters
     ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
+    model : Sampler
+        A run with a trained denoiser.
     n : int, default 1
         Brains to draw.
     noise_correlation : float, default 1.0
@@ -395,9 +399,6 @@ def sample_shared_noise(
         )
         brains.append(sample_batch(model, noise, part, options)[:, 0])
     return torch.stack(brains)
-
-
-Sampler.sample_shared_noise = sample_shared_noise
 
 # %% ../../nbs/advanced/11_volume.ipynb #de3df933
 def stack_neighbors(
@@ -539,6 +540,8 @@ def find_neighbors(
     Returns
     -------
     np.ndarray
+        Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is
+        none.
     """
     # one visit of a subject
     scan = (
@@ -776,7 +779,8 @@ def generation_order(
         Rounds: the places to draw together.
     """
     start = given or (depth // 2,)
-    far = np.abs(np.arange(depth)[:, None] - np.array(start)).min(1)  # steps to the nearest start
+    # steps to the nearest start
+    far = np.abs(np.arange(depth)[:, None] - np.array(start)).min(1)
     rounds = [np.flatnonzero(far == i).tolist() for i in range(1, far.max() + 1)]
     return rounds if given else [list(start), *rounds]
 
@@ -1052,6 +1056,8 @@ def validate_volume(
     Returns
     -------
     dict[str, float]
+        val_mse; val_mse_without_neighbors, without neighbours; val_ssim, val_roughness of drawn
+        brains.
     """
     model = copy(model)
     model.unet = unet = learner.ema.module
@@ -1383,6 +1389,7 @@ def resolve_spacing(
     Returns
     -------
     tuple[float, float] | None
+        The same after cropping and resizing; None: nothing says how large a voxel is.
 
     Raises
     ------
@@ -1443,6 +1450,8 @@ def save_volumes(
     Returns
     -------
     Path
+        The folder: brain_0000.nii.gz …, planes.png, scroll.gif, and subjects.csv; `brainldm check`
+        reads it where size and left are known.
 
     Raises
     ------

@@ -58,6 +58,7 @@ from brainldm.advanced.volume import (
     VolumeConfig,
     check_spacing,
     resolve_spacing,
+    sample_shared_noise,
     save_volumes,
     train_volume,
 )
@@ -617,6 +618,7 @@ def read_pairs(
     Returns
     -------
     dict[str, str]
+        Values by name, as they were written: what a value means, its covariate decides.
 
     Raises
     ------
@@ -776,7 +778,8 @@ class SamplingFlags:
     steps: int = 30  # (ldm) Denoising steps
     # (ldm) ddim, dpmpp: few steps; ddpm: ancestral
     sampler: Literal['ddim', 'dpmpp', 'ddpm'] = 'ddim'
-    temperature: float = 1.0  # (prior) Below 1: bolder about probable codes; above 1: more random
+    # (prior) Below 1: bolder about probable codes; above 1: more random
+    temperature: float = 1.0
     top_k: int | None = None  # (prior) Choose among so many codes only
     top_p: float = 1.0  # (prior) Choose among the codes that hold this share of the probability
     seed: int = 0  # Same seed, same machine: same pictures
@@ -1044,6 +1047,7 @@ def conditions_of_rows(
     Returns
     -------
     dict
+        A list of values by name; None where there is none, or one that the model has never seen.
     """
     out = {}
     for c in covariates:
@@ -1279,16 +1283,16 @@ class Volume:
             )
         if self.out:
             refuse_taken(self.out)  # before any work
-        model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
+        if self.shared_noise is None:
+            model = BrainVolumes.load(self.run_folder)
+            draw = partial(model.sample_volume, progress=process_state().is_main_process)
+        else:
+            model = BrainLDM.load(self.run_folder)
+            draw = partial(sample_shared_noise, model, noise_correlation=self.shared_noise)
         requested = read_condition_flags(
             dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex),
             self.condition,
             (*model.covariates, *model.autoencoder.covariates),
-        )
-        draw = (
-            partial(model.sample_volume, progress=process_state().is_main_process)
-            if self.shared_noise is None
-            else partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
         )
         brains = sample_across_processes(
             lambda n, first: draw(n, first=first, **requested, **options), self.n
@@ -1370,6 +1374,7 @@ def evaluate_config(
     Returns
     -------
     DataConfig
+        How to open the data: as the run did, or as the flags say, as large as the images.
 
     Raises
     ------
@@ -1667,6 +1672,7 @@ def demo_configs(
     Returns
     -------
     tuple[AEConfig, LDMConfig]
+        The preset, with the laptop's trainings shortened to what phantoms need.
     """
     auto, ldm = PRESETS[preset]
     if preset != 'laptop':
@@ -1720,7 +1726,8 @@ class Demo:
     """
 
     out: Path = Path('runs/demo')  # Folder for the cohort and the run
-    preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'  # Sizes; tiny takes seconds and draws badly
+    # Sizes; tiny takes seconds and draws badly
+    preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'
     num_subjects: int = 48  # Brains in the cohort
 
     def run(self) -> int:  # Exit status

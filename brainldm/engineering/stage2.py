@@ -258,6 +258,7 @@ def mean_encoder(
     Returns
     -------
     Callable[[dict], Tensor]
+        A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU.
     """
     device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
     mean = in_chunks(lambda x, cond: encode(x, cond)[0], 64)
@@ -490,6 +491,7 @@ def latent_splits(
     Returns
     -------
     tuple[LatentDataset, LatentDataset, Tensor, Tensor]
+        Train, validate, mean and deviation by channel (1, c, 1, 1).
     """
     parts, encode = {o: dataset.subset(o) for o in ('train', 'validate')}, mean_encoder(
         autoencoder, acc.mixed_precision
@@ -870,6 +872,7 @@ def load_unet(
     Returns
     -------
     tuple[UNet, dict]
+        The averaged network in evaluation mode on the CPU, and the description of its file.
 
     Raises
     ------
@@ -994,6 +997,7 @@ def validate_ldm(
     Returns
     -------
     dict[str, float]
+        val_mse of the averaged network, on times and noise that are the same each time.
     """
     device = learner.accelerator.device
     unet = in_chunks(infer(learner.ema.module, learner.precision), config.batch_size)
