@@ -118,14 +118,14 @@ def r2(
 
 # %% ../nbs/08_analysis.ipynb #5979d364
 def check_vectors(
-    where: str,  # Function that asks, for the message
+    caller: str,  # Function that asks, for the message
     vectors,  # What arrived: array or tensor
 ) -> np.ndarray:  # The same as (n, d) float64
     """Refuse what is no table of finite numbers.
 
     Parameters
     ----------
-    where : str
+    caller : str
         Function that asks, for the message.
     vectors
         What arrived: array or tensor.
@@ -146,14 +146,14 @@ def check_vectors(
     )
     if v.ndim != 2 or len(v) < 3:
         raise ValueError(
-            f"{where}: vectors of shape {v.shape}. Expected (n, d), three rows or more. Try"
+            f"{caller}: vectors of shape {v.shape}. Expected (n, d), three rows or more. Try"
             " latents.flatten(1)."
         )
     bad = ~np.isfinite(v).all(1)
     if bad.any():
         raise ValueError(
-            f"{where}: {bad.sum()} of {len(v)} rows hold NaN or infinity, first row {bad.argmax()}."
-            " Expected finite numbers. Leave those rows out, or check the network."
+            f"{caller}: {bad.sum()} of {len(v)} rows hold NaN or infinity, first row"
+            f" {bad.argmax()}. Expected finite numbers. Leave those rows out, or check the network."
         )
     return v.astype(np.float64)
 

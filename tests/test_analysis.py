@@ -191,7 +191,7 @@ def test_probe_does_not_mind_order_names_or_units():
         [f'sub-{i:02d}' for i in who],
         shuffles=5,
     )
-    assert abs(a['score'] - b['score']) < 1e-6 and a['num_people'] == b['num_people'] == 30
+    assert abs(a['score'] - b['score']) < 1e-6 and a['num_subjects'] == b['num_subjects'] == 30
     assert describe_probe(a).startswith(f"AUC {a['score']:.2f} [") and describe_probe(a).endswith(
         '30 people'
     )
@@ -204,7 +204,10 @@ def test_a_number_about_people_is_scored_by_people():
     v[:, 2] += (age - 70) / 10
     o = probe(v, age, who)
     assert (
-        o['metric'] == 'R2' and o['num_people'] == 40 and o['score'] > 0.4 and o['baseline'] < 0.05
+        o['metric'] == 'R2'
+        and o['num_subjects'] == 40
+        and o['score'] > 0.4
+        and o['baseline'] < 0.05
     )
 
 

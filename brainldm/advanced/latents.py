@@ -243,7 +243,7 @@ def probe(
     seed: int = 0,  # Of dealing, shuffling and resampling
     shuffles: int = 100,  # Shuffled targets for the floor
     penalty: float = 1.0,  # Of the ridge, see `fold_predictions`
-    # metric ('AUC' or 'R2'), score, interval_95, floor and baseline_95 (shuffled), num_people
+    # metric ('AUC' or 'R2'), score, interval_95, floor and baseline_95 (shuffled), num_subjects
 ) -> dict:
     """How well a straight cut through the vectors answers a question about people it has not seen.
 
@@ -292,7 +292,7 @@ def probe(
         metric='AUC' if two else 'R2',
         score=real,
         baseline=float(np.mean(null)),
-        num_people=len(first),
+        num_subjects=len(first),
         interval_95=bootstrap(score, said[:, 0], truth[:, 0], who, rng),
         baseline_95=tuple(np.quantile(null, [0.025, 0.975]).tolist()),
     )
@@ -317,5 +317,5 @@ def describe_probe(
     between = lambda o: f'[{o[0]:.2f}, {o[1]:.2f}]'
     return (
         f"{r['metric']} {r['score']:.2f} {between(r['interval_95'])}, shuffled {r['baseline']:.2f} "
-        f"{between(r['baseline_95'])}, {r['num_people']} people"
+        f"{between(r['baseline_95'])}, {r['num_subjects']} people"
     )

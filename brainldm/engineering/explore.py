@@ -47,7 +47,7 @@ from ..sampling import BrainLDM, sample_batch, sample_noise, slerp
 def sample_frames(
     model,  # A `Sampler`: a run with a trained denoiser
     steps: int = 20,  # Network calls
-    **request,  # As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
+    **conditions,  # As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
     # The picture expected after each step (steps, size, size) in [-1, 1]; the last one is the
     # answer
 ) -> Tensor:
@@ -61,7 +61,7 @@ def sample_frames(
         A `Sampler`: a run with a trained denoiser.
     steps : int, default 20
         Network calls.
-    **request
+    **conditions
         As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
 
     Returns
@@ -70,7 +70,7 @@ def sample_frames(
     """
     frames = []
     model.sample(
-        1, steps=steps, callback=lambda i, t, images: frames.append(images[0, 0]), **request
+        1, steps=steps, callback=lambda i, t, images: frames.append(images[0, 0]), **conditions
     )
     return torch.stack(frames)
 
