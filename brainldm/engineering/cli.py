@@ -776,7 +776,8 @@ class SamplingFlags:
     steps: int = 30  # (ldm) Denoising steps
     # (ldm) ddim, dpmpp: few steps; ddpm: ancestral
     sampler: Literal['ddim', 'dpmpp', 'ddpm'] = 'ddim'
-    temperature: float = 1.0  # (prior) Below 1: bolder about probable codes; above 1: more random
+    # (prior) Below 1: bolder about probable codes; above 1: more random
+    temperature: float = 1.0
     top_k: int | None = None  # (prior) Choose among so many codes only
     top_p: float = 1.0  # (prior) Choose among the codes that hold this share of the probability
     seed: int = 0  # Same seed, same machine: same pictures
@@ -889,14 +890,14 @@ def generator_options(
 # %% ../../nbs/engineering/39_cli.ipynb #e1cca9c3
 def sample_across_processes(
     # Called as draw(n, first): images, or brains, first, first+1, …
-    draw: Callable[[int, int], Tensor],
+    sample: Callable[[int, int], Tensor],
     n: int,  # How many in all
 ) -> Tensor | None:  # All of them (n, ...) in the first process, None in the others
     """Share a drawing among the processes of `accelerate launch`; a single process draws it all.
 
     Parameters
     ----------
-    draw : Callable[[int, int], Tensor]
+    sample : Callable[[int, int], Tensor]
         Called as draw(n, first): images, or brains, first, first+1, …
     n : int
         How many in all.
@@ -910,7 +911,7 @@ def sample_across_processes(
     # the first has the first image
     start, stop = (-(-n * (state.process_index + k) // state.num_processes) for k in (0, 1))
     # draw refuses less than 1
-    parts = gather_object([draw(stop - start, start)] if stop > start or n < 1 else [])
+    parts = gather_object([sample(stop - start, start)] if stop > start or n < 1 else [])
     return torch.cat(parts) if state.is_main_process else None
 
 # %% ../../nbs/engineering/39_cli.ipynb #1a429a01
@@ -986,9 +987,9 @@ class Sample(SamplingFlags):
                 *filter(None, [model.slice_covariate]),
             ),
         )
-        draw = partial(model.sample_stage1, **requested, seed=self.seed)
+        sample = partial(model.sample_stage1, **requested, seed=self.seed)
         if self.generator != 'stage1':
-            draw = partial(
+            sample = partial(
                 model.sample,
                 **requested,
                 **options,
@@ -996,11 +997,13 @@ class Sample(SamplingFlags):
                 progress=process_state().is_main_process,
             )
         if self.generator == 'ldm':
-            draw = partial(draw, callback=lambda i, t, p: frames.append(p))
+            sample = partial(sample, callback=lambda i, t, p: frames.append(p))
 
         def part(n, first):  # the film shows four, all of the first process
             shown = range(min(n, 4)) if first == 0 else ()
-            return draw(n, first=first, **(dict(watched=shown) if self.generator == 'ldm' else {}))
+            return sample(
+                n, first=first, **(dict(watched=shown) if self.generator == 'ldm' else {})
+            )
 
         images = sample_across_processes(part, self.n)
         if images is None:
@@ -1011,7 +1014,7 @@ class Sample(SamplingFlags):
         )
         folder = save_images(
             images,
-            output_folder(self.out, self.run_folder / 'samples' / 'drawn'),
+            output_folder(self.out, self.run_folder / 'samples' / 'generated'),
             requested,
             dict(generator=self.generator, **about, seed=self.seed),
         )
@@ -1285,13 +1288,13 @@ class Volume:
             self.condition,
             (*model.covariates, *model.autoencoder.covariates),
         )
-        draw = (
+        sample = (
             partial(model.sample_volume, progress=process_state().is_main_process)
             if self.shared_noise is None
             else partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
         )
         brains = sample_across_processes(
-            lambda n, first: draw(n, first=first, **requested, **options), self.n
+            lambda n, first: sample(n, first=first, **requested, **options), self.n
         )
         if brains is None:
             return 0  # the first process saves
@@ -1720,7 +1723,8 @@ class Demo:
     """
 
     out: Path = Path('runs/demo')  # Folder for the cohort and the run
-    preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'  # Sizes; tiny takes seconds and draws badly
+    # Sizes; tiny takes seconds and draws badly
+    preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'
     num_subjects: int = 48  # Brains in the cohort
 
     def run(self) -> int:  # Exit status
