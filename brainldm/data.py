@@ -125,15 +125,18 @@ class DataConfig:
     crop: int | Literal['auto'] | None = None
     # First and last+1 axial plane of volumes; None keeps every plane with foreground
     planes: tuple[int, int] | None = None
-    to_gray: bool = False  # Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault
+    # Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault
+    to_gray: bool = False
     split_seed: int = 0  # Seed of the split
-    validate_fraction: float = 0.1  # Share of subjects for validation where the folders give none
+    # Share of subjects for validation where the folders give none
+    validate_fraction: float = 0.1
     # Share of subjects for testing where the folders give no split at all
     test_fraction: float = 0.1
     # Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
     # in the data folder
     subjects: Path | None = None
-    only: str | None = None  # Pattern of the file names to use, such as *_T1w.nii.gz; None uses all
+    # Pattern of the file names to use, such as *_T1w.nii.gz; None uses all
+    only: str | None = None
     # Further columns to learn, besides slice, diagnosis, age and sex, such as apoe
     columns: tuple[str, ...] = ()
     # Columns to learn as categories though they hold numbers, such as site or apoe
@@ -1389,7 +1392,8 @@ def find_dark(
 # %% ../nbs/01_data.ipynb #16829009
 def find_duplicates(
     rows: pd.DataFrame,  # Rows with hash, subject, split, path
-) -> pd.DataFrame:  # Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere
+    # Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere
+) -> pd.DataFrame:
     """Find identical pictures: every copy if two subjects share it, all but the first within one
     subject.
 

@@ -196,7 +196,8 @@ class AEConfig(TrainConfig):
         Weight of the difference in the critic's features.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)  # How pictures are found, cut and split
+    # How pictures are found, cut and split
+    data: DataConfig = field(default_factory=DataConfig)
     latent_channels: int = 8  # Channels of the latent
     channels: tuple[int, ...] = (96, 128)  # Features at each level, largest picture first
     num_res_blocks: int = 1  # Residual blocks a level

@@ -50,7 +50,7 @@ def run_levels(
 
 # %% ../nbs/02_vae.ipynb #e5f88aa3
 def check_levels(
-    where: str,  # Name of the class that asks, for the message
+    caller: str,  # Name of the class that asks, for the message
     channels: tuple[int, ...],  # Features at each level
     attention_levels: tuple[bool, ...],  # Levels with self-attention
 ) -> None:  # Nothing: it raises ValueError or returns
@@ -58,7 +58,7 @@ def check_levels(
 
     Parameters
     ----------
-    where : str
+    caller : str
         Name of the class that asks, for the message.
     channels : tuple[int, ...]
         Features at each level.
@@ -71,7 +71,7 @@ def check_levels(
     """
     if not channels or len(channels) != len(attention_levels):
         raise ValueError(
-            f"{where}: {len(channels)} channels and {len(attention_levels)} attention_levels."
+            f"{caller}: {len(channels)} channels and {len(attention_levels)} attention_levels."
             " Expected one of each a level, and at least one level. Make the two tuples equally"
             " long."
         )
@@ -250,7 +250,8 @@ def reparameterize(
     mu: Tensor,  # Means (b, c, h, w)
     logvar: Tensor,  # Log-variances, same shape
     eps: Tensor,  # Standard normal noise, same shape
-) -> Tensor:  # Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits
+    # Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits
+) -> Tensor:
     """A sample that gradients can pass through.
 
     Parameters
@@ -637,7 +638,8 @@ class AutoencoderKL(Autoencoder):
         n: int,  # How many
         side: int,  # Height and width of a latent
         generator: torch.Generator,  # Source of chance; says the device
-        cond: dict[str, Tensor] | None = None,  # Not looked at: the prior is the same for everybody
+        # Not looked at: the prior is the same for everybody
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Draws of N(0, 1) (n, latent_channels, side, side)
         """Draw latents from the prior that the KL term pulls towards.
 

@@ -144,7 +144,7 @@ def flat_codes(
 
 # %% ../../nbs/advanced/13_factors.ipynb #5f1b3256
 def subject_slice_table(
-    where: str,  # Function that asks, for the message
+    caller: str,  # Function that asks, for the message
     vectors,  # A row a slice (n, d)
     subjects,  # Whose slice it is (n,)
     slices,  # At which height (n,)
@@ -153,7 +153,7 @@ def subject_slice_table(
 
     Parameters
     ----------
-    where : str
+    caller : str
         Function that asks, for the message.
     vectors
         A row a slice (n, d).
@@ -172,16 +172,16 @@ def subject_slice_table(
     ValueError
         Unless everybody has every height once.
     """
-    v = check_vectors(where, vectors)
+    v = check_vectors(caller, vectors)
     (s, people), (k, heights) = (pd.factorize(np.asarray(o), sort=True) for o in (subjects, slices))
     if not len(v) == len(s) == len(k):
         raise ValueError(
-            f"{where}: {len(v)} vectors, {len(s)} subjects, {len(k)} slices. Expected as many of"
+            f"{caller}: {len(v)} vectors, {len(s)} subjects, {len(k)} slices. Expected as many of"
             " each. Check the rows."
         )
     if (np.bincount(s * len(heights) + k, minlength=len(people) * len(heights)) != 1).any():
         raise ValueError(
-            f"{where}: {len(v)} rows of {len(people)} people at {len(heights)} heights. Expected"
+            f"{caller}: {len(v)} rows of {len(people)} people at {len(heights)} heights. Expected"
             " everybody at every height once. Leave out people who lack one."
         )
     return v[np.lexsort((k, s))].reshape(len(people), len(heights), -1)
@@ -216,11 +216,11 @@ def variance_fractions(
     v = subject_slice_table('variance_fractions', vectors, subjects, slices)
     s, j, _ = v.shape
     v = v - v.mean((0, 1))
-    total, who, where = (v**2).sum(), j * (v.mean(1) ** 2).sum(), s * (v.mean(0) ** 2).sum()
+    total, who, caller = (v**2).sum(), j * (v.mean(1) ** 2).sum(), s * (v.mean(0) ** 2).sum()
     return dict(
         subject=float(who / total),
-        slice=float(where / total),
-        rest=float(1 - (who + where) / total),
+        slice=float(caller / total),
+        rest=float(1 - (who + caller) / total),
         baseline_subject=(s - 1) / (s * j - 1),
         baseline_slice=(j - 1) / (s * j - 1),
     )
@@ -256,7 +256,8 @@ def subject_retrieval(
     found = np.full((j, j), np.nan)
     for a in range(j):
         for b in set(range(j)) - {a}:
-            gap = (v[:, b] ** 2).sum(1) - 2 * v[:, a] @ v[:, b].T  # squared distance, less |v_a|^2
+            # squared distance, less |v_a|^2
+            gap = (v[:, b] ** 2).sum(1) - 2 * v[:, a] @ v[:, b].T
             found[a, b] = (gap.argmin(1) == np.arange(s)).mean()
     return found
 

@@ -47,7 +47,8 @@ from ..vae import laplacian_variance
 FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=0.05)
 # Part of the train subjects that teach it; the others are the real-vs-real reference
 EVALUATOR_FRACTION = 0.5
-REAL, POSITIVE, PROPORTION = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)  # ranges of scores
+# ranges of scores
+REAL, POSITIVE, PROPORTION = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 SPANS = dict(frechet=POSITIVE, density=POSITIVE) | dict.fromkeys(
     ('precision', 'recall', 'coverage'), PROPORTION
 )
@@ -707,8 +708,10 @@ def frechet_distance(
 def kernel_terms(
     real: Tensor,  # Features of real slices (n, d)
     other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
-    subjects: np.ndarray | None = None,  # Subject of each real row (n,); None: each row has its own
-    others: np.ndarray | None = None,  # Subject of each other row (n,); None: each row has its own
+    # Subject of each real row (n,); None: each row has its own
+    subjects: np.ndarray | None = None,
+    # Subject of each other row (n,); None: each row has its own
+    others: np.ndarray | None = None,
     # What each two rows add to the distance (n, n), 0 where they do not count; which do (n, n)
 ) -> tuple[Tensor, Tensor]:
     """Kernels of each two rows: within both sets, minus across.
@@ -757,8 +760,10 @@ def kernel_terms(
 def kernel_distance(
     real: Tensor,  # Features of real slices (n, d)
     other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
-    subjects: np.ndarray | None = None,  # Subject of each real row (n,); None: each row has its own
-    others: np.ndarray | None = None,  # Subject of each other row (n,); None: each row has its own
+    # Subject of each real row (n,); None: each row has its own
+    subjects: np.ndarray | None = None,
+    # Subject of each other row (n,); None: each row has its own
+    others: np.ndarray | None = None,
     # Squared distance; 0 on average for two samples of one distribution, so it may fall below
 ) -> float:
     """Squared maximum mean discrepancy with a cubic kernel, over pairs of different subjects,
@@ -964,8 +969,10 @@ def leave_out_interval(
 def set_scores(
     real: Tensor,  # Features of real slices (n, d)
     other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
-    subjects: np.ndarray | None = None,  # Subject of each real row (n,); None: each row has its own
-    others: np.ndarray | None = None,  # Subject of each other row (n,); None: each row has its own
+    # Subject of each real row (n,); None: each row has its own
+    subjects: np.ndarray | None = None,
+    # Subject of each other row (n,); None: each row has its own
+    others: np.ndarray | None = None,
 ) -> dict[str, float]:  # frechet, kid, precision, recall, density, coverage
     """All distances of two sets of features.
 
@@ -1155,7 +1162,7 @@ def reference_rotations(
     held_out: pd.DataFrame,  # Manifest rows of held-out subjects
     train: pd.DataFrame,  # Manifest rows of train subjects
     # True where the feature network has learned from the row's subject, as from `evaluator_rows`
-    evaluator_subjects: np.ndarray,
+    in_evaluator: np.ndarray,
     rotations: int = 5,  # Sets to make
     # For each rotation the train row beside each held-out row; subjects the network has seen
 ) -> tuple[list[np.ndarray], int]:
@@ -1170,7 +1177,7 @@ def reference_rotations(
         Manifest rows of held-out subjects.
     train : pd.DataFrame
         Manifest rows of train subjects.
-    evaluator_subjects : np.ndarray
+    in_evaluator : np.ndarray
         True where the feature network has learned from the row's subject, as from `evaluator_rows`.
     rotations : int, default 5
         Sets to make.
@@ -1186,11 +1193,11 @@ def reference_rotations(
         return table[names].astype(object).fillna('').groupby(names).size()
 
     need = count(held_out)
-    enough = (count(train[~evaluator_subjects]).reindex(need.index).fillna(0) >= need).all()
-    pool = np.flatnonzero(~evaluator_subjects if enough else np.ones(len(train), bool))
+    enough = (count(train[~in_evaluator]).reindex(need.index).fillna(0) >= need).all()
+    pool = np.flatnonzero(~in_evaluator if enough else np.ones(len(train), bool))
     sets = [pool[match_rows(held_out, train.iloc[pool], rotation=r)] for r in range(rotations)]
     used = np.unique(np.concatenate(sets))
-    return sets, int(train.subject.iloc[used[evaluator_subjects[used]]].nunique())
+    return sets, int(train.subject.iloc[used[in_evaluator[used]]].nunique())
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee09
 def compare_with_reference(

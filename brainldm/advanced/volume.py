@@ -37,10 +37,10 @@ from ..unet import UNet
 from brainldm.engineering.loop import (
     Learner,
     TrainConfig,
-    process_state,
     in_chunks,
     infer,
     mixed_precision,
+    process_state,
     to_device,
 )
 from brainldm.engineering.runs import (
@@ -50,16 +50,15 @@ from brainldm.engineering.runs import (
     is_finished,
     load_weights,
     read_config,
+    retry_on_oom,
     run_stage,
     save_weights,
     weights_hash,
-    retry_on_oom,
 )
 from ..training import evenly_spaced_rows
 from brainldm.engineering.stage2 import (
     LatentDataset,
     check_stage2,
-    remove_folder,
     condition_dropout_mask,
     encode_rows,
     loss_weight,
@@ -67,25 +66,20 @@ from brainldm.engineering.stage2 import (
     prediction_error,
     refuse_leak,
     refuse_unfinished,
+    remove_folder,
 )
 from brainldm.engineering.codec import (
     SYNTHETIC,
     check_images,
     check_sample_counts,
-    in_batches,
     default_conditions,
+    in_batches,
     new_folder,
+    prepare_conditions,
     save_gif,
     to_bytes,
 )
-from brainldm.sampling import (
-    BrainLDM,
-    Sampler,
-    sample_batch,
-    sample_noise,
-    guide,
-    prepare_conditions,
-)
+from ..sampling import BrainLDM, Sampler, guide, sample_batch, sample_noise
 
 # %% ../../nbs/advanced/11_volume.ipynb #23237c46
 def neighbor_scores(

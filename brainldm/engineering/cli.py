@@ -892,14 +892,14 @@ def generator_options(
 # %% ../../nbs/engineering/39_cli.ipynb #e1cca9c3
 def sample_across_processes(
     # Called as draw(n, first): images, or brains, first, first+1, …
-    draw: Callable[[int, int], Tensor],
+    sample: Callable[[int, int], Tensor],
     n: int,  # How many in all
 ) -> Tensor | None:  # All of them (n, ...) in the first process, None in the others
     """Share a drawing among the processes of `accelerate launch`; a single process draws it all.
 
     Parameters
     ----------
-    draw : Callable[[int, int], Tensor]
+    sample : Callable[[int, int], Tensor]
         Called as draw(n, first): images, or brains, first, first+1, …
     n : int
         How many in all.
@@ -913,7 +913,7 @@ def sample_across_processes(
     # the first has the first image
     start, stop = (-(-n * (state.process_index + k) // state.num_processes) for k in (0, 1))
     # draw refuses less than 1
-    parts = gather_object([draw(stop - start, start)] if stop > start or n < 1 else [])
+    parts = gather_object([sample(stop - start, start)] if stop > start or n < 1 else [])
     return torch.cat(parts) if state.is_main_process else None
 
 # %% ../../nbs/engineering/39_cli.ipynb #1a429a01
@@ -989,9 +989,9 @@ class Sample(SamplingFlags):
                 *filter(None, [model.slice_covariate]),
             ),
         )
-        draw = partial(model.sample_stage1, **requested, seed=self.seed)
+        sample = partial(model.sample_stage1, **requested, seed=self.seed)
         if self.generator != 'stage1':
-            draw = partial(
+            sample = partial(
                 model.sample,
                 **requested,
                 **options,
@@ -999,11 +999,13 @@ class Sample(SamplingFlags):
                 progress=process_state().is_main_process,
             )
         if self.generator == 'ldm':
-            draw = partial(draw, callback=lambda i, t, p: frames.append(p))
+            sample = partial(sample, callback=lambda i, t, p: frames.append(p))
 
         def part(n, first):  # the film shows four, all of the first process
             shown = range(min(n, 4)) if first == 0 else ()
-            return draw(n, first=first, **(dict(watched=shown) if self.generator == 'ldm' else {}))
+            return sample(
+                n, first=first, **(dict(watched=shown) if self.generator == 'ldm' else {})
+            )
 
         images = sample_across_processes(part, self.n)
         if images is None:
@@ -1014,7 +1016,7 @@ class Sample(SamplingFlags):
         )
         folder = save_images(
             images,
-            output_folder(self.out, self.run_folder / 'samples' / 'drawn'),
+            output_folder(self.out, self.run_folder / 'samples' / 'generated'),
             requested,
             dict(generator=self.generator, **about, seed=self.seed),
         )
@@ -1285,17 +1287,17 @@ class Volume:
             refuse_taken(self.out)  # before any work
         if self.shared_noise is None:
             model = BrainVolumes.load(self.run_folder)
-            draw = partial(model.sample_volume, progress=process_state().is_main_process)
+            sample = partial(model.sample_volume, progress=process_state().is_main_process)
         else:
             model = BrainLDM.load(self.run_folder)
-            draw = partial(sample_shared_noise, model, noise_correlation=self.shared_noise)
+            sample = partial(sample_shared_noise, model, noise_correlation=self.shared_noise)
         requested = read_condition_flags(
             dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex),
             self.condition,
             (*model.covariates, *model.autoencoder.covariates),
         )
         brains = sample_across_processes(
-            lambda n, first: draw(n, first=first, **requested, **options), self.n
+            lambda n, first: sample(n, first=first, **requested, **options), self.n
         )
         if brains is None:
             return 0  # the first process saves

@@ -40,14 +40,14 @@ from .plotting import figure_to_png
 from .batches import Covariate
 from ..scheduler import BETA_SCHEDULES, NoiseSchedule, add_noise
 from .loop import to_device
-from .codec import SYNTHETIC, check_images, to_bytes
-from ..sampling import BrainLDM, sample_batch, sample_noise, slerp, prepare_conditions
+from .codec import SYNTHETIC, check_images, prepare_conditions, to_bytes
+from ..sampling import BrainLDM, sample_batch, sample_noise, slerp
 
 # %% ../../nbs/engineering/35_explore.ipynb #fd7dc3d0
 def sample_frames(
     model,  # A `Sampler`: a run with a trained denoiser
     steps: int = 20,  # Network calls
-    **request,  # As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
+    **conditions,  # As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
     # The picture expected after each step (steps, size, size) in [-1, 1]; the last one is the
     # answer
 ) -> Tensor:
@@ -61,7 +61,7 @@ def sample_frames(
         A `Sampler`: a run with a trained denoiser.
     steps : int, default 20
         Network calls.
-    **request
+    **conditions
         As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
 
     Returns
@@ -72,7 +72,7 @@ def sample_frames(
     """
     frames = []
     model.sample(
-        1, steps=steps, callback=lambda i, t, images: frames.append(images[0, 0]), **request
+        1, steps=steps, callback=lambda i, t, images: frames.append(images[0, 0]), **conditions
     )
     return torch.stack(frames)
 

@@ -97,7 +97,7 @@ def read_gray_image(
                 )
             if mode != 'L' and not to_gray:
                 raise DataFault(
-                    'colour', f'mode {mode}; expected 8-bit grey. Save it as grey or use --to-gray'
+                    'color', f'mode {mode}; expected 8-bit grey. Save it as grey or use --to-gray'
                 )
             # tag 0x0112: how the camera was held
             turned = im.getexif().get(0x0112, 1) in range(2, 9)

@@ -682,22 +682,22 @@ def make_subject(
             f" {config.num_subjects-1}, the cohort has {config.num_subjects} people. Try a larger"
             " PhantomConfig.num_subjects."
         )
-    person, rng = sample_subject(config, index), np.random.default_rng([config.seed, index, 2])
-    matrix, shift = sample_pose(rng, person.sex)
-    warp = sample_warp(rng, person.atrophy, config.shape_mm)
+    subject, rng = sample_subject(config, index), np.random.default_rng([config.seed, index, 2])
+    matrix, shift = sample_pose(rng, subject.sex)
+    warp = sample_warp(rng, subject.atrophy, config.shape_mm)
     maps = read_template(place_slices(config, matrix, shift, warp))
     # before the draws that depend on the size
     bias = sample_bias_field(rng, maps['brain'].shape, config.bias_fraction)
-    signal = bias * render_tissues(maps, person.atrophy, rng)
+    signal = bias * render_tissues(maps, subject.atrophy, rng)
     pixels = np.clip(np.rint(add_rician(signal, config.noise_sigma, rng)), 1, 255)
-    person.vol = np.where(maps['brain'], pixels, 0).astype(np.uint8)
-    person.ventricle_fraction = maps['ventricle'].sum((1, 2)) / maps['brain'].sum((1, 2)).clip(1)
-    return person
+    subject.vol = np.where(maps['brain'], pixels, 0).astype(np.uint8)
+    subject.ventricle_fraction = maps['ventricle'].sum((1, 2)) / maps['brain'].sum((1, 2)).clip(1)
+    return subject
 
 # %% ../../nbs/engineering/22_phantom.ipynb #29c28328
 def write_subject(
     out: Path,  # Folder of the cohort
-    person: Subject,  # With pictures
+    subject: Subject,  # With pictures
     config: PhantomConfig,  # The cohort
 ) -> list[dict]:  # One row of slices.csv a slice
     """Write one person's pictures, or one volume.
@@ -706,7 +706,7 @@ def write_subject(
     ----------
     out : Path
         Folder of the cohort.
-    person : Subject
+    subject : Subject
         With pictures.
     config : PhantomConfig
         The cohort.
@@ -716,23 +716,23 @@ def write_subject(
     list[dict]
         One row of slices.csv a slice.
     """
-    volume = f'volumes/{person.subject}.nii.gz'
-    images = [f'images/{person.subject}_slice_{k:02d}.png' for k in range(len(person.vol))]
+    volume = f'volumes/{subject.subject}.nii.gz'
+    images = [f'images/{subject.subject}_slice_{k:02d}.png' for k in range(len(subject.vol))]
     paths = [volume] * len(images) if config.format == 'nifti' else images
     (out / paths[0]).parent.mkdir(exist_ok=True)
     if config.format == 'nifti':
-        data = np.ascontiguousarray(rearrange(person.vol[:, ::-1], 'z y x -> x y z'))
+        data = np.ascontiguousarray(rearrange(subject.vol[:, ::-1], 'z y x -> x y z'))
         image = nib.Nifti1Image(data, None)
         image.set_sform(volume_affine(config), 'mni')
         image.set_qform(volume_affine(config), 'mni')
         image.header.set_xyzt_units('mm')
         image.to_filename(out / volume)
     else:
-        for path, pixels in zip(paths, person.vol):
+        for path, pixels in zip(paths, subject.vol):
             Image.fromarray(pixels).save(out / path)
     return [
-        dict(path=p, subject=person.subject, slice=k, ventricle_fraction=round(float(f), 6))
-        for k, (p, f) in enumerate(zip(paths, person.ventricle_fraction))
+        dict(path=p, subject=subject.subject, slice=k, ventricle_fraction=round(float(f), 6))
+        for k, (p, f) in enumerate(zip(paths, subject.ventricle_fraction))
     ]
 
 # %% ../../nbs/engineering/22_phantom.ipynb #628274a8
@@ -773,9 +773,9 @@ def make_cohort(
     with tempfile.TemporaryDirectory(prefix='.phantom-', dir=out.parent) as tmp:
         tmp, people, slices = Path(tmp), [], []
         for index in tqdm(range(config.num_subjects), desc='subjects', disable=not progress):
-            person = make_subject(config, index)
-            slices += write_subject(tmp, person, config)
-            people.append({k: getattr(person, k) for k in ('subject', 'diagnosis', 'age', 'sex')})
+            subject = make_subject(config, index)
+            slices += write_subject(tmp, subject, config)
+            people.append({k: getattr(subject, k) for k in ('subject', 'diagnosis', 'age', 'sex')})
         pd.DataFrame(people).to_csv(tmp / 'subjects.csv', index=False)
         pd.DataFrame(slices).to_csv(tmp / 'slices.csv', index=False)
         note = dict(kind='brainldm phantom', version=brainldm.__version__, config=asdict(config))

@@ -454,8 +454,8 @@ def evaluate_samples(
         pd.concat([requested, orders], ignore_index=True),
         train.covariates,
     )
-    evaluator_subjects = evaluator_rows(train.manifest, net.fraction)
-    turns, known = reference_rotations(held_out.manifest, train.manifest, evaluator_subjects)
+    in_evaluator = evaluator_rows(train.manifest, net.fraction)
+    turns, known = reference_rotations(held_out.manifest, train.manifest, in_evaluator)
     seen, every, *ours = (image_features(net, o) for o in (held_out, train, images, *more))
     owners = train.manifest.subject.to_numpy()
     middle = ventricle_slices(csf_fraction(train), train.manifest['slice'])
