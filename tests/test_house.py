@@ -21,8 +21,8 @@ LAYERS = """
     engineering.layers vae vqgan scheduler advanced.solvers unet
     engineering.loop engineering.runs engineering.sharing
     training engineering.stage2
-    engineering.codec sampling
-    advanced.volume analysis advanced.factors engineering.explore advanced.prior
+    engineering.codec sampling analysis
+    advanced.volume advanced.latents advanced.factors engineering.explore advanced.prior
     advanced.evaluation advanced.fidelity advanced.audit engineering.report
     engineering.cli
 """  # lowest first; a module imports from those before it
