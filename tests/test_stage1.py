@@ -375,7 +375,7 @@ def phantom(tiny_run):
             '--kind vq --num-embeddings 32 --adversarial --adversarial-start 40'
             ' --discriminator-warmup 16'
         ),
-        '--kind fsq --no-adversary',
+        '--kind fsq --no-adversarial',
         '--kind kl --adversarial --adversarial-start 40',
     ],
 )
