@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .engineering.extending import Autoencoder
 from .engineering.files import write_atomic
 from .engineering.plotting import save_figure, show_grid
-from .data import DataConfig
-from .engineering.batches import Covariate, SliceDataset
-from .engineering.extending import Autoencoder
-from .vae import AutoencoderKL, cyclical_weight, kl_loss, image_scores
+from .engineering.layouts import DataConfig
+from .engineering.covariates import Covariate
+from .data import SliceDataset
+from .vae import AutoencoderKL, cyclical_weight, image_scores, kl_loss
 from brainldm.vqgan import (
     FP16_SCALE,
     FSQ,
@@ -66,11 +67,11 @@ from brainldm.engineering.runs import (
     fill_model,
     is_finished,
     load_weights,
+    retry_on_oom,
     run_stage,
     save_weights,
     unpack_state,
     weights_hash,
-    retry_on_oom,
 )
 from .engineering.sharing import locate_run
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 from .engineering.checks import check_divides
-from .engineering.batches import Covariate
+from .engineering.covariates import Covariate
 from brainldm.engineering.layers import (
     AttentionBlock,
     Conditioner,

@@ -18,7 +18,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from .engineering.batches import Covariate
+from .engineering.covariates import Covariate
 from .engineering.layers import AttentionBlock, Conditioner, Downsample, ResBlock, Upsample
 
 # %% ../nbs/02_vae.ipynb #42417f8d
@@ -480,7 +480,7 @@ class ConvAutoencoder(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}.encode: pictures of shape {tuple(x.shape)}. Expected (b,"
                 f" {self.in_channels}, h, w) with h and w multiples of {self.factor}. Load them"
-                " with brainldm.engineering.batches, or pad them."
+                " with brainldm.data, or pad them."
             )
         return self.encoder(x, self.embed(cond, len(x)))
 

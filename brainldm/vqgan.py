@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .engineering.checks import check_divides
 from .engineering.devices import double_on_cpu
-from .engineering.batches import Covariate
+from .engineering.covariates import Covariate
 from .engineering.layers import Conditioner
 from .vae import ConvAutoencoder
 

@@ -24,8 +24,8 @@ def own_cache(tmp_path_factory):
 def tiny_run(own_cache, tmp_path_factory):
     """(run folder, data folder): 6 phantom people, 6 slices each, 64 x 64, a handful of steps of
     both stages. Read only: copy before you change it."""
-    from brainldm.data import DataConfig
-    from brainldm.engineering.batches import open_dataset
+    from brainldm.engineering.layouts import DataConfig
+    from brainldm.data import open_dataset
     from brainldm.engineering.phantom import PhantomConfig, make_cohort
     from brainldm.training import AEConfig, train_autoencoder
     from brainldm.engineering.stage2 import LDMConfig, train_ldm

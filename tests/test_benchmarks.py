@@ -146,7 +146,7 @@ def test_time_to_ssim(load, tmp_path, tiny_run):
 
 def test_volumes(load, tmp_path, tiny_run, monkeypatch):
     from brainldm.engineering.cli import data_config
-    from brainldm.engineering.batches import open_dataset
+    from brainldm.data import open_dataset
     from brainldm.advanced.fidelity import FEATURES
     from brainldm.advanced.volume import VOLUME_PRESETS, train_volume
 
@@ -194,8 +194,8 @@ def quick_judge(load, monkeypatch):
 def with_crowd(own_cache, tmp_path_factory):
     """(run folder with an autoencoder, data folder): 24 phantom people, 10 of them held out, since
     fewer than 50 pictures cannot be judged."""
-    from brainldm.engineering.batches import open_dataset
-    from brainldm.data import DataConfig
+    from brainldm.data import open_dataset
+    from brainldm.engineering.layouts import DataConfig
     from brainldm.engineering.phantom import PhantomConfig, make_cohort
     from brainldm.training import AEConfig, train_autoencoder
 
@@ -338,8 +338,8 @@ def test_ablate_stage1(load, tmp_path, tiny_run):
 
 
 def test_ablate_prior(load, tmp_path, tiny_run, monkeypatch):
-    from brainldm.data import DataConfig
-    from brainldm.engineering.batches import open_dataset
+    from brainldm.engineering.layouts import DataConfig
+    from brainldm.data import open_dataset
     from brainldm.training import AEConfig, train_autoencoder
 
     o, config = load('ablate_prior'), DataConfig(size=64, validate_fraction=0.2, test_fraction=0.2)

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainldm.engineering import layers
-from brainldm.engineering.batches import SliceDataset
-from brainldm.engineering.stage2 import PRESETS, LDMConfig, cache_latents, train_ldm, unet_args
-from brainldm.engineering.loop import check_config, infer
+from brainldm.data import SliceDataset
+from brainldm.vae import AutoencoderKL
 from brainldm.scheduler import NoiseSchedule
+from brainldm.unet import UNet
+from brainldm.engineering.loop import check_config, infer
 from brainldm.engineering.runs import read_config, read_log
 from brainldm.training import autoencoder_args, load_autoencoder, train_autoencoder
-from brainldm.unet import UNet
-from brainldm.vae import AutoencoderKL
+from brainldm.engineering.stage2 import PRESETS, LDMConfig, cache_latents, train_ldm, unet_args
+from brainldm.engineering import layers
 from test_training import (
     AE,
     LDM,

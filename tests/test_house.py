@@ -17,7 +17,9 @@ LAYERS = """
     engineering.checks engineering.extending
     engineering.devices
     engineering.files engineering.plotting engineering.phantom engineering.tables
-    data engineering.batches
+    engineering.layouts
+    engineering.covariates engineering.cache
+    data
     engineering.layers vae vqgan scheduler advanced.solvers unet
     engineering.loop engineering.runs engineering.sharing
     training engineering.stage2

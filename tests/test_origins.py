@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from brainldm.engineering.devices import device_name
-from brainldm.data import DataConfig
-from brainldm.engineering.batches import SliceDataset, find_covariates, fingerprint
+from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.covariates import find_covariates
+from brainldm.engineering.cache import fingerprint
+from brainldm.data import SliceDataset
 from brainldm.engineering.loop import TrainConfig
 from brainldm.engineering.runs import (
     Checkpoint,

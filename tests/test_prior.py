@@ -13,8 +13,9 @@ import torch
 from test_training import Crash, make_dataset
 
 from brainldm.engineering.devices import pick_precision
-from brainldm.data import DataConfig
-from brainldm.engineering.batches import Covariate, SliceDataset
+from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.covariates import Covariate
+from brainldm.data import SliceDataset
 from brainldm.engineering.loop import check_config, infer, seeded
 from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log
 from brainldm.training import AEConfig, load_autoencoder, train_autoencoder
@@ -24,17 +25,17 @@ from brainldm.advanced.prior import (
     CodeTransformer,
     PriorConfig,
     cache_codes,
+    code_baselines,
     code_bits,
     code_cells,
-    code_probabilities,
-    code_baselines,
     code_costs,
-    sample_uniform,
-    load_prior,
+    code_probabilities,
     context_positions,
+    load_prior,
     next_logits,
     pick_codes,
     prior_loss,
+    sample_uniform,
     train_prior,
 )
 from brainldm.advanced import prior as module

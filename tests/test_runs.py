@@ -12,8 +12,8 @@ from torch import nn
 
 from brainldm.engineering.files import write_atomic
 from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.data import DataConfig
-from brainldm.engineering.batches import open_dataset
+from brainldm.engineering.layouts import DataConfig
+from brainldm.data import open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.engineering.loop import Learner
 from brainldm.engineering.runs import (
@@ -26,8 +26,8 @@ from brainldm.engineering.runs import (
 )
 from brainldm.training import (
     AEConfig,
-    load_autoencoder,
     evenly_spaced_rows,
+    load_autoencoder,
     train_autoencoder,
     validate_autoencoder,
 )

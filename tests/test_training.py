@@ -19,13 +19,9 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.engineering import stage2 as diffusion
-from brainldm.engineering import runs
-from brainldm import training
-from brainldm.data import DataConfig
-from brainldm.engineering.batches import SliceDataset
+from brainldm.engineering.layouts import DataConfig
+from brainldm.data import SliceDataset
 from brainldm.scheduler import NoiseSchedule
-from brainldm.engineering.stage2 import LDMConfig, train_ldm
 from brainldm.engineering.loop import check_config
 from brainldm.engineering.runs import (
     HARMLESS,
@@ -36,6 +32,9 @@ from brainldm.engineering.runs import (
     read_log,
 )
 from brainldm.training import AEConfig, load_autoencoder, plot_history, train_autoencoder
+from brainldm.engineering.stage2 import LDMConfig, train_ldm
+from brainldm.engineering import runs, stage2 as diffusion
+from brainldm import training
 
 AE = AEConfig(
     total_images=80,

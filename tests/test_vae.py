@@ -6,7 +6,7 @@ import os
 import numpy as np, pytest, torch
 from scipy.ndimage import gaussian_filter
 from torch.testing import assert_close
-from brainldm.engineering.batches import Covariate, encode_covariates
+from brainldm.engineering.covariates import Covariate, encode_covariates
 from brainldm.engineering.layers import ResBlock
 from brainldm.vae import (
     LOGVAR_LIMITS,
@@ -16,8 +16,8 @@ from brainldm.vae import (
     LimitLogvar,
     check_levels,
     cyclical_weight,
-    kl_loss,
     image_scores,
+    kl_loss,
     reparameterize,
     run_levels,
 )

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from brainldm.engineering.batches import Covariate, encode_covariates
+from brainldm.engineering.covariates import Covariate, encode_covariates
 from brainldm.vqgan import (
     FP16_SCALE,
     FSQ,
@@ -19,11 +19,11 @@ from brainldm.vqgan import (
     PatchDiscriminator,
     VectorQuantizer,
     adaptive_weight,
+    all_gather_rows,
     code_scores,
     count_codes,
     discriminator_accuracy,
     discriminator_loss,
-    all_gather_rows,
     feature_loss,
     generator_loss,
     nearest_codes,

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
-from ..analysis import auc
-from ..engineering.batches import Covariate, SliceDataset, eval_batches
-from .evaluation import json_safe, subject_interval
+from ..engineering.covariates import Covariate
+from ..data import SliceDataset, eval_batches
+from ..vae import laplacian_variance
 from brainldm.engineering.loop import (
     Learner,
     TrainConfig,
@@ -40,8 +40,9 @@ from brainldm.engineering.loop import (
     train_batches,
 )
 from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
-from ..training import LOAD_ERRORS, covariates_to_dict, covariates_from_dict
-from ..vae import laplacian_variance
+from ..training import LOAD_ERRORS, covariates_from_dict, covariates_to_dict
+from ..analysis import auc
+from .evaluation import json_safe, subject_interval
 
 # of the feature network
 FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=0.05)

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from ..engineering.checks import check_divides
 from ..engineering.devices import pick_device, pick_precision
 from ..engineering.plotting import save_figure, show_grid
-from ..engineering.batches import Covariate, SliceDataset, eval_batches
+from ..engineering.covariates import Covariate
+from ..data import SliceDataset, eval_batches
 from ..engineering.layers import Conditioner
 from ..vqgan import VQVAE
 from brainldm.engineering.loop import (
@@ -45,32 +46,32 @@ from brainldm.engineering.runs import (
     fill_model,
     is_finished,
     load_weights,
+    retry_on_oom,
     run_stage,
     save_weights,
     weights_hash,
-    retry_on_oom,
 )
 from ..engineering.sharing import locate_run
 from brainldm.training import (
     LOAD_ERRORS,
     adopt_weights,
+    covariates_from_dict,
     covariates_to_dict,
+    evenly_spaced_rows,
     is_begun,
     load_autoencoder,
     origin_of,
     pick_covariates,
-    covariates_from_dict,
     refuse_architecture,
-    evenly_spaced_rows,
 )
 from brainldm.engineering.stage2 import (
     LatentDataset,
+    check_latent_origin,
     check_stage2,
-    remove_folder,
     condition_dropout_mask,
     encode_rows,
     preview_conditions,
-    check_latent_origin,
+    remove_folder,
 )
 from brainldm.engineering.codec import (
     Codec,

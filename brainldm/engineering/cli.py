@@ -35,16 +35,15 @@ from .checks import refuse_taken
 from .files import as_faults
 from .plotting import save_figure, show_grid
 from .phantom import PhantomConfig, make_cohort
-from ..data import DataConfig, Findings, check_dataset
-from brainldm.engineering.batches import (
-    SliceDataset,
+from .layouts import DataConfig, Findings
+from brainldm.engineering.covariates import (
     covariate_notes,
     describe_manifest,
     find_covariates,
-    open_dataset,
     read_conditions,
     read_value,
 )
+from ..data import SliceDataset, check_dataset, open_dataset
 from .loop import TrainConfig, process_state
 from .runs import read_config, read_metrics
 from .sharing import audit_verdicts, fetch_run, pack_run, push_run
@@ -73,12 +72,12 @@ from brainldm.advanced.evaluation import (
 from ..advanced.audit import audit_summary
 from brainldm.engineering.report import (
     check_targets,
-    sample_by_condition,
     evaluate,
     evaluate_images,
     image_side,
     prior_scores,
     report,
+    sample_by_condition,
     trust_rows,
 )
 

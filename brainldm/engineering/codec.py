@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import brainldm
 from .checks import check_choice, refuse_taken
 from .plotting import save_figure, show_grid
-from .batches import Covariate, encode_covariates, read_conditions
+from .covariates import Covariate, encode_covariates, read_conditions
 from ..advanced.solvers import SOLVERS
 from .loop import infer, to_device
 from .sharing import SharedModel

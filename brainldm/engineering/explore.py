@@ -37,7 +37,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .plotting import figure_to_png
-from .batches import Covariate
+from .covariates import Covariate
 from ..scheduler import BETA_SCHEDULES, NoiseSchedule, add_noise
 from .loop import to_device
 from .codec import SYNTHETIC, check_images, prepare_conditions, to_bytes

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .checks import check_divides
-from .batches import Covariate
+from .covariates import Covariate
 
 # %% ../../nbs/engineering/28_layers.ipynb #1141cfda
 class ResBlock(nn.Module):

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from .checks import check_choice
 from .devices import pick_precision
-from .batches import ShuffledBatches
+from ..data import ShuffledBatches
 
 # %% ../../nbs/engineering/29_loop.ipynb #89d26982
 @dataclass
@@ -494,7 +494,8 @@ def process_state() -> PartialState:
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e03
 @contextmanager
 def isolated_state(
-    acc: Accelerator | None = None,  # Whose settings accelerate shall see meanwhile; None: none yet
+    # Whose settings accelerate shall see meanwhile; None: none yet
+    acc: Accelerator | None = None,
 ):  # A context; afterwards the host program's settings are what they were
     """Set up a training without touching what the program around it told accelerate.
 

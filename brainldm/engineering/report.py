@@ -33,7 +33,9 @@ from .devices import pick_device
 from .files import cache_folder, decode_file, hash_image, write_atomic
 from .plotting import figure_to_png, save_figure, show_grid
 from .tables import read_table
-from .batches import SliceDataset, fingerprint, level_text, read_conditions
+from .covariates import level_text, read_conditions
+from .cache import fingerprint
+from ..data import SliceDataset
 from .loop import TrainConfig
 from .runs import read_config, read_log, read_metrics
 from .sharing import audit_verdicts, generator_hash
@@ -48,11 +50,11 @@ from brainldm.advanced.fidelity import (
     FeatureNet,
     compare_with_reference,
     evaluator_rows,
+    evaluator_scores,
     feature_net,
+    image_features,
     match_rows,
     pick_rows,
-    image_features,
-    evaluator_scores,
     reference_rotations,
 )
 from brainldm.advanced.audit import (

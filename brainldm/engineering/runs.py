@@ -40,12 +40,14 @@ from tqdm.auto import tqdm
 import brainldm
 from .devices import device_name
 from .files import explain_disk, write_atomic
-from .batches import Covariate, SliceDataset, fingerprint
+from .covariates import Covariate
+from .cache import fingerprint
+from ..data import SliceDataset
 from brainldm.engineering.loop import (
     Learner,
     TrainConfig,
-    check_finite,
     call_every,
+    check_finite,
     fit,
     split_batch_size,
     train_batches,

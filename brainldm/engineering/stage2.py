@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 from .checks import check_choice
 from .extending import Autoencoder
 from .plotting import save_figure, show_grid
-from ..data import DataConfig
-from .batches import Covariate, SliceDataset, eval_batches
+from .layouts import DataConfig
+from .covariates import Covariate
+from ..data import SliceDataset, eval_batches
 from brainldm.scheduler import (
     NoiseSchedule,
     add_noise,

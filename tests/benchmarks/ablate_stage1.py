@@ -20,7 +20,7 @@ import tyro
 
 from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.engineering.runs import read_log
 from brainldm.training import AEConfig, evenly_spaced_rows, train_autoencoder
 from brainldm.engineering.stage2 import PRESETS

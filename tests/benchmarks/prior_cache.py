@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from brainldm.engineering.batches import Covariate
+from brainldm.engineering.covariates import Covariate
 from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, sample_uniform
 
 REPEATS = 5

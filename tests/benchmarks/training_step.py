@@ -37,8 +37,9 @@ from torch import nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from brainldm.engineering.batches import SliceDataset
-from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, prior_loss
+from brainldm.data import SliceDataset
+from brainldm.vae import kl_loss
+from brainldm.unet import UNet
 from brainldm.engineering.loop import (
     Learner,
     TrainConfig,
@@ -57,8 +58,7 @@ from brainldm.engineering.stage2 import (
     ldm_loss,
     unet_args,
 )
-from brainldm.unet import UNet
-from brainldm.vae import kl_loss
+from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, prior_loss
 
 TARGET = '<= 1.10'
 NEVER = 10**12  # pictures: no validation, no checkpoint, no end
