@@ -114,3 +114,4 @@ def test_utility_refuses_without_diagnosis(train, held_out):
         and len(scores['auc_by_seed']) == 2
     )
 
+
