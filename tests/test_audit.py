@@ -115,3 +115,4 @@ def test_utility_refuses_without_diagnosis(train, held_out):
     )
 
 
+
