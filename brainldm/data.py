@@ -238,6 +238,7 @@ def parse_image_path(
     Returns
     -------
     dict | None
+        unit, slice, split, diagnosis, place; None for a name without a number of the slice.
     """
     m = re.search(IMAGE_PATH, path, re.IGNORECASE)
     if not m:
@@ -270,6 +271,8 @@ def find_image_layout(
     Returns
     -------
     str | None
+        'adni' with folders of splits, 'classes' without; None where the names do not say whose
+        slice is what.
 
     Raises
     ------
@@ -808,6 +811,7 @@ def find_voxel_mm(
     Returns
     -------
     tuple | None
+        Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance.
     """
     by = rows.groupby('path')
     planes, slices = (by[o].max() - by[o].min() for o in ('plane', 'slice'))
@@ -1080,6 +1084,7 @@ def name_rows(
     Returns
     -------
     tuple
+        Rows with subject, session where a subject has several, and covariates; faults; notes.
     """
     faults, notes = as_faults([]), []
     if 'unit' in rows:
@@ -1290,6 +1295,8 @@ def inspect_files(
     Returns
     -------
     tuple
+        The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done
+        to each file.
     """
     root, planes = Path(rows.attrs['root']), rows.plane.to_numpy()
 
@@ -1398,6 +1405,7 @@ def find_duplicates(
     Returns
     -------
     pd.DataFrame
+        Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere.
     """
     twice = rows[rows.hash.duplicated(keep=False)]
     group = twice.groupby('hash')
@@ -1471,6 +1479,7 @@ def find_crop(
     Returns
     -------
     int | None
+        Central square to keep, a multiple of 16 pixels; None where that would be everything.
     """
     train = rows[rows.split == 'train'] if (rows.split == 'train').any() else rows
     crop = math.ceil(train._side.max() * (1 + margin) / 16) * 16 if len(train) else side

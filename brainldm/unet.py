@@ -79,7 +79,8 @@ class ConditionEmbedding(nn.Module):
         self,
         channels: int,  # Length of the sinusoidal embedding of time
         emb_channels: int,  # Length of the embedding that comes out
-        covariates: tuple[Covariate, ...],  # What may be told, in the order of `drop`; may be empty
+        # What may be told, in the order of `drop`; may be empty
+        covariates: tuple[Covariate, ...],
         cond_channels: int,  # Length of a covariate token
     ):
         super().__init__()
@@ -98,6 +99,24 @@ class ConditionEmbedding(nn.Module):
         drop: Tensor | None,  # True where a token is to be dropped (b, n)
         # Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None
     ) -> tuple[Tensor, Tensor | None]:
+        """Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w), for their dtype and number.
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor] | None
+            Encoded covariates by name, each (b,).
+        drop : Tensor | None
+            True where a token is to be dropped (b, n).
+
+        Returns
+        -------
+        tuple[Tensor, Tensor | None]
+            Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None.
+        """
         check_condition_tensors(cond, drop, len(x), self.names)
         emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
         if self.conditioner is None:
@@ -253,7 +272,8 @@ def up_level(
     i: int,  # Which level, 0 is the largest
     num_res_blocks: int,  # Blocks
     **kwargs,  # Other arguments of each `UNetBlock`
-) -> nn.ModuleList:  # Upsample (but for the deepest level), then blocks with room for a skip each
+    # Upsample (but for the deepest level), then blocks with room for a skip each
+) -> nn.ModuleList:
     """One level on the way up.
 
     Parameters
@@ -325,6 +345,21 @@ class UNetDown(nn.Module):
         # Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
         # it
     ) -> tuple[Tensor, list]:
+        """Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before it.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, in_channels, h, w).
+        *told
+            Embedding (b, emb_channels) and tokens (b, n, cond_channels).
+
+        Returns
+        -------
+        tuple[Tensor, list]
+            Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
+            it.
+        """
         x, skips = self.conv_in(x), []
         for block in [block for level in self.levels for block in level]:
             if isinstance(block, Downsample):
@@ -534,7 +569,8 @@ class UNet(nn.Module):
         # Features at each level; each next level has half the size
         channels: tuple[int, ...] = (96, 160),
         num_res_blocks: int = 2,  # Blocks a level, on the way down and again on the way up
-        attention_levels: tuple[bool, ...] = (True, True),  # Levels with self- and cross-attention
+        # Levels with self- and cross-attention
+        attention_levels: tuple[bool, ...] = (True, True),
         num_heads: int = 4,  # Attention heads
         # What the network may be told, in the order of `drop`
         covariates: tuple[Covariate, ...] = (),

@@ -45,6 +45,7 @@ def codebook_usage(
     Returns
     -------
     tuple[Tensor, Tensor]
+        How often each code occurs (k,), and its mean patch (k, f, f), NaN if it never does.
 
     Raises
     ------
@@ -206,6 +207,7 @@ def variance_fractions(
     Returns
     -------
     dict[str, float]
+        Shares: subject, slice, rest; and baseline_subject, baseline_slice, those of pure noise.
 
     References
     ----------
@@ -245,6 +247,8 @@ def subject_retrieval(
     Returns
     -------
     np.ndarray
+        Share of people found from height a (row) at height b (column); NaN on the diagonal; by
+        chance 1/people.
     """
     v = subject_slice_table('subject_retrieval', vectors, subjects, slices)
     v = v - v.mean(0)
@@ -325,6 +329,7 @@ def swap_effects(
     Returns
     -------
     dict[str, float]
+        latent: a, told: b; 1 and 0 if the latent decides, 0 and 1 if what is told does.
 
     Raises
     ------

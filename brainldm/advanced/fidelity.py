@@ -204,6 +204,18 @@ class FeatureNet(nn.Module):
         images: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
         # By covariate: logits (b, values) of a category, or an encoded number (b, 1)
     ) -> dict[str, Tensor]:
+        """By covariate: logits (b, values) of a category, or an encoded number (b, 1).
+
+        Parameters
+        ----------
+        images : Tensor
+            Pictures (b, 1, h, w) in [-1, 1].
+
+        Returns
+        -------
+        dict[str, Tensor]
+            By covariate: logits (b, values) of a category, or an encoded number (b, 1).
+        """
         h = self.pool(images)
         return {name: head(h) for name, head in self.heads.items()}
 
@@ -415,6 +427,8 @@ def evaluator_rows(
     Returns
     -------
     np.ndarray
+        True where the feature network learns from the row's subject (n,); the others serve as
+        reference.
     """
     first = train.drop_duplicates('subject').sort_values('subject')
     kinds = (
@@ -483,6 +497,7 @@ def feature_net(
     Returns
     -------
     FeatureNet
+        On the CPU, in evaluation mode; `fraction` says which train subjects it has seen.
 
     Raises
     ------
@@ -557,6 +572,8 @@ def predict_covariates(
     Returns
     -------
     pd.DataFrame
+        One row a picture: numbers in their own units; of a category the probability of its first
+        value.
     """
     call, device = infer(net), next(net.parameters()).device
     answers, out = [call(o.to(device)) for o in image_batches(images)], {}
@@ -597,6 +614,8 @@ def subject_auc(
     Returns
     -------
     tuple[float, tuple[float, float] | None]
+        Area under the ROC curve over people, mean of the judges; 95 % interval, if draws hold both
+        groups.
 
     References
     ----------
@@ -713,6 +732,7 @@ def kernel_terms(
     Returns
     -------
     tuple[Tensor, Tensor]
+        What each two rows add to the distance (n, n), 0 where they do not count; which do (n, n).
     """
     if len(real) != len(other):
         raise ValueError(
@@ -763,6 +783,7 @@ def kernel_distance(
     Returns
     -------
     float
+        Squared distance; 0 on average for two samples of one distribution, so it may fall below.
 
     Raises
     ------
@@ -915,6 +936,7 @@ def leave_out_interval(
     Returns
     -------
     dict[str, tuple[float, float]]
+        95 % interval of each number; empty with fewer than 5 subjects.
 
     References
     ----------
@@ -1095,6 +1117,8 @@ def excess_distance(
     Returns
     -------
     dict
+        kid, interval_95, by_seed (kid and interval_95 of each set), synthetic and reference: their
+        own mean distances.
     """
     theirs = [kernel_terms(real, o, subjects, who) for o, who in zip(references, others)]
     ours = [kernel_terms(real, o, subjects) for o in sets]
@@ -1161,6 +1185,7 @@ def reference_rotations(
     Returns
     -------
     tuple[list[np.ndarray], int]
+        For each rotation the train row beside each held-out row; subjects the network has seen.
     """
     names = [o for o in ('slice', 'diagnosis') if o in held_out and o in train]
 
@@ -1208,6 +1233,7 @@ def compare_with_reference(
     Returns
     -------
     dict
+        synthetic (the first set), by_seed, reference (mean of its rotations), by_rotation, excess.
 
     Raises
     ------
@@ -1241,6 +1267,7 @@ def fine_detail(
     Returns
     -------
     np.ndarray
+        Variance of the Laplacian of grey values inside the brain (n,); NaN without brain.
     """
     grays = ((part.cpu().double() + 1) / 2 for part in image_batches(images))
     return np.concatenate([laplacian_variance(o, o > outline).cpu().numpy() for o in grays])

@@ -196,6 +196,8 @@ def check_probe(
     Returns
     -------
     tuple
+        vectors (n, d), target (n,) as numbers, number of the person (n,), whether there are two
+        classes.
 
     Raises
     ------
@@ -268,6 +270,7 @@ def probe(
     Returns
     -------
     dict
+        metric ('AUC' or 'R2'), score, interval_95, floor and baseline_95 (shuffled), num_subjects.
 
     Raises
     ------

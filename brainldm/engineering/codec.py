@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SYNTHETIC', 'EDITED', 'check_images', 'check_conditions', 'check_integer', 'check_sample_counts', 'check_guidance',
            'check_steps', 'check_watched', 'required_conditions', 'prepare_conditions', 'default_conditions',
-           'in_batches', 'mix_conditions', 'image_generators', 'Codec', 'sample_stage1', 'to_bytes', 'make_folder',
-           'new_folder', 'manifest_of', 'save_images', 'save_gif']
+           'in_batches', 'mix_conditions', 'image_generators', 'Codec', 'to_bytes', 'make_folder', 'new_folder',
+           'manifest_of', 'save_images', 'save_gif']
 
 # %% ../../nbs/engineering/34_codec.ipynb #755ea6f6
 import json
@@ -26,7 +26,7 @@ import brainldm
 from .checks import check_choice, refuse_taken
 from .plotting import save_figure, show_grid
 from .batches import Covariate, encode_covariates, read_conditions
-from ..advanced.solvers import SAMPLERS
+from ..advanced.solvers import SOLVERS
 from .loop import infer, to_device
 from .sharing import SharedModel
 
@@ -378,7 +378,7 @@ def prepare_conditions(
         )
     check_sample_counts(n, seed, batch_size, first)
     check_steps(options['steps'], model.schedule.num_train_timesteps)
-    check_choice('sample', 'sampler', options.get('sampler', 'ddim'), SAMPLERS)
+    check_choice('sample', 'sampler', options.get('sampler', 'ddim'), tuple(SOLVERS))
     cond = check_conditions(conditions, model.covariates, n)
     requested = [c.name for c in model.unet.covariates if c.name in cond]
     check_guidance(
@@ -437,6 +437,7 @@ def in_batches(
     Yields
     ------
     tuple[int, int, dict]
+        First picture, one past the last, and the conditions of those between.
     """
     for i in range(0, n, batch_size):
         stop = min(i + batch_size, n)
@@ -543,12 +544,10 @@ class Codec(SharedModel):
         # The covariate 'slice' of the data, by which random codes are drawn
         slice_covariate: Covariate | None = None,
     ):
-        self.autoencoder, self.size, self.precision, self.slice_covariate = (
-            autoencoder,
-            size,
-            precision,
-            slice_covariate,
-        )
+        self.autoencoder = autoencoder
+        self.size = size
+        self.precision = precision
+        self.slice_covariate = slice_covariate
 
     @property
     def device(self) -> torch.device:  # Where the weights are
@@ -645,69 +644,66 @@ class Codec(SharedModel):
         """
         return self.decode(self.encode(images, cond), cond)
 
-# %% ../../nbs/engineering/34_codec.ipynb #14bbe7f5
-def sample_stage1(
-    model,  # A `Codec`
-    n: int = 1,  # Pictures to draw
-    seed: int = 0,  # Same seed, same machine: same pictures
-    batch_size: int = 32,  # Pictures at a time
-    first: int = 0,  # Number of the first picture: a long drawing may be made in parts
-    # slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by
-    # name
-    **conditions,
-) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-    """Decode random latents: what stage 1 can draw by itself, a floor for every sampler.
+    def sample_stage1(
+        self,
+        n: int = 1,  # Pictures to draw
+        seed: int = 0,  # Same seed, same machine: same pictures
+        batch_size: int = 32,  # Pictures at a time
+        first: int = 0,  # Number of the first picture: a long drawing may be made in parts
+        # slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by
+        # name
+        **conditions,
+    ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
+        """Decode random latents: what stage 1 can draw by itself, a floor for every sampler.
 
-    Parameters
-    ----------
-    model
-        A `Codec`.
-    n : int, default 1
-        Pictures to draw.
-    seed : int, default 0
-        Same seed, same machine: same pictures.
-    batch_size : int, default 32
-        Pictures at a time.
-    first : int, default 0
-        Number of the first picture: a long drawing may be made in parts.
-    **conditions
-        slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by
-        name.
+        Parameters
+        ----------
+        n : int, default 1
+            Pictures to draw.
+        seed : int, default 0
+            Same seed, same machine: same pictures.
+        batch_size : int, default 32
+            Pictures at a time.
+        first : int, default 0
+            Number of the first picture: a long drawing may be made in parts.
+        **conditions
+            slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by
+            name.
 
-    Returns
-    -------
-    Tensor
-        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+        Returns
+        -------
+        Tensor
+            New pictures (n, 1, size, size) in [-1, 1], on the CPU.
 
-    Raises
-    ------
-    ValueError
-    """
-    own = model.autoencoder.covariates
-    by_position = (
-        hasattr(model.autoencoder, 'histogram')
-        and model.slice_covariate
-        and 'slice' not in [c.name for c in own]
-    )
-    known = (*own, model.slice_covariate) if by_position else own
-    check_sample_counts(n, seed, batch_size, first)
-    cond = check_conditions(conditions, known, n)
-    required_conditions(model.autoencoder, cond, 'cpu')
-    side, cond, drawn = model.size // model.autoencoder.factor, to_device(cond, model.device), []
-    for i, generator in enumerate(image_generators(n, seed, first, 2, model.device)):
-        drawn.append(
-            model.autoencoder.random_latents(
-                1, side, generator, {k: v[i : i + 1] for k, v in cond.items()}
-            )
+        Raises
+        ------
+        ValueError
+        """
+        own = self.autoencoder.covariates
+        by_position = (
+            hasattr(self.autoencoder, 'histogram')
+            and self.slice_covariate
+            and 'slice' not in [c.name for c in own]
         )
-    parts = [
-        (torch.cat(drawn[i : i + batch_size]), {k: v[i : i + batch_size] for k, v in cond.items()})
-        for i in range(0, n, batch_size)
-    ]
-    return torch.cat([model.decode(z, part) for z, part in parts])
-
-
-Codec.sample_stage1 = sample_stage1  # a function in a class is a method
+        known = (*own, self.slice_covariate) if by_position else own
+        check_sample_counts(n, seed, batch_size, first)
+        cond = check_conditions(conditions, known, n)
+        required_conditions(self.autoencoder, cond, 'cpu')
+        side, cond, drawn = self.size // self.autoencoder.factor, to_device(cond, self.device), []
+        for i, generator in enumerate(image_generators(n, seed, first, 2, self.device)):
+            drawn.append(
+                self.autoencoder.random_latents(
+                    1, side, generator, {k: v[i : i + 1] for k, v in cond.items()}
+                )
+            )
+        parts = [
+            (
+                torch.cat(drawn[i : i + batch_size]),
+                {k: v[i : i + batch_size] for k, v in cond.items()},
+            )
+            for i in range(0, n, batch_size)
+        ]
+        return torch.cat([self.decode(z, part) for z, part in parts])
 
 # %% ../../nbs/engineering/34_codec.ipynb #27bb8140
 SYNTHETIC = (
@@ -896,6 +892,8 @@ def save_images(
     Returns
     -------
     Path
+        The folder: picture_0000.png …, grid.png, and at last manifest.csv, readable by `brainldm
+        check`.
 
     Raises
     ------

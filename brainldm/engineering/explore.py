@@ -67,6 +67,8 @@ def sample_frames(
     Returns
     -------
     Tensor
+        The picture expected after each step (steps, size, size) in [-1, 1]; the last one is the
+        answer.
     """
     frames = []
     model.sample(
@@ -216,6 +218,8 @@ def read_codebook(
     Returns
     -------
     dict[str, Tensor]
+        decoded (n, 1, size, size), codes (n, h, w), patches (k, f, f), counts (h, w, k) of
+        training.
 
     Raises
     ------
@@ -259,6 +263,7 @@ def plot_code(
     Returns
     -------
     plt.Figure
+        What is drawn for it, where it stands in the picture, where it stood in training.
 
     Raises
     ------

@@ -486,6 +486,7 @@ def process_state() -> PartialState:
     Returns
     -------
     PartialState
+        Device of this process, its number, how many there are, and whether it is the first.
     """
     # set by `accelerate launch --cpu`
     return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
@@ -716,6 +717,8 @@ def split_batch_size(
     Returns
     -------
     TrainConfig
+        The same with smaller batches, of which more are added up: an update of the weights stays
+        what it was.
 
     Raises
     ------
@@ -802,6 +805,8 @@ def infer(
     Returns
     -------
     Callable
+        That method: in evaluation mode, without gradient, in that precision; the mode is put back
+        after.
     """
 
     def call(*args, **kwargs):

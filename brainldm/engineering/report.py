@@ -98,6 +98,7 @@ def sample_by_condition(
     Returns
     -------
     tuple[plt.Figure, plt.Figure]
+        Grid of diagnosis by slice, and the walk from noise of one picture a row.
     """
     known = {c.name: c for c in model.covariates}
     rows = list(known['diagnosis'].values) if 'diagnosis' in known else [None]
@@ -228,6 +229,7 @@ def sample_by_generator(
     Returns
     -------
     tuple[plt.Figure, dict[str, float]]
+        Rows: prior, diffusion model, codes by place and height; seconds a picture.
     """
     ldm, prior = BrainLDM.load(run), CodeSampler.load(run)
     span = next((c.range for c in prior.covariates if c.name == 'slice'), None)
@@ -560,6 +562,8 @@ def plot_pairs(
     Returns
     -------
     plt.Figure
+        Samples above, most similar train slice below; by the whole, then by the better half. Real
+        slices: handle as such.
     """
     rows, labels = [], []
     for space in ('whole', 'half'):
@@ -781,6 +785,7 @@ def read_images(
     Returns
     -------
     tuple[np.ndarray, pd.DataFrame]
+        Images (n, h, w), uint8; their requested conditions and path, row for row.
 
     Raises
     ------
@@ -858,6 +863,7 @@ def pair_images(
     Returns
     -------
     tuple[list[np.ndarray], np.ndarray]
+        Rows of `table` for each set, and the rows of `held_out` that they stand beside.
 
     Raises
     ------
@@ -1035,6 +1041,8 @@ def check_targets(
     Returns
     -------
     list[tuple]
+        Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not
+        reached.
     """
     synthetic, reference, excess = (
         scores['fidelity'][k] for k in ('synthetic', 'reference', 'excess')
@@ -1116,6 +1124,7 @@ def fidelity_rows(
     Returns
     -------
     list[list[str]]
+        Rows of a table: measure, synthetic, real-vs-real reference, target (none), reached (none).
     """
 
     def span(o):

@@ -24,12 +24,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checks import check_choice
+from .extending import Autoencoder
 from .plotting import save_figure, show_grid
 from ..data import DataConfig
 from .batches import Covariate, SliceDataset, eval_batches
-from ..vae import Autoencoder
-from ..scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
-from ..advanced.solvers import denoise
+from brainldm.scheduler import (
+    NoiseSchedule,
+    add_noise,
+    denoise,
+    flow_weight,
+    min_snr_weight,
+    targets,
+)
 from ..unet import UNet
 from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
 from brainldm.engineering.runs import (
@@ -259,6 +265,7 @@ def mean_encoder(
     Returns
     -------
     Callable[[dict], Tensor]
+        A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU.
     """
     device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
     mean = in_chunks(lambda x, cond: encode(x, cond)[0], 64)
@@ -491,6 +498,7 @@ def latent_splits(
     Returns
     -------
     tuple[LatentDataset, LatentDataset, Tensor, Tensor]
+        Train, validate, mean and deviation by channel (1, c, 1, 1).
     """
     parts, encode = {o: dataset.subset(o) for o in ('train', 'validate')}, mean_encoder(
         autoencoder, acc.mixed_precision
@@ -871,6 +879,7 @@ def load_unet(
     Returns
     -------
     tuple[UNet, dict]
+        The averaged network in evaluation mode on the CPU, and the description of its file.
 
     Raises
     ------
@@ -995,6 +1004,7 @@ def validate_ldm(
     Returns
     -------
     dict[str, float]
+        val_mse of the averaged network, on times and noise that are the same each time.
     """
     device = learner.accelerator.device
     unet = in_chunks(infer(learner.ema.module, learner.precision), config.batch_size)
