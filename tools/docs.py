@@ -558,8 +558,9 @@ def map_svg(graph, about):
             f' {xb},{end}{on}"/>'
         )
     boxes = [
-        f'<a class="{p.rpartition(".")[0] or "core"}" href="api/{p}.html"><rect x="{x - BOX[0] // 2}" y="{y - half}" width="{BOX[0]}"'
-        f' height="{BOX[1]}" rx="6"/><text x="{x}" y="{y + 5}">{p.split(".")[-1]}</text></a>'
+        f'<a class="{p.rpartition(".")[0] or "core"}" href="api/{p}.html"><rect'
+        f' x="{x - BOX[0] // 2}" y="{y - half}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/><text'
+        f' x="{x}" y="{y + 5}">{p.split(".")[-1]}</text></a>'
         for p, (x, y) in at.items()
         if isinstance(p, str)
     ]
