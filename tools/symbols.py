@@ -15,8 +15,9 @@ PAGE = ROOT / "docs" / "symbols.md"
 HEAD = """# Symbols
 
 Every symbol of the course, track by track, in the order in which the lessons bring them. Each
-lesson begins with its own part of this table; this page is gathered from there by `python tools/symbols.py`. Alphabets
-are short: where a letter serves twice, the column on the right says which lesson means what.
+lesson begins with its own part of this table; this page is gathered from there by
+`python tools/symbols.py`. Alphabets are short: where a letter serves twice, the column on the right
+says which lesson means what.
 
 Shape letters are the same everywhere: `b` batch, `c` channels, `h w` rows and columns of a slice,
 `x y z` axes of a scan (to the right, to the front, up), `n` how many.
