@@ -7,14 +7,12 @@ import numpy as np, pytest, torch
 from scipy.ndimage import gaussian_filter
 from torch.testing import assert_close
 from brainldm.engineering.covariates import Covariate, encode_covariates
-from brainldm.engineering.layers import ResBlock
+from brainldm.engineering.layers import LOGVAR_LIMITS, LimitLogvar, check_levels
 from brainldm.vae import (
-    LOGVAR_LIMITS,
     AutoencoderKL,
     Decoder,
     Encoder,
-    LimitLogvar,
-    check_levels,
+    ResBlock,
     cyclical_weight,
     image_scores,
     kl_loss,
