@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from brainldm.engineering.devices import all_gather_rows
 from brainldm.engineering.covariates import Covariate, encode_covariates
 from brainldm.vqgan import (
     FP16_SCALE,
@@ -19,7 +20,6 @@ from brainldm.vqgan import (
     PatchDiscriminator,
     VectorQuantizer,
     adaptive_weight,
-    all_gather_rows,
     code_scores,
     count_codes,
     discriminator_accuracy,
