@@ -388,7 +388,8 @@ def test_scores_refuse_other_shapes(a, b):
         image_scores(torch.zeros(a), torch.zeros(b))
 
 
-# ---------------------------------------------------------------- what the lesson states in a sentence
+# ---------------------------------------------------------------- what the lesson states in a
+# sentence
 
 
 def test_an_encoder_without_the_stem_needs_three_times_the_operations():

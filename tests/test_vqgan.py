@@ -1025,7 +1025,10 @@ def test_a_logit_looks_at_38_pixels():
 
 
 def test_each_loss_names_its_kinds():
-    for loss in (lambda: discriminator_loss(*[torch.zeros(2)] * 2, 'wgan'), lambda: generator_loss(torch.zeros(2), 'wgan')):
+    for loss in (
+        lambda: discriminator_loss(*[torch.zeros(2)] * 2, 'wgan'),
+        lambda: generator_loss(torch.zeros(2), 'wgan'),
+    ):
         with pytest.raises(ValueError, match="kind='wgan'"):
             loss()
     constant = torch.full((4,), -1.0), torch.full((8,), -1.0)
