@@ -221,7 +221,7 @@ def test_probe_does_not_mind_order_names_or_units():
     )
     assert abs(a['score'] - b['score']) < 1e-6 and a['num_subjects'] == b['num_subjects'] == 30
     assert describe_probe(a).startswith(f"AUC {a['score']:.2f} [") and describe_probe(a).endswith(
-        '30 people'
+        '30 subjects'
     )
 
 
