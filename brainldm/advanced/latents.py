@@ -304,7 +304,7 @@ def probe(
 def describe_probe(
     result: dict,  # As from `probe`
 ) -> str:  # One line
-    """A score with its interval, its floor and the number of people.
+    """A score with its interval, its baseline and the number of subjects.
 
     Parameters
     ----------
