@@ -1,5 +1,4 @@
 """Packaging for brainldm. Every value lives in settings.ini; edit there, not here."""
-
 from configparser import ConfigParser
 from pathlib import Path
 

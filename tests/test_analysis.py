@@ -1,4 +1,4 @@
-"""Analysis: probes that are right about nothing, folds that keep people together, a bottleneck
+"""Analysis: probes that are right about nothing, folds that keep subjects together, a bottleneck
 that depends on nothing else."""
 
 import subprocess
@@ -155,8 +155,8 @@ def test_auc_turns_over(seed):
 
 
 def test_probe_of_nothing_is_right_about_nothing():
-    """Of 60 questions without an answer, some 5 % should fall outside the floor; at most 8 of 60
-    is 3.0 standard deviations off."""
+    """Of 60 questions without an answer, some 5 % should fall outside the baseline; at most 8 of
+    60 is 3.0 standard deviations off."""
     rng = np.random.default_rng(0)
     outside, scores = 0, []
     for seed in range(60):
@@ -194,9 +194,9 @@ def test_probe_does_not_mind_order_names_or_units():
         [f'sub-{i:02d}' for i in who],
         shuffles=5,
     )
-    assert abs(a['score'] - b['score']) < 1e-6 and a['num_people'] == b['num_people'] == 30
+    assert abs(a['score'] - b['score']) < 1e-6 and a['num_subjects'] == b['num_subjects'] == 30
     assert describe_probe(a).startswith(f"AUC {a['score']:.2f} [") and describe_probe(a).endswith(
-        '30 people'
+        '30 subjects'
     )
 
 
@@ -207,7 +207,10 @@ def test_a_number_about_people_is_scored_by_people():
     v[:, 2] += (age - 70) / 10
     o = probe(v, age, who)
     assert (
-        o['metric'] == 'R2' and o['num_people'] == 40 and o['score'] > 0.4 and o['baseline'] < 0.05
+        o['metric'] == 'R2'
+        and o['num_subjects'] == 40
+        and o['score'] > 0.4
+        and o['baseline'] < 0.05
     )
 
 

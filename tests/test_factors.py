@@ -1,4 +1,4 @@
-"""Codes and factors: shares that add up, people found again, whom a decoder believes, codes of
+"""Codes and factors: shares that add up, subjects found again, whom a decoder believes, codes of
 every kind."""
 
 import matplotlib.pyplot as plt
@@ -72,10 +72,10 @@ def test_swap_tells_latent_from_told():
     latent_values, condition_values = np.arange(4.0), np.arange(3.0)
     assert swap_effects(
         latent_values[:, None] + 0 * condition_values, latent_values, condition_values
-    ) == dict(latent=1, condition_values=0) and swap_effects(
+    ) == dict(latent=1, condition=0) and swap_effects(
         0 * latent_values[:, None] + condition_values, latent_values, condition_values
     ) == dict(
-        latent=0, condition_values=1
+        latent=0, condition=1
     )
 
 

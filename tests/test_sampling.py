@@ -469,7 +469,7 @@ def test_edits_of_a_conditional_autoencoder(model, tiny_run):
         (lambda m, p: m.image_to_image(p, 0.0), ValueError, 'strength=0.0'),
         (lambda m, p: m.image_to_image(p, 1.5), ValueError, 'strength=1.5'),
         (lambda m, p: m.image_to_image(p, 0.01, steps=10), ValueError, 'one step or more'),
-        (lambda m, p: m.image_to_image(p * 127), ValueError, 'Try pictures/127.5-1'),
+        (lambda m, p: m.image_to_image(p * 127), ValueError, 'Try images/127.5-1'),
         (lambda m, p: m.image_to_image(p[0]), ValueError, 'Expected (n, 1, 64, 64)'),
         (lambda m, p: m.image_to_image(p[..., :32]), ValueError, 'shape'),
         (lambda m, p: m.image_to_image(p.numpy()), TypeError, 'Expected a float tensor'),
@@ -486,7 +486,7 @@ def test_edits_of_a_conditional_autoencoder(model, tiny_run):
         (lambda m, p: m.counterfactual(p, {}, steps=0), ValueError, 'steps=0'),
         (lambda m, p: m.counterfactual(p[:0], {}), ValueError, 'shape (0,'),
         (lambda m, p: m.counterfactual(p, {}, batch_size=0), ValueError, 'batch_size=0'),
-        (lambda m, p: m.interpolate(p, p[:1]), ValueError, '2 and 1 pictures'),
+        (lambda m, p: m.interpolate(p, p[:1]), ValueError, '2 and 1 images'),
         (lambda m, p: m.interpolate(*p.split(1), 1), ValueError, 'n=1'),
         (lambda m, p: m.interpolate(*p.split(1), 2.5), TypeError, 'n=2.5'),
         (
