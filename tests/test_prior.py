@@ -404,7 +404,8 @@ def test_darts_land_as_often_as_the_chances_say():
     u = torch.arange(n) / n
     codes = pick_codes(probabilities.expand(n, -1), order.expand(n, -1), u)
     assert torch.bincount(codes, minlength=5).tolist() == [200, 100, 0, 100, 400]
-    short = torch.tensor([[0.5, 0.25, 0.0]])  # a line that ends before the dart: rounding, in small
+    # a line that ends before the dart: rounding, in small
+    short = torch.tensor([[0.5, 0.25, 0.0]])
     assert pick_codes(short, torch.arange(3)[None], torch.tensor([0.9])) == 1
 
 

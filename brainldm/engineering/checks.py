@@ -10,7 +10,7 @@ from pathlib import Path
 
 # %% ../../nbs/engineering/20_checks.ipynb #71f9ace5
 def check_choice(
-    where: str,  # Function that asks, for the message
+    caller: str,  # Function that calls, for the message
     name: str,  # Argument it was given
     value: str,  # What arrived
     known: tuple,  # What is accepted
@@ -19,8 +19,8 @@ def check_choice(
 
     Parameters
     ----------
-    where : str
-        Function that asks, for the message.
+    caller : str
+        Function that calls, for the message.
     name : str
         Argument it was given.
     value : str
@@ -34,12 +34,12 @@ def check_choice(
     """
     if value not in known:
         raise ValueError(
-            f"{where}: {name}={value!r}. Expected one of {', '.join(known)}. Check the spelling."
+            f"{caller}: {name}={value!r}. Expected one of {', '.join(known)}. Check the spelling."
         )
 
 # %% ../../nbs/engineering/20_checks.ipynb #de72e4e5
 def check_divides(
-    where: str,  # Name of the function or class that asks, for the message
+    caller: str,  # Name of the function or class that calls, for the message
     divisor: int,  # What every value must be a multiple of
     **values: int,  # The values to check, by argument name
 ) -> None:  # Nothing: it raises ValueError or returns
@@ -47,8 +47,8 @@ def check_divides(
 
     Parameters
     ----------
-    where : str
-        Name of the function or class that asks, for the message.
+    caller : str
+        Name of the function or class that calls, for the message.
     divisor : int
         What every value must be a multiple of.
     **values : int
@@ -61,7 +61,7 @@ def check_divides(
     for name, n in values.items():
         if n < 1 or n % divisor:
             raise ValueError(
-                f"{where}: {name}={n} is not a positive multiple of {divisor}. Expected a multiple"
+                f"{caller}: {name}={n} is not a positive multiple of {divisor}. Expected a multiple"
                 f" of {divisor}. Try {name}={(max(n, 0)//divisor+1)*divisor}."
             )
 
