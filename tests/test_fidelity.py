@@ -458,7 +458,7 @@ def test_rotations_take_subjects_the_network_has_not_seen(train, held_out):
         held_out.manifest, train.manifest, np.arange(len(train)) < 8 * 14
     )
     assert known > 0 and len(few) == 5
-    by = table.assign(in_evaluator=in_evaluator).groupby('subject').taught
+    by = table.assign(in_evaluator=in_evaluator).groupby('subject').in_evaluator
     assert by.nunique().eq(1).all() and table[in_evaluator].groupby(
         'diagnosis'
     ).subject.nunique().to_dict() == dict(AD=12, NC=12)

@@ -377,7 +377,7 @@ def phantom(tiny_run):
             '--kind vq --num-embeddings 32 --adversarial --adversarial-start 40'
             ' --discriminator-warmup 16'
         ),
-        '--kind fsq --no-discriminator',
+        '--kind fsq --no-adversarial',
         '--kind kl --adversarial --adversarial-start 40',
     ],
 )
@@ -403,9 +403,9 @@ def test_the_command(flags, phantom, tmp_path, capsys):
     assert main(['sample', run, '--generator', 'stage1', '--n', '3', *ask]) == 0
     assert (
         '3 synthetic images in' in capsys.readouterr().out
-        and main(['check', str(tmp_path / 'run' / 'samples' / 'drawn_000')]) == 0
+        and main(['check', str(tmp_path / 'run' / 'samples' / 'generated_000')]) == 0
     )
-    assert len(list((Path(run) / 'samples' / 'drawn_000').glob('picture_*.png'))) == 3
+    assert len(list((Path(run) / 'samples' / 'generated_000').glob('image_*.png'))) == 3
 
 
 def test_the_command_refuses(phantom, tmp_path, capsys):
