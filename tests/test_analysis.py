@@ -12,22 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainldm.analysis import (
-    auc,
-    bottleneck_features,
+from brainldm.engineering.batches import Covariate
+from brainldm.scheduler import NoiseSchedule, add_noise
+from brainldm.unet import UNet
+from brainldm.sampling import sample_noise
+from brainldm.analysis import auc, bottleneck_features, embed, plot_embedding
+from brainldm.advanced.latents import (
     assign_folds,
     describe_probe,
-    embed,
     fold_predictions,
     neighborhood_preservation,
-    plot_embedding,
     probe,
     shuffle_target,
 )
-from brainldm.engineering.batches import Covariate
-from brainldm.sampling import sample_noise
-from brainldm.scheduler import NoiseSchedule, add_noise
-from brainldm.unet import UNet
 
 seeds = st.integers(0, 2**31)
 HEIGHT = Covariate('slice', 'continuous', range=(0, 5))
