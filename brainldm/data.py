@@ -125,11 +125,11 @@ class DataConfig:
     crop: int | Literal['auto'] | None = None
     # First and last+1 axial plane of volumes; None keeps every plane with foreground
     planes: tuple[int, int] | None = None
-    to_gray: bool = False  # Turn color images gray (ITU-R 601 luma); otherwise color is a fault
+    # Turn color images gray (ITU-R 601 luma); otherwise color is a fault
+    to_gray: bool = False
     split_seed: int = 0  # Seed of the split
-    validate_fraction: float = (
-        0.1  # Fraction of subjects for validation where the folders give none
-    )
+    # Fraction of subjects for validation where the folders give none
+    validate_fraction: float = 0.1
     # Fraction of subjects for testing where the folders give no split at all
     test_fraction: float = 0.1
     # Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
@@ -239,6 +239,7 @@ def parse_image_path(
     Returns
     -------
     dict | None
+        unit, slice, split, diagnosis, place; None for a name without a number of the slice.
     """
     m = re.search(IMAGE_PATH, path, re.IGNORECASE)
     if not m:
@@ -271,6 +272,8 @@ def find_image_layout(
     Returns
     -------
     str | None
+        'adni' with folders of splits, 'classes' without; None where the names do not say whose
+        slice is what.
 
     Raises
     ------
@@ -809,6 +812,7 @@ def find_voxel_mm(
     Returns
     -------
     tuple | None
+        Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance.
     """
     by = rows.groupby('path')
     planes, slices = (by[o].max() - by[o].min() for o in ('plane', 'slice'))
@@ -1081,6 +1085,7 @@ def name_rows(
     Returns
     -------
     tuple
+        Rows with subject, session where a subject has several, and covariates; faults; notes.
     """
     faults, notes = as_faults([]), []
     if 'unit' in rows:
@@ -1291,6 +1296,8 @@ def inspect_files(
     Returns
     -------
     tuple
+        The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done
+        to each file.
     """
     root, planes = Path(rows.attrs['root']), rows.plane.to_numpy()
 
@@ -1399,6 +1406,7 @@ def find_duplicates(
     Returns
     -------
     pd.DataFrame
+        Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere.
     """
     twice = rows[rows.hash.duplicated(keep=False)]
     group = twice.groupby('hash')
@@ -1472,6 +1480,7 @@ def find_crop(
     Returns
     -------
     int | None
+        Central square to keep, a multiple of 16 pixels; None where that would be everything.
     """
     train = rows[rows.split == 'train'] if (rows.split == 'train').any() else rows
     crop = math.ceil(train._side.max() * (1 + margin) / 16) * 16 if len(train) else side

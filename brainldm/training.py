@@ -33,7 +33,8 @@ from .engineering.files import write_atomic
 from .engineering.plotting import save_figure, show_grid
 from .data import DataConfig
 from .engineering.batches import Covariate, SliceDataset
-from .vae import Autoencoder, AutoencoderKL, cyclical_weight, kl_loss, image_scores
+from .engineering.extending import Autoencoder
+from .vae import AutoencoderKL, cyclical_weight, kl_loss, image_scores
 from brainldm.vqgan import (
     FP16_SCALE,
     FSQ,
@@ -88,6 +89,7 @@ def mean_slices(
     Returns
     -------
     tuple[Tensor, list[int]]
+        Mean images (m, h, w) float32 in [-1, 1], and the slice number of each.
     """
     numbers = dataset.manifest.slice.to_numpy()
     kinds = sorted({int(o) for o in numbers})
@@ -195,7 +197,8 @@ class AEConfig(TrainConfig):
         Weight of the difference in the discriminator's features.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)  # How images are found, cut and split
+    # How images are found, cut and split
+    data: DataConfig = field(default_factory=DataConfig)
     latent_channels: int = 8  # Channels of the latent
     channels: tuple[int, ...] = (96, 128)  # Features at each level, largest image first
     num_res_blocks: int = 1  # Residual blocks a level
@@ -423,6 +426,7 @@ def reconstruction_loss(
     Returns
     -------
     tuple[Tensor, Tensor, dict[str, Tensor]]
+        Reconstruction (b, 1, h, w), the loss, and its parts for the log.
 
     References
     ----------
@@ -546,6 +550,7 @@ def generator_step(
     Returns
     -------
     tuple[Tensor, Tensor]
+        Loss of being recognized, and loss of looking different to the discriminator, scalars.
     """
     # no gradient reaches the discriminator itself
     frozen = {k: v.detach() for k, v in discriminator.raw.named_parameters()}
@@ -651,6 +656,8 @@ def validate_autoencoder(
     Returns
     -------
     dict[str, float]
+        val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
+        some.
     """
     x = batch['image']
     look, coded = infer(model, precision), hasattr(model, 'quantizer')
@@ -832,6 +839,7 @@ def match_covariates(
     Returns
     -------
     tuple[dict[str, Covariate], list[str]]
+        Those of the source that can be taken, by name, and notes about all others.
     """
     old, new, notes = {c.name: c for c in then}, {c.name: c for c in now}, []
     for c in now:
@@ -1012,6 +1020,8 @@ def compare_opening(
     Returns
     -------
     str
+        The settings in which it was not, in words; '' also for data made by hand, which says
+        nothing.
     """
     have = dataset.config
     odd = [
@@ -1191,6 +1201,8 @@ def plot_history(
     Returns
     -------
     plt.Figure
+        Training; what was measured on validation subjects; the discriminator's accuracy, if there
+        is one.
 
     Raises
     ------

@@ -79,7 +79,8 @@ class ConditionEmbedding(nn.Module):
         self,
         channels: int,  # Length of the sinusoidal embedding of time
         emb_channels: int,  # Length of the embedding that comes out
-        covariates: tuple[Covariate, ...],  # Covariates, in the order of `drop`; may be empty
+        # Covariates, in the order of `drop`; may be empty
+        covariates: tuple[Covariate, ...],
         cond_channels: int,  # Length of a covariate token
     ):
         super().__init__()
@@ -98,6 +99,24 @@ class ConditionEmbedding(nn.Module):
         drop: Tensor | None,  # True where a token is to be dropped (b, n)
         # Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None
     ) -> tuple[Tensor, Tensor | None]:
+        """Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w), for their dtype and number.
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor] | None
+            Encoded covariates by name, each (b,).
+        drop : Tensor | None
+            True where a token is to be dropped (b, n).
+
+        Returns
+        -------
+        tuple[Tensor, Tensor | None]
+            Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None.
+        """
         check_condition_tensors(cond, drop, len(x), self.names)
         emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
         if self.conditioner is None:
@@ -271,6 +290,7 @@ def up_level(
     Returns
     -------
     nn.ModuleList
+        Upsample (but for the deepest level), then blocks with room for a skip each.
     """
     blocks = [UNetBlock(2 * channels[i], channels[i], **kwargs) for _ in range(num_res_blocks)]
     return nn.ModuleList(
@@ -325,6 +345,21 @@ class UNetDown(nn.Module):
         # Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
         # it
     ) -> tuple[Tensor, list]:
+        """Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before it.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, in_channels, h, w).
+        *conditioning
+            Embedding (b, emb_channels) and tokens (b, n, cond_channels).
+
+        Returns
+        -------
+        tuple[Tensor, list]
+            Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
+            it.
+        """
         x, skips = self.conv_in(x), []
         for block in [block for level in self.levels for block in level]:
             if isinstance(block, Downsample):
@@ -494,8 +529,8 @@ def check_input(
 
 # %% ../nbs/05_unet.ipynb #8d7954c3
 class UNet(nn.Module):
-    """A network that sees noised latents, the time and named covariates, and predicts what the
-    schedule defines.
+    """A network that sees noised latents, the time and named covariates, and says what the schedule
+    asks of it.
 
     Parameters
     ----------

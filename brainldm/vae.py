@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGVAR_LIMITS', 'run_levels', 'check_levels', 'Encoder', 'Decoder', 'at_least_float32', 'reparameterize', 'kl_loss',
-           'cyclical_weight', 'Autoencoder', 'LimitLogvar', 'AutoencoderKL', 'laplacian_variance', 'sharpness',
+           'cyclical_weight', 'ConvAutoencoder', 'LimitLogvar', 'AutoencoderKL', 'laplacian_variance', 'sharpness',
            'image_scores']
 
 # %% ../nbs/02_vae.ipynb #e13513be
@@ -266,6 +266,7 @@ def reparameterize(
     Returns
     -------
     Tensor
+        Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits.
 
     References
     ----------
@@ -341,7 +342,7 @@ def cyclical_weight(
     return max_weight * min(1.0, (seen % period) / period / ramp)
 
 # %% ../nbs/02_vae.ipynb #e6627258
-class Autoencoder(nn.Module):
+class ConvAutoencoder(nn.Module):
     """An encoder, a decoder, and the covariates that both are conditioned on: what every kind of
     autoencoder here shares.
 
@@ -363,6 +364,8 @@ class Autoencoder(nn.Module):
         Covariates that encoder and decoder are conditioned on, if any.
     cond_channels : int, default 64
         Length of the condition's embedding.
+    in_channels : int, default 1
+        Channels of the images.
 
     Raises
     ------
@@ -381,10 +384,12 @@ class Autoencoder(nn.Module):
         # Covariates that encoder and decoder are conditioned on, if any
         covariates: tuple[Covariate, ...] = (),
         cond_channels: int = 64,  # Length of the condition's embedding
+        in_channels: int = 1,  # Channels of the images
     ):
         super().__init__()
         check_levels(type(self).__name__, channels, attention_levels)
-        self.latent_channels, self.factor = latent_channels, patch * 2 ** (len(channels) - 1)
+        self.in_channels, self.latent_channels = in_channels, latent_channels
+        self.factor = patch * 2 ** (len(channels) - 1)
         self.conditioner = Conditioner(covariates, cond_channels) if covariates else None
         same = dict(
             channels=channels,
@@ -393,9 +398,8 @@ class Autoencoder(nn.Module):
             patch=patch,
             emb_channels=cond_channels if covariates else None,
         )
-        self.encoder, self.decoder = Encoder(1, code_channels, **same), Decoder(
-            latent_channels, 1, **same
-        )
+        self.encoder = Encoder(in_channels, code_channels, **same)
+        self.decoder = Decoder(latent_channels, in_channels, **same)
 
     @property
     # Covariates that encoder and decoder are conditioned on, in order
@@ -405,8 +409,20 @@ class Autoencoder(nn.Module):
         Returns
         -------
         tuple[Covariate, ...]
+            Covariates that encoder and decoder are conditioned on, in order.
         """
         return self.conditioner.covariates if self.conditioner else ()
+
+    @property
+    def last_layer(self) -> nn.Parameter:  # Weights (out, in, 3, 3)
+        """Weights of the decoder's last layer, where reconstruction and discriminator are balanced.
+
+        Returns
+        -------
+        nn.Parameter
+            Weights (out, in, 3, 3).
+        """
+        return self.decoder.head[-1].weight
 
     def embed(
         self,
@@ -427,6 +443,7 @@ class Autoencoder(nn.Module):
         Returns
         -------
         Tensor | None
+            Mean of the condition tokens (b, cond_channels), or None in an unconditional model.
         """
         if self.conditioner is None:
             return None
@@ -435,7 +452,7 @@ class Autoencoder(nn.Module):
 
     def squeeze(
         self,
-        x: Tensor,  # Images (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
     ) -> Tensor:  # What the encoder says (b, code_channels, h/f, w/f)
         """Run the encoder.
@@ -443,7 +460,7 @@ class Autoencoder(nn.Module):
         Parameters
         ----------
         x : Tensor
-            Images (b, 1, h, w) in [-1, 1].
+            Images (b, in_channels, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional model.
 
@@ -457,11 +474,15 @@ class Autoencoder(nn.Module):
         ValueError
             On an image of another shape.
         """
-        if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] % self.factor or x.shape[3] % self.factor:
+        if (
+            x.ndim != 4
+            or x.shape[1] != self.in_channels
+            or any(n % self.factor for n in x.shape[2:])
+        ):
             raise ValueError(
-                f"{type(self).__name__}.encode: images of shape {tuple(x.shape)}. Expected (b, 1,"
-                f" h, w) with h and w multiples of {self.factor}. Load them with"
-                " brainldm.engineering.batches, or pad them."
+                f"{type(self).__name__}.encode: images of shape {tuple(x.shape)}. Expected (b,"
+                f" {self.in_channels}, h, w) with h and w multiples of {self.factor}. Load them"
+                " with brainldm.engineering.batches, or pad them."
             )
         return self.encoder(x, self.embed(cond, len(x)))
 
@@ -469,7 +490,7 @@ class Autoencoder(nn.Module):
         self,
         z: Tensor,  # Latents (b, latent_channels, h, w)
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
-    ) -> Tensor:  # Images (b, 1, h*f, w*f), about [-1, 1], not clipped
+    ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
         """Turn latents into images.
 
         Parameters
@@ -482,7 +503,7 @@ class Autoencoder(nn.Module):
         Returns
         -------
         Tensor
-            Images (b, 1, h*f, w*f), about [-1, 1], not clipped.
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
         """
         return self.decoder(z, self.embed(cond, len(z)))
 
@@ -545,7 +566,7 @@ class LimitLogvar(torch.autograd.Function):
         return grad.masked_fill(stuck, 0.0)
 
 # %% ../nbs/02_vae.ipynb #040596bd
-class AutoencoderKL(Autoencoder):
+class AutoencoderKL(ConvAutoencoder):
     """A variational autoencoder: a slice becomes a Gaussian over latents, and a latent becomes a
     slice.
 
@@ -554,9 +575,9 @@ class AutoencoderKL(Autoencoder):
     latent_channels : int, default 8
         Channels of the latent.
     *args
-        As of `Autoencoder`, from `channels` on.
+        As of `ConvAutoencoder`, from `channels` on.
     **kwargs
-        As of `Autoencoder`.
+        As of `ConvAutoencoder`.
 
     Raises
     ------
@@ -571,14 +592,14 @@ class AutoencoderKL(Autoencoder):
     def __init__(
         self,
         latent_channels: int = 8,  # Channels of the latent
-        *args,  # As of `Autoencoder`, from `channels` on
-        **kwargs,  # As of `Autoencoder`
+        *args,  # As of `ConvAutoencoder`, from `channels` on
+        **kwargs,  # As of `ConvAutoencoder`
     ):
         super().__init__(latent_channels, 2 * latent_channels, *args, **kwargs)
 
     def encode(
         self,
-        x: Tensor,  # Images (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
         # Mean and log-variance (limited, see `LimitLogvar`), each (b, latent_channels, h/f, w/f)
     ) -> tuple[Tensor, Tensor]:
@@ -587,13 +608,14 @@ class AutoencoderKL(Autoencoder):
         Parameters
         ----------
         x : Tensor
-            Images (b, 1, h, w) in [-1, 1].
+            Images (b, in_channels, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional model.
 
         Returns
         -------
         tuple[Tensor, Tensor]
+            Mean and log-variance (limited, see `LimitLogvar`), each (b, latent_channels, h/f, w/f).
 
         Raises
         ------
@@ -605,12 +627,28 @@ class AutoencoderKL(Autoencoder):
 
     def forward(
         self,
-        x: Tensor,  # Images (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
         # Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean
         eps: Tensor | None = None,
-        # Reconstruction (b, 1, h, w), mean and log-variance of the latents
+        # Reconstruction (b, in_channels, h, w), mean and log-variance of the latents
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (b, in_channels, h, w), mean and log-variance of the latents.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+        eps : Tensor | None, default None
+            Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Reconstruction (b, in_channels, h, w), mean and log-variance of the latents.
+        """
         mu, logvar = self.encode(x, cond)
         z = mu if eps is None else reparameterize(mu, logvar, eps)
         return self.decode(z, cond), mu, logvar
@@ -663,6 +701,7 @@ def laplacian_variance(
     Returns
     -------
     Tensor
+        Variance of the Laplacian where all eight neighbors are brain, too (b,); NaN without brain.
 
     References
     ----------
@@ -699,6 +738,8 @@ def sharpness(
     Returns
     -------
     Tensor
+        Variance of the Laplacian inside the brain, reconstruction over original (b,); NaN without
+        brain.
     """
     return laplacian_variance(recon, brain) / laplacian_variance(real, brain)
 
@@ -721,6 +762,8 @@ def image_scores(
     Returns
     -------
     dict[str, Tensor]
+        ssim, ssim_brain, psnr (dB), sharpness of each image, each (b,); NaN where there is no
+        brain.
 
     Raises
     ------

@@ -22,7 +22,7 @@ from .engineering.checks import check_divides
 from .engineering.devices import double_on_cpu
 from .engineering.batches import Covariate
 from .engineering.layers import Conditioner
-from .vae import Autoencoder
+from .vae import ConvAutoencoder
 
 # %% ../nbs/03_vqgan.ipynb #0af11b8c
 def nearest_codes(
@@ -42,6 +42,7 @@ def nearest_codes(
     Returns
     -------
     tuple[Tensor, Tensor]
+        Index of the nearest code (n,), int64, and its squared distance (n,).
 
     References
     ----------
@@ -122,6 +123,7 @@ def code_scores(
     Returns
     -------
     dict[str, float]
+        codebook_usage: fraction of codes used; perplexity: equally used codes of this entropy.
 
     Raises
     ------
@@ -296,6 +298,20 @@ class VectorQuantizer(nn.Module):
         u: Tensor | None = None,
         # Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w).
+        u : Tensor | None, default None
+            Uniform numbers in [0, 1) (k,), for the restart of dead codes; None: no restart.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder.
+        """
         z = self.bound(z)
         indices = self.nearest(z)
         zq = self.lookup(indices)
@@ -546,6 +562,20 @@ class FSQ(nn.Module):
         u: Tensor | None = None,  # Not looked at: no code can die
         # Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w), as the encoder says them.
+        u : Tensor | None, default None
+            Not looked at: no code can die.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0.
+        """
         z = self.bound(z)
         indices = self.nearest(z)
         return straight_through(z, self.lookup(indices)), indices, z.new_zeros(())
@@ -665,7 +695,7 @@ class CodeHistogram(nn.Module):
         )
 
 # %% ../nbs/03_vqgan.ipynb #1e9c9799
-class VQVAE(Autoencoder):
+class VQVAE(ConvAutoencoder):
     """An autoencoder whose latent is a map of codes: a slice becomes a sequence of codes.
 
     Parameters
@@ -675,9 +705,9 @@ class VQVAE(Autoencoder):
     map_side : int, default 16
         Height and width of the code map of the images trained on.
     *args
-        As of `Autoencoder`, from `channels` on.
+        As of `ConvAutoencoder`, from `channels` on.
     **kwargs
-        As of `Autoencoder`.
+        As of `ConvAutoencoder`.
 
     Raises
     ------
@@ -693,8 +723,8 @@ class VQVAE(Autoencoder):
         self,
         quantizer: nn.Module,  # A `VectorQuantizer` or an `FSQ`
         map_side: int = 16,  # Height and width of the code map of the images trained on
-        *args,  # As of `Autoencoder`, from `channels` on
-        **kwargs,  # As of `Autoencoder`
+        *args,  # As of `ConvAutoencoder`, from `channels` on
+        **kwargs,  # As of `ConvAutoencoder`
     ):
         super().__init__(quantizer.embedding_dim, quantizer.embedding_dim, *args, **kwargs)
         self.quantizer, self.histogram = quantizer, CodeHistogram(
@@ -705,7 +735,7 @@ class VQVAE(Autoencoder):
 
     def encode(
         self,
-        x: Tensor,  # Images (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
         # Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f)
     ) -> tuple[Tensor, Tensor]:
@@ -714,13 +744,14 @@ class VQVAE(Autoencoder):
         Parameters
         ----------
         x : Tensor
-            Images (b, 1, h, w) in [-1, 1].
+            Images (b, in_channels, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional model.
 
         Returns
         -------
         tuple[Tensor, Tensor]
+            Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f).
 
         Raises
         ------
@@ -734,7 +765,7 @@ class VQVAE(Autoencoder):
         self,
         indices: Tensor,  # Codes (b, h, w), int64
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
-    ) -> Tensor:  # Images (b, 1, h*f, w*f), about [-1, 1], not clipped
+    ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
         """Turn codes into images.
 
         Parameters
@@ -747,7 +778,7 @@ class VQVAE(Autoencoder):
         Returns
         -------
         Tensor
-            Images (b, 1, h*f, w*f), about [-1, 1], not clipped.
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
         """
         return super().decode(self.quantizer.lookup(indices), cond)
 
@@ -755,7 +786,7 @@ class VQVAE(Autoencoder):
         self,
         z: Tensor,  # Latents (b, d, h, w), rounded to codes first
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
-    ) -> Tensor:  # Images (b, 1, h*f, w*f), about [-1, 1], not clipped
+    ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
         """Round latents to codes, and turn those into images.
 
         Parameters
@@ -768,18 +799,34 @@ class VQVAE(Autoencoder):
         Returns
         -------
         Tensor
-            Images (b, 1, h*f, w*f), about [-1, 1], not clipped.
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
         """
         return self.decode_codes(self.quantizer.nearest(z), cond)
 
     def forward(
         self,
-        x: Tensor,  # Images (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         # Encoded covariates; 'slice' is also what the histogram counts by
         cond: dict[str, Tensor] | None = None,
         u: Tensor | None = None,  # Uniform numbers in [0, 1) (k,), for the restart of dead codes
-        # Reconstruction (b, 1, h, w), codes (b, h/f, w/f), loss of the quantiser
+        # Reconstruction (b, in_channels, h, w), codes (b, h/f, w/f), loss of the quantiser
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (b, in_channels, h, w), codes (b, h/f, w/f), loss of the quantiser.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates; 'slice' is also what the histogram counts by.
+        u : Tensor | None, default None
+            Uniform numbers in [0, 1) (k,), for the restart of dead codes.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Reconstruction (b, in_channels, h, w), codes (b, h/f, w/f), loss of the quantiser.
+        """
         zq, indices, loss = self.quantizer(self.squeeze(x, cond), u)
         if self.training:
             self.histogram.update(
@@ -839,6 +886,8 @@ class PatchDiscriminator(nn.Module):
         Features after each halving.
     cond_channels : int, default 64
         Length of a condition token.
+    in_channels : int, default 1
+        Channels of the images.
 
     Raises
     ------
@@ -856,11 +905,12 @@ class PatchDiscriminator(nn.Module):
         covariates: tuple[Covariate, ...] = (),  # Covariates it is conditioned on
         channels: tuple[int, ...] = (32, 64, 128),  # Features after each halving
         cond_channels: int = 64,  # Length of a condition token
+        in_channels: int = 1,  # Channels of the images
     ):
         super().__init__()
         for c in channels:
             check_divides('PatchDiscriminator', 8, channels=c)
-        widths = (1, *channels)
+        widths = (in_channels, *channels)
         # none on the pixels themselves
         norms = [nn.Identity(), *(nn.GroupNorm(8, c) for c in channels[1:])]
         self.levels = nn.ModuleList(
@@ -873,11 +923,25 @@ class PatchDiscriminator(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # Images (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         # Encoded covariates; others than its own are not looked at
         cond: dict[str, Tensor] | None = None,
         # Logits of the patches (b, 1, h/8, w/8), and the features of each level
     ) -> tuple[Tensor, list[Tensor]]:
+        """Logits of the patches (b, 1, h/8, w/8), and the features of each level.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates; others than its own are not looked at.
+
+        Returns
+        -------
+        tuple[Tensor, list[Tensor]]
+            Logits of the patches (b, 1, h/8, w/8), and the features of each level.
+        """
         features = []
         for level in self.levels:
             features.append(x := level(x))
@@ -914,6 +978,7 @@ def discriminator_loss(
     Returns
     -------
     Tensor
+        Scalar: half for the real ones, half for the fake ones, however many there are of each.
 
     References
     ----------
@@ -977,6 +1042,8 @@ def discriminator_accuracy(
     Returns
     -------
     Tensor
+        Fraction of patches classified rightly, half the weight on each kind; 0.5 is guessing, 1 is
+        certainty.
     """
     return ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
 

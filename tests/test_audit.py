@@ -113,4 +113,3 @@ def test_utility_refuses_without_diagnosis(train, held_out):
         scores['auc'] == pytest.approx(np.mean(scores['auc_by_seed']))
         and len(scores['auc_by_seed']) == 2
     )
-

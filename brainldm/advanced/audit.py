@@ -133,6 +133,7 @@ def remove_group_means(
     Returns
     -------
     np.ndarray
+        The numbers minus the mean of their group (n,); NaN where the group is not known.
     """
     values = pd.Series(np.asarray(values, float))
     return (values - values.groupby([np.asarray(o) for o in groups]).transform('mean')).to_numpy()
@@ -162,6 +163,8 @@ def diagnosis_effect(
     Returns
     -------
     float
+        Cohen's d: difference of the means in units of the standard deviation within a group; NaN if
+        one is absent.
 
     References
     ----------
@@ -229,6 +232,8 @@ def condition_effects(
     Returns
     -------
     dict[str, dict]
+        slice_error, diagnosis_effect, fine_detail, and age_slope where ages are known: value,
+        interval_95.
     """
     fraction, detail, slices = (
         csf_fraction(images),
@@ -428,6 +433,7 @@ def utility_scores(
     Returns
     -------
     dict[str, dict]
+        By source: auc, the mean over seeds; auc_by_seed; interval_95 over subjects.
 
     Raises
     ------
@@ -512,6 +518,8 @@ def folding_maps(
     Returns
     -------
     Tensor
+        Maps (n, SIDE, SIDE), on the same device: folds and ventricles, about 0 on average, 0
+        outside the brain.
     """
     x = images.float()
     if x.shape[-1] != FRAME:
@@ -577,6 +585,7 @@ def candidate_moves(
     Returns
     -------
     Tensor
+        As for `transform_maps` (m, 5): shifts, turns and scales, each as it is and mirrored.
     """
     far = max(shift * FRAME / size - 1, 0)  # one pixel of the frame is near enough
     at = (torch.linspace(-far, far, 2 * math.ceil(far / 2) + 1) * 2 / FRAME).tolist()
@@ -759,6 +768,7 @@ def best_moves(
     Returns
     -------
     tuple[Tensor, Tensor, Tensor]
+        Correlation, train row, and number of the move, each for whole and half (2, b).
     """
     b = len(maps)
     # (moves*b, SIDE*SIDE)
@@ -853,6 +863,8 @@ def nearest_copies(
     Returns
     -------
     pd.DataFrame
+        whole, half: correlation with the most similar train slice; whole_row, half_row: which it
+        is.
     """
     device, last = search.means.device, len(search.rows) - 1
     maps = torch.cat([folding_maps(o.to(device)) for o in image_batches(images, batch_size)])
@@ -969,6 +981,7 @@ def excess_p_values(
     Returns
     -------
     tuple[float, float]
+        How often so many above the level, and so many of one train subject, arise by chance.
     """
     near, owners = np.append(near, True), np.append(owners, np.max(owners) + 1)
     subjects = np.append(subjects, np.max(subjects) + 1)
@@ -1023,6 +1036,8 @@ def audit_statistics(
     Returns
     -------
     dict
+        Of whole and half: copies, threshold, near, level, p_value, p_subject, highest; and of both
+        together.
     """
     n, who = len(samples), pd.factorize(reference.subject)[0]
     groups = np.arange(n) if groups is None else pd.factorize(np.asarray(groups))[0]
@@ -1257,6 +1272,7 @@ def audit_power(
     Returns
     -------
     dict[str, dict]
+        By kind: caught, trials, interval_95; 'none', without copies: failed, trials, interval_95.
     """
     rng, caught = np.random.default_rng(seed), dict.fromkeys(('none', *copies), 0)
     names = held_out.subject.unique()
@@ -1453,6 +1469,7 @@ def audit_images(
     Returns
     -------
     tuple[dict, pd.DataFrame, pd.DataFrame]
+        As from `memorization_audit`; `nearest_copies` of samples, and of the reference.
     """
     search = CopySearch(train, device)
     owners, rows = train.manifest.subject.astype(str).to_numpy(), reference_rows(
@@ -1560,6 +1577,8 @@ def attack_auc(
     Returns
     -------
     dict
+        auc, interval_95 over subjects; control, control_interval_95 over splits; excess, n_members,
+        n_others.
     """
     errors = np.asarray(errors, float).reshape(len(member), -1)
     score, member, who = (

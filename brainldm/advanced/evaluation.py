@@ -107,6 +107,8 @@ def score_slices(
     Returns
     -------
     pd.DataFrame
+        One row a slice: subject, slice, ssim, ssim_brain, psnr, sharpness, and baseline_* of the
+        baseline.
 
     Raises
     ------
@@ -269,6 +271,8 @@ def reconstruction_scores(
     Returns
     -------
     dict
+        ssim, ssim_brain, psnr, sharpness, interval_95, baseline_mean_slice, counts; codebook_usage,
+        perplexity if any.
     """
     # in the words of the run
     dataset = SliceDataset(dataset.images, dataset.manifest, model.autoencoder.covariates)

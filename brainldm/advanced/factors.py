@@ -45,6 +45,7 @@ def codebook_usage(
     Returns
     -------
     tuple[Tensor, Tensor]
+        How often each code occurs (k,), and its mean patch (k, f, f), NaN if it never does.
 
     Raises
     ------
@@ -208,6 +209,7 @@ def variance_fractions(
     Returns
     -------
     dict[str, float]
+        Fractions: subject, slice, rest; and baseline_subject, baseline_slice, those of pure noise.
 
     References
     ----------
@@ -231,7 +233,8 @@ def subject_retrieval(
     subjects,  # Whose slice it is (n,)
     slices,  # At which slice position (n,)
     # Fraction of subjects found from slice position a (row) at position b (column); NaN on the
-    # diagonal; by chance 1/subjects
+    # diagonal; by
+    # chance 1/subjects
 ) -> np.ndarray:
     """Find the same subject at another slice position by the nearest vector.
 
@@ -247,6 +250,8 @@ def subject_retrieval(
     Returns
     -------
     np.ndarray
+        Fraction of subjects found from slice position a (row) at position b (column); NaN on the
+        diagonal; by chance 1/subjects.
     """
     v = subject_slice_table('subject_retrieval', vectors, subjects, slices)
     v = v - v.mean(0)
@@ -327,6 +332,7 @@ def swap_effects(
     Returns
     -------
     dict[str, float]
+        latent: a, condition: b; 1 and 0 if the latent decides, 0 and 1 if the condition does.
 
     Raises
     ------

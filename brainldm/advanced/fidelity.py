@@ -205,6 +205,18 @@ class FeatureNet(nn.Module):
         images: Tensor,  # Images (b, 1, h, w) in [-1, 1]
         # By covariate: logits (b, values) of a category, or an encoded number (b, 1)
     ) -> dict[str, Tensor]:
+        """By covariate: logits (b, values) of a category, or an encoded number (b, 1).
+
+        Parameters
+        ----------
+        images : Tensor
+            Images (b, 1, h, w) in [-1, 1].
+
+        Returns
+        -------
+        dict[str, Tensor]
+            By covariate: logits (b, values) of a category, or an encoded number (b, 1).
+        """
         h = self.pool(images)
         return {name: head(h) for name, head in self.heads.items()}
 
@@ -416,6 +428,8 @@ def evaluator_rows(
     Returns
     -------
     np.ndarray
+        True where the feature network learns from the row's subject (n,); the others serve as
+        reference.
     """
     first = train.drop_duplicates('subject').sort_values('subject')
     kinds = (
@@ -484,6 +498,7 @@ def feature_net(
     Returns
     -------
     FeatureNet
+        On the CPU, in evaluation mode; `fraction` says which train subjects it has seen.
 
     Raises
     ------
@@ -558,6 +573,8 @@ def predict_covariates(
     Returns
     -------
     pd.DataFrame
+        One row an image: numbers in their own units; of a category the probability of its first
+        value.
     """
     call, device = infer(net), next(net.parameters()).device
     answers, out = [call(o.to(device)) for o in image_batches(images)], {}
@@ -598,6 +615,8 @@ def subject_auc(
     Returns
     -------
     tuple[float, tuple[float, float] | None]
+        Area under the ROC curve over subjects, mean of the evaluators; 95 % interval, if resamples
+        hold both groups.
 
     References
     ----------
@@ -714,6 +733,7 @@ def kernel_terms(
     Returns
     -------
     tuple[Tensor, Tensor]
+        What each two rows add to the distance (n, n), 0 where they do not count; which do (n, n).
     """
     if len(real) != len(other):
         raise ValueError(
@@ -764,6 +784,7 @@ def kernel_distance(
     Returns
     -------
     float
+        Squared distance; 0 on average for two samples of one distribution, so it may fall below.
 
     Raises
     ------
@@ -916,6 +937,7 @@ def leave_out_interval(
     Returns
     -------
     dict[str, tuple[float, float]]
+        95 % interval of each number; empty with fewer than 5 subjects.
 
     References
     ----------
@@ -1097,6 +1119,8 @@ def excess_distance(
     Returns
     -------
     dict
+        kid, interval_95, by_seed (kid and interval_95 of each set), synthetic and reference: their
+        own mean distances.
     """
     theirs = [kernel_terms(real, o, subjects, who) for o, who in zip(references, others)]
     ours = [kernel_terms(real, o, subjects) for o in sets]
@@ -1163,6 +1187,7 @@ def reference_rotations(
     Returns
     -------
     tuple[list[np.ndarray], int]
+        For each rotation the train row beside each held-out row; subjects the network has seen.
     """
     names = [o for o in ('slice', 'diagnosis') if o in held_out and o in train]
 
@@ -1210,6 +1235,7 @@ def compare_with_reference(
     Returns
     -------
     dict
+        synthetic (the first set), by_seed, reference (mean of its rotations), by_rotation, excess.
 
     Raises
     ------
@@ -1243,6 +1269,7 @@ def fine_detail(
     Returns
     -------
     np.ndarray
+        Variance of the Laplacian of gray values inside the brain (n,); NaN without brain.
     """
     grays = ((part.cpu().double() + 1) / 2 for part in image_batches(images))
     return np.concatenate([laplacian_variance(o, o > outline).cpu().numpy() for o in grays])

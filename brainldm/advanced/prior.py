@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRIOR_PRESETS', 'backoff_probability', 'histogram_lookup', 'code_cells', 'code_baselines', 'context_positions',
-           'TransformerBlock', 'check_codes', 'check_start', 'embed_codes', 'new_cache', 'CodeTransformer',
-           'PriorConfig', 'corrupt_tokens', 'prior_loss', 'code_bits', 'code_vectors', 'BestWeights',
-           'code_probabilities', 'pick_codes', 'check_sampling', 'next_logits', 'check_prompt', 'sample_codes',
-           'code_encoder', 'cache_codes', 'prior_args', 'preview_codes', 'validate_prior', 'save_prior', 'load_prior',
-           'adopt_prior', 'train_prior', 'sample_uniform', 'sample_prior', 'CodeSampler', 'code_costs']
+           'TransformerBlock', 'check_codes', 'check_start', 'CodeTransformer', 'PriorConfig', 'corrupt_tokens',
+           'prior_loss', 'code_bits', 'code_vectors', 'BestWeights', 'code_probabilities', 'pick_codes',
+           'check_sampling', 'next_logits', 'check_prompt', 'code_encoder', 'cache_codes', 'prior_args',
+           'preview_codes', 'validate_prior', 'save_prior', 'load_prior', 'adopt_prior', 'train_prior',
+           'sample_uniform', 'CodeSampler', 'code_costs']
 
 # %% ../../nbs/advanced/12_prior.ipynb #1eac48f3
 import math
@@ -138,6 +138,7 @@ def histogram_lookup(
     Returns
     -------
     tuple[Tensor, Tensor]
+        How often its histogram has the code, and how many codes it has, each (m, places), float64.
     """
     size = int(max(here.max(), there.max())) + 1
     counts = torch.bincount(
@@ -164,6 +165,7 @@ def code_cells(
     Returns
     -------
     tuple[Tensor, Tensor, Tensor]
+        Number of each code's histogram (n, places): of all; by place; by place and slice.
     """
     place = torch.arange(places).expand(len(slices), -1)
     return torch.zeros_like(place), place, place + places * slices[:, None]
@@ -200,6 +202,7 @@ def code_baselines(
     Returns
     -------
     dict[str, Tensor]
+        Mean bits per code of each held map (m,): uniform, histogram, place, place_slice.
     """
     train, held_out = train.flatten(1), held_out.flatten(1)
     names = sorted(set(train_subjects))
@@ -246,6 +249,8 @@ def context_positions(
     Returns
     -------
     Tensor
+        Numbers of the positions just before, and above, above left, above right (side*side, 4); -1:
+        none.
     """
     i, j = torch.meshgrid(torch.arange(side), torch.arange(side), indexing='ij')
     near = [torch.arange(side**2).view(side, side) - 1]
@@ -389,82 +394,8 @@ def check_start(
         raise ValueError(
             f"CodeTransformer: start={start} {'without' if cache is None else 'with'} a cache."
             f" Expected 0, or with a cache {newest}, the number of covariates and known codes. Try"
-            " sample_codes, which counts."
+            " CodeTransformer.generate, which counts."
         )
-
-# %% ../../nbs/advanced/12_prior.ipynb #b3050083
-def embed_codes(
-    prior,  # A `CodeTransformer`
-    codes: Tensor,  # Codes known so far (b, m), int64
-    cond: dict[str, Tensor],  # Encoded covariates
-    drop: Tensor | None,  # True where a covariate is hidden (b, n)
-    start: int,  # First place of the sequence that is wanted
-    # A vector for each covariate, known code and the next one (b, n+m+1-start, embed_dim)
-) -> Tensor:
-    """What the blocks get: a vector is made of the place and the four codes before it.
-
-    Parameters
-    ----------
-    prior
-        A `CodeTransformer`.
-    codes : Tensor
-        Codes known so far (b, m), int64.
-    cond : dict[str, Tensor]
-        Encoded covariates.
-    drop : Tensor | None
-        True where a covariate is hidden (b, n).
-    start : int
-        First place of the sequence that is wanted.
-
-    Returns
-    -------
-    Tensor
-    """
-    n, (b, m) = len(prior.covariates), codes.shape
-    # neighbor -1 is here
-    padded = torch.cat([codes, codes.new_full((b, 1), prior.num_embeddings)], dim=1)
-    at = slice(max(start - n, 0), m + 1)
-    place = (prior.rows[:, None] + prior.cols).flatten(0, 1)[at]
-    near = padded[:, prior.neighbours[at]]  # (b, places, 4)
-    words = (
-        prior.codes(near)
-        if prior.read is None
-        else prior.codes(near) + prior.read(prior.vectors[near])
-    )
-    x = prior.near(words.flatten(-2)) + place
-    return x if start or not n else torch.cat([prior.conditioner(cond, b, drop).to(x), x], dim=1)
-
-# %% ../../nbs/advanced/12_prior.ipynb #20c90a86
-def new_cache(
-    prior,  # A `CodeTransformer`
-    batch_size: int,  # Maps sampled at a time
-) -> Tensor:  # Room for keys and values (layers, 2, b, heads, places, c)
-    """An empty memory, in the precision that attention computes in.
-
-    Parameters
-    ----------
-    prior
-        A `CodeTransformer`.
-    batch_size : int
-        Maps sampled at a time.
-
-    Returns
-    -------
-    Tensor
-        Room for keys and values (layers, 2, b, heads, places, c).
-    """
-    w, places = prior.head.weight, len(prior.covariates) + prior.side**2
-    low = torch.is_autocast_enabled(w.device.type)
-    return torch.empty(
-        len(prior.blocks),
-        2,
-        batch_size,
-        prior.num_heads,
-        places,
-        w.shape[1] // prior.num_heads,
-        device=w.device,
-        dtype=torch.get_autocast_dtype(w.device.type) if low else w.dtype,
-    )
 
 # %% ../../nbs/advanced/12_prior.ipynb #f552828a
 class CodeTransformer(nn.Module):
@@ -514,12 +445,10 @@ class CodeTransformer(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.num_embeddings, self.side, self.covariates, self.num_heads = (
-            num_embeddings,
-            side,
-            tuple(covariates),
-            num_heads,
-        )
+        self.num_embeddings = num_embeddings
+        self.side = side
+        self.covariates = tuple(covariates)
+        self.num_heads = num_heads
         self.conditioner = Conditioner(covariates, embed_dim) if covariates else None
         self.codes = nn.Embedding(num_embeddings + 1, embed_dim)  # the last: outside the map
         self.near = nn.Linear(4 * embed_dim, embed_dim)
@@ -545,6 +474,28 @@ class CodeTransformer(nn.Module):
         # Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone
         # (b, 1, k)
     ) -> Tensor:
+        """Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone (b,
+        1, k).
+
+        Parameters
+        ----------
+        codes : Tensor
+            The first m codes of each map (b, m), int64, m less than side*side.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates by name, each (b,).
+        drop : Tensor | None, default None
+            True where a covariate is hidden (b, n).
+        cache : Tensor | None, default None
+            As of `new_cache`; holds the first `start` places, and all of them afterwards.
+        start : int, default 0
+            Places of the sequence that are in the cache: 0, or all but the newest.
+
+        Returns
+        -------
+        Tensor
+            Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone
+            (b, 1, k).
+        """
         check_codes(codes, self.side)
         check_start(start, len(self.covariates) + codes.shape[1], cache)
         x = self.dropout(self.embed(codes, cond or {}, drop, start))
@@ -557,7 +508,144 @@ class CodeTransformer(nn.Module):
             else self.head(x) + self.write(x) @ self.vectors[:-1].T.to(x)
         )
 
-    embed, new_cache = embed_codes, new_cache  # a function in a class is a method
+    def embed(
+        self,
+        codes: Tensor,  # Codes known so far (b, m), int64
+        cond: dict[str, Tensor],  # Encoded covariates
+        drop: Tensor | None,  # True where a covariate is hidden (b, n)
+        start: int,  # First place of the sequence that is wanted
+        # A vector for each covariate, known code and the next one (b, n+m+1-start, embed_dim)
+    ) -> Tensor:
+        """What the blocks get: a vector is made of the place and the four codes before it.
+
+        Parameters
+        ----------
+        codes : Tensor
+            Codes known so far (b, m), int64.
+        cond : dict[str, Tensor]
+            Encoded covariates.
+        drop : Tensor | None
+            True where a covariate is hidden (b, n).
+        start : int
+            First place of the sequence that is wanted.
+
+        Returns
+        -------
+        Tensor
+            A vector for each covariate, known code and the next one (b, n+m+1-start, embed_dim).
+        """
+        n, (b, m) = len(self.covariates), codes.shape
+        # neighbor -1 is here
+        padded = torch.cat([codes, codes.new_full((b, 1), self.num_embeddings)], dim=1)
+        at = slice(max(start - n, 0), m + 1)
+        place = (self.rows[:, None] + self.cols).flatten(0, 1)[at]
+        near = padded[:, self.neighbours[at]]  # (b, places, 4)
+        words = (
+            self.codes(near)
+            if self.read is None
+            else self.codes(near) + self.read(self.vectors[near])
+        )
+        x = self.near(words.flatten(-2)) + place
+        return x if start or not n else torch.cat([self.conditioner(cond, b, drop).to(x), x], dim=1)
+
+    def new_cache(
+        self,
+        batch_size: int,  # Maps sampled at a time
+    ) -> Tensor:  # Room for keys and values (layers, 2, b, heads, places, c)
+        """An empty memory, in the precision that attention computes in.
+
+        Parameters
+        ----------
+        batch_size : int
+            Maps sampled at a time.
+
+        Returns
+        -------
+        Tensor
+            Room for keys and values (layers, 2, b, heads, places, c).
+        """
+        w, places = self.head.weight, len(self.covariates) + self.side**2
+        low = torch.is_autocast_enabled(w.device.type)
+        return torch.empty(
+            len(self.blocks),
+            2,
+            batch_size,
+            self.num_heads,
+            places,
+            w.shape[1] // self.num_heads,
+            device=w.device,
+            dtype=torch.get_autocast_dtype(w.device.type) if low else w.dtype,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        u: Tensor,  # Uniform numbers in [0, 1), one a code (b, side*side), on the self's device
+        cond: dict[str, Tensor] | None = None,  # Encoded covariates, each (b,)
+        temperature: float = 1.0,  # Below 1: bolder; above 1: more random
+        top_k: int | None = None,  # Choose among so many codes only
+        top_p: float = 1.0,  # Choose among the codes that hold this fraction of the probability
+        # 1: conditional; 0: unconditional; above 1: exaggerate the conditions
+        guidance_scale: float = 1.0,
+        prompt: Tensor | None = None,  # The first rows, already known (b, rows, side), int64
+        # Remember keys and values; False computes all of them anew for each code
+        cached: bool = True,
+        tick=lambda n: None,  # Called with the number of maps after each code
+    ) -> Tensor:  # Code maps (b, side, side)
+        """Write maps of codes, one code after the other.
+
+        Parameters
+        ----------
+        u : Tensor
+            Uniform numbers in [0, 1), one a code (b, side*side), on the self's device.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, each (b,).
+        temperature : float, default 1.0
+            Below 1: bolder; above 1: more random.
+        top_k : int | None, default None
+            Choose among so many codes only.
+        top_p : float, default 1.0
+            Choose among the codes that hold this fraction of the probability.
+        guidance_scale : float, default 1.0
+            1: conditional; 0: unconditional; above 1: exaggerate the conditions.
+        prompt : Tensor | None, default None
+            The first rows, already known (b, rows, side), int64.
+        cached : bool, default True
+            Remember keys and values; False computes all of them anew for each code.
+        tick : default lambda n: None
+            Called with the number of maps after each code.
+
+        Returns
+        -------
+        Tensor
+            Code maps (b, side, side).
+
+        References
+        ----------
+        Ho & Salimans 2022, eq. 6, on logits (guidance).
+        """
+        check_sampling(temperature, top_k, top_p, guidance_scale)
+        b, side, n = len(u), self.side, len(self.covariates)
+        if u.shape != (b, side**2):
+            raise ValueError(
+                f"sample: u of shape {tuple(u.shape)}. Expected (b, {side**2}), one number a"
+                " code. Try sample_uniform."
+            )
+        codes = (
+            torch.empty(b, 0, dtype=torch.int64, device=u.device)
+            if prompt is None
+            else check_prompt(prompt, b, self)
+        )
+        guidance_scale = guidance_scale if n else 1
+        cache = self.new_cache(b if guidance_scale == 1 else 2 * b) if cached else None
+        start = 0
+        for i in range(codes.shape[1], side**2):
+            logits = next_logits(self, codes, cond or {}, guidance_scale, cache, start)
+            new = pick_codes(*code_probabilities(logits, temperature, top_k, top_p), u[:, i])
+            codes = torch.cat([codes, new[:, None]], dim=1)
+            start = n + i + 1 if cached else 0
+            tick(b)
+        return codes.view(b, side, side)
 
 # %% ../../nbs/advanced/12_prior.ipynb #f7bdc62d
 @dataclass
@@ -780,6 +868,8 @@ def code_vectors(
     Returns
     -------
     Tensor
+        The vector of each code, each channel standardized, and a 0 for what is outside the map
+        (k+1, d).
     """
     k = autoencoder.quantizer.num_embeddings
     at = torch.arange(k, device=next(autoencoder.parameters()).device).view(1, 1, k)
@@ -854,6 +944,7 @@ def code_probabilities(
     Returns
     -------
     tuple[Tensor, Tensor]
+        Probabilities, greatest first, 0 where not allowed (b, k); which codes these are (b, k).
 
     References
     ----------
@@ -1049,82 +1140,6 @@ def check_prompt(
         )
     return prompt.flatten(1)
 
-# %% ../../nbs/advanced/12_prior.ipynb #e5310385
-@torch.no_grad()
-def sample_codes(
-    prior: CodeTransformer,  # The prior
-    u: Tensor,  # Uniform numbers in [0, 1), one a code (b, side*side), on the prior's device
-    cond: dict[str, Tensor] | None = None,  # Encoded covariates, each (b,)
-    temperature: float = 1.0,  # Below 1: bolder; above 1: more random
-    top_k: int | None = None,  # Choose among so many codes only
-    top_p: float = 1.0,  # Choose among the codes that hold this fraction of the probability
-    # 1: conditional; 0: unconditional; above 1: exaggerate the conditions
-    guidance_scale: float = 1.0,
-    prompt: Tensor | None = None,  # The first rows, already known (b, rows, side), int64
-    # Remember keys and values; False computes all of them anew for each code
-    cached: bool = True,
-    tick=lambda n: None,  # Called with the number of maps after each code
-) -> Tensor:  # Code maps (b, side, side)
-    """Write maps of codes, one code after the other.
-
-    Parameters
-    ----------
-    prior : CodeTransformer
-        The prior.
-    u : Tensor
-        Uniform numbers in [0, 1), one a code (b, side*side), on the prior's device.
-    cond : dict[str, Tensor] | None, default None
-        Encoded covariates, each (b,).
-    temperature : float, default 1.0
-        Below 1: bolder; above 1: more random.
-    top_k : int | None, default None
-        Choose among so many codes only.
-    top_p : float, default 1.0
-        Choose among the codes that hold this fraction of the probability.
-    guidance_scale : float, default 1.0
-        1: conditional; 0: unconditional; above 1: exaggerate the conditions.
-    prompt : Tensor | None, default None
-        The first rows, already known (b, rows, side), int64.
-    cached : bool, default True
-        Remember keys and values; False computes all of them anew for each code.
-    tick : default lambda n: None
-        Called with the number of maps after each code.
-
-    Returns
-    -------
-    Tensor
-        Code maps (b, side, side).
-
-    References
-    ----------
-    Ho & Salimans 2022, eq. 6, on logits (guidance).
-    """
-    check_sampling(temperature, top_k, top_p, guidance_scale)
-    b, side, n = len(u), prior.side, len(prior.covariates)
-    if u.shape != (b, side**2):
-        raise ValueError(
-            f"sample: u of shape {tuple(u.shape)}. Expected (b, {side**2}), one number a code. Try"
-            " sample_uniform."
-        )
-    codes = (
-        torch.empty(b, 0, dtype=torch.int64, device=u.device)
-        if prompt is None
-        else check_prompt(prompt, b, prior)
-    )
-    guidance_scale = guidance_scale if n else 1
-    cache = prior.new_cache(b if guidance_scale == 1 else 2 * b) if cached else None
-    start = 0
-    for i in range(codes.shape[1], side**2):
-        logits = next_logits(prior, codes, cond or {}, guidance_scale, cache, start)
-        new = pick_codes(*code_probabilities(logits, temperature, top_k, top_p), u[:, i])
-        codes = torch.cat([codes, new[:, None]], dim=1)
-        start = n + i + 1 if cached else 0
-        tick(b)
-    return codes.view(b, side, side)
-
-
-CodeTransformer.generate = sample_codes  # a method too, for `infer` to call
-
 # %% ../../nbs/advanced/12_prior.ipynb #bc2a7b61
 def code_encoder(
     model: VQVAE,  # The trained autoencoder, on the device that computes
@@ -1143,6 +1158,7 @@ def code_encoder(
     Returns
     -------
     Callable[[dict], Tensor]
+        A batch of images and conditions in, codes (b, h, w) out, int64, on the CPU.
 
     Raises
     ------
@@ -1264,6 +1280,7 @@ def preview_codes(
     Returns
     -------
     tuple[Tensor, dict[str, Tensor], list[str]]
+        Codes (n, side, side), their conditions, and a label a row.
     """
     device = next(prior.parameters()).device
     cond, rows = preview_conditions(prior.covariates)
@@ -1302,6 +1319,7 @@ def validate_prior(
     Returns
     -------
     dict[str, float]
+        val_bits of the averaged network now; best_bits, and the code maps seen when that was.
     """
     prior, best, part = learner.ema.module, learner.ema.best, evenly_spaced_rows(held_out, 256)
     chunk = learner.config.batch_size  # what fits beside a training
@@ -1363,6 +1381,7 @@ def load_prior(
     Returns
     -------
     tuple[CodeTransformer, dict]
+        The network in evaluation mode on the CPU, and its description.
 
     Raises
     ------
@@ -1545,100 +1564,6 @@ def sample_uniform(
     ]
     return torch.from_numpy(np.stack(own)).to(device)
 
-# %% ../../nbs/advanced/12_prior.ipynb #6663885d
-def sample_prior(
-    model,  # A `CodeSampler`: a run with a trained prior
-    n: int = 1,  # Images to sample
-    diagnosis: str | list[str] | None = None,  # One for all or one each; None leaves it open
-    slice: float | list[float] | None = None,  # Slice number, as in the training data
-    age: float | list[float] | None = None,  # Years
-    sex: str | list[str] | None = None,  # As written in the training data
-    temperature: float = 1.0,  # Below 1: bolder about probable codes; above 1: more random
-    top_k: int | None = None,  # Choose among so many codes only
-    top_p: float = 1.0,  # Choose among the codes that hold this fraction of the probability
-    # 1 follows the data, above 1 exaggerates the conditions, 0 ignores them
-    guidance_scale: float = 1.0,
-    seed: int = 0,  # Same seed, same machine: same images
-    # First rows of codes that are known already (n, rows, side), as from `model.codes`
-    prompt: Tensor | None = None,
-    batch_size: int = 32,  # Images at a time
-    first: int = 0,  # Number of the first image: a long sampling run may be split
-    progress: bool = False,  # Show a bar
-    **others,  # Any other covariate of the run, by name
-) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
-    """Sample codes under the requested conditions, and decode them.
-
-    Parameters
-    ----------
-    model
-        A `CodeSampler`: a run with a trained prior.
-    n : int, default 1
-        Images to sample.
-    diagnosis : str | list[str] | None, default None
-        One for all or one each; None leaves it open.
-    slice : float | list[float] | None, default None
-        Slice number, as in the training data.
-    age : float | list[float] | None, default None
-        Years.
-    sex : str | list[str] | None, default None
-        As written in the training data.
-    temperature : float, default 1.0
-        Below 1: bolder about probable codes; above 1: more random.
-    top_k : int | None, default None
-        Choose among so many codes only.
-    top_p : float, default 1.0
-        Choose among the codes that hold this fraction of the probability.
-    guidance_scale : float, default 1.0
-        1 follows the data, above 1 exaggerates the conditions, 0 ignores them.
-    seed : int, default 0
-        Same seed, same machine: same images.
-    prompt : Tensor | None, default None
-        First rows of codes that are known already (n, rows, side), as from `model.codes`.
-    batch_size : int, default 32
-        Images at a time.
-    first : int, default 0
-        Number of the first image: a long sampling run may be split.
-    progress : bool, default False
-        Show a bar.
-    **others
-        Any other covariate of the run, by name.
-
-    Returns
-    -------
-    Tensor
-        New images (n, 1, size, size) in [-1, 1], on the CPU.
-
-    Raises
-    ------
-    ValueError
-        For what cannot be.
-    TypeError
-        For what cannot be.
-    """
-    check_sample_counts(n, seed, batch_size, first)
-    check_sampling(temperature, top_k, top_p, guidance_scale)
-    cond = check_conditions(
-        dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), model.covariates, n
-    )
-    required_conditions(model.autoencoder, cond, 'cpu')  # refuse now, not after sampling
-    if prompt is not None:
-        check_prompt(prompt, n, model.prior)
-    options, images = (
-        dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale),
-        [],
-    )
-    places, known = model.prior.side**2, [c.name for c in model.prior.covariates]
-    with tqdm(total=n * places, unit='code', desc='sample', disable=not progress) as bar:
-        for i, stop, part in in_batches(cond, n, batch_size, model.device):
-            heard = {k: v for k, v in part.items() if k in known}
-            begun = None if prompt is None else prompt[i:stop].to(model.device)
-            u = sample_uniform(stop - i, places, seed, first + i, model.device)
-            codes = infer(model.prior, model.precision, 'generate')(
-                u, heard, prompt=begun, tick=bar.update, **options
-            )
-            images.append(model.decode_codes(codes, part))
-    return torch.cat(images)
-
 # %% ../../nbs/advanced/12_prior.ipynb #9fff6320
 class CodeSampler(Codec):
     """A trained VQVAE with its prior: samples new images under requested conditions, or completes a
@@ -1737,8 +1662,8 @@ class CodeSampler(Codec):
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
-        """What `sample` can be conditioned on: the prior's covariates, then those of the autoencoder
-        alone.
+        """What `sample` can be conditioned on: the prior's covariates, then those that only the
+        autoencoder knows.
 
         Returns
         -------
@@ -1791,7 +1716,96 @@ class CodeSampler(Codec):
         """
         return self._ask('decode_codes', codes, cond).float().clamp(-1, 1).cpu()
 
-    sample = sample_prior  # a function in a class is a method
+    def sample(
+        self,
+        n: int = 1,  # Images to sample
+        diagnosis: str | list[str] | None = None,  # One for all or one each; None leaves it open
+        slice: float | list[float] | None = None,  # Slice number, as in the training data
+        age: float | list[float] | None = None,  # Years
+        sex: str | list[str] | None = None,  # As written in the training data
+        temperature: float = 1.0,  # Below 1: bolder about probable codes; above 1: more random
+        top_k: int | None = None,  # Choose among so many codes only
+        top_p: float = 1.0,  # Choose among the codes that hold this fraction of the probability
+        # 1 follows the data, above 1 exaggerates the conditions, 0 ignores them
+        guidance_scale: float = 1.0,
+        seed: int = 0,  # Same seed, same machine: same images
+        # First rows of codes that are known already (n, rows, side), as from `CodeSampler.codes`
+        prompt: Tensor | None = None,
+        batch_size: int = 32,  # Images at a time
+        first: int = 0,  # Number of the first image: a long sampling run may be split
+        progress: bool = False,  # Show a bar
+        **others,  # Any other covariate of the run, by name
+    ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
+        """Sample codes under the requested conditions, and decode them.
+
+        Parameters
+        ----------
+        n : int, default 1
+            Images to sample.
+        diagnosis : str | list[str] | None, default None
+            One for all or one each; None leaves it open.
+        slice : float | list[float] | None, default None
+            Slice number, as in the training data.
+        age : float | list[float] | None, default None
+            Years.
+        sex : str | list[str] | None, default None
+            As written in the training data.
+        temperature : float, default 1.0
+            Below 1: bolder about probable codes; above 1: more random.
+        top_k : int | None, default None
+            Choose among so many codes only.
+        top_p : float, default 1.0
+            Choose among the codes that hold this fraction of the probability.
+        guidance_scale : float, default 1.0
+            1 follows the data, above 1 exaggerates the conditions, 0 ignores them.
+        seed : int, default 0
+            Same seed, same machine: same images.
+        prompt : Tensor | None, default None
+            First rows of codes that are known already (n, rows, side), as from `CodeSampler.codes`.
+        batch_size : int, default 32
+            Images at a time.
+        first : int, default 0
+            Number of the first image: a long sampling run may be split.
+        progress : bool, default False
+            Show a bar.
+        **others
+            Any other covariate of the run, by name.
+
+        Returns
+        -------
+        Tensor
+            New images (n, 1, size, size) in [-1, 1], on the CPU.
+
+        Raises
+        ------
+        ValueError
+            For what cannot be.
+        TypeError
+            For what cannot be.
+        """
+        check_sample_counts(n, seed, batch_size, first)
+        check_sampling(temperature, top_k, top_p, guidance_scale)
+        cond = check_conditions(
+            dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), self.covariates, n
+        )
+        required_conditions(self.autoencoder, cond, 'cpu')  # refuse now, not after sampling
+        if prompt is not None:
+            check_prompt(prompt, n, self.prior)
+        options, images = (
+            dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale),
+            [],
+        )
+        places, known = self.prior.side**2, [c.name for c in self.prior.covariates]
+        with tqdm(total=n * places, unit='code', desc='sample', disable=not progress) as bar:
+            for i, stop, part in in_batches(cond, n, batch_size, self.device):
+                heard = {k: v for k, v in part.items() if k in known}
+                begun = None if prompt is None else prompt[i:stop].to(self.device)
+                u = sample_uniform(stop - i, places, seed, first + i, self.device)
+                codes = infer(self.prior, self.precision, 'generate')(
+                    u, heard, prompt=begun, tick=bar.update, **options
+                )
+                images.append(self.decode_codes(codes, part))
+        return torch.cat(images)
 
 # %% ../../nbs/advanced/12_prior.ipynb #bb7fd038
 def code_costs(
@@ -1818,6 +1832,7 @@ def code_costs(
     Returns
     -------
     dict[str, Tensor]
+        Mean bits per code of each slice (n,): prior, and the baselines of `code_baselines`.
     """
     # in the words of the run
     dataset = SliceDataset(dataset.images, dataset.manifest, model.covariates)

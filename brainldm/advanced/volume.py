@@ -31,16 +31,16 @@ from tqdm.auto import tqdm
 from ..engineering.plotting import save_figure, show_planes
 from ..engineering.batches import Covariate, SliceDataset
 from ..vae import image_scores
-from ..scheduler import NoiseSchedule
-from .solvers import denoise
+from ..scheduler import NoiseSchedule, denoise
+from .solvers import SOLVERS
 from ..unet import UNet
 from brainldm.engineering.loop import (
     Learner,
     TrainConfig,
-    process_state,
     in_chunks,
     infer,
     mixed_precision,
+    process_state,
     to_device,
 )
 from brainldm.engineering.runs import (
@@ -50,16 +50,15 @@ from brainldm.engineering.runs import (
     is_finished,
     load_weights,
     read_config,
+    retry_on_oom,
     run_stage,
     save_weights,
     weights_hash,
-    retry_on_oom,
 )
 from ..training import evenly_spaced_rows
 from brainldm.engineering.stage2 import (
     LatentDataset,
     check_stage2,
-    remove_folder,
     condition_dropout_mask,
     encode_rows,
     loss_weight,
@@ -67,25 +66,20 @@ from brainldm.engineering.stage2 import (
     prediction_error,
     refuse_leak,
     refuse_unfinished,
+    remove_folder,
 )
 from brainldm.engineering.codec import (
     SYNTHETIC,
     check_images,
     check_sample_counts,
-    in_batches,
     default_conditions,
+    in_batches,
     new_folder,
+    prepare_conditions,
     save_gif,
     to_bytes,
 )
-from brainldm.sampling import (
-    BrainLDM,
-    Sampler,
-    sample_batch,
-    sample_noise,
-    guide,
-    prepare_conditions,
-)
+from ..sampling import BrainLDM, Sampler, guide, sample_batch, sample_noise
 
 # %% ../../nbs/advanced/11_volume.ipynb #23237c46
 def neighbor_scores(
@@ -103,6 +97,7 @@ def neighbor_scores(
     Returns
     -------
     dict[str, Tensor]
+        Each (n,): ssim of neighboring slices; roughness, the mean size of second differences.
     """
     n = len(volumes)
     below, above = (o.flatten(0, 1)[:, None] for o in (volumes[:, :-1], volumes[:, 1:]))
@@ -243,6 +238,7 @@ def prepare_brain_conditions(
     Returns
     -------
     tuple[dict[str, Tensor], list[float]]
+        Encoded conditions, each (n*depth,), and the slice numbers.
 
     Raises
     ------
@@ -321,6 +317,8 @@ def correlate_noise(
     Returns
     -------
     Tensor
+        Noise of the same shape, each slice standard normal, slices i and j correlated by
+        correlation**|i-j|.
 
     References
     ----------
@@ -335,7 +333,7 @@ def correlate_noise(
 
 # %% ../../nbs/advanced/11_volume.ipynb #fd316284
 def sample_shared_noise(
-    model,  # A `Sampler`: a run with a trained denoiser
+    model: Sampler,  # A run with a trained denoiser
     n: int = 1,  # Brains to sample
     # Of neighboring slices, 0 to 1; 1: one field of noise for all slices
     noise_correlation: float = 1.0,
@@ -351,8 +349,8 @@ def sample_shared_noise(
 
     Parameters
     ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
+    model : Sampler
+        A run with a trained denoiser.
     n : int, default 1
         Brains to sample.
     noise_correlation : float, default 1.0
@@ -395,9 +393,6 @@ def sample_shared_noise(
         )
         brains.append(sample_batch(model, noise, part, options)[:, 0])
     return torch.stack(brains)
-
-
-Sampler.sample_shared_noise = sample_shared_noise
 
 # %% ../../nbs/advanced/11_volume.ipynb #de3df933
 def stack_neighbors(
@@ -538,6 +533,8 @@ def find_neighbors(
     Returns
     -------
     np.ndarray
+        Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is
+        none.
     """
     # one visit of a subject
     scan = (
@@ -858,7 +855,7 @@ def sample_brains(
                 noise[:, places].flatten(0, 1),
                 model.schedule,
                 options['steps'],
-                options['sampler'],
+                SOLVERS[options['sampler']],
                 callback=lambda i, t, x, x0: tick(len(x)),
             )
         z[:, places] = own.unflatten(0, (len(noise), len(places)))
@@ -1051,6 +1048,8 @@ def validate_volume(
     Returns
     -------
     dict[str, float]
+        val_mse; val_mse_without_neighbors, without neighbors; val_ssim, val_roughness of generated
+        brains.
     """
     model = copy(model)
     model.unet = unet = learner.ema.module
@@ -1382,6 +1381,7 @@ def resolve_spacing(
     Returns
     -------
     tuple[float, float] | None
+        The same after cropping and resizing; None: nothing says how large a voxel is.
 
     Raises
     ------
@@ -1442,6 +1442,8 @@ def save_volumes(
     Returns
     -------
     Path
+        The folder: brain_0000.nii.gz …, planes.png, scroll.gif, and subjects.csv; `brainldm check`
+        reads it where size and left are known.
 
     Raises
     ------

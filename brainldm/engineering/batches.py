@@ -102,6 +102,8 @@ def fingerprint(
     Returns
     -------
     dict
+        hash of rows and pixels; layout, subjects and slices by split; voxel_mm, side and
+        left_known.
     """
     text = manifest.to_csv(index=False, lineterminator='\n')
     by, about = manifest.groupby('split'), manifest.attrs
@@ -485,6 +487,7 @@ def mask_levels_not_in_train(
     Returns
     -------
     tuple[pd.DataFrame, list[str]]
+        The rows, unknown where train lacks the level; one note for each such level.
     """
     notes = []
     for c in (c for c in covariates if c.kind == 'categorical' and c.name in manifest):
@@ -772,6 +775,8 @@ def read_conditions(
     Returns
     -------
     dict
+        The same in the terms of the model: levels as text, numbers as float; what is None as a
+        whole is left out.
 
     Raises
     ------
@@ -803,6 +808,7 @@ def memmap_location(
     Returns
     -------
     dict | None
+        Arguments of np.memmap that give the same bytes again; None where they lie in no file.
     """
     root = images
     while isinstance(root.base, np.ndarray):
@@ -1114,6 +1120,7 @@ def inspection_key(
     Returns
     -------
     tuple[str, float]
+        Name for what an inspection of these files finds; time of the last change of any of them, s.
 
     Raises
     ------

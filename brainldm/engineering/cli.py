@@ -58,6 +58,7 @@ from brainldm.advanced.volume import (
     VolumeConfig,
     check_spacing,
     resolve_spacing,
+    sample_shared_noise,
     save_volumes,
     train_volume,
 )
@@ -617,6 +618,7 @@ def read_pairs(
     Returns
     -------
     dict[str, str]
+        Values by name, as they were written: what a value means, its covariate decides.
 
     Raises
     ------
@@ -1050,6 +1052,7 @@ def conditions_of_rows(
     Returns
     -------
     dict
+        A list of values by name; None where there is none, or one that the model has never seen.
     """
     out = {}
     for c in covariates:
@@ -1285,16 +1288,16 @@ class Volume:
             )
         if self.out:
             refuse_taken(self.out)  # before any work
-        model = (BrainVolumes if self.shared_noise is None else BrainLDM).load(self.run_folder)
+        if self.shared_noise is None:
+            model = BrainVolumes.load(self.run_folder)
+            sample = partial(model.sample_volume, progress=process_state().is_main_process)
+        else:
+            model = BrainLDM.load(self.run_folder)
+            sample = partial(sample_shared_noise, model, noise_correlation=self.shared_noise)
         requested = read_condition_flags(
             dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex),
             self.condition,
             (*model.covariates, *model.autoencoder.covariates),
-        )
-        sample = (
-            partial(model.sample_volume, progress=process_state().is_main_process)
-            if self.shared_noise is None
-            else partial(model.sample_shared_noise, noise_correlation=self.shared_noise)
         )
         brains = sample_across_processes(
             lambda n, first: sample(n, first=first, **requested, **options), self.n
@@ -1376,6 +1379,7 @@ def evaluate_config(
     Returns
     -------
     DataConfig
+        How to open the data: as the run did, or as the flags say, as large as the images.
 
     Raises
     ------
@@ -1673,6 +1677,7 @@ def demo_configs(
     Returns
     -------
     tuple[AEConfig, LDMConfig]
+        The preset, with the laptop's trainings shortened to what phantoms need.
     """
     auto, ldm = PRESETS[preset]
     if preset != 'laptop':

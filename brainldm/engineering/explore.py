@@ -40,8 +40,8 @@ from .plotting import figure_to_png
 from .batches import Covariate
 from ..scheduler import BETA_SCHEDULES, NoiseSchedule, add_noise
 from .loop import to_device
-from .codec import SYNTHETIC, check_images, to_bytes
-from ..sampling import BrainLDM, sample_batch, sample_noise, slerp, prepare_conditions
+from .codec import SYNTHETIC, check_images, prepare_conditions, to_bytes
+from ..sampling import BrainLDM, sample_batch, sample_noise, slerp
 
 # %% ../../nbs/engineering/35_explore.ipynb #fd7dc3d0
 def sample_frames(
@@ -67,6 +67,8 @@ def sample_frames(
     Returns
     -------
     Tensor
+        The image expected after each step (steps, size, size) in [-1, 1]; the last one is the
+        answer.
     """
     frames = []
     model.sample(
@@ -216,6 +218,8 @@ def read_codebook(
     Returns
     -------
     dict[str, Tensor]
+        decoded (n, 1, size, size), codes (n, h, w), patches (k, f, f), counts (h, w, k) of
+        training.
 
     Raises
     ------
@@ -259,6 +263,7 @@ def plot_code(
     Returns
     -------
     plt.Figure
+        The patch decoded for it, where it stands in the image, where it stood in training.
 
     Raises
     ------

@@ -176,6 +176,7 @@ def foreground_side(
     Returns
     -------
     int
+        Side of the smallest central square that holds all brighter pixels; 0 if there are none.
     """
     bright = image > threshold
     reach = [
@@ -387,6 +388,8 @@ def scale_to_bytes(
     Returns
     -------
     tuple
+        Volume as uint8; dict of what was done: `clipped`, fraction of voxels above 0 that became
+        white; `nan`,.
 
     Raises
     ------
@@ -434,6 +437,8 @@ def load_volume(
     Returns
     -------
     tuple
+        Volume (x, y, z) as uint8 with axes to the right, front and top (RAS+); what
+        `scale_to_bytes` did.
 
     Raises
     ------
@@ -502,6 +507,8 @@ def decode_file(
     Returns
     -------
     tuple
+        List of images (h, w) uint8, one a row; dict of what was done: as `scale_to_bytes`, or
+        `turned` by EXIF.
 
     Raises
     ------
@@ -715,6 +722,7 @@ def read_members(
     Yields
     ------
     tuple[str, str, int, Callable]
+        Name; 'file', 'folder' or 'other'; bytes; a call that opens it.
     """
     # 0: not from Unix, says nothing
     kinds = {0: 'file', stat.S_IFREG: 'file', stat.S_IFDIR: 'folder'}

@@ -494,6 +494,7 @@ def process_state() -> PartialState:
     Returns
     -------
     PartialState
+        Device of this process, its number, how many there are, and whether it is the first.
     """
     # set by `accelerate launch --cpu`
     return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
@@ -725,6 +726,8 @@ def split_batch_size(
     Returns
     -------
     TrainConfig
+        The same with smaller batches, of which more are added up: an update of the weights stays
+        what it was.
 
     Raises
     ------
@@ -811,6 +814,8 @@ def infer(
     Returns
     -------
     Callable
+        That method: in evaluation mode, without gradient, in that precision; the mode is put back
+        after.
     """
 
     def call(*args, **kwargs):

@@ -213,6 +213,7 @@ def load_template() -> tuple:
     Returns
     -------
     tuple
+        Maps by name (x, y, z) float32, RAS+, 1 mm; MNI position of voxel (0, 0, 0), mm.
     """
     from nilearn.datasets import (
         load_mni152_gm_template,
@@ -362,6 +363,7 @@ def atrophy_flow() -> np.ndarray:
     Returns
     -------
     np.ndarray
+        Velocity (3, x, y, z) on the displacement grid, mm for one unit of atrophy.
     """
     maps, step = load_template()[0], int(GRID_MM)
 
@@ -493,6 +495,7 @@ def sample_pose(
     Returns
     -------
     tuple[Tensor, Tensor]
+        Matrix (3, 3) and shift (3,) mm, from the image to the average brain.
     """
     scale = np.exp(rng.normal(0, 0.02, 3) + (0.015 if sex == 'M' else -0.015))
     a, b, c = rng.normal(0, math.radians(1.5), 3)

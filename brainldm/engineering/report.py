@@ -98,6 +98,7 @@ def sample_by_condition(
     Returns
     -------
     tuple[plt.Figure, plt.Figure]
+        Grid of diagnosis by slice, and the trajectory from noise of one image a row.
     """
     known = {c.name: c for c in model.covariates}
     rows = list(known['diagnosis'].values) if 'diagnosis' in known else [None]
@@ -184,6 +185,7 @@ def prior_scores(
     Returns
     -------
     dict
+        bits: mean bits per code of prior and baselines; interval_95 of each; saving; counts.
     """
     prices, subjects = (
         code_costs(model, dataset, split, progress),
@@ -228,6 +230,7 @@ def sample_by_generator(
     Returns
     -------
     tuple[plt.Figure, dict[str, float]]
+        Rows: prior, diffusion model, codes by place and slice position; seconds an image.
     """
     ldm, prior = BrainLDM.load(run), CodeSampler.load(run)
     span = next((c.range for c in prior.covariates if c.name == 'slice'), None)
@@ -558,6 +561,8 @@ def plot_pairs(
     Returns
     -------
     plt.Figure
+        Samples above, most similar train slice below; by the whole, then by the better half. Real
+        slices: handle as such.
     """
     rows, labels = [], []
     for space in ('whole', 'half'):
@@ -779,6 +784,7 @@ def read_images(
     Returns
     -------
     tuple[np.ndarray, pd.DataFrame]
+        Images (n, h, w), uint8; their requested conditions and path, row for row.
 
     Raises
     ------
@@ -856,6 +862,7 @@ def pair_images(
     Returns
     -------
     tuple[list[np.ndarray], np.ndarray]
+        Rows of `table` for each set, and the rows of `held_out` that they stand beside.
 
     Raises
     ------
@@ -1033,6 +1040,8 @@ def check_targets(
     Returns
     -------
     list[tuple]
+        Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not
+        reached.
     """
     synthetic, reference, excess = (
         scores['fidelity'][k] for k in ('synthetic', 'reference', 'excess')
@@ -1114,6 +1123,7 @@ def fidelity_rows(
     Returns
     -------
     list[list[str]]
+        Rows of a table: measure, synthetic, real-vs-real reference, target (none), reached (none).
     """
 
     def span(o):

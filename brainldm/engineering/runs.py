@@ -287,6 +287,8 @@ def check_trained_on(
     Returns
     -------
     list[str]
+        Stages of which the file does not say with which weights it was trained: made by an earlier
+        version.
 
     Raises
     ------
@@ -436,6 +438,7 @@ class Checkpoint:
         Returns
         -------
         tuple[dict[str, Tensor], dict] | None
+            Tensors and info of the newest state, None if there is none.
 
         Raises
         ------
@@ -765,6 +768,8 @@ def given_table(
     Returns
     -------
     pd.DataFrame
+        Text, one row a slice: path, plane, subject, which name it; image (a hash of its pixels),
+        split, columns.
     """
     rows = dataset.manifest
     if 'hash' in rows:
@@ -802,6 +807,7 @@ def describe_given(
     Returns
     -------
     tuple[dict, pd.DataFrame]
+        What config.json says of the data, and the table of `given_table`.
     """
     table = given_table(dataset, tuple(dict.fromkeys([*columns, *(c.name for c in covariates)])))
     compared = [o for o in table if o not in ('path', 'plane') and (o != 'subject' or o in columns)]
@@ -1652,6 +1658,8 @@ def retry_on_oom(
     Returns
     -------
     Callable
+        The same; a full memory makes it go on with a smaller batch, or say what to try; its run is
+        free afterwards.
     """
 
     @wraps(train)

@@ -83,6 +83,7 @@ def to_half(
     Returns
     -------
     dict[str, Tensor]
+        The same; those in float32 rounded to float16, statistics of latents as they were.
 
     Raises
     ------
@@ -208,6 +209,7 @@ def open_verdicts(
     Returns
     -------
     dict[str, str]
+        By generator: 'unclear', 'failed' or 'not audited'; empty if all have passed.
     """
     verdicts = audit_verdicts(metrics, run)
     packed = [

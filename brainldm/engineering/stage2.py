@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'LDMConfig', 'mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'LatentDataset',
            'remove_folder', 'latent_splits', 'condition_dropout_mask', 'prediction_error', 'loss_weight', 'ldm_loss',
            'unet_args', 'refuse_leak', 'note_changes', 'refuse_unfinished', 'check_stage2', 'check_latent_origin',
-           'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
+           'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'load_denoiser', 'train_ldm']
 
 # %% ../../nbs/engineering/32_stage2.ipynb #4a4780d2
 import math
@@ -23,12 +23,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checks import check_choice
+from .extending import Autoencoder
 from .plotting import save_figure, show_grid
 from ..data import DataConfig
 from .batches import Covariate, SliceDataset, eval_batches
-from ..vae import Autoencoder
-from ..scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
-from ..advanced.solvers import denoise
+from brainldm.scheduler import (
+    NoiseSchedule,
+    add_noise,
+    denoise,
+    flow_weight,
+    min_snr_weight,
+    targets,
+)
 from ..unet import UNet
 from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
 from brainldm.engineering.runs import (
@@ -39,11 +46,11 @@ from brainldm.engineering.runs import (
     is_finished,
     load_weights,
     read_config,
+    retry_on_oom,
     run_stage,
     save_weights,
     unpack_state,
     weights_hash,
-    retry_on_oom,
 )
 from .sharing import locate_run
 from brainldm.training import (
@@ -51,15 +58,15 @@ from brainldm.training import (
     AEConfig,
     adopt_weights,
     check_size,
+    compare_opening,
+    covariates_from_dict,
     covariates_to_dict,
+    evenly_spaced_rows,
     is_begun,
     load_autoencoder,
-    compare_opening,
     origin_of,
     pick_covariates,
-    covariates_from_dict,
     refuse_architecture,
-    evenly_spaced_rows,
 )
 
 # %% ../../nbs/engineering/32_stage2.ipynb #75cdd7d5
@@ -258,6 +265,7 @@ def mean_encoder(
     Returns
     -------
     Callable[[dict], Tensor]
+        A batch of images and conditions in, latent means (b, c, h, w) out, float32, on the CPU.
     """
     device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
     mean = in_chunks(lambda x, cond: encode(x, cond)[0], 64)
@@ -489,6 +497,7 @@ def latent_splits(
     Returns
     -------
     tuple[LatentDataset, LatentDataset, Tensor, Tensor]
+        Train, validate, mean and deviation by channel (1, c, 1, 1).
     """
     parts, encode = {o: dataset.subset(o) for o in ('train', 'validate')}, mean_encoder(
         autoencoder, acc.mixed_precision
@@ -871,6 +880,7 @@ def load_unet(
     Returns
     -------
     tuple[UNet, dict]
+        The averaged network in evaluation mode on the CPU, and the description of its file.
 
     Raises
     ------
@@ -995,6 +1005,7 @@ def validate_ldm(
     Returns
     -------
     dict[str, float]
+        val_mse of the averaged network, on times and noise that are the same each time.
     """
     device = learner.accelerator.device
     unet = in_chunks(infer(learner.ema.module, learner.precision), config.batch_size)
@@ -1056,6 +1067,73 @@ def save_ldm(
         tensors | dict(latent_mean=mean, latent_std=std),
         dict(info, kind='ldm', images=learner.seen),
     )
+
+# %% ../../nbs/engineering/32_stage2.ipynb #939b4edc
+def load_denoiser(
+    run: str | Path,  # Run folder
+    latent_channels: int,  # Channels of its autoencoder's latents
+    weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
+) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
+    """Build the denoiser of a run from its file alone.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    latent_channels : int
+        Channels of its autoencoder's latents.
+    weights : str, default 'ema'
+        'ema': the average of the weights, or 'raw': the last ones.
+
+    Returns
+    -------
+    dict
+        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If it does not fit.
+    """
+    check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
+    tensors, about = load_weights(Path(run) / 'ldm.safetensors')
+    if about.get('kind') != 'ldm':
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected"
+            " 'ldm'. Check the file names."
+        )
+    try:
+        args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
+        parts = dict(
+            unet=UNet(**args),
+            schedule=NoiseSchedule(**about['schedule']),
+            latent_mean=tensors['latent_mean'],
+            latent_std=tensors['latent_std'],
+        )
+    except LOAD_ERRORS as e:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors does not describe a denoiser"
+            f" ({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it"
+            " from a backup."
+        ) from None
+    if args['in_channels'] != latent_channels:
+        raise ValueError(
+            f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the"
+            f" autoencoder makes {latent_channels}. Expected two files of one run. Train the ldm"
+            " again."
+        )
+    part = {
+        k.removeprefix(weights + '.'): v for k, v in tensors.items() if k.startswith(weights + '.')
+    }
+    if not part:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a"
+            " training; a run that was packed for others holds the averaged ones only. Try"
+            " weights='ema'."
+        )
+    fill_model(parts['unet'], part, f'{run}/ldm.safetensors').eval()
+    return parts
 
 # %% ../../nbs/engineering/32_stage2.ipynb #014fb833
 @retry_on_oom

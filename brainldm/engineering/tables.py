@@ -127,6 +127,7 @@ def read_name(
     Returns
     -------
     dict | None
+        study, subject, session, run, image, kind (text or None); None for a name of no known study.
     """
     text = re.sub(r'\.(?:nii(?:\.gz)?|png|jpe?g|img|hdr|mgz)$', '', path, flags=re.IGNORECASE)
     for study, parts in NAMES.items():
@@ -534,6 +535,7 @@ def read_table(
     Returns
     -------
     pd.DataFrame
+        Text, and floats where a whole column reads as numbers; `attrs['notes']` has sentences.
 
     Raises
     ------
