@@ -1,5 +1,5 @@
-"""Stage 1 of every kind, through training, files and the command line: codes, the discriminator, resume,
-stage 2 on top."""
+"""Stage 1 of every kind, through training, files and the command line: codes, the discriminator,
+resume, stage 2 on top."""
 
 import json
 import os
@@ -84,7 +84,8 @@ def straight(dataset, tmp_path_factory):
 def test_resumed_is_the_same_as_never_stopped(
     name, what, at, dataset, straight, tmp_path, monkeypatch
 ):
-    "Codebook, its statistics, the histogram, the discriminator and its optimizer: all of it, bit for bit."
+    """Codebook, its statistics, the histogram, the discriminator and its optimizer: all of it, bit
+    for bit."""
     with monkeypatch.context() as patch:
         strike(patch, 'autoencoder_loss', at, what)
         with pytest.raises((Crash, KeyboardInterrupt)):
@@ -156,8 +157,8 @@ def test_nothing_of_the_adversary_is_computed_before_its_time(dataset):
 
 
 def test_gradient_of_codes_from_the_first_step(dataset):
-    """The predecessor's codebook had no gradient for 10,000 steps: its loss hung on the discriminator's
-    gate."""
+    """The predecessor's codebook had no gradient for 10,000 steps: its loss hung on the
+    discriminator's gate."""
     config = KINDS['vq by gradient']
     model = training.build_autoencoder('vq', training.autoencoder_args(config))
     discriminator = make_discriminator(
@@ -324,7 +325,8 @@ def test_a_file_of_an_unknown_kind(straight, tmp_path):
 
 
 def test_resume_of_a_run_from_before_these_settings(straight, dataset, tmp_path):
-    "A config.json that knows nothing of codes is read as what it was: a KL-VAE without a discriminator."
+    """A config.json that knows nothing of codes is read as what it was: a KL-VAE without a
+    discriminator."""
     train_autoencoder(dataset, tmp_path / 'run', replace(AE, total_images=40), progress=False)
     path = tmp_path / 'run' / 'config.json'
     settings = json.loads(path.read_text())
