@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'LDMConfig', 'mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'LatentDataset',
            'remove_folder', 'latent_splits', 'condition_dropout_mask', 'prediction_error', 'loss_weight', 'ldm_loss',
            'unet_args', 'refuse_leak', 'note_changes', 'refuse_unfinished', 'check_stage2', 'check_latent_origin',
-           'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'load_denoiser', 'train_ldm']
+           'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm', 'load_denoiser']
 
 # %% ../../nbs/engineering/32_stage2.ipynb #4a4780d2
 import math
@@ -77,7 +77,7 @@ class LDMConfig(TrainConfig):
     Attributes
     ----------
     total_images : int, default 20000
-        Images to see before training ends.
+        Pictures to see before training ends.
     batch_size : int, default 32
         Latents a step, on each process.
     accumulate : int, default 1
@@ -87,7 +87,7 @@ class LDMConfig(TrainConfig):
     learning_rate : float, default 0.001
         Highest learning rate of AdamW.
     warmup_images : int, default 1000
-        Images over which the learning rate rises from 0.
+        Pictures over which the learning rate rises from 0.
     weight_decay : float, default 0.0
         Pull of AdamW on the weights towards 0.
     clip_norm : float, default 1.0
@@ -97,19 +97,19 @@ class LDMConfig(TrainConfig):
     compile : bool, default False
         Compile the network first (torch.compile).
     validate_every : int, default 5000
-        Images between two validation passes.
+        Pictures between two looks at the validate subjects.
     checkpoint_every : int, default 5000
-        Images between two checkpoints.
+        Pictures between two checkpoints.
     log_every : int, default 10
         Steps between two lines of the log.
     num_workers : int, default 0
-        Processes that load images; 0 loads in the training process.
+        Processes that load pictures; 0 loads in the training process.
     seed : int, default 0
-        Seed of the weights, the order of the images and the noise.
+        Seed of the weights, the order of the pictures and the noise.
     init_from : str | None, default None
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
-        A tracker that accelerate supports, such as tensorboard or wandb.
+        A tracker that accelerate knows, such as tensorboard or wandb.
     channels : tuple[int, ...], default (96, 160)
         Features at each level of the UNet.
     num_res_blocks : int, default 2
@@ -1068,73 +1068,6 @@ def save_ldm(
         dict(info, kind='ldm', images=learner.seen),
     )
 
-# %% ../../nbs/engineering/32_stage2.ipynb #939b4edc
-def load_denoiser(
-    run: str | Path,  # Run folder
-    latent_channels: int,  # Channels of its autoencoder's latents
-    weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
-) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
-    """Build the denoiser of a run from its file alone.
-
-    Parameters
-    ----------
-    run : str | Path
-        Run folder.
-    latent_channels : int
-        Channels of its autoencoder's latents.
-    weights : str, default 'ema'
-        'ema': the average of the weights, or 'raw': the last ones.
-
-    Returns
-    -------
-    dict
-        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-        If it does not fit.
-    """
-    check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
-    tensors, about = load_weights(Path(run) / 'ldm.safetensors')
-    if about.get('kind') != 'ldm':
-        raise ValueError(
-            f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected"
-            " 'ldm'. Check the file names."
-        )
-    try:
-        args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
-        parts = dict(
-            unet=UNet(**args),
-            schedule=NoiseSchedule(**about['schedule']),
-            latent_mean=tensors['latent_mean'],
-            latent_std=tensors['latent_std'],
-        )
-    except LOAD_ERRORS as e:
-        raise ValueError(
-            f"BrainLDM.load: {run}/ldm.safetensors does not describe a denoiser"
-            f" ({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it"
-            " from a backup."
-        ) from None
-    if args['in_channels'] != latent_channels:
-        raise ValueError(
-            f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the"
-            f" autoencoder makes {latent_channels}. Expected two files of one run. Train the ldm"
-            " again."
-        )
-    part = {
-        k.removeprefix(weights + '.'): v for k, v in tensors.items() if k.startswith(weights + '.')
-    }
-    if not part:
-        raise ValueError(
-            f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a"
-            " training; a run that was packed for others holds the averaged ones only. Try"
-            " weights='ema'."
-        )
-    fill_model(parts['unet'], part, f'{run}/ldm.safetensors').eval()
-    return parts
-
 # %% ../../nbs/engineering/32_stage2.ipynb #014fb833
 @retry_on_oom
 def train_ldm(
@@ -1210,3 +1143,70 @@ def train_ldm(
     )
     remove_folder(run / 'state' / 'latents', learner.accelerator)
     return learner.ema.module.eval()
+
+# %% ../../nbs/engineering/32_stage2.ipynb #939b4edc
+def load_denoiser(
+    run: str | Path,  # Run folder
+    latent_channels: int,  # Channels of its autoencoder's latents
+    weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
+) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
+    """Build the denoiser of a run from its file alone.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    latent_channels : int
+        Channels of its autoencoder's latents.
+    weights : str, default 'ema'
+        'ema': the average of the weights, or 'raw': the last ones.
+
+    Returns
+    -------
+    dict
+        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If it does not fit.
+    """
+    check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
+    tensors, about = load_weights(Path(run) / 'ldm.safetensors')
+    if about.get('kind') != 'ldm':
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected"
+            " 'ldm'. Check the file names."
+        )
+    try:
+        args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
+        parts = dict(
+            unet=UNet(**args),
+            schedule=NoiseSchedule(**about['schedule']),
+            latent_mean=tensors['latent_mean'],
+            latent_std=tensors['latent_std'],
+        )
+    except LOAD_ERRORS as e:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors does not describe a denoiser"
+            f" ({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it"
+            " from a backup."
+        ) from None
+    if args['in_channels'] != latent_channels:
+        raise ValueError(
+            f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the"
+            f" autoencoder makes {latent_channels}. Expected two files of one run. Train the ldm"
+            " again."
+        )
+    part = {
+        k.removeprefix(weights + '.'): v for k, v in tensors.items() if k.startswith(weights + '.')
+    }
+    if not part:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a"
+            " training; a run that was packed for others holds the averaged ones only. Try"
+            " weights='ema'."
+        )
+    fill_model(parts['unet'], part, f'{run}/ldm.safetensors').eval()
+    return parts
