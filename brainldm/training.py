@@ -33,7 +33,8 @@ from .engineering.files import write_atomic
 from .engineering.plotting import save_figure, show_grid
 from .data import DataConfig
 from .engineering.batches import Covariate, SliceDataset
-from .vae import Autoencoder, AutoencoderKL, cyclical_weight, kl_loss, image_scores
+from .engineering.extending import Autoencoder
+from .vae import AutoencoderKL, cyclical_weight, kl_loss, image_scores
 from brainldm.vqgan import (
     FP16_SCALE,
     FSQ,

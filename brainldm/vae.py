@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGVAR_LIMITS', 'run_levels', 'check_levels', 'Encoder', 'Decoder', 'at_least_float32', 'reparameterize', 'kl_loss',
-           'cyclical_weight', 'Autoencoder', 'LimitLogvar', 'AutoencoderKL', 'laplacian_variance', 'sharpness',
+           'cyclical_weight', 'ConvAutoencoder', 'LimitLogvar', 'AutoencoderKL', 'laplacian_variance', 'sharpness',
            'image_scores']
 
 # %% ../nbs/02_vae.ipynb #e13513be
@@ -342,7 +342,7 @@ def cyclical_weight(
     return max_weight * min(1.0, (seen % period) / period / ramp)
 
 # %% ../nbs/02_vae.ipynb #e6627258
-class Autoencoder(nn.Module):
+class ConvAutoencoder(nn.Module):
     """An encoder, a decoder, and the covariates that both are told: what every kind of autoencoder
     here shares.
 
@@ -364,6 +364,8 @@ class Autoencoder(nn.Module):
         What encoder and decoder are told, if anything.
     cond_channels : int, default 64
         Length of the condition's embedding.
+    in_channels : int, default 1
+        Channels of the images.
 
     Raises
     ------
@@ -381,10 +383,12 @@ class Autoencoder(nn.Module):
         patch: int = 2,  # Side of the pixel blocks folded by the stem
         covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are told, if anything
         cond_channels: int = 64,  # Length of the condition's embedding
+        in_channels: int = 1,  # Channels of the images
     ):
         super().__init__()
         check_levels(type(self).__name__, channels, attention_levels)
-        self.latent_channels, self.factor = latent_channels, patch * 2 ** (len(channels) - 1)
+        self.in_channels, self.latent_channels = in_channels, latent_channels
+        self.factor = patch * 2 ** (len(channels) - 1)
         self.conditioner = Conditioner(covariates, cond_channels) if covariates else None
         same = dict(
             channels=channels,
@@ -393,9 +397,8 @@ class Autoencoder(nn.Module):
             patch=patch,
             emb_channels=cond_channels if covariates else None,
         )
-        self.encoder, self.decoder = Encoder(1, code_channels, **same), Decoder(
-            latent_channels, 1, **same
-        )
+        self.encoder = Encoder(in_channels, code_channels, **same)
+        self.decoder = Decoder(latent_channels, in_channels, **same)
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # What encoder and decoder are told, in order
@@ -407,6 +410,17 @@ class Autoencoder(nn.Module):
             What encoder and decoder are told, in order.
         """
         return self.conditioner.covariates if self.conditioner else ()
+
+    @property
+    def last_layer(self) -> nn.Parameter:  # Weights (out, in, 3, 3)
+        """Weights of the decoder's last layer, where reconstruction and discriminator are balanced.
+
+        Returns
+        -------
+        nn.Parameter
+            Weights (out, in, 3, 3).
+        """
+        return self.decoder.head[-1].weight
 
     def embed(
         self,
@@ -436,7 +450,7 @@ class Autoencoder(nn.Module):
 
     def squeeze(
         self,
-        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
     ) -> Tensor:  # What the encoder says (b, code_channels, h/f, w/f)
         """Run the encoder.
@@ -444,7 +458,7 @@ class Autoencoder(nn.Module):
         Parameters
         ----------
         x : Tensor
-            Pictures (b, 1, h, w) in [-1, 1].
+            Images (b, in_channels, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional model.
 
@@ -458,11 +472,15 @@ class Autoencoder(nn.Module):
         ValueError
             On a picture of another shape.
         """
-        if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] % self.factor or x.shape[3] % self.factor:
+        if (
+            x.ndim != 4
+            or x.shape[1] != self.in_channels
+            or any(n % self.factor for n in x.shape[2:])
+        ):
             raise ValueError(
-                f"{type(self).__name__}.encode: pictures of shape {tuple(x.shape)}. Expected (b, 1,"
-                f" h, w) with h and w multiples of {self.factor}. Load them with"
-                " brainldm.engineering.batches, or pad them."
+                f"{type(self).__name__}.encode: pictures of shape {tuple(x.shape)}. Expected (b,"
+                f" {self.in_channels}, h, w) with h and w multiples of {self.factor}. Load them"
+                " with brainldm.engineering.batches, or pad them."
             )
         return self.encoder(x, self.embed(cond, len(x)))
 
@@ -470,7 +488,7 @@ class Autoencoder(nn.Module):
         self,
         z: Tensor,  # Latents (b, latent_channels, h, w)
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
-    ) -> Tensor:  # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
+    ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
         """Turn latents into pictures.
 
         Parameters
@@ -483,7 +501,7 @@ class Autoencoder(nn.Module):
         Returns
         -------
         Tensor
-            Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped.
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
         """
         return self.decoder(z, self.embed(cond, len(z)))
 
@@ -546,7 +564,7 @@ class LimitLogvar(torch.autograd.Function):
         return grad.masked_fill(stuck, 0.0)
 
 # %% ../nbs/02_vae.ipynb #040596bd
-class AutoencoderKL(Autoencoder):
+class AutoencoderKL(ConvAutoencoder):
     """A variational autoencoder: a slice becomes a Gaussian over latents, and a latent becomes a
     slice.
 
@@ -555,9 +573,9 @@ class AutoencoderKL(Autoencoder):
     latent_channels : int, default 8
         Channels of the latent.
     *args
-        As of `Autoencoder`, from `channels` on.
+        As of `ConvAutoencoder`, from `channels` on.
     **kwargs
-        As of `Autoencoder`.
+        As of `ConvAutoencoder`.
 
     Raises
     ------
@@ -572,14 +590,14 @@ class AutoencoderKL(Autoencoder):
     def __init__(
         self,
         latent_channels: int = 8,  # Channels of the latent
-        *args,  # As of `Autoencoder`, from `channels` on
-        **kwargs,  # As of `Autoencoder`
+        *args,  # As of `ConvAutoencoder`, from `channels` on
+        **kwargs,  # As of `ConvAutoencoder`
     ):
         super().__init__(latent_channels, 2 * latent_channels, *args, **kwargs)
 
     def encode(
         self,
-        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
         # Mean and log-variance (limited, see `LimitLogvar`), each (b, latent_channels, h/f, w/f)
     ) -> tuple[Tensor, Tensor]:
@@ -588,7 +606,7 @@ class AutoencoderKL(Autoencoder):
         Parameters
         ----------
         x : Tensor
-            Pictures (b, 1, h, w) in [-1, 1].
+            Images (b, in_channels, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional model.
 
@@ -607,18 +625,18 @@ class AutoencoderKL(Autoencoder):
 
     def forward(
         self,
-        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
         # Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean
         eps: Tensor | None = None,
-        # Reconstruction (b, 1, h, w), mean and log-variance of the latents
+        # Reconstruction (b, in_channels, h, w), mean and log-variance of the latents
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction (b, 1, h, w), mean and log-variance of the latents.
+        """Reconstruction (b, in_channels, h, w), mean and log-variance of the latents.
 
         Parameters
         ----------
         x : Tensor
-            Pictures (b, 1, h, w) in [-1, 1].
+            Images (b, in_channels, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional model.
         eps : Tensor | None, default None
@@ -627,7 +645,7 @@ class AutoencoderKL(Autoencoder):
         Returns
         -------
         tuple[Tensor, Tensor, Tensor]
-            Reconstruction (b, 1, h, w), mean and log-variance of the latents.
+            Reconstruction (b, in_channels, h, w), mean and log-variance of the latents.
         """
         mu, logvar = self.encode(x, cond)
         z = mu if eps is None else reparameterize(mu, logvar, eps)

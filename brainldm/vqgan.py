@@ -22,13 +22,14 @@ from .engineering.checks import check_divides
 from .engineering.devices import double_on_cpu
 from .engineering.batches import Covariate
 from .engineering.layers import Conditioner
-from .vae import Autoencoder
+from .vae import ConvAutoencoder
 
 # %% ../nbs/03_vqgan.ipynb #0af11b8c
 def nearest_codes(
     vectors: Tensor,  # Vectors (n, d)
     codebook: Tensor,  # Codes (k, d)
-) -> tuple[Tensor, Tensor]:  # Index of the nearest code (n,), int64, and its squared distance (n,)
+    # Index of the nearest code (n,), int64, and its squared distance (n,)
+) -> tuple[Tensor, Tensor]:
     """Which code is nearest to each vector, in float32 also under autocast.
 
     Parameters
@@ -201,7 +202,8 @@ class VectorQuantizer(nn.Module):
         num_embeddings: int = 1024,  # Codes k
         embedding_dim: int = 8,  # Length d of a code
         commitment_cost: float = 0.25,  # Weight of the pull on the encoder towards its code
-        ema: bool = True,  # Codes follow the mean of their vectors; False: codes learn by gradient
+        # Codes follow the mean of their vectors; False: codes learn by gradient
+        ema: bool = True,
         decay: float = 0.99,  # Share of the old statistics kept each step, in [0, 1)
         # Codes used less than this share of an equal share start anew; 0: never
         restart_below: float = 0.1,
@@ -600,7 +602,8 @@ class CodeHistogram(nn.Module):
         num_embeddings: int,  # Codes k
         side: int = 16,  # Height and width of the map
         bins: int = 8,  # Stretches of slice positions that share their counts
-        decay: float = 0.998,  # Share of a stretch's old counts that is kept when it is seen again
+        # Share of a stretch's old counts that is kept when it is seen again
+        decay: float = 0.998,
     ):
         super().__init__()
         self.bins, self.decay = bins, decay
@@ -680,7 +683,8 @@ class CodeHistogram(nn.Module):
         """
         counts = self.counts[self.stretch(position)]  # (b, side, side, k)
         counts = torch.where(position.isnan().view(-1, 1, 1, 1), self.counts.sum(0), counts)
-        counts = counts + (counts.sum(-1, keepdim=True) == 0)  # never seen: every code alike
+        # never seen: every code alike
+        counts = counts + (counts.sum(-1, keepdim=True) == 0)
         heap = counts.cumsum(-1)
         u = torch.rand(heap.shape[:3], generator=generator, device=heap.device)[..., None]
         return (
@@ -690,7 +694,7 @@ class CodeHistogram(nn.Module):
         )
 
 # %% ../nbs/03_vqgan.ipynb #1e9c9799
-class VQVAE(Autoencoder):
+class VQVAE(ConvAutoencoder):
     """An autoencoder whose latent is a map of codes: a slice becomes a sentence.
 
     Parameters
@@ -700,9 +704,9 @@ class VQVAE(Autoencoder):
     map_side : int, default 16
         Height and width of the code map of the pictures trained on.
     *args
-        As of `Autoencoder`, from `channels` on.
+        As of `ConvAutoencoder`, from `channels` on.
     **kwargs
-        As of `Autoencoder`.
+        As of `ConvAutoencoder`.
 
     Raises
     ------
@@ -718,8 +722,8 @@ class VQVAE(Autoencoder):
         self,
         quantizer: nn.Module,  # A `VectorQuantizer` or an `FSQ`
         map_side: int = 16,  # Height and width of the code map of the pictures trained on
-        *args,  # As of `Autoencoder`, from `channels` on
-        **kwargs,  # As of `Autoencoder`
+        *args,  # As of `ConvAutoencoder`, from `channels` on
+        **kwargs,  # As of `ConvAutoencoder`
     ):
         super().__init__(quantizer.embedding_dim, quantizer.embedding_dim, *args, **kwargs)
         self.quantizer, self.histogram = quantizer, CodeHistogram(
@@ -730,7 +734,7 @@ class VQVAE(Autoencoder):
 
     def encode(
         self,
-        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
         # Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f)
     ) -> tuple[Tensor, Tensor]:
@@ -739,7 +743,7 @@ class VQVAE(Autoencoder):
         Parameters
         ----------
         x : Tensor
-            Pictures (b, 1, h, w) in [-1, 1].
+            Images (b, in_channels, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional model.
 
@@ -760,7 +764,7 @@ class VQVAE(Autoencoder):
         self,
         indices: Tensor,  # Codes (b, h, w), int64
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
-    ) -> Tensor:  # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
+    ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
         """Turn codes into pictures.
 
         Parameters
@@ -773,7 +777,7 @@ class VQVAE(Autoencoder):
         Returns
         -------
         Tensor
-            Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped.
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
         """
         return super().decode(self.quantizer.lookup(indices), cond)
 
@@ -781,7 +785,7 @@ class VQVAE(Autoencoder):
         self,
         z: Tensor,  # Latents (b, d, h, w), rounded to codes first
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
-    ) -> Tensor:  # Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped
+    ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
         """Round latents to codes, and turn those into pictures.
 
         Parameters
@@ -794,24 +798,24 @@ class VQVAE(Autoencoder):
         Returns
         -------
         Tensor
-            Pictures (b, 1, h*f, w*f), about [-1, 1], not clipped.
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
         """
         return self.decode_codes(self.quantizer.nearest(z), cond)
 
     def forward(
         self,
-        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         # Encoded covariates; 'slice' is also what the histogram counts by
         cond: dict[str, Tensor] | None = None,
         u: Tensor | None = None,  # Uniform numbers in [0, 1) (k,), for the restart of dead codes
-        # Reconstruction (b, 1, h, w), codes (b, h/f, w/f), loss of the quantiser
+        # Reconstruction (b, in_channels, h, w), codes (b, h/f, w/f), loss of the quantiser
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction (b, 1, h, w), codes (b, h/f, w/f), loss of the quantiser.
+        """Reconstruction (b, in_channels, h, w), codes (b, h/f, w/f), loss of the quantiser.
 
         Parameters
         ----------
         x : Tensor
-            Pictures (b, 1, h, w) in [-1, 1].
+            Images (b, in_channels, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates; 'slice' is also what the histogram counts by.
         u : Tensor | None, default None
@@ -820,7 +824,7 @@ class VQVAE(Autoencoder):
         Returns
         -------
         tuple[Tensor, Tensor, Tensor]
-            Reconstruction (b, 1, h, w), codes (b, h/f, w/f), loss of the quantiser.
+            Reconstruction (b, in_channels, h, w), codes (b, h/f, w/f), loss of the quantiser.
         """
         zq, indices, loss = self.quantizer(self.squeeze(x, cond), u)
         if self.training:
@@ -834,7 +838,8 @@ class VQVAE(Autoencoder):
         n: int,  # How many
         side: int,  # Height and width of a latent, which must be the map's
         generator: torch.Generator,  # Source of chance; says the device
-        cond: dict[str, Tensor] | None = None,  # 'slice' (n,) says at which height; without it, any
+        # 'slice' (n,) says at which height; without it, any
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Latents (n, d, side, side)
         """Draw codes place by place, as often as training saw them there.
 
@@ -880,6 +885,8 @@ class PatchDiscriminator(nn.Module):
         Features after each halving.
     cond_channels : int, default 64
         Length of a condition token.
+    in_channels : int, default 1
+        Channels of the images.
 
     Raises
     ------
@@ -897,11 +904,12 @@ class PatchDiscriminator(nn.Module):
         covariates: tuple[Covariate, ...] = (),  # What it is told about a slice
         channels: tuple[int, ...] = (32, 64, 128),  # Features after each halving
         cond_channels: int = 64,  # Length of a condition token
+        in_channels: int = 1,  # Channels of the images
     ):
         super().__init__()
         for c in channels:
             check_divides('PatchDiscriminator', 8, channels=c)
-        widths = (1, *channels)
+        widths = (in_channels, *channels)
         # none on the pixels themselves
         norms = [nn.Identity(), *(nn.GroupNorm(8, c) for c in channels[1:])]
         self.levels = nn.ModuleList(
@@ -914,7 +922,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
+        x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         # Encoded covariates; others than its own are not looked at
         cond: dict[str, Tensor] | None = None,
         # Logits of the patches (b, 1, h/8, w/8), and the features of each level
@@ -924,7 +932,7 @@ class PatchDiscriminator(nn.Module):
         Parameters
         ----------
         x : Tensor
-            Pictures (b, 1, h, w) in [-1, 1].
+            Images (b, in_channels, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates; others than its own are not looked at.
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 docstrings = importlib.import_module("docstrings")
 LAYERS = """
-    engineering.checks engineering.devices
+    engineering.checks engineering.extending
+    engineering.devices
     engineering.files engineering.plotting engineering.phantom engineering.tables
     data engineering.batches
     engineering.layers vae vqgan scheduler advanced.solvers unet
