@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below says t
     from .sampling import BrainLDM as BrainLDM
     from .scheduler import NoiseSchedule as NoiseSchedule
     from .scheduler import add_noise as add_noise
+    from .scheduler import denoise as denoise
     from .training import AEConfig as AEConfig
     from .training import train_autoencoder as train_autoencoder
     from .unet import UNet as UNet
@@ -21,7 +22,6 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below says t
     from .vqgan import VQVAE as VQVAE
     from .advanced.audit import memorization_audit as memorization_audit
     from .advanced.prior import CodeSampler as CodeSampler
-    from .advanced.solvers import denoise as denoise
     from .advanced.volume import BrainVolumes as BrainVolumes
     from .engineering.batches import open_dataset as open_dataset
     from .engineering.phantom import PhantomConfig as PhantomConfig
@@ -36,14 +36,13 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below says t
 _MODULES = {
     "data": "DataConfig check_dataset",
     "sampling": "BrainLDM",
-    "scheduler": "NoiseSchedule add_noise",
+    "scheduler": "NoiseSchedule add_noise denoise",
     "training": "AEConfig train_autoencoder",
     "unet": "UNet",
     "vae": "AutoencoderKL",
     "vqgan": "VQVAE",
     "advanced.audit": "memorization_audit",
     "advanced.prior": "CodeSampler",
-    "advanced.solvers": "denoise",
     "advanced.volume": "BrainVolumes",
     "engineering.batches": "open_dataset",
     "engineering.phantom": "PhantomConfig make_cohort",

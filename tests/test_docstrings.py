@@ -1,4 +1,6 @@
-"""The docstrings that tools/docstrings.py writes: every argument is there, nothing else changes, twice is once."""
+"""The docstrings that tools/docstrings.py writes: every argument is there, nothing else changes,
+twice is once."""
+
 import ast
 import importlib
 import inspect
@@ -145,13 +147,24 @@ def test_what_has_no_comments_stays_short(made):
 
 
 def test_other_forms(made):
-    assert doc(made, "steps").startswith('Count; "quoted" and \\ back.\n\nRaises as `add` does.\n\nParameters\n')
+    assert doc(made, "steps").startswith(
+        'Count; "quoted" and \\ back.\n\nRaises as `add` does.\n\nParameters\n'
+    )
     assert doc(made, "steps").endswith("Yields\n------\nint\n    Each.")
-    assert doc(made, "First").endswith("Attributes\n----------\nsize : int, default 3\n    Pixels.\nnames : list, default ['a']\n    Names.")
-    assert doc(made, "Second") == ("More settings.\n\nAttributes\n----------\nsize : int, default 5\n    Pixels, more of them.\n"
-                                   "names : list, default ['a']\n    Names.\nkept : dict, default dict()\n    Nothing.\n\nRaises\n------\nValueError")
+    assert doc(made, "First").endswith(
+        "Attributes\n----------\nsize : int, default 3\n    Pixels.\nnames : list, default ['a']\n "
+        "   Names."
+    )
+    assert (
+        doc(made, "Second")
+        == "More settings.\n\nAttributes\n----------\nsize : int, default 5\n    Pixels, more of"
+        " them.\nnames : list, default ['a']\n    Names.\nkept : dict, default dict()\n   "
+        " Nothing.\n\nRaises\n------\nValueError"
+    )
     assert doc(made, "Net").endswith("Parameters\n----------\nchannels : int\n    Channels.")
-    assert doc(made, "Net.forward").startswith("Features, larger.\n\nParameters\n----------\nx : float\n    Features.")
+    assert doc(made, "Net.forward").startswith(
+        "Features, larger.\n\nParameters\n----------\nx : float\n    Features."
+    )
 
 
 def test_twice_is_once_and_the_code_is_the_same(made, tmp_path):
@@ -165,7 +178,10 @@ def bare(text):
     "The code of a module without its docstrings."
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and ast.get_docstring(node) is not None
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     return ast.dump(tree)
 
@@ -180,7 +196,11 @@ def public(path):
         if inspect.isfunction(thing):
             yield name, thing
         elif inspect.isclass(thing):
-            yield from ((f"{name}.{k}", v) for k, v in vars(thing).items() if k[0] != "_" and inspect.isfunction(v))
+            yield from (
+                (f"{name}.{k}", v)
+                for k, v in vars(thing).items()
+                if k[0] != "_" and inspect.isfunction(v)
+            )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -189,7 +209,9 @@ def test_help_shows_every_argument_that_has_a_comment(path):
         shown = pydoc.render_doc(thing)
         for line in inspect.getsource(thing).splitlines():
             if found := re.match(r"\s+(\**\w+)(?::[^#]*)?(?:=[^#]*)?,\s+# (.*)", line):
-                assert re.search(rf"^\s+{re.escape(found[1])}( :|$)", shown, re.M), f"{name}({found[1]})"
+                assert re.search(
+                    rf"^\s+{re.escape(found[1])}( :|$)", shown, re.M
+                ), f"{name}({found[1]})"
             if '"""' in line or re.match(r"\s+[\"']", line):
                 break
 
@@ -199,5 +221,9 @@ def test_no_docstring_is_cut_in_two():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             body = node.body[1:] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
-            lost = [n for n in body if isinstance(n, ast.Expr) and isinstance(getattr(n.value, "value", None), str)]
+            lost = [
+                n
+                for n in body
+                if isinstance(n, ast.Expr) and isinstance(getattr(n.value, "value", None), str)
+            ]
             assert not lost, f"{path.stem}:{node.lineno}"

@@ -17,6 +17,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -27,6 +28,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
 from ..engineering.plotting import save_figure, show_planes
 from ..engineering.batches import Covariate, SliceDataset
@@ -343,7 +345,7 @@ def sample_shared_noise(
     seed: int = 0,  # Same seed, same machine: same brains
     sampler: str = 'ddim',  # 'ddim' or 'dpmpp'
     first: int = 0,  # Number of the first brain: a long request may be served in parts
-    **conditions,  # diagnosis, age, sex, …: one value, or one a brain
+    **conditions: Any,  # diagnosis, age, sex, …: one value, or one a brain
 ) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
     """Draw the slices of a brain one by one from noise that they share: all that a 2-D model can do.
 
@@ -367,7 +369,7 @@ def sample_shared_noise(
         'ddim' or 'dpmpp'.
     first : int, default 0
         Number of the first brain: a long request may be served in parts.
-    **conditions
+    **conditions : Any
         diagnosis, age, sex, …: one value, or one a brain.
 
     Returns
@@ -950,7 +952,7 @@ def sample_volume(
     batch_size: int = 8,  # Brains at a time
     first: int = 0,  # Number of the first brain: a long request may be served in parts
     progress: bool = False,  # Show a bar
-    **others,  # Any other covariate that the run knows, by name
+    **others: Any,  # Any other covariate that the run knows, by name
 ) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
     """Draw whole brains, or what is missing of some: each slice follows its neighbours.
 
@@ -984,7 +986,7 @@ def sample_volume(
         Number of the first brain: a long request may be served in parts.
     progress : bool, default False
         Show a bar.
-    **others
+    **others : Any
         Any other covariate that the run knows, by name.
 
     Returns
@@ -1199,6 +1201,25 @@ class BrainVolumes(BrainLDM):
     """A trained run whose slices follow their neighbours: `sample_volume` draws whole brains, or what
     is missing of one.
 
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its pictures, pixels.
+    unet : UNet | None, default None
+        Trained denoiser; None: reconstruct only.
+    schedule : NoiseSchedule | None, default None
+        The chain that the denoiser was trained on.
+    latent_mean : Tensor | None, default None
+        Mean of each latent channel over the train slices (1, c, 1, 1).
+    latent_std : Tensor | None, default None
+        Standard deviation, same shape.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are drawn.
+
     Attributes
     ----------
     run : Path | None, default None
@@ -1211,7 +1232,8 @@ class BrainVolumes(BrainLDM):
         run: str | Path,  # Run folder, from `brainldm train volume`
         device: str | None = None,  # Where to compute; None: a GPU if there is one
         precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
-    ) -> 'BrainVolumes':  # Ready to use
+        weights: str = 'ema',  # Of the 2-D denoiser, as of `BrainLDM.load`
+    ) -> Self:  # Ready to use
         """Load a run.
 
         Parameters
@@ -1222,10 +1244,12 @@ class BrainVolumes(BrainLDM):
             Where to compute; None: a GPU if there is one.
         precision : str, default 'auto'
             'auto', 'no', 'bf16' or 'fp16'.
+        weights : str, default 'ema'
+            Of the 2-D denoiser, as of `BrainLDM.load`.
 
         Returns
         -------
-        BrainVolumes
+        Self
             Ready to use.
 
         Raises
@@ -1235,7 +1259,7 @@ class BrainVolumes(BrainLDM):
         ValueError
             On files that do not fit.
         """
-        model = super().load(run, device, precision)
+        model = super().load(run, device, precision, weights)
         tensors, about = load_weights(Path(run) / 'volume.safetensors')
         check_trained_on(Path(run) / 'volume.safetensors', autoencoder=model.autoencoder)
         if (

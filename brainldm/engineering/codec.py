@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -652,7 +653,7 @@ class Codec(SharedModel):
         first: int = 0,  # Number of the first picture: a long drawing may be made in parts
         # slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by
         # name
-        **conditions,
+        **conditions: Any,
     ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
         """Decode random latents: what stage 1 can draw by itself, a floor for every sampler.
 
@@ -666,7 +667,7 @@ class Codec(SharedModel):
             Pictures at a time.
         first : int, default 0
             Number of the first picture: a long drawing may be made in parts.
-        **conditions
+        **conditions : Any
             slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by
             name.
 
