@@ -61,8 +61,9 @@ def prepare_image(
     Raises
     ------
     ValueError
-        If the crop is too large.
+        If the crop.
     """
+    "is too large."
     h, w = image.shape
     if crop == 'auto' or crop is not None and crop > max(h, w):
         raise ValueError(
