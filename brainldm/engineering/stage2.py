@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'LDMConfig', 'mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'LatentDataset',
            'remove_folder', 'latent_splits', 'condition_dropout_mask', 'prediction_error', 'loss_weight', 'ldm_loss',
            'unet_args', 'refuse_leak', 'note_changes', 'refuse_unfinished', 'check_stage2', 'check_latent_origin',
-           'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'load_denoiser', 'train_ldm']
+           'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm', 'load_denoiser']
 
 # %% ../../nbs/engineering/32_stage2.ipynb #4a4780d2
 import math
@@ -1067,73 +1067,6 @@ def save_ldm(
         dict(info, kind='ldm', images=learner.seen),
     )
 
-# %% ../../nbs/engineering/32_stage2.ipynb #939b4edc
-def load_denoiser(
-    run: str | Path,  # Run folder
-    latent_channels: int,  # Channels of its autoencoder's latents
-    weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
-) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
-    """Build the denoiser of a run from its file alone.
-
-    Parameters
-    ----------
-    run : str | Path
-        Run folder.
-    latent_channels : int
-        Channels of its autoencoder's latents.
-    weights : str, default 'ema'
-        'ema': the average of the weights, or 'raw': the last ones.
-
-    Returns
-    -------
-    dict
-        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-        If it does not fit.
-    """
-    check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
-    tensors, about = load_weights(Path(run) / 'ldm.safetensors')
-    if about.get('kind') != 'ldm':
-        raise ValueError(
-            f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected"
-            " 'ldm'. Check the file names."
-        )
-    try:
-        args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
-        parts = dict(
-            unet=UNet(**args),
-            schedule=NoiseSchedule(**about['schedule']),
-            latent_mean=tensors['latent_mean'],
-            latent_std=tensors['latent_std'],
-        )
-    except LOAD_ERRORS as e:
-        raise ValueError(
-            f"BrainLDM.load: {run}/ldm.safetensors does not describe a denoiser"
-            f" ({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it"
-            " from a backup."
-        ) from None
-    if args['in_channels'] != latent_channels:
-        raise ValueError(
-            f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the"
-            f" autoencoder makes {latent_channels}. Expected two files of one run. Train the ldm"
-            " again."
-        )
-    part = {
-        k.removeprefix(weights + '.'): v for k, v in tensors.items() if k.startswith(weights + '.')
-    }
-    if not part:
-        raise ValueError(
-            f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a"
-            " training; a run that was packed for others holds the averaged ones only. Try"
-            " weights='ema'."
-        )
-    fill_model(parts['unet'], part, f'{run}/ldm.safetensors').eval()
-    return parts
-
 # %% ../../nbs/engineering/32_stage2.ipynb #014fb833
 @retry_on_oom
 def train_ldm(
@@ -1209,3 +1142,70 @@ def train_ldm(
     )
     remove_folder(run / 'state' / 'latents', learner.accelerator)
     return learner.ema.module.eval()
+
+# %% ../../nbs/engineering/32_stage2.ipynb #939b4edc
+def load_denoiser(
+    run: str | Path,  # Run folder
+    latent_channels: int,  # Channels of its autoencoder's latents
+    weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
+) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
+    """Build the denoiser of a run from its file alone.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    latent_channels : int
+        Channels of its autoencoder's latents.
+    weights : str, default 'ema'
+        'ema': the average of the weights, or 'raw': the last ones.
+
+    Returns
+    -------
+    dict
+        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If it does not fit.
+    """
+    check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
+    tensors, about = load_weights(Path(run) / 'ldm.safetensors')
+    if about.get('kind') != 'ldm':
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected"
+            " 'ldm'. Check the file names."
+        )
+    try:
+        args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
+        parts = dict(
+            unet=UNet(**args),
+            schedule=NoiseSchedule(**about['schedule']),
+            latent_mean=tensors['latent_mean'],
+            latent_std=tensors['latent_std'],
+        )
+    except LOAD_ERRORS as e:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors does not describe a denoiser"
+            f" ({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it"
+            " from a backup."
+        ) from None
+    if args['in_channels'] != latent_channels:
+        raise ValueError(
+            f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the"
+            f" autoencoder makes {latent_channels}. Expected two files of one run. Train the ldm"
+            " again."
+        )
+    part = {
+        k.removeprefix(weights + '.'): v for k, v in tensors.items() if k.startswith(weights + '.')
+    }
+    if not part:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a"
+            " training; a run that was packed for others holds the averaged ones only. Try"
+            " weights='ema'."
+        )
+    fill_model(parts['unet'], part, f'{run}/ldm.safetensors').eval()
+    return parts
