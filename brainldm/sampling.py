@@ -10,11 +10,13 @@ __all__ = ['sample_noise', 'standard_deviation', 'guide', 'conditional_denoiser'
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
 from .engineering.devices import pick_device, pick_precision
 from .engineering.batches import Covariate
@@ -357,7 +359,7 @@ class Sampler(Codec):
         callback: Callable | None = None,
         # Which images `callback` is shown, by place from 0; None: all. Others are decoded once
         watched: Iterable[int] | None = None,
-        **others,  # Any other covariate of the run, by name
+        **others: Any,  # Any other covariate of the run, by name
     ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
         """Sample images with the requested conditions; what is not named is left open.
 
@@ -397,7 +399,7 @@ class Sampler(Codec):
             Called in each batch as callback(i, t, images) with the images expected at step i.
         watched : Iterable[int] | None, default None
             Which images `callback` is shown, by place from 0; None: all. Others are decoded once.
-        **others
+        **others : Any
             Any other covariate of the run, by name.
 
         Returns
@@ -460,7 +462,7 @@ class Sampler(Codec):
         seed: int = 0,  # Of the noise that is added
         sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
         batch_size: int = 32,  # Images at a time
-        **conditions,  # What the new images shall be: diagnosis, slice, age, sex, …
+        **conditions: Any,  # What the new images shall be: diagnosis, slice, age, sex, …
     ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
         """Generate the images anew from partly noised latents.
 
@@ -481,7 +483,7 @@ class Sampler(Codec):
             'ddim', 'ddpm' or 'dpmpp'.
         batch_size : int, default 32
             Images at a time.
-        **conditions
+        **conditions : Any
             What the new images shall be: diagnosis, slice, age, sex, …
 
         Returns
@@ -701,6 +703,25 @@ class Sampler(Codec):
 class BrainLDM(Sampler):
     """A trained run, ready to use: encode, decode and reconstruct images, and sample new ones.
 
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its images, pixels.
+    unet : UNet | None, default None
+        Trained denoiser; None: reconstruct only.
+    schedule : NoiseSchedule | None, default None
+        The chain that the denoiser was trained on.
+    latent_mean : Tensor | None, default None
+        Mean of each latent channel over the train slices (1, c, 1, 1).
+    latent_std : Tensor | None, default None
+        Standard deviation, same shape.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are sampled.
+
     Attributes
     ----------
     run : Path | None, default None
@@ -714,7 +735,7 @@ class BrainLDM(Sampler):
         device: str | None = None,  # Where to compute; None: a GPU if there is one
         precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
         weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
-    ) -> 'BrainLDM':  # Ready to use
+    ) -> Self:  # Ready to use
         """Load a run.
 
         Parameters
@@ -730,7 +751,7 @@ class BrainLDM(Sampler):
 
         Returns
         -------
-        BrainLDM
+        Self
             Ready to use.
 
         Raises
@@ -740,20 +761,21 @@ class BrainLDM(Sampler):
         ValueError
             On files that do not fit.
         """
-        device, _ = pick_device(device), read_config(run)
+        place = pick_device(device)
+        read_config(run)  # refuses what is no run folder
         autoencoder, about = load_autoencoder(run)
         trained = (Path(run) / 'ldm.safetensors').is_file()
         if trained:
             check_trained_on(Path(run) / 'ldm.safetensors', autoencoder=autoencoder)
         parts = load_denoiser(run, autoencoder.latent_channels, weights) if trained else {}
-        parts = {k: v if k == 'schedule' else v.to(device) for k, v in parts.items()}
+        parts = {k: v if k == 'schedule' else v.to(place) for k, v in parts.items()}
         slice_covariate = (
             Covariate(**about['slice_covariate']) if about.get('slice_covariate') else None
         )
         model = cls(
-            autoencoder.to(device),
+            autoencoder.to(place),
             about['size'],
-            precision=pick_precision(precision, device),
+            precision=pick_precision(precision, place),
             slice_covariate=slice_covariate,
             **parts
         )

@@ -17,12 +17,14 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Self
 from ..engineering.checks import check_divides
 from ..engineering.devices import pick_device, pick_precision
 from ..engineering.plotting import save_figure, show_grid
@@ -1617,7 +1619,7 @@ class CodeSampler(Codec):
         run: str | Path,
         device: str | None = None,  # Where to compute; None: a GPU if there is one
         precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
-    ) -> 'CodeSampler':  # Ready to use
+    ) -> Self:  # Ready to use
         """Load a run.
 
         Parameters
@@ -1631,7 +1633,7 @@ class CodeSampler(Codec):
 
         Returns
         -------
-        CodeSampler
+        Self
             Ready to use.
 
         Raises
@@ -1641,20 +1643,18 @@ class CodeSampler(Codec):
         ValueError
             On files that do not fit.
         """
-        device, (autoencoder, about), (prior, _) = (
-            pick_device(device),
-            load_autoencoder(run),
-            load_prior(run),
-        )
+        place = pick_device(device)
+        autoencoder, about = load_autoencoder(run)
+        prior, _ = load_prior(run)
         check_trained_on(Path(run) / 'prior.safetensors', autoencoder=autoencoder)
         slice_covariate = (
             Covariate(**about['slice_covariate']) if about.get('slice_covariate') else None
         )
         model = cls(
-            autoencoder.to(device),
+            autoencoder.to(place),
             about['size'],
-            prior.to(device),
-            pick_precision(precision, device),
+            prior.to(place),
+            pick_precision(precision, place),
             slice_covariate,
         )
         model.run = Path(run)
@@ -1734,7 +1734,7 @@ class CodeSampler(Codec):
         batch_size: int = 32,  # Images at a time
         first: int = 0,  # Number of the first image: a long sampling run may be split
         progress: bool = False,  # Show a bar
-        **others,  # Any other covariate of the run, by name
+        **others: Any,  # Any other covariate of the run, by name
     ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
         """Sample codes under the requested conditions, and decode them.
 
@@ -1768,7 +1768,7 @@ class CodeSampler(Codec):
             Number of the first image: a long sampling run may be split.
         progress : bool, default False
             Show a bar.
-        **others
+        **others : Any
             Any other covariate of the run, by name.
 
         Returns

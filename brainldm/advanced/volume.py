@@ -17,6 +17,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -27,6 +28,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
 from ..engineering.plotting import save_figure, show_planes
 from ..engineering.batches import Covariate, SliceDataset
@@ -343,7 +345,7 @@ def sample_shared_noise(
     seed: int = 0,  # Same seed, same machine: same brains
     sampler: str = 'ddim',  # 'ddim' or 'dpmpp'
     first: int = 0,  # Number of the first brain: a long sampling run may be split
-    **conditions,  # diagnosis, age, sex, …: one value, or one a brain
+    **conditions: Any,  # diagnosis, age, sex, …: one value, or one a brain
 ) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
     """Sample the slices of a brain one by one from noise that they share: all that a 2-D model can do.
 
@@ -367,7 +369,7 @@ def sample_shared_noise(
         'ddim' or 'dpmpp'.
     first : int, default 0
         Number of the first brain: a long sampling run may be split.
-    **conditions
+    **conditions : Any
         diagnosis, age, sex, …: one value, or one a brain.
 
     Returns
@@ -948,7 +950,7 @@ def sample_volume(
     batch_size: int = 8,  # Brains at a time
     first: int = 0,  # Number of the first brain: a long sampling run may be split
     progress: bool = False,  # Show a bar
-    **others,  # Any other covariate of the run, by name
+    **others: Any,  # Any other covariate of the run, by name
 ) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
     """Generate whole brains, or what is missing of some: each slice follows its neighbors.
 
@@ -982,7 +984,7 @@ def sample_volume(
         Number of the first brain: a long sampling run may be split.
     progress : bool, default False
         Show a bar.
-    **others
+    **others : Any
         Any other covariate of the run, by name.
 
     Returns
@@ -1197,6 +1199,25 @@ class BrainVolumes(BrainLDM):
     """A trained run whose slices follow their neighbors: `sample_volume` generates whole brains, or
     what is missing of one.
 
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its images, pixels.
+    unet : UNet | None, default None
+        Trained denoiser; None: reconstruct only.
+    schedule : NoiseSchedule | None, default None
+        The chain that the denoiser was trained on.
+    latent_mean : Tensor | None, default None
+        Mean of each latent channel over the train slices (1, c, 1, 1).
+    latent_std : Tensor | None, default None
+        Standard deviation, same shape.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are sampled.
+
     Attributes
     ----------
     run : Path | None, default None
@@ -1209,7 +1230,8 @@ class BrainVolumes(BrainLDM):
         run: str | Path,  # Run folder, from `brainldm train volume`
         device: str | None = None,  # Where to compute; None: a GPU if there is one
         precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
-    ) -> 'BrainVolumes':  # Ready to use
+        weights: str = 'ema',  # Of the 2-D denoiser, as of `BrainLDM.load`
+    ) -> Self:  # Ready to use
         """Load a run.
 
         Parameters
@@ -1220,10 +1242,12 @@ class BrainVolumes(BrainLDM):
             Where to compute; None: a GPU if there is one.
         precision : str, default 'auto'
             'auto', 'no', 'bf16' or 'fp16'.
+        weights : str, default 'ema'
+            Of the 2-D denoiser, as of `BrainLDM.load`.
 
         Returns
         -------
-        BrainVolumes
+        Self
             Ready to use.
 
         Raises
@@ -1233,7 +1257,7 @@ class BrainVolumes(BrainLDM):
         ValueError
             On files that do not fit.
         """
-        model = super().load(run, device, precision)
+        model = super().load(run, device, precision, weights)
         tensors, about = load_weights(Path(run) / 'volume.safetensors')
         check_trained_on(Path(run) / 'volume.safetensors', autoencoder=model.autoencoder)
         if (

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -654,7 +655,7 @@ class Codec(SharedModel):
         # slice for a VQ-VAE, and the conditions of a conditional autoencoder: a value, or n
         # values, by
         # name
-        **conditions,
+        **conditions: Any,
     ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
         """Decode random latents: what stage 1 can generate by itself, a baseline for every sampler.
 
@@ -668,7 +669,7 @@ class Codec(SharedModel):
             Images at a time.
         first : int, default 0
             Number of the first image: a long sampling run may be split.
-        **conditions
+        **conditions : Any
             slice for a VQ-VAE, and the conditions of a conditional autoencoder: a value, or n
             values, by name.
 

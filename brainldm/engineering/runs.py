@@ -659,8 +659,9 @@ def read_config(
     ------
     FileNotFoundError
         If it is no run.
+    ValueError
+        If the file is another project's.
     """
-    "ValueError if the file is another project's."
     path = Path(run) / 'config.json'
     if not path.is_file():
         raise FileNotFoundError(

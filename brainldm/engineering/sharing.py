@@ -14,10 +14,12 @@ import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor
+from typing_extensions import Self
 
 import brainldm
 from .checks import check_choice, refuse_taken
@@ -514,7 +516,7 @@ def push_run(
 class SharedModel:
     """What a model that was loaded from a run folder needs in order to be handed on.
 
-    The heir has `load(folder)` and `run`.
+    A subclass says how a folder is loaded.
 
     Attributes
     ----------
@@ -525,23 +527,56 @@ class SharedModel:
     run: Path | None = None  # Folder that the model was loaded from
 
     @classmethod
+    def load(
+        cls,
+        run: str | Path,  # Run folder
+        device: str | None = None,  # Where to compute; None: a GPU if there is one
+        precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
+    ) -> Self:  # Ready to use
+        """Load a run.
+
+        Parameters
+        ----------
+        run : str | Path
+            Run folder.
+        device : str | None, default None
+            Where to compute; None: a GPU if there is one.
+        precision : str, default 'auto'
+            'auto', 'no', 'bf16' or 'fp16'.
+
+        Returns
+        -------
+        Self
+            Ready to use.
+
+        Raises
+        ------
+        NotImplementedError
+            Where a subclass does not say how.
+        """
+        raise NotImplementedError(
+            f"{cls.__name__}.load: this class does not say how a run is loaded. Expected a subclass"
+            " that does. Try BrainLDM."
+        )
+
+    @classmethod
     def load_pretrained(
         cls,
         name: str = 'phantom-128',  # A run that ships with brainldm
-        **options,  # What `load` takes: device, precision
-    ) -> 'SharedModel':  # Ready to use
+        **options: Any,  # What `load` takes: device, precision
+    ) -> Self:  # Ready to use
         """Load a run that ships with brainldm.
 
         Parameters
         ----------
         name : str, default 'phantom-128'
             A run that ships with brainldm.
-        **options
+        **options : Any
             What `load` takes: device, precision.
 
         Returns
         -------
-        SharedModel
+        Self
             Ready to use.
 
         Raises
@@ -558,8 +593,8 @@ class SharedModel:
         revision: str | None = None,  # Branch, tag or commit on the hub; None: the newest
         token: str | None = None,  # For private repositories
         cache_dir: str | Path | None = None,  # Where downloads are kept
-        **options,  # What `load` takes: device, precision
-    ) -> 'SharedModel':  # Ready to use
+        **options: Any,  # What `load` takes: device, precision
+    ) -> Self:  # Ready to use
         """Load a run from wherever it is.
 
         Parameters
@@ -572,12 +607,12 @@ class SharedModel:
             For private repositories.
         cache_dir : str | Path | None, default None
             Where downloads are kept.
-        **options
+        **options : Any
             What `load` takes: device, precision.
 
         Returns
         -------
-        SharedModel
+        Self
             Ready to use.
 
         Raises
