@@ -26,25 +26,68 @@ def bootstrap(
     score,  # Called as score(predicted, target)
     predicted: np.ndarray,  # Predictions (n,)
     target: np.ndarray,  # Truth (n,)
-    groups: np.ndarray,  # Number of the person of each row (n,), 0 and up
-    rng: np.random.Generator,  # Source of chance
+    groups: np.ndarray,  # Number of the subject of each row (n,), 0 and up
+    rng: np.random.Generator,  # Random number generator
     num_resamples: int = 500,  # Resamples
 ) -> tuple[float, float]:  # 95 % interval
-    "How far a score moves with other people. Source: Davison & Hinkley 1997, sec. 3.8."
+    """How far a score moves with other subjects.
+
+    Parameters
+    ----------
+    score
+        Called as score(predicted, target).
+    predicted : np.ndarray
+        Predictions (n,).
+    target : np.ndarray
+        Truth (n,).
+    groups : np.ndarray
+        Number of the subject of each row (n,), 0 and up.
+    rng : np.random.Generator
+        Random number generator.
+    num_resamples : int, default 500
+        Resamples.
+
+    Returns
+    -------
+    tuple[float, float]
+        95 % interval.
+
+    References
+    ----------
+    Davison & Hinkley 1997, sec. 3.8.
+    """
     rows = [np.flatnonzero(groups == i) for i in range(groups.max() + 1)]
     picks = (
         np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
         for _ in range(num_resamples)
     )
     scores = [score(predicted[i], target[i]) for i in picks]
-    return tuple(np.nanquantile(scores, [0.025, 0.975]).tolist())  # NaN: a draw of one class alone
+    # NaN: a resample of one class alone
+    return tuple(np.nanquantile(scores, [0.025, 0.975]).tolist())
 
 # %% ../nbs/08_analysis.ipynb #1142e755
 def auc(
     predicted: np.ndarray,  # Scores (n,)
     target: np.ndarray,  # 0 or 1 (n,)
-) -> float:  # Chance that a 1 scores above a 0; NaN without both
-    "Area under the ROC curve by ranks. Source: Mann & Whitney 1947."
+) -> float:  # Probability that a 1 scores above a 0; NaN without both
+    """Area under the ROC curve by ranks.
+
+    Parameters
+    ----------
+    predicted : np.ndarray
+        Scores (n,).
+    target : np.ndarray
+        0 or 1 (n,).
+
+    Returns
+    -------
+    float
+        Probability that a 1 scores above a 0; NaN without both.
+
+    References
+    ----------
+    Mann & Whitney 1947.
+    """
     ones = target == 1
     n1, n0 = ones.sum(), (~ones).sum()
     return (
@@ -57,16 +100,46 @@ def auc(
 def r2(
     predicted: np.ndarray,  # Predictions (n,)
     target: np.ndarray,  # Numbers (n,)
-) -> float:  # Share of variance explained: 1 perfect, 0 no better than the mean
-    "Coefficient of determination."
+) -> float:  # Fraction of variance explained: 1 perfect, 0 no better than the mean
+    """Coefficient of determination.
+
+    Parameters
+    ----------
+    predicted : np.ndarray
+        Predictions (n,).
+    target : np.ndarray
+        Numbers (n,).
+
+    Returns
+    -------
+    float
+        Fraction of variance explained: 1 perfect, 0 no better than the mean.
+    """
     return float(1 - ((predicted - target) ** 2).sum() / ((target - target.mean()) ** 2).sum())
 
 # %% ../nbs/08_analysis.ipynb #5979d364
 def check_vectors(
-    caller: str,  # Function that asks, for the message
+    caller: str,  # Function that calls, for the message
     vectors,  # What arrived: array or tensor
 ) -> np.ndarray:  # The same as (n, d) float64
-    "Refuse what is no table of finite numbers. Raises ValueError."
+    """Refuse what is no table of finite numbers.
+
+    Parameters
+    ----------
+    caller : str
+        Function that calls, for the message.
+    vectors
+        What arrived: array or tensor.
+
+    Returns
+    -------
+    np.ndarray
+        The same as (n, d) float64.
+
+    Raises
+    ------
+    ValueError
+    """
     v = (
         vectors.detach().float().cpu().numpy()
         if isinstance(vectors, Tensor)
@@ -90,18 +163,42 @@ def embed(
     vectors,  # A row a slice (n, d)
     method: str = 'umap',  # 'umap', 'tsne' or 'pca'
     seed: int = 0,  # Another seed, another map
-    # Neighbours that each point is kept together with; t-SNE's perplexity
+    # Neighbors that each point is kept together with; t-SNE's perplexity
     n_neighbors: int = 15,
 ) -> np.ndarray:  # Points of the map (n, 2)
-    """Put rows on a map. Source: McInnes et al. 2018; van der Maaten & Hinton 2008.
+    """Put rows on a map.
 
-    Raises ValueError for another method, one column, or as many neighbours as rows."""
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    method : str, default 'umap'
+        'umap', 'tsne' or 'pca'.
+    seed : int, default 0
+        Another seed, another map.
+    n_neighbors : int, default 15
+        Neighbors that each point is kept together with; t-SNE's perplexity.
+
+    Returns
+    -------
+    np.ndarray
+        Points of the map (n, 2).
+
+    Raises
+    ------
+    ValueError
+        For another method, one column, or as many neighbors as rows.
+
+    References
+    ----------
+    McInnes et al. 2018; van der Maaten & Hinton 2008.
+    """
     v = check_vectors('embed', vectors)
     check_choice('embed', 'method', method, ('umap', 'tsne', 'pca'))
     if v.shape[1] < 2:
         raise ValueError(
             f"embed: vectors of shape {v.shape}. Expected two columns or more. "
-            "Draw a histogram of one."
+            "Plot a histogram of one."
         )
     if not 2 <= n_neighbors < len(v):
         raise ValueError(
@@ -119,12 +216,24 @@ def embed(
 
 # %% ../nbs/08_analysis.ipynb #2da83a34
 def plot_points(
-    ax: plt.Axes,  # Where to draw
+    ax: plt.Axes,  # Where to plot
     points: np.ndarray,  # Points (n, 2)
-    values: pd.Series,  # What to colour by (n,); missing is grey
+    values: pd.Series,  # What to color by (n,); missing is gray
     name: str,  # Title of the panel
 ) -> None:
-    "One panel of a map: a colour scale for numbers, a legend for up to ten categories."
+    """One panel of a map: a color scale for numbers, a legend for up to ten categories.
+
+    Parameters
+    ----------
+    ax : plt.Axes
+        Where to plot.
+    points : np.ndarray
+        Points (n, 2).
+    values : pd.Series
+        What to color by (n,); missing is gray.
+    name : str
+        Title of the panel.
+    """
     values, known = values.reset_index(drop=True), values.notna().to_numpy()
     ax.scatter(*points[~known].T, s=6, c='lightgrey')
     if pd.api.types.is_numeric_dtype(values):
@@ -147,13 +256,33 @@ def plot_points(
 def plot_embedding(
     points: np.ndarray,  # Points of a map (n, 2), from `embed`
     table: pd.DataFrame,  # What is known of each point, such as a manifest (n rows)
-    # Columns to colour by, a panel each
+    # Columns to color by, a panel each
     names: tuple[str, ...] = ('slice', 'diagnosis', 'age', 'subject'),
-    title: str = '',  # The sentence a reader should check against the picture
+    title: str = '',  # The sentence a reader should check against the image
 ) -> plt.Figure:  # One panel a column
-    """Draw one map several times, each time coloured by something else.
+    """Plot one map several times, each time colored by something else.
 
-    Raises ValueError for rows or columns that lack."""
+    Parameters
+    ----------
+    points : np.ndarray
+        Points of a map (n, 2), from `embed`.
+    table : pd.DataFrame
+        What is known of each point, such as a manifest (n rows).
+    names : tuple[str, ...], default ('slice', 'diagnosis', 'age', 'subject')
+        Columns to color by, a panel each.
+    title : str, default ''
+        The sentence a reader should check against the image.
+
+    Returns
+    -------
+    plt.Figure
+        One panel a column.
+
+    Raises
+    ------
+    ValueError
+        For rows or columns that lack.
+    """
     if len(points) != len(table):
         raise ValueError(
             f"plot_embedding: {len(points)} points and {len(table)} rows. Expected one row a point."
@@ -180,15 +309,45 @@ def plot_embedding(
 # %% ../nbs/08_analysis.ipynb #8fb94e43
 def bottleneck_features(
     unet: UNet,  # Trained denoiser
-    latents: Tensor,  # Standardised latents (n, c, h, w)
+    latents: Tensor,  # Standardized latents (n, c, h, w)
     schedule: NoiseSchedule,  # The chain that it was trained on
     t: int,  # Timestep, whose noise is added
-    cond: dict[str, Tensor] | None = None,  # What the network is told, each (n,); None: nothing
+    cond: dict[str, Tensor] | None = None,  # Conditions, each (n,); None: nothing
     seed: int = 0,  # Of the noise; the same in every call
     precision: str = 'no',  # Mixed precision to compute in
     batch_size: int = 64,  # Latents at a time
 ) -> Tensor:  # The deepest layer, averaged over its places (n, channels), on the CPU
-    "What a denoiser makes of noised latents. Raises ValueError for a step outside the schedule."
+    """What a denoiser makes of noised latents.
+
+    Parameters
+    ----------
+    unet : UNet
+        Trained denoiser.
+    latents : Tensor
+        Standardized latents (n, c, h, w).
+    schedule : NoiseSchedule
+        The chain that it was trained on.
+    t : int
+        Timestep, whose noise is added.
+    cond : dict[str, Tensor] | None, default None
+        Conditions, each (n,); None: nothing.
+    seed : int, default 0
+        Of the noise; the same in every call.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Latents at a time.
+
+    Returns
+    -------
+    Tensor
+        The deepest layer, averaged over its places (n, channels), on the CPU.
+
+    Raises
+    ------
+    ValueError
+        For a step outside the schedule.
+    """
     if t not in range(schedule.num_train_timesteps):
         raise ValueError(
             f"bottleneck_features: t={t!r}. Expected a whole number from 0 to"

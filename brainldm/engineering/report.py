@@ -80,9 +80,28 @@ def sample_by_condition(
     steps: int = 30,  # Network calls
     guidance_scale: float = 1.0,  # Strength of the conditions
     seed: int = 0,  # Seed
-    # Grid of diagnosis by slice, and the walk from noise of one picture a row
+    # Grid of diagnosis by slice, and the trajectory from noise of one image a row
 ) -> tuple[plt.Figure, plt.Figure]:
-    "Draw the two figures that show what a run can do."
+    """Plot the two figures that show what a run generates.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        A run with a trained denoiser.
+    columns : int, default 6
+        Slice positions.
+    steps : int, default 30
+        Network calls.
+    guidance_scale : float, default 1.0
+        Strength of the conditions.
+    seed : int, default 0
+        Seed.
+
+    Returns
+    -------
+    tuple[plt.Figure, plt.Figure]
+        Grid of diagnosis by slice, and the trajectory from noise of one image a row.
+    """
     known = {c.name: c for c in model.covariates}
     rows = list(known['diagnosis'].values) if 'diagnosis' in known else [None]
     numbers = (
@@ -114,7 +133,7 @@ def sample_by_condition(
             images,
             titles=titles,
             row_labels=labels,
-            title='Drawn from noise: same seed in a column, another diagnosis a row',
+            title='Generated from noise: same seed in a column, another diagnosis a row',
         ),
         show_grid(
             walks,
@@ -127,7 +146,18 @@ def sample_by_condition(
 def figure_uri(
     figure: plt.Figure | bytes,  # A figure, closed afterwards, or the bytes of a PNG or GIF
 ) -> str:  # data:… address that a page can hold
-    "Turn a picture into text, so that a report is one file."
+    """Turn an image into text, so that a report is one file.
+
+    Parameters
+    ----------
+    figure : plt.Figure | bytes
+        A figure, closed afterwards, or the bytes of a PNG or GIF.
+
+    Returns
+    -------
+    str
+        data:… address that a page can hold.
+    """
     if isinstance(figure, plt.Figure):
         figure = figure_to_png(figure)
     kind = 'gif' if figure[:3] == b'GIF' else 'png'
@@ -137,10 +167,28 @@ def figure_uri(
 def prior_scores(
     model: CodeSampler,  # A run with a trained prior
     dataset: SliceDataset,  # All splits of the data it was trained on
-    split: str = 'test',  # Whose slices; the validate subjects have chosen the weights
+    split: str = 'test',  # Whose slices; the validation subjects have chosen the weights
     progress: bool = False,  # Show bars
-) -> dict:  # bits: mean bits per code of prior and floors; interval_95 of each; saving; counts
-    "What held-out codes cost the prior, beside what they cost without it."
+    # bits: mean bits per code of prior and baselines; interval_95 of each; saving; counts
+) -> dict:
+    """Bits per code of held-out subjects under the prior, and under the baselines.
+
+    Parameters
+    ----------
+    model : CodeSampler
+        A run with a trained prior.
+    dataset : SliceDataset
+        All splits of the data it was trained on.
+    split : str, default 'test'
+        Whose slices; the validation subjects have chosen the weights.
+    progress : bool, default False
+        Show bars.
+
+    Returns
+    -------
+    dict
+        bits: mean bits per code of prior and baselines; interval_95 of each; saving; counts.
+    """
     prices, subjects = (
         code_costs(model, dataset, split, progress),
         dataset.subset(split).manifest.subject,
@@ -164,11 +212,28 @@ def sample_by_generator(
     columns: int = 6,  # Slice positions
     steps: int = 30,  # Network calls of the diffusion model
     seed: int = 0,  # Seed
-    # Rows: prior, diffusion model, codes by place and height; seconds a picture
+    # Rows: prior, diffusion model, codes by place and slice position; seconds an image
 ) -> tuple[plt.Figure, dict[str, float]]:
-    """The same request to everybody who can draw.
+    """The same conditions for each generator.
 
-    What the autoencoder must be told has its first value, or its middle."""
+    Conditions of the autoencoder have their first value, or the middle of their range.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder with a prior, and perhaps a diffusion model.
+    columns : int, default 6
+        Slice positions.
+    steps : int, default 30
+        Network calls of the diffusion model.
+    seed : int, default 0
+        Seed.
+
+    Returns
+    -------
+    tuple[plt.Figure, dict[str, float]]
+        Rows: prior, diffusion model, codes by place and slice position; seconds an image.
+    """
     ldm, prior = BrainLDM.load(run), CodeSampler.load(run)
     span = next((c.range for c in prior.covariates if c.name == 'slice'), None)
     numbers = np.unique(np.linspace(*span, columns).round()).tolist() if span else None
@@ -181,7 +246,8 @@ def sample_by_generator(
 
     told = [c.name for c in ldm.autoencoder.covariates]
     if ldm.unet:
-        heard = pick(*(c.name for c in ldm.covariates))  # it may know less than the prior
+        # it may have fewer covariates than the prior
+        heard = pick(*(c.name for c in ldm.covariates))
         ways['diffusion'] = lambda: ldm.sample(n, **heard, steps=steps, seed=seed)
     ways['histogram'] = lambda: ldm.sample_stage1(n, seed=seed, **pick('slice', *told))
     rows, seconds = [], {}
@@ -194,7 +260,7 @@ def sample_by_generator(
             torch.stack(rows),
             titles=numbers and [f'slice {k:g}' for k in numbers],
             row_labels=list(ways),
-            title='The same request, as far as each generator knows it',
+            title='The same conditions, as far as each generator has the conditions',
         ),
         seconds,
     )
@@ -206,8 +272,25 @@ def report_prior(
     steps: int,  # Network calls of the diffusion model
     seed: int,  # Seed
 ) -> dict:  # A section of the report
-    """The transformer's prices beside their floors, and its pictures beside those of the other
-    generators."""
+    """The transformer's bits per code beside their baselines, and its images beside those of the other
+    generators.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with a prior.
+    metrics : dict
+        Its metrics.json.
+    steps : int
+        Network calls of the diffusion model.
+    seed : int
+        Seed.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
     figure, seconds = sample_by_generator(run, steps=steps, seed=seed)
     measured = {k.split(' ', 1)[1]: o for k, o in metrics.items() if k.startswith('bits ')}
     names = dict(
@@ -223,40 +306,56 @@ def report_prior(
         for k, o in measured.items()
     ]
     text = (
-        'Bits per code on people the prior was not trained on; the histograms are its floors. '
+        'Bits per code on held-out subjects; the histograms are its baselines. '
         if measured
         else 'Bits per code were not measured yet: run `brainldm bits RUN DATA`. '
     )
     text += (
-        'Seconds a picture, all in one run: '
+        'Seconds an image, all in one run: '
         + ', '.join(f'{k} {v:.2f}' for k, v in seconds.items())
         + '.'
     )
     return dict(
-        title='Written code by code',
+        title='Sampled code by code',
         text=text,
         table=rows if measured else [],
         figures=[
-            (
-                figure_uri(figure),
-                'Prior, diffusion model and codes by place, asked for the same slices',
-            )
+            (figure_uri(figure), 'Prior, diffusion model and codes by place, for the same slices')
         ],
     )
 
 # %% ../../nbs/engineering/36_report.ipynb #1214d037
 def sample_matched(
     model,  # `BrainLDM` or `CodeSampler`
-    table: pd.DataFrame,  # Rows whose conditions to draw with
-    generator: str = 'ldm',  # 'ldm', 'prior', or 'stage1': random latents, a floor
+    table: pd.DataFrame,  # Rows with the conditions of the samples
+    generator: str = 'ldm',  # 'ldm', 'prior', or 'stage1': random latents, a baseline
     seed: int = 0,  # Seed
     # What `sample` takes: steps, guidance_scale, temperature, progress …; nothing for 'stage1'
     **options,
-) -> Tensor:  # Pictures (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`
-    "Draw one picture for each row."
+) -> Tensor:  # Images (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`
+    """Sample one image for each row.
+
+    Parameters
+    ----------
+    model
+        `BrainLDM` or `CodeSampler`.
+    table : pd.DataFrame
+        Rows with the conditions of the samples.
+    generator : str, default 'ldm'
+        'ldm', 'prior', or 'stage1': random latents, a baseline.
+    seed : int, default 0
+        Seed.
+    **options
+        What `sample` takes: steps, guidance_scale, temperature, progress …; nothing for 'stage1'.
+
+    Returns
+    -------
+    Tensor
+        Images (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`.
+    """
     random = generator == 'stage1'
     names = [c.name for c in (model.autoencoder if random else model).covariates]
-    # drawn by height
+    # sampled by slice position
     if random and hasattr(model.autoencoder, 'histogram') and 'slice' not in names:
         names.append('slice')
     requested = dict({k: table[k].tolist() for k in names}, seed=seed)
@@ -269,25 +368,47 @@ def sample_matched(
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee38
 def as_saved(
     images: Tensor,  # Images (n, 1, h, w) in [-1, 1]
-) -> Tensor:  # The same as a PNG file holds them, in 256 grey values
-    "What is judged is what others get: images as they are saved."
+) -> Tensor:  # The same as a PNG file holds them, in 256 gray values
+    """What is evaluated is what others get: images as they are saved.
+
+    Parameters
+    ----------
+    images : Tensor
+        Images (n, 1, h, w) in [-1, 1].
+
+    Returns
+    -------
+    Tensor
+        The same as a PNG file holds them, in 256 gray values.
+    """
     return from_bytes(to_bytes(images))
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee39
 def from_bytes(
-    pixels: np.ndarray,  # Grey values (..., h, w), uint8
+    pixels: np.ndarray,  # Gray values (..., h, w), uint8
 ) -> Tensor:  # Images in [-1, 1], float32
-    "Grey values of files as networks take them."
+    """Gray values of files as networks take them.
+
+    Parameters
+    ----------
+    pixels : np.ndarray
+        Gray values (..., h, w), uint8.
+
+    Returns
+    -------
+    Tensor
+        Images in [-1, 1], float32.
+    """
     return torch.from_numpy(np.array(pixels)).float().div(127.5).sub(1)
 
 # %% ../../nbs/engineering/36_report.ipynb #3fb0617f
 def evaluate_samples(
     net: FeatureNet,  # Trained on the train slices
-    images: Tensor,  # Drawn pictures (n, 1, h, w), row for row with the conditions of `rows`
-    # Rows of `train` that they were drawn after, from `match_rows(held_out, train)`
+    images: Tensor,  # Generated images (n, 1, h, w), row for row with the conditions of `rows`
+    # Rows of `train` that they were generated after, from `match_rows(held_out, train)`
     rows: np.ndarray,
-    train: SliceDataset,  # Real slices of train people
-    held_out: SliceDataset,  # Real slices of unseen people, n rows
+    train: SliceDataset,  # Real slices of train subjects
+    held_out: SliceDataset,  # Real slices of held-out subjects, n rows
     # Length of the classifiers' trainings; None: leave them out
     utility: TrainConfig | None = UTILITY,
     progress: bool = False,  # Show a bar
@@ -296,7 +417,34 @@ def evaluate_samples(
     # Conditions that the samples were generated for (n rows); None: those of `rows`
     orders: pd.DataFrame | None = None,
 ) -> dict:  # All scores but the memorization audit's
-    "Every measure of notebooks 10a and 10b on sets of images, each beside what real slices get."
+    """Every measure of notebooks 10a and 10b on sets of images, each beside what real slices get.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained on the train slices.
+    images : Tensor
+        Generated images (n, 1, h, w), row for row with the conditions of `rows`.
+    rows : np.ndarray
+        Rows of `train` that they were generated after, from `match_rows(held_out, train)`.
+    train : SliceDataset
+        Real slices of train subjects.
+    held_out : SliceDataset
+        Real slices of held-out subjects, n rows.
+    utility : TrainConfig | None, default UTILITY
+        Length of the classifiers' trainings; None: leave them out.
+    progress : bool, default False
+        Show a bar.
+    more : tuple[Tensor, ...], default ()
+        Further sets for the same rows, sampled from other seeds: they show the noise of sampling.
+    orders : pd.DataFrame | None, default None
+        Conditions that the samples were generated for (n rows); None: those of `rows`.
+
+    Returns
+    -------
+    dict
+        All scores but the memorization audit's.
+    """
     who, requested = held_out.manifest.subject, train.manifest.iloc[rows].reset_index(drop=True)
     orders = requested if orders is None else orders.reset_index(drop=True)
     real, synthetic = SliceDataset(train.images[rows], requested, train.covariates), as_dataset(
@@ -353,8 +501,23 @@ def plot_audit(
     reference: pd.DataFrame,  # The same of slices that cannot be copies, with split
     audit: dict,  # As from `memorization_audit`
 ) -> plt.Figure:  # Histograms of the correlations, of whole slices and of halves
-    """How similar samples are to train slices, beside slices that cannot be copies; the threshold
-    of a copy dotted."""
+    """How similar samples are to train slices, beside slices that cannot be copies; the threshold of a
+    copy dotted.
+
+    Parameters
+    ----------
+    samples : pd.DataFrame
+        As from `nearest_copies`, of samples.
+    reference : pd.DataFrame
+        The same of slices that cannot be copies, with split.
+    audit : dict
+        As from `memorization_audit`.
+
+    Returns
+    -------
+    plt.Figure
+        Histograms of the correlations, of whole slices and of halves.
+    """
     fig, axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
     for ax, space in zip(axs, ('whole', 'half')):
         bins = np.linspace(0, 1, 41)
@@ -377,14 +540,32 @@ def plot_audit(
 
 # %% ../../nbs/engineering/36_report.ipynb #9c677d79
 def plot_pairs(
-    images: Tensor,  # Drawn pictures (n, 1, h, w)
-    train: SliceDataset,  # Real slices of train people
-    near: pd.DataFrame,  # As from `nearest_copies`, of the pictures
+    images: Tensor,  # Generated images (n, 1, h, w)
+    train: SliceDataset,  # Real slices of train subjects
+    near: pd.DataFrame,  # As from `nearest_copies`, of the images
     number: int = 6,  # Pairs of each space
     # Samples above, most similar train slice below; by the whole, then by the better half. Real
     # slices: handle as such
 ) -> plt.Figure:
-    "The pictures that lie nearest to training, with what they resemble."
+    """The images that lie nearest to training, with what they resemble.
+
+    Parameters
+    ----------
+    images : Tensor
+        Generated images (n, 1, h, w).
+    train : SliceDataset
+        Real slices of train subjects.
+    near : pd.DataFrame
+        As from `nearest_copies`, of the images.
+    number : int, default 6
+        Pairs of each space.
+
+    Returns
+    -------
+    plt.Figure
+        Samples above, most similar train slice below; by the whole, then by the better half. Real
+        slices: handle as such.
+    """
     rows, labels = [], []
     for space in ('whole', 'half'):
         first = near[space].sort_values(kind='stable', ascending=False).index[:number].tolist()
@@ -408,10 +589,28 @@ def save_evaluation(
     near: list[pd.DataFrame],
     pairs: bool = True,  # Save real slices beside the synthetic ones that are nearest to them
 ) -> None:
-    "Save the figures of an evaluation: some images, the audit's distances, the nearest pairs."
+    """Save the figures of an evaluation: some images, the audit's distances, the nearest pairs.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder for the figures.
+    name : str
+        What their names begin with.
+    scores : dict
+        As from `evaluate_samples`.
+    images : Tensor
+        Synthetic images (n, 1, h, w).
+    train : SliceDataset
+        Real slices of train subjects.
+    near : list[pd.DataFrame]
+        What `plot_audit` and `plot_pairs` take: of the samples, of their reference.
+    pairs : bool, default True
+        Save real slices beside the synthetic ones that are nearest to them.
+    """
     shown = np.linspace(0, len(images) - 1, 24).round().astype(int)
     figures = dict(
-        synthetic=show_grid(images[shown, 0], ncols=8, title='Drawn, not scanned'),
+        synthetic=show_grid(images[shown, 0], ncols=8, title='Generated, not scanned'),
         audit=plot_audit(*near, scores['memorization']),
     )
     if pairs:
@@ -423,8 +622,8 @@ def save_evaluation(
 def evaluate(
     run: str | Path,  # Run folder
     dataset: SliceDataset,  # The data it was trained on, all splits
-    generator: str = 'ldm',  # Who draws: 'ldm', 'prior' or 'stage1'
-    split: str = 'validate',  # Which unseen people to compare with
+    generator: str = 'ldm',  # Generator: 'ldm', 'prior' or 'stage1'
+    split: str = 'validate',  # Which held-out subjects to compare with
     # Seed of the images; a second set, from the next seed, shows the noise of sampling
     seed: int = 0,
     features: TrainConfig = FEATURES,  # Training of the feature network, if the run has none yet
@@ -433,16 +632,48 @@ def evaluate(
     progress: bool = False,  # Show bars
     **options,  # What `sample` takes: steps, guidance_scale, temperature …
 ) -> dict:  # The scores, as in RUN/metrics.json under 'samples GENERATOR'
-    """Draw, judge, and write RUN/metrics.json and RUN/evaluation.
+    """Generate, evaluate, and write RUN/metrics.json and RUN/evaluation.
 
-    Raises ValueError for other data than the run's."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    dataset : SliceDataset
+        The data it was trained on, all splits.
+    generator : str, default 'ldm'
+        Generator: 'ldm', 'prior' or 'stage1'.
+    split : str, default 'validate'
+        Which held-out subjects to compare with.
+    seed : int, default 0
+        Seed of the images; a second set, from the next seed, shows the noise of sampling.
+    features : TrainConfig, default FEATURES
+        Training of the feature network, if the run has none yet.
+    utility : TrainConfig | None, default UTILITY
+        Training of each classifier; None: leave them out.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Of the feature network, if the run has none yet.
+    progress : bool, default False
+        Show bars.
+    **options
+        What `sample` takes: steps, guidance_scale, temperature …
+
+    Returns
+    -------
+    dict
+        The scores, as in RUN/metrics.json under 'samples GENERATOR'.
+
+    Raises
+    ------
+    ValueError
+        For other data than the run's.
+    """
     run = Path(run)
     refuse_leak(read_config(run), dataset, run)
     train, held_out = dataset.subset('train'), dataset.subset(split)
     if len(held_out) < 50:
         raise ValueError(
-            f"evaluate: {len(held_out)} unseen slices in {split}. Expected 50 or more: no score can"
-            " be told from chance. Hold back more people."
+            f"evaluate: {len(held_out)} held-out slices in {split}. Expected 50 or more: no score"
+            " can be distinguished from chance. Hold back more subjects."
         )
     rows = match_rows(held_out.manifest, train.manifest)
     model = (CodeSampler if generator == 'prior' else BrainLDM).load(run)
@@ -473,13 +704,31 @@ def evaluate(
 def read_image(
     path: Path,  # PNG, JPEG or NIfTI
     plane: int = 0,  # Axial plane of a NIfTI file
-) -> np.ndarray:  # Grey values (h, w), uint8
-    "Read one image. Raises ValueError for a file that holds none."
+) -> np.ndarray:  # Gray values (h, w), uint8
+    """Read one image.
+
+    Parameters
+    ----------
+    path : Path
+        PNG, JPEG or NIfTI.
+    plane : int, default 0
+        Axial plane of a NIfTI file.
+
+    Returns
+    -------
+    np.ndarray
+        Gray values (h, w), uint8.
+
+    Raises
+    ------
+    ValueError
+        For a file that holds none.
+    """
     try:
         return decode_file(path, [plane])[0][0]
     except DataFault as e:
         raise ValueError(
-            f"read_images: '{path.name}': {e}. Expected an 8-bit grey PNG or JPEG, or a NIfTI"
+            f"read_images: '{path.name}': {e}. Expected an 8-bit gray PNG or JPEG, or a NIfTI"
             " volume. Check the file, and the column path of manifest.csv."
         ) from None
 
@@ -488,7 +737,19 @@ def check_image_set(
     images: list[np.ndarray],  # Images, each (h, w), uint8
     names,  # Their files
 ) -> None:  # Nothing: it raises or returns
-    "Refuse images of several sizes, ones that are not square, and copies. Raises ValueError."
+    """Refuse images of several sizes, ones that are not square, and copies.
+
+    Parameters
+    ----------
+    images : list[np.ndarray]
+        Images, each (h, w), uint8.
+    names
+        Their files.
+
+    Raises
+    ------
+    ValueError
+    """
     names, sizes = list(names), pd.Series([f'{o.shape[0]} x {o.shape[1]}' for o in images])
     kinds = sizes.value_counts()
     first = ', '.join(f"{k} ({n}, such as {names[(sizes==k).argmax()]})" for k, n in kinds.items())
@@ -510,12 +771,30 @@ def check_image_set(
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee31
 def read_images(
     folder: str | Path,  # Folder with manifest.csv and the PNG, JPEG or NIfTI files that it names
-    covariates: list,  # Conditions that the real data know
+    covariates: list,  # Conditions of the real data
     # Images (n, h, w), uint8; their requested conditions and path, row for row
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Read the images of any generator with the conditions they were generated for.
 
-    Raises FileNotFoundError without manifest.csv, ValueError for whatever cannot be compared."""
+    Parameters
+    ----------
+    folder : str | Path
+        Folder with manifest.csv and the PNG, JPEG or NIfTI files that it names.
+    covariates : list
+        Conditions of the real data.
+
+    Returns
+    -------
+    tuple[np.ndarray, pd.DataFrame]
+        Images (n, h, w), uint8; their requested conditions and path, row for row.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without manifest.csv.
+    ValueError
+        For whatever cannot be compared.
+    """
     path, names = Path(folder) / 'manifest.csv', [c.name for c in covariates]
     needs = ['path', *(o for o in ('slice', 'diagnosis') if o in names)]
     if not path.is_file():
@@ -547,7 +826,18 @@ def image_side(
 ) -> int:  # Side of its first image, pixels
     """How large the images of a folder are, before the data are opened at that size.
 
-    Raises as `read_images` does."""
+    Raises as `read_images` does.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Folder with manifest.csv.
+
+    Returns
+    -------
+    int
+        Side of its first image, pixels.
+    """
     path = Path(folder) / 'manifest.csv'
     if not path.is_file():
         read_images(folder, [])  # says what is missing
@@ -564,7 +854,23 @@ def pair_images(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Give each held-out slice an image of the same position and diagnosis.
 
-    Raises ValueError below 50."""
+    Parameters
+    ----------
+    table : pd.DataFrame
+        Requested conditions of images.
+    held_out : pd.DataFrame
+        Manifest rows of held-out subjects.
+
+    Returns
+    -------
+    tuple[list[np.ndarray], np.ndarray]
+        Rows of `table` for each set, and the rows of `held_out` that they stand beside.
+
+    Raises
+    ------
+    ValueError
+        Below 50.
+    """
     names = [o for o in ('slice', 'diagnosis') if o in held_out and o in table]
 
     def cells(o):
@@ -583,8 +889,8 @@ def pair_images(
         raise ValueError(
             f"evaluate: {len(rows)} of {len(table)} images have a held-out slice of the same"
             f" {' and '.join(names)} to stand beside; there are {len(held_out)} held-out slices."
-            " Expected 50 or more: no score can be told from chance. Generate an image for each"
-            " held-out slice, better two."
+            " Expected 50 or more: no score can be distinguished from chance. Generate an image"
+            " for each held-out slice, better two."
         )
     return [o[rows] for o in sets], rows
 
@@ -605,9 +911,40 @@ def evaluate_images(
     # Folder for metrics.json and figures; None: the images' folder, without real slices
     out: str | Path | None = None,
 ) -> dict:  # The scores, as in metrics.json under 'samples images'
-    """Judge the images of any generator as `evaluate` judges those of a run.
+    """Evaluate the images of any generator as `evaluate` evaluates those of a run.
 
-    Raises ValueError, FileNotFoundError."""
+    Parameters
+    ----------
+    images : str | Path
+        Folder of images with manifest.csv, as for `read_images`.
+    dataset : SliceDataset
+        Real data, all splits, as large as the images.
+    split : str, default 'validate'
+        Which held-out subjects to compare with.
+    features : TrainConfig, default FEATURES
+        Training of the feature network, if these data have none yet.
+    utility : TrainConfig | None, default UTILITY
+        Training of each classifier; None: leave them out.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Of the feature network, if these data have none yet.
+    progress : bool, default False
+        Show bars.
+    run : str | Path | None, default None
+        Run that generated them: its feature network, and its autoencoder for the audit; None: no
+        run.
+    out : str | Path | None, default None
+        Folder for metrics.json and figures; None: the images' folder, without real slices.
+
+    Returns
+    -------
+    dict
+        The scores, as in metrics.json under 'samples images'.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+    """
     pixels, table = read_images(images, dataset.covariates)
     if pixels.shape[1] != dataset.images.shape[1]:
         raise ValueError(
@@ -668,7 +1005,22 @@ def target_verdict(
     least: float = -math.inf,  # Smallest value that reaches the target
     most: float = math.inf,  # Largest value that reaches the target
 ) -> str:  # 'reached', 'missed' or 'unclear'
-    "A target is reached by the whole interval, missed by the whole interval, or unclear."
+    """A target is reached by the whole interval, missed by the whole interval, or unclear.
+
+    Parameters
+    ----------
+    interval : tuple[float, float] | None
+        95 % interval of a number; None: it could not be estimated.
+    least : float, default -math.inf
+        Smallest value that reaches the target.
+    most : float, default math.inf
+        Largest value that reaches the target.
+
+    Returns
+    -------
+    str
+        'reached', 'missed' or 'unclear'.
+    """
     low, high = interval or (-math.inf, math.inf)
     if least <= low and high <= most:
         return 'reached'
@@ -680,7 +1032,19 @@ def check_targets(
     # Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not
     # reached
 ) -> list[tuple]:
-    "The five targets beside what was measured, each judged by its interval over subjects."
+    """The five targets beside what was measured, each evaluated by its interval over subjects.
+
+    Parameters
+    ----------
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    list[tuple]
+        Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not
+        reached.
+    """
     synthetic, reference, excess = (
         scores['fidelity'][k] for k in ('synthetic', 'reference', 'excess')
     )
@@ -712,7 +1076,7 @@ def check_targets(
             real,
             'within 0.03 of real',
             target_verdict(pairs['synthetic']['interval_95'], real - 0.03, real + 0.03),
-            'Answers to the same request are more similar, or less, than real subjects are.',
+            'Samples under the same conditions are more similar, or less, than real subjects are.',
         ),
         (
             'memorization audit, copies',
@@ -751,7 +1115,18 @@ def fidelity_rows(
     # Rows of a table: measure, synthetic, real-vs-real reference, target (none), reached (none)
 ) -> list[list[str]]:
     """What the excess is made of: both sampling seeds, both distances, and how far the rotations
-    differ."""
+    differ.
+
+    Parameters
+    ----------
+    fidelity : dict
+        As from `compare_with_reference`.
+
+    Returns
+    -------
+    list[list[str]]
+        Rows of a table: measure, synthetic, real-vs-real reference, target (none), reached (none).
+    """
 
     def span(o):
         return f"[{', '.join(map(show_number, o or (None, None)))}]"
@@ -810,7 +1185,18 @@ def fidelity_rows(
 def reference_note(
     fidelity: dict,  # As from `compare_with_reference`, with n_reference_seen
 ) -> str:  # A sentence or two
-    "Who the real-vs-real reference is, and whether the feature network has seen it."
+    """Who the real-vs-real reference is, and whether the feature network has seen it.
+
+    Parameters
+    ----------
+    fidelity : dict
+        As from `compare_with_reference`, with n_reference_seen.
+
+    Returns
+    -------
+    str
+        A sentence or two.
+    """
     seen, n = fidelity['n_reference_seen'], len(fidelity['by_rotation'])
     return f'The real-vs-real reference is the mean of {n} rotations of train subjects' + (
         ', none of whom the feature network was trained on.'
@@ -826,7 +1212,18 @@ def audit_rows(
     audit: dict,  # As from `memorization_audit`
 ) -> list[list[str]]:  # Rows of a table, the head first
     """What the audit found, and what it would have found: copies planted into slices of held-out
-    subjects."""
+    subjects.
+
+    Parameters
+    ----------
+    audit : dict
+        As from `memorization_audit`.
+
+    Returns
+    -------
+    list[list[str]]
+        Rows of a table, the head first.
+    """
 
     def caught(o):
         return (
@@ -877,8 +1274,19 @@ def audit_rows(
 def membership_rows(
     membership: dict | None,  # As from `membership_inference`; None: not measured
 ) -> list[list[str]]:  # Rows of a table
-    """Membership inference beside its control, with what is aimed for: attack minus control at
-    most 0.02."""
+    """Membership inference beside its control, with what is aimed for: attack minus control at most
+    0.02.
+
+    Parameters
+    ----------
+    membership : dict | None
+        As from `membership_inference`; None: not measured.
+
+    Returns
+    -------
+    list[list[str]]
+        Rows of a table.
+    """
 
     def span(o):
         return f"[{', '.join(map(show_number, o or (None, None)))}]"
@@ -901,8 +1309,21 @@ def report_samples(
     generator: str,  # 'ldm', 'prior' or 'stage1'
     scores: dict,  # As from `evaluate`
 ) -> dict:  # A section of the report
-    "Targets, missed ones in plain words, and what the pictures say about their conditions."
-    title = f'Can its pictures be trusted? ({generator})'
+    """Targets, missed ones in plain words, and what the images say about their conditions.
+
+    Parameters
+    ----------
+    generator : str
+        'ldm', 'prior' or 'stage1'.
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
+    title = f'Can its images be trusted? ({generator})'
     if 'excess' not in scores['fidelity']:
         return dict(
             title=title,
@@ -937,7 +1358,7 @@ def report_samples(
         )
 
     names = dict(
-        slice_error='distance from the slice asked for',
+        slice_error='distance from the requested slice',
         diagnosis_effect='fluid, AD minus NC (Cohen d)',
         age_slope='fluid, change in ten years of age',
         fine_detail='fine detail',
@@ -951,7 +1372,7 @@ def report_samples(
     ]
     read = ', '.join(
         f"{k} {'AUC' if 'auc' in o else 'to within'} {show_number(o.get('auc', o.get('error')), 2)}"
-        f" (knowing nothing: {show_number(o['baseline'], 2)})"
+        f" (baseline: {show_number(o['baseline'], 2)})"
         for k, o in scores['reading'].items()
     )
     text = ' '.join(
@@ -961,11 +1382,12 @@ def report_samples(
     )
     text = text or 'All targets that were measured are reached.'
     if not scores.get('utility'):
-        text += ' Whether a classifier can learn from the pictures was not measured.'
+        text += ' Whether a classifier can learn from the images was not measured.'
     text += (
-        f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people"
-        " whom no part was trained on; with so few people every number is uncertain. The network"
-        f" that compares them reads of unseen people: {read}. {reference_note(scores['fidelity'])}"
+        f" {scores['n']} images beside slices of {scores['n_subjects']} {scores['split']} subjects"
+        " whom no part was trained on; with so few subjects every number is uncertain. The network"
+        f" that compares them reads of held-out subjects: {read}."
+        f" {reference_note(scores['fidelity'])}"
     )
     return dict(title=title, text=text, table=rows, figures=[])
 
@@ -975,7 +1397,20 @@ def trust_rows(
     scores: dict,  # As from `evaluate`
 ) -> dict | None:  # A section of the report; None for scores of an earlier version
     """What is known about the checks themselves: power and false alarms of the audit, membership
-    inference, excess KID."""
+    inference, excess KID.
+
+    Parameters
+    ----------
+    generator : str
+        'ldm', 'prior', 'stage1' or 'images'.
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    dict | None
+        A section of the report; None for scores of an earlier version.
+    """
     if (
         'excess' not in scores['fidelity']
         or audit_verdicts({'samples x': scores})['x'] == 'not audited'
@@ -1002,8 +1437,8 @@ def trust_rows(
         figures=[],
         text=(
             'What each check found, and what it would have found: an excess whose interval holds 0'
-            ' cannot be told from real subjects, an audit is worth its power, and an attack is'
-            ' worth what it gains over its control. '
+            ' cannot be distinguished from real subjects, an audit is worth its power, and an'
+            ' attack is worth what it gains over its control. '
         )
         + reference_note(scores['fidelity']),
     )
@@ -1029,7 +1464,7 @@ figcaption, footer { color: #555; font-size: .9rem }
 </style></head><body>
 <h1>{{ name }}</h1>
 <p class="note">Research and teaching, not for clinical use.
-Pictures called drawn are synthetic: nobody was scanned for them.</p>
+Images called synthetic were generated: they are scans of no subject.</p>
 {% for part in sections %}<h2>{{ part.title }}</h2>
 {% if part.text %}<p>{{ part.text }}</p>{% endif %}
 {% if part.table %}<table>{% for row in part.table %}{% set tag = 'th' if loop.first else 'td' %}
@@ -1046,8 +1481,8 @@ Pictures called drawn are synthetic: nobody was scanned for them.</p>
 # %% ../../nbs/engineering/36_report.ipynb #cdccdb50
 ACKNOWLEDGMENTS = dict(  # What the page of a run says about its data, by layout
     phantom=(
-        'Synthetic people, warped from the MNI152 template and tissue maps that ship in nilearn. '
-        'Nobody was scanned for them.'
+        'Synthetic subjects, warped from the MNI152 template and tissue maps that ship in nilearn. '
+        'They are scans of no subject.'
     ),
     oasis=(
         'If these are scans of OASIS-1, its data use agreement governs, and this must be said:'
@@ -1065,9 +1500,24 @@ ACKNOWLEDGMENTS = dict(  # What the page of a run says about its data, by layout
 def report_data(
     settings: dict,  # config.json of the run
     records: list[dict],  # Lines of its log.jsonl
-    covariates: tuple = (),  # What the run can be asked for
+    covariates: tuple = (),  # Covariates that can be requested
 ) -> dict:  # A section of the report
-    "What was trained on what."
+    """What was trained on what.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    records : list[dict]
+        Lines of its log.jsonl.
+    covariates : tuple, default ()
+        Covariates that can be requested.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
     if 'autoencoder' not in settings:
         raise ValueError(
             f"report: config.json holds {', '.join(settings) or 'nothing'}. Expected a run with an"
@@ -1080,7 +1530,7 @@ def report_data(
             'train',
             'validate',
             'test',
-            'pictures seen',
+            'images seen',
             'seed',
             'precision',
             'versions',
@@ -1113,7 +1563,7 @@ def report_data(
         table=rows,
         figures=[],
         text='Splits are by subject. '
-        + (f'The model can be asked for {requested}. ' if requested else '')
+        + (f'Conditions of the model: {requested}. ' if requested else '')
         + f"Fingerprint of the data: {settings['autoencoder']['data']['hash']}. "
         + ACKNOWLEDGMENTS.get(
             settings['autoencoder']['data']['layout'],
@@ -1125,7 +1575,18 @@ def report_data(
 def report_numbers(
     metrics: dict,  # metrics.json of the run
 ) -> dict:  # A section of the report
-    "Reconstruction scores beside the floor of predicting the mean slice."
+    """Reconstruction scores beside the baseline of predicting the mean slice.
+
+    Parameters
+    ----------
+    metrics : dict
+        metrics.json of the run.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
     rows = [
         [
             'split',
@@ -1179,9 +1640,9 @@ def report_numbers(
             notes.append(f' {n} of the slices of {rows[-1][0]} have no brain.')
     text = (
         'SSIM: Gaussian window 11x11, sigma 1.5, data_range 1; brain: pixels of the original above'
-        ' 0.1; intervals by bootstrap over subjects, too narrow with fewer than ten; floor: the'
+        ' 0.1; intervals by bootstrap over subjects, too narrow with fewer than ten; baseline: the'
         ' train mean of that slice position; sharpness: variance of the Laplacian inside the brain,'
-        ' 1 is as sharp as the scan; codes used: share of the codebook that these slices need,'
+        ' 1 is as sharp as the scan; codes used: fraction of the codebook that these slices need,'
         ' where there is one.'
         + ''.join(notes)
     )
@@ -1197,15 +1658,30 @@ def evaluation_figures(
     generator: str,  # 'ldm', 'prior' or 'stage1'
     real_images: bool,  # Whether real slices may be shown
 ) -> list[tuple[str, str]]:  # (address, caption) of what `evaluate` has left
-    "The figures of an evaluation."
+    """The figures of an evaluation.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    generator : str
+        'ldm', 'prior' or 'stage1'.
+    real_images : bool
+        Whether real slices may be shown.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        (address, caption) of what `evaluate` has left.
+    """
     names = dict(
-        synthetic='One picture for each unseen slice, some of them',
+        synthetic='One image for each held-out slice, some of them',
         audit=(
             'Correlation with the most similar train slice. Right of the dotted line: a copy.'
             ' Samples should lie where slices of other subjects do'
         ),
         pairs=(
-            'The drawn pictures nearest to training, each above the REAL train slice that it'
+            'The generated images nearest to training, each above the REAL train slice that it'
             ' resembles. Do not pass this page on'
         ),
     )
@@ -1220,9 +1696,24 @@ def evaluation_figures(
 def latest_figure(
     run: Path,  # Run folder
     stage: str,  # 'autoencoder' or 'ldm'
-    caption: str,  # What the picture shows
-) -> list[tuple[str, str]]:  # (address, caption) of the newest picture of that stage, or nothing
-    "The last picture that training left."
+    caption: str,  # What the image shows
+) -> list[tuple[str, str]]:  # (address, caption) of the newest image of that stage, or nothing
+    """The last image that training left.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder' or 'ldm'.
+    caption : str
+        What the image shows.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        (address, caption) of the newest image of that stage, or nothing.
+    """
     found = sorted((Path(run) / 'samples').glob(f'{stage}_*.png'))
     return [(figure_uri(found[-1].read_bytes()), caption)] if found else []
 
@@ -1230,7 +1721,18 @@ def latest_figure(
 def escape_markdown(
     text,  # Anything that can be printed
 ) -> str:  # One line that stays text
-    "Escape what Markdown or HTML would read as more than letters."
+    """Escape what Markdown or HTML would read as more than letters.
+
+    Parameters
+    ----------
+    text
+        Anything that can be printed.
+
+    Returns
+    -------
+    str
+        One line that stays text.
+    """
     return re.sub(r'([\[\]|])', r'\\\1', html.escape(' '.join(str(text).split()), quote=False))
 
 # %% ../../nbs/engineering/36_report.ipynb #a2d539d0
@@ -1240,7 +1742,24 @@ def model_card(
     sections: list[dict],  # As on the page
     layout: str,  # Where its data are from, as config.json has it
 ) -> str:  # Markdown with a head for the hub
-    "What a run is, what it reached and how to use it, in words and numbers."
+    """What a run is, what it reached and how to use it, in words and numbers.
+
+    Parameters
+    ----------
+    name : str
+        Name of the run.
+    sampler
+        The run: a `BrainLDM` or `CodeSampler`.
+    sections : list[dict]
+        As on the page.
+    layout : str
+        Where its data are from, as config.json has it.
+
+    Returns
+    -------
+    str
+        Markdown with a head for the hub.
+    """
     module, cls = type(sampler).__module__, type(sampler).__name__
     requested = ', '.join(
         f'{c.name}={c.values[0] if c.values else round(sum(c.range)/2)!r}'
@@ -1255,15 +1774,15 @@ def model_card(
         f'# {escape_markdown(name)}',
         '',
         (
-            '**Research and teaching, not for clinical use.** What it draws is synthetic: nobody'
-            ' was scanned for it.'
+            '**Research and teaching, not for clinical use.** What it generates is synthetic: a'
+            ' scan of no subject.'
         ),
         '',
         '```python',
         f'from {module} import {cls}',
         '',
         f"model = {cls}.from_pretrained('FOLDER OR USER/NAME')",
-        *([f'pictures = model.sample(4, {requested})'] if requested else []),
+        *([f'images = model.sample(4, {requested})'] if requested else []),
         '```',
     ]
     for part in sections:
@@ -1290,7 +1809,25 @@ def from_metrics(
 ) -> dict:  # The section it builds
     """Build a section of numbers.
 
-    Raises ValueError if metrics.json holds others than brainldm writes."""
+    Parameters
+    ----------
+    run : Path
+        Run folder, for the message.
+    build : Callable
+        `report_numbers` or `report_samples`.
+    *args
+        What it takes.
+
+    Returns
+    -------
+    dict
+        The section it builds.
+
+    Raises
+    ------
+    ValueError
+        If metrics.json holds others than brainldm writes.
+    """
     try:
         return build(*args)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
@@ -1302,15 +1839,37 @@ def from_metrics(
 # %% ../../nbs/engineering/36_report.ipynb #5b3505b7
 def report(
     run: str | Path,  # Run folder
-    steps: int = 30,  # Network calls of the pictures drawn for it
-    guidance_scale: float = 1.0,  # Strength of the conditions of those pictures
+    steps: int = 30,  # Network calls of the images generated for it
+    guidance_scale: float = 1.0,  # Strength of the conditions of those images
     seed: int = 0,  # Their seed
     # Show real slices: reconstructions and nearest pairs; None: only if they are phantoms
     real_images: bool | None = None,
 ) -> Path:  # RUN/report.html, one file that needs nothing else; RUN/README.md is the card
-    """Write what a run is, what it reached and what it draws into one page, and its card.
+    """Write what a run is, what it reached and what it generates into one page, and its card.
 
-    Raises FileNotFoundError without a run."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    steps : int, default 30
+        Network calls of the images generated for it.
+    guidance_scale : float, default 1.0
+        Strength of the conditions of those images.
+    seed : int, default 0
+        Their seed.
+    real_images : bool | None, default None
+        Show real slices: reconstructions and nearest pairs; None: only if they are phantoms.
+
+    Returns
+    -------
+    Path
+        RUN/report.html, one file that needs nothing else; RUN/README.md is the card.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without a run.
+    """
     run, settings = Path(run), read_config(run)
     metrics, records, model = read_metrics(run), read_log(run / 'log.jsonl'), BrainLDM.load(run)
     sampler = (
@@ -1335,7 +1894,7 @@ def report(
         sections[2]['figures'] = latest_figure(run, 'autoencoder', caption)
     else:
         sections[2]['text'] += (
-            ' Pictures of real people are left out of this page; they lie in the run folder, '
+            ' Images of real subjects are left out of this page; they lie in the run folder, '
             'under samples and evaluation.'
         )
     if model.unet:
@@ -1343,12 +1902,12 @@ def report(
             model, steps=steps, guidance_scale=guidance_scale, seed=seed
         )
         figures = [
-            (figure_uri(synthetic), 'Drawn slices by diagnosis and position'),
+            (figure_uri(synthetic), 'Generated slices by diagnosis and position'),
             (figure_uri(walk), 'Denoising, first step to last'),
         ]
         sections.append(
             dict(
-                title='What it draws',
+                title='What it generates',
                 figures=figures,
                 text=(
                     f'{steps} DDIM steps, guidance scale {guidance_scale:g}, seed {seed}. Columns'
@@ -1359,7 +1918,7 @@ def report(
     else:
         sections.append(
             dict(
-                title='What it draws',
+                title='What it generates',
                 figures=[],
                 text='Nothing: no diffusion model was trained yet.',
             )
