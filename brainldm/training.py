@@ -106,9 +106,9 @@ class AEConfig(TrainConfig):
     Attributes
     ----------
     total_images : int, default 20000
-        Pictures to see before training ends.
+        Images to see before training ends.
     batch_size : int, default 8
-        Pictures a step, on each process.
+        Images a step, on each process.
     accumulate : int, default 1
         Steps whose gradients are added up before the weights move.
     auto_find_batch_size : bool, default False
@@ -116,7 +116,7 @@ class AEConfig(TrainConfig):
     learning_rate : float, default 0.002
         Highest learning rate of AdamW.
     warmup_images : int, default 1000
-        Pictures over which the learning rate rises from 0.
+        Images over which the learning rate rises from 0.
     weight_decay : float, default 0.0
         Pull of AdamW on the weights towards 0.
     clip_norm : float, default 1.0
@@ -126,19 +126,19 @@ class AEConfig(TrainConfig):
     compile : bool, default False
         Compile the network first (torch.compile).
     validate_every : int, default 5000
-        Pictures between two looks at the validate subjects.
+        Images between two validation passes.
     checkpoint_every : int, default 5000
-        Pictures between two checkpoints.
+        Images between two checkpoints.
     log_every : int, default 10
         Steps between two lines of the log.
     num_workers : int, default 0
-        Processes that load pictures; 0 loads in the training process.
+        Processes that load images; 0 loads in the training process.
     seed : int, default 0
-        Seed of the weights, the order of the pictures and the noise.
+        Seed of the weights, the order of the images and the noise.
     init_from : str | None, default None
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
-        A tracker that accelerate knows, such as tensorboard or wandb.
+        A tracker that accelerate supports, such as tensorboard or wandb.
     data : DataConfig, default DataConfig()
         How images are found, cut and split.
     latent_channels : int, default 8
@@ -186,7 +186,7 @@ class AEConfig(TrainConfig):
     adversarial_loss : Literal['nonsaturating', 'hinge'], default 'nonsaturating'
         Loss of the discriminator.
     discriminator_warmup : int, default 2000
-        Images from which the discriminator alone learns, before its verdict counts.
+        Images from which the discriminator alone learns, before the generator loss counts.
     discriminator_learning_rate : float, default 0.0005
         Highest learning rate of the discriminator.
     discriminator_channels : tuple[int, ...], default (32, 64, 128)
@@ -229,7 +229,7 @@ class AEConfig(TrainConfig):
     adversarial_max_weight: float = 0.01
     # Loss of the discriminator
     adversarial_loss: Literal['nonsaturating', 'hinge'] = 'nonsaturating'
-    # Images from which the discriminator alone learns, before its verdict counts
+    # Images from which the discriminator alone learns, before the generator loss counts
     discriminator_warmup: int = 2_000
     discriminator_learning_rate: float = 5e-4  # Highest learning rate of the discriminator
     # Features of the discriminator after each halving
@@ -574,7 +574,7 @@ def autoencoder_loss(
     generator: torch.Generator,  # Source of noise, on the batch's device
     seen: int,  # Images seen before this update of the weights
     config: AEConfig,  # Weights of the terms
-    # The discriminator, which learns here before it is asked
+    # The discriminator, which takes its step here before it is used
     discriminator: Learner | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """The loss of stage 1: reconstruction, and the generator loss once it counts.
@@ -592,7 +592,7 @@ def autoencoder_loss(
     config : AEConfig
         Weights of the terms.
     discriminator : Learner | None, default None
-        The discriminator, which learns here before it is asked.
+        The discriminator, which takes its step here before it is used.
 
     Returns
     -------
@@ -1059,8 +1059,8 @@ def resolve_crop(
         if dataset.config is None:
             raise ValueError(
                 "resolve_crop: crop='auto' and a data set that was not made by open_dataset."
-                " Expected one that knows its crop. Use open_dataset(root, config.data), or give a"
-                " number."
+                " Expected one that records its crop. Use open_dataset(root, config.data), or give"
+                " a number."
             )
         config = replace(config, data=replace(config.data, crop=dataset.config.crop))
     odd = compare_opening(dataset, config.data)
