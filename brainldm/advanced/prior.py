@@ -667,7 +667,7 @@ class PriorConfig(TrainConfig):
     learning_rate : float, default 0.001
         Highest learning rate of AdamW.
     warmup_images : int, default 1000
-        Images over which the learning rate rises from 0.
+        Pictures over which the learning rate rises from 0.
     weight_decay : float, default 0.05
         Pull of AdamW on the weights towards 0.
     clip_norm : float, default 1.0
@@ -677,19 +677,19 @@ class PriorConfig(TrainConfig):
     compile : bool, default False
         Compile the network first (torch.compile).
     validate_every : int, default 5000
-        Images between two validation passes.
+        Pictures between two looks at the validate subjects.
     checkpoint_every : int, default 5000
-        Images between two checkpoints.
+        Pictures between two checkpoints.
     log_every : int, default 10
         Steps between two lines of the log.
     num_workers : int, default 0
-        Processes that load images; 0 loads in the training process.
+        Processes that load pictures; 0 loads in the training process.
     seed : int, default 0
-        Seed of the weights, the order of the images and the noise.
+        Seed of the weights, the order of the pictures and the noise.
     init_from : str | None, default None
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
-        A tracker that accelerate supports, such as tensorboard or wandb.
+        A tracker that accelerate knows, such as tensorboard or wandb.
     embed_dim : int, default 128
         Length of a vector.
     num_layers : int, default 4

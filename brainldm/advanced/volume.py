@@ -663,13 +663,13 @@ class VolumeConfig(TrainConfig):
     log_every : int, default 40
         Steps between two lines of the log.
     num_workers : int, default 0
-        Processes that load images; 0 loads in the training process.
+        Processes that load pictures; 0 loads in the training process.
     seed : int, default 0
-        Seed of the weights, the order of the images and the noise.
+        Seed of the weights, the order of the pictures and the noise.
     init_from : str | None, default None
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
-        A tracker that accelerate supports, such as tensorboard or wandb.
+        A tracker that accelerate knows, such as tensorboard or wandb.
     neighbor_dropout : float, default 0.5
         Probability of hiding each neighbor by itself.
     neighbor_noise : float, default 0.2
