@@ -88,8 +88,7 @@ def csf_fraction(
 def ventricle_slices(
     fraction: np.ndarray,  # `csf_fraction` of train slices (n,)
     slices: np.ndarray,  # Their slice numbers (n,)
-    # Share of the positions to choose; of the 32 of OASIS it takes 16 to 27
-    part: float = 0.375,
+    part: float = 0.375,  # Share of the positions to choose; of the 32 of OASIS it takes 16 to 27
 ) -> np.ndarray:  # Slice numbers, rising
     """The positions at which heads hold most fluid: the height of the lateral ventricles.
 
@@ -411,8 +410,7 @@ def utility_scores(
     channels: tuple[int, ...] = (64, 96, 128),  # As in `FeatureNet`
     seeds: int = 3,  # Trainings from each source
     progress: bool = False,  # Show a bar
-    # By source: auc, the mean over seeds; auc_by_seed; interval_95 over people
-) -> dict[str, dict]:
+) -> dict[str, dict]:  # By source: auc, the mean over seeds; auc_by_seed; interval_95 over people
     """How well a diagnosis is learned from each.
 
     Parameters
@@ -1611,8 +1609,7 @@ def attack_auc(
 def mean_slice_errors(
     train: SliceDataset,  # Real slices of train subjects
     dataset: SliceDataset,  # Slices to score
-    # Whether they are train slices, each of which is then left out of its mean
-    own: bool = False,
+    own: bool = False,  # Whether they are train slices, each of which is then left out of its mean
 ) -> np.ndarray:  # Mean squared difference from the mean train slice of the position (n,)
     """What anyone can say without the weights: the baseline of every attack.
 
