@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors read; the table below says the same
-    from .data import DataConfig as DataConfig
     from .data import check_dataset as check_dataset
+    from .data import open_dataset as open_dataset
     from .sampling import BrainLDM as BrainLDM
     from .scheduler import NoiseSchedule as NoiseSchedule
     from .scheduler import add_noise as add_noise
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below says t
     from .advanced.audit import memorization_audit as memorization_audit
     from .advanced.prior import CodeSampler as CodeSampler
     from .advanced.volume import BrainVolumes as BrainVolumes
-    from .engineering.batches import open_dataset as open_dataset
+    from .engineering.layouts import DataConfig as DataConfig
     from .engineering.phantom import PhantomConfig as PhantomConfig
     from .engineering.phantom import make_cohort as make_cohort
     from .engineering.plotting import show_grid as show_grid
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below says t
     from .engineering.stage2 import train_ldm as train_ldm
 
 _MODULES = {
-    "data": "DataConfig check_dataset",
+    "data": "check_dataset open_dataset",
     "sampling": "BrainLDM",
     "scheduler": "NoiseSchedule add_noise denoise",
     "training": "AEConfig train_autoencoder",
@@ -44,7 +44,7 @@ _MODULES = {
     "advanced.audit": "memorization_audit",
     "advanced.prior": "CodeSampler",
     "advanced.volume": "BrainVolumes",
-    "engineering.batches": "open_dataset",
+    "engineering.layouts": "DataConfig",
     "engineering.phantom": "PhantomConfig make_cohort",
     "engineering.plotting": "show_grid",
     "engineering.report": "evaluate report",
