@@ -11,6 +11,9 @@ __all__ = ['LOAD_ERRORS', 'EVALUATOR_PATCH', 'FREE', 'mean_slices', 'AEConfig', 
            'init_codebook_from_data', 'train_autoencoder', 'plot_history']
 
 # %% ../nbs/06_training.ipynb #2713a62b
+from collections.abc import Sequence
+from matplotlib.figure import Figure
+from typing import Any
 import json
 import math
 import re
@@ -29,12 +32,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .engineering.extending import Autoencoder
 from .engineering.files import write_atomic
 from .engineering.plotting import save_figure, show_grid
 from .data import DataConfig
 from .engineering.batches import Covariate, SliceDataset
-from .engineering.extending import Autoencoder
-from .vae import AutoencoderKL, cyclical_weight, kl_loss, image_scores
+from .vae import AutoencoderKL, ConvAutoencoder, cyclical_weight, image_scores, kl_loss
 from brainldm.vqgan import (
     FP16_SCALE,
     FSQ,
@@ -66,11 +69,11 @@ from brainldm.engineering.runs import (
     fill_model,
     is_finished,
     load_weights,
+    retry_on_oom,
     run_stage,
     save_weights,
     unpack_state,
     weights_hash,
-    retry_on_oom,
 )
 from .engineering.sharing import locate_run
 
@@ -239,15 +242,15 @@ class AEConfig(TrainConfig):
 
 # %% ../nbs/06_training.ipynb #a2475a3f
 def evenly_spaced_rows(
-    dataset: SliceDataset,  # Rows to choose from
+    dataset: Any,  # A data set that gives a batch for a list of rows
     n: int,  # How many to take at most
 ) -> dict[str, Tensor]:  # One batch
     """The same few rows each time, spread evenly over a data set.
 
     Parameters
     ----------
-    dataset : SliceDataset
-        Rows to choose from.
+    dataset : Any
+        A data set that gives a batch for a list of rows.
     n : int
         How many to take at most.
 
@@ -262,14 +265,14 @@ def evenly_spaced_rows(
 
 # %% ../nbs/06_training.ipynb #99321c11
 def pick_covariates(
-    covariates: list[Covariate],  # What the data has
+    covariates: Sequence[Covariate],  # What the data has
     names: tuple[str, ...] | None,  # Covariates of the model; None is all
 ) -> tuple[Covariate, ...]:  # Those, in the order of the data
     """Choose covariates by name.
 
     Parameters
     ----------
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         What the data has.
     names : tuple[str, ...] | None
         Covariates of the model; None is all.
@@ -295,13 +298,13 @@ def pick_covariates(
 
 # %% ../nbs/06_training.ipynb #4e337d12
 def covariates_to_dict(
-    covariates: tuple[Covariate, ...],  # Covariates of a model
+    covariates: Sequence[Covariate],  # Covariates of a model
 ) -> list[dict]:  # The same as JSON
     """Covariates for a file's description; `covariates_from_dict` reads them back.
 
     Parameters
     ----------
-    covariates : tuple[Covariate, ...]
+    covariates : Sequence[Covariate]
         Covariates of a model.
 
     Returns
@@ -432,7 +435,8 @@ def reconstruction_loss(
     ----------
     Rombach et al. 2022, app. G; van den Oord 2017, eq. 3.
     """
-    x, chance = batch['image'], dict(generator=generator, device=batch['image'].device)
+    x = batch['image']
+    chance: dict[str, Any] = dict(generator=generator, device=x.device)
     if config.kind != 'kl':
         recon, _, price = model(x, batch, torch.rand(config.num_embeddings, **chance))
         l1 = F.l1_loss(recon.float(), x)
@@ -713,7 +717,7 @@ def autoencoder_args(
 def build_autoencoder(
     kind: str,  # 'kl', 'vq' or 'fsq'
     args: dict,  # As from `autoencoder_args`
-) -> Autoencoder:  # With fresh weights
+) -> ConvAutoencoder:  # With fresh weights
     """Make an autoencoder of one of the three kinds.
 
     Parameters
@@ -725,7 +729,7 @@ def build_autoencoder(
 
     Returns
     -------
-    Autoencoder
+    ConvAutoencoder
         With fresh weights.
 
     Raises
@@ -747,18 +751,19 @@ def build_autoencoder(
 
 # %% ../nbs/06_training.ipynb #38e614a5
 def load_autoencoder(
-    run: Path,  # Run folder
-) -> tuple[Autoencoder, dict]:  # The network in evaluation mode on the CPU, and its description
+    run: str | Path,  # Run folder
+    # The network in evaluation mode on the CPU, and its description
+) -> tuple[ConvAutoencoder, dict[str, Any]]:
     """Build the autoencoder of a run from its file alone.
 
     Parameters
     ----------
-    run : Path
+    run : str | Path
         Run folder.
 
     Returns
     -------
-    tuple[Autoencoder, dict]
+    tuple[ConvAutoencoder, dict[str, Any]]
         The network in evaluation mode on the CPU, and its description.
 
     Raises
@@ -1103,7 +1108,7 @@ def train_autoencoder(
     config: AEConfig,  # Everything else
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
-) -> Autoencoder:  # The trained autoencoder
+) -> ConvAutoencoder:  # The trained autoencoder
     """Train stage 1 on the train subjects with validation passes.
 
     Writes RUN/autoencoder.safetensors.
@@ -1123,7 +1128,7 @@ def train_autoencoder(
 
     Returns
     -------
-    Autoencoder
+    ConvAutoencoder
         The trained autoencoder.
     """
     run, train, held_out = Path(run), dataset.subset('train'), dataset.subset('validate')
@@ -1188,7 +1193,7 @@ def plot_history(
     stage: str,  # 'autoencoder', 'ldm' or 'prior'
     # Training; what was measured on validation subjects; the discriminator's accuracy, if there
     # is one
-) -> plt.Figure:
+) -> Figure:
     """Plot the course of one training.
 
     Parameters
@@ -1200,7 +1205,7 @@ def plot_history(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Training; what was measured on validation subjects; the discriminator's accuracy, if there
         is one.
 
