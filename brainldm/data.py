@@ -9,7 +9,7 @@ __all__ = ['split_by_subject', 'assign_splits', 'find_leaks', 'list_slices', 're
 # %% ../nbs/01_data.ipynb #2f75f52c
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -300,7 +300,7 @@ class SliceDataset(Dataset):
         Images (n, h, w), uint8, often a memmap.
     manifest : pd.DataFrame
         One row an image, in the same order.
-    covariates : list[Covariate] | None, default None
+    covariates : Sequence[Covariate] | None, default None
         Conditions; None finds them in the manifest.
     """
 
@@ -308,7 +308,8 @@ class SliceDataset(Dataset):
         self,
         images: np.ndarray,  # Images (n, h, w), uint8, often a memmap
         manifest: pd.DataFrame,  # One row an image, in the same order
-        covariates: list[Covariate] | None = None,  # Conditions; None finds them in the manifest
+        # Conditions; None finds them in the manifest
+        covariates: Sequence[Covariate] | None = None,
     ):
         if len(images) != len(manifest):
             raise ValueError(

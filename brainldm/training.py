@@ -11,6 +11,9 @@ __all__ = ['LOAD_ERRORS', 'EVALUATOR_PATCH', 'FREE', 'mean_slices', 'AEConfig', 
            'init_codebook_from_data', 'train_autoencoder', 'plot_history']
 
 # %% ../nbs/06_training.ipynb #2713a62b
+from collections.abc import Sequence
+from matplotlib.figure import Figure
+from typing import Any
 import json
 import math
 import re
@@ -35,7 +38,7 @@ from .engineering.plotting import save_figure, show_grid
 from .engineering.layouts import DataConfig
 from .engineering.covariates import Covariate
 from .data import SliceDataset
-from .vae import AutoencoderKL, cyclical_weight, image_scores, kl_loss
+from .vae import AutoencoderKL, ConvAutoencoder, cyclical_weight, image_scores, kl_loss
 from brainldm.vqgan import (
     FP16_SCALE,
     FSQ,
@@ -240,15 +243,15 @@ class AEConfig(TrainConfig):
 
 # %% ../nbs/06_training.ipynb #a2475a3f
 def evenly_spaced_rows(
-    dataset: SliceDataset,  # Rows to choose from
+    dataset: Any,  # A data set that gives a batch for a list of rows
     n: int,  # How many to take at most
 ) -> dict[str, Tensor]:  # One batch
     """The same few rows each time, spread evenly over a data set.
 
     Parameters
     ----------
-    dataset : SliceDataset
-        Rows to choose from.
+    dataset : Any
+        A data set that gives a batch for a list of rows.
     n : int
         How many to take at most.
 
@@ -263,14 +266,14 @@ def evenly_spaced_rows(
 
 # %% ../nbs/06_training.ipynb #99321c11
 def pick_covariates(
-    covariates: list[Covariate],  # What the data has
+    covariates: Sequence[Covariate],  # What the data has
     names: tuple[str, ...] | None,  # Covariates of the model; None is all
 ) -> tuple[Covariate, ...]:  # Those, in the order of the data
     """Choose covariates by name.
 
     Parameters
     ----------
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         What the data has.
     names : tuple[str, ...] | None
         Covariates of the model; None is all.
@@ -296,13 +299,13 @@ def pick_covariates(
 
 # %% ../nbs/06_training.ipynb #4e337d12
 def covariates_to_dict(
-    covariates: tuple[Covariate, ...],  # Covariates of a model
+    covariates: Sequence[Covariate],  # Covariates of a model
 ) -> list[dict]:  # The same as JSON
     """Covariates for a file's description; `covariates_from_dict` reads them back.
 
     Parameters
     ----------
-    covariates : tuple[Covariate, ...]
+    covariates : Sequence[Covariate]
         Covariates of a model.
 
     Returns
@@ -433,7 +436,8 @@ def reconstruction_loss(
     ----------
     Rombach et al. 2022, app. G; van den Oord 2017, eq. 3.
     """
-    x, chance = batch['image'], dict(generator=generator, device=batch['image'].device)
+    x = batch['image']
+    chance: dict[str, Any] = dict(generator=generator, device=x.device)
     if config.kind != 'kl':
         recon, _, price = model(x, batch, torch.rand(config.num_embeddings, **chance))
         l1 = F.l1_loss(recon.float(), x)
@@ -714,7 +718,7 @@ def autoencoder_args(
 def build_autoencoder(
     kind: str,  # 'kl', 'vq' or 'fsq'
     args: dict,  # As from `autoencoder_args`
-) -> Autoencoder:  # With fresh weights
+) -> ConvAutoencoder:  # With fresh weights
     """Make an autoencoder of one of the three kinds.
 
     Parameters
@@ -726,7 +730,7 @@ def build_autoencoder(
 
     Returns
     -------
-    Autoencoder
+    ConvAutoencoder
         With fresh weights.
 
     Raises
@@ -748,18 +752,19 @@ def build_autoencoder(
 
 # %% ../nbs/06_training.ipynb #38e614a5
 def load_autoencoder(
-    run: Path,  # Run folder
-) -> tuple[Autoencoder, dict]:  # The network in evaluation mode on the CPU, and its description
+    run: str | Path,  # Run folder
+    # The network in evaluation mode on the CPU, and its description
+) -> tuple[ConvAutoencoder, dict[str, Any]]:
     """Build the autoencoder of a run from its file alone.
 
     Parameters
     ----------
-    run : Path
+    run : str | Path
         Run folder.
 
     Returns
     -------
-    tuple[Autoencoder, dict]
+    tuple[ConvAutoencoder, dict[str, Any]]
         The network in evaluation mode on the CPU, and its description.
 
     Raises
@@ -1104,7 +1109,7 @@ def train_autoencoder(
     config: AEConfig,  # Everything else
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
-) -> Autoencoder:  # The trained autoencoder
+) -> ConvAutoencoder:  # The trained autoencoder
     """Train stage 1 on the train subjects with validation passes.
 
     Writes RUN/autoencoder.safetensors.
@@ -1124,7 +1129,7 @@ def train_autoencoder(
 
     Returns
     -------
-    Autoencoder
+    ConvAutoencoder
         The trained autoencoder.
     """
     run, train, held_out = Path(run), dataset.subset('train'), dataset.subset('validate')
@@ -1189,7 +1194,7 @@ def plot_history(
     stage: str,  # 'autoencoder', 'ldm' or 'prior'
     # Training; what was measured on validation subjects; the discriminator's accuracy, if there
     # is one
-) -> plt.Figure:
+) -> Figure:
     """Plot the course of one training.
 
     Parameters
@@ -1201,7 +1206,7 @@ def plot_history(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Training; what was measured on validation subjects; the discriminator's accuracy, if there
         is one.
 

@@ -8,6 +8,7 @@ __all__ = ['ResBlock', 'Downsample', 'Upsample', 'run_levels', 'Encoder', 'Decod
 
 # %% ../nbs/02_vae.ipynb #e13513be
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +83,8 @@ class ResBlock(nn.Module):
         )
         self.emb_proj = nn.Linear(emb_channels, 2 * out_channels) if emb_channels else None
         self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # start as the skip path
+        for parameter in self.conv2.parameters():  # start as the skip path
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -106,6 +107,10 @@ class ResBlock(nn.Module):
         """
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # (b, out_channels, h, w)
         if self.emb_proj is not None:
+            if emb is None:
+                raise ValueError(
+                    "ResBlock: no embedding. Expected one (b, emb_channels). Pass emb."
+                )
             scale, shift = self.emb_proj(F.silu(emb))[..., None, None].chunk(2, dim=1)
             h = h * (1 + scale) + shift  # the same at every pixel
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
@@ -511,7 +516,7 @@ class ConvAutoencoder(nn.Module):
         self.in_channels, self.latent_channels = in_channels, latent_channels
         self.factor = patch * 2 ** (len(channels) - 1)
         self.conditioner = Conditioner(covariates, cond_channels) if covariates else None
-        same = dict(
+        same: dict[str, Any] = dict(
             channels=channels,
             num_res_blocks=num_res_blocks,
             attention_levels=attention_levels,
@@ -542,7 +547,7 @@ class ConvAutoencoder(nn.Module):
         nn.Parameter
             Weights (out, in, 3, 3).
         """
-        return self.decoder.head[-1].weight
+        return self.decoder.head[-1].get_parameter('weight')
 
     def embed(
         self,

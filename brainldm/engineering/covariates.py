@@ -242,7 +242,7 @@ def find_covariates(
 # %% ../../nbs/engineering/42_covariates.ipynb #47ceef68
 def write_levels(
     manifest: pd.DataFrame,  # Rows
-    covariates: list[Covariate],  # Conditions
+    covariates: Sequence[Covariate],  # Conditions
 ) -> pd.DataFrame:  # The same object where nothing changes
     """Write the levels of every category as `level_text` does, so that tables of two origins can be
     compared.
@@ -251,7 +251,7 @@ def write_levels(
     ----------
     manifest : pd.DataFrame
         Rows.
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         Conditions.
 
     Returns
@@ -269,7 +269,7 @@ def write_levels(
 # %% ../../nbs/engineering/42_covariates.ipynb #36382ef1
 def mask_levels_not_in_train(
     manifest: pd.DataFrame,  # Rows, with levels as `write_levels` writes them
-    covariates: list[Covariate],  # Conditions, found in the train rows
+    covariates: Sequence[Covariate],  # Conditions, found in the train rows
     # The rows, unknown where train lacks the level; one note for each such level
 ) -> tuple[pd.DataFrame, list[str]]:
     """Leave open what no model can learn: levels that occur outside train only.
@@ -278,7 +278,7 @@ def mask_levels_not_in_train(
     ----------
     manifest : pd.DataFrame
         Rows, with levels as `write_levels` writes them.
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         Conditions, found in the train rows.
 
     Returns
@@ -307,7 +307,7 @@ def mask_levels_not_in_train(
 # %% ../../nbs/engineering/42_covariates.ipynb #aa78c6a4
 def describe_manifest(
     manifest: pd.DataFrame,  # Checked rows
-    covariates: list[Covariate],  # Conditions, found in the train rows
+    covariates: Sequence[Covariate],  # Conditions, found in the train rows
 ) -> list[str]:  # One line each
     """Kind, levels with their train subjects, or range of each covariate, and how many subjects lack
     it.
@@ -316,7 +316,7 @@ def describe_manifest(
     ----------
     manifest : pd.DataFrame
         Checked rows.
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         Conditions, found in the train rows.
 
     Returns
@@ -346,7 +346,7 @@ def describe_manifest(
 # %% ../../nbs/engineering/42_covariates.ipynb #1b916bd6
 def covariate_notes(
     manifest: pd.DataFrame,  # Checked rows
-    covariates: list[Covariate],  # Conditions, found in the train rows
+    covariates: Sequence[Covariate],  # Conditions, found in the train rows
     config: DataConfig = DataConfig(),  # Kinds that are declared
     most: int = 10,  # Whole values that a number may hold before it is taken for an amount
 ) -> list[str]:  # Sentences
@@ -357,7 +357,7 @@ def covariate_notes(
     ----------
     manifest : pd.DataFrame
         Checked rows.
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         Conditions, found in the train rows.
     config : DataConfig, default DataConfig()
         Kinds that are declared.
@@ -469,7 +469,7 @@ def encode_column(
 # %% ../../nbs/engineering/42_covariates.ipynb #f26503ac
 def refuse_unknown_names(
     names,  # Names of conditions
-    covariates: list[Covariate],  # The conditions of the model
+    covariates: Sequence[Covariate],  # The conditions of the model
 ) -> None:  # Nothing: it raises or returns
     """Refuse a condition that the model does not have.
 
@@ -477,7 +477,7 @@ def refuse_unknown_names(
     ----------
     names
         Names of conditions.
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         The conditions of the model.
 
     Raises
@@ -495,7 +495,7 @@ def refuse_unknown_names(
 # %% ../../nbs/engineering/42_covariates.ipynb #b6495318
 def encode_covariates(
     table,  # Manifest, or a dict of values or lists (single values are repeated)
-    covariates: list[Covariate],  # The conditions of the model
+    covariates: Sequence[Covariate],  # The conditions of the model
 ) -> dict[str, Tensor]:  # One tensor (b,) for each covariate that the table has
     """Turn facts into the tensors a model takes.
 
@@ -503,7 +503,7 @@ def encode_covariates(
     ----------
     table
         Manifest, or a dict of values or lists (single values are repeated).
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         The conditions of the model.
 
     Returns
@@ -586,7 +586,7 @@ def read_value(
 def read_conditions(
     # Requested conditions: a value, or a list of values, by covariate name; None is unknown
     conditions: dict,
-    covariates: list[Covariate],  # The conditions of the model
+    covariates: Sequence[Covariate],  # The conditions of the model
     # The same in the terms of the model: levels as text, numbers as float; what is None as a
     # whole is left out
 ) -> dict:
@@ -596,7 +596,7 @@ def read_conditions(
     ----------
     conditions : dict
         Requested conditions: a value, or a list of values, by covariate name; None is unknown.
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         The conditions of the model.
 
     Returns

@@ -8,6 +8,7 @@ __all__ = ['LOGVAR_LIMITS', 'AttentionBlock', 'CrossAttention', 'ScalarEmbedding
 
 # %% ../../nbs/engineering/28_layers.ipynb #544033f8
 import math
+from typing import Any
 import os
 import platform
 from pathlib import Path
@@ -56,8 +57,8 @@ class AttentionBlock(nn.Module):
         check_divides('AttentionBlock', num_heads, channels=channels)
         self.num_heads, self.norm = num_heads, nn.GroupNorm(norm_num_groups, channels)
         self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)  # start as the identity
+        for parameter in self.proj.parameters():  # start as the identity
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -123,8 +124,8 @@ class CrossAttention(nn.Module):
             context_channels, 2 * channels
         )
         self.proj = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)  # start as the identity
+        for parameter in self.proj.parameters():  # start as the identity
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -165,6 +166,8 @@ class ScalarEmbedding(nn.Module):
     ----------
     Tancik et al. 2020, eq. 5.
     """
+
+    freqs: Tensor
 
     def __init__(
         self,
@@ -381,15 +384,16 @@ class LimitLogvar(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx,
-        grad: Tensor,  # Gradient of what came out
+        ctx: Any,  # What `forward` has saved
+        *grads: Tensor,  # Gradient of what came out
     ) -> Tensor:  # Gradient of what the encoder says
         """Stop what leads further out.
 
         Parameters
         ----------
-        ctx
-        grad : Tensor
+        ctx : Any
+            What `forward` has saved.
+        *grads : Tensor
             Gradient of what came out.
 
         Returns
@@ -398,6 +402,7 @@ class LimitLogvar(torch.autograd.Function):
             Gradient of what the encoder says.
         """
         (logvar,) = ctx.saved_tensors
+        (grad,) = grads
         low, high = LOGVAR_LIMITS
         # descent moves against the gradient
         stuck = ((logvar < low) & (grad > 0)) | ((logvar > high) & (grad < 0))

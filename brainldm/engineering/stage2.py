@@ -551,7 +551,7 @@ def condition_dropout_mask(
 
 # %% ../../nbs/engineering/32_stage2.ipynb #c44953a1
 def prediction_error(
-    model: nn.Module,  # A UNet
+    model: Callable[..., Tensor],  # A UNet
     batch: dict[str, Tensor],  # 'latent' (b, c, h, w) and encoded covariates, each (b,)
     t: Tensor,  # Timesteps (b,)
     eps: Tensor,  # Standard normal noise, shape of the latents
@@ -563,7 +563,7 @@ def prediction_error(
 
     Parameters
     ----------
-    model : nn.Module
+    model : Callable[..., Tensor]
         A UNet.
     batch : dict[str, Tensor]
         'latent' (b, c, h, w) and encoded covariates, each (b,).
@@ -636,7 +636,7 @@ def loss_weight(
 
 # %% ../../nbs/engineering/32_stage2.ipynb #fb02dde9
 def ldm_loss(
-    model: nn.Module,  # A UNet
+    model: Callable[..., Tensor],  # A UNet
     batch: dict[str, Tensor],  # 'latent' and encoded covariates
     generator: torch.Generator,  # Source of times, noise and hiding, on the batch's device
     seen: int,  # Images seen so far; nothing here depends on it
@@ -647,7 +647,7 @@ def ldm_loss(
 
     Parameters
     ----------
-    model : nn.Module
+    model : Callable[..., Tensor]
         A UNet.
     batch : dict[str, Tensor]
         'latent' and encoded covariates.
