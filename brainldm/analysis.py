@@ -70,7 +70,8 @@ def embed(
     vectors,  # A row a slice (n, d)
     method: str = 'umap',  # 'umap', 'tsne' or 'pca'
     seed: int = 0,  # Another seed, another map
-    n_neighbors: int = 15,  # Neighbours that each point is kept together with; t-SNE's perplexity
+    # Neighbours that each point is kept together with; t-SNE's perplexity
+    n_neighbors: int = 15,
 ) -> np.ndarray:  # Points of the map (n, 2)
     """Put rows on a map.
 

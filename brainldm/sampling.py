@@ -260,7 +260,8 @@ def sample_batch(
     seed: int = 0,  # Of fresh noise, if the sampler needs some
     # Called as callback(i, t, images) with the clean images expected at step i
     callback: Callable | None = None,
-    tick: Callable = lambda n: None,  # Called with the number of pictures after each network call
+    # Called with the number of pictures after each network call
+    tick: Callable = lambda n: None,
     first: int = 0,  # Number of the first image; with `seed` it names the fresh noise of each
     # Places in the batch of the images that `callback` is shown; None: all of them
     watched: list[int] | None = None,
@@ -634,7 +635,8 @@ class Sampler(Codec):
     def decode_standard(
         self,
         z: Tensor,  # Standardised latents (b, c, h, w), as the denoiser makes them
-        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+        # Encoded covariates, for a conditional autoencoder
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Pictures (b, 1, size, size) in [-1, 1]
         """Undo the standardisation, then decode.
 
@@ -655,7 +657,8 @@ class Sampler(Codec):
     def encode_standard(
         self,
         images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
-        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+        # Encoded covariates, for a conditional autoencoder
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Standardised latents (b, c, h, w), as the denoiser knows them
         """Encode, then standardise.
 
@@ -964,7 +967,8 @@ def counterfactual(
     guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`, on the way back
     refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
     batch_size: int = 32,  # Pictures at a time
-) -> Tensor:  # The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU
+    # The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU
+) -> Tensor:
     """Walk to the noise of each picture, then back under changed conditions.
 
     Parameters
@@ -992,7 +996,6 @@ def counterfactual(
     Returns
     -------
     Tensor
-        The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU.
 
     Raises
     ------
@@ -1045,7 +1048,8 @@ def slerp(
     ----------
     Shoemake 1985.
     """
-    angle = torch.arccos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))  # rounding can pass 1
+    # rounding can pass 1
+    angle = torch.arccos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))
     u = u.to(a).view(-1, *[1] * a.ndim)
     if angle.sin() < 1e-4:
         return (1 - u) * a + u * b  # no circle to speak of: a straight line

@@ -250,7 +250,8 @@ def reparameterize(
     mu: Tensor,  # Means (b, c, h, w)
     logvar: Tensor,  # Log-variances, same shape
     eps: Tensor,  # Standard normal noise, same shape
-) -> Tensor:  # Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits
+    # Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits
+) -> Tensor:
     """A sample that gradients can pass through.
 
     Parameters
@@ -265,7 +266,6 @@ def reparameterize(
     Returns
     -------
     Tensor
-        Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits.
 
     References
     ----------
@@ -619,7 +619,8 @@ class AutoencoderKL(Autoencoder):
         n: int,  # How many
         side: int,  # Height and width of a latent
         generator: torch.Generator,  # Source of chance; says the device
-        cond: dict[str, Tensor] | None = None,  # Not looked at: the prior is the same for everybody
+        # Not looked at: the prior is the same for everybody
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Draws of N(0, 1) (n, latent_channels, side, side)
         """Draw latents from the prior that the KL term pulls towards.
 

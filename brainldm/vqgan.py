@@ -28,7 +28,8 @@ from .vae import Autoencoder
 def nearest_codes(
     vectors: Tensor,  # Vectors (n, d)
     codebook: Tensor,  # Codes (k, d)
-) -> tuple[Tensor, Tensor]:  # Index of the nearest code (n,), int64, and its squared distance (n,)
+    # Index of the nearest code (n,), int64, and its squared distance (n,)
+) -> tuple[Tensor, Tensor]:
     """Which code is nearest to each vector, in float32 also under autocast.
 
     Parameters
@@ -41,7 +42,6 @@ def nearest_codes(
     Returns
     -------
     tuple[Tensor, Tensor]
-        Index of the nearest code (n,), int64, and its squared distance (n,).
 
     References
     ----------
@@ -200,7 +200,8 @@ class VectorQuantizer(nn.Module):
         num_embeddings: int = 1024,  # Codes k
         embedding_dim: int = 8,  # Length d of a code
         commitment_cost: float = 0.25,  # Weight of the pull on the encoder towards its code
-        ema: bool = True,  # Codes follow the mean of their vectors; False: codes learn by gradient
+        # Codes follow the mean of their vectors; False: codes learn by gradient
+        ema: bool = True,
         decay: float = 0.99,  # Share of the old statistics kept each step, in [0, 1)
         # Codes used less than this share of an equal share start anew; 0: never
         restart_below: float = 0.1,
@@ -571,7 +572,8 @@ class CodeHistogram(nn.Module):
         num_embeddings: int,  # Codes k
         side: int = 16,  # Height and width of the map
         bins: int = 8,  # Stretches of slice positions that share their counts
-        decay: float = 0.998,  # Share of a stretch's old counts that is kept when it is seen again
+        # Share of a stretch's old counts that is kept when it is seen again
+        decay: float = 0.998,
     ):
         super().__init__()
         self.bins, self.decay = bins, decay
@@ -651,7 +653,8 @@ class CodeHistogram(nn.Module):
         """
         counts = self.counts[self.stretch(position)]  # (b, side, side, k)
         counts = torch.where(position.isnan().view(-1, 1, 1, 1), self.counts.sum(0), counts)
-        counts = counts + (counts.sum(-1, keepdim=True) == 0)  # never seen: every code alike
+        # never seen: every code alike
+        counts = counts + (counts.sum(-1, keepdim=True) == 0)
         heap = counts.cumsum(-1)
         u = torch.rand(heap.shape[:3], generator=generator, device=heap.device)[..., None]
         return (
@@ -788,7 +791,8 @@ class VQVAE(Autoencoder):
         n: int,  # How many
         side: int,  # Height and width of a latent, which must be the map's
         generator: torch.Generator,  # Source of chance; says the device
-        cond: dict[str, Tensor] | None = None,  # 'slice' (n,) says at which height; without it, any
+        # 'slice' (n,) says at which height; without it, any
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Latents (n, d, side, side)
         """Draw codes place by place, as often as training saw them there.
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 docstrings = importlib.import_module("docstrings")
 LAYERS = """
     engineering.checks engineering.devices
+    engineering.configs
     engineering.files engineering.plotting engineering.phantom engineering.tables
     data engineering.batches
     engineering.layers vae vqgan scheduler advanced.solvers unet

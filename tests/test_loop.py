@@ -9,12 +9,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from brainldm.engineering import loop
-from brainldm.engineering.stage2 import LDMConfig
+from brainldm.engineering.configs import AEConfig, LDMConfig, TrainConfig, check_config
 from brainldm.engineering.loop import (
     Learner,
-    TrainConfig,
-    check_config,
     ema_decay,
     fit,
     in_chunks,
@@ -22,7 +19,7 @@ from brainldm.engineering.loop import (
     seeded,
     train_batches,
 )
-from brainldm.training import AEConfig
+from brainldm.engineering import loop
 
 
 @dataclass

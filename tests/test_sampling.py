@@ -6,22 +6,22 @@ import shutil
 import pytest
 import torch
 
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.batches import Covariate, encode_covariates, open_dataset
+from brainldm.vae import AutoencoderKL
+from brainldm.unet import UNet
 from brainldm.engineering.runs import load_weights, save_weights
 from brainldm.sampling import (
     BrainLDM,
     Sampler,
-    sample_noise,
     guide,
     load_denoiser,
     mix_conditions,
+    sample_noise,
     skipped_steps,
     slerp,
     standard_deviation,
 )
-from brainldm.unet import UNet
-from brainldm.vae import AutoencoderKL
 
 
 @pytest.fixture(scope='module')

@@ -252,7 +252,8 @@ def subject_retrieval(
     found = np.full((j, j), np.nan)
     for a in range(j):
         for b in set(range(j)) - {a}:
-            gap = (v[:, b] ** 2).sum(1) - 2 * v[:, a] @ v[:, b].T  # squared distance, less |v_a|^2
+            # squared distance, less |v_a|^2
+            gap = (v[:, b] ** 2).sum(1) - 2 * v[:, a] @ v[:, b].T
             found[a, b] = (gap.argmin(1) == np.arange(s)).mean()
     return found
 

@@ -27,27 +27,21 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
-from ..analysis import auc
+from ..engineering.configs import TrainConfig
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
-from .evaluation import json_safe, subject_interval
-from brainldm.engineering.loop import (
-    Learner,
-    TrainConfig,
-    bare_model,
-    fit,
-    infer,
-    seeded,
-    train_batches,
-)
-from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
-from ..training import LOAD_ERRORS, covariates_to_dict, covariates_from_dict
 from ..vae import laplacian_variance
+from ..engineering.loop import Learner, bare_model, fit, infer, seeded, train_batches
+from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
+from ..training import LOAD_ERRORS, covariates_from_dict, covariates_to_dict
+from ..analysis import auc
+from .evaluation import json_safe, subject_interval
 
 # of the feature network
 FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=0.05)
 # Part of the train subjects that teach it; the others are the real-vs-real reference
 EVALUATOR_FRACTION = 0.5
-REAL, POSITIVE, PROPORTION = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)  # ranges of scores
+# ranges of scores
+REAL, POSITIVE, PROPORTION = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 SPANS = dict(frechet=POSITIVE, density=POSITIVE) | dict.fromkeys(
     ('precision', 'recall', 'coverage'), PROPORTION
 )
@@ -688,8 +682,10 @@ def frechet_distance(
 def kernel_terms(
     real: Tensor,  # Features of real slices (n, d)
     other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
-    subjects: np.ndarray | None = None,  # Subject of each real row (n,); None: each row has its own
-    others: np.ndarray | None = None,  # Subject of each other row (n,); None: each row has its own
+    # Subject of each real row (n,); None: each row has its own
+    subjects: np.ndarray | None = None,
+    # Subject of each other row (n,); None: each row has its own
+    others: np.ndarray | None = None,
     # What each two rows add to the distance (n, n), 0 where they do not count; which do (n, n)
 ) -> tuple[Tensor, Tensor]:
     """Kernels of each two rows: within both sets, minus across.
@@ -737,8 +733,10 @@ def kernel_terms(
 def kernel_distance(
     real: Tensor,  # Features of real slices (n, d)
     other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
-    subjects: np.ndarray | None = None,  # Subject of each real row (n,); None: each row has its own
-    others: np.ndarray | None = None,  # Subject of each other row (n,); None: each row has its own
+    # Subject of each real row (n,); None: each row has its own
+    subjects: np.ndarray | None = None,
+    # Subject of each other row (n,); None: each row has its own
+    others: np.ndarray | None = None,
     # Squared distance; 0 on average for two samples of one distribution, so it may fall below
 ) -> float:
     """Squared maximum mean discrepancy with a cubic kernel, over pairs of different subjects,
@@ -942,8 +940,10 @@ def leave_out_interval(
 def set_scores(
     real: Tensor,  # Features of real slices (n, d)
     other: Tensor,  # Features of as many others (n, d), row for row with the same conditions
-    subjects: np.ndarray | None = None,  # Subject of each real row (n,); None: each row has its own
-    others: np.ndarray | None = None,  # Subject of each other row (n,); None: each row has its own
+    # Subject of each real row (n,); None: each row has its own
+    subjects: np.ndarray | None = None,
+    # Subject of each other row (n,); None: each row has its own
+    others: np.ndarray | None = None,
 ) -> dict[str, float]:  # frechet, kid, precision, recall, density, coverage
     """All distances of two sets of features.
 

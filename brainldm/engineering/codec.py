@@ -365,7 +365,8 @@ class Codec(SharedModel):
     def encode(
         self,
         images: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
-        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+        # Encoded covariates, for a conditional autoencoder
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Latent means (b, c, h/f, w/f), on the model's device
         """Squeeze pictures into latents.
 
@@ -386,7 +387,8 @@ class Codec(SharedModel):
     def decode(
         self,
         latents: Tensor,  # Latents (b, c, h/f, w/f)
-        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+        # Encoded covariates, for a conditional autoencoder
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Pictures (b, 1, h, w), clipped to [-1, 1] as a screen would, on the CPU
         """Turn latents into pictures.
 
@@ -407,7 +409,8 @@ class Codec(SharedModel):
     def reconstruct(
         self,
         images: Tensor,  # Pictures (b, 1, h, w) in [-1, 1]
-        cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
+        # Encoded covariates, for a conditional autoencoder
+        cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # The same pictures after the squeeze (b, 1, h, w)
         """Encode and decode: what the autoencoder keeps of a picture.
 
@@ -530,7 +533,8 @@ def to_bytes(
 # %% ../../nbs/engineering/34_codec.ipynb #a9fdcc21
 def make_folder(
     folder: Path,  # Folder to make, with those above it
-    exist_ok: bool = False,  # False: it must be new, and of several processes at once one succeeds
+    # False: it must be new, and of several processes at once one succeeds
+    exist_ok: bool = False,
 ) -> Path:  # The folder
     """Make a folder.
 

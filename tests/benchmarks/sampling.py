@@ -29,11 +29,11 @@ from timing import (
     ratio,
 )
 
-from brainldm.sampling import BrainLDM, conditional_denoiser
+from brainldm.engineering.configs import PRESETS
 from brainldm.scheduler import NoiseSchedule
 from brainldm.advanced.solvers import SAMPLERS, denoise
 from brainldm.engineering.loop import infer
-from brainldm.engineering.stage2 import PRESETS
+from brainldm.sampling import BrainLDM, conditional_denoiser
 
 TARGET = '<= 1.05'
 
