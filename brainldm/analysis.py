@@ -29,24 +29,7 @@ def check_vectors(
     where: str,  # Function that asks, for the message
     vectors,  # What arrived: array or tensor
 ) -> np.ndarray:  # The same as (n, d) float64
-    """Refuse what is no table of finite numbers.
-
-    Parameters
-    ----------
-    where : str
-        Function that asks, for the message.
-    vectors
-        What arrived: array or tensor.
-
-    Returns
-    -------
-    np.ndarray
-        The same as (n, d) float64.
-
-    Raises
-    ------
-    ValueError
-    """
+    "Refuse what is no table of finite numbers. Raises ValueError."
     v = (
         vectors.detach().float().cpu().numpy()
         if isinstance(vectors, Tensor)
@@ -73,33 +56,9 @@ def embed(
     # Neighbours that each point is kept together with; t-SNE's perplexity
     n_neighbors: int = 15,
 ) -> np.ndarray:  # Points of the map (n, 2)
-    """Put rows on a map.
+    """Put rows on a map. Source: McInnes et al. 2018; van der Maaten & Hinton 2008.
 
-    Parameters
-    ----------
-    vectors
-        A row a slice (n, d).
-    method : str, default 'umap'
-        'umap', 'tsne' or 'pca'.
-    seed : int, default 0
-        Another seed, another map.
-    n_neighbors : int, default 15
-        Neighbours that each point is kept together with; t-SNE's perplexity.
-
-    Returns
-    -------
-    np.ndarray
-        Points of the map (n, 2).
-
-    Raises
-    ------
-    ValueError
-        For another method, one column, or as many neighbours as rows.
-
-    References
-    ----------
-    McInnes et al. 2018; van der Maaten & Hinton 2008.
-    """
+    Raises ValueError for another method, one column, or as many neighbours as rows."""
     v = check_vectors('embed', vectors)
     check_choice('embed', 'method', method, ('umap', 'tsne', 'pca'))
     if v.shape[1] < 2:
@@ -128,19 +87,7 @@ def plot_points(
     values: pd.Series,  # What to colour by (n,); missing is grey
     name: str,  # Title of the panel
 ) -> None:
-    """One panel of a map: a colour scale for numbers, a legend for up to ten categories.
-
-    Parameters
-    ----------
-    ax : plt.Axes
-        Where to draw.
-    points : np.ndarray
-        Points (n, 2).
-    values : pd.Series
-        What to colour by (n,); missing is grey.
-    name : str
-        Title of the panel.
-    """
+    "One panel of a map: a colour scale for numbers, a legend for up to ten categories."
     values, known = values.reset_index(drop=True), values.notna().to_numpy()
     ax.scatter(*points[~known].T, s=6, c='lightgrey')
     if pd.api.types.is_numeric_dtype(values):
@@ -169,27 +116,7 @@ def plot_embedding(
 ) -> plt.Figure:  # One panel a column
     """Draw one map several times, each time coloured by something else.
 
-    Parameters
-    ----------
-    points : np.ndarray
-        Points of a map (n, 2), from `embed`.
-    table : pd.DataFrame
-        What is known of each point, such as a manifest (n rows).
-    names : tuple[str, ...], default ('slice', 'diagnosis', 'age', 'subject')
-        Columns to colour by, a panel each.
-    title : str, default ''
-        The sentence a reader should check against the picture.
-
-    Returns
-    -------
-    plt.Figure
-        One panel a column.
-
-    Raises
-    ------
-    ValueError
-        For rows or columns that lack.
-    """
+    Raises ValueError for rows or columns that lack."""
     if len(points) != len(table):
         raise ValueError(
             f"plot_embedding: {len(points)} points and {len(table)} rows. Expected one row a point."
@@ -218,20 +145,7 @@ def nearest(
     vectors: np.ndarray,  # Rows (n, d)
     k: int,  # Neighbours
 ) -> np.ndarray:  # Numbers of the k nearest other rows (n, k)
-    """Who is near whom.
-
-    Parameters
-    ----------
-    vectors : np.ndarray
-        Rows (n, d).
-    k : int
-        Neighbours.
-
-    Returns
-    -------
-    np.ndarray
-        Numbers of the k nearest other rows (n, k).
-    """
+    "Who is near whom."
     return NearestNeighbors(n_neighbors=k).fit(vectors).kneighbors(return_distance=False)
 
 # %% ../nbs/08_analysis.ipynb #f517c2bf
@@ -240,22 +154,7 @@ def neighborhood_preservation(
     points,  # Their points on the map (n, 2)
     n_neighbors: int = 15,  # Neighbours to compare
 ) -> float:  # Share of neighbours that stayed neighbours; by chance n_neighbors/(n-1)
-    """How far a map tells the truth about who is near whom.
-
-    Parameters
-    ----------
-    vectors
-        Rows before the map (n, d).
-    points
-        Their points on the map (n, 2).
-    n_neighbors : int, default 15
-        Neighbours to compare.
-
-    Returns
-    -------
-    float
-        Share of neighbours that stayed neighbours; by chance n_neighbors/(n-1).
-    """
+    "How far a map tells the truth about who is near whom."
     a, b = (
         nearest(check_vectors('neighborhood_preservation', o), n_neighbors)
         for o in (vectors, points)
@@ -271,26 +170,7 @@ def fold_predictions(
 ) -> np.ndarray:  # Predictions (n, m), each by a probe that saw none of its fold
     """Ridge regression with cross-validation, all targets at once.
 
-    Parameters
-    ----------
-    vectors : np.ndarray
-        Rows (n, d).
-    targets : np.ndarray
-        What to predict (n, m): m questions at the price of one.
-    folds : np.ndarray
-        Fold of each row (n,).
-    penalty : float, default 1.0
-        Ridge penalty, in units of the mean squared length of a row.
-
-    Returns
-    -------
-    np.ndarray
-        Predictions (n, m), each by a probe that saw none of its fold.
-
-    References
-    ----------
-    Hoerl & Kennard 1970; the dual form.
-    """
+    Source: Hoerl & Kennard 1970; the dual form."""
     predicted = np.empty(targets.shape)
     for fold in np.unique(folds):
         seen = folds != fold
@@ -310,24 +190,7 @@ def assign_folds(
     folds: int,  # Number of folds
     rng: np.random.Generator,  # Breaks ties
 ) -> np.ndarray:  # Fold of each row (n,); a person is never in two
-    """Deal people into folds, the same mixture of targets in each.
-
-    Parameters
-    ----------
-    target : np.ndarray
-        What will be predicted (n,).
-    groups : np.ndarray
-        Whose row it is (n,).
-    folds : int
-        Number of folds.
-    rng : np.random.Generator
-        Breaks ties.
-
-    Returns
-    -------
-    np.ndarray
-        Fold of each row (n,); a person is never in two.
-    """
+    "Deal people into folds, the same mixture of targets in each."
     who, at = np.unique(groups, return_inverse=True)
     means = np.bincount(at, target) / np.bincount(at)
     order = np.lexsort((rng.random(len(who)), means))
@@ -338,24 +201,7 @@ def auc(
     predicted: np.ndarray,  # Scores (n,)
     target: np.ndarray,  # 0 or 1 (n,)
 ) -> float:  # Chance that a 1 scores above a 0; NaN without both
-    """Area under the ROC curve by ranks.
-
-    Parameters
-    ----------
-    predicted : np.ndarray
-        Scores (n,).
-    target : np.ndarray
-        0 or 1 (n,).
-
-    Returns
-    -------
-    float
-        Chance that a 1 scores above a 0; NaN without both.
-
-    References
-    ----------
-    Mann & Whitney 1947.
-    """
+    "Area under the ROC curve by ranks. Source: Mann & Whitney 1947."
     ones = target == 1
     n1, n0 = ones.sum(), (~ones).sum()
     return (
@@ -369,20 +215,7 @@ def r2(
     predicted: np.ndarray,  # Predictions (n,)
     target: np.ndarray,  # Numbers (n,)
 ) -> float:  # Share of variance explained: 1 perfect, 0 no better than the mean
-    """Coefficient of determination.
-
-    Parameters
-    ----------
-    predicted : np.ndarray
-        Predictions (n,).
-    target : np.ndarray
-        Numbers (n,).
-
-    Returns
-    -------
-    float
-        Share of variance explained: 1 perfect, 0 no better than the mean.
-    """
+    "Coefficient of determination."
     return float(1 - ((predicted - target) ** 2).sum() / ((target - target.mean()) ** 2).sum())
 
 # %% ../nbs/08_analysis.ipynb #2163dd42
@@ -392,25 +225,8 @@ def shuffle_target(
     folds: np.ndarray,  # Fold of each row (n,)
     rng: np.random.Generator,  # Source of chance
 ) -> np.ndarray:  # The same values, dealt anew (n,)
-    """Swap a fact about people between people of a fold, and a fact about slices between slices of a
-    person.
-
-    Parameters
-    ----------
-    target : np.ndarray
-        What is asked (n,).
-    groups : np.ndarray
-        Whose row it is (n,).
-    folds : np.ndarray
-        Fold of each row (n,).
-    rng : np.random.Generator
-        Source of chance.
-
-    Returns
-    -------
-    np.ndarray
-        The same values, dealt anew (n,).
-    """
+    """Swap a fact about people between people of a fold, and a fact about slices between slices of
+    a person."""
     who, first, at = np.unique(groups, return_index=True, return_inverse=True)
     out = target.copy()
     if (target == target[first][at]).all():  # the same in all rows of a person
@@ -431,32 +247,7 @@ def bootstrap(
     rng: np.random.Generator,  # Source of chance
     num_resamples: int = 500,  # Resamples
 ) -> tuple[float, float]:  # 95 % interval
-    """How far a score moves with other people.
-
-    Parameters
-    ----------
-    score
-        Called as score(predicted, target).
-    predicted : np.ndarray
-        Predictions (n,).
-    target : np.ndarray
-        Truth (n,).
-    groups : np.ndarray
-        Number of the person of each row (n,), 0 and up.
-    rng : np.random.Generator
-        Source of chance.
-    num_resamples : int, default 500
-        Resamples.
-
-    Returns
-    -------
-    tuple[float, float]
-        95 % interval.
-
-    References
-    ----------
-    Davison & Hinkley 1997, sec. 3.8.
-    """
+    "How far a score moves with other people. Source: Davison & Hinkley 1997, sec. 3.8."
     rows = [np.flatnonzero(groups == i) for i in range(groups.max() + 1)]
     picks = (
         np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
@@ -474,27 +265,7 @@ def check_probe(
     # vectors (n, d), target (n,) as numbers, number of the person (n,), whether there are two
     # classes
 ) -> tuple:
-    """Refuse a question that a probe cannot answer.
-
-    Parameters
-    ----------
-    vectors
-        Rows (n, d).
-    target
-        What to predict (n,).
-    groups
-        Whose row it is (n,).
-    folds : int
-        Number of folds.
-
-    Returns
-    -------
-    tuple
-
-    Raises
-    ------
-    ValueError
-    """
+    "Refuse a question that a probe cannot answer. Raises ValueError."
     v, who = check_vectors('probe', vectors), pd.factorize(np.asarray(groups), sort=True)[0]
     y = pd.Series(target.cpu().numpy() if isinstance(target, Tensor) else np.asarray(target))
     if not len(v) == len(y) == len(who):
@@ -541,36 +312,7 @@ def probe(
 ) -> dict:
     """How well a straight cut through the vectors answers a question about people it has not seen.
 
-    Parameters
-    ----------
-    vectors
-        A row a slice (n, d).
-    target
-        What to ask (n,): two categories, or numbers; a category is scored for the alphabetically
-        second.
-    groups
-        Whose slice it is (n,): people, never rows.
-    folds : int, default 5
-        Parts into which people are dealt.
-    seed : int, default 0
-        Of dealing, shuffling and resampling.
-    shuffles : int, default 100
-        Shuffled targets for the floor.
-    penalty : float, default 1.0
-        Of the ridge, see `fold_predictions`.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    ValueError
-
-    References
-    ----------
-    Alain & Bengio 2017; floor as in Ojala & Garriga 2010.
-    """
+    Source: Alain & Bengio 2017; floor as in Ojala & Garriga 2010. Raises ValueError."""
     v, y, who, two = check_probe(vectors, target, groups, folds)
     rng = np.random.default_rng(seed)
     fold = assign_folds(y, who, folds, rng)
@@ -595,18 +337,7 @@ def probe(
 def describe_probe(
     result: dict,  # As from `probe`
 ) -> str:  # One line
-    """A score with its interval, its floor and the number of people.
-
-    Parameters
-    ----------
-    result : dict
-        As from `probe`.
-
-    Returns
-    -------
-    str
-        One line.
-    """
+    "A score with its interval, its floor and the number of people."
     r = result
     between = lambda o: f'[{o[0]:.2f}, {o[1]:.2f}]'
     return (
@@ -625,37 +356,7 @@ def bottleneck_features(
     precision: str = 'no',  # Mixed precision to compute in
     batch_size: int = 64,  # Latents at a time
 ) -> Tensor:  # The deepest layer, averaged over its places (n, channels), on the CPU
-    """What a denoiser makes of noised latents.
-
-    Parameters
-    ----------
-    unet : UNet
-        Trained denoiser.
-    latents : Tensor
-        Standardised latents (n, c, h, w).
-    schedule : NoiseSchedule
-        The chain that it was trained on.
-    t : int
-        Timestep, whose noise is added.
-    cond : dict[str, Tensor] | None, default None
-        What the network is told, each (n,); None: nothing.
-    seed : int, default 0
-        Of the noise; the same in every call.
-    precision : str, default 'no'
-        Mixed precision to compute in.
-    batch_size : int, default 64
-        Latents at a time.
-
-    Returns
-    -------
-    Tensor
-        The deepest layer, averaged over its places (n, channels), on the CPU.
-
-    Raises
-    ------
-    ValueError
-        For a step outside the schedule.
-    """
+    "What a denoiser makes of noised latents. Raises ValueError for a step outside the schedule."
     if t not in range(schedule.num_train_timesteps):
         raise ValueError(
             f"bottleneck_features: t={t!r}. Expected a whole number from 0 to"

@@ -45,27 +45,8 @@ def sample_noise(
     start: int = 0,  # Number of the first picture
     device: torch.device | str = 'cpu',  # Where the noise shall be
 ) -> Tensor:  # Standard normal noise (n, c, h, w)
-    """Noise for pictures start, start+1, …: picture i depends on seed and i alone, not on the size of
-    the batch.
-
-    Parameters
-    ----------
-    n : int
-        Pictures.
-    shape : tuple[int, ...]
-        Shape of one latent (c, h, w).
-    seed : int
-        Seed of the whole drawing, 0 or more.
-    start : int, default 0
-        Number of the first picture.
-    device : torch.device | str, default 'cpu'
-        Where the noise shall be.
-
-    Returns
-    -------
-    Tensor
-        Standard normal noise (n, c, h, w).
-    """
+    """Noise for pictures start, start+1, …: picture i depends on seed and i alone, not on the size
+    of the batch."""
     own = [
         np.random.default_rng((seed, start + i)).standard_normal(shape, dtype=np.float32)
         for i in range(n)
@@ -76,18 +57,7 @@ def sample_noise(
 def standard_deviation(
     x: Tensor,  # Batch (b, ...)
 ) -> Tensor:  # Standard deviation of each row (b, 1, ...)
-    """How far the numbers of each row lie apart.
-
-    Parameters
-    ----------
-    x : Tensor
-        Batch (b, ...).
-
-    Returns
-    -------
-    Tensor
-        Standard deviation of each row (b, 1, ...).
-    """
+    "How far the numbers of each row lie apart."
     return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 # %% ../nbs/07_sampling.ipynb #8a4105ed
@@ -103,30 +73,7 @@ def guide(
 ) -> Callable:  # A function (xt, t) -> prediction, for `denoise`
     """Push the answer away from what the network would say knowing less.
 
-    Parameters
-    ----------
-    unet : Callable
-        Called as unet(xt, t, cond, drop).
-    cond : dict[str, Tensor]
-        Encoded conditions that the network knows, each (b,).
-    names : list[str]
-        Covariates of the network, one a token.
-    guidance_scale : float | dict[str, float], default 1.0
-        1: as the data say; 0: unconditional; above 1: exaggerate. Or one a covariate.
-    interval : tuple[float, float], default (0.0, math.inf)
-        Timesteps t at which to guide: from (included) and to (not).
-    rescale : float, default 0.0
-        Share of the way to the spread of the conditional answer, 0 to 1.
-
-    Returns
-    -------
-    Callable
-        A function (xt, t) -> prediction, for `denoise`.
-
-    References
-    ----------
-    Ho & Salimans 2022, eq. 6.
-    """
+    Source: Ho & Salimans 2022, eq. 6."""
     # None: all of them
     scales = guidance_scale if isinstance(guidance_scale, dict) else {None: guidance_scale}
     scales = {k: w for k, w in scales.items() if w != 1 and names}
@@ -165,25 +112,7 @@ def check_guidance(
     rescale: float,  # Share of the way to the spread of the conditional answer
     requested: list[str],  # Covariates of the denoiser for which there are values
 ) -> None:  # Nothing: it raises or returns
-    """Refuse a guidance that makes no sense.
-
-    Parameters
-    ----------
-    guidance_scale : float | dict[str, float]
-        Strength of the conditions, one for all or one a covariate.
-    interval : tuple[float, float]
-        Part of the chain to guide in, as shares of T.
-    rescale : float
-        Share of the way to the spread of the conditional answer.
-    requested : list[str]
-        Covariates of the denoiser for which there are values.
-
-    Raises
-    ------
-    ValueError
-    TypeError
-        For what is no number.
-    """
+    "Refuse a guidance that makes no sense. Raises ValueError, or TypeError for what is no number."
     scales = (
         guidance_scale if isinstance(guidance_scale, dict) else {'guidance_scale': guidance_scale}
     )
@@ -219,22 +148,7 @@ def conditional_denoiser(
     # guidance_scale, guidance_interval and guidance_rescale, where they are not 1, all and none
     options: dict,
 ) -> Callable:  # A function (xt, t) -> prediction
-    """The denoiser under conditions and guidance, as `denoise` and `invert` want it.
-
-    Parameters
-    ----------
-    model
-        A `Sampler`.
-    cond : dict[str, Tensor]
-        Encoded conditions, each (b,), on the model's device.
-    options : dict
-        guidance_scale, guidance_interval and guidance_rescale, where they are not 1, all and none.
-
-    Returns
-    -------
-    Callable
-        A function (xt, t) -> prediction.
-    """
+    "The denoiser under conditions and guidance, as `denoise` and `invert` want it."
     names, T = [c.name for c in model.unet.covariates], model.schedule.num_train_timesteps
     heard = {k: v for k, v in cond.items() if k in names}
     start, stop = options.get('guidance_interval', (0.0, 1.0))
@@ -268,39 +182,7 @@ def sample_batch(
 ) -> Tensor:  # New pictures (b, 1, size, size) in [-1, 1], on the CPU
     """Denoise with guidance, undo the standardisation, decode.
 
-    Parameters
-    ----------
-    model
-        A `Sampler`.
-    noise : Tensor
-        Standard normal noise (b, c, h, w), or latents at the noise of step `start`, on the model's
-        device.
-    cond : dict[str, Tensor]
-        Encoded conditions, each (b,), on the model's device.
-    options : dict
-        steps, and where they are not the usual: sampler, eta, start and what `conditional_denoiser`
-        takes.
-    seed : int, default 0
-        Of fresh noise, if the sampler needs some.
-    callback : Callable | None, default None
-        Called as callback(i, t, images) with the clean images expected at step i.
-    tick : Callable, default lambda n: None
-        Called with the number of pictures after each network call.
-    first : int, default 0
-        Number of the first image; with `seed` it names the fresh noise of each.
-    watched : list[int] | None, default None
-        Places in the batch of the images that `callback` is shown; None: all of them.
-
-    Returns
-    -------
-    Tensor
-        New pictures (b, 1, size, size) in [-1, 1], on the CPU.
-
-    Raises
-    ------
-    RuntimeError
-        If a number is not finite.
-    """
+    Raises RuntimeError if a number is not finite."""
     at = slice(None) if watched is None else watched
 
     def show(i, t, _, x0):
@@ -335,19 +217,7 @@ def check_steps(
 ) -> None:  # Nothing: it raises or returns
     """Refuse a walk that the chain cannot be walked in.
 
-    Parameters
-    ----------
-    steps : int
-        Network calls asked for.
-    num_train_timesteps : int
-        T of the chain.
-
-    Raises
-    ------
-    ValueError
-    TypeError
-        For a number that is not whole.
-    """
+    Raises ValueError, or TypeError for a number that is not whole."""
     check_integer('steps', steps, 1, 30)
     if steps > num_train_timesteps:
         raise ValueError(
@@ -362,24 +232,7 @@ def check_watched(
 ) -> list[int]:  # The same, each once, in order
     """Refuse to watch an image that is not sampled.
 
-    Parameters
-    ----------
-    watched : Iterable[int]
-        Places of images, from 0.
-    n : int
-        Images.
-
-    Returns
-    -------
-    list[int]
-        The same, each once, in order.
-
-    Raises
-    ------
-    ValueError
-    TypeError
-        For a number that is not whole.
-    """
+    Raises ValueError, or TypeError for a number that is not whole."""
     places = sorted(set(watched))
     for k in places:
         check_integer('watched', k, 0, 0)
@@ -403,35 +256,7 @@ def prepare_conditions(
 ) -> dict[str, Tensor]:  # Encoded conditions, each (n,)
     """Check a whole request before anything is computed.
 
-    Parameters
-    ----------
-    model
-        A `Sampler`.
-    conditions : dict
-        What was asked: a value or a list of values by covariate name; None is unknown.
-    n : int
-        Pictures.
-    options : dict
-        As `sample_batch` takes it.
-    seed : int
-        Seed.
-    batch_size : int
-        Pictures at a time.
-    first : int, default 0
-        Number of the first picture.
-
-    Returns
-    -------
-    dict[str, Tensor]
-        Encoded conditions, each (n,).
-
-    Raises
-    ------
-    ValueError
-    TypeError
-    FileNotFoundError
-        Without a denoiser.
-    """
+    Raises ValueError, TypeError, or FileNotFoundError without a denoiser."""
     if model.unet is None:
         raise FileNotFoundError(
             "sample: this run has no ldm.safetensors, only an autoencoder. Expected a trained"
@@ -480,63 +305,8 @@ def sample_images(
 ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
     """Draw pictures with the conditions asked for; what is not named is left open.
 
-    Parameters
-    ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
-    n : int, default 1
-        Pictures to draw.
-    diagnosis : str | list[str] | None, default None
-        One for all or one each; None leaves it open.
-    slice : float | list[float] | None, default None
-        Slice number, as in the training data.
-    age : float | list[float] | None, default None
-        Years.
-    sex : str | list[str] | None, default None
-        As written in the training data.
-    steps : int, default 30
-        Network calls, 1 to T.
-    guidance_scale : float | dict[str, float], default 1.0
-        1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate.
-    guidance_interval : tuple[float, float], default (0.0, 1.0)
-        Part of the chain to guide in: shares of T, 0 clean, 1 noise.
-    guidance_rescale : float, default 0.0
-        Share of the way back to the contrast of the unguided answer, 0 to 1.
-    seed : int, default 0
-        Same seed, same machine: same pictures.
-    sampler : str, default 'ddim'
-        'ddim', 'ddpm' or 'dpmpp'.
-    eta : float, default 0.0
-        Fresh noise in 'ddim', 0 to 1.
-    batch_size : int, default 32
-        Pictures at a time.
-    first : int, default 0
-        Number of the first picture: a long drawing may be made in parts.
-    progress : bool, default False
-        Show a bar.
-    callback : Callable | None, default None
-        Called in each batch as callback(i, t, images) with the images expected at step i.
-    watched : Iterable[int] | None, default None
-        Which images `callback` is shown, by place from 0; None: all. Others are decoded once.
-    **others
-        Any other covariate that the run knows, by name.
-
-    Returns
-    -------
-    Tensor
-        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
-
-    Raises
-    ------
-    ValueError
-        For what the run cannot serve.
-    TypeError
-        For what the run cannot serve.
-
-    References
-    ----------
-    Song et al. 2021, sec. 4.2 (DDIM).
-    """
+    Source: Song et al. 2021, sec. 4.2 (DDIM). Raises ValueError or TypeError for what the run
+    cannot serve."""
     options = dict(
         steps=steps,
         guidance_scale=guidance_scale,
@@ -572,32 +342,7 @@ def sample_images(
 
 # %% ../nbs/07_sampling.ipynb #b69e8eb3
 class Sampler(Codec):
-    """A codec with a denoiser: draws new pictures under the conditions asked for.
-
-    Parameters
-    ----------
-    autoencoder : nn.Module
-        Trained autoencoder.
-    size : int
-        Side of its pictures, pixels.
-    unet : UNet | None, default None
-        Trained denoiser; None: reconstruct only.
-    schedule : NoiseSchedule | None, default None
-        The chain that the denoiser was trained on.
-    latent_mean : Tensor | None, default None
-        Mean of each latent channel over the train slices (1, c, 1, 1).
-    latent_std : Tensor | None, default None
-        Standard deviation, same shape.
-    precision : str, default 'no'
-        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
-    slice_covariate : Covariate | None, default None
-        The covariate 'slice' of the data, by which random codes are drawn.
-
-    Attributes
-    ----------
-    run : Path | None, default None
-        Folder that the model was loaded from.
-    """
+    "A codec with a denoiser: draws new pictures under the conditions asked for."
 
     def __init__(
         self,
@@ -623,13 +368,7 @@ class Sampler(Codec):
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
         """What `sample` can be asked for: the denoiser's covariates, then those that only the
-        autoencoder knows.
-
-        Returns
-        -------
-        tuple[Covariate, ...]
-            Names, kinds, values and ranges.
-        """
+        autoencoder knows."""
         return () if self.unet is None else self._joined(self.unet.covariates)
 
     def decode_standard(
@@ -638,20 +377,7 @@ class Sampler(Codec):
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Pictures (b, 1, size, size) in [-1, 1]
-        """Undo the standardisation, then decode.
-
-        Parameters
-        ----------
-        z : Tensor
-            Standardised latents (b, c, h, w), as the denoiser makes them.
-        cond : dict[str, Tensor] | None, default None
-            Encoded covariates, for a conditional autoencoder.
-
-        Returns
-        -------
-        Tensor
-            Pictures (b, 1, size, size) in [-1, 1].
-        """
+        "Undo the standardisation, then decode."
         return self.decode(z * self.latent_std + self.latent_mean, cond)
 
     def encode_standard(
@@ -660,20 +386,7 @@ class Sampler(Codec):
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Standardised latents (b, c, h, w), as the denoiser knows them
-        """Encode, then standardise.
-
-        Parameters
-        ----------
-        images : Tensor
-            Pictures (b, 1, size, size) in [-1, 1].
-        cond : dict[str, Tensor] | None, default None
-            Encoded covariates, for a conditional autoencoder.
-
-        Returns
-        -------
-        Tensor
-            Standardised latents (b, c, h, w), as the denoiser knows them.
-        """
+        "Encode, then standardise."
         return (self.encode(images, cond) - self.latent_mean) / self.latent_std
 
     sample = sample_images  # a function in a class is a method
@@ -686,26 +399,7 @@ def load_denoiser(
 ) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
     """Build the denoiser of a run from its file alone.
 
-    Parameters
-    ----------
-    run : str | Path
-        Run folder.
-    latent_channels : int
-        Channels of its autoencoder's latents.
-    weights : str, default 'ema'
-        'ema': the average of the weights, or 'raw': the last ones.
-
-    Returns
-    -------
-    dict
-        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-        If it does not fit.
-    """
+    Raises FileNotFoundError, or ValueError if it does not fit."""
     check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
     if about.get('kind') != 'ldm':
@@ -747,13 +441,7 @@ def load_denoiser(
 
 # %% ../nbs/07_sampling.ipynb #310e18a0
 class BrainLDM(Sampler):
-    """A trained run, ready to use: encode, decode and reconstruct pictures, and sample new ones.
-
-    Attributes
-    ----------
-    run : Path | None, default None
-        Folder that the model was loaded from.
-    """
+    "A trained run, ready to use: encode, decode and reconstruct pictures, and sample new ones."
 
     @classmethod
     def load(
@@ -765,29 +453,8 @@ class BrainLDM(Sampler):
     ) -> 'BrainLDM':  # Ready to use
         """Load a run.
 
-        Parameters
-        ----------
-        run : str | Path
-            Run folder, from `brainldm train`.
-        device : str | None, default None
-            Where to compute; None: a GPU if there is one.
-        precision : str, default 'auto'
-            'auto', 'no', 'bf16' or 'fp16'.
-        weights : str, default 'ema'
-            'ema': the average of the weights, or 'raw': the last ones.
-
-        Returns
-        -------
-        BrainLDM
-            Ready to use.
-
-        Raises
-        ------
-        FileNotFoundError
-            Without an autoencoder.
-        ValueError
-            On files that do not fit.
-        """
+        Raises FileNotFoundError without an autoencoder, ValueError on files that do not
+        fit."""
         device, _ = pick_device(device), read_config(run)
         autoencoder, about = load_autoencoder(run)
         trained = (Path(run) / 'ldm.safetensors').is_file()
@@ -813,25 +480,7 @@ def skipped_steps(
     steps: int,  # Steps of the whole walk
     strength: float,  # Share of it to do, above 0 to 1
 ) -> int:  # Steps to leave out at the noisy end, as diffusers counts them
-    """Where a walk of some strength starts.
-
-    Parameters
-    ----------
-    steps : int
-        Steps of the whole walk.
-    strength : float
-        Share of it to do, above 0 to 1.
-
-    Returns
-    -------
-    int
-        Steps to leave out at the noisy end, as diffusers counts them.
-
-    Raises
-    ------
-    ValueError
-        If no step is left.
-    """
+    "Where a walk of some strength starts. Raises ValueError if no step is left."
     if not 0 < strength <= 1 or int(steps * strength) == 0:
         raise ValueError(
             f"skipped_steps: strength={strength} of steps={steps}. Expected above 0 to 1, and one"
@@ -854,41 +503,7 @@ def image_to_image(
 ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
     """Draw the pictures anew from half-noise.
 
-    Parameters
-    ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
-    images : Tensor
-        Pictures to start from (n, 1, size, size) in [-1, 1].
-    strength : float, default 0.6
-        Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left.
-    steps : int, default 30
-        Steps of the whole walk; strength*steps network calls.
-    guidance_scale : float | dict[str, float], default 1.0
-        As in `sample`.
-    seed : int, default 0
-        Of the noise that is added.
-    sampler : str, default 'ddim'
-        'ddim', 'ddpm' or 'dpmpp'.
-    batch_size : int, default 32
-        Pictures at a time.
-    **conditions
-        What the new pictures shall be: diagnosis, slice, age, sex, …
-
-    Returns
-    -------
-    Tensor
-        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
-
-    Raises
-    ------
-    ValueError
-    TypeError
-
-    References
-    ----------
-    Meng et al. 2022, alg. 1.
-    """
+    Source: Meng et al. 2022, alg. 1. Raises ValueError or TypeError."""
     n = check_images('image_to_image', images, model.size)
     options = dict(
         steps=steps,
@@ -923,25 +538,7 @@ def find_noise(
 ) -> Tensor:
     """Encode the pictures and read the walk backwards, without guidance.
 
-    Parameters
-    ----------
-    model
-        A `Sampler`.
-    images : Tensor
-        Pictures (b, 1, size, size) in [-1, 1].
-    cond : dict[str, Tensor]
-        Encoded conditions, what is known of them, each (b,), on the model's device.
-    options : dict
-        steps, start, refine.
-
-    Returns
-    -------
-    Tensor
-
-    References
-    ----------
-    Song et al. 2021, sec. 4.3.
-    """
+    Source: Song et al. 2021, sec. 4.3."""
     z = model.encode_standard(images, cond)
     with mixed_precision(model.device, model.precision):
         return invert(
@@ -971,37 +568,7 @@ def counterfactual(
 ) -> Tensor:
     """Walk to the noise of each picture, then back under changed conditions.
 
-    Parameters
-    ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
-    images : Tensor
-        Pictures to edit (n, 1, size, size) in [-1, 1].
-    to : dict
-        What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is the
-        round trip.
-    given : dict | None, default None
-        What is known of the pictures, in the same form; stays as it is where `to` says nothing.
-    strength : float, default 1.0
-        Share of the walk to undo: below 1 the coarse shape is kept.
-    steps : int, default 50
-        Steps of the whole walk, each way.
-    guidance_scale : float | dict[str, float], default 1.0
-        As in `sample`, on the way back.
-    refine : int, default 1
-        Corrections of each step on the way to the noise, see `invert`.
-    batch_size : int, default 32
-        Pictures at a time.
-
-    Returns
-    -------
-    Tensor
-
-    Raises
-    ------
-    ValueError
-    TypeError
-    """
+    Raises ValueError or TypeError."""
     n, given = check_images('counterfactual', images, model.size), given or {}
     options = dict(
         steps=steps,
@@ -1028,26 +595,7 @@ def slerp(
     b: Tensor,  # Another
     u: Tensor,  # Shares of the way from a to b (n,)
 ) -> Tensor:  # Points on the great circle between them (n, c, h, w)
-    """Spherical interpolation.
-
-    Parameters
-    ----------
-    a : Tensor
-        One point (c, h, w).
-    b : Tensor
-        Another.
-    u : Tensor
-        Shares of the way from a to b (n,).
-
-    Returns
-    -------
-    Tensor
-        Points on the great circle between them (n, c, h, w).
-
-    References
-    ----------
-    Shoemake 1985.
-    """
+    "Spherical interpolation. Source: Shoemake 1985."
     # rounding can pass 1
     angle = torch.arccos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))
     u = u.to(a).view(-1, *[1] * a.ndim)
@@ -1062,23 +610,7 @@ def mix_conditions(
 ) -> dict[str, Tensor]:  # Encoded conditions along the way, each (n,)
     """Numbers run evenly from one end to the other.
 
-    Parameters
-    ----------
-    cond : dict[str, Tensor]
-        Encoded conditions of the two ends, each (2,).
-    u : Tensor
-        Shares of the way (n,).
-
-    Returns
-    -------
-    dict[str, Tensor]
-        Encoded conditions along the way, each (n,).
-
-    Raises
-    ------
-    ValueError
-        For a category, or a gap, at one end only.
-    """
+    Raises ValueError for a category, or a gap, at one end only."""
     for k, v in cond.items():
         if torch.equal(v[0].isnan(), v[1].isnan()) and (v.is_floating_point() or v[0] == v[1]):
             continue
@@ -1105,34 +637,7 @@ def interpolate(
 ) -> Tensor:
     """Brains between two brains: a great circle between their noises.
 
-    Parameters
-    ----------
-    model
-        A `Sampler`: a run with a trained denoiser.
-    a : Tensor
-        One picture (1, 1, size, size) in [-1, 1].
-    b : Tensor
-        Another.
-    n : int, default 8
-        Pictures, both ends included; 2 or more.
-    given : dict | None, default None
-        What is known of them: a value, or two, by covariate name.
-    steps : int, default 50
-        Steps of the walk, each way.
-    refine : int, default 1
-        Corrections of each step on the way to the noise, see `invert`.
-    batch_size : int, default 32
-        Pictures at a time.
-
-    Returns
-    -------
-    Tensor
-
-    Raises
-    ------
-    ValueError
-    TypeError
-    """
+    Raises ValueError or TypeError."""
     check_sample_counts(n, 0, batch_size)
     if [check_images('interpolate', o, model.size) for o in (a, b)] != [1, 1] or n < 2:
         raise ValueError(

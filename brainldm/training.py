@@ -78,17 +78,7 @@ def mean_slices(
     # Mean pictures (m, h, w) float32 in [-1, 1], and the slice number of each
 ) -> tuple[Tensor, list[int]]:
     """The average picture of each slice position: what a model that ignores its input can best
-    predict.
-
-    Parameters
-    ----------
-    dataset : SliceDataset
-        Train split.
-
-    Returns
-    -------
-    tuple[Tensor, list[int]]
-    """
+    predict."""
     numbers = dataset.manifest.slice.to_numpy()
     kinds = sorted({int(o) for o in numbers})
     means = [
@@ -101,20 +91,7 @@ def evenly_spaced_rows(
     dataset: SliceDataset,  # Rows to choose from
     n: int,  # How many to take at most
 ) -> dict[str, Tensor]:  # One batch
-    """The same few rows each time, spread evenly over a data set.
-
-    Parameters
-    ----------
-    dataset : SliceDataset
-        Rows to choose from.
-    n : int
-        How many to take at most.
-
-    Returns
-    -------
-    dict[str, Tensor]
-        One batch.
-    """
+    "The same few rows each time, spread evenly over a data set."
     return dataset.__getitems__(
         np.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().astype(int)
     )
@@ -124,25 +101,7 @@ def pick_covariates(
     covariates: list[Covariate],  # What the data has
     names: tuple[str, ...] | None,  # What the model shall know; None is all
 ) -> tuple[Covariate, ...]:  # Those, in the order of the data
-    """Choose covariates by name.
-
-    Parameters
-    ----------
-    covariates : list[Covariate]
-        What the data has.
-    names : tuple[str, ...] | None
-        What the model shall know; None is all.
-
-    Returns
-    -------
-    tuple[Covariate, ...]
-        Those, in the order of the data.
-
-    Raises
-    ------
-    ValueError
-        For a name that the data lacks.
-    """
+    "Choose covariates by name. Raises ValueError for a name that the data lacks."
     have = {c.name: c for c in covariates}
     for name in names or ():
         if name not in have:
@@ -156,38 +115,14 @@ def pick_covariates(
 def covariates_to_dict(
     covariates: tuple[Covariate, ...],  # Covariates of a model
 ) -> list[dict]:  # The same as JSON
-    """Covariates for a file's description; `covariates_from_dict` reads them back.
-
-    Parameters
-    ----------
-    covariates : tuple[Covariate, ...]
-        Covariates of a model.
-
-    Returns
-    -------
-    list[dict]
-        The same as JSON.
-    """
+    "Covariates for a file's description; `covariates_from_dict` reads them back."
     return [asdict(c) for c in covariates]
 
 # %% ../nbs/06_training.ipynb #b86ecc67
 def covariates_from_dict(
     described: list[dict],  # As from `covariates_to_dict`, perhaps read from a file
 ) -> tuple[Covariate, ...]:  # The covariates
-    """Covariates from a file's description.
-
-    Raises one of `LOAD_ERRORS` where it describes none.
-
-    Parameters
-    ----------
-    described : list[dict]
-        As from `covariates_to_dict`, perhaps read from a file.
-
-    Returns
-    -------
-    tuple[Covariate, ...]
-        The covariates.
-    """
+    "Covariates from a file's description. Raises one of `LOAD_ERRORS` where it describes none."
     return tuple(Covariate(**o) for o in described)
 
 # %% ../nbs/06_training.ipynb #b1ca3c47
@@ -209,18 +144,7 @@ def size_multiple(
     config: AEConfig,  # The autoencoder, and the levels of the UNet to come
 ) -> int:  # Pixels
     """What the side of the images must be a multiple of, so that every stage can be trained:
-    autoencoder, UNet, evaluator.
-
-    Parameters
-    ----------
-    config : AEConfig
-        The autoencoder, and the levels of the UNet to come.
-
-    Returns
-    -------
-    int
-        Pixels.
-    """
+    autoencoder, UNet, evaluator."""
     return math.lcm(
         config.patch * 2 ** (len(config.channels) - 1 + config.unet_levels - 1), EVALUATOR_PATCH
     )
@@ -231,21 +155,7 @@ def check_size(
     size: int,  # Side of the pictures that the configuration names
     factor: int,  # The side must be a multiple of this
 ) -> None:  # Nothing: it raises or returns
-    """Refuse pictures that the network cannot take, before a run folder is made.
-
-    Parameters
-    ----------
-    dataset : SliceDataset
-        What is to be trained on.
-    size : int
-        Side of the pictures that the configuration names.
-    factor : int
-        The side must be a multiple of this.
-
-    Raises
-    ------
-    ValueError
-    """
+    "Refuse pictures that the network cannot take, before a run folder is made. Raises ValueError."
     shape = tuple(dataset.images.shape[1:])
     if shape != (size, size):
         raise ValueError(
@@ -269,27 +179,7 @@ def reconstruction_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Mean absolute error plus the price of the latent.
 
-    Parameters
-    ----------
-    model : nn.Module
-        An autoencoder of config.kind.
-    batch : dict[str, Tensor]
-        'image' and encoded covariates.
-    generator : torch.Generator
-        Source of the latent's noise, on the batch's device.
-    seen : int
-        Pictures seen so far, for a cyclical KL weight.
-    config : AEConfig
-        Weights of the terms.
-
-    Returns
-    -------
-    tuple[Tensor, Tensor, dict[str, Tensor]]
-
-    References
-    ----------
-    Rombach et al. 2022, app. G; van den Oord 2017, eq. 3.
-    """
+    Source: Rombach et al. 2022, app. G; van den Oord 2017, eq. 3."""
     x, chance = batch['image'], dict(generator=generator, device=batch['image'].device)
     if config.kind != 'kl':
         recon, _, price = model(x, batch, torch.rand(config.num_embeddings, **chance))
@@ -315,30 +205,7 @@ def discriminator_step(
     seen: int,  # Pictures seen so far; nothing here depends on it
     config: AEConfig,  # How the critic is taught
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and what to log
-    """Teach the critic to tell scans from decoded pictures.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A PatchDiscriminator.
-    batch : dict[str, Tensor]
-        'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,).
-    generator : torch.Generator
-        Not looked at: nothing here is drawn.
-    seen : int
-        Pictures seen so far; nothing here depends on it.
-    config : AEConfig
-        How the critic is taught.
-
-    Returns
-    -------
-    tuple[Tensor, dict[str, Tensor]]
-        The loss, and what to log.
-
-    References
-    ----------
-    As of `discriminator_loss`.
-    """
+    "Teach the critic to tell scans from decoded pictures. Source: as of `discriminator_loss`."
     real, fake = batch['real'], batch['fake']
     times = 1 + len(fake) // len(real)
     cond = {k: v.repeat(times) for k, v in batch.items() if k not in ('real', 'fake')}
@@ -356,22 +223,7 @@ def make_discriminator(
     covariates: tuple[Covariate, ...],  # What the autoencoder is told, and so the critic
     run: Path | None = None,  # Run folder
 ) -> Learner | None:  # A training of its own; None without an adversary
-    """The second network of an adversarial training.
-
-    Parameters
-    ----------
-    config : AEConfig
-        Sizes and rates.
-    covariates : tuple[Covariate, ...]
-        What the autoencoder is told, and so the critic.
-    run : Path | None, default None
-        Run folder.
-
-    Returns
-    -------
-    Learner | None
-        A training of its own; None without an adversary.
-    """
+    "The second network of an adversarial training."
     if not config.adversarial:
         return None
     # the weight asks a graph for gradients twice
@@ -391,23 +243,7 @@ def generator_step(
     config: AEConfig,  # Weights
     # Loss of being recognised, and loss of looking different to the critic, scalars
 ) -> tuple[Tensor, Tensor]:
-    """What the autoencoder pays to its critic.
-
-    Parameters
-    ----------
-    discriminator : Learner
-        Its network is used, and not changed.
-    batch : dict[str, Tensor]
-        'image' and encoded covariates.
-    fakes : list[Tensor]
-        Reconstructions (b, 1, h, w), and perhaps decoded random latents.
-    config : AEConfig
-        Weights.
-
-    Returns
-    -------
-    tuple[Tensor, Tensor]
-    """
+    "What the autoencoder pays to its critic."
     # no gradient reaches the critic itself
     frozen = {k: v.detach() for k, v in discriminator.raw.named_parameters()}
     judge = lambda x: torch.func.functional_call(discriminator.raw, frozen, (x, batch))
@@ -434,30 +270,7 @@ def autoencoder_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """The loss of stage 1: reconstruction, and the critic's verdict once it counts.
 
-    Parameters
-    ----------
-    model : nn.Module
-        An autoencoder of config.kind.
-    batch : dict[str, Tensor]
-        'image' and encoded covariates.
-    generator : torch.Generator
-        Source of noise, on the batch's device.
-    seen : int
-        Pictures seen before this update of the weights.
-    config : AEConfig
-        Weights of the terms.
-    discriminator : Learner | None, default None
-        The adversary, which learns here before it is asked.
-
-    Returns
-    -------
-    tuple[Tensor, dict[str, Tensor]]
-        The loss, and its parts for the log.
-
-    References
-    ----------
-    Esser et al. 2021, eq. 5-7.
-    """
+    Source: Esser et al. 2021, eq. 5-7."""
     recon, loss, logs = reconstruction_loss(model, batch, generator, seen, config)
     if discriminator is None or seen < config.adversarial_start - config.discriminator_warmup:
         return loss, logs
@@ -493,25 +306,7 @@ def validate_autoencoder(
     # val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
     # some
 ) -> dict[str, float]:
-    """Look at held-out slices: numbers for the log, originals above reconstructions for the eye.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The autoencoder.
-    batch : dict[str, Tensor]
-        Held-out pictures, the same each time.
-    path : Path
-        Where the picture goes.
-    precision : str, default 'no'
-        Mixed precision to compute in.
-    chunk : int, default 32
-        Pictures at a time: what fits into memory beside a training.
-
-    Returns
-    -------
-    dict[str, float]
-    """
+    "Look at held-out slices: numbers for the log, originals above reconstructions for the eye."
     x = batch['image']
     look, coded = infer(model, precision), hasattr(model, 'quantizer')
     recon, *codes = in_chunks(lambda x, cond: look(x, cond)[: 1 + coded], chunk)(x, batch)
@@ -530,20 +325,7 @@ def autoencoder_args(
     config: AEConfig,  # The configuration
     covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are told
 ) -> dict:  # Arguments of `build_autoencoder`, beside the kind
-    """The part of a configuration that decides the architecture.
-
-    Parameters
-    ----------
-    config : AEConfig
-        The configuration.
-    covariates : tuple[Covariate, ...], default ()
-        What encoder and decoder are told.
-
-    Returns
-    -------
-    dict
-        Arguments of `build_autoencoder`, beside the kind.
-    """
+    "The part of a configuration that decides the architecture."
     names = 'channels num_res_blocks attention_levels patch'.split()
     args = dict({o: getattr(config, o) for o in names}, covariates=covariates)
     if config.kind == 'kl':
@@ -566,25 +348,7 @@ def build_autoencoder(
     kind: str,  # 'kl', 'vq' or 'fsq'
     args: dict,  # As from `autoencoder_args`
 ) -> Autoencoder:  # With fresh weights
-    """Make an autoencoder of one of the three kinds.
-
-    Parameters
-    ----------
-    kind : str
-        'kl', 'vq' or 'fsq'.
-    args : dict
-        As from `autoencoder_args`.
-
-    Returns
-    -------
-    Autoencoder
-        With fresh weights.
-
-    Raises
-    ------
-    ValueError
-        For another kind.
-    """
+    "Make an autoencoder of one of the three kinds. Raises ValueError for another kind."
     if kind == 'kl':
         return AutoencoderKL(**args)
     quantizers = dict(vq=VectorQuantizer, fsq=FSQ)
@@ -601,23 +365,7 @@ def build_autoencoder(
 def load_autoencoder(
     run: Path,  # Run folder
 ) -> tuple[Autoencoder, dict]:  # The network in evaluation mode on the CPU, and its description
-    """Build the autoencoder of a run from its file alone.
-
-    Parameters
-    ----------
-    run : Path
-        Run folder.
-
-    Returns
-    -------
-    tuple[Autoencoder, dict]
-        The network in evaluation mode on the CPU, and its description.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-    """
+    "Build the autoencoder of a run from its file alone. Raises FileNotFoundError or ValueError."
     tensors, info = load_weights(Path(run) / 'autoencoder.safetensors')
     try:
         args = dict(info['args'], covariates=covariates_from_dict(info['args']['covariates']))
@@ -640,21 +388,7 @@ def refuse_architecture(
     then: dict,  # Those of the network whose weights it is to start from
     source: str,  # Where those are, for the message
 ) -> None:  # Nothing: it raises or returns
-    """Name the settings in which two networks differ.
-
-    Parameters
-    ----------
-    now : dict
-        Arguments of the network that is to be trained.
-    then : dict
-        Those of the network whose weights it is to start from.
-    source : str
-        Where those are, for the message.
-
-    Raises
-    ------
-    ValueError
-    """
+    "Name the settings in which two networks differ. Raises ValueError."
 
     def flat(args):
         args = json.loads(json.dumps({k: v for k, v in args.items() if k != 'covariates'}))
@@ -679,19 +413,7 @@ def match_covariates(
     then: tuple[Covariate, ...],  # What the source has learned
     # Those of the source that can be taken, by name, and notes about all others
 ) -> tuple[dict[str, Covariate], list[str]]:
-    """Which covariates keep what was learned of them: those of the same name and kind.
-
-    Parameters
-    ----------
-    now : tuple[Covariate, ...]
-        What the network is to learn.
-    then : tuple[Covariate, ...]
-        What the source has learned.
-
-    Returns
-    -------
-    tuple[dict[str, Covariate], list[str]]
-    """
+    "Which covariates keep what was learned of them: those of the same name and kind."
     old, new, notes = {c.name: c for c in then}, {c.name: c for c in now}, []
     for c in now:
         o = old.get(c.name)
@@ -719,25 +441,7 @@ def adopt_weights(
 ) -> list[str]:  # What happened to the covariates, a phrase each
     """Copy weights, those of covariates by name.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Fresh; filled in place.
-    source : nn.Module
-        A trained network of the same architecture, perhaps with other covariates.
-    what : str
-        Where that one is, for the message.
-
-    Returns
-    -------
-    list[str]
-        What happened to the covariates, a phrase each.
-
-    Raises
-    ------
-    ValueError
-        If one has covariates and the other has none.
-    """
+    Raises ValueError if one has covariates and the other has none."""
     now, then = tuple(model.covariates), tuple(source.covariates)
     if bool(now) != bool(then):
         raise ValueError(
@@ -773,22 +477,7 @@ def is_begun(
     stage: str,  # One of its stages
     resume: bool,  # Whether the stage goes on where it stopped
 ) -> bool:  # True if weights will come from a state of its own
-    """Whether a stage has a state from which it will go on.
-
-    Parameters
-    ----------
-    run : Path
-        Run folder.
-    stage : str
-        One of its stages.
-    resume : bool
-        Whether the stage goes on where it stopped.
-
-    Returns
-    -------
-    bool
-        True if weights will come from a state of its own.
-    """
+    "Whether a stage has a state from which it will go on."
     return resume and bool(Checkpoint(run / 'state' / stage).files())
 
 # %% ../nbs/06_training.ipynb #a0060e07
@@ -797,22 +486,7 @@ def origin_of(
     source: nn.Module,  # The network there
     notes: list[str],  # What happened to its covariates
 ) -> dict:  # What config.json says of it
-    """Write down where weights came from: run, hash and what was not taken; and say it.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        Says from which run the weights came.
-    source : nn.Module
-        The network there.
-    notes : list[str]
-        What happened to its covariates.
-
-    Returns
-    -------
-    dict
-        What config.json says of it.
-    """
+    "Write down where weights came from: run, hash and what was not taken; and say it."
     if notes:
         warnings.warn(f"init_from: started from {config.init_from}. {'; '.join(notes)}.")
     return dict(run=config.init_from, weights=weights_hash(source), notes=notes)
@@ -825,26 +499,7 @@ def adopt_autoencoder(
 ) -> dict:  # Where the weights came from, for config.json
     """Fill an autoencoder with the weights of another run.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Fresh; filled in place.
-    config : AEConfig
-        Says from which run.
-    args : dict
-        Arguments of `model`, as from `autoencoder_args`.
-
-    Returns
-    -------
-    dict
-        Where the weights came from, for config.json.
-
-    Raises
-    ------
-    ValueError
-    FileNotFoundError
-        If there is none.
-    """
+    Raises ValueError, or FileNotFoundError if there is none."""
     source, about = load_autoencoder(locate_run(config.init_from))
     refuse_architecture(
         dict(args, kind=config.kind), dict(about['args'], kind=about['kind']), config.init_from
@@ -858,20 +513,8 @@ def compare_opening(
     # The settings in which it was not, in words; '' also for data made by hand, which says
     # nothing
 ) -> str:
-    """Compare how pictures were cut and which columns are told; everything else shows in what a stage
-    was given (notebook 05c).
-
-    Parameters
-    ----------
-    dataset : SliceDataset
-        Data, perhaps from `open_dataset`.
-    config : DataConfig
-        How it should have been opened.
-
-    Returns
-    -------
-    str
-    """
+    """Compare how pictures were cut and which columns are told; everything else shows in what a
+    stage was given (notebook 05c)."""
     have = dataset.config
     odd = [
         k
@@ -887,23 +530,7 @@ def resolve_crop(
 ) -> AEConfig:  # The same with a number of pixels, or None, in its place
     """Write down how pictures are cut, so that data opened later is cut the same way.
 
-    Parameters
-    ----------
-    config : AEConfig
-        Configuration, perhaps with data.crop='auto'.
-    dataset : SliceDataset
-        Data as `open_dataset` gave it.
-
-    Returns
-    -------
-    AEConfig
-        The same with a number of pixels, or None, in its place.
-
-    Raises
-    ------
-    ValueError
-        If that is not known.
-    """
+    Raises ValueError if that is not known."""
     if config.data.crop == 'auto':
         if dataset.config is None:
             raise ValueError(
@@ -927,19 +554,7 @@ def init_codebook_from_data(
     seed: int,  # Of the clustering
     chunk: int = 32,  # Pictures at a time
 ) -> None:
-    """Put a codebook where the fresh encoder's vectors are, before the first step.
-
-    Parameters
-    ----------
-    model : VQVAE
-        Fresh; its codebook is replaced.
-    dataset : SliceDataset
-        Train split.
-    seed : int
-        Of the clustering.
-    chunk : int, default 32
-        Pictures at a time.
-    """
+    "Put a codebook where the fresh encoder's vectors are, before the first step."
     batch = evenly_spaced_rows(dataset, 128)
     z, _ = in_chunks(infer(model, method='encode'), chunk)(batch['image'], batch)
     start_codebook(model.quantizer, rearrange(z, 'b d h w -> (b h w) d'), seed)
@@ -955,26 +570,7 @@ def train_autoencoder(
 ) -> Autoencoder:  # The trained autoencoder
     """Train stage 1 on the train subjects and look at validate subjects on the way.
 
-    Writes RUN/autoencoder.safetensors.
-
-    Parameters
-    ----------
-    dataset : SliceDataset
-        Checked data with its splits.
-    run : Path
-        Run folder, made if it is not there.
-    config : AEConfig
-        Everything else.
-    resume : bool, default False
-        Go on where a former call stopped.
-    progress : bool, default True
-        Show a bar.
-
-    Returns
-    -------
-    Autoencoder
-        The trained autoencoder.
-    """
+    Writes RUN/autoencoder.safetensors."""
     run, train, held_out = Path(run), dataset.subset('train'), dataset.subset('validate')
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = autoencoder_args(config, covariates)
@@ -1037,24 +633,7 @@ def plot_history(
     stage: str,  # 'autoencoder', 'ldm' or 'prior'
     # Training; what was measured on validate subjects; the critic's accuracy, if there is one
 ) -> plt.Figure:
-    """Draw the course of one training.
-
-    Parameters
-    ----------
-    records : list[dict]
-        Lines of log.jsonl.
-    stage : str
-        'autoencoder', 'ldm' or 'prior'.
-
-    Returns
-    -------
-    plt.Figure
-
-    Raises
-    ------
-    ValueError
-        If the log has no line of this stage.
-    """
+    "Draw the course of one training. Raises ValueError if the log has no line of this stage."
     rows = [o for o in records if o['stage'] == stage]
     if not rows:
         raise ValueError(

@@ -158,7 +158,7 @@ def test_a_gradient_that_is_not_finite_is_seen_before_the_loss_is():
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb', 'nonsense'])
 def test_a_tracker_that_is_not_installed(name, monkeypatch):
-    monkeypatch.setattr(loop, 'get_available_trackers', lambda: [])
+    monkeypatch.setattr('accelerate.tracking.get_available_trackers', lambda: [])
     with pytest.raises(ValueError, match=f"log_with='{name}' is not installed"):
         check_config(TrainConfig(log_with=name))
 

@@ -33,27 +33,7 @@ def check_images(
     images: Tensor,  # What arrived
     size: int,  # Side that the model knows, pixels
 ) -> int:  # Number of pictures
-    """Refuse what is no batch of pictures.
-
-    Parameters
-    ----------
-    name : str
-        Function that asks, for the message.
-    images : Tensor
-        What arrived.
-    size : int
-        Side that the model knows, pixels.
-
-    Returns
-    -------
-    int
-        Number of pictures.
-
-    Raises
-    ------
-    TypeError
-    ValueError
-    """
+    "Refuse what is no batch of pictures. Raises TypeError or ValueError."
     if not isinstance(images, Tensor) or not images.is_floating_point():
         raise TypeError(
             f"{name}: {getattr(images, 'dtype', type(images).__name__)}. Expected a float tensor of"
@@ -81,25 +61,7 @@ def check_conditions(
 ) -> dict[str, Tensor]:  # Encoded conditions, each (n,)
     """Turn a request into tensors.
 
-    Parameters
-    ----------
-    conditions : dict
-        What was asked: a value or a list of values by covariate name; None is unknown.
-    covariates : tuple[Covariate, ...]
-        What the model knows.
-    n : int
-        Pictures.
-
-    Returns
-    -------
-    dict[str, Tensor]
-        Encoded conditions, each (n,).
-
-    Raises
-    ------
-    ValueError
-        For a name, value or number of values that the model cannot take.
-    """
+    Raises ValueError for a name, value or number of values that the model cannot take."""
     requested = read_conditions(conditions, covariates)
     for k, v in requested.items():
         if np.ndim(v) and len(v) != n:
@@ -118,24 +80,7 @@ def check_integer(
     low: int,  # Least that it may be
     good: int,  # What to try
 ) -> None:  # Nothing: it raises or returns
-    """Refuse what is no whole number, or too small a one.
-
-    Parameters
-    ----------
-    name : str
-        Name of the argument.
-    value
-        What arrived.
-    low : int
-        Least that it may be.
-    good : int
-        What to try.
-
-    Raises
-    ------
-    TypeError
-    ValueError
-    """
+    "Refuse what is no whole number, or too small a one. Raises TypeError or ValueError."
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"sample: {name}={value!r}. Expected a whole number. Try {name}={good}.")
     if value < low:
@@ -150,23 +95,7 @@ def check_sample_counts(
 ) -> None:  # Nothing: it raises or returns
     """Refuse numbers with which nothing can be drawn.
 
-    Parameters
-    ----------
-    n : int
-        Pictures.
-    seed : int
-        Seed.
-    batch_size : int
-        Pictures at a time.
-    first : int, default 0
-        Number of the first picture.
-
-    Raises
-    ------
-    ValueError
-    TypeError
-        For a number that is not whole.
-    """
+    Raises ValueError, or TypeError for a number that is not whole."""
     check_integer('n', n, 1, 8)
     check_integer('seed', seed, 0, 0)
     check_integer('batch_size', batch_size, 1, 32)
@@ -182,25 +111,7 @@ def required_conditions(
 ) -> dict[str, Tensor]:  # Those it knows, there
     """What a conditional autoencoder must hear.
 
-    Parameters
-    ----------
-    autoencoder : nn.Module
-        An autoencoder, with or without covariates.
-    cond : dict[str, Tensor] | None
-        Encoded covariates that are at hand, each (b,); a batch will do.
-    device : torch.device | str
-        Where the autoencoder computes.
-
-    Returns
-    -------
-    dict[str, Tensor]
-        Those it knows, there.
-
-    Raises
-    ------
-    ValueError
-        If one is absent: it never learned to do without.
-    """
+    Raises ValueError if one is absent: it never learned to do without."""
     lacking = [c.name for c in autoencoder.covariates if c.name not in (cond or {})]
     if lacking:
         raise ValueError(
@@ -214,18 +125,7 @@ def default_conditions(
     model,  # A `Codec`
 ) -> dict:  # Values by name
     """Something to tell an autoencoder about all that it cannot go without, besides the slice: the
-    first value, or the middle.
-
-    Parameters
-    ----------
-    model
-        A `Codec`.
-
-    Returns
-    -------
-    dict
-        Values by name.
-    """
+    first value, or the middle."""
     return {
         c.name: c.values[0] if c.kind == 'categorical' else sum(c.range) / 2
         for c in model.autoencoder.covariates
@@ -240,23 +140,7 @@ def in_batches(
     device: torch.device | str,  # Where the conditions shall be
     # First picture, one past the last, and the conditions of those between
 ) -> Iterator[tuple[int, int, dict]]:
-    """Cut a request into batches.
-
-    Parameters
-    ----------
-    cond : dict[str, Tensor]
-        Encoded conditions, each (n,).
-    n : int
-        Pictures.
-    batch_size : int
-        Pictures at a time.
-    device : torch.device | str
-        Where the conditions shall be.
-
-    Yields
-    ------
-    tuple[int, int, dict]
-    """
+    "Cut a request into batches."
     for i in range(0, n, batch_size):
         stop = min(i + batch_size, n)
         yield i, stop, to_device({k: v[i:stop] for k, v in cond.items()}, device)
@@ -270,27 +154,8 @@ def image_generators(
     stream: int = 1,
     device: torch.device | str = 'cpu',  # Where the generators shall draw
 ) -> list[torch.Generator]:  # One an image
-    """A random number generator for each of images start, start+1, …: it depends on seed and number of
-    the image alone.
-
-    Parameters
-    ----------
-    n : int
-        Images.
-    seed : int
-        Seed of the whole request, 0 or more.
-    start : int, default 0
-        Number of the first image.
-    stream : int, default 1
-        Which noise of the image: 1 fresh noise while sampling, 2 random latents of stage 1.
-    device : torch.device | str, default 'cpu'
-        Where the generators shall draw.
-
-    Returns
-    -------
-    list[torch.Generator]
-        One an image.
-    """
+    """A random number generator for each of images start, start+1, …: it depends on seed and
+    number of the image alone."""
     seeds = [
         np.random.SeedSequence((seed, start + i, stream)).generate_state(1)[0] for i in range(n)
     ]
@@ -299,24 +164,7 @@ def image_generators(
 # %% ../../nbs/engineering/34_codec.ipynb #eb134226
 class Codec(SharedModel):
     """A trained autoencoder, ready to use: pictures to latents and back, in any precision, on any
-    device.
-
-    Parameters
-    ----------
-    autoencoder : nn.Module
-        Trained autoencoder.
-    size : int
-        Side of its pictures, pixels.
-    precision : str, default 'no'
-        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
-    slice_covariate : Covariate | None, default None
-        The covariate 'slice' of the data, by which random codes are drawn.
-
-    Attributes
-    ----------
-    run : Path | None, default None
-        Folder that the model was loaded from.
-    """
+    device."""
 
     def __init__(
         self,
@@ -335,13 +183,7 @@ class Codec(SharedModel):
 
     @property
     def device(self) -> torch.device:  # Where the weights are
-        """The device that computes.
-
-        Returns
-        -------
-        torch.device
-            Where the weights are.
-        """
+        "The device that computes."
         return next(self.autoencoder.parameters()).device
 
     def _ask(
@@ -368,20 +210,7 @@ class Codec(SharedModel):
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Latent means (b, c, h/f, w/f), on the model's device
-        """Squeeze pictures into latents.
-
-        Parameters
-        ----------
-        images : Tensor
-            Pictures (b, 1, h, w) in [-1, 1].
-        cond : dict[str, Tensor] | None, default None
-            Encoded covariates, for a conditional autoencoder.
-
-        Returns
-        -------
-        Tensor
-            Latent means (b, c, h/f, w/f), on the model's device.
-        """
+        "Squeeze pictures into latents."
         return self._ask('encode', images, cond)[0].float()
 
     def decode(
@@ -390,20 +219,7 @@ class Codec(SharedModel):
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Pictures (b, 1, h, w), clipped to [-1, 1] as a screen would, on the CPU
-        """Turn latents into pictures.
-
-        Parameters
-        ----------
-        latents : Tensor
-            Latents (b, c, h/f, w/f).
-        cond : dict[str, Tensor] | None, default None
-            Encoded covariates, for a conditional autoencoder.
-
-        Returns
-        -------
-        Tensor
-            Pictures (b, 1, h, w), clipped to [-1, 1] as a screen would, on the CPU.
-        """
+        "Turn latents into pictures."
         return self._ask('decode', latents, cond).float().clamp(-1, 1).cpu()
 
     def reconstruct(
@@ -412,20 +228,7 @@ class Codec(SharedModel):
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # The same pictures after the squeeze (b, 1, h, w)
-        """Encode and decode: what the autoencoder keeps of a picture.
-
-        Parameters
-        ----------
-        images : Tensor
-            Pictures (b, 1, h, w) in [-1, 1].
-        cond : dict[str, Tensor] | None, default None
-            Encoded covariates, for a conditional autoencoder.
-
-        Returns
-        -------
-        Tensor
-            The same pictures after the squeeze (b, 1, h, w).
-        """
+        "Encode and decode: what the autoencoder keeps of a picture."
         return self.decode(self.encode(images, cond), cond)
 
 # %% ../../nbs/engineering/34_codec.ipynb #14bbe7f5
@@ -441,31 +244,7 @@ def sample_stage1(
 ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
     """Decode random latents: what stage 1 can draw by itself, a floor for every sampler.
 
-    Parameters
-    ----------
-    model
-        A `Codec`.
-    n : int, default 1
-        Pictures to draw.
-    seed : int, default 0
-        Same seed, same machine: same pictures.
-    batch_size : int, default 32
-        Pictures at a time.
-    first : int, default 0
-        Number of the first picture: a long drawing may be made in parts.
-    **conditions
-        slice for a VQ-VAE, and what a conditional autoencoder is told: a value, or n values, by
-        name.
-
-    Returns
-    -------
-    Tensor
-        New pictures (n, 1, size, size) in [-1, 1], on the CPU.
-
-    Raises
-    ------
-    ValueError
-    """
+    Raises ValueError."""
     own = model.autoencoder.covariates
     by_position = (
         hasattr(model.autoencoder, 'histogram')
@@ -506,23 +285,7 @@ EDITED = (
 def to_bytes(
     images: Tensor,  # Pictures (..., h, w) in [-1, 1]
 ) -> np.ndarray:  # The same in uint8
-    """Grey values as a PNG holds them.
-
-    Parameters
-    ----------
-    images : Tensor
-        Pictures (..., h, w) in [-1, 1].
-
-    Returns
-    -------
-    np.ndarray
-        The same in uint8.
-
-    Raises
-    ------
-    ValueError
-        For a number that is none.
-    """
+    "Grey values as a PNG holds them. Raises ValueError for a number that is none."
     if not images.isfinite().all():
         raise ValueError(
             f"to_bytes: {(~images.isfinite()).sum()} pixels are not finite. Expected numbers. Try"
@@ -536,26 +299,7 @@ def make_folder(
     # False: it must be new, and of several processes at once one succeeds
     exist_ok: bool = False,
 ) -> Path:  # The folder
-    """Make a folder.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder to make, with those above it.
-    exist_ok : bool, default False
-        False: it must be new, and of several processes at once one succeeds.
-
-    Returns
-    -------
-    Path
-        The folder.
-
-    Raises
-    ------
-    FileExistsError
-    OSError
-        With words that help.
-    """
+    "Make a folder. Raises FileExistsError, or OSError with words that help."
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
     except FileExistsError:
@@ -575,23 +319,7 @@ def new_folder(
 ) -> Path:  # The folder, which now exists
     """Make an output folder and take it.
 
-    Parameters
-    ----------
-    folder : str | Path
-        Folder that must not hold anything yet.
-    first : str
-        Name of the first file of the result, which is made at once: it marks the folder as taken.
-
-    Returns
-    -------
-    Path
-        The folder, which now exists.
-
-    Raises
-    ------
-    FileExistsError
-        If it holds something, or if another process was faster.
-    """
+    Raises FileExistsError if it holds something, or if another process was faster."""
     folder = make_folder(refuse_taken(folder), exist_ok=True)
     try:
         (folder / first).open('xb').close()  # the system lets one process make it
@@ -607,25 +335,7 @@ def manifest_of(
     conditions: dict,  # What was asked: a value or n values by covariate name
     n: int,  # Pictures
 ) -> pd.DataFrame:  # path, subject, slice and the other conditions, one row a picture
-    """The table of a folder of synthetic pictures.
-
-    Parameters
-    ----------
-    conditions : dict
-        What was asked: a value or n values by covariate name.
-    n : int
-        Pictures.
-
-    Returns
-    -------
-    pd.DataFrame
-        path, subject, slice and the other conditions, one row a picture.
-
-    Raises
-    ------
-    ValueError
-        For another number of values.
-    """
+    "The table of a folder of synthetic pictures. Raises ValueError for another number of values."
     requested = {
         k: v.tolist() if hasattr(v, 'tolist') else v for k, v in conditions.items() if v is not None
     }
@@ -663,28 +373,7 @@ def save_images(
 ) -> Path:
     """Save new pictures, each marked in its metadata as what it is.
 
-    Parameters
-    ----------
-    images : Tensor
-        New pictures (n, 1, h, w) in [-1, 1].
-    folder : str | Path
-        New folder.
-    conditions : dict
-        What was asked: a value or n values by covariate name.
-    about : dict
-        Seed, steps, guidance and the like, for the record.
-    owners : list[str] | None, default None
-        Whose scans they were made from, one a picture; None: they are nobody's.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    FileExistsError
-        Rather than overwrite.
-    """
+    Raises FileExistsError rather than overwrite."""
     table, gray, n = manifest_of(conditions, len(images)), to_bytes(images[:, 0]), len(images)
     mark, title = (SYNTHETIC, 'Synthetic pictures') if owners is None else (EDITED, 'Changed scans')
     if owners is not None:
@@ -717,25 +406,7 @@ def save_gif(
 ) -> Path:  # The file
     """The walk from noise to a brain as a film, marked as synthetic.
 
-    Parameters
-    ----------
-    frames : list[Tensor]
-        Pictures of each step, each (n, 1, h, w) in [-1, 1]; the first four are shown side by side.
-    path : str | Path
-        File to write, .gif.
-    seconds : float, default 4.0
-        Length; the last frame stays as long as eight others.
-
-    Returns
-    -------
-    Path
-        The file.
-
-    Raises
-    ------
-    FileExistsError
-        Rather than overwrite.
-    """
+    Raises FileExistsError rather than overwrite."""
     path = Path(path)
     if not frames or not seconds > 0:
         raise ValueError(
