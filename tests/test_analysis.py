@@ -12,22 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainldm.analysis import (
-    auc,
-    bottleneck_features,
+from brainldm.engineering.batches import Covariate
+from brainldm.scheduler import NoiseSchedule, add_noise
+from brainldm.unet import UNet
+from brainldm.sampling import sample_noise
+from brainldm.analysis import auc, bottleneck_features, embed, plot_embedding
+from brainldm.advanced.latents import (
     assign_folds,
     describe_probe,
-    embed,
     fold_predictions,
     neighborhood_preservation,
-    plot_embedding,
     probe,
     shuffle_target,
 )
-from brainldm.engineering.batches import Covariate
-from brainldm.sampling import sample_noise
-from brainldm.scheduler import NoiseSchedule, add_noise
-from brainldm.unet import UNet
 
 seeds = st.integers(0, 2**31)
 HEIGHT = Covariate('slice', 'continuous', range=(0, 5))
@@ -194,7 +191,7 @@ def test_probe_does_not_mind_order_names_or_units():
         [f'sub-{i:02d}' for i in who],
         shuffles=5,
     )
-    assert abs(a['score'] - b['score']) < 1e-6 and a['num_people'] == b['num_people'] == 30
+    assert abs(a['score'] - b['score']) < 1e-6 and a['num_subjects'] == b['num_subjects'] == 30
     assert describe_probe(a).startswith(f"AUC {a['score']:.2f} [") and describe_probe(a).endswith(
         '30 people'
     )
@@ -207,7 +204,10 @@ def test_a_number_about_people_is_scored_by_people():
     v[:, 2] += (age - 70) / 10
     o = probe(v, age, who)
     assert (
-        o['metric'] == 'R2' and o['num_people'] == 40 and o['score'] > 0.4 and o['baseline'] < 0.05
+        o['metric'] == 'R2'
+        and o['num_subjects'] == 40
+        and o['score'] > 0.4
+        and o['baseline'] < 0.05
     )
 
 

@@ -304,7 +304,7 @@ def test_two_samplings_at_once_get_a_folder_each(tmp_path):
     def ask(k):
         gate.wait()
         places.put(
-            [cli.output_folder(None, tmp_path / "samples" / "drawn").name for _ in range(20)]
+            [cli.output_folder(None, tmp_path / "samples" / "generated").name for _ in range(20)]
         )
 
     fork = multiprocessing.get_context("fork")

@@ -357,7 +357,7 @@ def break_file(path, options):
     if options == 'truncated':
         raw = path.read_bytes()
         path.write_bytes(raw[: len(raw) // 2])
-    if options == 'colour':
+    if options == 'color':
         save(path, np.stack([image(1), image(2), image(3)], -1))
     if options == '16-bit':
         Image.fromarray(image(1).astype(np.uint16) * 200).save(path, format='PNG')
@@ -376,7 +376,7 @@ def break_file(path, options):
         ('empty file', 'empty'),
         ('blank', 'empty'),
         ('truncated',) * 2,
-        ('colour',) * 2,
+        ('color',) * 2,
         ('16-bit',) * 2,
         ('size',) * 2,
         ('name',) * 2,
@@ -426,11 +426,11 @@ def test_colour_made_grey_on_request(tmp_path):
 
 def test_all_faults_at_once_and_nothing_left(tmp_path):
     root = make_oasis(tmp_path, dict(train=3), slices=1)
-    for i, options in enumerate(('unreadable', 'colour', 'blank')):
+    for i, options in enumerate(('unreadable', 'color', 'blank')):
         break_file(root / f'keras_png_slices_train/case_{i+1:03d}_slice_0.nii.png', options)
     report = look(root)
     assert (
-        faults(report) == ['colour', 'empty', 'unreadable']
+        faults(report) == ['color', 'empty', 'unreadable']
         and len(report.manifest) == 0
         and '3 faults found' in str(report)
     )

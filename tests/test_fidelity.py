@@ -142,10 +142,10 @@ def test_feature_net_is_kept(train, tmp_path):
     torch.testing.assert_close(
         image_features(feature_net(tmp_path, both), train), image_features(net, train)
     )
-    evaluator_subjects = pick_rows(train, evaluator_rows(train.manifest))
+    in_evaluator = pick_rows(train, evaluator_rows(train.manifest))
     # the same seed
     torch.testing.assert_close(
-        image_features(train_feature_net(evaluator_subjects, SHORT, (8, 8)), train),
+        image_features(train_feature_net(in_evaluator, SHORT, (8, 8)), train),
         image_features(net, train),
     )
     assert (net.fraction, feature_net(tmp_path, both).fraction) == (0.5, 0.5)
@@ -441,9 +441,9 @@ def test_rotations_take_subjects_the_network_has_not_seen(train, held_out):
         + [train.manifest.assign(subject=train.manifest.subject + f'_{i}') for i in range(2)],
         ignore_index=True,
     )
-    evaluator_subjects = evaluator_rows(table)
-    sets, seen = reference_rotations(held_out.manifest, table, evaluator_subjects)
-    assert seen == 0 and len(sets) == 5 and not evaluator_subjects[np.concatenate(sets)].any()
+    in_evaluator = evaluator_rows(table)
+    sets, seen = reference_rotations(held_out.manifest, table, in_evaluator)
+    assert seen == 0 and len(sets) == 5 and not in_evaluator[np.concatenate(sets)].any()
     for rows in sets:
         got = table.iloc[rows].reset_index(drop=True)
         assert (
@@ -458,13 +458,13 @@ def test_rotations_take_subjects_the_network_has_not_seen(train, held_out):
         held_out.manifest, train.manifest, np.arange(len(train)) < 8 * 14
     )
     assert known > 0 and len(few) == 5
-    by = table.assign(evaluator_subjects=evaluator_subjects).groupby('subject').taught
-    assert by.nunique().eq(1).all() and table[evaluator_subjects].groupby(
+    by = table.assign(in_evaluator=in_evaluator).groupby('subject').taught
+    assert by.nunique().eq(1).all() and table[in_evaluator].groupby(
         'diagnosis'
     ).subject.nunique().to_dict() == dict(AD=12, NC=12)
     np.testing.assert_array_equal(
         evaluator_rows(table.sample(frac=1, random_state=1)),
-        evaluator_subjects[table.sample(frac=1, random_state=1).index],
+        in_evaluator[table.sample(frac=1, random_state=1).index],
     )
 
 

@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 docstrings = importlib.import_module("docstrings")
 LAYERS = """
-    engineering.checks engineering.devices
+    engineering.checks engineering.extending
     engineering.configs
+    engineering.devices
     engineering.files engineering.plotting engineering.phantom engineering.tables
     data engineering.batches
     engineering.layers vae vqgan scheduler advanced.solvers unet
     engineering.loop engineering.runs engineering.sharing
     training engineering.stage2
-    engineering.codec sampling
-    advanced.volume analysis advanced.factors engineering.explore advanced.prior
+    engineering.codec sampling analysis
+    advanced.volume advanced.latents advanced.factors engineering.explore advanced.prior
     advanced.evaluation advanced.fidelity advanced.audit engineering.report
     engineering.cli
 """  # lowest first; a module imports from those before it

@@ -122,14 +122,15 @@ def test_same_cohort_twice(cohorts, tmp_path):
 
 @pytest.mark.parametrize('num_slices,size', [(1, 16), (2, 33), (32, 64), (7, 128)])
 def test_shapes_and_background(num_slices, size):
-    person = make_subject(PhantomConfig(num_slices=num_slices, size=size), 1)
-    assert person.vol.shape == (num_slices, size, size) and person.vol.dtype == np.uint8
+    subject = make_subject(PhantomConfig(num_slices=num_slices, size=size), 1)
+    assert subject.vol.shape == (num_slices, size, size) and subject.vol.dtype == np.uint8
     assert (
-        person.ventricle_fraction.shape == (num_slices,) and (0 <= person.ventricle_fraction).all()
+        subject.ventricle_fraction.shape == (num_slices,)
+        and (0 <= subject.ventricle_fraction).all()
     )
-    assert (person.ventricle_fraction < 0.3).all()
-    assert 0.2 < (person.vol > 0).mean() < 0.6
-    assert max(person.vol[:, [0, -1]].max(), person.vol[:, :, [0, -1]].max()) == 0
+    assert (subject.ventricle_fraction < 0.3).all()
+    assert 0.2 < (subject.vol > 0).mean() < 0.6
+    assert max(subject.vol[:, [0, -1]].max(), subject.vol[:, :, [0, -1]].max()) == 0
 
 
 def test_front_is_up():
@@ -147,8 +148,8 @@ def test_front_is_up():
 
 def test_nobody_is_folded():
     for i in range(25):
-        person = sample_subject(PhantomConfig(num_subjects=25, seed=3), i)
-        warp = sample_warp(np.random.default_rng(i), person.atrophy)
+        subject = sample_subject(PhantomConfig(num_subjects=25, seed=3), i)
+        warp = sample_warp(np.random.default_rng(i), subject.atrophy)
         assert jacobian_determinant(warp / phantom.GRID_MM).min() > 0
 
 
@@ -202,16 +203,16 @@ def test_tables_agree(cohorts):
         listed = set(slices.path) | {'phantom.json', 'slices.csv', 'subjects.csv'}
         assert listed == set(files(out))
         for i, (name, rows) in enumerate(slices.groupby('subject')):
-            person = make_subject(PhantomConfig(num_subjects=4, **SMALL), i)
-            assert name == person.subject and list(rows.slice) == [0, 1, 2, 3]
+            subject = make_subject(PhantomConfig(num_subjects=4, **SMALL), i)
+            assert name == subject.subject and list(rows.slice) == [0, 1, 2, 3]
             np.testing.assert_allclose(
-                rows.ventricle_fraction, person.ventricle_fraction, atol=1e-6
+                rows.ventricle_fraction, subject.ventricle_fraction, atol=1e-6
             )
             assert tuple(people.iloc[i]) == (
-                person.subject,
-                person.diagnosis,
-                person.age,
-                person.sex,
+                subject.subject,
+                subject.diagnosis,
+                subject.age,
+                subject.sex,
             )
 
 

@@ -38,8 +38,6 @@ from brainldm.advanced.prior import (
     next_logits,
     pick_codes,
     prior_loss,
-    sample_codes,
-    sample_uniform,
     train_prior,
 )
 from brainldm.advanced import prior as module
@@ -265,26 +263,26 @@ def test_cached_sampling_writes_the_same_codes(options, rows):
     prompt = random_codes().view(3, 4, 4)[:, :rows] if rows else None
     with torch.no_grad():
         fast, slow = (
-            sample_codes(net, u, cond, prompt=prompt, cached=o, **options) for o in (True, False)
+            net.generate(u, cond, prompt=prompt, cached=o, **options) for o in (True, False)
         )
     assert torch.equal(fast, slow) and fast.shape == (3, 4, 4)
     if rows:
         assert torch.equal(fast[:, :rows], prompt)
     assert not torch.equal(
-        fast, sample_codes(net, 1 - u - 1e-3, cond, prompt=prompt, **options).detach()
+        fast, net.generate(1 - u - 1e-3, cond, prompt=prompt, **options).detach()
     )
 
 
 def test_without_covariates_guidance_changes_nothing():
     net, u = awake(covariates=()), torch.rand(2, 16)
-    assert torch.equal(sample_codes(net, u), sample_codes(net, u, guidance_scale=3.0))
+    assert torch.equal(net.generate(u), net.generate(u, guidance_scale=3.0))
 
 
 def test_empty_prompt_is_no_prompt():
     net, u = awake(), torch.rand(2, 16)
     assert torch.equal(
-        sample_codes(net, u, told(2)),
-        sample_codes(net, u, told(2), prompt=torch.empty(2, 0, 4, dtype=torch.int64)),
+        net.generate(u, told(2)),
+        net.generate(u, told(2), prompt=torch.empty(2, 0, 4, dtype=torch.int64)),
     )
 
 
@@ -418,7 +416,7 @@ def test_a_code_that_is_not_allowed_is_never_written():
     with torch.no_grad():
         for seed in range(20):
             u = sample_uniform(2, 16, seed)
-            codes = sample_codes(net, u, told(2), top_k=2).flatten(1)
+            codes = net.generate(u, told(2), top_k=2).flatten(1)
             logits = net(codes[:, :-1], told(2))
             assert (logits > logits.gather(2, codes[..., None])).sum(2).max() < 2
 
@@ -426,8 +424,8 @@ def test_a_code_that_is_not_allowed_is_never_written():
 def test_greedy_is_the_most_probable_code():
     net, cond = awake(), told(3)
     with torch.no_grad():
-        codes = sample_codes(net, torch.rand(3, 16), cond, top_k=1)
-        assert torch.equal(codes, sample_codes(net, torch.zeros(3, 16), cond))
+        codes = net.generate(torch.rand(3, 16), cond, top_k=1)
+        assert torch.equal(codes, net.generate(torch.zeros(3, 16), cond))
         assert torch.equal(net(codes.flatten(1)[:, :-1], cond).argmax(2).view(3, 4, 4), codes)
 
 
@@ -783,7 +781,7 @@ ODD_NUMBERS = [
 @pytest.mark.parametrize('options,error,words', ODD_NUMBERS)
 def test_odd_numbers(options, error, words):
     with pytest.raises(error, match=words):
-        sample_codes(awake(), torch.rand(2, 16), **options)
+        awake().generate(torch.rand(2, 16), **options)
 
 
 ODD_REQUESTS = [
@@ -827,7 +825,7 @@ def test_odd_codes():
         with pytest.raises(error, match=words):
             net(codes)
     with pytest.raises(ValueError, match=r'Expected \(b, 16\)'):
-        sample_codes(net, torch.rand(2, 15))
+        net.generate(torch.rand(2, 15))
     codes = random_codes()[:, :5]
     with pytest.raises(ValueError, match='start=7 without a cache'):
         net(codes, start=7)
@@ -854,7 +852,7 @@ def test_a_begun_brain_is_completed(straight, dataset):
     codes = model.codes(images)
     torch.testing.assert_close(model.decode_codes(codes), model.reconstruct(images))
     u = sample_uniform(2, 16, 0)
-    made = sample_codes(model.prior, u, prompt=codes[:, :2])
+    made = model.prior.generate(u, prompt=codes[:, :2])
     assert torch.equal(made[:, :2], codes[:, :2]) and not torch.equal(made[:, 2:], codes[:, 2:])
     torch.testing.assert_close(
         model.sample(2, prompt=codes[:, :2], batch_size=1),

@@ -11,12 +11,12 @@ from brainldm.engineering.batches import Covariate, encode_covariates, open_data
 from brainldm.vae import AutoencoderKL
 from brainldm.unet import UNet
 from brainldm.engineering.runs import load_weights, save_weights
+from brainldm.engineering.stage2 import load_denoiser
+from brainldm.engineering.codec import mix_conditions
 from brainldm.sampling import (
     BrainLDM,
     Sampler,
     guide,
-    load_denoiser,
-    mix_conditions,
     sample_noise,
     skipped_steps,
     slerp,

@@ -28,7 +28,7 @@ from brainldm.advanced.volume import (
     find_neighbors,
     generation_order,
     neighbors_of,
-    resolve_spacing,
+    sample_shared_noise,
     save_volumes,
     stack_neighbors,
     to_nifti,
@@ -98,12 +98,12 @@ def test_a_brain_does_not_depend_on_its_batch(model, sampler):
         torch.cat([model.sample_volume(2, **options), model.sample_volume(1, first=2, **options)]),
         three,
     )
-    shared = model.sample_shared_noise(3, 0.5, **options)
+    shared = sample_shared_noise(model, 3, 0.5, **options)
     same(
         torch.cat(
             [
-                model.sample_shared_noise(2, 0.5, **options),
-                model.sample_shared_noise(1, 0.5, first=2, **options),
+                sample_shared_noise(model, 2, 0.5, **options),
+                sample_shared_noise(model, 1, 0.5, first=2, **options),
             ]
         ),
         shared,
@@ -143,7 +143,7 @@ def test_before_training_it_is_the_plain_model(tiny_run):
     )
     same(
         fresh.sample_volume(1, steps=3, diagnosis='AD', seed=2),
-        flat.sample_shared_noise(1, 0.0, steps=3, diagnosis='AD', seed=2),
+        sample_shared_noise(flat, 1, 0.0, steps=3, diagnosis='AD', seed=2),
     )
 
 
@@ -188,14 +188,14 @@ def test_bad_requests(model, requested, message):
     assert message in str(e.value) and 'Expected' in str(e.value)
     if not {'given', 'batch_size'} & set(requested):
         with pytest.raises((ValueError, TypeError)) as e:
-            model.sample_shared_noise(**{'n': 1, **requested})
+            sample_shared_noise(model, **{'n': 1, **requested})
         assert message in str(e.value)
 
 
 def test_needs_a_denoiser(model):
     bare = BrainVolumes(model.autoencoder, model.size)
     with pytest.raises(FileNotFoundError, match='train ldm'):
-        bare.sample_shared_noise(1, slices=range(3))
+        sample_shared_noise(bare, 1, slices=range(3))
 
 
 class Crash(Exception):

@@ -277,7 +277,8 @@ class Package:
     def of_function(self, node, comments):
         room = WIDTH - node.col_offset - 4
         rows, doc = list(arguments(node, comments)), ast.get_docstring(node)
-        said = comments.after.get(comments.signature_end(node), "")
+        end = comments.signature_end(node)
+        said = comments.of(end, end) if node.returns is not None else ""
         if doc is None and not (said and any(row[3] for row in rows)):
             return None  # nothing is said of it
         answer = kind(node.returns)

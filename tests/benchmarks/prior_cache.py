@@ -13,7 +13,7 @@ import torch
 
 from brainldm.engineering.configs import PRIOR_PRESETS
 from brainldm.engineering.batches import Covariate
-from brainldm.advanced.prior import CodeTransformer, sample_codes, sample_uniform
+from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, sample_uniform
 
 REPEATS = 5
 
@@ -27,11 +27,11 @@ def measure(batch_size):
     u, cond = sample_uniform(batch_size, 256, 0), dict(slice=torch.linspace(0, 1, batch_size))
     seconds = {True: [], False: []}
     with torch.no_grad():
-        sample_codes(net, u[:1], {'slice': cond['slice'][:1]})  # warm up
+        net.generate(u[:1], {'slice': cond['slice'][:1]})  # warm up
         for _ in range(REPEATS):
             for cached in (True, False):
                 start = time.perf_counter()
-                sample_codes(net, u, cond, cached=cached)
+                net.generate(u, cond, cached=cached)
                 seconds[cached].append(time.perf_counter() - start)
     return seconds
 

@@ -23,7 +23,7 @@ from brainldm.engineering.plotting import save_figure, show_planes
 from brainldm.engineering.batches import open_dataset
 from brainldm.vae import image_scores
 from brainldm.sampling import BrainLDM
-from brainldm.advanced.volume import BrainVolumes, neighbor_scores
+from brainldm.advanced.volume import BrainVolumes, neighbor_scores, sample_shared_noise
 from brainldm.advanced.evaluation import json_safe, subject_interval
 from brainldm.advanced.fidelity import feature_net, predict_covariates
 from brainldm.engineering.cli import data_config
@@ -93,7 +93,7 @@ def main(job: Volumes) -> pd.DataFrame:
     ways = {"neighbours": lambda: model.sample_volume(len(people), **options)}
     for rho in job.correlations:
         ways[f"noise correlated {rho:g}"] = partial(
-            alone.sample_shared_noise, len(people), noise_correlation=rho, **options
+            sample_shared_noise, alone, len(people), noise_correlation=rho, **options
         )
     rows = {"scans": score(real, net, slices)}
     for name, draw in ways.items():
