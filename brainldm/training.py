@@ -29,11 +29,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .engineering.extending import Autoencoder
 from .engineering.configs import AEConfig, DataConfig, TrainConfig
 from .engineering.files import write_atomic
 from .engineering.plotting import save_figure, show_grid
 from .engineering.batches import Covariate, SliceDataset
-from .vae import Autoencoder, AutoencoderKL, cyclical_weight, image_scores, kl_loss
+from .vae import AutoencoderKL, cyclical_weight, image_scores, kl_loss
 from brainldm.vqgan import (
     FP16_SCALE,
     FSQ,
@@ -78,7 +79,18 @@ def mean_slices(
     # Mean pictures (m, h, w) float32 in [-1, 1], and the slice number of each
 ) -> tuple[Tensor, list[int]]:
     """The average picture of each slice position: what a model that ignores its input can best
-    predict."""
+    predict.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Train split.
+
+    Returns
+    -------
+    tuple[Tensor, list[int]]
+        Mean pictures (m, h, w) float32 in [-1, 1], and the slice number of each.
+    """
     numbers = dataset.manifest.slice.to_numpy()
     kinds = sorted({int(o) for o in numbers})
     means = [
@@ -91,7 +103,20 @@ def evenly_spaced_rows(
     dataset: SliceDataset,  # Rows to choose from
     n: int,  # How many to take at most
 ) -> dict[str, Tensor]:  # One batch
-    "The same few rows each time, spread evenly over a data set."
+    """The same few rows each time, spread evenly over a data set.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Rows to choose from.
+    n : int
+        How many to take at most.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        One batch.
+    """
     return dataset.__getitems__(
         np.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().astype(int)
     )
@@ -101,7 +126,25 @@ def pick_covariates(
     covariates: list[Covariate],  # What the data has
     names: tuple[str, ...] | None,  # What the model shall know; None is all
 ) -> tuple[Covariate, ...]:  # Those, in the order of the data
-    "Choose covariates by name. Raises ValueError for a name that the data lacks."
+    """Choose covariates by name.
+
+    Parameters
+    ----------
+    covariates : list[Covariate]
+        What the data has.
+    names : tuple[str, ...] | None
+        What the model shall know; None is all.
+
+    Returns
+    -------
+    tuple[Covariate, ...]
+        Those, in the order of the data.
+
+    Raises
+    ------
+    ValueError
+        For a name that the data lacks.
+    """
     have = {c.name: c for c in covariates}
     for name in names or ():
         if name not in have:
@@ -115,14 +158,38 @@ def pick_covariates(
 def covariates_to_dict(
     covariates: tuple[Covariate, ...],  # Covariates of a model
 ) -> list[dict]:  # The same as JSON
-    "Covariates for a file's description; `covariates_from_dict` reads them back."
+    """Covariates for a file's description; `covariates_from_dict` reads them back.
+
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        Covariates of a model.
+
+    Returns
+    -------
+    list[dict]
+        The same as JSON.
+    """
     return [asdict(c) for c in covariates]
 
 # %% ../nbs/06_training.ipynb #b86ecc67
 def covariates_from_dict(
     described: list[dict],  # As from `covariates_to_dict`, perhaps read from a file
 ) -> tuple[Covariate, ...]:  # The covariates
-    "Covariates from a file's description. Raises one of `LOAD_ERRORS` where it describes none."
+    """Covariates from a file's description.
+
+    Raises one of `LOAD_ERRORS` where it describes none.
+
+    Parameters
+    ----------
+    described : list[dict]
+        As from `covariates_to_dict`, perhaps read from a file.
+
+    Returns
+    -------
+    tuple[Covariate, ...]
+        The covariates.
+    """
     return tuple(Covariate(**o) for o in described)
 
 # %% ../nbs/06_training.ipynb #b1ca3c47
@@ -144,7 +211,18 @@ def size_multiple(
     config: AEConfig,  # The autoencoder, and the levels of the UNet to come
 ) -> int:  # Pixels
     """What the side of the images must be a multiple of, so that every stage can be trained:
-    autoencoder, UNet, evaluator."""
+    autoencoder, UNet, evaluator.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The autoencoder, and the levels of the UNet to come.
+
+    Returns
+    -------
+    int
+        Pixels.
+    """
     return math.lcm(
         config.patch * 2 ** (len(config.channels) - 1 + config.unet_levels - 1), EVALUATOR_PATCH
     )
@@ -155,7 +233,21 @@ def check_size(
     size: int,  # Side of the pictures that the configuration names
     factor: int,  # The side must be a multiple of this
 ) -> None:  # Nothing: it raises or returns
-    "Refuse pictures that the network cannot take, before a run folder is made. Raises ValueError."
+    """Refuse pictures that the network cannot take, before a run folder is made.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        What is to be trained on.
+    size : int
+        Side of the pictures that the configuration names.
+    factor : int
+        The side must be a multiple of this.
+
+    Raises
+    ------
+    ValueError
+    """
     shape = tuple(dataset.images.shape[1:])
     if shape != (size, size):
         raise ValueError(
@@ -179,7 +271,28 @@ def reconstruction_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Mean absolute error plus the price of the latent.
 
-    Source: Rombach et al. 2022, app. G; van den Oord 2017, eq. 3."""
+    Parameters
+    ----------
+    model : nn.Module
+        An autoencoder of config.kind.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of the latent's noise, on the batch's device.
+    seen : int
+        Pictures seen so far, for a cyclical KL weight.
+    config : AEConfig
+        Weights of the terms.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, dict[str, Tensor]]
+        Reconstruction (b, 1, h, w), the loss, and its parts for the log.
+
+    References
+    ----------
+    Rombach et al. 2022, app. G; van den Oord 2017, eq. 3.
+    """
     x, chance = batch['image'], dict(generator=generator, device=batch['image'].device)
     if config.kind != 'kl':
         recon, _, price = model(x, batch, torch.rand(config.num_embeddings, **chance))
@@ -205,7 +318,30 @@ def discriminator_step(
     seen: int,  # Pictures seen so far; nothing here depends on it
     config: AEConfig,  # How the critic is taught
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and what to log
-    "Teach the critic to tell scans from decoded pictures. Source: as of `discriminator_loss`."
+    """Teach the critic to tell scans from decoded pictures.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A PatchDiscriminator.
+    batch : dict[str, Tensor]
+        'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,).
+    generator : torch.Generator
+        Not looked at: nothing here is drawn.
+    seen : int
+        Pictures seen so far; nothing here depends on it.
+    config : AEConfig
+        How the critic is taught.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and what to log.
+
+    References
+    ----------
+    As of `discriminator_loss`.
+    """
     real, fake = batch['real'], batch['fake']
     times = 1 + len(fake) // len(real)
     cond = {k: v.repeat(times) for k, v in batch.items() if k not in ('real', 'fake')}
@@ -223,7 +359,22 @@ def make_discriminator(
     covariates: tuple[Covariate, ...],  # What the autoencoder is told, and so the critic
     run: Path | None = None,  # Run folder
 ) -> Learner | None:  # A training of its own; None without an adversary
-    "The second network of an adversarial training."
+    """The second network of an adversarial training.
+
+    Parameters
+    ----------
+    config : AEConfig
+        Sizes and rates.
+    covariates : tuple[Covariate, ...]
+        What the autoencoder is told, and so the critic.
+    run : Path | None, default None
+        Run folder.
+
+    Returns
+    -------
+    Learner | None
+        A training of its own; None without an adversary.
+    """
     if not config.adversarial:
         return None
     # the weight asks a graph for gradients twice
@@ -243,7 +394,24 @@ def generator_step(
     config: AEConfig,  # Weights
     # Loss of being recognised, and loss of looking different to the critic, scalars
 ) -> tuple[Tensor, Tensor]:
-    "What the autoencoder pays to its critic."
+    """What the autoencoder pays to its critic.
+
+    Parameters
+    ----------
+    discriminator : Learner
+        Its network is used, and not changed.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    fakes : list[Tensor]
+        Reconstructions (b, 1, h, w), and perhaps decoded random latents.
+    config : AEConfig
+        Weights.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Loss of being recognised, and loss of looking different to the critic, scalars.
+    """
     # no gradient reaches the critic itself
     frozen = {k: v.detach() for k, v in discriminator.raw.named_parameters()}
     judge = lambda x: torch.func.functional_call(discriminator.raw, frozen, (x, batch))
@@ -270,7 +438,30 @@ def autoencoder_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """The loss of stage 1: reconstruction, and the critic's verdict once it counts.
 
-    Source: Esser et al. 2021, eq. 5-7."""
+    Parameters
+    ----------
+    model : nn.Module
+        An autoencoder of config.kind.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of noise, on the batch's device.
+    seen : int
+        Pictures seen before this update of the weights.
+    config : AEConfig
+        Weights of the terms.
+    discriminator : Learner | None, default None
+        The adversary, which learns here before it is asked.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Esser et al. 2021, eq. 5-7.
+    """
     recon, loss, logs = reconstruction_loss(model, batch, generator, seen, config)
     if discriminator is None or seen < config.adversarial_start - config.discriminator_warmup:
         return loss, logs
@@ -306,7 +497,27 @@ def validate_autoencoder(
     # val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
     # some
 ) -> dict[str, float]:
-    "Look at held-out slices: numbers for the log, originals above reconstructions for the eye."
+    """Look at held-out slices: numbers for the log, originals above reconstructions for the eye.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The autoencoder.
+    batch : dict[str, Tensor]
+        Held-out pictures, the same each time.
+    path : Path
+        Where the picture goes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    chunk : int, default 32
+        Pictures at a time: what fits into memory beside a training.
+
+    Returns
+    -------
+    dict[str, float]
+        val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
+        some.
+    """
     x = batch['image']
     look, coded = infer(model, precision), hasattr(model, 'quantizer')
     recon, *codes = in_chunks(lambda x, cond: look(x, cond)[: 1 + coded], chunk)(x, batch)
@@ -325,7 +536,20 @@ def autoencoder_args(
     config: AEConfig,  # The configuration
     covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are told
 ) -> dict:  # Arguments of `build_autoencoder`, beside the kind
-    "The part of a configuration that decides the architecture."
+    """The part of a configuration that decides the architecture.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are told.
+
+    Returns
+    -------
+    dict
+        Arguments of `build_autoencoder`, beside the kind.
+    """
     names = 'channels num_res_blocks attention_levels patch'.split()
     args = dict({o: getattr(config, o) for o in names}, covariates=covariates)
     if config.kind == 'kl':
@@ -348,7 +572,25 @@ def build_autoencoder(
     kind: str,  # 'kl', 'vq' or 'fsq'
     args: dict,  # As from `autoencoder_args`
 ) -> Autoencoder:  # With fresh weights
-    "Make an autoencoder of one of the three kinds. Raises ValueError for another kind."
+    """Make an autoencoder of one of the three kinds.
+
+    Parameters
+    ----------
+    kind : str
+        'kl', 'vq' or 'fsq'.
+    args : dict
+        As from `autoencoder_args`.
+
+    Returns
+    -------
+    Autoencoder
+        With fresh weights.
+
+    Raises
+    ------
+    ValueError
+        For another kind.
+    """
     if kind == 'kl':
         return AutoencoderKL(**args)
     quantizers = dict(vq=VectorQuantizer, fsq=FSQ)
@@ -365,7 +607,23 @@ def build_autoencoder(
 def load_autoencoder(
     run: Path,  # Run folder
 ) -> tuple[Autoencoder, dict]:  # The network in evaluation mode on the CPU, and its description
-    "Build the autoencoder of a run from its file alone. Raises FileNotFoundError or ValueError."
+    """Build the autoencoder of a run from its file alone.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[Autoencoder, dict]
+        The network in evaluation mode on the CPU, and its description.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     tensors, info = load_weights(Path(run) / 'autoencoder.safetensors')
     try:
         args = dict(info['args'], covariates=covariates_from_dict(info['args']['covariates']))
@@ -388,7 +646,21 @@ def refuse_architecture(
     then: dict,  # Those of the network whose weights it is to start from
     source: str,  # Where those are, for the message
 ) -> None:  # Nothing: it raises or returns
-    "Name the settings in which two networks differ. Raises ValueError."
+    """Name the settings in which two networks differ.
+
+    Parameters
+    ----------
+    now : dict
+        Arguments of the network that is to be trained.
+    then : dict
+        Those of the network whose weights it is to start from.
+    source : str
+        Where those are, for the message.
+
+    Raises
+    ------
+    ValueError
+    """
 
     def flat(args):
         args = json.loads(json.dumps({k: v for k, v in args.items() if k != 'covariates'}))
@@ -413,7 +685,20 @@ def match_covariates(
     then: tuple[Covariate, ...],  # What the source has learned
     # Those of the source that can be taken, by name, and notes about all others
 ) -> tuple[dict[str, Covariate], list[str]]:
-    "Which covariates keep what was learned of them: those of the same name and kind."
+    """Which covariates keep what was learned of them: those of the same name and kind.
+
+    Parameters
+    ----------
+    now : tuple[Covariate, ...]
+        What the network is to learn.
+    then : tuple[Covariate, ...]
+        What the source has learned.
+
+    Returns
+    -------
+    tuple[dict[str, Covariate], list[str]]
+        Those of the source that can be taken, by name, and notes about all others.
+    """
     old, new, notes = {c.name: c for c in then}, {c.name: c for c in now}, []
     for c in now:
         o = old.get(c.name)
@@ -441,7 +726,25 @@ def adopt_weights(
 ) -> list[str]:  # What happened to the covariates, a phrase each
     """Copy weights, those of covariates by name.
 
-    Raises ValueError if one has covariates and the other has none."""
+    Parameters
+    ----------
+    model : nn.Module
+        Fresh; filled in place.
+    source : nn.Module
+        A trained network of the same architecture, perhaps with other covariates.
+    what : str
+        Where that one is, for the message.
+
+    Returns
+    -------
+    list[str]
+        What happened to the covariates, a phrase each.
+
+    Raises
+    ------
+    ValueError
+        If one has covariates and the other has none.
+    """
     now, then = tuple(model.covariates), tuple(source.covariates)
     if bool(now) != bool(then):
         raise ValueError(
@@ -477,7 +780,22 @@ def is_begun(
     stage: str,  # One of its stages
     resume: bool,  # Whether the stage goes on where it stopped
 ) -> bool:  # True if weights will come from a state of its own
-    "Whether a stage has a state from which it will go on."
+    """Whether a stage has a state from which it will go on.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        One of its stages.
+    resume : bool
+        Whether the stage goes on where it stopped.
+
+    Returns
+    -------
+    bool
+        True if weights will come from a state of its own.
+    """
     return resume and bool(Checkpoint(run / 'state' / stage).files())
 
 # %% ../nbs/06_training.ipynb #a0060e07
@@ -486,7 +804,22 @@ def origin_of(
     source: nn.Module,  # The network there
     notes: list[str],  # What happened to its covariates
 ) -> dict:  # What config.json says of it
-    "Write down where weights came from: run, hash and what was not taken; and say it."
+    """Write down where weights came from: run, hash and what was not taken; and say it.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Says from which run the weights came.
+    source : nn.Module
+        The network there.
+    notes : list[str]
+        What happened to its covariates.
+
+    Returns
+    -------
+    dict
+        What config.json says of it.
+    """
     if notes:
         warnings.warn(f"init_from: started from {config.init_from}. {'; '.join(notes)}.")
     return dict(run=config.init_from, weights=weights_hash(source), notes=notes)
@@ -499,7 +832,26 @@ def adopt_autoencoder(
 ) -> dict:  # Where the weights came from, for config.json
     """Fill an autoencoder with the weights of another run.
 
-    Raises ValueError, or FileNotFoundError if there is none."""
+    Parameters
+    ----------
+    model : nn.Module
+        Fresh; filled in place.
+    config : AEConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `autoencoder_args`.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there is none.
+    """
     source, about = load_autoencoder(locate_run(config.init_from))
     refuse_architecture(
         dict(args, kind=config.kind), dict(about['args'], kind=about['kind']), config.init_from
@@ -513,8 +865,22 @@ def compare_opening(
     # The settings in which it was not, in words; '' also for data made by hand, which says
     # nothing
 ) -> str:
-    """Compare how pictures were cut and which columns are told; everything else shows in what a
-    stage was given (notebook 05c)."""
+    """Compare how pictures were cut and which columns are told; everything else shows in what a stage
+    was given (notebook 05c).
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Data, perhaps from `open_dataset`.
+    config : DataConfig
+        How it should have been opened.
+
+    Returns
+    -------
+    str
+        The settings in which it was not, in words; '' also for data made by hand, which says
+        nothing.
+    """
     have = dataset.config
     odd = [
         k
@@ -530,7 +896,23 @@ def resolve_crop(
 ) -> AEConfig:  # The same with a number of pixels, or None, in its place
     """Write down how pictures are cut, so that data opened later is cut the same way.
 
-    Raises ValueError if that is not known."""
+    Parameters
+    ----------
+    config : AEConfig
+        Configuration, perhaps with data.crop='auto'.
+    dataset : SliceDataset
+        Data as `open_dataset` gave it.
+
+    Returns
+    -------
+    AEConfig
+        The same with a number of pixels, or None, in its place.
+
+    Raises
+    ------
+    ValueError
+        If that is not known.
+    """
     if config.data.crop == 'auto':
         if dataset.config is None:
             raise ValueError(
@@ -554,7 +936,19 @@ def init_codebook_from_data(
     seed: int,  # Of the clustering
     chunk: int = 32,  # Pictures at a time
 ) -> None:
-    "Put a codebook where the fresh encoder's vectors are, before the first step."
+    """Put a codebook where the fresh encoder's vectors are, before the first step.
+
+    Parameters
+    ----------
+    model : VQVAE
+        Fresh; its codebook is replaced.
+    dataset : SliceDataset
+        Train split.
+    seed : int
+        Of the clustering.
+    chunk : int, default 32
+        Pictures at a time.
+    """
     batch = evenly_spaced_rows(dataset, 128)
     z, _ = in_chunks(infer(model, method='encode'), chunk)(batch['image'], batch)
     start_codebook(model.quantizer, rearrange(z, 'b d h w -> (b h w) d'), seed)
@@ -570,7 +964,26 @@ def train_autoencoder(
 ) -> Autoencoder:  # The trained autoencoder
     """Train stage 1 on the train subjects and look at validate subjects on the way.
 
-    Writes RUN/autoencoder.safetensors."""
+    Writes RUN/autoencoder.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Checked data with its splits.
+    run : Path
+        Run folder, made if it is not there.
+    config : AEConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Autoencoder
+        The trained autoencoder.
+    """
     run, train, held_out = Path(run), dataset.subset('train'), dataset.subset('validate')
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = autoencoder_args(config, covariates)
@@ -633,7 +1046,25 @@ def plot_history(
     stage: str,  # 'autoencoder', 'ldm' or 'prior'
     # Training; what was measured on validate subjects; the critic's accuracy, if there is one
 ) -> plt.Figure:
-    "Draw the course of one training. Raises ValueError if the log has no line of this stage."
+    """Draw the course of one training.
+
+    Parameters
+    ----------
+    records : list[dict]
+        Lines of log.jsonl.
+    stage : str
+        'autoencoder', 'ldm' or 'prior'.
+
+    Returns
+    -------
+    plt.Figure
+        Training; what was measured on validate subjects; the critic's accuracy, if there is one.
+
+    Raises
+    ------
+    ValueError
+        If the log has no line of this stage.
+    """
     rows = [o for o in records if o['stage'] == stage]
     if not rows:
         raise ValueError(

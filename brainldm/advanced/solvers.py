@@ -26,7 +26,31 @@ def sampling_timesteps(
 ) -> list:  # Timesteps, whole numbers, from noisy to clean
     """Steps to visit when sampling.
 
-    Source: Lin et al. 2024, table 2, as in diffusers. Raises ValueError, TypeError."""
+    Parameters
+    ----------
+    num_inference_steps : int
+        Network calls, 1 to `num_train_timesteps`.
+    num_train_timesteps : int
+        Steps T of the chain.
+    spacing : str, default 'trailing'
+        'trailing' starts at T-1; 'leading' ends at 0; 'linspace' does both.
+    start : int, default 0
+        Steps to leave out at the noisy end, for latents that are only half noise.
+
+    Returns
+    -------
+    list
+        Timesteps, whole numbers, from noisy to clean.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+
+    References
+    ----------
+    Lin et al. 2024, table 2, as in diffusers.
+    """
     check_choice('sampling_timesteps', 'spacing', spacing, SPACINGS)
     # two ends need two steps
     n, T, least = num_inference_steps, num_train_timesteps, 1 + (spacing == 'linspace')
@@ -58,7 +82,26 @@ def step_abar(
     t_prev: int,  # Step to go to, below `t`; -1 is clean data
     schedule: NoiseSchedule,  # The chain they belong to
 ) -> tuple[float, float]:  # Signal variance at `t` and at `t_prev`
-    "The two signal variances that a sampling step goes between. Raises ValueError."
+    """The two signal variances that a sampling step goes between.
+
+    Parameters
+    ----------
+    t : int
+        Step the latents are at.
+    t_prev : int
+        Step to go to, below `t`; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain they belong to.
+
+    Returns
+    -------
+    tuple[float, float]
+        Signal variance at `t` and at `t_prev`.
+
+    Raises
+    ------
+    ValueError
+    """
     if not -1 <= t_prev < t < schedule.num_train_timesteps:
         raise ValueError(
             f"step_abar: from t={t} to t_prev={t_prev}. Expected -1 <= t_prev < t <"
@@ -77,7 +120,30 @@ def ddpm_step(
 ) -> Tensor:  # Latents at `t_prev`
     """Draw from the posterior of x_prev given xt and the estimated x0.
 
-    Source: Ho et al. 2020, eq. 6-7."""
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said at `t` (b, c, *s).
+    xt : Tensor
+        Latents at `t` (b, c, *s).
+    t : int
+        Timestep of `xt`.
+    t_prev : int
+        Timestep to go to; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+    noise : Tensor
+        Fresh standard normal noise, same shape.
+
+    Returns
+    -------
+    Tensor
+        Latents at `t_prev`.
+
+    References
+    ----------
+    Ho et al. 2020, eq. 6-7.
+    """
     a, a_prev = step_abar(t, t_prev, schedule)
     x0, _ = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
     alpha = a / a_prev  # signal kept between t_prev and t
@@ -98,7 +164,36 @@ def ddim_step(
 ) -> Tensor:  # Latents at `t_prev`
     """Mix the estimated x0 and noise again at `t_prev`.
 
-    Source: Song et al. 2021, eq. 12, 16. Raises ValueError."""
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said at `t` (b, c, *s).
+    xt : Tensor
+        Latents at `t` (b, c, *s).
+    t : int
+        Timestep of `xt`.
+    t_prev : int
+        Timestep to go to; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+    eta : float, default 0.0
+        Share of fresh noise: 0 none, 1 as much as `ddpm_step`.
+    noise : Tensor | None, default None
+        Fresh standard normal noise, same shape; needed if `eta` is not 0.
+
+    Returns
+    -------
+    Tensor
+        Latents at `t_prev`.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Song et al. 2021, eq. 12, 16.
+    """
     if not 0 <= eta <= 1:
         raise ValueError(f"ddim_step: eta={eta}. Expected 0 to 1. Try eta=0 (no fresh noise).")
     if eta and noise is None:
@@ -125,7 +220,34 @@ def dpmpp_2m_step(
 ) -> Tensor:  # Latents at `t_prev`
     """A DDIM step with the x0 that the last two estimates foretell.
 
-    Source: Lu et al. 2022, alg. 2. Raises ValueError."""
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said at `t` (b, c, *s).
+    xt : Tensor
+        Latents at `t` (b, c, *s).
+    t : int
+        Timestep of `xt`.
+    t_prev : int
+        Timestep to go to; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+    before : tuple[Tensor, int] | None, default None
+        The x0 estimated one step ago and its timestep; None at the first step.
+
+    Returns
+    -------
+    Tensor
+        Latents at `t_prev`.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Lu et al. 2022, alg. 2.
+    """
     a, a_prev = step_abar(t, t_prev, schedule)
     x0, _ = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
     if before and t_prev >= 0:
@@ -144,7 +266,24 @@ def fresh_noise(
 ) -> Tensor:  # Standard normal noise, same shape, dtype and device
     """Noise for one step.
 
-    With one generator an image, no image depends on the others. Raises ValueError."""
+    With one generator an image, no image depends on the others.
+
+    Parameters
+    ----------
+    x : Tensor
+        Latents (b, c, *s) of one step; say shape, dtype and device.
+    generator : torch.Generator | list[torch.Generator] | None, default None
+        One for the batch, or one an image; None: torch's own.
+
+    Returns
+    -------
+    Tensor
+        Standard normal noise, same shape, dtype and device.
+
+    Raises
+    ------
+    ValueError
+    """
     if not isinstance(generator, (list, tuple)):
         home = generator.device if generator else x.device  # one CPU seed serves every device
         return torch.randn(x.shape, generator=generator, device=home, dtype=x.dtype).to(x.device)
@@ -174,7 +313,40 @@ def denoise(
     callback: Callable | None = None,
     start: int = 0,  # Steps of the walk to leave out at its noisy end
 ) -> Tensor:  # Samples (b, c, *s), never clipped
-    "Walk from noise to data: ask the network, take a step, repeat. Raises ValueError."
+    """Walk from noise to data: ask the network, take a step, repeat.
+
+    Parameters
+    ----------
+    model_fn : Callable
+        Called as model_fn(xt, t) with t (b,) int64; says what `prediction_type` asks.
+    x : Tensor
+        Standard normal noise (b, c, *s), or latents at the noise of step number `start`.
+    schedule : NoiseSchedule
+        The chain the network was trained on.
+    num_inference_steps : int
+        Steps of the whole walk, 1 to T.
+    sampler : str, default 'ddim'
+        'ddim', 'ddpm' or 'dpmpp'.
+    eta : float, default 0.0
+        Share of fresh noise in 'ddim'.
+    generator : torch.Generator | list[torch.Generator] | None, default None
+        Source of the fresh noise, see `fresh_noise`.
+    spacing : str, default 'trailing'
+        Which steps to visit, see `sampling_timesteps`.
+    callback : Callable | None, default None
+        Called as callback(i, t, xt, x0_hat) before each step; i counts from 0.
+    start : int, default 0
+        Steps of the walk to leave out at its noisy end.
+
+    Returns
+    -------
+    Tensor
+        Samples (b, c, *s), never clipped.
+
+    Raises
+    ------
+    ValueError
+    """
     check_choice('denoise', 'sampler', sampler, SAMPLERS)
     if eta and sampler != 'ddim':
         raise ValueError(
@@ -214,7 +386,36 @@ def invert(
 ) -> Tensor:  # Latents from which `denoise` by DDIM comes back to `x0`, nearly
     """Walk from data to noise by the road that DDIM takes back.
 
-    Source: Song et al. 2021, sec. 4.3. Raises ValueError."""
+    Parameters
+    ----------
+    model_fn : Callable
+        The function that `denoise` will be given.
+    x0 : Tensor
+        Clean pictures or latents (b, c, *s).
+    schedule : NoiseSchedule
+        The chain the network was trained on.
+    num_inference_steps : int
+        Steps of the whole walk, 1 to T.
+    spacing : str, default 'trailing'
+        As in `denoise`.
+    start : int, default 0
+        As in `denoise`: end at the noise of this step; 0 is the noisiest.
+    refine : int, default 0
+        Corrections of each step; network calls are (1 + refine) a step.
+
+    Returns
+    -------
+    Tensor
+        Latents from which `denoise` by DDIM comes back to `x0`, nearly.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Song et al. 2021, sec. 4.3.
+    """
     if refine < 0:
         raise ValueError(f"invert: refine={refine}. Expected 0 or more. Try refine=2.")
 

@@ -6,7 +6,7 @@
 __all__ = ['mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'LatentDataset', 'remove_folder', 'latent_splits',
            'condition_dropout_mask', 'prediction_error', 'loss_weight', 'ldm_loss', 'unet_args', 'refuse_leak',
            'note_changes', 'refuse_unfinished', 'check_stage2', 'check_latent_origin', 'load_unet', 'adopt_unet',
-           'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm']
+           'preview_conditions', 'validate_ldm', 'save_ldm', 'load_denoiser', 'train_ldm']
 
 # %% ../../nbs/engineering/32_stage2.ipynb #4a4780d2
 import math
@@ -23,10 +23,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checks import check_choice
+from .extending import Autoencoder
 from .configs import AEConfig, DataConfig, LDMConfig, TrainConfig
 from .plotting import save_figure, show_grid
 from .batches import Covariate, SliceDataset, eval_batches
-from ..vae import Autoencoder
 from brainldm.scheduler import (
     NoiseSchedule,
     add_noise,
@@ -77,7 +78,20 @@ def mean_encoder(
 ) -> Callable[[dict], Tensor]:
     """What stage 2 sees of a slice.
 
-    Means, not draws: a draw puts noise into the target that no network can predict."""
+    Means, not draws: a draw puts noise into the target that no network can predict.
+
+    Parameters
+    ----------
+    model : Autoencoder
+        The trained autoencoder, on the device that computes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+
+    Returns
+    -------
+    Callable[[dict], Tensor]
+        A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU.
+    """
     device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
     mean = in_chunks(lambda x, cond: encode(x, cond)[0], 64)
     return lambda batch: mean(batch['image'].to(device), to_device(batch, device)).float().cpu()
@@ -90,7 +104,26 @@ def cache_latents(
     batch_size: int = 64,  # Pictures at a time
     progress: bool = True,  # Show a bar
 ) -> Tensor:  # Latent means (n, c, h, w), float32, on the CPU
-    "Encode every slice once, in memory."
+    """Encode every slice once, in memory.
+
+    Parameters
+    ----------
+    model : Autoencoder
+        The trained autoencoder.
+    dataset : SliceDataset
+        Rows to encode.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Pictures at a time.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        Latent means (n, c, h, w), float32, on the CPU.
+    """
     encode, total = mean_encoder(model, precision), math.ceil(len(dataset) / batch_size)
     batches = tqdm(
         eval_batches(dataset, batch_size), total=total, desc='latents', disable=not progress
@@ -110,7 +143,33 @@ def encode_rows(
 ) -> Tensor:  # What every picture became (n, …), in order, read from the disk as it is needed
     """Encode every picture once, each process its part, into one file that all read.
 
-    Raises OSError on a full disk."""
+    Parameters
+    ----------
+    encode : Callable[[dict], Tensor]
+        A batch of pictures and conditions in, a row for each out, on the CPU.
+    dataset : SliceDataset
+        Rows to encode.
+    file : Path
+        File to write, .npy; an old one goes.
+    acc : Accelerator
+        Whose processes share the work; all of them must call.
+    batch_size : int, default 64
+        Pictures at a time.
+    desc : str, default 'latents'
+        Of the bar.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        What every picture became (n, …), in order, read from the disk as it is needed.
+
+    Raises
+    ------
+    OSError
+        On a full disk.
+    """
     one, n = encode(dataset.__getitems__([0])).numpy(), len(dataset)
     if acc.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +193,25 @@ def latent_stats(
 ) -> tuple[Tensor, Tensor]:  # Mean and standard deviation of each channel, each (1, c, 1, 1)
     """What standardises latents.
 
-    Source: Rombach et al. 2022, app. G, by channel. Raises ValueError on a dead channel."""
+    Parameters
+    ----------
+    latents : Tensor
+        Latent means of the train slices (n, c, h, w).
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Mean and standard deviation of each channel, each (1, c, 1, 1).
+
+    Raises
+    ------
+    ValueError
+        On a dead channel.
+
+    References
+    ----------
+    Rombach et al. 2022, app. G, by channel.
+    """
     mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
     dead = (~(std > 1e-6)).flatten().nonzero().flatten().tolist()  # also catches NaN
     if dead:
@@ -148,7 +225,19 @@ def latent_stats(
 # %% ../../nbs/engineering/32_stage2.ipynb #c1191cf1
 class LatentDataset(torch.utils.data.Dataset):
     """Latents with their conditions: batches as from `SliceDataset`, with 'latent' in place of
-    'image'."""
+    'image'.
+
+    Parameters
+    ----------
+    latents : Tensor
+        Latents (n, c, h, w), or codes.
+    conditions : dict[str, Tensor]
+        Encoded covariates, each (n,).
+    mean : Tensor | None, default None
+        What to subtract from each row (1, c, 1, 1); None: rows stay as they are.
+    std : Tensor | None, default None
+        What to divide it by then, same shape.
+    """
 
     def __init__(
         self,
@@ -167,7 +256,18 @@ class LatentDataset(torch.utils.data.Dataset):
         self,
         at: Tensor,  # Row numbers (b,)
     ) -> Tensor:  # Their latents (b, c, h, w), standardised
-        "Latents as the network sees them."
+        """Latents as the network sees them.
+
+        Parameters
+        ----------
+        at : Tensor
+            Row numbers (b,).
+
+        Returns
+        -------
+        Tensor
+            Their latents (b, c, h, w), standardised.
+        """
         return (
             self.latents[at] if self.mean is None else (self.latents[at] - self.mean).div_(self.std)
         )
@@ -183,7 +283,15 @@ def remove_folder(
 ) -> None:
     """Throw latents away after training.
 
-    A system that forbids it while they are open keeps them until the next run."""
+    A system that forbids it while they are open keeps them until the next run.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of files that nobody needs any more.
+    acc : Accelerator
+        Whose first process does it, once all have come so far.
+    """
     acc.wait_for_everyone()
     if acc.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -197,7 +305,26 @@ def latent_splits(
     progress: bool = True,  # Show bars
     # Train, validate, mean and deviation by channel (1, c, 1, 1)
 ) -> tuple[LatentDataset, LatentDataset, Tensor, Tensor]:
-    "Encode train and validate slices, and standardise both by the train slices."
+    """Encode train and validate slices, and standardise both by the train slices.
+
+    Parameters
+    ----------
+    autoencoder : Autoencoder
+        Trained, on the device that computes.
+    dataset : SliceDataset
+        All splits.
+    folder : Path
+        Where the latents are kept while they are needed.
+    acc : Accelerator
+        Whose processes share the work.
+    progress : bool, default True
+        Show bars.
+
+    Returns
+    -------
+    tuple[LatentDataset, LatentDataset, Tensor, Tensor]
+        Train, validate, mean and deviation by channel (1, c, 1, 1).
+    """
     parts, encode = {o: dataset.subset(o) for o in ('train', 'validate')}, mean_encoder(
         autoencoder, acc.mixed_precision
     )
@@ -222,7 +349,28 @@ def condition_dropout_mask(
 ) -> Tensor:  # True where a token is hidden (b, covariates)
     """Hide conditions at random, to learn to work with and without.
 
-    Source: Ho & Salimans 2022, alg. 1."""
+    Parameters
+    ----------
+    n : int
+        Rows b.
+    covariates : int
+        Covariates.
+    one : float
+        Probability of hiding each by itself.
+    all : float
+        Probability of hiding all of a row.
+    generator : torch.Generator
+        Source of chance; says the device.
+
+    Returns
+    -------
+    Tensor
+        True where a token is hidden (b, covariates).
+
+    References
+    ----------
+    Ho & Salimans 2022, alg. 1.
+    """
     u = torch.rand(n, covariates + 1, generator=generator, device=generator.device)
     return (u[:, 1:] < one) | (u[:, :1] < all)
 
@@ -236,7 +384,34 @@ def prediction_error(
     schedule: NoiseSchedule,  # The noise, and what the network predicts
     covariates: tuple[Covariate, ...],  # The covariates the network knows, in order
 ) -> Tensor:  # Mean squared error of each row (b,)
-    "How far the prediction is from its target. Source: Ho et al. 2020, eq. 14."
+    """How far the prediction is from its target.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A UNet.
+    batch : dict[str, Tensor]
+        'latent' (b, c, h, w) and encoded covariates, each (b,).
+    t : Tensor
+        Timesteps (b,).
+    eps : Tensor
+        Standard normal noise, shape of the latents.
+    drop : Tensor
+        True where a covariate is hidden (b, n).
+    schedule : NoiseSchedule
+        The noise, and what the network predicts.
+    covariates : tuple[Covariate, ...]
+        The covariates the network knows, in order.
+
+    Returns
+    -------
+    Tensor
+        Mean squared error of each row (b,).
+
+    References
+    ----------
+    Ho et al. 2020, eq. 14.
+    """
     x0 = batch['latent']
     pred = model(
         add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop
@@ -257,7 +432,26 @@ def loss_weight(
 ) -> Tensor:  # Weights of the squared errors (b,), float32
     """How much the error at each step counts.
 
-    Source: Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2."""
+    Parameters
+    ----------
+    t : Tensor
+        Timesteps (b,).
+    schedule : NoiseSchedule
+        The noise, and what the network predicts.
+    gamma : float | None, default None
+        Limit of min-SNR weighting; None: every step counts alike, on a straight road by its speed.
+    offset : float, default 0.0
+        Added to the SNR below that limit.
+
+    Returns
+    -------
+    Tensor
+        Weights of the squared errors (b,), float32.
+
+    References
+    ----------
+    Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2.
+    """
     if gamma:
         return min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma, offset)
     straight = schedule.beta_schedule == 'flow' and schedule.prediction_type == 'v_prediction'
@@ -274,7 +468,30 @@ def ldm_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """Weighted squared error of the prediction at random times.
 
-    Source: Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6."""
+    Parameters
+    ----------
+    model : nn.Module
+        A UNet.
+    batch : dict[str, Tensor]
+        'latent' and encoded covariates.
+    generator : torch.Generator
+        Source of times, noise and hiding, on the batch's device.
+    seen : int
+        Pictures seen so far; nothing here depends on it.
+    config : LDMConfig
+        Schedule, weights, probabilities.
+    covariates : tuple[Covariate, ...]
+        The covariates the network knows, in order.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6.
+    """
     x0, schedule = batch['latent'], noise_schedule(config.schedule)
     t = torch.randint(
         schedule.num_train_timesteps, (len(x0),), generator=generator, device=x0.device
@@ -294,7 +511,22 @@ def unet_args(
     in_channels: int,  # Channels of the latents
     covariates: tuple[Covariate, ...],  # What the network may be told
 ) -> dict:  # Arguments of `UNet`
-    "The part of a configuration that decides the architecture."
+    """The part of a configuration that decides the architecture.
+
+    Parameters
+    ----------
+    config : LDMConfig
+        The configuration.
+    in_channels : int
+        Channels of the latents.
+    covariates : tuple[Covariate, ...]
+        What the network may be told.
+
+    Returns
+    -------
+    dict
+        Arguments of `UNet`.
+    """
     names = 'channels num_res_blocks attention_levels num_heads cond_channels dropout'.split()
     return dict(
         {o: getattr(config, o) for o in names}, in_channels=in_channels, covariates=covariates
@@ -307,8 +539,20 @@ def refuse_leak(
     run: Path = '',  # Run folder, which knows in which rows data differ
     stage: str = 'autoencoder',  # Whose data they must be
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may
-    have been trained on there."""
+    """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have
+    been trained on there.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    dataset : SliceDataset
+        Data of the next stage.
+    run : Path, default ''
+        Run folder, which knows in which rows data differ.
+    stage : str, default 'autoencoder'
+        Whose data they must be.
+    """
     differ = compare_given(run, stage, settings[stage]['data'], dataset)
     if differ:
         raise ValueError(
@@ -330,8 +574,20 @@ def note_changes(
     dataset: SliceDataset,  # Data at hand
     autoencoder: Autoencoder,  # Autoencoder at hand
 ) -> None:  # Nothing: it warns or returns
-    """Say what scores of a trained stage rest on: covariates that were corrected since, weights
-    that are not known."""
+    """Say what scores of a trained stage rest on: covariates that were corrected since, weights that
+    are not known.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        'ldm' or 'prior'.
+    dataset : SliceDataset
+        Data at hand.
+    autoencoder : Autoencoder
+        Autoencoder at hand.
+    """
     known = read_config(run).get(stage)
     if known is None:
         return
@@ -353,7 +609,17 @@ def refuse_unfinished(
     images: int,  # Pictures that the stage has seen
     stage: str = 'autoencoder',  # 'autoencoder' or 'ldm'
 ) -> None:  # Nothing: it raises ValueError or returns
-    "Refuse to train on what will change when an earlier stage goes on."
+    """Refuse to train on what will change when an earlier stage goes on.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    images : int
+        Pictures that the stage has seen.
+    stage : str, default 'autoencoder'
+        'autoencoder' or 'ldm'.
+    """
     total = settings[stage]['config']['total_images']
     if images < total:
         raise ValueError(
@@ -368,8 +634,20 @@ def check_stage2(
     about: dict,  # Description of the autoencoder, as from `load_autoencoder`
     factor: int,  # The side of the pictures must be a multiple of this
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder,
-    pictures of another size."""
+    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures
+    of another size.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with a trained autoencoder.
+    dataset : SliceDataset
+        Data of the next stage.
+    about : dict
+        Description of the autoencoder, as from `load_autoencoder`.
+    factor : int
+        The side of the pictures must be a multiple of this.
+    """
     settings = read_config(run)
     refuse_leak(settings, dataset, run)
     refuse_unfinished(settings, about['images'])
@@ -389,7 +667,19 @@ def check_latent_origin(
 ) -> None:  # Nothing: it raises or returns
     """Refuse to start from a network that knows the latents of an unrelated autoencoder.
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    run : Path
+        Run whose stage 2 is to be trained.
+    source : Path
+        Run from whose stage 2 it is to start.
+    autoencoder : Autoencoder
+        Of the first.
+
+    Raises
+    ------
+    ValueError
+    """
     theirs = weights_hash(load_autoencoder(source)[0])
     origin = read_config(run)['autoencoder'].get('origin') or {}
     if theirs not in (weights_hash(autoencoder), origin.get('weights')):
@@ -404,7 +694,23 @@ def load_unet(
     run: Path,  # Run folder
     # The averaged network in evaluation mode on the CPU, and the description of its file
 ) -> tuple[UNet, dict]:
-    "Build the UNet of a run from its file alone. Raises FileNotFoundError or ValueError."
+    """Build the UNet of a run from its file alone.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[UNet, dict]
+        The averaged network in evaluation mode on the CPU, and the description of its file.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
     try:
         unet = UNet(
@@ -428,7 +734,30 @@ def adopt_unet(
 ) -> dict:  # Where the weights came from, for config.json
     """Fill a UNet with the averaged weights of another run.
 
-    Raises ValueError, or FileNotFoundError if there are none."""
+    Parameters
+    ----------
+    model : UNet
+        Fresh; filled in place.
+    config : LDMConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `unet_args`.
+    run : Path
+        Run to train.
+    autoencoder : Autoencoder
+        Its autoencoder.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there are none.
+    """
     place = locate_run(config.init_from)
     source, about = load_unet(place)
     schedules = (
@@ -445,8 +774,21 @@ def preview_conditions(
     covariates: tuple[Covariate, ...],  # What the network knows
     columns: int = 6,  # Pictures in a row
 ) -> tuple[dict[str, Tensor], list[str]]:  # Encoded conditions, row after row, and a label a row
-    """Conditions for a grid of pictures: a row for each diagnosis, slices rising from left to
-    right, the rest left open."""
+    """Conditions for a grid of pictures: a row for each diagnosis, slices rising from left to right,
+    the rest left open.
+
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        What the network knows.
+    columns : int, default 6
+        Pictures in a row.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], list[str]]
+        Encoded conditions, row after row, and a label a row.
+    """
     named = {c.name: c for c in covariates}
     rows = list(named['diagnosis'].values) if 'diagnosis' in named else ['']
     cond = {}
@@ -467,7 +809,28 @@ def validate_ldm(
     path: Path,  # Where the picture goes
     # val_mse of the averaged network, on times and noise that are the same each time
 ) -> dict[str, float]:
-    "Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye."
+    """Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far.
+    held_out : LatentDataset
+        Validate latents.
+    decode : Callable
+        Latents to pictures.
+    config : LDMConfig
+        Schedule and preview.
+    covariates : tuple[Covariate, ...]
+        What the network knows.
+    path : Path
+        Where the picture goes.
+
+    Returns
+    -------
+    dict[str, float]
+        val_mse of the averaged network, on times and noise that are the same each time.
+    """
     device = learner.accelerator.device
     unet = in_chunks(infer(learner.ema.module, learner.precision), config.batch_size)
     batch, gen = to_device(evenly_spaced_rows(held_out, 512), device), torch.Generator(
@@ -509,7 +872,21 @@ def save_ldm(
     std: Tensor,  # Standard deviation, same shape
     info: dict,  # Architecture, covariates, schedule
 ) -> None:
-    "Write what is needed to draw: averaged and last weights, latent statistics, description."
+    """Write what is needed to draw: averaged and last weights, latent statistics, description.
+
+    Parameters
+    ----------
+    path : Path
+        RUN/ldm.safetensors.
+    learner : Learner
+        The training so far.
+    mean : Tensor
+        Mean of each latent channel (1, c, 1, 1).
+    std : Tensor
+        Standard deviation, same shape.
+    info : dict
+        Architecture, covariates, schedule.
+    """
     tensors = {f'raw.{k}': v for k, v in learner.raw.state_dict().items()}
     tensors |= {f'ema.{k}': v for k, v in learner.ema.module.state_dict().items()}
     save_weights(
@@ -517,6 +894,73 @@ def save_ldm(
         tensors | dict(latent_mean=mean, latent_std=std),
         dict(info, kind='ldm', images=learner.seen),
     )
+
+# %% ../../nbs/engineering/32_stage2.ipynb #939b4edc
+def load_denoiser(
+    run: str | Path,  # Run folder
+    latent_channels: int,  # Channels of its autoencoder's latents
+    weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
+) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
+    """Build the denoiser of a run from its file alone.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    latent_channels : int
+        Channels of its autoencoder's latents.
+    weights : str, default 'ema'
+        'ema': the average of the weights, or 'raw': the last ones.
+
+    Returns
+    -------
+    dict
+        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If it does not fit.
+    """
+    check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
+    tensors, about = load_weights(Path(run) / 'ldm.safetensors')
+    if about.get('kind') != 'ldm':
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected"
+            " 'ldm'. Check the file names."
+        )
+    try:
+        args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
+        parts = dict(
+            unet=UNet(**args),
+            schedule=NoiseSchedule(**about['schedule']),
+            latent_mean=tensors['latent_mean'],
+            latent_std=tensors['latent_std'],
+        )
+    except LOAD_ERRORS as e:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors does not describe a denoiser"
+            f" ({type(e).__name__}: {e}). Expected a file of this version. Train again, or take it"
+            " from a backup."
+        ) from None
+    if args['in_channels'] != latent_channels:
+        raise ValueError(
+            f"BrainLDM.load: ldm.safetensors works on {args['in_channels']} latent channels, the"
+            f" autoencoder makes {latent_channels}. Expected two files of one run. Train the ldm"
+            " again."
+        )
+    part = {
+        k.removeprefix(weights + '.'): v for k, v in tensors.items() if k.startswith(weights + '.')
+    }
+    if not part:
+        raise ValueError(
+            f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a"
+            " training; a run that was packed for others holds the averaged ones only. Try"
+            " weights='ema'."
+        )
+    fill_model(parts['unet'], part, f'{run}/ldm.safetensors').eval()
+    return parts
 
 # %% ../../nbs/engineering/32_stage2.ipynb #014fb833
 @retry_on_oom
@@ -527,7 +971,26 @@ def train_ldm(
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
 ) -> UNet:  # The averaged network
-    "Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors."
+    """Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        The data that the autoencoder was trained on.
+    run : Path
+        Run folder with a trained autoencoder.
+    config : LDMConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    UNet
+        The averaged network.
+    """
     run, (autoencoder, about) = Path(run), load_autoencoder(run)
     check_terminal_signal(config.schedule)
     # its tables are made once, not at each step
