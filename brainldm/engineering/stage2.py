@@ -991,8 +991,8 @@ def train_ldm(
     UNet
         The averaged network.
     """
-    run, (autoencoder, about) = Path(run), load_autoencoder(run)
     check_terminal_signal(config.schedule)
+    run, (autoencoder, about) = Path(run), load_autoencoder(run)
     # its tables are made once, not at each step
     config = replace(config, schedule=noise_schedule(config.schedule))
     covariates = pick_covariates(dataset.covariates, config.covariates)
