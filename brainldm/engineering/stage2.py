@@ -32,12 +32,12 @@ from brainldm.scheduler import (
     NoiseSchedule,
     add_noise,
     check_terminal_signal,
+    denoise,
     flow_weight,
     min_snr_weight,
     noise_schedule,
     targets,
 )
-from ..advanced.solvers import denoise
 from ..unet import UNet
 from .loop import Learner, in_chunks, infer, seeded, to_device
 from brainldm.engineering.runs import (
