@@ -25,7 +25,12 @@ from brainldm.training import (
     init_codebook_from_data,
     validate_autoencoder,
 )
+from brainldm.sampling import BrainLDM
 from brainldm.advanced.volume import BrainVolumes, NeighborUNet, sample_shared_noise
+from brainldm.advanced.prior import CodeSampler, CodeTransformer, code_bits
+from brainldm.advanced.evaluation import codebook_scores
+from brainldm.advanced.fidelity import FeatureNet, augment, image_features
+from brainldm.advanced.audit import CopySearch, nearest_copies
 
 ROOT = Path(__file__).parents[1]
 

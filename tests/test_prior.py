@@ -12,7 +12,6 @@ import pytest
 import torch
 from test_training import Crash, make_dataset
 
-from brainldm.engineering.devices import pick_precision
 from brainldm.engineering.configs import (
     PRIOR_PRESETS,
     AEConfig,
@@ -20,6 +19,7 @@ from brainldm.engineering.configs import (
     PriorConfig,
     check_config,
 )
+from brainldm.engineering.devices import pick_precision
 from brainldm.engineering.batches import Covariate, SliceDataset
 from brainldm.engineering.loop import infer, seeded
 from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log
@@ -38,6 +38,7 @@ from brainldm.advanced.prior import (
     next_logits,
     pick_codes,
     prior_loss,
+    sample_uniform,
     train_prior,
 )
 from brainldm.advanced import prior as module

@@ -28,6 +28,7 @@ from brainldm.advanced.volume import (
     find_neighbors,
     generation_order,
     neighbors_of,
+    resolve_spacing,
     sample_shared_noise,
     save_volumes,
     stack_neighbors,
