@@ -12,15 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainldm.engineering import layers
+from brainldm.engineering.configs import (
+    PRESETS,
+    LDMConfig,
+    ScheduleConfig,
+    bare_type,
+    check_config,
+)
 from brainldm.engineering.batches import SliceDataset
-from brainldm.engineering.stage2 import PRESETS, LDMConfig, cache_latents, train_ldm, unet_args
-from brainldm.engineering.loop import check_config, infer
-from brainldm.scheduler import NoiseSchedule
+from brainldm.vae import AutoencoderKL
+from brainldm.scheduler import NoiseSchedule, check_terminal_signal
+from brainldm.unet import UNet
+from brainldm.engineering.loop import infer
 from brainldm.engineering.runs import read_config, read_log
 from brainldm.training import autoencoder_args, load_autoencoder, train_autoencoder
-from brainldm.unet import UNet
-from brainldm.vae import AutoencoderKL
+from brainldm.engineering.stage2 import cache_latents, train_ldm, unet_args
+from brainldm.engineering import layers
 from test_training import (
     AE,
     LDM,
@@ -81,7 +88,9 @@ def test_half_trained_autoencoder_is_refused(dataset, tmp_path, monkeypatch):
         train_ldm(dataset, tmp_path / 'run', LDM, progress=False)
 
 
-@pytest.mark.parametrize('name', [f.name for f in fields(LDMConfig) if f.type in (int, float)])
+@pytest.mark.parametrize(
+    'name', [f.name for f in fields(LDMConfig) if bare_type(f) in (int, float)]
+)
 def test_no_number_goes_unchecked(name):
     refuses(LDMConfig, name)
 
@@ -95,16 +104,14 @@ def test_a_weight_that_is_a_text():
 @pytest.mark.parametrize(
     'kind,fits', [('linear', True), ('scaled_linear', True), ('cosine', False), ('flow', False)]
 )
-def test_noise_is_asked_for_only_where_a_picture_can_be_made_of_it(kind, fits):
-    config = LDMConfig(
-        schedule=NoiseSchedule(
-            beta_schedule=kind, prediction_type='epsilon', zero_terminal_snr=False
-        )
+def test_noise_is_asked_for_only_where_a_picture_can_be_made_of_it(kind, fits, tmp_path):
+    schedule = ScheduleConfig(
+        beta_schedule=kind, prediction_type='epsilon', zero_terminal_snr=False
     )
     if fits:
-        return check_config(config)
+        return check_terminal_signal(schedule)
     with pytest.raises(ValueError, match="prediction_type='epsilon', and .e-05 of the signal"):
-        check_config(config)
+        train_ldm(None, tmp_path, LDMConfig(schedule=schedule))  # refused before anything is read
 
 
 def test_the_offset_is_for_questions_that_pure_noise_can_answer():

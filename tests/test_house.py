@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 docstrings = importlib.import_module("docstrings")
 LAYERS = """
     engineering.checks engineering.extending
+    engineering.configs
     engineering.devices
     engineering.files engineering.plotting engineering.phantom engineering.tables
     data engineering.batches

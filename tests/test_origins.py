@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from brainldm.engineering.devices import device_name
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import DataConfig, PriorConfig, TrainConfig, VolumeConfig
 from brainldm.engineering.batches import SliceDataset, find_covariates, fingerprint
-from brainldm.engineering.loop import TrainConfig
 from brainldm.engineering.runs import (
     Checkpoint,
     compare_given,
@@ -27,8 +26,8 @@ from brainldm.engineering.sharing import pack_weights, strip_settings
 from brainldm.training import load_autoencoder, train_autoencoder
 from brainldm.engineering.stage2 import load_unet, note_changes, refuse_leak, train_ldm
 from brainldm.sampling import BrainLDM
-from brainldm.advanced.volume import BrainVolumes, VolumeConfig, train_volume
-from brainldm.advanced.prior import CodeSampler, PriorConfig, load_prior, train_prior
+from brainldm.advanced.volume import BrainVolumes, train_volume
+from brainldm.advanced.prior import CodeSampler, load_prior, train_prior
 from brainldm.advanced.fidelity import feature_net
 from brainldm.engineering import runs
 from test_training import AE, LDM, Crash, dataset, quick_figures, same, strike, weights
@@ -208,7 +207,8 @@ def test_the_table_of_subjects_may_move(tmp_path, capsys):
     """From the command line: stage 1 is resumed, and stage 2 begun, with the table elsewhere and
     an age corrected in it."""
     from brainldm.engineering.cli import main
-    from brainldm.engineering.phantom import PhantomConfig, make_cohort
+    from brainldm.engineering.configs import PhantomConfig
+    from brainldm.engineering.phantom import make_cohort
 
     data = make_cohort(
         tmp_path / "data", PhantomConfig(num_subjects=12, num_slices=4, size=32), progress=False
@@ -595,7 +595,8 @@ def test_covariates_are_matched_by_name(dataset, made, tmp_path):
 def test_a_shipped_run_can_be_started_from(tmp_path):
     "phantom-128, by its name, from the command line: the first step begins at its weights."
     from brainldm.engineering.cli import main
-    from brainldm.engineering.phantom import PhantomConfig, make_cohort
+    from brainldm.engineering.configs import PhantomConfig
+    from brainldm.engineering.phantom import make_cohort
     from brainldm.engineering.sharing import pretrained_run
 
     data = make_cohort(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from brainldm.engineering.configs import AEConfig, DataConfig, PhantomConfig
 from brainldm.engineering.files import write_atomic
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.data import DataConfig
+from brainldm.engineering.phantom import make_cohort
 from brainldm.engineering.batches import open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.engineering.loop import Learner
@@ -25,9 +25,8 @@ from brainldm.engineering.runs import (
     unpack_state,
 )
 from brainldm.training import (
-    AEConfig,
-    load_autoencoder,
     evenly_spaced_rows,
+    load_autoencoder,
     train_autoencoder,
     validate_autoencoder,
 )

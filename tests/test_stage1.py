@@ -16,10 +16,7 @@ import torch
 from PIL import Image
 
 from brainldm import training
-from brainldm.engineering.cli import main
-from brainldm.advanced.evaluation import codebook_scores, reconstruction_scores
-from brainldm.sampling import BrainLDM
-from brainldm.engineering.loop import check_config
+from brainldm.engineering.configs import check_config
 from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log, save_weights
 from brainldm.training import (
     autoencoder_loss,
@@ -29,6 +26,9 @@ from brainldm.training import (
     train_autoencoder,
 )
 from brainldm.engineering.stage2 import train_ldm
+from brainldm.sampling import BrainLDM
+from brainldm.advanced.evaluation import codebook_scores, reconstruction_scores
+from brainldm.engineering.cli import main
 from test_training import AE, LDM, Crash, make_dataset, strike
 
 VQ = replace(AE, kind='vq', num_embeddings=16)

@@ -19,14 +19,9 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.engineering import stage2 as diffusion
-from brainldm.engineering import runs
-from brainldm import training
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, bare_type, check_config
 from brainldm.engineering.batches import SliceDataset
 from brainldm.scheduler import NoiseSchedule
-from brainldm.engineering.stage2 import LDMConfig, train_ldm
-from brainldm.engineering.loop import check_config
 from brainldm.engineering.runs import (
     HARMLESS,
     Checkpoint,
@@ -35,7 +30,10 @@ from brainldm.engineering.runs import (
     read_config,
     read_log,
 )
-from brainldm.training import AEConfig, load_autoencoder, plot_history, train_autoencoder
+from brainldm.training import load_autoencoder, plot_history, train_autoencoder
+from brainldm.engineering.stage2 import train_ldm
+from brainldm.engineering import runs, stage2 as diffusion
+from brainldm import training
 
 AE = AEConfig(
     total_images=80,
@@ -515,7 +513,7 @@ def refuses(kind, name):
             check_config(replace(kind(), **{name: bad}))
 
 
-@pytest.mark.parametrize('name', [f.name for f in fields(AEConfig) if f.type in (int, float)])
+@pytest.mark.parametrize('name', [f.name for f in fields(AEConfig) if bare_type(f) in (int, float)])
 def test_no_number_goes_unchecked(name):
     refuses(AEConfig, name)
 

@@ -29,8 +29,9 @@ from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
 from tqdm.auto import tqdm
 
 from ..engineering.checks import check_choice
+from ..engineering.configs import TrainConfig
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
-from ..engineering.loop import TrainConfig, infer, to_device
+from ..engineering.loop import infer, to_device
 from ..engineering.runs import read_metrics
 from ..engineering.sharing import audit_verdicts
 from ..engineering.stage2 import prediction_error
@@ -41,9 +42,9 @@ from brainldm.advanced.fidelity import (
     PROPORTION,
     FeatureNet,
     fine_detail,
-    leave_out_interval,
     image_batches,
     image_features,
+    leave_out_interval,
     predict_covariates,
     subject_auc,
     train_feature_net,
@@ -88,7 +89,8 @@ def csf_fraction(
 def ventricle_slices(
     fraction: np.ndarray,  # `csf_fraction` of train slices (n,)
     slices: np.ndarray,  # Their slice numbers (n,)
-    part: float = 0.375,  # Share of the positions to choose; of the 32 of OASIS it takes 16 to 27
+    # Share of the positions to choose; of the 32 of OASIS it takes 16 to 27
+    part: float = 0.375,
 ) -> np.ndarray:  # Slice numbers, rising
     """The positions at which heads hold most fluid: the height of the lateral ventricles.
 
@@ -410,7 +412,8 @@ def utility_scores(
     channels: tuple[int, ...] = (64, 96, 128),  # As in `FeatureNet`
     seeds: int = 3,  # Trainings from each source
     progress: bool = False,  # Show a bar
-) -> dict[str, dict]:  # By source: auc, the mean over seeds; auc_by_seed; interval_95 over people
+    # By source: auc, the mean over seeds; auc_by_seed; interval_95 over people
+) -> dict[str, dict]:
     """How well a diagnosis is learned from each.
 
     Parameters
@@ -1609,7 +1612,8 @@ def attack_auc(
 def mean_slice_errors(
     train: SliceDataset,  # Real slices of train subjects
     dataset: SliceDataset,  # Slices to score
-    own: bool = False,  # Whether they are train slices, each of which is then left out of its mean
+    # Whether they are train slices, each of which is then left out of its mean
+    own: bool = False,
 ) -> np.ndarray:  # Mean squared difference from the mean train slice of the position (n,)
     """What anyone can say without the weights: the baseline of every attack.
 
