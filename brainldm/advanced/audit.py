@@ -34,7 +34,7 @@ from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from ..engineering.loop import infer, to_device
 from ..engineering.runs import read_metrics
 from ..engineering.sharing import audit_verdicts
-from ..engineering.stage2 import prediction_error
+from ..training import prediction_error
 from ..engineering.codec import to_bytes
 from .prior import cache_codes, code_bits
 from brainldm.advanced.fidelity import (

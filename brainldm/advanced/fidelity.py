@@ -32,7 +32,7 @@ from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from ..vae import laplacian_variance
 from ..engineering.loop import Learner, bare_model, fit, infer, seeded, train_batches
 from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
-from ..training import LOAD_ERRORS, covariates_from_dict, covariates_to_dict
+from ..engineering.stage1 import LOAD_ERRORS, covariates_from_dict, covariates_to_dict
 from ..analysis import auc
 from .evaluation import json_safe, subject_interval
 

@@ -23,8 +23,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..engineering.checks import check_divides
-from ..engineering.devices import pick_device, pick_precision
 from ..engineering.configs import PriorConfig, TrainConfig, check_config
+from ..engineering.devices import pick_device, pick_precision
 from ..engineering.plotting import save_figure, show_grid
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from ..engineering.layers import Conditioner
@@ -42,7 +42,7 @@ from brainldm.engineering.runs import (
     weights_hash,
 )
 from ..engineering.sharing import locate_run
-from brainldm.training import (
+from brainldm.engineering.stage1 import (
     LOAD_ERRORS,
     adopt_weights,
     covariates_from_dict,
@@ -58,11 +58,11 @@ from brainldm.engineering.stage2 import (
     LatentDataset,
     check_latent_origin,
     check_stage2,
-    condition_dropout_mask,
     encode_rows,
     preview_conditions,
     remove_folder,
 )
+from ..training import condition_dropout_mask
 from brainldm.engineering.codec import (
     Codec,
     check_conditions,

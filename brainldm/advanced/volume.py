@@ -54,19 +54,17 @@ from brainldm.engineering.runs import (
     save_weights,
     weights_hash,
 )
-from ..training import evenly_spaced_rows
+from ..engineering.stage1 import evenly_spaced_rows
 from brainldm.engineering.stage2 import (
     LatentDataset,
     check_stage2,
-    condition_dropout_mask,
     encode_rows,
-    loss_weight,
     mean_encoder,
-    prediction_error,
     refuse_leak,
     refuse_unfinished,
     remove_folder,
 )
+from ..training import condition_dropout_mask, loss_weight, prediction_error
 from brainldm.engineering.codec import (
     SYNTHETIC,
     check_images,

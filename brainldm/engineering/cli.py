@@ -60,8 +60,9 @@ from brainldm.engineering.batches import (
 from .loop import process_state
 from .runs import read_config, read_metrics
 from .sharing import audit_verdicts, fetch_run, pack_run, push_run
-from ..training import size_multiple, train_autoencoder
-from .stage2 import note_changes, refuse_leak, train_ldm
+from .stage1 import size_multiple
+from .stage2 import note_changes, refuse_leak
+from ..training import train_autoencoder, train_ldm
 from .codec import make_folder, save_gif, save_images
 from ..sampling import BrainLDM
 from brainldm.advanced.volume import (
