@@ -65,7 +65,7 @@ OASIS_IMAGE = (
     r'(?:^|/)keras_png_slices_(?P<split>train|validate|test)/'
     r'case_(?P<unit>[^/]+)_slice_(?P<slice>\d{1,9})(?:\.nii)?\.png$'
 )
-# any other picture: a name and a number
+# any other image: a name and a number
 IMAGE_PATH = r'(?:^|/)(?P<unit>[^/]+)_(?P<slice>\d{1,9})\.(?:jpe?g|png)$'
 NO_SUBJECT = (
     r'(?:^|/)(?:(?:very|non|mild|moderate)[ _]?(?:mild)?[ _]?(?:dem(?:ented|entia)?)?['
@@ -76,15 +76,15 @@ NO_SUBJECT = (
 
 # %% ../nbs/01_data.ipynb #pars0001
 def parse_image_path(
-    path: str,  # Path of a picture, from the data folder
+    path: str,  # Path of an image, from the data folder
     # unit, slice, split, diagnosis, place; None for a name without a number of the slice
 ) -> dict | None:
-    """Read what folders and name of a picture say. A folder that names the subject is no class.
+    """Read what folders and name of an image say. A folder that names the subject is no class.
 
     Parameters
     ----------
     path : str
-        Path of a picture, from the data folder.
+        Path of an image, from the data folder.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def find_image_layout(
     # 'adni' with folders of splits, 'classes' without; None where the names do not say whose
     # slice is what
 ) -> str | None:
-    """Tell class folders of pictures from any other pictures.
+    """Tell class folders of images from any other images.
 
     Parameters
     ----------
@@ -128,17 +128,17 @@ def find_image_layout(
     Raises
     ------
     ValueError
-        For sets in which nobody can be told apart.
+        For sets whose subjects cannot be distinguished.
     """
     paths = [o for o in list_files(root) if re.search(r'\.(?:png|jpe?g)$', o, re.IGNORECASE)]
     lost = [o for o in paths if re.search(NO_SUBJECT, o, re.IGNORECASE)]
     if 2 * len(lost) > len(paths):
         raise ValueError(
-            f"find_layout: '{root}' holds pictures such as {lost[0]}: the four-class Alzheimer's"
-            " set of Kaggle, or one like it. Its names number the slices of a class, and do not"
-            " say whose they are. Expected names with a subject: without them no split keeps a"
-            " subject on one side, and every score is too good. Take a set with subjects, such as"
-            " the OASIS pictures (OAS1_0028_MR1_mpr-1_100.jpg), or list files and subjects in a"
+            f"find_layout: '{root}' holds images such as {lost[0]}: the four-class Alzheimer's set"
+            " of Kaggle, or one like it. Its names number the slices of a class, and do not say"
+            " whose they are. Expected names with a subject: without them no split keeps a subject"
+            " on one side, and every score is too good. Take a set with subjects, such as the"
+            " OASIS images (OAS1_0028_MR1_mpr-1_100.jpg), or list files and subjects in a"
             " manifest.csv, if you know them."
         )
     read = [parse_image_path(o) or {} for o in paths]
@@ -149,7 +149,7 @@ def find_image_layout(
     twice = pairs.unit.duplicated(keep=False)
     if 2 * twice.sum() > len(told) or 2 * pairs.unit[twice].nunique() > pairs.unit.nunique():
         raise ValueError(
-            f"find_layout: '{root}' has pictures of {pairs.unit[twice].iloc[0]!r} in the folders"
+            f"find_layout: '{root}' has images of {pairs.unit[twice].iloc[0]!r} in the folders"
             f" {', '.join(pairs.diagnosis[twice][:2])}. Expected a folder for each class, and names"
             " that begin with the subject. If the folders are subjects, list the files in a"
             " manifest.csv with columns path, subject, slice."
@@ -279,7 +279,7 @@ def list_images(
     layout: str,  # 'adni', 'classes' or 'oasis'
     only: str | None = None,  # Pattern of file names, as in a shell
 ) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    """Read unit, slice, split and diagnosis off the paths of a folder of pictures.
+    """Read unit, slice, split and diagnosis off the paths of a folder of images.
 
     Parameters
     ----------
@@ -420,7 +420,7 @@ def list_manifest(
     # CSV with columns path, subject, slice; optional plane, diagnosis, split and covariates
     path: Path,
 ) -> tuple:  # Rows, faults, notes
-    """Read a manifest that somebody wrote.
+    """Read a manifest written by hand.
 
     A row of a volume takes the plane `plane`, or `slice` without such a column.
 
@@ -449,7 +449,7 @@ def list_manifest(
         raise ValueError(
             f"list_manifest: path {away[0]!r} in '{path}' leads out of its folder. Expected files"
             f" below '{path.parent}', so that data and manifest move together. Put the manifest"
-            " above the pictures, and write paths from there."
+            " above the images, and write paths from there."
         )
     volume = rows.path.str.contains(r'\.nii(?:\.gz)?$', case=False, regex=True)
     rows['plane'] = rows['plane' if 'plane' in rows else 'slice'].where(volume, -1)
@@ -458,11 +458,11 @@ def list_manifest(
 # %% ../nbs/01_data.ipynb #529b4927
 def split_by_subject(
     manifest: pd.DataFrame,  # Rows with subject and diagnosis
-    # Share of the subjects by split, such as dict(validate=.1, test=.1); the rest is train
+    # Fraction of the subjects by split, such as dict(validate=.1, test=.1); the rest is train
     fractions: dict,
     seed: int = 0,  # Another seed, another split
 ) -> pd.DataFrame:  # The rows, with a new column `split`
-    """Deal whole subjects to splits, the same mix of diagnoses in each.
+    """Assign whole subjects to splits, the same mix of diagnoses in each.
 
     The order of the rows does not matter.
 
@@ -471,7 +471,7 @@ def split_by_subject(
     manifest : pd.DataFrame
         Rows with subject and diagnosis.
     fractions : dict
-        Share of the subjects by split, such as dict(validate=.1, test=.1); the rest is train.
+        Fraction of the subjects by split, such as dict(validate=.1, test=.1); the rest is train.
     seed : int, default 0
         Another seed, another split.
 
@@ -504,7 +504,7 @@ def split_by_subject(
 
 # %% ../nbs/01_data.ipynb #51ab69e5
 def assign_splits(
-    rows: pd.DataFrame,  # Rows with subject, diagnosis and split, missing where nobody gave one
+    rows: pd.DataFrame,  # Rows with subject, diagnosis and split, missing where none was given
     config: DataConfig,  # For the fractions and the seed
 ) -> tuple:  # Rows with every split filled in, notes
     """Keep the splits that were given; deal subjects where none were, and carve validate out of train
@@ -513,7 +513,7 @@ def assign_splits(
     Parameters
     ----------
     rows : pd.DataFrame
-        Rows with subject, diagnosis and split, missing where nobody gave one.
+        Rows with subject, diagnosis and split, missing where none was given.
     config : DataConfig
         For the fractions and the seed.
 
@@ -536,7 +536,7 @@ def assign_splits(
     elif rows.split.isna().any():
         raise ValueError(
             f"assign_splits: subject '{rows.subject[rows.split.isna()].iloc[0]}' has no split and"
-            " others do. Expected a split for everybody or for nobody. Fill the column or"
+            " others do. Expected a split for every subject or for none. Fill the column or"
             " remove it."
         )
     elif 'train' in given and 'validate' not in given and config.validate_fraction:
@@ -683,18 +683,18 @@ def find_voxel_mm(
 # %% ../nbs/01_data.ipynb #grid1007
 def check_grids(
     root: Path,  # Data folder
-    rows: pd.DataFrame,  # Rows, of volumes or of pictures
+    rows: pd.DataFrame,  # Rows, of volumes or of images
 ) -> tuple:  # Faults of kind 'grid', voxel_mm or None
     """Read the header of every volume and compare.
 
-    A header that cannot be read is left to the look at the file.
+    A header that cannot be read is left to the inspection of the file.
 
     Parameters
     ----------
     root : Path
         Data folder.
     rows : pd.DataFrame
-        Rows, of volumes or of pictures.
+        Rows, of volumes or of images.
 
     Returns
     -------
@@ -712,7 +712,7 @@ def check_grids(
         return as_faults([]), None
     paths, grids = zip(*found)
     faults = compare_grids(paths, grids)
-    # pictures among them, or no grid for all
+    # images among them, or no grid for all
     if len(volumes) < len(rows) or len(faults) == len(paths):
         return faults, None
     most = grids[int(np.argmin(group_grids(grids)))]
@@ -721,7 +721,7 @@ def check_grids(
 # %% ../nbs/01_data.ipynb #5220f832
 @dataclass
 class Findings:
-    """What a look at the data found. Print it; `ok` is False if there are faults.
+    """What an inspection of the data found. Print it; `ok` is False if there are faults.
 
     Attributes
     ----------
@@ -732,11 +732,11 @@ class Findings:
     notes : list
         Sentences about what was ignored, not found or decided.
     sizes : pd.Series | None, default None
-        Pictures by height x width, once decoded.
+        Images by height x width, once decoded.
     crop : int | None, default None
         What `config.crop` comes to, in pixels.
     voxel_mm : tuple | None, default None
-        Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known.
+        Side of a pixel and distance of neighboring slices, mm, before any cut; None: not known.
     covariates : tuple, default ()
         One line for each condition to learn, as from `describe_manifest` (notebook 27).
     """
@@ -744,9 +744,9 @@ class Findings:
     manifest: pd.DataFrame  # The good rows, one a slice
     faults: pd.DataFrame  # Columns path, fault, detail
     notes: list  # Sentences about what was ignored, not found or decided
-    sizes: pd.Series | None = None  # Pictures by height x width, once decoded
+    sizes: pd.Series | None = None  # Images by height x width, once decoded
     crop: int | None = None  # What `config.crop` comes to, in pixels
-    # Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known
+    # Side of a pixel and distance of neighboring slices, mm, before any cut; None: not known
     voxel_mm: tuple | None = None
     # One line for each condition to learn, as from `describe_manifest` (notebook 27)
     covariates: tuple = ()
@@ -962,8 +962,8 @@ def name_rows(
         rows = rows.drop(columns=['unit', 'place', 'listed', 'label'])
     elif 'session' not in rows and rows.duplicated(['subject', 'slice', 'plane']).any():
         notes.append(
-            'some subjects have several rows for one slice: a column session would tell their scans'
-            ' apart'
+            'some subjects have several rows for one slice: a column session would distinguish'
+            ' their scans'
         )
     return rows, faults, notes + note_unused_columns(rows, config)
 
@@ -1015,7 +1015,7 @@ def list_slices(
     rows, faults = rows[~odd], pd.concat([faults, said], ignore_index=True)
     if not len(rows) and not len(faults):
         raise ValueError(
-            f"list_slices: '{root}' looks like layout {layout} and holds no scan. Expected pictures"
+            f"list_slices: '{root}' looks like layout {layout} and holds no scan. Expected images"
             " or volumes. Check the folder."
         )
     table, more = find_table(root, config)
@@ -1061,7 +1061,7 @@ def refuse_faults(
     lines = '\n'.join(every[:5] + ['  ...'] * (len(every) > 5))
     if len(leaks):
         raise ValueError(
-            f"refuse_faults: a leak, {len(leaks)} files.\n{lines}\nExpected each person in one"
+            f"refuse_faults: a leak, {len(leaks)} files.\n{lines}\nExpected each subject in one"
             " split. Move or remove the files; skip_faulty does not apply to a leak."
         )
     if len(shown) and not skip_faulty:
@@ -1107,19 +1107,19 @@ def read_manifest(
 
 # %% ../nbs/01_data.ipynb #brig0001
 def upper_intensity(
-    image: np.ndarray,  # Picture (h, w), uint8
-) -> int:  # Grey value
-    """The grey value below which 95 % of the pixels above 0 lie.
+    image: np.ndarray,  # Image (h, w), uint8
+) -> int:  # Gray value
+    """The gray value below which 95 % of the pixels above 0 lie.
 
     Parameters
     ----------
     image : np.ndarray
-        Picture (h, w), uint8.
+        Image (h, w), uint8.
 
     Returns
     -------
     int
-        Grey value.
+        Gray value.
     """
     counts = np.bincount(image.ravel(), minlength=256)[1:].cumsum()
     return int(np.searchsorted(counts, 0.95 * counts[-1]) + 1) if counts[-1] else 0
@@ -1194,7 +1194,7 @@ def note_read_changes(
     """
     said = []
     for col, text in dict(
-        turned='{n} pictures turned upright as their EXIF tag says, such as {path}',
+        turned='{n} images turned upright as their EXIF tag says, such as {path}',
         nan='{n} volumes with NaN outside the brain, taken as 0, such as {path}',
         negative=(
             '{n} volumes with values below 0, set to 0: at most {most:.1%} of the bright end, in'
@@ -1236,7 +1236,7 @@ def find_dark(
         return []
     names = ', '.join(f'{k} ({v:.0f})' for k, v in dark[:5].items()) + ' ...' * (len(dark) > 5)
     return [
-        f'{len(dark)} of {len(by)} subjects far darker than the others, whose bright grey values'
+        f'{len(dark)} of {len(by)} subjects far darker than the others, whose bright gray values'
         f' are about {by.median():.0f} of 255: {names}. Look at them before you train'
     ]
 
@@ -1245,7 +1245,7 @@ def find_duplicates(
     rows: pd.DataFrame,  # Rows with hash, subject, split, path
     # Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere
 ) -> pd.DataFrame:
-    """Find identical pictures: every copy if two subjects share it, all but the first within one
+    """Find identical images: every copy if two subjects share it, all but the first within one
     subject.
 
     Parameters
@@ -1263,7 +1263,7 @@ def find_duplicates(
     leak = group.split.transform('nunique') > 1
     first, last = group.path.transform('first'), group.path.transform('last')
     text = (
-        'the same picture as '
+        'the same image as '
         + first.where(twice.path != first, last)
         + np.where(leak, ', which is in another split', '')
     )
@@ -1312,20 +1312,20 @@ def find_row_faults(
 # %% ../nbs/01_data.ipynb #ab8a1d69
 def find_crop(
     rows: pd.DataFrame,  # Good rows with `_side`, as from `find_row_faults`
-    side: int,  # Longer side of the pictures
-    margin: float = 0.15,  # Room around the largest train head, for heads not seen yet
+    side: int,  # Longer side of the images
+    margin: float = 0.15,  # Room around the largest train brain, for brains not seen yet
     # Central square to keep, a multiple of 16 pixels; None where that would be everything
 ) -> int | None:
-    """Frame the heads: the largest one of the train split and a margin.
+    """Frame the brains: the largest one of the train split and a margin.
 
     Parameters
     ----------
     rows : pd.DataFrame
         Good rows with `_side`, as from `find_row_faults`.
     side : int
-        Longer side of the pictures.
+        Longer side of the images.
     margin : float, default 0.15
-        Room around the largest train head, for heads not seen yet.
+        Room around the largest train brain, for brains not seen yet.
 
     Returns
     -------
@@ -1379,7 +1379,7 @@ def check_dataset(
             f'crop auto: {f"the central {crop} of {side} pixels" if crop else "nothing to crop"}'
         )
     if (crop or side) < config.size:
-        notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
+        notes.append(f'images are enlarged to {config.size}: that adds no detail')
     good = (
         good[~good.path.isin(listed.faults.path)]
         .drop(columns=['_side', '_bright'])

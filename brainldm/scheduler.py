@@ -107,7 +107,7 @@ def cosine_betas(
 def flow_betas(
     num_train_timesteps: int,  # Steps T of the chain
 ) -> Tensor:  # Noise variances (T,), float64, none above 0.999
-    """Variances that lead from picture to noise on a straight line, once its length is divided out.
+    """Variances that lead from image to noise on a straight line, once its length is divided out.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def rescale_zero_terminal_snr(
 # %% ../nbs/04_scheduler.ipynb #f3f79e7e
 @dataclass(frozen=True)
 class NoiseSchedule(ScheduleConfig):
-    """How much noise each of T steps carries, and what the network is asked.
+    """How much noise each of T steps carries, and what the network predicts.
 
     The settings of a `ScheduleConfig` (notebook 21), with the tables that follow from them.
 
@@ -196,7 +196,7 @@ class NoiseSchedule(ScheduleConfig):
 
     @cached_property
     def abar(self) -> Tensor:  # Signal variances (T,), float64, decreasing
-        """Share of the signal's variance left after each step.
+        """Fraction of the signal's variance left after each step.
 
         Returns
         -------
@@ -290,8 +290,7 @@ def at_timesteps(
     """
     if not x.is_floating_point():
         raise TypeError(
-            f"at_timesteps: a batch of {x.dtype}. Expected floating point. Scale the pictures"
-            " first."
+            f"at_timesteps: a batch of {x.dtype}. Expected floating point. Scale the images first."
         )
     if isinstance(t, int):
         if not 0 <= t < len(values):
@@ -386,7 +385,7 @@ def to_x0_eps(
     prediction_type: str,  # 'epsilon', 'v_prediction' or 'sample'
     # Estimates of the clean latents and of the noise, in the dtype of `xt`
 ) -> tuple[Tensor, Tensor]:
-    """The picture and the noise that `pred` implies.
+    """The image and the noise that `pred` implies.
 
     Parameters
     ----------
@@ -533,7 +532,7 @@ def ddpm_step(
     schedule: NoiseSchedule,  # The chain and its prediction type
     noise: Tensor,  # Fresh standard normal noise, same shape
 ) -> Tensor:  # Latents at `t_prev`
-    """Draw from the posterior of x_prev given xt and the estimated x0.
+    """Sample from the posterior of x_prev given xt and the estimated x0.
 
     Parameters
     ----------
@@ -644,7 +643,7 @@ def ddim_step(
     t: int,  # Timestep of `xt`
     t_prev: int,  # Timestep to go to; -1 is clean data
     schedule: NoiseSchedule,  # The chain and its prediction type
-    eta: float = 0.0,  # Share of fresh noise: 0 none, 1 as much as `ddpm_step`
+    eta: float = 0.0,  # Fraction of fresh noise: 0 none, 1 as much as `ddpm_step`
     noise: (
         Tensor | None
     ) = None,  # Fresh standard normal noise, same shape; needed if `eta` is not 0
@@ -664,7 +663,7 @@ def ddim_step(
     schedule : NoiseSchedule
         The chain and its prediction type.
     eta : float, default 0.0
-        Share of fresh noise: 0 none, 1 as much as `ddpm_step`.
+        Fraction of fresh noise: 0 none, 1 as much as `ddpm_step`.
     noise : Tensor | None, default None
         Fresh standard normal noise, same shape; needed if `eta` is not 0.
 

@@ -80,11 +80,11 @@ def reconstruction_loss(
     model: nn.Module,  # An autoencoder of config.kind
     batch: dict[str, Tensor],  # 'image' and encoded covariates
     generator: torch.Generator,  # Source of the latent's noise, on the batch's device
-    seen: int,  # Pictures seen so far, for a cyclical KL weight
+    seen: int,  # Images seen so far, for a cyclical KL weight
     config: AEConfig,  # Weights of the terms
     # Reconstruction (b, 1, h, w), the loss, and its parts for the log
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Mean absolute error plus the price of the latent.
+    """Mean absolute error plus the loss of the latent.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def reconstruction_loss(
     generator : torch.Generator
         Source of the latent's noise, on the batch's device.
     seen : int
-        Pictures seen so far, for a cyclical KL weight.
+        Images seen so far, for a cyclical KL weight.
     config : AEConfig
         Weights of the terms.
 
@@ -129,11 +129,11 @@ def discriminator_step(
     model: nn.Module,  # A PatchDiscriminator
     # 'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,)
     batch: dict[str, Tensor],
-    generator: torch.Generator,  # Not looked at: nothing here is drawn
-    seen: int,  # Pictures seen so far; nothing here depends on it
-    config: AEConfig,  # How the critic is taught
+    generator: torch.Generator,  # Not used: nothing here is random
+    seen: int,  # Images seen so far; nothing here depends on it
+    config: AEConfig,  # Loss of the discriminator
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and what to log
-    """Teach the critic to tell scans from decoded pictures.
+    """One step of the discriminator: tell scans from decoded images.
 
     Parameters
     ----------
@@ -142,11 +142,11 @@ def discriminator_step(
     batch : dict[str, Tensor]
         'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,).
     generator : torch.Generator
-        Not looked at: nothing here is drawn.
+        Not used: nothing here is random.
     seen : int
-        Pictures seen so far; nothing here depends on it.
+        Images seen so far; nothing here depends on it.
     config : AEConfig
-        How the critic is taught.
+        Loss of the discriminator.
 
     Returns
     -------
@@ -171,9 +171,9 @@ def discriminator_step(
 
 def make_discriminator(
     config: AEConfig,  # Sizes and rates
-    covariates: tuple[Covariate, ...],  # What the autoencoder is told, and so the critic
+    covariates: tuple[Covariate, ...],  # Covariates of autoencoder and discriminator
     run: Path | None = None,  # Run folder
-) -> Learner | None:  # A training of its own; None without an adversary
+) -> Learner | None:  # A training of its own; None without a discriminator
     """The second network of an adversarial training.
 
     Parameters
@@ -181,14 +181,14 @@ def make_discriminator(
     config : AEConfig
         Sizes and rates.
     covariates : tuple[Covariate, ...]
-        What the autoencoder is told, and so the critic.
+        Covariates of autoencoder and discriminator.
     run : Path | None, default None
         Run folder.
 
     Returns
     -------
     Learner | None
-        A training of its own; None without an adversary.
+        A training of its own; None without a discriminator.
     """
     if not config.adversarial:
         return None
@@ -207,9 +207,9 @@ def generator_step(
     batch: dict[str, Tensor],  # 'image' and encoded covariates
     fakes: list[Tensor],  # Reconstructions (b, 1, h, w), and perhaps decoded random latents
     config: AEConfig,  # Weights
-    # Loss of being recognised, and loss of looking different to the critic, scalars
+    # Loss of being recognized, and loss of looking different to the discriminator, scalars
 ) -> tuple[Tensor, Tensor]:
-    """What the autoencoder pays to its critic.
+    """The generator loss and the feature loss of the autoencoder.
 
     Parameters
     ----------
@@ -225,9 +225,9 @@ def generator_step(
     Returns
     -------
     tuple[Tensor, Tensor]
-        Loss of being recognised, and loss of looking different to the critic, scalars.
+        Loss of being recognized, and loss of looking different to the discriminator, scalars.
     """
-    # no gradient reaches the critic itself
+    # no gradient reaches the discriminator itself
     frozen = {k: v.detach() for k, v in discriminator.raw.named_parameters()}
     judge = lambda x: torch.func.functional_call(discriminator.raw, frozen, (x, batch))
     logits, features = judge(fakes[0])
@@ -247,11 +247,12 @@ def autoencoder_loss(
     model: nn.Module,  # An autoencoder of config.kind
     batch: dict[str, Tensor],  # 'image' and encoded covariates
     generator: torch.Generator,  # Source of noise, on the batch's device
-    seen: int,  # Pictures seen before this update of the weights
+    seen: int,  # Images seen before this update of the weights
     config: AEConfig,  # Weights of the terms
-    discriminator: Learner | None = None,  # The adversary, which learns here before it is asked
+    # The discriminator, which learns here before it is asked
+    discriminator: Learner | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
-    """The loss of stage 1: reconstruction, and the critic's verdict once it counts.
+    """The loss of stage 1: reconstruction, and the generator loss once it counts.
 
     Parameters
     ----------
@@ -262,11 +263,11 @@ def autoencoder_loss(
     generator : torch.Generator
         Source of noise, on the batch's device.
     seen : int
-        Pictures seen before this update of the weights.
+        Images seen before this update of the weights.
     config : AEConfig
         Weights of the terms.
     discriminator : Learner | None, default None
-        The adversary, which learns here before it is asked.
+        The discriminator, which learns here before it is asked.
 
     Returns
     -------
@@ -311,7 +312,7 @@ def train_autoencoder(
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
 ) -> Autoencoder:  # The trained autoencoder
-    """Train stage 1 on the train subjects and look at validate subjects on the way.
+    """Train stage 1 on the train subjects with validation passes.
 
     Writes RUN/autoencoder.safetensors.
 
@@ -395,7 +396,7 @@ def condition_dropout_mask(
     covariates: int,  # Covariates
     one: float,  # Probability of hiding each by itself
     all: float,  # Probability of hiding all of a row
-    generator: torch.Generator,  # Source of chance; says the device
+    generator: torch.Generator,  # Random number generator; its device is used
 ) -> Tensor:  # True where a token is hidden (b, covariates)
     """Hide conditions at random, to learn to work with and without.
 
@@ -410,7 +411,7 @@ def condition_dropout_mask(
     all : float
         Probability of hiding all of a row.
     generator : torch.Generator
-        Source of chance; says the device.
+        Random number generator; its device is used.
 
     Returns
     -------
@@ -432,7 +433,7 @@ def prediction_error(
     eps: Tensor,  # Standard normal noise, shape of the latents
     drop: Tensor,  # True where a covariate is hidden (b, n)
     schedule: NoiseSchedule,  # The noise, and what the network predicts
-    covariates: tuple[Covariate, ...],  # The covariates the network knows, in order
+    covariates: tuple[Covariate, ...],  # The covariates of the network, in order
 ) -> Tensor:  # Mean squared error of each row (b,)
     """How far the prediction is from its target.
 
@@ -451,7 +452,7 @@ def prediction_error(
     schedule : NoiseSchedule
         The noise, and what the network predicts.
     covariates : tuple[Covariate, ...]
-        The covariates the network knows, in order.
+        The covariates of the network, in order.
 
     Returns
     -------
@@ -476,7 +477,8 @@ def prediction_error(
 def loss_weight(
     t: Tensor,  # Timesteps (b,)
     schedule: NoiseSchedule,  # The noise, and what the network predicts
-    # Limit of min-SNR weighting; None: every step counts alike, on a straight road by its speed
+    # Limit of min-SNR weighting; None: every step counts the same, on a straight path by its
+    # velocity
     gamma: float | None = None,
     offset: float = 0.0,  # Added to the SNR below that limit
 ) -> Tensor:  # Weights of the squared errors (b,), float32
@@ -489,7 +491,8 @@ def loss_weight(
     schedule : NoiseSchedule
         The noise, and what the network predicts.
     gamma : float | None, default None
-        Limit of min-SNR weighting; None: every step counts alike, on a straight road by its speed.
+        Limit of min-SNR weighting; None: every step counts the same, on a straight path by its
+        velocity.
     offset : float, default 0.0
         Added to the SNR below that limit.
 
@@ -512,9 +515,9 @@ def ldm_loss(
     model: nn.Module,  # A UNet
     batch: dict[str, Tensor],  # 'latent' and encoded covariates
     generator: torch.Generator,  # Source of times, noise and hiding, on the batch's device
-    seen: int,  # Pictures seen so far; nothing here depends on it
+    seen: int,  # Images seen so far; nothing here depends on it
     config: LDMConfig,  # Schedule, weights, probabilities
-    covariates: tuple[Covariate, ...],  # The covariates the network knows, in order
+    covariates: tuple[Covariate, ...],  # The covariates of the network, in order
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """Weighted squared error of the prediction at random times.
 
@@ -527,11 +530,11 @@ def ldm_loss(
     generator : torch.Generator
         Source of times, noise and hiding, on the batch's device.
     seen : int
-        Pictures seen so far; nothing here depends on it.
+        Images seen so far; nothing here depends on it.
     config : LDMConfig
         Schedule, weights, probabilities.
     covariates : tuple[Covariate, ...]
-        The covariates the network knows, in order.
+        The covariates of the network, in order.
 
     Returns
     -------

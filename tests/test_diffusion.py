@@ -22,7 +22,7 @@ from brainldm.engineering.runs import read_config, read_log
 from brainldm.engineering.stage1 import autoencoder_args, load_autoencoder
 from brainldm.engineering.stage2 import cache_latents, unet_args
 from brainldm.training import train_autoencoder, train_ldm
-from brainldm.engineering import layers
+from brainldm.engineering import devices
 from test_training import (
     AE,
     LDM,
@@ -79,7 +79,7 @@ def test_half_trained_autoencoder_is_refused(dataset, tmp_path, monkeypatch):
     strike(monkeypatch, 'autoencoder_loss', 60, 'ctrl-c')
     with pytest.raises(KeyboardInterrupt):
         train_autoencoder(dataset, tmp_path / 'run', AE, progress=False)
-    with pytest.raises(ValueError, match='has seen 64 of 80 pictures'):
+    with pytest.raises(ValueError, match='has seen 64 of 80 images'):
         train_ldm(dataset, tmp_path / 'run', LDM, progress=False)
 
 
@@ -139,7 +139,7 @@ def test_presets_can_be_built(name):
 def test_latents_are_standard_means(dataset, straight):
     auto, _ = load_autoencoder(straight)
     file = weights(straight, 'ldm')
-    precision = layers.pick_precision('auto', torch.device('cpu'))
+    precision = devices.pick_precision('auto', torch.device('cpu'))
     z = cache_latents(auto, dataset.subset('train'), precision, batch_size=7, progress=False)
     whole = infer(auto, precision, 'encode')(
         dataset.subset('train').__getitems__(range(20))['image']

@@ -110,6 +110,22 @@ def test_noise_is_named_by_seed_and_number():
     )
 
 
+def test_noise_is_standard_and_of_each_image_its_own():
+    many = sample_noise(400, (4, 5, 7), seed=0)  # 56,000 numbers
+    error = many.numel() ** -0.5  # standard error of their mean
+    assert abs(many.mean()) < 5 * error and abs(many.var() - 1) < 5 * 2**0.5 * error
+    rows = many.flatten(1)
+    similar = (rows @ rows.T / rows.shape[1]).fill_diagonal_(0).abs().max()
+    assert similar < 6 * 140**-0.5  # of 79,800 pairs of 140 numbers each
+    swapped = sample_noise(1, (4, 5, 7), seed=0, start=1) * sample_noise(1, (4, 5, 7), seed=1)
+    assert swapped.mean().abs() < 5 * 140**-0.5  # (0, 1) and (1, 0) have nothing in common
+
+
+def test_standard_deviation_by_row():
+    rows = torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]])
+    same(standard_deviation(rows), torch.tensor([[[2**0.5]], [[0.0]]]))
+
+
 @pytest.mark.parametrize(
     'requested, message',
     [
@@ -133,8 +149,8 @@ def test_noise_is_named_by_seed_and_number():
         (dict(eta=2), 'eta=2'),
         (dict(sampler='dpmpp', eta=0.5), "sampler='dpmpp'"),
         (dict(guidance_interval=(0.8, 0.2)), 'guidance_interval=(0.8, 0.2)'),
-        (dict(guidance_interval=(0, 2)), 'shares'),
-        (dict(guidance_interval=(0.5,)), 'two shares'),
+        (dict(guidance_interval=(0, 2)), 'fractions'),
+        (dict(guidance_interval=(0.5,)), 'two fractions'),
         (dict(guidance_rescale=1.5), 'guidance_rescale=1.5'),
         (dict(guidance_rescale=float('nan')), 'guidance_rescale=nan'),
         (dict(guidance_scale=dict(slice=2.0)), 'Expected one of nothing'),
@@ -469,7 +485,7 @@ def test_edits_of_a_conditional_autoencoder(model, tiny_run):
         (lambda m, p: m.image_to_image(p, 0.0), ValueError, 'strength=0.0'),
         (lambda m, p: m.image_to_image(p, 1.5), ValueError, 'strength=1.5'),
         (lambda m, p: m.image_to_image(p, 0.01, steps=10), ValueError, 'one step or more'),
-        (lambda m, p: m.image_to_image(p * 127), ValueError, 'Try pictures/127.5-1'),
+        (lambda m, p: m.image_to_image(p * 127), ValueError, 'Try images/127.5-1'),
         (lambda m, p: m.image_to_image(p[0]), ValueError, 'Expected (n, 1, 64, 64)'),
         (lambda m, p: m.image_to_image(p[..., :32]), ValueError, 'shape'),
         (lambda m, p: m.image_to_image(p.numpy()), TypeError, 'Expected a float tensor'),
@@ -486,7 +502,7 @@ def test_edits_of_a_conditional_autoencoder(model, tiny_run):
         (lambda m, p: m.counterfactual(p, {}, steps=0), ValueError, 'steps=0'),
         (lambda m, p: m.counterfactual(p[:0], {}), ValueError, 'shape (0,'),
         (lambda m, p: m.counterfactual(p, {}, batch_size=0), ValueError, 'batch_size=0'),
-        (lambda m, p: m.interpolate(p, p[:1]), ValueError, '2 and 1 pictures'),
+        (lambda m, p: m.interpolate(p, p[:1]), ValueError, '2 and 1 images'),
         (lambda m, p: m.interpolate(*p.split(1), 1), ValueError, 'n=1'),
         (lambda m, p: m.interpolate(*p.split(1), 2.5), TypeError, 'n=2.5'),
         (

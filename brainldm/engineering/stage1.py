@@ -35,10 +35,9 @@ from .sharing import locate_run
 # %% ../../nbs/engineering/31_stage1.ipynb #ada11ce1
 def mean_slices(
     dataset: SliceDataset,  # Train split
-    # Mean pictures (m, h, w) float32 in [-1, 1], and the slice number of each
+    # Mean images (m, h, w) float32 in [-1, 1], and the slice number of each
 ) -> tuple[Tensor, list[int]]:
-    """The average picture of each slice position: what a model that ignores its input can best
-    predict.
+    """The average image of each slice position: what a model that ignores its input can best predict.
 
     Parameters
     ----------
@@ -48,7 +47,7 @@ def mean_slices(
     Returns
     -------
     tuple[Tensor, list[int]]
-        Mean pictures (m, h, w) float32 in [-1, 1], and the slice number of each.
+        Mean images (m, h, w) float32 in [-1, 1], and the slice number of each.
     """
     numbers = dataset.manifest.slice.to_numpy()
     kinds = sorted({int(o) for o in numbers})
@@ -83,7 +82,7 @@ def evenly_spaced_rows(
 # %% ../../nbs/engineering/31_stage1.ipynb #99321c11
 def pick_covariates(
     covariates: list[Covariate],  # What the data has
-    names: tuple[str, ...] | None,  # What the model shall know; None is all
+    names: tuple[str, ...] | None,  # Covariates of the model; None is all
 ) -> tuple[Covariate, ...]:  # Those, in the order of the data
     """Choose covariates by name.
 
@@ -92,7 +91,7 @@ def pick_covariates(
     covariates : list[Covariate]
         What the data has.
     names : tuple[str, ...] | None
-        What the model shall know; None is all.
+        Covariates of the model; None is all.
 
     Returns
     -------
@@ -189,17 +188,17 @@ def size_multiple(
 # %% ../../nbs/engineering/31_stage1.ipynb #7f0db9ec
 def check_size(
     dataset: SliceDataset,  # What is to be trained on
-    size: int,  # Side of the pictures that the configuration names
+    size: int,  # Side of the images that the configuration names
     factor: int,  # The side must be a multiple of this
 ) -> None:  # Nothing: it raises or returns
-    """Refuse pictures that the network cannot take, before a run folder is made.
+    """Refuse images that the network cannot take, before a run folder is made.
 
     Parameters
     ----------
     dataset : SliceDataset
         What is to be trained on.
     size : int
-        Side of the pictures that the configuration names.
+        Side of the images that the configuration names.
     factor : int
         The side must be a multiple of this.
 
@@ -210,7 +209,7 @@ def check_size(
     shape = tuple(dataset.images.shape[1:])
     if shape != (size, size):
         raise ValueError(
-            f"check_size: pictures of {shape[0]} x {shape[1]} pixels, and the configuration says"
+            f"check_size: images of {shape[0]} x {shape[1]} pixels, and the configuration says"
             f" size={size}. Expected the same. Open the data with the DataConfig of the run."
         )
     if size % factor:
@@ -222,7 +221,8 @@ def check_size(
 # %% ../../nbs/engineering/31_stage1.ipynb #988bc002
 def autoencoder_args(
     config: AEConfig,  # The configuration
-    covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are told
+    # Covariates that encoder and decoder are conditioned on
+    covariates: tuple[Covariate, ...] = (),
 ) -> dict:  # Arguments of `build_autoencoder`, beside the kind
     """The part of a configuration that decides the architecture.
 
@@ -231,7 +231,7 @@ def autoencoder_args(
     config : AEConfig
         The configuration.
     covariates : tuple[Covariate, ...], default ()
-        What encoder and decoder are told.
+        Covariates that encoder and decoder are conditioned on.
 
     Returns
     -------
@@ -327,27 +327,27 @@ def load_autoencoder(
 # %% ../../nbs/engineering/31_stage1.ipynb #452fdc61
 def validate_autoencoder(
     model: nn.Module,  # The autoencoder
-    batch: dict[str, Tensor],  # Held-out pictures, the same each time
-    path: Path,  # Where the picture goes
+    batch: dict[str, Tensor],  # Held-out images, the same each time
+    path: Path,  # Where the image goes
     precision: str = 'no',  # Mixed precision to compute in
-    chunk: int = 32,  # Pictures at a time: what fits into memory beside a training
+    chunk: int = 32,  # Images at a time: what fits into memory beside a training
     # val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
     # some
 ) -> dict[str, float]:
-    """Look at held-out slices: numbers for the log, originals above reconstructions for the eye.
+    """Validation pass: numbers for the log, originals above reconstructions for the eye.
 
     Parameters
     ----------
     model : nn.Module
         The autoencoder.
     batch : dict[str, Tensor]
-        Held-out pictures, the same each time.
+        Held-out images, the same each time.
     path : Path
-        Where the picture goes.
+        Where the image goes.
     precision : str, default 'no'
         Mixed precision to compute in.
     chunk : int, default 32
-        Pictures at a time: what fits into memory beside a training.
+        Images at a time: what fits into memory beside a training.
 
     Returns
     -------
@@ -597,8 +597,8 @@ def compare_opening(
     # The settings in which it was not, in words; '' also for data made by hand, which says
     # nothing
 ) -> str:
-    """Compare how pictures were cut and which columns are told; everything else shows in what a stage
-    was given (notebook 05c).
+    """Compare how images were cut and which columns are conditions; everything else shows in what a
+    stage was given (notebook 05c).
 
     Parameters
     ----------
@@ -626,7 +626,7 @@ def resolve_crop(
     config: AEConfig,  # Configuration, perhaps with data.crop='auto'
     dataset: SliceDataset,  # Data as `open_dataset` gave it
 ) -> AEConfig:  # The same with a number of pixels, or None, in its place
-    """Write down how pictures are cut, so that data opened later is cut the same way.
+    """Write down how images are cut, so that data opened later is cut the same way.
 
     Parameters
     ----------
@@ -666,7 +666,7 @@ def init_codebook_from_data(
     model: VQVAE,  # Fresh; its codebook is replaced
     dataset: SliceDataset,  # Train split
     seed: int,  # Of the clustering
-    chunk: int = 32,  # Pictures at a time
+    chunk: int = 32,  # Images at a time
 ) -> None:
     """Put a codebook where the fresh encoder's vectors are, before the first step.
 
@@ -679,7 +679,7 @@ def init_codebook_from_data(
     seed : int
         Of the clustering.
     chunk : int, default 32
-        Pictures at a time.
+        Images at a time.
     """
     batch = evenly_spaced_rows(dataset, 128)
     z, _ = in_chunks(infer(model, method='encode'), chunk)(batch['image'], batch)

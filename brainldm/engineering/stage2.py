@@ -55,11 +55,11 @@ from brainldm.engineering.stage1 import (
 def mean_encoder(
     model: Autoencoder,  # The trained autoencoder, on the device that computes
     precision: str = 'no',  # Mixed precision to compute in
-    # A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU
+    # A batch of images and conditions in, latent means (b, c, h, w) out, float32, on the CPU
 ) -> Callable[[dict], Tensor]:
     """What stage 2 sees of a slice.
 
-    Means, not draws: a draw puts noise into the target that no network can predict.
+    Means, not samples: a sample puts noise into the target that no network can predict.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def mean_encoder(
     Returns
     -------
     Callable[[dict], Tensor]
-        A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU.
+        A batch of images and conditions in, latent means (b, c, h, w) out, float32, on the CPU.
     """
     device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
     mean = in_chunks(lambda x, cond: encode(x, cond)[0], 64)
@@ -82,7 +82,7 @@ def cache_latents(
     model: Autoencoder,  # The trained autoencoder
     dataset: SliceDataset,  # Rows to encode
     precision: str = 'no',  # Mixed precision to compute in
-    batch_size: int = 64,  # Pictures at a time
+    batch_size: int = 64,  # Images at a time
     progress: bool = True,  # Show a bar
 ) -> Tensor:  # Latent means (n, c, h, w), float32, on the CPU
     """Encode every slice once, in memory.
@@ -96,7 +96,7 @@ def cache_latents(
     precision : str, default 'no'
         Mixed precision to compute in.
     batch_size : int, default 64
-        Pictures at a time.
+        Images at a time.
     progress : bool, default True
         Show a bar.
 
@@ -113,21 +113,21 @@ def cache_latents(
 
 # %% ../../nbs/engineering/32_stage2.ipynb #e8229896
 def encode_rows(
-    # A batch of pictures and conditions in, a row for each out, on the CPU
+    # A batch of images and conditions in, a row for each out, on the CPU
     encode: Callable[[dict], Tensor],
     dataset: SliceDataset,  # Rows to encode
     file: Path,  # File to write, .npy; an old one goes
     acc: Accelerator,  # Whose processes share the work; all of them must call
-    batch_size: int = 64,  # Pictures at a time
+    batch_size: int = 64,  # Images at a time
     desc: str = 'latents',  # Of the bar
     progress: bool = True,  # Show a bar
-) -> Tensor:  # What every picture became (n, …), in order, read from the disk as it is needed
-    """Encode every picture once, each process its part, into one file that all read.
+) -> Tensor:  # What every image became (n, …), in order, read from the disk as it is needed
+    """Encode every image once, each process its part, into one file that all read.
 
     Parameters
     ----------
     encode : Callable[[dict], Tensor]
-        A batch of pictures and conditions in, a row for each out, on the CPU.
+        A batch of images and conditions in, a row for each out, on the CPU.
     dataset : SliceDataset
         Rows to encode.
     file : Path
@@ -135,7 +135,7 @@ def encode_rows(
     acc : Accelerator
         Whose processes share the work; all of them must call.
     batch_size : int, default 64
-        Pictures at a time.
+        Images at a time.
     desc : str, default 'latents'
         Of the bar.
     progress : bool, default True
@@ -144,7 +144,7 @@ def encode_rows(
     Returns
     -------
     Tensor
-        What every picture became (n, …), in order, read from the disk as it is needed.
+        What every image became (n, …), in order, read from the disk as it is needed.
 
     Raises
     ------
@@ -166,13 +166,13 @@ def encode_rows(
             out.seek(head + i * one[0].nbytes)
             out.write(rows.numpy().tobytes())
     acc.wait_for_everyone()
-    return torch.from_numpy(np.load(file, mmap_mode='c'))  # private: nobody can write back
+    return torch.from_numpy(np.load(file, mmap_mode='c'))  # private: nothing is written back
 
 # %% ../../nbs/engineering/32_stage2.ipynb #31249b13
 def latent_stats(
     latents: Tensor,  # Latent means of the train slices (n, c, h, w)
 ) -> tuple[Tensor, Tensor]:  # Mean and standard deviation of each channel, each (1, c, 1, 1)
-    """What standardises latents.
+    """What standardizes latents.
 
     Parameters
     ----------
@@ -205,8 +205,7 @@ def latent_stats(
 
 # %% ../../nbs/engineering/32_stage2.ipynb #c1191cf1
 class LatentDataset(torch.utils.data.Dataset):
-    """Latents with their conditions: batches as from `SliceDataset`, with 'latent' in place of
-    'image'.
+    """Latents with their conditions: batches as from `SliceDataset`, with 'latent' instead of 'image'.
 
     Parameters
     ----------
@@ -236,7 +235,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def rows(
         self,
         at: Tensor,  # Row numbers (b,)
-    ) -> Tensor:  # Their latents (b, c, h, w), standardised
+    ) -> Tensor:  # Their latents (b, c, h, w), standardized
         """Latents as the network sees them.
 
         Parameters
@@ -247,7 +246,7 @@ class LatentDataset(torch.utils.data.Dataset):
         Returns
         -------
         Tensor
-            Their latents (b, c, h, w), standardised.
+            Their latents (b, c, h, w), standardized.
         """
         return (
             self.latents[at] if self.mean is None else (self.latents[at] - self.mean).div_(self.std)
@@ -259,7 +258,7 @@ class LatentDataset(torch.utils.data.Dataset):
 
 # %% ../../nbs/engineering/32_stage2.ipynb #fd749e1d
 def remove_folder(
-    folder: Path,  # Folder of files that nobody needs any more
+    folder: Path,  # Folder of files that are not needed any more
     acc: Accelerator,  # Whose first process does it, once all have come so far
 ) -> None:
     """Throw latents away after training.
@@ -269,7 +268,7 @@ def remove_folder(
     Parameters
     ----------
     folder : Path
-        Folder of files that nobody needs any more.
+        Folder of files that are not needed any more.
     acc : Accelerator
         Whose first process does it, once all have come so far.
     """
@@ -286,7 +285,7 @@ def latent_splits(
     progress: bool = True,  # Show bars
     # Train, validate, mean and deviation by channel (1, c, 1, 1)
 ) -> tuple[LatentDataset, LatentDataset, Tensor, Tensor]:
-    """Encode train and validate slices, and standardise both by the train slices.
+    """Encode train and validation slices, and standardize both by the train slices.
 
     Parameters
     ----------
@@ -324,7 +323,7 @@ def latent_splits(
 def unet_args(
     config: LDMConfig,  # The configuration
     in_channels: int,  # Channels of the latents
-    covariates: tuple[Covariate, ...],  # What the network may be told
+    covariates: tuple[Covariate, ...],  # Covariates the network is conditioned on
 ) -> dict:  # Arguments of `UNet`
     """The part of a configuration that decides the architecture.
 
@@ -335,7 +334,7 @@ def unet_args(
     in_channels : int
         Channels of the latents.
     covariates : tuple[Covariate, ...]
-        What the network may be told.
+        Covariates the network is conditioned on.
 
     Returns
     -------
@@ -351,7 +350,7 @@ def unet_args(
 def refuse_leak(
     settings: dict,  # config.json of the run
     dataset: SliceDataset,  # Data of the next stage
-    run: Path = '',  # Run folder, which knows in which rows data differ
+    run: Path = '',  # Run folder, which records in which rows data differ
     stage: str = 'autoencoder',  # Whose data they must be
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have
@@ -364,7 +363,7 @@ def refuse_leak(
     dataset : SliceDataset
         Data of the next stage.
     run : Path, default ''
-        Run folder, which knows in which rows data differ.
+        Run folder, which records in which rows data differ.
     stage : str, default 'autoencoder'
         Whose data they must be.
     """
@@ -421,7 +420,7 @@ def note_changes(
 # %% ../../nbs/engineering/32_stage2.ipynb #936c4672
 def refuse_unfinished(
     settings: dict,  # config.json of the run
-    images: int,  # Pictures that the stage has seen
+    images: int,  # Images that the stage has seen
     stage: str = 'autoencoder',  # 'autoencoder' or 'ldm'
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse to train on what will change when an earlier stage goes on.
@@ -431,14 +430,14 @@ def refuse_unfinished(
     settings : dict
         config.json of the run.
     images : int
-        Pictures that the stage has seen.
+        Images that the stage has seen.
     stage : str, default 'autoencoder'
         'autoencoder' or 'ldm'.
     """
     total = settings[stage]['config']['total_images']
     if images < total:
         raise ValueError(
-            f"refuse_unfinished: the {stage} has seen {images:,} of {total:,} pictures. Expected a"
+            f"refuse_unfinished: the {stage} has seen {images:,} of {total:,} images. Expected a"
             " finished one. Finish it first, with --resume."
         )
 
@@ -447,10 +446,10 @@ def check_stage2(
     run: Path,  # Run folder with a trained autoencoder
     dataset: SliceDataset,  # Data of the next stage
     about: dict,  # Description of the autoencoder, as from `load_autoencoder`
-    factor: int,  # The side of the pictures must be a multiple of this
+    factor: int,  # The side of the images must be a multiple of this
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures
-    of another size.
+    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder, images of
+    another size.
 
     Parameters
     ----------
@@ -461,7 +460,7 @@ def check_stage2(
     about : dict
         Description of the autoencoder, as from `load_autoencoder`.
     factor : int
-        The side of the pictures must be a multiple of this.
+        The side of the images must be a multiple of this.
     """
     settings = read_config(run)
     refuse_leak(settings, dataset, run)
@@ -480,7 +479,7 @@ def check_latent_origin(
     source: Path,  # Run from whose stage 2 it is to start
     autoencoder: Autoencoder,  # Of the first
 ) -> None:  # Nothing: it raises or returns
-    """Refuse to start from a network that knows the latents of an unrelated autoencoder.
+    """Refuse to start from a network trained on the latents of an unrelated autoencoder.
 
     Parameters
     ----------
@@ -586,18 +585,18 @@ def adopt_unet(
 
 # %% ../../nbs/engineering/32_stage2.ipynb #ea3bf201
 def preview_conditions(
-    covariates: tuple[Covariate, ...],  # What the network knows
-    columns: int = 6,  # Pictures in a row
+    covariates: tuple[Covariate, ...],  # Covariates of the network
+    columns: int = 6,  # Images in a row
 ) -> tuple[dict[str, Tensor], list[str]]:  # Encoded conditions, row after row, and a label a row
-    """Conditions for a grid of pictures: a row for each diagnosis, slices rising from left to right,
-    the rest left open.
+    """Conditions for a grid of images: a row for each diagnosis, slices rising from left to right, the
+    rest left open.
 
     Parameters
     ----------
     covariates : tuple[Covariate, ...]
-        What the network knows.
+        Covariates of the network.
     columns : int, default 6
-        Pictures in a row.
+        Images in a row.
 
     Returns
     -------
@@ -681,7 +680,7 @@ def save_ldm(
     std: Tensor,  # Standard deviation, same shape
     info: dict,  # Architecture, covariates, schedule
 ) -> None:
-    """Write what is needed to draw: averaged and last weights, latent statistics, description.
+    """Write what is needed to sample: averaged and last weights, latent statistics, description.
 
     Parameters
     ----------
