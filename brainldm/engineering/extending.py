@@ -81,7 +81,7 @@ class Autoencoder(Protocol):
 # %% ../../nbs/engineering/38_extending.ipynb #ext00010
 @runtime_checkable
 class Denoiser(Protocol):
-    """A network that predicts what its noise schedule asks of it: noise, v or clean latents.
+    """A network that predicts what its noise schedule defines: noise, v or clean latents.
 
     Attributes
     ----------
@@ -275,7 +275,7 @@ class Kind:
 
 # %% ../../nbs/engineering/38_extending.ipynb #ext00017
 class Registry:
-    """The kinds of one part by name: what training and loading ask alike.
+    """The kinds of one part by name: what training and loading look up.
 
     Parameters
     ----------
