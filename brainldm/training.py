@@ -249,7 +249,7 @@ def autoencoder_loss(
     generator: torch.Generator,  # Source of noise, on the batch's device
     seen: int,  # Images seen before this update of the weights
     config: AEConfig,  # Weights of the terms
-    # The discriminator, which learns here before it is asked
+    # The discriminator, which takes its step here before it is used
     discriminator: Learner | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """The loss of stage 1: reconstruction, and the generator loss once it counts.
@@ -267,7 +267,7 @@ def autoencoder_loss(
     config : AEConfig
         Weights of the terms.
     discriminator : Learner | None, default None
-        The discriminator, which learns here before it is asked.
+        The discriminator, which takes its step here before it is used.
 
     Returns
     -------

@@ -649,8 +649,8 @@ def resolve_crop(
         if dataset.config is None:
             raise ValueError(
                 "resolve_crop: crop='auto' and a data set that was not made by open_dataset."
-                " Expected one that knows its crop. Use open_dataset(root, config.data), or give a"
-                " number."
+                " Expected one that records its crop. Use open_dataset(root, config.data), or give"
+                " a number."
             )
         config = replace(config, data=replace(config.data, crop=dataset.config.crop))
     odd = compare_opening(dataset, config.data)
