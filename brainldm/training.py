@@ -7,6 +7,7 @@ __all__ = ['reconstruction_loss', 'discriminator_step', 'make_discriminator', 'g
            'train_autoencoder', 'condition_dropout_mask', 'prediction_error', 'loss_weight', 'ldm_loss', 'train_ldm']
 
 # %% ../nbs/06_training.ipynb #2713a62b
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .engineering.extending import Autoencoder
 from .engineering.configs import AEConfig, LDMConfig
 from .engineering.batches import Covariate, SliceDataset
-from .vae import cyclical_weight, kl_loss
+from .vae import ConvAutoencoder, cyclical_weight, kl_loss
 from brainldm.vqgan import (
     FP16_SCALE,
     PatchDiscriminator,
@@ -108,7 +109,8 @@ def reconstruction_loss(
     ----------
     Rombach et al. 2022, app. G; van den Oord 2017, eq. 3.
     """
-    x, chance = batch['image'], dict(generator=generator, device=batch['image'].device)
+    x = batch['image']
+    chance: dict[str, Any] = dict(generator=generator, device=x.device)
     if config.kind != 'kl':
         recon, _, price = model(x, batch, torch.rand(config.num_embeddings, **chance))
         l1 = F.l1_loss(recon.float(), x)
@@ -311,7 +313,7 @@ def train_autoencoder(
     config: AEConfig,  # Everything else
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
-) -> Autoencoder:  # The trained autoencoder
+) -> ConvAutoencoder:  # The trained autoencoder
     """Train stage 1 on the train subjects with validation passes.
 
     Writes RUN/autoencoder.safetensors.
@@ -331,7 +333,7 @@ def train_autoencoder(
 
     Returns
     -------
-    Autoencoder
+    ConvAutoencoder
         The trained autoencoder.
     """
     run, train, held_out = Path(run), dataset.subset('train'), dataset.subset('validate')
@@ -427,7 +429,7 @@ def condition_dropout_mask(
 
 # %% ../nbs/06_training.ipynb #c44953a1
 def prediction_error(
-    model: nn.Module,  # A UNet
+    model: Callable[..., Tensor],  # A UNet
     batch: dict[str, Tensor],  # 'latent' (b, c, h, w) and encoded covariates, each (b,)
     t: Tensor,  # Timesteps (b,)
     eps: Tensor,  # Standard normal noise, shape of the latents
@@ -439,7 +441,7 @@ def prediction_error(
 
     Parameters
     ----------
-    model : nn.Module
+    model : Callable[..., Tensor]
         A UNet.
     batch : dict[str, Tensor]
         'latent' (b, c, h, w) and encoded covariates, each (b,).
@@ -512,7 +514,7 @@ def loss_weight(
 
 # %% ../nbs/06_training.ipynb #fb02dde9
 def ldm_loss(
-    model: nn.Module,  # A UNet
+    model: Callable[..., Tensor],  # A UNet
     batch: dict[str, Tensor],  # 'latent' and encoded covariates
     generator: torch.Generator,  # Source of times, noise and hiding, on the batch's device
     seen: int,  # Images seen so far; nothing here depends on it
@@ -523,7 +525,7 @@ def ldm_loss(
 
     Parameters
     ----------
-    model : nn.Module
+    model : Callable[..., Tensor]
         A UNet.
     batch : dict[str, Tensor]
         'latent' and encoded covariates.

@@ -8,6 +8,7 @@ __all__ = ['lr_at', 'ema_decay', 'Average', 'step_seed', 'ignore_interrupts', 't
            'split_rows', 'in_chunks', 'to_device', 'mean_logs', 'check_finite', 'fit', 'call_every']
 
 # %% ../../nbs/engineering/29_loop.ipynb #26d4c6a1
+from typing import Any
 import math
 import signal
 import warnings
@@ -271,7 +272,7 @@ def make_accelerator(
     Accelerator
         Knows device, precision and processes.
     """
-    precision = pick_precision(config.precision, process_state().device)
+    precision = pick_precision(config.precision, process_state().device or torch.device('cpu'))
     with isolated_state():
         return Accelerator(
             mixed_precision=precision,
@@ -348,7 +349,7 @@ class Learner:
             getattr(config, 'ema_images', 0),
             self.images_per_step * config.accumulate,
         )
-        self.ema = (
+        self.ema: Any = (
             Average(model, lambda: ema_decay(self.seen, update, half_life)) if half_life else None
         )
         optimizer = torch.optim.AdamW(
@@ -480,7 +481,7 @@ def split_batch_size(
 # %% ../../nbs/engineering/29_loop.ipynb #a8ed636e
 def bare_model(
     learner: Learner,  # After training
-) -> nn.Module:  # Its network in evaluation mode, as it was before accelerate prepared it
+) -> Any:  # Its network in evaluation mode, as it was before accelerate prepared it
     """Take a network out of its training harness.
 
     Parameters
@@ -490,7 +491,7 @@ def bare_model(
 
     Returns
     -------
-    nn.Module
+    Any
         Its network in evaluation mode, as it was before accelerate prepared it.
     """
     model = learner.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
@@ -644,7 +645,7 @@ def in_chunks(
 # %% ../../nbs/engineering/29_loop.ipynb #acfc106d
 def to_device(
     batch: dict[str, Tensor],  # A batch
-    device: torch.device,  # Where it shall go
+    device: torch.device | str,  # Where it shall go
 ) -> dict[str, Tensor]:  # The batch there
     """Move every tensor of a batch.
 
@@ -652,7 +653,7 @@ def to_device(
     ----------
     batch : dict[str, Tensor]
         A batch.
-    device : torch.device
+    device : torch.device | str
         Where it shall go.
 
     Returns

@@ -9,12 +9,14 @@ __all__ = ['LOAD_ERRORS', 'EVALUATOR_PATCH', 'FREE', 'mean_slices', 'evenly_spac
            'is_begun', 'origin_of', 'adopt_autoencoder', 'compare_opening', 'resolve_crop', 'init_codebook_from_data']
 
 # %% ../../nbs/engineering/31_stage1.ipynb #c2d31003
+from collections.abc import Sequence
 import json
 import math
 import re
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from .extending import Autoencoder
 from .configs import AEConfig, DataConfig, TrainConfig
 from .plotting import save_figure, show_grid
 from .batches import Covariate, SliceDataset
-from ..vae import AutoencoderKL, image_scores
+from ..vae import AutoencoderKL, ConvAutoencoder, image_scores
 from ..vqgan import FSQ, VQVAE, VectorQuantizer, code_scores, count_codes, start_codebook
 from .loop import in_chunks, infer
 from .runs import Checkpoint, fill_model, load_weights, weights_hash
@@ -58,15 +60,15 @@ def mean_slices(
 
 # %% ../../nbs/engineering/31_stage1.ipynb #a2475a3f
 def evenly_spaced_rows(
-    dataset: SliceDataset,  # Rows to choose from
+    dataset: Any,  # A data set that gives a batch for a list of rows
     n: int,  # How many to take at most
 ) -> dict[str, Tensor]:  # One batch
     """The same few rows each time, spread evenly over a data set.
 
     Parameters
     ----------
-    dataset : SliceDataset
-        Rows to choose from.
+    dataset : Any
+        A data set that gives a batch for a list of rows.
     n : int
         How many to take at most.
 
@@ -81,14 +83,14 @@ def evenly_spaced_rows(
 
 # %% ../../nbs/engineering/31_stage1.ipynb #99321c11
 def pick_covariates(
-    covariates: list[Covariate],  # What the data has
+    covariates: Sequence[Covariate],  # What the data has
     names: tuple[str, ...] | None,  # Covariates of the model; None is all
 ) -> tuple[Covariate, ...]:  # Those, in the order of the data
     """Choose covariates by name.
 
     Parameters
     ----------
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         What the data has.
     names : tuple[str, ...] | None
         Covariates of the model; None is all.
@@ -114,13 +116,13 @@ def pick_covariates(
 
 # %% ../../nbs/engineering/31_stage1.ipynb #4e337d12
 def covariates_to_dict(
-    covariates: tuple[Covariate, ...],  # Covariates of a model
+    covariates: Sequence[Covariate],  # Covariates of a model
 ) -> list[dict]:  # The same as JSON
     """Covariates for a file's description; `covariates_from_dict` reads them back.
 
     Parameters
     ----------
-    covariates : tuple[Covariate, ...]
+    covariates : Sequence[Covariate]
         Covariates of a model.
 
     Returns
@@ -259,7 +261,7 @@ def autoencoder_args(
 def build_autoencoder(
     kind: str,  # 'kl', 'vq' or 'fsq'
     args: dict,  # As from `autoencoder_args`
-) -> Autoencoder:  # With fresh weights
+) -> ConvAutoencoder:  # With fresh weights
     """Make an autoencoder of one of the three kinds.
 
     Parameters
@@ -271,7 +273,7 @@ def build_autoencoder(
 
     Returns
     -------
-    Autoencoder
+    ConvAutoencoder
         With fresh weights.
 
     Raises
@@ -293,18 +295,19 @@ def build_autoencoder(
 
 # %% ../../nbs/engineering/31_stage1.ipynb #38e614a5
 def load_autoencoder(
-    run: Path,  # Run folder
-) -> tuple[Autoencoder, dict]:  # The network in evaluation mode on the CPU, and its description
+    run: str | Path,  # Run folder
+    # The network in evaluation mode on the CPU, and its description
+) -> tuple[ConvAutoencoder, dict[str, Any]]:
     """Build the autoencoder of a run from its file alone.
 
     Parameters
     ----------
-    run : Path
+    run : str | Path
         Run folder.
 
     Returns
     -------
-    tuple[Autoencoder, dict]
+    tuple[ConvAutoencoder, dict[str, Any]]
         The network in evaluation mode on the CPU, and its description.
 
     Raises
