@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 from .engineering.checks import printable
+from .engineering.configs import DataConfig
 from .engineering.files import as_faults, cache_folder
 from brainldm.engineering.layouts import (
     SPLITS,
-    DataConfig,
     Findings,
     find_crop,
     find_dark,

@@ -14,7 +14,7 @@ from test_data import CONFIG, look, make_oasis, image, save
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.covariates import Covariate, encode_covariates, find_covariates
 from brainldm.engineering.cache import fingerprint, prepare_image
 from brainldm.data import ShuffledBatches, SliceDataset, eval_batches, list_slices, open_dataset

@@ -17,8 +17,8 @@ import pytest
 from test_covariates import cohort
 from test_data import make_volume
 
+from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.files import cache_folder, unpack
-from brainldm.engineering.layouts import DataConfig
 from brainldm.engineering.cache import memmap_location, one_process
 from brainldm.data import check_dataset, open_dataset
 from brainldm.engineering.cli import main
@@ -88,11 +88,10 @@ def test_a_small_disk(tmp_path):
         pytest.skip('no tmpfs')
     try:
         code = (
-            'import sys, types; from brainldm import data; from brainldm.engineering import cache\n'
-            'cache.shutil.disk_usage = lambda o:'
-            ' types.SimpleNamespace(free=1e9)           # a quota does not show there\ntry:'
-            ' data.open_dataset(sys.argv[1], data.DataConfig(size=64), False,'
-            ' sys.argv[2])\nexcept OSError as e: print(e)'
+            'import sys, types; from brainldm import data; from brainldm.engineering import'
+            ' cache\ncache.shutil.disk_usage = lambda o: types.SimpleNamespace(free=1e9)          '
+            ' # a quota does not show there\ntry: data.open_dataset(sys.argv[1],'
+            ' data.DataConfig(size=64), False, sys.argv[2])\nexcept OSError as e: print(e)'
         )
         done = subprocess.run(
             [sys.executable, '-c', code, place, small / 'cache'], capture_output=True, text=True

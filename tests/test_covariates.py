@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import PRESETS, AEConfig, DataConfig
 from brainldm.engineering.covariates import (
     Covariate,
     covariate_kind,
@@ -24,14 +24,12 @@ from brainldm.engineering.covariates import (
     write_levels,
 )
 from brainldm.data import SliceDataset, check_dataset, open_dataset
-from brainldm.training import (
+from brainldm.engineering.stage1 import (
     EVALUATOR_PATCH,
-    AEConfig,
     covariates_from_dict,
     covariates_to_dict,
     size_multiple,
 )
-from brainldm.engineering.stage2 import PRESETS
 from brainldm.engineering.codec import check_conditions
 from brainldm.advanced.fidelity import FeatureNet
 from brainldm.engineering.cli import (

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from brainldm import data
-from brainldm.engineering.layouts import DataConfig, find_layout
+from brainldm.engineering.configs import DataConfig
+from brainldm.engineering.layouts import find_layout
 from brainldm.data import check_dataset, open_dataset, read_manifest, split_by_subject
 
 OASIS = Path(__file__).parents[1] / '../shared/data/oasis1'

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.covariates import Covariate
 from brainldm.data import SliceDataset, open_dataset
 from brainldm.vae import AutoencoderKL

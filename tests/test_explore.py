@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import brainldm.engineering.explore as explore
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig
 from brainldm.engineering.covariates import Covariate
-from brainldm.training import AEConfig, autoencoder_args, build_autoencoder
+from brainldm.engineering.stage1 import autoencoder_args, build_autoencoder
 from brainldm.engineering.codec import SYNTHETIC, Codec
 from brainldm.sampling import BrainLDM
 from brainldm.engineering.explore import OPEN, Explorer, to_png

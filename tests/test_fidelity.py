@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
+from brainldm.engineering.configs import TrainConfig
 from brainldm.engineering.covariates import Covariate
 from brainldm.data import SliceDataset
-from brainldm.engineering.loop import TrainConfig
 from brainldm.advanced.fidelity import (
     POSITIVE,
     PROPORTION,

@@ -25,7 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.covariates import Covariate
 from brainldm.engineering.runs import load_weights, save_weights
 from brainldm.engineering import cli, covariates

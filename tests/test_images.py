@@ -12,12 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig, PhantomConfig, TrainConfig
+from brainldm.engineering.phantom import make_cohort
 from brainldm.data import open_dataset
-from brainldm.engineering.loop import TrainConfig
 from brainldm.engineering.runs import read_metrics
-from brainldm.training import AEConfig, train_autoencoder
+from brainldm.training import train_autoencoder
 from brainldm.engineering.codec import save_images, to_bytes
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.fidelity import match_rows
@@ -32,8 +31,8 @@ from brainldm.engineering.report import (
     sample_matched,
 )
 from brainldm.engineering.cli import main
-from brainldm.engineering import report
 from brainldm.advanced import audit
+from brainldm.engineering import report
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ can be attacked."""
 import numpy as np
 import pytest
 
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import DataConfig
 from brainldm.data import open_dataset
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.audit import (

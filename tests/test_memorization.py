@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import DataConfig, PhantomConfig
+from brainldm.engineering.phantom import make_cohort
 from brainldm.data import SliceDataset, open_dataset
 from brainldm.engineering.sharing import audit_verdicts
 from brainldm.advanced.evaluation import merge_metrics

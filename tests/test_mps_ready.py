@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig
 from brainldm.data import open_dataset
-from brainldm.training import (
-    AEConfig,
+from brainldm.engineering.stage1 import (
     autoencoder_args,
     build_autoencoder,
     init_codebook_from_data,

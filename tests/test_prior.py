@@ -12,18 +12,23 @@ import pytest
 import torch
 from test_training import Crash, make_dataset
 
+from brainldm.engineering.configs import (
+    PRIOR_PRESETS,
+    AEConfig,
+    DataConfig,
+    PriorConfig,
+    check_config,
+)
 from brainldm.engineering.devices import pick_precision
-from brainldm.engineering.layouts import DataConfig
 from brainldm.engineering.covariates import Covariate
 from brainldm.data import SliceDataset
-from brainldm.engineering.loop import check_config, infer, seeded
+from brainldm.engineering.loop import infer, seeded
 from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log
-from brainldm.training import AEConfig, load_autoencoder, train_autoencoder
+from brainldm.engineering.stage1 import load_autoencoder
+from brainldm.training import train_autoencoder
 from brainldm.advanced.prior import (
-    PRIOR_PRESETS,
     CodeSampler,
     CodeTransformer,
-    PriorConfig,
     cache_codes,
     code_baselines,
     code_bits,
@@ -78,9 +83,9 @@ COVARIATES = (
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
     "Sampling takes most of the time of a tiny run."
-    from brainldm import training
+    from brainldm.engineering import stage1
 
-    for o in (module, training):
+    for o in (module, stage1):
         monkeypatch.setattr(o, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.covariates import Covariate, encode_covariates
 from brainldm.data import open_dataset
 from brainldm.vae import AutoencoderKL

@@ -13,17 +13,15 @@ import pytest
 import torch
 from test_covariates import cohort
 
-from brainldm.engineering.layouts import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, VolumeConfig
 from brainldm.data import check_dataset, open_dataset
 from brainldm.engineering.runs import load_weights, open_run, read_log, save_weights
-from brainldm.training import AEConfig, train_autoencoder
-from brainldm.engineering.stage2 import LDMConfig, train_ldm
+from brainldm.training import train_autoencoder, train_ldm
 from brainldm.engineering.codec import SYNTHETIC
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.volume import (
     BrainVolumes,
     NeighborUNet,
-    VolumeConfig,
     correlate_noise,
     find_neighbors,
     generation_order,

@@ -28,20 +28,13 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
+from ..engineering.configs import TrainConfig
 from ..engineering.covariates import Covariate
 from ..data import SliceDataset, eval_batches
 from ..vae import laplacian_variance
-from brainldm.engineering.loop import (
-    Learner,
-    TrainConfig,
-    bare_model,
-    fit,
-    infer,
-    seeded,
-    train_batches,
-)
+from ..engineering.loop import Learner, bare_model, fit, infer, seeded, train_batches
 from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
-from ..training import LOAD_ERRORS, covariates_from_dict, covariates_to_dict
+from ..engineering.stage1 import LOAD_ERRORS, covariates_from_dict, covariates_to_dict
 from ..analysis import auc
 from .evaluation import json_safe, subject_interval
 

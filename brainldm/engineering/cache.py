@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 from PIL import Image
+from .configs import DataConfig
 from brainldm.engineering.files import (
     cache_folder,
     decode_file,
@@ -24,7 +25,7 @@ from brainldm.engineering.files import (
     temporary_in_cache,
     unpack,
 )
-from .layouts import DataConfig, inspect_files
+from .layouts import inspect_files
 
 # %% ../../nbs/engineering/27_cache.ipynb #352ef4bc
 def prepare_image(

@@ -32,10 +32,22 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .checks import refuse_taken
+from brainldm.engineering.configs import (
+    PRESETS,
+    PRIOR_PRESETS,
+    VOLUME_PRESETS,
+    AEConfig,
+    DataConfig,
+    LDMConfig,
+    PhantomConfig,
+    PriorConfig,
+    TrainConfig,
+    VolumeConfig,
+)
 from .files import as_faults
 from .plotting import save_figure, show_grid
-from .phantom import PhantomConfig, make_cohort
-from .layouts import DataConfig, Findings
+from .phantom import make_cohort
+from .layouts import Findings
 from brainldm.engineering.covariates import (
     covariate_notes,
     describe_manifest,
@@ -44,17 +56,16 @@ from brainldm.engineering.covariates import (
     read_value,
 )
 from ..data import SliceDataset, check_dataset, open_dataset
-from .loop import TrainConfig, process_state
+from .loop import process_state
 from .runs import read_config, read_metrics
 from .sharing import audit_verdicts, fetch_run, pack_run, push_run
-from ..training import AEConfig, size_multiple, train_autoencoder
-from .stage2 import PRESETS, LDMConfig, note_changes, refuse_leak, train_ldm
+from .stage1 import size_multiple
+from .stage2 import note_changes, refuse_leak
+from ..training import train_autoencoder, train_ldm
 from .codec import make_folder, save_gif, save_images
 from ..sampling import BrainLDM
 from brainldm.advanced.volume import (
-    VOLUME_PRESETS,
     BrainVolumes,
-    VolumeConfig,
     check_spacing,
     resolve_spacing,
     sample_shared_noise,
@@ -62,7 +73,7 @@ from brainldm.advanced.volume import (
     train_volume,
 )
 from .explore import explore
-from ..advanced.prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
+from ..advanced.prior import CodeSampler, train_prior
 from brainldm.advanced.evaluation import (
     json_safe,
     merge_metrics,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from .layouts import FIXED_KINDS, DataConfig
+from .configs import FIXED_KINDS, DataConfig
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import brainldm
+from .configs import TrainConfig
 from .devices import device_name
 from .files import explain_disk, write_atomic
 from .covariates import Covariate
@@ -46,7 +47,6 @@ from .cache import fingerprint
 from ..data import SliceDataset
 from brainldm.engineering.loop import (
     Learner,
-    TrainConfig,
     call_every,
     check_finite,
     fit,
