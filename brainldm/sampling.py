@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from .engineering.devices import pick_device, pick_precision
 from .engineering.batches import Covariate
-from .scheduler import NoiseSchedule, add_noise
-from .advanced.solvers import denoise, invert, sampling_timesteps
+from .scheduler import NoiseSchedule, add_noise, denoise, sampling_timesteps
+from .advanced.solvers import SOLVERS, invert
 from .unet import UNet
 from .engineering.loop import infer, mixed_precision, to_device
 from .engineering.runs import check_trained_on, read_config
@@ -258,7 +258,7 @@ def sample_batch(
             noise,
             model.schedule,
             options['steps'],
-            options.get('sampler', 'ddim'),
+            SOLVERS[options.get('sampler', 'ddim')],
             options.get('eta', 0.0),
             image_generators(len(noise), seed, first),
             callback=show,

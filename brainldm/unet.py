@@ -79,7 +79,8 @@ class ConditionEmbedding(nn.Module):
         self,
         channels: int,  # Length of the sinusoidal embedding of time
         emb_channels: int,  # Length of the embedding that comes out
-        covariates: tuple[Covariate, ...],  # What may be told, in the order of `drop`; may be empty
+        # What may be told, in the order of `drop`; may be empty
+        covariates: tuple[Covariate, ...],
         cond_channels: int,  # Length of a covariate token
     ):
         super().__init__()
@@ -271,7 +272,8 @@ def up_level(
     i: int,  # Which level, 0 is the largest
     num_res_blocks: int,  # Blocks
     **kwargs,  # Other arguments of each `UNetBlock`
-) -> nn.ModuleList:  # Upsample (but for the deepest level), then blocks with room for a skip each
+    # Upsample (but for the deepest level), then blocks with room for a skip each
+) -> nn.ModuleList:
     """One level on the way up.
 
     Parameters
@@ -567,7 +569,8 @@ class UNet(nn.Module):
         # Features at each level; each next level has half the size
         channels: tuple[int, ...] = (96, 160),
         num_res_blocks: int = 2,  # Blocks a level, on the way down and again on the way up
-        attention_levels: tuple[bool, ...] = (True, True),  # Levels with self- and cross-attention
+        # Levels with self- and cross-attention
+        attention_levels: tuple[bool, ...] = (True, True),
         num_heads: int = 4,  # Attention heads
         # What the network may be told, in the order of `drop`
         covariates: tuple[Covariate, ...] = (),

@@ -45,13 +45,13 @@ def names(found):
 
 
 def test_sampling(load, tmp_path):
-    from brainldm.advanced.solvers import SAMPLERS
+    from brainldm.advanced.solvers import SOLVERS
 
     o = load('sampling')
     o.main(o.Sampling(**TINY, out=tmp_path, batch_sizes=(2, 3), steps=2))
     found = written(tmp_path, 'sampling')
     for n in (2, 3):
-        for sampler in SAMPLERS:
+        for sampler in SOLVERS:
             assert (
                 sum(k.startswith(sampler) and k.endswith(f'batch {n}') for k in names(found)) == 2
             )

@@ -21,8 +21,14 @@ from PIL import Image
 from brainldm.engineering.checks import DataFault
 from brainldm.data import DataConfig
 from brainldm.engineering.batches import Covariate
-from brainldm.scheduler import PREDICTION_TYPES, NoiseSchedule, add_noise, targets, to_x0_eps
-from brainldm.advanced.solvers import sampling_timesteps
+from brainldm.scheduler import (
+    PREDICTION_TYPES,
+    NoiseSchedule,
+    add_noise,
+    sampling_timesteps,
+    targets,
+    to_x0_eps,
+)
 from brainldm.engineering.runs import load_weights
 from brainldm.training import AEConfig
 from brainldm.sampling import BrainLDM

@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 from ..engineering.plotting import save_figure, show_planes
 from ..engineering.batches import Covariate, SliceDataset
 from ..vae import image_scores
-from ..scheduler import NoiseSchedule
-from .solvers import denoise
+from ..scheduler import NoiseSchedule, denoise
+from .solvers import SOLVERS
 from ..unet import UNet
 from brainldm.engineering.loop import (
     Learner,
@@ -856,7 +856,7 @@ def sample_brains(
                 noise[:, places].flatten(0, 1),
                 model.schedule,
                 options['steps'],
-                options['sampler'],
+                SOLVERS[options['sampler']],
                 callback=lambda i, t, x, x0: tick(len(x)),
             )
         z[:, places] = own.unflatten(0, (len(noise), len(places)))

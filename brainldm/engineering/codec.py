@@ -26,7 +26,7 @@ import brainldm
 from .checks import check_choice, refuse_taken
 from .plotting import save_figure, show_grid
 from .batches import Covariate, encode_covariates, read_conditions
-from ..advanced.solvers import SAMPLERS
+from ..advanced.solvers import SOLVERS
 from .loop import infer, to_device
 from .sharing import SharedModel
 
@@ -378,7 +378,7 @@ def prepare_conditions(
         )
     check_sample_counts(n, seed, batch_size, first)
     check_steps(options['steps'], model.schedule.num_train_timesteps)
-    check_choice('sample', 'sampler', options.get('sampler', 'ddim'), SAMPLERS)
+    check_choice('sample', 'sampler', options.get('sampler', 'ddim'), tuple(SOLVERS))
     cond = check_conditions(conditions, model.covariates, n)
     requested = [c.name for c in model.unet.covariates if c.name in cond]
     check_guidance(

@@ -24,12 +24,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checks import check_choice
+from .extending import Autoencoder
 from .plotting import save_figure, show_grid
 from ..data import DataConfig
 from .batches import Covariate, SliceDataset, eval_batches
-from .extending import Autoencoder
-from ..scheduler import NoiseSchedule, add_noise, flow_weight, min_snr_weight, targets
-from ..advanced.solvers import denoise
+from brainldm.scheduler import (
+    NoiseSchedule,
+    add_noise,
+    denoise,
+    flow_weight,
+    min_snr_weight,
+    targets,
+)
 from ..unet import UNet
 from .loop import Learner, TrainConfig, in_chunks, infer, seeded, to_device
 from brainldm.engineering.runs import (

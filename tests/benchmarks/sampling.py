@@ -29,11 +29,11 @@ from timing import (
     ratio,
 )
 
-from brainldm.sampling import BrainLDM, conditional_denoiser
-from brainldm.scheduler import NoiseSchedule
-from brainldm.advanced.solvers import SAMPLERS, denoise
+from brainldm.scheduler import NoiseSchedule, denoise
+from brainldm.advanced.solvers import SOLVERS
 from brainldm.engineering.loop import infer
 from brainldm.engineering.stage2 import PRESETS
+from brainldm.sampling import BrainLDM, conditional_denoiser
 
 TARGET = '<= 1.05'
 
@@ -82,7 +82,7 @@ def our_loop(model: BrainLDM, cond: dict, batch: dict, sampler: str, steps: int)
         batch['latent'],
         model.schedule,
         steps,
-        sampler,
+        SOLVERS[sampler],
         generator=torch.Generator().manual_seed(0),
     )
 
@@ -116,8 +116,8 @@ def compare(model, ours, theirs, low, n, job, device, precision):
     }
     contestants = {
         'network': partial(bare, ours, batch, job.steps, device, precision),
-        **{f'denoise, {o}': partial(our_loop, model, cond, batch, o, job.steps) for o in SAMPLERS},
-        **{f'sample, {o}': partial(whole, model, n, o, job.steps) for o in SAMPLERS},
+        **{f'denoise, {o}': partial(our_loop, model, cond, batch, o, job.steps) for o in SOLVERS},
+        **{f'sample, {o}': partial(whole, model, n, o, job.steps) for o in SOLVERS},
         'decode': partial(model.decode_standard, batch['latent']),
         'call by call': lambda: [
             infer(ours.net, precision)(batch['latent'], batch['t'], cond) for _ in range(job.steps)
@@ -137,7 +137,7 @@ def compare(model, ours, theirs, low, n, job, device, precision):
             other=under.median(),
         )
 
-    rows = [row(f'{o}, loop / network', t[f'denoise, {o}'], t.network, TARGET) for o in SAMPLERS]
+    rows = [row(f'{o}, loop / network', t[f'denoise, {o}'], t.network, TARGET) for o in SOLVERS]
     rows += [
         row(
             f'{o}, sample() less decoding / network',
@@ -145,7 +145,7 @@ def compare(model, ours, theirs, low, n, job, device, precision):
             t.network,
             TARGET,
         )
-        for o in SAMPLERS
+        for o in SOLVERS
     ]
     rows += [
         row('network, call by call / at once', t['call by call'], t.network),
