@@ -494,7 +494,8 @@ def process_state() -> PartialState:
 # %% ../../nbs/engineering/29_loop.ipynb #a50b1e03
 @contextmanager
 def isolated_state(
-    acc: Accelerator | None = None,  # Whose settings accelerate shall see meanwhile; None: none yet
+    # Whose settings accelerate shall see meanwhile; None: none yet
+    acc: Accelerator | None = None,
 ):  # A context; afterwards the host program's settings are what they were
     """Set up a training without touching what the program around it told accelerate.
 
@@ -788,8 +789,8 @@ def infer(
     model: nn.Module,  # A network
     precision: str = 'no',  # 'no', 'bf16' or 'fp16'
     method: str = 'forward',  # Which of its methods to call
-    # That method: in evaluation mode, without gradient, in that precision; the mode is put back
-    # after
+    gradient: bool = False,  # Keep the graph of its computation
+    # That method: in evaluation mode, in that precision; the mode is put back after
 ) -> Callable:
     """Call a network for its answer alone.
 
@@ -801,19 +802,21 @@ def infer(
         'no', 'bf16' or 'fp16'.
     method : str, default 'forward'
         Which of its methods to call.
+    gradient : bool, default False
+        Keep the graph of its computation.
 
     Returns
     -------
     Callable
-        That method: in evaluation mode, without gradient, in that precision; the mode is put back
-        after.
+        That method: in evaluation mode, in that precision; the mode is put back after.
     """
 
     def call(*args, **kwargs):
         mode = model.training
         model.eval()
         try:
-            with torch.no_grad(), mixed_precision(next(model.parameters()).device, precision):
+            device = next(model.parameters()).device
+            with torch.set_grad_enabled(gradient), mixed_precision(device, precision):
                 return getattr(model, method)(*args, **kwargs)
         finally:
             model.train(mode)
