@@ -2,8 +2,9 @@
 each took.
 
 python tools/course.py                    every lesson
-python tools/course.py 07 08a             these lessons
-python tools/course.py --short 07 08a     without their long cells, whose stored outputs stay
+python tools/course.py 07 16              these lessons, by number
+python tools/course.py core               a track: core, advanced or engineering
+python tools/course.py --short 07 16      without their long cells, whose stored outputs stay
 
 Cells marked `#| gpu` run where there is one; elsewhere their stored outputs stay. What progress
 bars drew is not stored. A lesson that fails is left as it was, and the exit status is 1. Times
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import nbformat
 import torch
-from docs import shown_output, streams_joined
+from docs import TRACKS, notebooks, shown_output, streams_joined
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
@@ -29,22 +30,20 @@ TIMES = ROOT / "docs" / "course.json"
 
 
 def number(path):
-    "The number of a lesson: 08a of advanced/13_factors.ipynb."
+    "The number of a lesson: 13 of advanced/13_factors.ipynb."
     return path.stem.split("_")[0]
 
 
-def chosen(numbers):
-    "Notebooks to run, in order."
-    found = sorted(
-        p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts
-    )
-    unknown = sorted(set(numbers) - {number(p) for p in found})
+def chosen(names):
+    "Notebooks to run, in the order of reading, by number or track."
+    found = {p: {number(p), t.lower()} for k, t in TRACKS.items() for p in notebooks(k)}
+    unknown = sorted(set(names) - set().union(*found.values()))
     if unknown:
         raise SystemExit(
             f"course: no lesson {', '.join(unknown)}. Expected some of"
-            f" {' '.join(number(p) for p in found)}."
+            f" {' '.join(map(number, found))}, or {', '.join(TRACKS.values()).lower()}."
         )
-    return [p for p in found if not numbers or number(p) in numbers]
+    return [p for p, known in found.items() if not names or known & set(names)]
 
 
 def set_aside(cells, marks):
@@ -113,7 +112,7 @@ def main(numbers):
         TIMES.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     for path in paths:
         print(
-            f"{path.stem:15}"
+            f"{path.stem:20}"
             f" {'%5.1f min' % (times[path.stem] / 60) if path.stem in times else 'failed'}"
         )
     print(f"together {sum(times.values()) / 60:.0f} minutes on {where}")

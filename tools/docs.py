@@ -22,8 +22,8 @@ import docstrings
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "brainldm"
-# folder and caption, in the order of reading
-TRACKS = {"nbs": "Core", "advanced": "Advanced", "engineering": "Engineering"}
+# folder in nbs and brainldm, and caption, in the order of reading
+TRACKS = {"": "Core", "advanced": "Advanced", "engineering": "Engineering"}
 # copied to where their links expect each other
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/benchmarks/README.md")
 
@@ -155,18 +155,21 @@ def lesson(path):
     )
 
 
-def notebooks():
-    "Core, advanced, engineering, each in the order of its numbers."
-    return sorted(
-        p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts
-    )
+def notebooks(track=None):
+    "Core, advanced, engineering, each in the order of its numbers; or one track of them."
+    tracks = list(TRACKS) if track is None else [track]
+    return [p for t in tracks for p in sorted((ROOT / "nbs" / t).glob("[0-9]*.ipynb"))]
+
+
+def page_of(path):
+    "A lesson as the site names it: nbs/engineering/23_files."
+    return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
 def lesson_file(stem):
     "Where a lesson lies, as seen from the root: nbs/engineering/23_files.ipynb."
-    return next(
-        (p.relative_to(ROOT).as_posix() for p in notebooks() if p.stem == stem), f"nbs/{stem}.ipynb"
-    )
+    found = next((page_of(p) for p in notebooks() if p.stem == stem), f"nbs/{stem}")
+    return f"{found}.ipynb"
 
 
 # API pages
@@ -193,6 +196,7 @@ class Module:
         self.text = path.read_text(encoding="utf-8")
         inside = path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else Path(path.name)
         self.name = ".".join(inside.with_suffix("").parts)
+        self.track = self.name.rpartition(".")[0]
         self.tree = ast.parse(self.text)
         self.comments = docstrings.Comments(self.text)
         self.doc = ast.get_docstring(self.tree) or ""
@@ -437,6 +441,12 @@ def modules():
     return [Module(p) for p in sorted((ROOT / "brainldm").rglob("*.py")) if p.stem[0] != "_"]
 
 
+def by_lesson(found):
+    "Modules in the order of the lessons that write them: track by track."
+    place = {p.stem: i for i, p in enumerate(notebooks())}
+    return sorted(found, key=lambda m: min(place[stem] for stem in m.lessons()))
+
+
 # The map of the modules
 
 
@@ -548,8 +558,9 @@ def map_svg(graph, about):
             f' {xb},{end}{on}"/>'
         )
     boxes = [
-        f'<a href="api/{p}.html"><rect x="{x - BOX[0] // 2}" y="{y - half}" width="{BOX[0]}"'
-        f' height="{BOX[1]}" rx="6"/><text x="{x}" y="{y + 5}">{p.split(".")[-1]}</text></a>'
+        f'<a class="{p.rpartition(".")[0] or "core"}" href="api/{p}.html"><rect'
+        f' x="{x - BOX[0] // 2}" y="{y - half}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/><text'
+        f' x="{x}" y="{y + 5}">{p.split(".")[-1]}</text></a>'
         for p, (x, y) in at.items()
         if isinstance(p, str)
     ]
@@ -571,7 +582,7 @@ def map_page(found):
     known = {m.name for m in found}
     full = {m.name: imports(m, known) for m in found}
     graph, first = reduced(full), {m.name: m.lessons()[0] for m in found}
-    order = sorted(known, key=lambda n: first[n])
+    order = [m.name for m in by_lesson(found)]
     about = "Map of the modules. " + " ".join(
         f"{a} imports {', '.join(sorted(graph[a])) or 'none of the others'}." for a in order
     )
@@ -587,7 +598,8 @@ def map_page(found):
             (
                 "Drawn from the imports themselves. An arrow points to what a module imports; a"
                 " module that is reached by way of another has no arrow of its own. Nothing points"
-                " upwards: a module uses earlier lessons only."
+                " upwards: a module uses lower layers only, whatever the number of its lesson."
+                " Filled: the core; plain: advanced; dashed: engineering."
             ),
             "",
             "```{raw} html",
@@ -605,27 +617,20 @@ def map_page(found):
 def course_page():
     "How long each lesson takes with its long cells, as the last `make course` measured it."
     known = json.loads((ROOT / "docs" / "course.json").read_text(encoding="utf-8"))
-    rows = [
-        f"| [{p.stem.replace('_', ' ')}](nbs/{p.relative_to(ROOT / 'nbs').as_posix()}) |"
-        f" {known[n]['seconds'] / 60:.1f} | {known[n]['where']} |"
-        for p in notebooks()
-        if (n := p.stem.split("_")[0]) in known
-    ]
-    return "\n".join(
-        [
-            "# How long the lessons take",
-            "",
-            (
-                "Minutes for a whole lesson, the long cells (`#| slow`) included; measured by `make"
-                " course`."
-            ),
-            "",
-            "| lesson | minutes | on |",
-            "|---|---|---|",
-            *rows,
-            "",
+    parts = []
+    for track, caption in TRACKS.items():
+        took = [(p, known[n]) for p in notebooks(track) if (n := p.stem.split("_")[0]) in known]
+        minutes = sum(o["seconds"] for _, o in took) / 60
+        parts += [f"## {caption}", "", f"{minutes:.0f} minutes in all.", ""]
+        parts += ["| lesson | minutes | on |", "|---|---|---|"]
+        parts += [
+            f"| [{p.stem.replace('_', ' ')}]({page_of(p)}.ipynb) | {o['seconds'] / 60:.1f} |"
+            f" {o['where']} |"
+            for p, o in took
         ]
-    )
+        parts += [""]
+    about = "Minutes for a whole lesson, the long cells (`#| slow`) included; from `make course`."
+    return "\n".join(["# How long the lessons take", "", about, "", *parts])
 
 
 # The site
@@ -662,17 +667,17 @@ def write_sources(src):
         *(
             line
             for track, caption in TRACKS.items()
-            for line in contents(
-                caption,
-                *(
-                    p.relative_to(ROOT).with_suffix("").as_posix()
-                    for p in notebooks()
-                    if p.parent.name == track
-                ),
-            )
+            for line in contents(caption, *map(page_of, notebooks(track)))
         ),
         *contents("Use it", *(p.removesuffix(".md") for p in pages), "modules", "course"),
-        *contents("Modules", *(f"api/{m.name}" for m in sorted(found, key=lambda m: m.lessons()))),
+        *(
+            line
+            for track, caption in TRACKS.items()
+            for line in contents(
+                f"Modules: {caption.lower()}",
+                *(f"api/{m.name}" for m in by_lesson(found) if m.track == track),
+            )
+        ),
         *contents("Project", "tests/benchmarks/README", "CONTRIBUTING", "CHANGELOG"),
     ]
     with (src / "index.md").open("a", encoding="utf-8") as front:

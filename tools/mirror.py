@@ -6,12 +6,10 @@ python tools/mirror.py"""
 import ast
 import json
 import re
-from pathlib import Path
 from statistics import median
 
 import docstrings
-
-ROOT = Path(__file__).parents[1]
+from docs import TRACKS, notebooks
 
 
 def source(cell):
@@ -83,35 +81,32 @@ def look(path):
     )
 
 
+def line(name, notebooks):
+    "One line of the table, of one notebook or of several together."
+    total = lambda key: sum(o[key] for o in notebooks)
+    cells, sizes = total("cells"), [n for o in notebooks for n in o["sizes"]] or [0]
+    return (
+        f"{name:24} {cells:5} {sum(o['cells'] * o['prose'] for o in notebooks) / cells:5.0%}"
+        f" {total('words') / len(notebooks):10.1f} {median(sizes):14.0f} {max(sizes):7}"
+        f" {total('tests') / len(notebooks):13.1f} {total('documented'):6}/{total('public'):<4}"
+        f" {total('figures'):7} {total('titled'):6} {total('kb'):6.0f}"
+    )
+
+
 def main():
-    "Print the table."
-    rows = {
-        p.stem: look(p)
-        for p in sorted(
-            p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts
-        )
-    }
+    "Print the table: track by track, each with its sum."
     print(
-        f"{'lesson':15} cells prose words/line  body: median, longest  tests/export documented"
-        " figures titled    kB"
+        f"{'lesson':24} cells prose words/line  body: median, longest  tests/export documented"
+        " figures titled     kB"
     )
-    for name, o in rows.items():
-        print(
-            f"{name:15} {o['cells']:5} {o['prose']:5.0%} {o['words']:10.1f}"
-            f" {median(o['sizes'] or [0]):14.0f} {max(o['sizes'] or [0]):7} {o['tests']:13.1f}"
-            f" {o['documented']:6}/{o['public']:<3} {o['figures']:7} {o['titled']:6} {o['kb']:5.0f}"
-        )
-    sizes = [n for o in rows.values() for n in o["sizes"]]
-    total = {
-        k: sum(o[k] for o in rows.values())
-        for k in ("cells", "documented", "public", "figures", "titled")
-    }
-    print(
-        f"{'together':15} {total['cells']:5}"
-        f" {sum(o['cells'] * o['prose'] for o in rows.values()) / total['cells']:5.0%} {'':10}"
-        f" {median(sizes):14.0f} {max(sizes):7} {'':13}"
-        f" {total['documented']:6}/{total['public']:<3} {total['figures']:7} {total['titled']:6}"
-    )
+    seen = []
+    for track, caption in TRACKS.items():
+        rows = {p.stem: look(p) for p in notebooks(track)}
+        for name, row in rows.items():
+            print(line(f"  {name}", [row]))
+        print(line(caption.lower(), [*rows.values()]))
+        seen += rows.values()
+    print(line("together", seen))
 
 
 if __name__ == "__main__":

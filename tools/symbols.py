@@ -8,20 +8,22 @@ import re
 import sys
 from pathlib import Path
 
+from docs import TRACKS, notebooks, page_of
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "symbols.md"
 HEAD = """# Symbols
 
-Every symbol of the course, in the order in which the lessons bring them. Each lesson begins with
-its own part of this table; this page is gathered from there by `python tools/symbols.py`. Alphabets
-are short: where a letter serves twice, the column on the right says which lesson means what.
+Every symbol of the course, track by track, in the order in which the lessons bring them. Each
+lesson begins with its own part of this table; this page is gathered from there by
+`python tools/symbols.py`. Alphabets are short: where a letter serves twice, the column on the right
+says which lesson means what.
 
 Shape letters are the same everywhere: `b` batch, `c` channels, `h w` rows and columns of a slice,
 `x y z` axes of a scan (to the right, to the front, up), `n` how many.
 
-| symbol | in code | meaning | lesson |
-|---|---|---|---|
 """
+TABLE = ["| symbol | in code | meaning | lesson |", "|---|---|---|---|"]
 
 
 def cells_of(line):
@@ -46,16 +48,14 @@ def rows(path):
 
 
 def page():
-    "The whole page."
+    "The whole page, track by track: a symbol stands where it is explained first."
     lines = []
-    for path in sorted(
-        p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts
-    ):
-        lesson = f"[{path.stem.split('_')[0]}](../{path.relative_to(ROOT).as_posix()})"
-        lines += [
-            f"| {symbol} | {code} | {meaning} | {lesson} |" for symbol, code, meaning in rows(path)
-        ]
-    return HEAD + "\n".join(lines) + "\n"
+    for track, caption in TRACKS.items():
+        lines += ["", f"## {caption}", "", *TABLE]
+        for path in notebooks(track):
+            lesson = f"[{path.stem.split('_')[0]}](../{page_of(path)}.ipynb)"
+            lines += [f"| {' | '.join(row)} | {lesson} |" for row in rows(path)]
+    return HEAD + "\n".join(lines).lstrip("\n") + "\n"
 
 
 if __name__ == "__main__":
