@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'LDMConfig', 'mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'LatentDataset',
            'remove_folder', 'latent_splits', 'condition_dropout_mask', 'prediction_error', 'loss_weight', 'ldm_loss',
-           'unet_args', 'refuse_leak', 'note_changes', 'refuse_unfinished', 'check_stage2', 'check_latent_origin',
-           'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'load_denoiser', 'train_ldm']
+           'unet_args', 'build_denoiser', 'refuse_leak', 'note_changes', 'refuse_unfinished', 'check_stage2',
+           'check_latent_origin', 'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm',
+           'load_denoiser', 'train_ldm']
 
 # %% ../../nbs/engineering/32_stage2.ipynb #4a4780d2
 import math
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checks import check_choice
-from .extending import Autoencoder
+from .extending import DENOISERS, Autoencoder, Denoiser, check_protocol
 from .plotting import save_figure, show_grid
 from ..data import DataConfig
 from .batches import Covariate, SliceDataset, eval_batches
@@ -57,6 +58,9 @@ from brainldm.training import (
     LOAD_ERRORS,
     AEConfig,
     adopt_weights,
+    args_from_dict,
+    args_to_dict,
+    check_conditioned,
     check_size,
     compare_opening,
     covariates_from_dict,
@@ -72,76 +76,11 @@ from brainldm.training import (
 # %% ../../nbs/engineering/32_stage2.ipynb #75cdd7d5
 @dataclass
 class LDMConfig(TrainConfig):
-    """Everything that decides a latent diffusion model, given its autoencoder.
-
-    Attributes
-    ----------
-    total_images : int, default 20000
-        Pictures to see before training ends.
-    batch_size : int, default 32
-        Latents a step, on each process.
-    accumulate : int, default 1
-        Steps whose gradients are added up before the weights move.
-    auto_find_batch_size : bool, default False
-        When memory runs out: a smaller batch, more steps added up, and on.
-    learning_rate : float, default 0.001
-        Highest learning rate of AdamW.
-    warmup_images : int, default 1000
-        Pictures over which the learning rate rises from 0.
-    weight_decay : float, default 0.0
-        Pull of AdamW on the weights towards 0.
-    clip_norm : float, default 1.0
-        Longest gradient allowed; longer ones are scaled down to it.
-    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
-        Mixed precision; auto: bf16 where the device computes in it.
-    compile : bool, default False
-        Compile the network first (torch.compile).
-    validate_every : int, default 5000
-        Pictures between two looks at the validate subjects.
-    checkpoint_every : int, default 5000
-        Pictures between two checkpoints.
-    log_every : int, default 10
-        Steps between two lines of the log.
-    num_workers : int, default 0
-        Processes that load pictures; 0 loads in the training process.
-    seed : int, default 0
-        Seed of the weights, the order of the pictures and the noise.
-    init_from : str | None, default None
-        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
-    log_with : str | None, default None
-        A tracker that accelerate knows, such as tensorboard or wandb.
-    channels : tuple[int, ...], default (96, 160)
-        Features at each level of the UNet.
-    num_res_blocks : int, default 2
-        Blocks a level.
-    attention_levels : tuple[bool, ...], default (True, True)
-        Levels with self- and cross-attention.
-    num_heads : int, default 4
-        Attention heads.
-    cond_channels : int, default 128
-        Length of a covariate token.
-    covariates : tuple[str, ...] | None, default None
-        Covariates to learn; None: all that the data has.
-    dropout : float, default 0.0
-        Share of each block's features that training leaves out; for few pictures seen many times.
-    covariate_dropout : float, default 0.1
-        Probability of hiding each covariate by itself.
-    condition_dropout : float, default 0.1
-        Probability of hiding all of them at once.
-    schedule : NoiseSchedule, default NoiseSchedule()
-        The noise, and what the network predicts.
-    snr_gamma : float | None, default None
-        Ceiling of the min-SNR loss weight; None: every step weighs the same.
-    snr_offset : float, default 0.0
-        Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise.
-    ema_images : int, default 20000
-        Half life of the average of the weights.
-    preview_steps : int, default 20
-        Denoising steps of the pictures drawn during training.
-    """
+    "Everything that decides a latent diffusion model, given its autoencoder."
 
     learning_rate: float = 1e-3  # Highest learning rate of AdamW
     batch_size: int = 32  # Latents a step, on each process
+    denoiser: str = 'unet'  # Kind of network: unet, or one that you registered
     channels: tuple[int, ...] = (96, 160)  # Features at each level of the UNet
     num_res_blocks: int = 2  # Blocks a level
     attention_levels: tuple[bool, ...] = (True, True)  # Levels with self- and cross-attention
@@ -253,20 +192,7 @@ def mean_encoder(
 ) -> Callable[[dict], Tensor]:
     """What stage 2 sees of a slice.
 
-    Means, not draws: a draw puts noise into the target that no network can predict.
-
-    Parameters
-    ----------
-    model : Autoencoder
-        The trained autoencoder, on the device that computes.
-    precision : str, default 'no'
-        Mixed precision to compute in.
-
-    Returns
-    -------
-    Callable[[dict], Tensor]
-        A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU.
-    """
+    Means, not draws: a draw puts noise into the target that no network can predict."""
     device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
     mean = in_chunks(lambda x, cond: encode(x, cond)[0], 64)
     return lambda batch: mean(batch['image'].to(device), to_device(batch, device)).float().cpu()
@@ -279,26 +205,7 @@ def cache_latents(
     batch_size: int = 64,  # Pictures at a time
     progress: bool = True,  # Show a bar
 ) -> Tensor:  # Latent means (n, c, h, w), float32, on the CPU
-    """Encode every slice once, in memory.
-
-    Parameters
-    ----------
-    model : Autoencoder
-        The trained autoencoder.
-    dataset : SliceDataset
-        Rows to encode.
-    precision : str, default 'no'
-        Mixed precision to compute in.
-    batch_size : int, default 64
-        Pictures at a time.
-    progress : bool, default True
-        Show a bar.
-
-    Returns
-    -------
-    Tensor
-        Latent means (n, c, h, w), float32, on the CPU.
-    """
+    "Encode every slice once, in memory."
     encode, total = mean_encoder(model, precision), math.ceil(len(dataset) / batch_size)
     batches = tqdm(
         eval_batches(dataset, batch_size), total=total, desc='latents', disable=not progress
@@ -318,33 +225,7 @@ def encode_rows(
 ) -> Tensor:  # What every picture became (n, …), in order, read from the disk as it is needed
     """Encode every picture once, each process its part, into one file that all read.
 
-    Parameters
-    ----------
-    encode : Callable[[dict], Tensor]
-        A batch of pictures and conditions in, a row for each out, on the CPU.
-    dataset : SliceDataset
-        Rows to encode.
-    file : Path
-        File to write, .npy; an old one goes.
-    acc : Accelerator
-        Whose processes share the work; all of them must call.
-    batch_size : int, default 64
-        Pictures at a time.
-    desc : str, default 'latents'
-        Of the bar.
-    progress : bool, default True
-        Show a bar.
-
-    Returns
-    -------
-    Tensor
-        What every picture became (n, …), in order, read from the disk as it is needed.
-
-    Raises
-    ------
-    OSError
-        On a full disk.
-    """
+    Raises OSError on a full disk."""
     one, n = encode(dataset.__getitems__([0])).numpy(), len(dataset)
     if acc.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -368,25 +249,7 @@ def latent_stats(
 ) -> tuple[Tensor, Tensor]:  # Mean and standard deviation of each channel, each (1, c, 1, 1)
     """What standardises latents.
 
-    Parameters
-    ----------
-    latents : Tensor
-        Latent means of the train slices (n, c, h, w).
-
-    Returns
-    -------
-    tuple[Tensor, Tensor]
-        Mean and standard deviation of each channel, each (1, c, 1, 1).
-
-    Raises
-    ------
-    ValueError
-        On a dead channel.
-
-    References
-    ----------
-    Rombach et al. 2022, app. G, by channel.
-    """
+    Source: Rombach et al. 2022, app. G, by channel. Raises ValueError on a dead channel."""
     mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
     dead = (~(std > 1e-6)).flatten().nonzero().flatten().tolist()  # also catches NaN
     if dead:
@@ -400,19 +263,7 @@ def latent_stats(
 # %% ../../nbs/engineering/32_stage2.ipynb #c1191cf1
 class LatentDataset(torch.utils.data.Dataset):
     """Latents with their conditions: batches as from `SliceDataset`, with 'latent' in place of
-    'image'.
-
-    Parameters
-    ----------
-    latents : Tensor
-        Latents (n, c, h, w), or codes.
-    conditions : dict[str, Tensor]
-        Encoded covariates, each (n,).
-    mean : Tensor | None, default None
-        What to subtract from each row (1, c, 1, 1); None: rows stay as they are.
-    std : Tensor | None, default None
-        What to divide it by then, same shape.
-    """
+    'image'."""
 
     def __init__(
         self,
@@ -431,18 +282,7 @@ class LatentDataset(torch.utils.data.Dataset):
         self,
         at: Tensor,  # Row numbers (b,)
     ) -> Tensor:  # Their latents (b, c, h, w), standardised
-        """Latents as the network sees them.
-
-        Parameters
-        ----------
-        at : Tensor
-            Row numbers (b,).
-
-        Returns
-        -------
-        Tensor
-            Their latents (b, c, h, w), standardised.
-        """
+        "Latents as the network sees them."
         return (
             self.latents[at] if self.mean is None else (self.latents[at] - self.mean).div_(self.std)
         )
@@ -458,15 +298,7 @@ def remove_folder(
 ) -> None:
     """Throw latents away after training.
 
-    A system that forbids it while they are open keeps them until the next run.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder of files that nobody needs any more.
-    acc : Accelerator
-        Whose first process does it, once all have come so far.
-    """
+    A system that forbids it while they are open keeps them until the next run."""
     acc.wait_for_everyone()
     if acc.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -480,26 +312,7 @@ def latent_splits(
     progress: bool = True,  # Show bars
     # Train, validate, mean and deviation by channel (1, c, 1, 1)
 ) -> tuple[LatentDataset, LatentDataset, Tensor, Tensor]:
-    """Encode train and validate slices, and standardise both by the train slices.
-
-    Parameters
-    ----------
-    autoencoder : Autoencoder
-        Trained, on the device that computes.
-    dataset : SliceDataset
-        All splits.
-    folder : Path
-        Where the latents are kept while they are needed.
-    acc : Accelerator
-        Whose processes share the work.
-    progress : bool, default True
-        Show bars.
-
-    Returns
-    -------
-    tuple[LatentDataset, LatentDataset, Tensor, Tensor]
-        Train, validate, mean and deviation by channel (1, c, 1, 1).
-    """
+    "Encode train and validate slices, and standardise both by the train slices."
     parts, encode = {o: dataset.subset(o) for o in ('train', 'validate')}, mean_encoder(
         autoencoder, acc.mixed_precision
     )
@@ -524,28 +337,7 @@ def condition_dropout_mask(
 ) -> Tensor:  # True where a token is hidden (b, covariates)
     """Hide conditions at random, to learn to work with and without.
 
-    Parameters
-    ----------
-    n : int
-        Rows b.
-    covariates : int
-        Covariates.
-    one : float
-        Probability of hiding each by itself.
-    all : float
-        Probability of hiding all of a row.
-    generator : torch.Generator
-        Source of chance; says the device.
-
-    Returns
-    -------
-    Tensor
-        True where a token is hidden (b, covariates).
-
-    References
-    ----------
-    Ho & Salimans 2022, alg. 1.
-    """
+    Source: Ho & Salimans 2022, alg. 1."""
     u = torch.rand(n, covariates + 1, generator=generator, device=generator.device)
     return (u[:, 1:] < one) | (u[:, :1] < all)
 
@@ -559,34 +351,7 @@ def prediction_error(
     schedule: NoiseSchedule,  # The noise, and what the network predicts
     covariates: tuple[Covariate, ...],  # The covariates the network knows, in order
 ) -> Tensor:  # Mean squared error of each row (b,)
-    """How far the prediction is from its target.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A UNet.
-    batch : dict[str, Tensor]
-        'latent' (b, c, h, w) and encoded covariates, each (b,).
-    t : Tensor
-        Timesteps (b,).
-    eps : Tensor
-        Standard normal noise, shape of the latents.
-    drop : Tensor
-        True where a covariate is hidden (b, n).
-    schedule : NoiseSchedule
-        The noise, and what the network predicts.
-    covariates : tuple[Covariate, ...]
-        The covariates the network knows, in order.
-
-    Returns
-    -------
-    Tensor
-        Mean squared error of each row (b,).
-
-    References
-    ----------
-    Ho et al. 2020, eq. 14.
-    """
+    "How far the prediction is from its target. Source: Ho et al. 2020, eq. 14."
     x0 = batch['latent']
     pred = model(
         add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop
@@ -607,26 +372,7 @@ def loss_weight(
 ) -> Tensor:  # Weights of the squared errors (b,), float32
     """How much the error at each step counts.
 
-    Parameters
-    ----------
-    t : Tensor
-        Timesteps (b,).
-    schedule : NoiseSchedule
-        The noise, and what the network predicts.
-    gamma : float | None, default None
-        Limit of min-SNR weighting; None: every step counts alike, on a straight road by its speed.
-    offset : float, default 0.0
-        Added to the SNR below that limit.
-
-    Returns
-    -------
-    Tensor
-        Weights of the squared errors (b,), float32.
-
-    References
-    ----------
-    Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2.
-    """
+    Source: Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2."""
     if gamma:
         return min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma, offset)
     straight = schedule.beta_schedule == 'flow' and schedule.prediction_type == 'v_prediction'
@@ -643,30 +389,7 @@ def ldm_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """Weighted squared error of the prediction at random times.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A UNet.
-    batch : dict[str, Tensor]
-        'latent' and encoded covariates.
-    generator : torch.Generator
-        Source of times, noise and hiding, on the batch's device.
-    seen : int
-        Pictures seen so far; nothing here depends on it.
-    config : LDMConfig
-        Schedule, weights, probabilities.
-    covariates : tuple[Covariate, ...]
-        The covariates the network knows, in order.
-
-    Returns
-    -------
-    tuple[Tensor, dict[str, Tensor]]
-        The loss, and its parts for the log.
-
-    References
-    ----------
-    Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6.
-    """
+    Source: Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6."""
     x0, schedule = batch['latent'], config.schedule
     t = torch.randint(
         schedule.num_train_timesteps, (len(x0),), generator=generator, device=x0.device
@@ -685,27 +408,23 @@ def unet_args(
     config: LDMConfig,  # The configuration
     in_channels: int,  # Channels of the latents
     covariates: tuple[Covariate, ...],  # What the network may be told
-) -> dict:  # Arguments of `UNet`
-    """The part of a configuration that decides the architecture.
+) -> dict:  # Arguments of `build_denoiser`, beside the kind
+    "The part of a configuration that decides the architecture."
+    given = dict(in_channels=in_channels, covariates=covariates)
+    return DENOISERS.arguments(config.denoiser, config, **given)
 
-    Parameters
-    ----------
-    config : LDMConfig
-        The configuration.
-    in_channels : int
-        Channels of the latents.
-    covariates : tuple[Covariate, ...]
-        What the network may be told.
 
-    Returns
-    -------
-    dict
-        Arguments of `UNet`.
-    """
-    names = 'channels num_res_blocks attention_levels num_heads cond_channels dropout'.split()
-    return dict(
-        {o: getattr(config, o) for o in names}, in_channels=in_channels, covariates=covariates
-    )
+DENOISERS.register('unet', UNet)
+
+
+def build_denoiser(
+    kind: str,  # 'unet', or one that you registered
+    args: dict,  # As from `unet_args`
+) -> Denoiser:  # With fresh weights
+    "Make a denoiser of a registered kind. Raises ValueError for another kind."
+    model = DENOISERS.build(kind, args)
+    check_protocol('build_denoiser', model, Denoiser)
+    return model
 
 # %% ../../nbs/engineering/32_stage2.ipynb #47032e5d
 def refuse_leak(
@@ -714,20 +433,8 @@ def refuse_leak(
     run: Path = '',  # Run folder, which knows in which rows data differ
     stage: str = 'autoencoder',  # Whose data they must be
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have
-    been trained on there.
-
-    Parameters
-    ----------
-    settings : dict
-        config.json of the run.
-    dataset : SliceDataset
-        Data of the next stage.
-    run : Path, default ''
-        Run folder, which knows in which rows data differ.
-    stage : str, default 'autoencoder'
-        Whose data they must be.
-    """
+    """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may
+    have been trained on there."""
     differ = compare_given(run, stage, settings[stage]['data'], dataset)
     if differ:
         raise ValueError(
@@ -749,20 +456,8 @@ def note_changes(
     dataset: SliceDataset,  # Data at hand
     autoencoder: Autoencoder,  # Autoencoder at hand
 ) -> None:  # Nothing: it warns or returns
-    """Say what scores of a trained stage rest on: covariates that were corrected since, weights that
-    are not known.
-
-    Parameters
-    ----------
-    run : Path
-        Run folder.
-    stage : str
-        'ldm' or 'prior'.
-    dataset : SliceDataset
-        Data at hand.
-    autoencoder : Autoencoder
-        Autoencoder at hand.
-    """
+    """Say what scores of a trained stage rest on: covariates that were corrected since, weights
+    that are not known."""
     known = read_config(run).get(stage)
     if known is None:
         return
@@ -784,17 +479,7 @@ def refuse_unfinished(
     images: int,  # Pictures that the stage has seen
     stage: str = 'autoencoder',  # 'autoencoder' or 'ldm'
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse to train on what will change when an earlier stage goes on.
-
-    Parameters
-    ----------
-    settings : dict
-        config.json of the run.
-    images : int
-        Pictures that the stage has seen.
-    stage : str, default 'autoencoder'
-        'autoencoder' or 'ldm'.
-    """
+    "Refuse to train on what will change when an earlier stage goes on."
     total = settings[stage]['config']['total_images']
     if images < total:
         raise ValueError(
@@ -809,24 +494,12 @@ def check_stage2(
     about: dict,  # Description of the autoencoder, as from `load_autoencoder`
     factor: int,  # The side of the pictures must be a multiple of this
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures
-    of another size.
-
-    Parameters
-    ----------
-    run : Path
-        Run folder with a trained autoencoder.
-    dataset : SliceDataset
-        Data of the next stage.
-    about : dict
-        Description of the autoencoder, as from `load_autoencoder`.
-    factor : int
-        The side of the pictures must be a multiple of this.
-    """
+    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder,
+    pictures of another size."""
     settings = read_config(run)
     refuse_leak(settings, dataset, run)
     refuse_unfinished(settings, about['images'])
-    check_size(dataset, about['size'], 1)
+    check_size(dataset, about['size'], 1, about['args'].get('in_channels', 1))
     if about['size'] % factor:
         raise ValueError(
             f"check_stage2: size={about['size']} and a network that needs a multiple of {factor}."
@@ -842,19 +515,7 @@ def check_latent_origin(
 ) -> None:  # Nothing: it raises or returns
     """Refuse to start from a network that knows the latents of an unrelated autoencoder.
 
-    Parameters
-    ----------
-    run : Path
-        Run whose stage 2 is to be trained.
-    source : Path
-        Run from whose stage 2 it is to start.
-    autoencoder : Autoencoder
-        Of the first.
-
-    Raises
-    ------
-    ValueError
-    """
+    Raises ValueError."""
     theirs = weights_hash(load_autoencoder(source)[0])
     origin = read_config(run)['autoencoder'].get('origin') or {}
     if theirs not in (weights_hash(autoencoder), origin.get('weights')):
@@ -868,29 +529,12 @@ def check_latent_origin(
 def load_unet(
     run: Path,  # Run folder
     # The averaged network in evaluation mode on the CPU, and the description of its file
-) -> tuple[UNet, dict]:
-    """Build the UNet of a run from its file alone.
-
-    Parameters
-    ----------
-    run : Path
-        Run folder.
-
-    Returns
-    -------
-    tuple[UNet, dict]
-        The averaged network in evaluation mode on the CPU, and the description of its file.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-    """
+) -> tuple[Denoiser, dict]:
+    "Build the denoiser of a run from its file alone. Raises FileNotFoundError or ValueError."
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
+    DENOISERS[about.get('denoiser', 'unet')]  # refuses an unknown kind in its own words
     try:
-        unet = UNet(
-            **dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
-        )
+        unet = build_denoiser(about.get('denoiser', 'unet'), args_from_dict(about['args']))
     except LOAD_ERRORS as e:
         raise ValueError(
             f"load_unet: {run}/ldm.safetensors does not describe a denoiser ({type(e).__name__}:"
@@ -901,38 +545,15 @@ def load_unet(
 
 # %% ../../nbs/engineering/32_stage2.ipynb #a06a0e03
 def adopt_unet(
-    model: UNet,  # Fresh; filled in place
+    model: Denoiser,  # Fresh; filled in place
     config: LDMConfig,  # Says from which run
     args: dict,  # Arguments of `model`, as from `unet_args`
     run: Path,  # Run to train
     autoencoder: Autoencoder,  # Its autoencoder
 ) -> dict:  # Where the weights came from, for config.json
-    """Fill a UNet with the averaged weights of another run.
+    """Fill a denoiser with the averaged weights of another run.
 
-    Parameters
-    ----------
-    model : UNet
-        Fresh; filled in place.
-    config : LDMConfig
-        Says from which run.
-    args : dict
-        Arguments of `model`, as from `unet_args`.
-    run : Path
-        Run to train.
-    autoencoder : Autoencoder
-        Its autoencoder.
-
-    Returns
-    -------
-    dict
-        Where the weights came from, for config.json.
-
-    Raises
-    ------
-    ValueError
-    FileNotFoundError
-        If there are none.
-    """
+    Raises ValueError, or FileNotFoundError if there are none."""
     place = locate_run(config.init_from)
     source, about = load_unet(place)
     schedules = (
@@ -940,6 +561,7 @@ def adopt_unet(
         for o in (asdict(config.schedule), about['schedule'])
     )
     now, then = (dict(a, **s) for a, s in zip((args, about['args']), schedules))
+    now['denoiser'], then['denoiser'] = config.denoiser, about.get('denoiser', 'unet')
     refuse_architecture(now, then, config.init_from)
     check_latent_origin(run, place, autoencoder)
     return origin_of(config, source, adopt_weights(model, source, config.init_from))
@@ -949,21 +571,8 @@ def preview_conditions(
     covariates: tuple[Covariate, ...],  # What the network knows
     columns: int = 6,  # Pictures in a row
 ) -> tuple[dict[str, Tensor], list[str]]:  # Encoded conditions, row after row, and a label a row
-    """Conditions for a grid of pictures: a row for each diagnosis, slices rising from left to right,
-    the rest left open.
-
-    Parameters
-    ----------
-    covariates : tuple[Covariate, ...]
-        What the network knows.
-    columns : int, default 6
-        Pictures in a row.
-
-    Returns
-    -------
-    tuple[dict[str, Tensor], list[str]]
-        Encoded conditions, row after row, and a label a row.
-    """
+    """Conditions for a grid of pictures: a row for each diagnosis, slices rising from left to
+    right, the rest left open."""
     named = {c.name: c for c in covariates}
     rows = list(named['diagnosis'].values) if 'diagnosis' in named else ['']
     cond = {}
@@ -984,28 +593,7 @@ def validate_ldm(
     path: Path,  # Where the picture goes
     # val_mse of the averaged network, on times and noise that are the same each time
 ) -> dict[str, float]:
-    """Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye.
-
-    Parameters
-    ----------
-    learner : Learner
-        The training so far.
-    held_out : LatentDataset
-        Validate latents.
-    decode : Callable
-        Latents to pictures.
-    config : LDMConfig
-        Schedule and preview.
-    covariates : tuple[Covariate, ...]
-        What the network knows.
-    path : Path
-        Where the picture goes.
-
-    Returns
-    -------
-    dict[str, float]
-        val_mse of the averaged network, on times and noise that are the same each time.
-    """
+    "Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye."
     device = learner.accelerator.device
     unet = in_chunks(infer(learner.ema.module, learner.precision), config.batch_size)
     batch, gen = to_device(evenly_spaced_rows(held_out, 512), device), torch.Generator(
@@ -1044,21 +632,7 @@ def save_ldm(
     std: Tensor,  # Standard deviation, same shape
     info: dict,  # Architecture, covariates, schedule
 ) -> None:
-    """Write what is needed to draw: averaged and last weights, latent statistics, description.
-
-    Parameters
-    ----------
-    path : Path
-        RUN/ldm.safetensors.
-    learner : Learner
-        The training so far.
-    mean : Tensor
-        Mean of each latent channel (1, c, 1, 1).
-    std : Tensor
-        Standard deviation, same shape.
-    info : dict
-        Architecture, covariates, schedule.
-    """
+    "Write what is needed to draw: averaged and last weights, latent statistics, description."
     tensors = {f'raw.{k}': v for k, v in learner.raw.state_dict().items()}
     tensors |= {f'ema.{k}': v for k, v in learner.ema.module.state_dict().items()}
     save_weights(
@@ -1075,26 +649,7 @@ def load_denoiser(
 ) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
     """Build the denoiser of a run from its file alone.
 
-    Parameters
-    ----------
-    run : str | Path
-        Run folder.
-    latent_channels : int
-        Channels of its autoencoder's latents.
-    weights : str, default 'ema'
-        'ema': the average of the weights, or 'raw': the last ones.
-
-    Returns
-    -------
-    dict
-        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-        If it does not fit.
-    """
+    Raises FileNotFoundError, or ValueError if it does not fit."""
     check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
     if about.get('kind') != 'ldm':
@@ -1102,10 +657,11 @@ def load_denoiser(
             f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected"
             " 'ldm'. Check the file names."
         )
+    DENOISERS[about.get('denoiser', 'unet')]  # refuses an unknown kind in its own words
     try:
-        args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
+        args = args_from_dict(about['args'])
         parts = dict(
-            unet=UNet(**args),
+            unet=build_denoiser(about.get('denoiser', 'unet'), args),
             schedule=NoiseSchedule(**about['schedule']),
             latent_mean=tensors['latent_mean'],
             latent_std=tensors['latent_std'],
@@ -1142,36 +698,23 @@ def train_ldm(
     config: LDMConfig,  # Everything else
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
-) -> UNet:  # The averaged network
-    """Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors.
-
-    Parameters
-    ----------
-    dataset : SliceDataset
-        The data that the autoencoder was trained on.
-    run : Path
-        Run folder with a trained autoencoder.
-    config : LDMConfig
-        Everything else.
-    resume : bool, default False
-        Go on where a former call stopped.
-    progress : bool, default True
-        Show a bar.
-
-    Returns
-    -------
-    UNet
-        The averaged network.
-    """
+    # Called as callback(learner, seen, means) with each record of the log; False ends the training
+    callback: Callable | None = None,
+) -> Denoiser:  # The averaged network
+    "Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors."
     run, (autoencoder, about) = Path(run), load_autoencoder(run)
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = unet_args(config, autoencoder.latent_channels, covariates)
-    model = seeded(config.seed, lambda: UNet(**args))
+    model = seeded(config.seed, lambda: build_denoiser(config.denoiser, args))
+    if config.covariates is None:
+        covariates = tuple(model.covariates)  # all that it can be conditioned on
+    check_conditioned('train_ldm', model, covariates)
     check_stage2(run, dataset, about, autoencoder.factor * model.factor)
     begun = not config.init_from or is_begun(run, 'ldm', resume)
     origin = None if begun else adopt_unet(model, config, args, run, autoencoder)
     below = dict(autoencoder=weights_hash(autoencoder))
-    learner = Learner(model, partial(ldm_loss, config=config, covariates=covariates), config, run)
+    loss = DENOISERS[config.denoiser].loss or ldm_loss
+    learner = Learner(model, partial(loss, config=config, covariates=covariates), config, run)
     state = enter_run(
         learner, run, 'ldm', dataset, resume, covariates, trained_on=below, origin=origin
     )
@@ -1184,7 +727,8 @@ def train_ldm(
     )
     answer = infer(autoencoder, learner.precision, 'decode')
     info = dict(
-        args=dict(args, covariates=covariates_to_dict(covariates)),
+        args=args_to_dict(args),
+        denoiser=config.denoiser,
         schedule=asdict(config.schedule),
         trained_on=below,
     )
@@ -1202,6 +746,7 @@ def train_ldm(
         'ldm',
         state,
         progress=progress,
+        callback=callback,
         validate=lambda seen: validate_ldm(
             learner, held_out, decode, config, covariates, image(seen)
         ),
