@@ -80,7 +80,44 @@ NO_SUBJECT = (
 class DataConfig:
     """How a folder of scans becomes square pictures.
 
-    Raises ValueError or TypeError for a setting that cannot work."""
+    Attributes
+    ----------
+    size : int, default 128
+        Side of the square pictures that come out, pixels.
+    crop : int | Literal['auto'] | None, default None
+        Central square to keep before resizing, pixels; None: all, padded to a square; auto: see
+        `find_crop`.
+    planes : tuple[int, int] | None, default None
+        First and last+1 axial plane of volumes; None keeps every plane with foreground.
+    to_gray : bool, default False
+        Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault.
+    split_seed : int, default 0
+        Seed of the split.
+    validate_fraction : float, default 0.1
+        Share of subjects for validation where the folders give none.
+    test_fraction : float, default 0.1
+        Share of subjects for testing where the folders give no split at all.
+    subjects : Path | None, default None
+        Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
+        in the data folder.
+    only : str | None, default None
+        Pattern of the file names to use, such as *_T1w.nii.gz; None uses all.
+    columns : tuple[str, ...], default ()
+        Further columns to learn, besides slice, diagnosis, age and sex, such as apoe.
+    categorical : tuple[str, ...], default ()
+        Columns to learn as categories though they hold numbers, such as site or apoe.
+    continuous : tuple[str, ...], default ()
+        Columns to learn as numbers though they hold few whole ones, such as education.
+    skip_faulty : bool, default False
+        Train without the faulty files instead of refusing.
+
+    Raises
+    ------
+    ValueError
+        For a setting that cannot work.
+    TypeError
+        For a setting that cannot work.
+    """
 
     size: int = 128  # Side of the square pictures that come out, pixels
     # Central square to keep before resizing, pixels; None: all, padded to a square; auto: see
@@ -136,7 +173,12 @@ class DataConfig:
         self.check_kinds()
 
     def check_types(self) -> None:  # Nothing: it raises or returns
-        "Refuse what a hand-written config.json may get wrong. Raises TypeError."
+        """Refuse what a hand-written config.json may get wrong.
+
+        Raises
+        ------
+        TypeError
+        """
         whole = lambda v: isinstance(v, (int, np.integer)) and not isinstance(v, bool)
         names = lambda v: isinstance(v, (tuple, list)) and all(isinstance(o, str) for o in v)
         fits = dict(
@@ -165,7 +207,10 @@ class DataConfig:
     def check_kinds(self) -> None:  # Nothing: it raises or returns
         """Refuse a column of two kinds, and another kind for a column whose kind is fixed.
 
-        Raises ValueError."""
+        Raises
+        ------
+        ValueError
+        """
         for kind, other in (('categorical', 'continuous'), ('continuous', 'categorical')):
             for name in getattr(self, kind):
                 fixed = FIXED_KINDS.get(name, kind)
@@ -183,7 +228,18 @@ def parse_image_path(
     path: str,  # Path of a picture, from the data folder
     # unit, slice, split, diagnosis, place; None for a name without a number of the slice
 ) -> dict | None:
-    "Read what folders and name of a picture say. A folder that names the subject is no class."
+    """Read what folders and name of a picture say. A folder that names the subject is no class.
+
+    Parameters
+    ----------
+    path : str
+        Path of a picture, from the data folder.
+
+    Returns
+    -------
+    dict | None
+        unit, slice, split, diagnosis, place; None for a name without a number of the slice.
+    """
     m = re.search(IMAGE_PATH, path, re.IGNORECASE)
     if not m:
         return None
@@ -207,7 +263,22 @@ def find_image_layout(
 ) -> str | None:
     """Tell class folders of pictures from any other pictures.
 
-    Raises ValueError for sets in which nobody can be told apart."""
+    Parameters
+    ----------
+    root : Path
+        Folder.
+
+    Returns
+    -------
+    str | None
+        'adni' with folders of splits, 'classes' without; None where the names do not say whose
+        slice is what.
+
+    Raises
+    ------
+    ValueError
+        For sets in which nobody can be told apart.
+    """
     paths = [o for o in list_files(root) if re.search(r'\.(?:png|jpe?g)$', o, re.IGNORECASE)]
     lost = [o for o in paths if re.search(NO_SUBJECT, o, re.IGNORECASE)]
     if 2 * len(lost) > len(paths):
@@ -238,7 +309,23 @@ def find_image_layout(
 def find_layout(
     root: str | Path,  # Data folder, CSV manifest or archive
 ) -> str:  # 'phantom', 'manifest', 'oasis', 'adni', 'classes' or 'nifti'
-    "Name the layout of a data folder from the names in it. Raises FileNotFoundError or ValueError."
+    """Name the layout of a data folder from the names in it.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+
+    Returns
+    -------
+    str
+        'phantom', 'manifest', 'oasis', 'adni', 'classes' or 'nifti'.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(
@@ -292,7 +379,22 @@ def pick_files(
     suffix: str,  # Regular expression of the suffixes that count
     only: str | None = None,  # Pattern of file names, as in a shell
 ) -> tuple:  # Paths of images, sorted; notes about all other files
-    "List the images below a folder: no label maps, and nothing that `only` does not match."
+    """List the images below a folder: no label maps, and nothing that `only` does not match.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    suffix : str
+        Regular expression of the suffixes that count.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+
+    Returns
+    -------
+    tuple
+        Paths of images, sorted; notes about all other files.
+    """
     files = list_files(root)
     images = [o for o in files if re.search(suffix, o, re.IGNORECASE)]
     labels = [o for o in images if re.search(LABELS + '|keras_png_slices_seg_', o, re.IGNORECASE)]
@@ -326,7 +428,22 @@ def list_images(
     layout: str,  # 'adni', 'classes' or 'oasis'
     only: str | None = None,  # Pattern of file names, as in a shell
 ) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    "Read unit, slice, split and diagnosis off the paths of a folder of pictures."
+    """Read unit, slice, split and diagnosis off the paths of a folder of pictures.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    layout : str
+        'adni', 'classes' or 'oasis'.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+
+    Returns
+    -------
+    tuple
+        Rows (with `unit` and `place`, from which the subject is found), faults, notes.
+    """
     paths, notes = pick_files(root, r'\.(?:png|jpe?g)$', only)
     columns = ['unit', 'slice', 'split', 'diagnosis', 'place']
     if layout == 'oasis':
@@ -359,7 +476,18 @@ def list_images(
 def name_units(
     paths: list,  # Paths of volumes
 ) -> tuple:  # What each volume is called; what its subject is called if no study's rule is known
-    "Call a volume by its name, or by its whole path where names repeat."
+    """Call a volume by its name, or by its whole path where names repeat.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes.
+
+    Returns
+    -------
+    tuple
+        What each volume is called; what its subject is called if no study's rule is known.
+    """
     bare = [re.sub(r'\.nii(?:\.gz)?$', '', o, flags=re.IGNORECASE) for o in paths]
     names = [o.rsplit('/', 1)[-1] for o in bare]
     if len(set(names)) == len(names):
@@ -374,7 +502,20 @@ def list_volumes(
     root: Path,  # Folder of .nii or .nii.gz
     config: DataConfig,  # For `planes` and `only`
 ) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    "One row for each wanted axial plane of each volume."
+    """One row for each wanted axial plane of each volume.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of .nii or .nii.gz.
+    config : DataConfig
+        For `planes` and `only`.
+
+    Returns
+    -------
+    tuple
+        Rows (with `unit` and `place`, from which the subject is found), faults, notes.
+    """
     paths, notes = pick_files(root, r'\.nii(?:\.gz)?$', config.only)
     rows, faults = [], []
     for path, unit, subject in zip(paths, *name_units(paths)):
@@ -396,7 +537,18 @@ def list_volumes(
 def visits_as_subjects(
     rows: pd.DataFrame,  # Rows of a manifest: path, subject
 ) -> pd.DataFrame:  # Faults of kind 'subject'
-    "Find subjects of a manifest that are visits of one subject by the rule of a known study."
+    """Find subjects of a manifest that are visits of one subject by the rule of a known study.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows of a manifest: path, subject.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'subject'.
+    """
     first = rows.drop_duplicates('subject')
     real = first.subject.map(lambda o: (read_name(o) or {}).get('subject', o))
     bad = real.duplicated(keep=False)
@@ -419,7 +571,18 @@ def list_manifest(
 ) -> tuple:  # Rows, faults, notes
     """Read a manifest that somebody wrote.
 
-    A row of a volume takes the plane `plane`, or `slice` without such a column."""
+    A row of a volume takes the plane `plane`, or `slice` without such a column.
+
+    Parameters
+    ----------
+    path : Path
+        CSV with columns path, subject, slice; optional plane, diagnosis, split and covariates.
+
+    Returns
+    -------
+    tuple
+        Rows, faults, notes.
+    """
     rows = read_table(path, ('path', 'subject', 'slice'))
     for col in {'slice', 'plane'} & set(rows):
         if (rows[col] % 1 != 0).any() or not rows[col].between(0, 1e9).all():
@@ -450,7 +613,22 @@ def split_by_subject(
 ) -> pd.DataFrame:  # The rows, with a new column `split`
     """Deal whole subjects to splits, the same mix of diagnoses in each.
 
-    The order of the rows does not matter."""
+    The order of the rows does not matter.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows with subject and diagnosis.
+    fractions : dict
+        Share of the subjects by split, such as dict(validate=.1, test=.1); the rest is train.
+    seed : int, default 0
+        Another seed, another split.
+
+    Returns
+    -------
+    pd.DataFrame
+        The rows, with a new column `split`.
+    """
     people = manifest.drop_duplicates('subject')[['subject', 'diagnosis']].fillna({'diagnosis': ''})
     people['ticket'] = [
         hashlib.blake2b(f'{seed}:{o}'.encode(), digest_size=8).hexdigest() for o in people.subject
@@ -478,8 +656,21 @@ def assign_splits(
     rows: pd.DataFrame,  # Rows with subject, diagnosis and split, missing where nobody gave one
     config: DataConfig,  # For the fractions and the seed
 ) -> tuple:  # Rows with every split filled in, notes
-    """Keep the splits that were given; deal subjects where none were, and carve validate out of
-    train where it is"""
+    """Keep the splits that were given; deal subjects where none were, and carve validate out of train
+    where it is
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject, diagnosis and split, missing where nobody gave one.
+    config : DataConfig
+        For the fractions and the seed.
+
+    Returns
+    -------
+    tuple
+        Rows with every split filled in, notes.
+    """
     "missing."
     given, notes = set(rows.split.dropna()), []
     if given - set(SPLITS):
@@ -516,7 +707,18 @@ def assign_splits(
 def find_leaks(
     rows: pd.DataFrame,  # Rows with subject and split
 ) -> pd.DataFrame:  # Faults of kind 'leak'
-    "Find every row of a subject that sits in two splits."
+    """Find every row of a subject that sits in two splits.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject and split.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'leak'.
+    """
     pairs = rows[['subject', 'split']].dropna().drop_duplicates()
     both = (
         pairs[pairs.subject.duplicated(keep=False)]
@@ -532,7 +734,18 @@ def find_leaks(
 def group_grids(
     grids: list,  # `Grid` of each volume
 ) -> np.ndarray:  # Group of each volume (n,), 0 for the largest
-    "Put together the volumes whose voxels lie at the same places."
+    """Put together the volumes whose voxels lie at the same places.
+
+    Parameters
+    ----------
+    grids : list
+        `Grid` of each volume.
+
+    Returns
+    -------
+    np.ndarray
+        Group of each volume (n,), 0 for the largest.
+    """
     known, found = [], []
     for grid in grids:
         at = next((i for i, o in enumerate(known) if grid.same(o)), len(known))
@@ -546,7 +759,20 @@ def compare_grids(
     paths: list,  # Paths of volumes
     grids: list,  # `Grid` of each
 ) -> pd.DataFrame:  # Faults of kind 'grid'
-    "Name every volume that does not share the grid of most, with the numbers side by side."
+    """Name every volume that does not share the grid of most, with the numbers side by side.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes.
+    grids : list
+        `Grid` of each.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'grid'.
+    """
     group = group_grids(grids)
     n, most = len(grids), int((group == 0).sum())
     bad = range(n) if 2 * most <= n else np.flatnonzero(group)
@@ -573,7 +799,20 @@ def find_voxel_mm(
     grid,  # `Grid` that the volumes share
     # Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance
 ) -> tuple | None:
-    "Turn the spacing of planes into the spacing of slices, which a manifest may number otherwise."
+    """Turn the spacing of planes into the spacing of slices, which a manifest may number otherwise.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, plane and slice.
+    grid
+        `Grid` that the volumes share.
+
+    Returns
+    -------
+    tuple | None
+        Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance.
+    """
     by = rows.groupby('path')
     planes, slices = (by[o].max() - by[o].min() for o in ('plane', 'slice'))
     step = (planes / slices)[slices > 0]
@@ -597,7 +836,20 @@ def check_grids(
 ) -> tuple:  # Faults of kind 'grid', voxel_mm or None
     """Read the header of every volume and compare.
 
-    A header that cannot be read is left to the look at the file."""
+    A header that cannot be read is left to the look at the file.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    rows : pd.DataFrame
+        Rows, of volumes or of pictures.
+
+    Returns
+    -------
+    tuple
+        Faults of kind 'grid', voxel_mm or None.
+    """
     volumes = rows[rows.plane >= 0]
     found = []
     for path in volumes.path.unique():
@@ -618,7 +870,25 @@ def check_grids(
 # %% ../nbs/01_data.ipynb #5220f832
 @dataclass
 class Findings:
-    "What a look at the data found. Print it; `ok` is False if there are faults."
+    """What a look at the data found. Print it; `ok` is False if there are faults.
+
+    Attributes
+    ----------
+    manifest : pd.DataFrame
+        The good rows, one a slice.
+    faults : pd.DataFrame
+        Columns path, fault, detail.
+    notes : list
+        Sentences about what was ignored, not found or decided.
+    sizes : pd.Series | None, default None
+        Pictures by height x width, once decoded.
+    crop : int | None, default None
+        What `config.crop` comes to, in pixels.
+    voxel_mm : tuple | None, default None
+        Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known.
+    covariates : tuple, default ()
+        One line for each condition to learn, as from `describe_manifest` (notebook 27).
+    """
 
     manifest: pd.DataFrame  # The good rows, one a slice
     faults: pd.DataFrame  # Columns path, fault, detail
@@ -632,7 +902,13 @@ class Findings:
 
     @property
     def ok(self) -> bool:  # True if nothing is wrong
-        "Whether there is no fault."
+        """Whether there is no fault.
+
+        Returns
+        -------
+        bool
+            True if nothing is wrong.
+        """
         return not len(self.faults)
 
     def __str__(self):
@@ -685,7 +961,20 @@ def find_table(
     config: DataConfig,  # For `subjects`
 ) -> tuple:  # Path of the table of subjects or None; notes
     """Where the facts about subjects are: the table that was named, else subjects.csv, else
-    participants.tsv, perhaps one folder down."""
+    participants.tsv, perhaps one folder down.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    config : DataConfig
+        For `subjects`.
+
+    Returns
+    -------
+    tuple
+        Path of the table of subjects or None; notes.
+    """
     if config.subjects is not None:
         return config.subjects, []
     here = [root / o for o in TABLES if (root / o).is_file()]
@@ -705,7 +994,20 @@ def note_unused_columns(
     rows: pd.DataFrame,  # Rows with all that is known
     config: DataConfig,  # For `columns` and kinds
 ) -> list:  # Sentences
-    "Name the columns that no model will see, and the one each resembles."
+    """Name the columns that no model will see, and the one each resembles.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with all that is known.
+    config : DataConfig
+        For `columns` and kinds.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     used = {
         *COLUMNS,
         'age',
@@ -733,7 +1035,20 @@ def note_ambiguous_numbers(
     rows: pd.DataFrame,  # Rows with path, unit, subject
     table: pd.DataFrame | None = None,  # From `read_subjects`
 ) -> list:  # Sentences
-    "Say that a bare number may be an image and not a subject, where no table says what it is."
+    """Say that a bare number may be an image and not a subject, where no table says what it is.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, unit, subject.
+    table : pd.DataFrame | None, default None
+        From `read_subjects`.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     bare = rows[rows.unit.str.fullmatch(r'\d{4,}').fillna(False).astype(bool)]
     said = [] if table is None else [o[0] if isinstance(o, tuple) else o for o in table.index]
     if (
@@ -755,7 +1070,22 @@ def name_rows(
     config: DataConfig,  # For `columns` and kinds
     # Rows with subject, session where a subject has several, and covariates; faults; notes
 ) -> tuple:
-    "Settle whose each row is, and what is known of them."
+    """Settle whose each row is, and what is known of them.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        From `list_images` or `list_volumes`, or from a manifest.
+    table : pd.DataFrame | None
+        From `read_subjects`.
+    config : DataConfig
+        For `columns` and kinds.
+
+    Returns
+    -------
+    tuple
+        Rows with subject, session where a subject has several, and covariates; faults; notes.
+    """
     faults, notes = as_faults([]), []
     if 'unit' in rows:
         rows, faults, notes = name_subjects(rows, table)
@@ -791,7 +1121,25 @@ def list_slices(
     root: str | Path,  # Data folder, CSV manifest or archive
     config: DataConfig,  # Planes, seed and table of subjects
 ) -> Findings:  # Rows that parse, faults of names, headers and splits; no pixel is read
-    "List every slice with its subject, split and covariates. Raises ValueError if there is none."
+    """List every slice with its subject, split and covariates.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig
+        Planes, seed and table of subjects.
+
+    Returns
+    -------
+    Findings
+        Rows that parse, faults of names, headers and splits; no pixel is read.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
     given, root = Path(root), unpack(root)
     layout = find_layout(root)
     if layout in ('manifest', 'phantom'):
@@ -847,7 +1195,15 @@ def refuse_faults(
     skip_faulty: bool = False,  # Go on without the faulty files; a leak is refused all the same
 ) -> None:
     """Raise ValueError if the data should not be trained on; print what is left out with
-    `skip_faulty`."""
+    `skip_faulty`.
+
+    Parameters
+    ----------
+    report : Findings
+        What was found.
+    skip_faulty : bool, default False
+        Go on without the faulty files; a leak is refused all the same.
+    """
     leaks = report.faults[report.faults.fault == 'leak']
     shown = leaks if len(leaks) else report.faults
     every = ('  ' + shown.fault + ': ' + shown.path + ': ' + shown.detail).map(printable).tolist()
@@ -877,7 +1233,23 @@ def read_manifest(
 ) -> pd.DataFrame:  # One row a slice: path, plane, subject, slice, diagnosis, split, covariates
     """List every slice without reading a pixel.
 
-    Raises ValueError at the first fault of a name, a header or a split."""
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig, default DataConfig()
+        Planes, seed and table of subjects.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row a slice: path, plane, subject, slice, diagnosis, split, covariates.
+
+    Raises
+    ------
+    ValueError
+        At the first fault of a name, a header or a split.
+    """
     report = list_slices(root, config)
     refuse_faults(report, config.skip_faulty)
     return report.manifest
@@ -886,7 +1258,18 @@ def read_manifest(
 def upper_intensity(
     image: np.ndarray,  # Picture (h, w), uint8
 ) -> int:  # Grey value
-    "The grey value below which 95 % of the pixels above 0 lie."
+    """The grey value below which 95 % of the pixels above 0 lie.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Picture (h, w), uint8.
+
+    Returns
+    -------
+    int
+        Grey value.
+    """
     counts = np.bincount(image.ravel(), minlength=256)[1:].cumsum()
     return int(np.searchsorted(counts, 0.95 * counts[-1]) + 1) if counts[-1] else 0
 
@@ -898,7 +1281,23 @@ def inspect_files(
     # The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done
     # to each file
 ) -> tuple:
-    "Decode every file once and write down what is in it."
+    """Decode every file once and write down what is in it.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Manifest.
+    config : DataConfig
+        For `to_gray`.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    tuple
+        The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done
+        to each file.
+    """
     root, planes = Path(rows.attrs['root']), rows.plane.to_numpy()
 
     def look(path, at):
@@ -930,7 +1329,18 @@ def inspect_files(
 def note_read_changes(
     done: pd.DataFrame,  # What `inspect_files` did, one row a file
 ) -> list:  # Sentences
-    "Say what was changed on reading, and where the first example is."
+    """Say what was changed on reading, and where the first example is.
+
+    Parameters
+    ----------
+    done : pd.DataFrame
+        What `inspect_files` did, one row a file.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     said = []
     for col, text in dict(
         turned='{n} pictures turned upright as their EXIF tag says, such as {path}',
@@ -957,7 +1367,18 @@ def find_dark(
 ) -> list:  # Sentences
     """Name the subjects whose slices are less than half as bright as usual.
 
-    Bytes are not scaled, so this can happen."""
+    Bytes are not scaled, so this can happen.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with subject and `_bright`, as from `inspect_files`.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     by = rows.groupby('subject')._bright.median()
     dark = by[by < 0.5 * by.median()].sort_values()
     if len(by) < 3 or not len(dark):
@@ -974,7 +1395,18 @@ def find_duplicates(
     # Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere
 ) -> pd.DataFrame:
     """Find identical pictures: every copy if two subjects share it, all but the first within one
-    subject."""
+    subject.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with hash, subject, split, path.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere.
+    """
     twice = rows[rows.hash.duplicated(keep=False)]
     group = twice.groupby('hash')
     leak = group.split.transform('nunique') > 1
@@ -993,7 +1425,18 @@ def find_duplicates(
 def find_row_faults(
     rows: pd.DataFrame,  # Rows with what `inspect_files` saw
 ) -> tuple:  # Good rows, faults, sizes
-    "Turn what was seen into faults: does not decode, blank, another size than most, a copy."
+    """Turn what was seen into faults: does not decode, blank, another size than most, a copy.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with what `inspect_files` saw.
+
+    Returns
+    -------
+    tuple
+        Good rows, faults, sizes.
+    """
     decoded = rows[rows._fault == '']
     size = decoded._height.astype(str) + ' x ' + decoded._width.astype(str)
     sizes = size.value_counts()
@@ -1022,7 +1465,22 @@ def find_crop(
     margin: float = 0.15,  # Room around the largest train head, for heads not seen yet
     # Central square to keep, a multiple of 16 pixels; None where that would be everything
 ) -> int | None:
-    "Frame the heads: the largest one of the train split and a margin."
+    """Frame the heads: the largest one of the train split and a margin.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with `_side`, as from `find_row_faults`.
+    side : int
+        Longer side of the pictures.
+    margin : float, default 0.15
+        Room around the largest train head, for heads not seen yet.
+
+    Returns
+    -------
+    int | None
+        Central square to keep, a multiple of 16 pixels; None where that would be everything.
+    """
     train = rows[rows.split == 'train'] if (rows.split == 'train').any() else rows
     crop = math.ceil(train._side.max() * (1 + margin) / 16) * 16 if len(train) else side
     return crop if crop < side else None
@@ -1035,7 +1493,24 @@ def check_dataset(
     # How the files are looked at; `open_dataset` does it once for all processes
     inspect: Callable = inspect_files,
 ) -> Findings:  # Good rows (with a `hash` of the pixels), faults, notes, sizes
-    "Look at every file of a data set and write down all that is wrong with it. Nothing is changed."
+    """Look at every file of a data set and write down all that is wrong with it. Nothing is changed.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig, default DataConfig()
+        Settings.
+    progress : bool, default True
+        Show a bar with the time left.
+    inspect : Callable, default inspect_files
+        How the files are looked at; `open_dataset` does it once for all processes.
+
+    Returns
+    -------
+    Findings
+        Good rows (with a `hash` of the pixels), faults, notes, sizes.
+    """
     listed = list_slices(root, config)
     rows, done = inspect(listed.manifest, config, progress)
     notes = listed.notes + note_read_changes(done)

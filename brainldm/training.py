@@ -82,7 +82,18 @@ def mean_slices(
     # Mean pictures (m, h, w) float32 in [-1, 1], and the slice number of each
 ) -> tuple[Tensor, list[int]]:
     """The average picture of each slice position: what a model that ignores its input can best
-    predict."""
+    predict.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Train split.
+
+    Returns
+    -------
+    tuple[Tensor, list[int]]
+        Mean pictures (m, h, w) float32 in [-1, 1], and the slice number of each.
+    """
     numbers = dataset.manifest.slice.to_numpy()
     kinds = sorted({int(o) for o in numbers})
     means = [
@@ -93,7 +104,103 @@ def mean_slices(
 # %% ../nbs/06_training.ipynb #673f6568
 @dataclass
 class AEConfig(TrainConfig):
-    "Everything that decides an autoencoder."
+    """Everything that decides an autoencoder.
+
+    Attributes
+    ----------
+    total_images : int, default 20000
+        Pictures to see before training ends.
+    batch_size : int, default 8
+        Pictures a step, on each process.
+    accumulate : int, default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : float, default 0.002
+        Highest learning rate of AdamW.
+    warmup_images : int, default 1000
+        Pictures over which the learning rate rises from 0.
+    weight_decay : float, default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : float, default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : int, default 5000
+        Pictures between two looks at the validate subjects.
+    checkpoint_every : int, default 5000
+        Pictures between two checkpoints.
+    log_every : int, default 10
+        Steps between two lines of the log.
+    num_workers : int, default 0
+        Processes that load pictures; 0 loads in the training process.
+    seed : int, default 0
+        Seed of the weights, the order of the pictures and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate knows, such as tensorboard or wandb.
+    data : DataConfig, default DataConfig()
+        How pictures are found, cut and split.
+    in_channels : int, default 1
+        Channels of the images.
+    latent_channels : int, default 8
+        Channels of the latent.
+    channels : tuple[int, ...], default (96, 128)
+        Features at each level, largest picture first.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False)
+        Levels with self-attention.
+    patch : int, default 4
+        Side of the pixel blocks that the stem folds into channels.
+    unet_levels : int, default 2
+        Levels of the UNet that stage 2 will train on the latents: their side must divide; 1: any
+        side.
+    covariates : tuple[str, ...], default ()
+        Covariates that encoder and decoder are told.
+    kl_weight : float, default 1e-06
+        Weight of the KL term beside the mean absolute error.
+    kl_period : int, default 0
+        Pictures a cycle of a rising KL weight; 0 keeps it constant.
+    kind : str, default 'kl'
+        Latents: kl, Gaussians; vq, codes of a codebook; fsq, codes of rounded channels; or a kind
+        that you registered.
+    num_embeddings : int, default 1024
+        (vq) Codes in the codebook; a code has latent_channels numbers.
+    commitment_cost : float, default 0.25
+        (vq) Weight of the pull on the encoder towards its codes.
+    codebook_ema : bool, default True
+        (vq) Codes follow the mean of their vectors; else they learn by gradient.
+    codebook_start : Literal['kmeans', 'uniform'], default 'kmeans'
+        (vq) Where the codes are at first.
+    restart_below : float, default 0.1
+        (vq) Codes used less than this share of an equal share start anew; 0: never.
+    fsq_levels : tuple[int, ...], default (8, 5, 5, 5)
+        (fsq) Levels of each latent channel.
+    adversarial : bool, default False
+        Train a critic beside the autoencoder, against blur.
+    adversarial_start : int, default 10000
+        Pictures seen before the critic's verdict reaches the autoencoder.
+    adversarial_weight : float, default 1.0
+        Pull of the critic on the decoder's last layer; 1 pulls as hard as the reconstruction.
+    adversarial_max_weight : float, default 0.01
+        Ceiling of the adaptive weight that makes both pulls equal.
+    adversarial_loss : Literal['nonsaturating', 'hinge'], default 'nonsaturating'
+        How the critic is taught.
+    discriminator_warmup : int, default 2000
+        Pictures from which the critic alone learns, before its verdict counts.
+    discriminator_learning_rate : float, default 0.0005
+        Highest learning rate of the critic.
+    discriminator_channels : tuple[int, ...], default (32, 64, 128)
+        Features of the critic after each halving.
+    random_weight : float, default 0.0
+        Weight of fooling the critic with decoded random latents.
+    feature_weight : float, default 0.0
+        Weight of the difference in the critic's features.
+    """
 
     # How pictures are found, cut and split
     data: DataConfig = field(default_factory=DataConfig)
@@ -143,7 +250,20 @@ def evenly_spaced_rows(
     dataset: SliceDataset,  # Rows to choose from
     n: int,  # How many to take at most
 ) -> dict[str, Tensor]:  # One batch
-    "The same few rows each time, spread evenly over a data set."
+    """The same few rows each time, spread evenly over a data set.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Rows to choose from.
+    n : int
+        How many to take at most.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        One batch.
+    """
     return dataset.__getitems__(
         np.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().astype(int)
     )
@@ -153,7 +273,25 @@ def pick_covariates(
     covariates: list[Covariate],  # What the data has
     names: tuple[str, ...] | None,  # What the model shall know; None is all
 ) -> tuple[Covariate, ...]:  # Those, in the order of the data
-    "Choose covariates by name. Raises ValueError for a name that the data lacks."
+    """Choose covariates by name.
+
+    Parameters
+    ----------
+    covariates : list[Covariate]
+        What the data has.
+    names : tuple[str, ...] | None
+        What the model shall know; None is all.
+
+    Returns
+    -------
+    tuple[Covariate, ...]
+        Those, in the order of the data.
+
+    Raises
+    ------
+    ValueError
+        For a name that the data lacks.
+    """
     have = {c.name: c for c in covariates}
     for name in names or ():
         if name not in have:
@@ -167,14 +305,38 @@ def pick_covariates(
 def covariates_to_dict(
     covariates: tuple[Covariate, ...],  # Covariates of a model
 ) -> list[dict]:  # The same as JSON
-    "Covariates for a file's description; `covariates_from_dict` reads them back."
+    """Covariates for a file's description; `covariates_from_dict` reads them back.
+
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        Covariates of a model.
+
+    Returns
+    -------
+    list[dict]
+        The same as JSON.
+    """
     return [asdict(c) for c in covariates]
 
 # %% ../nbs/06_training.ipynb #b86ecc67
 def covariates_from_dict(
     described: list[dict],  # As from `covariates_to_dict`, perhaps read from a file
 ) -> tuple[Covariate, ...]:  # The covariates
-    "Covariates from a file's description. Raises one of `LOAD_ERRORS` where it describes none."
+    """Covariates from a file's description.
+
+    Raises one of `LOAD_ERRORS` where it describes none.
+
+    Parameters
+    ----------
+    described : list[dict]
+        As from `covariates_to_dict`, perhaps read from a file.
+
+    Returns
+    -------
+    tuple[Covariate, ...]
+        The covariates.
+    """
     return tuple(Covariate(**o) for o in described)
 
 # %% ../nbs/06_training.ipynb #b1ca3c47
@@ -197,7 +359,21 @@ def check_conditioned(
     model: nn.Module,  # Autoencoder or denoiser
     covariates: tuple[Covariate, ...],  # What it was to be conditioned on
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a network that takes other conditions than the configuration names. Raises ValueError."
+    """Refuse a network that takes other conditions than the configuration names.
+
+    Parameters
+    ----------
+    caller : str
+        Function that asks, for the message.
+    model : nn.Module
+        Autoencoder or denoiser.
+    covariates : tuple[Covariate, ...]
+        What it was to be conditioned on.
+
+    Raises
+    ------
+    ValueError
+    """
     has, requested = ([c.name for c in o] for o in (model.covariates, covariates))
     if has != requested:
         raise ValueError(
@@ -212,7 +388,20 @@ def size_multiple(
     factor: int | None = None,  # Of the autoencoder; None: that of the kinds kl, vq and fsq
 ) -> int:  # Pixels
     """What the side of the images must be a multiple of, so that every stage can be trained:
-    autoencoder, UNet, evaluator."""
+    autoencoder, UNet, evaluator.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The autoencoder, and the levels of the UNet to come.
+    factor : int | None, default None
+        Of the autoencoder; None: that of the kinds kl, vq and fsq.
+
+    Returns
+    -------
+    int
+        Pixels.
+    """
     factor = factor or config.patch * 2 ** (len(config.channels) - 1)
     return math.lcm(factor * 2 ** (config.unet_levels - 1), EVALUATOR_PATCH)
 
@@ -223,7 +412,23 @@ def check_size(
     factor: int,  # The side must be a multiple of this
     in_channels: int = 1,  # Channels that the network takes
 ) -> None:  # Nothing: it raises or returns
-    "Refuse pictures that the network cannot take, before a run folder is made. Raises ValueError."
+    """Refuse pictures that the network cannot take, before a run folder is made.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        What is to be trained on.
+    size : int
+        Side of the pictures that the configuration names.
+    factor : int
+        The side must be a multiple of this.
+    in_channels : int, default 1
+        Channels that the network takes.
+
+    Raises
+    ------
+    ValueError
+    """
     *channels, height, width = dataset.images.shape[1:]
     if (channels or [1]) != [in_channels]:
         raise ValueError(
@@ -253,7 +458,28 @@ def reconstruction_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Mean absolute error plus the price of the latent.
 
-    Source: Rombach et al. 2022, app. G; van den Oord 2017, eq. 3."""
+    Parameters
+    ----------
+    model : nn.Module
+        An autoencoder of config.kind.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of the latent's noise, on the batch's device.
+    seen : int
+        Pictures seen so far, for a cyclical KL weight.
+    config : AEConfig
+        Weights of the terms.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, dict[str, Tensor]]
+        Reconstruction (b, c, h, w), the loss, and its parts for the log.
+
+    References
+    ----------
+    Rombach et al. 2022, app. G; van den Oord 2017, eq. 3.
+    """
     own = AUTOENCODERS[config.kind].loss
     if own:
         return own(model, batch, generator, seen, config)
@@ -283,7 +509,30 @@ def discriminator_step(
     seen: int,  # Pictures seen so far; nothing here depends on it
     config: AEConfig,  # How the critic is taught
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and what to log
-    "Teach the critic to tell scans from decoded pictures. Source: as of `discriminator_loss`."
+    """Teach the critic to tell scans from decoded pictures.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A PatchDiscriminator.
+    batch : dict[str, Tensor]
+        'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,).
+    generator : torch.Generator
+        Not looked at: nothing here is drawn.
+    seen : int
+        Pictures seen so far; nothing here depends on it.
+    config : AEConfig
+        How the critic is taught.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and what to log.
+
+    References
+    ----------
+    As of `discriminator_loss`.
+    """
     real, fake = batch['real'], batch['fake']
     times = 1 + len(fake) // len(real)
     cond = {k: v.repeat(times) for k, v in batch.items() if k not in ('real', 'fake')}
@@ -301,7 +550,22 @@ def make_discriminator(
     covariates: tuple[Covariate, ...],  # What the autoencoder is told, and so the critic
     run: Path | None = None,  # Run folder
 ) -> Learner | None:  # A training of its own; None without an adversary
-    "The second network of an adversarial training."
+    """The second network of an adversarial training.
+
+    Parameters
+    ----------
+    config : AEConfig
+        Sizes and rates.
+    covariates : tuple[Covariate, ...]
+        What the autoencoder is told, and so the critic.
+    run : Path | None, default None
+        Run folder.
+
+    Returns
+    -------
+    Learner | None
+        A training of its own; None without an adversary.
+    """
     if not config.adversarial:
         return None
     # the weight asks a graph for gradients twice
@@ -324,7 +588,24 @@ def generator_step(
     config: AEConfig,  # Weights
     # Loss of being recognised, and loss of looking different to the critic, scalars
 ) -> tuple[Tensor, Tensor]:
-    "What the autoencoder pays to its critic."
+    """What the autoencoder pays to its critic.
+
+    Parameters
+    ----------
+    discriminator : Learner
+        Its network is used, and not changed.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    fakes : list[Tensor]
+        Reconstructions (b, 1, h, w), and perhaps decoded random latents.
+    config : AEConfig
+        Weights.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Loss of being recognised, and loss of looking different to the critic, scalars.
+    """
     # no gradient reaches the critic itself
     frozen = {k: v.detach() for k, v in discriminator.raw.named_parameters()}
     judge = lambda x: torch.func.functional_call(discriminator.raw, frozen, (x, batch))
@@ -351,7 +632,30 @@ def autoencoder_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """The loss of stage 1: reconstruction, and the critic's verdict once it counts.
 
-    Source: Esser et al. 2021, eq. 5-7."""
+    Parameters
+    ----------
+    model : nn.Module
+        An autoencoder of config.kind.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of noise, on the batch's device.
+    seen : int
+        Pictures seen before this update of the weights.
+    config : AEConfig
+        Weights of the terms.
+    discriminator : Learner | None, default None
+        The adversary, which learns here before it is asked.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Esser et al. 2021, eq. 5-7.
+    """
     recon, loss, logs = reconstruction_loss(model, batch, generator, seen, config)
     if discriminator is None or seen < config.adversarial_start - config.discriminator_warmup:
         return loss, logs
@@ -386,7 +690,27 @@ def validate_autoencoder(
     # val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
     # some
 ) -> dict[str, float]:
-    "Look at held-out slices: numbers for the log, originals above reconstructions for the eye."
+    """Look at held-out slices: numbers for the log, originals above reconstructions for the eye.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The autoencoder.
+    batch : dict[str, Tensor]
+        Held-out pictures, the same each time.
+    path : Path
+        Where the picture goes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    chunk : int, default 32
+        Pictures at a time: what fits into memory beside a training.
+
+    Returns
+    -------
+    dict[str, float]
+        val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
+        some.
+    """
     x = batch['image']
     look, coded = infer(model, precision), hasattr(model, 'quantizer')
     recon, *codes = in_chunks(lambda x, cond: look(x, cond)[: 1 + coded], chunk)(x, batch)
@@ -406,7 +730,20 @@ def conv_arguments(
     config: AEConfig,  # The configuration
     covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are conditioned on
 ) -> dict:  # Keywords of `AutoencoderKL`
-    "The part of a configuration that decides an autoencoder of Gaussian latents."
+    """The part of a configuration that decides an autoencoder of Gaussian latents.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are conditioned on.
+
+    Returns
+    -------
+    dict
+        Keywords of `AutoencoderKL`.
+    """
     names = 'in_channels latent_channels channels num_res_blocks attention_levels patch'.split()
     return dict({k: getattr(config, k) for k in names}, covariates=covariates)
 
@@ -415,7 +752,20 @@ def code_arguments(
     config: AEConfig,  # The configuration
     covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are conditioned on
 ) -> dict:  # Keywords of `build_vq` or `build_fsq`
-    "The part of a configuration that decides an autoencoder of codes."
+    """The part of a configuration that decides an autoencoder of codes.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are conditioned on.
+
+    Returns
+    -------
+    dict
+        Keywords of `build_vq` or `build_fsq`.
+    """
     args = conv_arguments(config, covariates)
     codebook = dict(
         num_embeddings=config.num_embeddings,
@@ -435,7 +785,25 @@ def autoencoder_args(
     config: AEConfig,  # The configuration
     covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are conditioned on
 ) -> dict:  # Arguments of `build_autoencoder`, beside the kind
-    "The part of a configuration that decides the architecture. Raises ValueError for another kind."
+    """The part of a configuration that decides the architecture.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are conditioned on.
+
+    Returns
+    -------
+    dict
+        Arguments of `build_autoencoder`, beside the kind.
+
+    Raises
+    ------
+    ValueError
+        For another kind.
+    """
     return AUTOENCODERS.arguments(config.kind, config, covariates=covariates)
 
 # %% ../nbs/06_training.ipynb #67f27140
@@ -443,7 +811,20 @@ def build_vq(
     quantizer: dict,  # Keywords of `VectorQuantizer`
     **args,  # Further keywords of `VQVAE`
 ) -> VQVAE:  # With fresh weights
-    "An autoencoder whose codes are a learned codebook."
+    """An autoencoder whose codes are a learned codebook.
+
+    Parameters
+    ----------
+    quantizer : dict
+        Keywords of `VectorQuantizer`.
+    **args
+        Further keywords of `VQVAE`.
+
+    Returns
+    -------
+    VQVAE
+        With fresh weights.
+    """
     return VQVAE(VectorQuantizer(**quantizer), **args)
 
 
@@ -451,7 +832,20 @@ def build_fsq(
     quantizer: dict,  # Keywords of `FSQ`
     **args,  # Further keywords of `VQVAE`
 ) -> VQVAE:  # With fresh weights
-    "An autoencoder whose codes are rounded channels."
+    """An autoencoder whose codes are rounded channels.
+
+    Parameters
+    ----------
+    quantizer : dict
+        Keywords of `FSQ`.
+    **args
+        Further keywords of `VQVAE`.
+
+    Returns
+    -------
+    VQVAE
+        With fresh weights.
+    """
     return VQVAE(FSQ(**quantizer), **args)
 
 
@@ -466,7 +860,23 @@ def build_autoencoder(
 ) -> Autoencoder:  # With fresh weights
     """Make an autoencoder of a registered kind.
 
-    Raises ValueError for another kind, or for conditions that it does not take."""
+    Parameters
+    ----------
+    kind : str
+        'kl', 'vq', 'fsq', or one that you registered.
+    args : dict
+        As from `autoencoder_args`.
+
+    Returns
+    -------
+    Autoencoder
+        With fresh weights.
+
+    Raises
+    ------
+    ValueError
+        For another kind, or for conditions that it does not take.
+    """
     model = AUTOENCODERS.build(kind, args)
     check_protocol('build_autoencoder', model, Autoencoder)
     return model
@@ -475,7 +885,18 @@ def build_autoencoder(
 def args_to_dict(
     args: dict,  # Keywords of a network, perhaps with covariates
 ) -> dict:  # The same as JSON
-    "Keywords for a file's description; `args_from_dict` reads them back."
+    """Keywords for a file's description; `args_from_dict` reads them back.
+
+    Parameters
+    ----------
+    args : dict
+        Keywords of a network, perhaps with covariates.
+
+    Returns
+    -------
+    dict
+        The same as JSON.
+    """
     known = 'covariates' in args
     return dict(args, covariates=covariates_to_dict(args['covariates'])) if known else dict(args)
 
@@ -483,7 +904,20 @@ def args_to_dict(
 def args_from_dict(
     args: dict,  # As from `args_to_dict`, perhaps read from a file
 ) -> dict:  # Keywords of a network
-    "Keywords from a file's description. Raises one of `LOAD_ERRORS` where it describes none."
+    """Keywords from a file's description.
+
+    Raises one of `LOAD_ERRORS` where it describes none.
+
+    Parameters
+    ----------
+    args : dict
+        As from `args_to_dict`, perhaps read from a file.
+
+    Returns
+    -------
+    dict
+        Keywords of a network.
+    """
     known = 'covariates' in args
     return dict(args, covariates=covariates_from_dict(args['covariates'])) if known else dict(args)
 
@@ -491,7 +925,23 @@ def args_from_dict(
 def load_autoencoder(
     run: Path,  # Run folder
 ) -> tuple[Autoencoder, dict]:  # The network in evaluation mode on the CPU, and its description
-    "Build the autoencoder of a run from its file alone. Raises FileNotFoundError or ValueError."
+    """Build the autoencoder of a run from its file alone.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[Autoencoder, dict]
+        The network in evaluation mode on the CPU, and its description.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     tensors, info = load_weights(Path(run) / 'autoencoder.safetensors')
     AUTOENCODERS[info.get('kind')]  # refuses an unknown kind in its own words
     try:
@@ -514,7 +964,21 @@ def refuse_architecture(
     then: dict,  # Those of the network whose weights it is to start from
     source: str,  # Where those are, for the message
 ) -> None:  # Nothing: it raises or returns
-    "Name the settings in which two networks differ. Raises ValueError."
+    """Name the settings in which two networks differ.
+
+    Parameters
+    ----------
+    now : dict
+        Arguments of the network that is to be trained.
+    then : dict
+        Those of the network whose weights it is to start from.
+    source : str
+        Where those are, for the message.
+
+    Raises
+    ------
+    ValueError
+    """
 
     def flat(args):
         args = json.loads(json.dumps({k: v for k, v in args.items() if k != 'covariates'}))
@@ -539,7 +1003,20 @@ def match_covariates(
     then: tuple[Covariate, ...],  # What the source has learned
     # Those of the source that can be taken, by name, and notes about all others
 ) -> tuple[dict[str, Covariate], list[str]]:
-    "Which covariates keep what was learned of them: those of the same name and kind."
+    """Which covariates keep what was learned of them: those of the same name and kind.
+
+    Parameters
+    ----------
+    now : tuple[Covariate, ...]
+        What the network is to learn.
+    then : tuple[Covariate, ...]
+        What the source has learned.
+
+    Returns
+    -------
+    tuple[dict[str, Covariate], list[str]]
+        Those of the source that can be taken, by name, and notes about all others.
+    """
     old, new, notes = {c.name: c for c in then}, {c.name: c for c in now}, []
     for c in now:
         o = old.get(c.name)
@@ -567,7 +1044,25 @@ def adopt_weights(
 ) -> list[str]:  # What happened to the covariates, a phrase each
     """Copy weights, those of covariates by name.
 
-    Raises ValueError if one has covariates and the other has none."""
+    Parameters
+    ----------
+    model : nn.Module
+        Fresh; filled in place.
+    source : nn.Module
+        A trained network of the same architecture, perhaps with other covariates.
+    what : str
+        Where that one is, for the message.
+
+    Returns
+    -------
+    list[str]
+        What happened to the covariates, a phrase each.
+
+    Raises
+    ------
+    ValueError
+        If one has covariates and the other has none.
+    """
     now, then = tuple(model.covariates), tuple(source.covariates)
     if bool(now) != bool(then):
         raise ValueError(
@@ -603,7 +1098,22 @@ def is_begun(
     stage: str,  # One of its stages
     resume: bool,  # Whether the stage goes on where it stopped
 ) -> bool:  # True if weights will come from a state of its own
-    "Whether a stage has a state from which it will go on."
+    """Whether a stage has a state from which it will go on.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        One of its stages.
+    resume : bool
+        Whether the stage goes on where it stopped.
+
+    Returns
+    -------
+    bool
+        True if weights will come from a state of its own.
+    """
     return resume and bool(Checkpoint(run / 'state' / stage).files())
 
 # %% ../nbs/06_training.ipynb #a0060e07
@@ -612,7 +1122,22 @@ def origin_of(
     source: nn.Module,  # The network there
     notes: list[str],  # What happened to its covariates
 ) -> dict:  # What config.json says of it
-    "Write down where weights came from: run, hash and what was not taken; and say it."
+    """Write down where weights came from: run, hash and what was not taken; and say it.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Says from which run the weights came.
+    source : nn.Module
+        The network there.
+    notes : list[str]
+        What happened to its covariates.
+
+    Returns
+    -------
+    dict
+        What config.json says of it.
+    """
     if notes:
         warnings.warn(f"init_from: started from {config.init_from}. {'; '.join(notes)}.")
     return dict(run=config.init_from, weights=weights_hash(source), notes=notes)
@@ -625,7 +1150,26 @@ def adopt_autoencoder(
 ) -> dict:  # Where the weights came from, for config.json
     """Fill an autoencoder with the weights of another run.
 
-    Raises ValueError, or FileNotFoundError if there is none."""
+    Parameters
+    ----------
+    model : nn.Module
+        Fresh; filled in place.
+    config : AEConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `autoencoder_args`.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there is none.
+    """
     source, about = load_autoencoder(locate_run(config.init_from))
     then = {'in_channels': args.get('in_channels')} | about['args']  # 0.1 knew one channel only
     refuse_architecture(
@@ -640,8 +1184,22 @@ def compare_opening(
     # The settings in which it was not, in words; '' also for data made by hand, which says
     # nothing
 ) -> str:
-    """Compare how pictures were cut and which columns are told; everything else shows in what a
-    stage was given (notebook 05c)."""
+    """Compare how pictures were cut and which columns are told; everything else shows in what a stage
+    was given (notebook 05c).
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Data, perhaps from `open_dataset`.
+    config : DataConfig
+        How it should have been opened.
+
+    Returns
+    -------
+    str
+        The settings in which it was not, in words; '' also for data made by hand, which says
+        nothing.
+    """
     have = dataset.config
     odd = [
         k
@@ -657,7 +1215,23 @@ def resolve_crop(
 ) -> AEConfig:  # The same with a number of pixels, or None, in its place
     """Write down how pictures are cut, so that data opened later is cut the same way.
 
-    Raises ValueError if that is not known."""
+    Parameters
+    ----------
+    config : AEConfig
+        Configuration, perhaps with data.crop='auto'.
+    dataset : SliceDataset
+        Data as `open_dataset` gave it.
+
+    Returns
+    -------
+    AEConfig
+        The same with a number of pixels, or None, in its place.
+
+    Raises
+    ------
+    ValueError
+        If that is not known.
+    """
     if config.data.crop == 'auto':
         if dataset.config is None:
             raise ValueError(
@@ -681,7 +1255,19 @@ def init_codebook_from_data(
     seed: int,  # Of the clustering
     chunk: int = 32,  # Pictures at a time
 ) -> None:
-    "Put a codebook where the fresh encoder's vectors are, before the first step."
+    """Put a codebook where the fresh encoder's vectors are, before the first step.
+
+    Parameters
+    ----------
+    model : VQVAE
+        Fresh; its codebook is replaced.
+    dataset : SliceDataset
+        Train split.
+    seed : int
+        Of the clustering.
+    chunk : int, default 32
+        Pictures at a time.
+    """
     batch = evenly_spaced_rows(dataset, 128)
     z, _ = in_chunks(infer(model, method='encode'), chunk)(batch['image'], batch)
     start_codebook(model.quantizer, rearrange(z, 'b d h w -> (b h w) d'), seed)
@@ -699,7 +1285,29 @@ def train_autoencoder(
 ) -> Autoencoder:  # The trained autoencoder
     """Train stage 1 on the train subjects and look at validate subjects on the way.
 
-    Writes RUN/autoencoder.safetensors."""
+    Writes RUN/autoencoder.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Checked data with its splits.
+    run : Path
+        Run folder, made if it is not there.
+    config : AEConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+    callback : Callable | None, default None
+        Called as callback(learner, seen, means) with each record of the log; False ends the
+        training.
+
+    Returns
+    -------
+    Autoencoder
+        The trained autoencoder.
+    """
     run, train, held_out = Path(run), dataset.subset('train'), dataset.subset('validate')
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = autoencoder_args(config, covariates)
@@ -765,7 +1373,25 @@ def plot_history(
     stage: str,  # 'autoencoder', 'ldm' or 'prior'
     # Training; what was measured on validate subjects; the critic's accuracy, if there is one
 ) -> plt.Figure:
-    "Draw the course of one training. Raises ValueError if the log has no line of this stage."
+    """Draw the course of one training.
+
+    Parameters
+    ----------
+    records : list[dict]
+        Lines of log.jsonl.
+    stage : str
+        'autoencoder', 'ldm' or 'prior'.
+
+    Returns
+    -------
+    plt.Figure
+        Training; what was measured on validate subjects; the critic's accuracy, if there is one.
+
+    Raises
+    ------
+    ValueError
+        If the log has no line of this stage.
+    """
     rows = [o for o in records if o['stage'] == stage]
     if not rows:
         raise ValueError(

@@ -27,7 +27,22 @@ def run_levels(
     x: Tensor,  # Features (b, c, h, w)
     emb: Tensor | None,  # Embedding of the condition (b, emb_channels)
 ) -> Tensor:  # Features after the last block
-    "Run the blocks in order; only a `ResBlock` is told the condition."
+    """Run the blocks in order; only a `ResBlock` is told the condition.
+
+    Parameters
+    ----------
+    levels : nn.ModuleList
+        Lists of blocks.
+    x : Tensor
+        Features (b, c, h, w).
+    emb : Tensor | None
+        Embedding of the condition (b, emb_channels).
+
+    Returns
+    -------
+    Tensor
+        Features after the last block.
+    """
     for blocks in levels:
         for block in blocks:
             x = block(x, emb) if isinstance(block, ResBlock) else block(x)
@@ -39,7 +54,21 @@ def check_levels(
     channels: tuple[int, ...],  # Features at each level
     attention_levels: tuple[bool, ...],  # Levels with self-attention
 ) -> None:  # Nothing: it raises ValueError or returns
-    "Refuse tuples that do not describe the same levels. Raises ValueError."
+    """Refuse tuples that do not describe the same levels.
+
+    Parameters
+    ----------
+    caller : str
+        Name of the class that asks, for the message.
+    channels : tuple[int, ...]
+        Features at each level.
+    attention_levels : tuple[bool, ...]
+        Levels with self-attention.
+
+    Raises
+    ------
+    ValueError
+    """
     if not channels or len(channels) != len(attention_levels):
         raise ValueError(
             f"{caller}: {len(channels)} channels and {len(attention_levels)} attention_levels."
@@ -51,9 +80,33 @@ def check_levels(
 class Encoder(nn.Module):
     """Fold, convolve and halve a slice down to a small map of features.
 
-    Source: Esser et al. 2021, table 7, with a pixel-unshuffle stem (Shi et al. 2016) in place
-    of full-size layers. Raises ValueError if the tuples are not equally long, or channels do
-    not divide into groups."""
+    Parameters
+    ----------
+    in_channels : int, default 1
+        Channels of the picture.
+    out_channels : int, default 16
+        Channels of the map; a KL-VAE needs two a latent channel.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Features at each level; each next level has half the size.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False, True)
+        Levels with self-attention.
+    patch : int, default 2
+        Side of the pixel blocks that the stem folds into channels.
+    emb_channels : int | None, default None
+        Length of the condition's embedding; None for none.
+
+    Raises
+    ------
+    ValueError
+        If the tuples are not equally long, or channels do not divide into groups.
+
+    References
+    ----------
+    Esser et al. 2021, table 7, with a pixel-unshuffle stem (Shi et al. 2016) in place of full-size
+    layers.
+    """
 
     def __init__(
         self,
@@ -85,6 +138,20 @@ class Encoder(nn.Module):
         x: Tensor,  # Pictures (b, in_channels, h, w) in [-1, 1]
         emb: Tensor | None = None,  # Embedding of the condition (b, emb_channels)
     ) -> Tensor:  # Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1)
+        """Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1).
+
+        Parameters
+        ----------
+        x : Tensor
+            Pictures (b, in_channels, h, w) in [-1, 1].
+        emb : Tensor | None, default None
+            Embedding of the condition (b, emb_channels).
+
+        Returns
+        -------
+        Tensor
+            Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1).
+        """
         x = self.stem(F.pixel_unshuffle(x, self.patch))
         return self.head(run_levels(self.levels, x, emb))
 
@@ -92,7 +159,27 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The encoder's mirror: convolve, double, and unfold the channels back into pixels.
 
-    Source: as for `Encoder`."""
+    Parameters
+    ----------
+    in_channels : int, default 8
+        Channels of the latent.
+    out_channels : int, default 1
+        Channels of the picture.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Features at each level, largest picture first, as in the encoder.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False, True)
+        Levels with self-attention.
+    patch : int, default 2
+        Side of the pixel blocks that the last layer unfolds.
+    emb_channels : int | None, default None
+        Length of the condition's embedding; None for none.
+
+    References
+    ----------
+    As for `Encoder`.
+    """
 
     def __init__(
         self,
@@ -124,14 +211,38 @@ class Decoder(nn.Module):
         z: Tensor,  # Latents (b, in_channels, h, w)
         emb: Tensor | None = None,  # Embedding of the condition (b, emb_channels)
     ) -> Tensor:  # Pictures (b, out_channels, h*f, w*f), not clipped
+        """Pictures (b, out_channels, h*f, w*f), not clipped.
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents (b, in_channels, h, w).
+        emb : Tensor | None, default None
+            Embedding of the condition (b, emb_channels).
+
+        Returns
+        -------
+        Tensor
+            Pictures (b, out_channels, h*f, w*f), not clipped.
+        """
         return F.pixel_shuffle(self.head(run_levels(self.levels, self.stem(z), emb)), self.patch)
 
 # %% ../nbs/02_vae.ipynb #0667538e
 def at_least_float32(
     x: Tensor,  # Numbers of any precision
 ) -> Tensor:  # The same, in float32 where they had 16 bits
-    """Exponentials and squares leave the range of 16 bits soon: 65,504 is the largest number of
-    fp16."""
+    """Exponentials and squares leave the range of 16 bits soon: 65,504 is the largest number of fp16.
+
+    Parameters
+    ----------
+    x : Tensor
+        Numbers of any precision.
+
+    Returns
+    -------
+    Tensor
+        The same, in float32 where they had 16 bits.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/02_vae.ipynb #a266ffab
@@ -141,7 +252,26 @@ def reparameterize(
     eps: Tensor,  # Standard normal noise, same shape
     # Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits
 ) -> Tensor:
-    "A sample that gradients can pass through. Source: Kingma & Welling 2014, sec. 2.4."
+    """A sample that gradients can pass through.
+
+    Parameters
+    ----------
+    mu : Tensor
+        Means (b, c, h, w).
+    logvar : Tensor
+        Log-variances, same shape.
+    eps : Tensor
+        Standard normal noise, same shape.
+
+    Returns
+    -------
+    Tensor
+        Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits.
+
+    References
+    ----------
+    Kingma & Welling 2014, sec. 2.4.
+    """
     mu, logvar = at_least_float32(mu), at_least_float32(logvar)
     return mu + (logvar / 2).exp() * eps
 
@@ -152,7 +282,22 @@ def kl_loss(
 ) -> Tensor:  # Mean over all latents of KL(N(mu, exp(logvar)) || N(0, 1)), nats, a scalar
     """How far the posterior is from a standard normal, in float32 or more.
 
-    Source: Kingma & Welling 2014, appendix B."""
+    Parameters
+    ----------
+    mu : Tensor
+        Means (b, c, h, w).
+    logvar : Tensor
+        Log-variances, same shape.
+
+    Returns
+    -------
+    Tensor
+        Mean over all latents of KL(N(mu, exp(logvar)) || N(0, 1)), nats, a scalar.
+
+    References
+    ----------
+    Kingma & Welling 2014, appendix B.
+    """
     mu, logvar = at_least_float32(mu), at_least_float32(logvar)
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
 
@@ -165,7 +310,30 @@ def cyclical_weight(
 ) -> float:  # Weight in [0, max_weight]
     """A weight which rises from 0, stays, and starts again.
 
-    Source: Fu et al. 2019, eq. 6. Raises ValueError."""
+    Parameters
+    ----------
+    seen : int
+        Pictures seen so far.
+    period : int
+        Pictures a cycle.
+    max_weight : float
+        Weight at the top.
+    ramp : float, default 0.5
+        Share of a cycle that is spent rising, in (0, 1].
+
+    Returns
+    -------
+    float
+        Weight in [0, max_weight].
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Fu et al. 2019, eq. 6.
+    """
     if period < 1 or not 0 < ramp <= 1:
         raise ValueError(
             f"cyclical_weight: period={period}, ramp={ramp}. Expected period >= 1 and ramp in (0,"
@@ -178,7 +346,32 @@ class ConvAutoencoder(nn.Module):
     """An encoder, a decoder, and the covariates that both are told: what every kind of autoencoder
     here shares.
 
-    Raises ValueError on a picture of another shape."""
+    Parameters
+    ----------
+    latent_channels : int
+        Channels of the latent, which the decoder reads.
+    code_channels : int
+        Channels that the encoder writes.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Features at each level.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False, True)
+        Levels with self-attention.
+    patch : int, default 2
+        Side of the pixel blocks folded by the stem.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are told, if anything.
+    cond_channels : int, default 64
+        Length of the condition's embedding.
+    in_channels : int, default 1
+        Channels of the images.
+
+    Raises
+    ------
+    ValueError
+        On a picture of another shape.
+    """
 
     def __init__(
         self,
@@ -209,12 +402,24 @@ class ConvAutoencoder(nn.Module):
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # What encoder and decoder are told, in order
-        "The covariates that this autoencoder knows."
+        """The covariates that this autoencoder knows.
+
+        Returns
+        -------
+        tuple[Covariate, ...]
+            What encoder and decoder are told, in order.
+        """
         return self.conditioner.covariates if self.conditioner else ()
 
     @property
     def last_layer(self) -> nn.Parameter:  # Weights (out, in, 3, 3)
-        "Weights of the decoder's last layer, where reconstruction and discriminator are balanced."
+        """Weights of the decoder's last layer, where reconstruction and discriminator are balanced.
+
+        Returns
+        -------
+        nn.Parameter
+            Weights (out, in, 3, 3).
+        """
         return self.decoder.head[-1].weight
 
     def embed(
@@ -224,7 +429,20 @@ class ConvAutoencoder(nn.Module):
         batch_size: int,  # b
         # Mean of the condition tokens (b, cond_channels), or None in an unconditional model
     ) -> Tensor | None:
-        "What the residual blocks hear of the covariates."
+        """What the residual blocks hear of the covariates.
+
+        Parameters
+        ----------
+        cond : dict[str, Tensor] | None
+            Encoded covariates by name, each (b,); others than the model's are not looked at.
+        batch_size : int
+            b.
+
+        Returns
+        -------
+        Tensor | None
+            Mean of the condition tokens (b, cond_channels), or None in an unconditional model.
+        """
         if self.conditioner is None:
             return None
         known = {c.name: cond[c.name] for c in self.covariates if cond and c.name in cond}
@@ -235,7 +453,25 @@ class ConvAutoencoder(nn.Module):
         x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
     ) -> Tensor:  # What the encoder says (b, code_channels, h/f, w/f)
-        "Run the encoder. Raises ValueError on a picture of another shape."
+        """Run the encoder.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            What the encoder says (b, code_channels, h/f, w/f).
+
+        Raises
+        ------
+        ValueError
+            On a picture of another shape.
+        """
         if (
             x.ndim != 4
             or x.shape[1] != self.in_channels
@@ -253,7 +489,20 @@ class ConvAutoencoder(nn.Module):
         z: Tensor,  # Latents (b, latent_channels, h, w)
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
     ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
-        "Turn latents into pictures."
+        """Turn latents into pictures.
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents (b, latent_channels, h, w).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
+        """
         return self.decoder(z, self.embed(cond, len(z)))
 
 # %% ../nbs/02_vae.ipynb #66fcc659
@@ -262,16 +511,31 @@ LOGVAR_LIMITS = -30.0, 20.0
 
 
 class LimitLogvar(torch.autograd.Function):
-    """Clamp to `LOGVAR_LIMITS`; beyond them only gradients that lead back inside pass. NaN stays
-    NaN.
+    """Clamp to `LOGVAR_LIMITS`; beyond them only gradients that lead back inside pass. NaN stays NaN.
 
-    Source: the one-sided gradient of Ballé et al. 2018, code (lower bound)."""
+    References
+    ----------
+    The one-sided gradient of Ballé et al. 2018, code (lower bound).
+    """
 
     @staticmethod
     def forward(
         ctx,
         logvar: Tensor,  # What the encoder says
     ) -> Tensor:  # The same within the limits
+        """The same within the limits.
+
+        Parameters
+        ----------
+        ctx
+        logvar : Tensor
+            What the encoder says.
+
+        Returns
+        -------
+        Tensor
+            The same within the limits.
+        """
         ctx.save_for_backward(logvar)
         return logvar.clamp(*LOGVAR_LIMITS)
 
@@ -280,7 +544,19 @@ class LimitLogvar(torch.autograd.Function):
         ctx,
         grad: Tensor,  # Gradient of what came out
     ) -> Tensor:  # Gradient of what the encoder says
-        "Stop what leads further out."
+        """Stop what leads further out.
+
+        Parameters
+        ----------
+        ctx
+        grad : Tensor
+            Gradient of what came out.
+
+        Returns
+        -------
+        Tensor
+            Gradient of what the encoder says.
+        """
         (logvar,) = ctx.saved_tensors
         low, high = LOGVAR_LIMITS
         # descent moves against the gradient
@@ -292,8 +568,24 @@ class AutoencoderKL(ConvAutoencoder):
     """A variational autoencoder: a slice becomes a Gaussian over latents, and a latent becomes a
     slice.
 
-    Source: Kingma & Welling 2014; Rombach et al. 2022, sec. 3.1. Raises ValueError on a picture
-    of another shape."""
+    Parameters
+    ----------
+    latent_channels : int, default 8
+        Channels of the latent.
+    *args
+        As of `ConvAutoencoder`, from `channels` on.
+    **kwargs
+        As of `ConvAutoencoder`.
+
+    Raises
+    ------
+    ValueError
+        On a picture of another shape.
+
+    References
+    ----------
+    Kingma & Welling 2014; Rombach et al. 2022, sec. 3.1.
+    """
 
     def __init__(
         self,
@@ -311,7 +603,23 @@ class AutoencoderKL(ConvAutoencoder):
     ) -> tuple[Tensor, Tensor]:
         """Turn pictures into Gaussians over latents.
 
-        Raises ValueError on a picture of another shape."""
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            Mean and log-variance (limited, see `LimitLogvar`), each (b, latent_channels, h/f, w/f).
+
+        Raises
+        ------
+        ValueError
+            On a picture of another shape.
+        """
         mu, logvar = self.squeeze(x, cond).chunk(2, dim=1)
         return mu, LimitLogvar.apply(logvar)
 
@@ -323,6 +631,22 @@ class AutoencoderKL(ConvAutoencoder):
         eps: Tensor | None = None,
         # Reconstruction (b, in_channels, h, w), mean and log-variance of the latents
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (b, in_channels, h, w), mean and log-variance of the latents.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+        eps : Tensor | None, default None
+            Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Reconstruction (b, in_channels, h, w), mean and log-variance of the latents.
+        """
         mu, logvar = self.encode(x, cond)
         z = mu if eps is None else reparameterize(mu, logvar, eps)
         return self.decode(z, cond), mu, logvar
@@ -335,7 +659,24 @@ class AutoencoderKL(ConvAutoencoder):
         # Not looked at: the prior is the same for everybody
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Draws of N(0, 1) (n, latent_channels, side, side)
-        "Draw latents from the prior that the KL term pulls towards."
+        """Draw latents from the prior that the KL term pulls towards.
+
+        Parameters
+        ----------
+        n : int
+            How many.
+        side : int
+            Height and width of a latent.
+        generator : torch.Generator
+            Source of chance; says the device.
+        cond : dict[str, Tensor] | None, default None
+            Not looked at: the prior is the same for everybody.
+
+        Returns
+        -------
+        Tensor
+            Draws of N(0, 1) (n, latent_channels, side, side).
+        """
         return torch.randn(
             n, self.latent_channels, side, side, generator=generator, device=generator.device
         )
@@ -346,7 +687,24 @@ def laplacian_variance(
     brain: Tensor,  # True inside the brain, same shape
     # Variance of the Laplacian where all eight neighbours are brain, too (b,); NaN without brain
 ) -> Tensor:
-    "How much fine detail a picture has. Source: Pech-Pacheco et al. 2000, eq. 7."
+    """How much fine detail a picture has.
+
+    Parameters
+    ----------
+    gray : Tensor
+        Pictures (b, 1, h, w).
+    brain : Tensor
+        True inside the brain, same shape.
+
+    Returns
+    -------
+    Tensor
+        Variance of the Laplacian where all eight neighbours are brain, too (b,); NaN without brain.
+
+    References
+    ----------
+    Pech-Pacheco et al. 2000, eq. 7.
+    """
     kernel = gray.new_tensor([[0, -0.25, 0], [-0.25, 1, -0.25], [0, -0.25, 0]]).view(1, 1, 3, 3)
     air = F.pad((~brain).to(gray), [1] * 4, value=1.0)  # outside the picture is no brain
     edges = (
@@ -364,7 +722,23 @@ def sharpness(
     # Variance of the Laplacian inside the brain, reconstruction over original (b,); NaN without
     # brain
 ) -> Tensor:
-    "How much of the fine detail is left: below 1 is blurred, above 1 is noisy."
+    """How much of the fine detail is left: below 1 is blurred, above 1 is noisy.
+
+    Parameters
+    ----------
+    recon : Tensor
+        Reconstructions (b, 1, h, w).
+    real : Tensor
+        Originals, same shape and range.
+    brain : Tensor
+        True inside the brain of the original, same shape.
+
+    Returns
+    -------
+    Tensor
+        Variance of the Laplacian inside the brain, reconstruction over original (b,); NaN without
+        brain.
+    """
     return laplacian_variance(recon, brain) / laplacian_variance(real, brain)
 
 # %% ../nbs/02_vae.ipynb #6c7b7e49
@@ -377,8 +751,28 @@ def image_scores(
     """Score reconstructions on [0, 1], over the whole picture and over its brain (pixels of the
     original above 0.1).
 
-    Source: Wang et al. 2004, eq. 13, Gaussian window 11x11 with sigma 1.5, pictures mirrored at
-    the border. Raises ValueError on unequal shapes."""
+    Parameters
+    ----------
+    recon : Tensor
+        Reconstructions (b, 1, h, w) in [-1, 1].
+    real : Tensor
+        Originals, same shape and range.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        ssim, ssim_brain, psnr (dB), sharpness of each picture, each (b,); NaN where there is no
+        brain.
+
+    Raises
+    ------
+    ValueError
+        On unequal shapes.
+
+    References
+    ----------
+    Wang et al. 2004, eq. 13, Gaussian window 11x11 with sigma 1.5, pictures mirrored at the border.
+    """
     if recon.shape != real.shape or real.ndim != 4 or real.shape[1] != 1:
         raise ValueError(
             f"image_scores: shapes {tuple(recon.shape)} and {tuple(real.shape)}. Expected (b, 1, h,"

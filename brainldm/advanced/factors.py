@@ -31,7 +31,27 @@ def codebook_usage(
 ) -> tuple[Tensor, Tensor]:
     """Read a vocabulary: how often is each word used, and for which pixels?
 
-    Raises TypeError for a model without codes."""
+    Parameters
+    ----------
+    model : VQVAE
+        Trained autoencoder with codes, from `kind` 'vq' or 'fsq'.
+    dataset : SliceDataset
+        Slices to write.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Pictures at a time.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        How often each code occurs (k,), and its mean patch (k, f, f), NaN if it never does.
+
+    Raises
+    ------
+    TypeError
+        For a model without codes.
+    """
     if not isinstance(model, VQVAE):
         raise TypeError(
             f"codebook_usage: a {type(model).__name__}, which has no codes. Expected a VQVAE. "
@@ -54,7 +74,18 @@ def codebook_usage(
 def plot_codebook_usage(
     usage: dict[str, Tensor],  # Counts (k,) by name, from `codebook_usage`
 ) -> plt.Figure:  # Shares, most used code first
-    "Draw how evenly codebooks are used, with usage and perplexity in the legend."
+    """Draw how evenly codebooks are used, with usage and perplexity in the legend.
+
+    Parameters
+    ----------
+    usage : dict[str, Tensor]
+        Counts (k,) by name, from `codebook_usage`.
+
+    Returns
+    -------
+    plt.Figure
+        Shares, most used code first.
+    """
     fig, ax = plt.subplots(figsize=(6, 2.6), layout='constrained')
     for i, (name, counts) in enumerate(usage.items()):
         o = code_scores(counts)
@@ -84,7 +115,24 @@ def flat_codes(
     side: int = 8,  # Height and width of the map filled with one code
     cond: dict[str, Tensor] | None = None,  # Encoded covariates (n,), for a conditional model
 ) -> Tensor:  # Pictures (n, 1, side*f, side*f), clipped to [-1, 1], on the CPU
-    "What the decoder makes of one code repeated everywhere."
+    """What the decoder makes of one code repeated everywhere.
+
+    Parameters
+    ----------
+    model : VQVAE
+        Trained autoencoder with codes.
+    codes : Tensor
+        Codes to draw (n,), int64.
+    side : int, default 8
+        Height and width of the map filled with one code.
+    cond : dict[str, Tensor] | None, default None
+        Encoded covariates (n,), for a conditional model.
+
+    Returns
+    -------
+    Tensor
+        Pictures (n, 1, side*f, side*f), clipped to [-1, 1], on the CPU.
+    """
     device = next(model.parameters()).device
     maps = codes.to(device).view(-1, 1, 1).expand(-1, side, side)
     return (
@@ -101,7 +149,29 @@ def subject_slice_table(
     subjects,  # Whose slice it is (n,)
     slices,  # At which height (n,)
 ) -> np.ndarray:  # The same rows as (people, heights, d)
-    "Sort rows by person and height. Raises ValueError unless everybody has every height once."
+    """Sort rows by person and height.
+
+    Parameters
+    ----------
+    caller : str
+        Function that asks, for the message.
+    vectors
+        A row a slice (n, d).
+    subjects
+        Whose slice it is (n,).
+    slices
+        At which height (n,).
+
+    Returns
+    -------
+    np.ndarray
+        The same rows as (people, heights, d).
+
+    Raises
+    ------
+    ValueError
+        Unless everybody has every height once.
+    """
     v = check_vectors(caller, vectors)
     (s, people), (k, heights) = (pd.factorize(np.asarray(o), sort=True) for o in (subjects, slices))
     if not len(v) == len(s) == len(k):
@@ -125,7 +195,24 @@ def variance_fractions(
 ) -> dict[str, float]:
     """How much of the variance is who, where, and both together.
 
-    Source: Fisher 1925 (analysis of variance, two ways)."""
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    subjects
+        Whose slice it is (n,).
+    slices
+        At which height (n,).
+
+    Returns
+    -------
+    dict[str, float]
+        Shares: subject, slice, rest; and baseline_subject, baseline_slice, those of pure noise.
+
+    References
+    ----------
+    Fisher 1925 (analysis of variance, two ways).
+    """
     v = subject_slice_table('variance_fractions', vectors, subjects, slices)
     s, j, _ = v.shape
     v = v - v.mean((0, 1))
@@ -146,7 +233,23 @@ def subject_retrieval(
     # Share of people found from height a (row) at height b (column); NaN on the diagonal; by
     # chance 1/people
 ) -> np.ndarray:
-    "Find the same person at another height by the nearest vector."
+    """Find the same person at another height by the nearest vector.
+
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    subjects
+        Whose slice it is (n,).
+    slices
+        At which height (n,).
+
+    Returns
+    -------
+    np.ndarray
+        Share of people found from height a (row) at height b (column); NaN on the diagonal; by
+        chance 1/people.
+    """
     v = subject_slice_table('subject_retrieval', vectors, subjects, slices)
     v = v - v.mean(0)
     s, j, _ = v.shape
@@ -169,7 +272,29 @@ def decode_conditioned(
 ) -> Tensor:  # Pictures (n, m, 1, h, w): each latent told each value
     """Decode the same latents told other things.
 
-    Raises ValueError if the autoencoder is not told `name`."""
+    Parameters
+    ----------
+    codec : Codec
+        With an autoencoder that is told covariates.
+    latents : Tensor
+        Latents (n, c, h, w).
+    name : str
+        The covariate to change.
+    values : Tensor
+        Its values, encoded (m,): heights in [0, 1], or indices.
+    cond : dict[str, Tensor] | None, default None
+        The other covariates that the autoencoder is told, each (n,).
+
+    Returns
+    -------
+    Tensor
+        Pictures (n, m, 1, h, w): each latent told each value.
+
+    Raises
+    ------
+    ValueError
+        If the autoencoder is not told `name`.
+    """
     known = [c.name for c in codec.autoencoder.covariates]
     if name not in known:
         raise ValueError(
@@ -190,7 +315,27 @@ def swap_effects(
 ) -> dict[str, float]:
     """Who decides, the latent or what the decoder is told?
 
-    Least squares. Raises ValueError if either never changes."""
+    Least squares.
+
+    Parameters
+    ----------
+    read : np.ndarray
+        What a reader said of each decoded picture (n, m).
+    latent_values : np.ndarray
+        Value of the slice that the latent came from (n,).
+    condition_values : np.ndarray
+        Value that the decoder was told (m,).
+
+    Returns
+    -------
+    dict[str, float]
+        latent: a, told: b; 1 and 0 if the latent decides, 0 and 1 if what is told does.
+
+    Raises
+    ------
+    ValueError
+        If either never changes.
+    """
     read, latent_values, condition_values = (
         np.asarray(o, float) for o in (read, latent_values, condition_values)
     )

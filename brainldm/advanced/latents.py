@@ -19,7 +19,20 @@ def nearest(
     vectors: np.ndarray,  # Rows (n, d)
     k: int,  # Neighbours
 ) -> np.ndarray:  # Numbers of the k nearest other rows (n, k)
-    "Who is near whom."
+    """Who is near whom.
+
+    Parameters
+    ----------
+    vectors : np.ndarray
+        Rows (n, d).
+    k : int
+        Neighbours.
+
+    Returns
+    -------
+    np.ndarray
+        Numbers of the k nearest other rows (n, k).
+    """
     return NearestNeighbors(n_neighbors=k).fit(vectors).kneighbors(return_distance=False)
 
 # %% ../../nbs/advanced/18_latents.ipynb #f517c2bf
@@ -28,7 +41,22 @@ def neighborhood_preservation(
     points,  # Their points on the map (n, 2)
     n_neighbors: int = 15,  # Neighbours to compare
 ) -> float:  # Share of neighbours that stayed neighbours; by chance n_neighbors/(n-1)
-    "How far a map tells the truth about who is near whom."
+    """How far a map tells the truth about who is near whom.
+
+    Parameters
+    ----------
+    vectors
+        Rows before the map (n, d).
+    points
+        Their points on the map (n, 2).
+    n_neighbors : int, default 15
+        Neighbours to compare.
+
+    Returns
+    -------
+    float
+        Share of neighbours that stayed neighbours; by chance n_neighbors/(n-1).
+    """
     a, b = (
         nearest(check_vectors('neighborhood_preservation', o), n_neighbors)
         for o in (vectors, points)
@@ -44,7 +72,26 @@ def fold_predictions(
 ) -> np.ndarray:  # Predictions (n, m), each by a probe that saw none of its fold
     """Ridge regression with cross-validation, all targets at once.
 
-    Source: Hoerl & Kennard 1970; the dual form."""
+    Parameters
+    ----------
+    vectors : np.ndarray
+        Rows (n, d).
+    targets : np.ndarray
+        What to predict (n, m): m questions at the price of one.
+    folds : np.ndarray
+        Fold of each row (n,).
+    penalty : float, default 1.0
+        Ridge penalty, in units of the mean squared length of a row.
+
+    Returns
+    -------
+    np.ndarray
+        Predictions (n, m), each by a probe that saw none of its fold.
+
+    References
+    ----------
+    Hoerl & Kennard 1970; the dual form.
+    """
     predicted = np.empty(targets.shape)
     for fold in np.unique(folds):
         seen = folds != fold
@@ -64,7 +111,24 @@ def assign_folds(
     folds: int,  # Number of folds
     rng: np.random.Generator,  # Breaks ties
 ) -> np.ndarray:  # Fold of each row (n,); a person is never in two
-    "Deal people into folds, the same mixture of targets in each."
+    """Deal people into folds, the same mixture of targets in each.
+
+    Parameters
+    ----------
+    target : np.ndarray
+        What will be predicted (n,).
+    groups : np.ndarray
+        Whose row it is (n,).
+    folds : int
+        Number of folds.
+    rng : np.random.Generator
+        Breaks ties.
+
+    Returns
+    -------
+    np.ndarray
+        Fold of each row (n,); a person is never in two.
+    """
     who, at = np.unique(groups, return_inverse=True)
     means = np.bincount(at, target) / np.bincount(at)
     order = np.lexsort((rng.random(len(who)), means))
@@ -77,8 +141,25 @@ def shuffle_target(
     folds: np.ndarray,  # Fold of each row (n,)
     rng: np.random.Generator,  # Source of chance
 ) -> np.ndarray:  # The same values, dealt anew (n,)
-    """Swap a fact about people between people of a fold, and a fact about slices between slices of
-    a person."""
+    """Swap a fact about people between people of a fold, and a fact about slices between slices of a
+    person.
+
+    Parameters
+    ----------
+    target : np.ndarray
+        What is asked (n,).
+    groups : np.ndarray
+        Whose row it is (n,).
+    folds : np.ndarray
+        Fold of each row (n,).
+    rng : np.random.Generator
+        Source of chance.
+
+    Returns
+    -------
+    np.ndarray
+        The same values, dealt anew (n,).
+    """
     who, first, at = np.unique(groups, return_index=True, return_inverse=True)
     out = target.copy()
     if (target == target[first][at]).all():  # the same in all rows of a person
@@ -99,7 +180,29 @@ def check_probe(
     # vectors (n, d), target (n,) as numbers, number of the person (n,), whether there are two
     # classes
 ) -> tuple:
-    "Refuse a question that a probe cannot answer. Raises ValueError."
+    """Refuse a question that a probe cannot answer.
+
+    Parameters
+    ----------
+    vectors
+        Rows (n, d).
+    target
+        What to predict (n,).
+    groups
+        Whose row it is (n,).
+    folds : int
+        Number of folds.
+
+    Returns
+    -------
+    tuple
+        vectors (n, d), target (n,) as numbers, number of the person (n,), whether there are two
+        classes.
+
+    Raises
+    ------
+    ValueError
+    """
     v, who = check_vectors('probe', vectors), pd.factorize(np.asarray(groups), sort=True)[0]
     y = pd.Series(target.cpu().numpy() if isinstance(target, Tensor) else np.asarray(target))
     if not len(v) == len(y) == len(who):
@@ -146,7 +249,37 @@ def probe(
 ) -> dict:
     """How well a straight cut through the vectors answers a question about people it has not seen.
 
-    Source: Alain & Bengio 2017; floor as in Ojala & Garriga 2010. Raises ValueError."""
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    target
+        What to ask (n,): two categories, or numbers; a category is scored for the alphabetically
+        second.
+    groups
+        Whose slice it is (n,): people, never rows.
+    folds : int, default 5
+        Parts into which people are dealt.
+    seed : int, default 0
+        Of dealing, shuffling and resampling.
+    shuffles : int, default 100
+        Shuffled targets for the floor.
+    penalty : float, default 1.0
+        Of the ridge, see `fold_predictions`.
+
+    Returns
+    -------
+    dict
+        metric ('AUC' or 'R2'), score, interval_95, floor and baseline_95 (shuffled), num_subjects.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Alain & Bengio 2017; floor as in Ojala & Garriga 2010.
+    """
     v, y, who, two = check_probe(vectors, target, groups, folds)
     rng = np.random.default_rng(seed)
     fold = assign_folds(y, who, folds, rng)
@@ -171,10 +304,21 @@ def probe(
 def describe_probe(
     result: dict,  # As from `probe`
 ) -> str:  # One line
-    "A score with its interval, its floor and the number of people."
+    """A score with its interval, its baseline and the number of subjects.
+
+    Parameters
+    ----------
+    result : dict
+        As from `probe`.
+
+    Returns
+    -------
+    str
+        One line.
+    """
     r = result
     between = lambda o: f'[{o[0]:.2f}, {o[1]:.2f}]'
     return (
         f"{r['metric']} {r['score']:.2f} {between(r['interval_95'])}, shuffled {r['baseline']:.2f} "
-        f"{between(r['baseline_95'])}, {r['num_subjects']} people"
+        f"{between(r['baseline_95'])}, {r['num_subjects']} subjects"
     )

@@ -87,7 +87,18 @@ def neighbor_scores(
     # Each (n,): ssim of neighbouring slices; roughness, the mean size of second differences
 ) -> dict[str, Tensor]:
     """How alike neighbouring slices are, and how much they jump: what tells a head from a pack of
-    pictures."""
+    pictures.
+
+    Parameters
+    ----------
+    volumes : Tensor
+        Brains (n, s, h, w) in [-1, 1].
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Each (n,): ssim of neighbouring slices; roughness, the mean size of second differences.
+    """
     n = len(volumes)
     below, above = (o.flatten(0, 1)[:, None] for o in (volumes[:, :-1], volumes[:, 1:]))
     ssim = image_scores(below, above)['ssim'].unflatten(0, (n, -1)).mean(1)
@@ -100,7 +111,21 @@ def full_range(
 ) -> np.ndarray:  # Slice numbers
     """Every whole slice number of the training data.
 
-    Raises ValueError if slices are unknown to the model."""
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        What a model knows, slice among it.
+
+    Returns
+    -------
+    np.ndarray
+        Slice numbers.
+
+    Raises
+    ------
+    ValueError
+        If slices are unknown to the model.
+    """
     known = {c.name: c for c in covariates}
     if 'slice' not in known:
         raise ValueError(
@@ -114,7 +139,22 @@ def full_range(
 def check_stack(
     slices,  # Slice numbers asked for
 ) -> list[float]:  # The same as numbers
-    "Refuse slices that are no stack. Raises ValueError."
+    """Refuse slices that are no stack.
+
+    Parameters
+    ----------
+    slices
+        Slice numbers asked for.
+
+    Returns
+    -------
+    list[float]
+        The same as numbers.
+
+    Raises
+    ------
+    ValueError
+    """
     k = np.asarray(slices, dtype=float)
     steps = np.diff(k)
     if k.ndim != 1 or len(k) < 2 or not (steps == 1).all():
@@ -132,7 +172,25 @@ def conditions_per_slice(
 ) -> dict:  # One value a slice, brain after brain
     """Turn a request for brains into a request for slices.
 
-    Raises ValueError for another number of values, or a slice."""
+    Parameters
+    ----------
+    conditions : dict
+        One value for all brains, or one each, by covariate name; None is unknown.
+    n : int
+        Brains.
+    slices : list[float]
+        Slice numbers of each.
+
+    Returns
+    -------
+    dict
+        One value a slice, brain after brain.
+
+    Raises
+    ------
+    ValueError
+        For another number of values, or a slice.
+    """
     if conditions.get('slice') is not None:
         raise ValueError(
             f"sample_volume: slice={conditions['slice']}. Expected slices=..., a whole stack. "
@@ -162,7 +220,32 @@ def prepare_brain_conditions(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Check a request for brains before anything is computed.
 
-    Raises ValueError, TypeError or FileNotFoundError."""
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    n : int
+        Brains.
+    requested : dict
+        Conditions of each brain by name.
+    slices
+        Slice numbers; None: every whole number of the training data.
+    options : dict
+        steps, sampler, guidance_scale.
+    seed : int
+        Seed.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], list[float]]
+        Encoded conditions, each (n*depth,), and the slice numbers.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    FileNotFoundError
+    """
     # raises, and says what to do
     if model.unet is None:
         prepare_conditions(model, {}, n, options, seed, 1)
@@ -187,7 +270,26 @@ def volume_noise(
     seed: int,  # Seed; brain i depends on seed and i alone
     start: int = 0,  # Number of the first brain
 ) -> Tensor:  # Standard normal noise (n, depth, c, h, w), on the model's device
-    "Noise for whole brains."
+    """Noise for whole brains.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    n : int
+        Brains.
+    depth : int
+        Slices of each.
+    seed : int
+        Seed; brain i depends on seed and i alone.
+    start : int, default 0
+        Number of the first brain.
+
+    Returns
+    -------
+    Tensor
+        Standard normal noise (n, depth, c, h, w), on the model's device.
+    """
     side = model.size // model.autoencoder.factor
     return sample_noise(
         n, (depth, model.autoencoder.latent_channels, side, side), seed, start, model.device
@@ -203,7 +305,25 @@ def correlate_noise(
 ) -> Tensor:
     """Noise that changes slowly along the stack.
 
-    Source: an autoregression; compare Ge et al. 2023, sec. 4.1."""
+    Parameters
+    ----------
+    noise : Tensor
+        Standard normal noise, brain after brain (b*depth, ...).
+    depth : int
+        Slices of a brain.
+    correlation : float
+        Of neighbouring slices, 0 to 1; 0: independent, 1: one field for all.
+
+    Returns
+    -------
+    Tensor
+        Noise of the same shape, each slice standard normal, slices i and j correlated by
+        correlation**|i-j|.
+
+    References
+    ----------
+    An autoregression; compare Ge et al. 2023, sec. 4.1.
+    """
     own = (1 - correlation**2) ** 0.5
     rows = noise.unflatten(0, (-1, depth)).unbind(1)
     out = [rows[0]]
@@ -225,8 +345,40 @@ def sample_shared_noise(
     first: int = 0,  # Number of the first brain: a long request may be served in parts
     **conditions,  # diagnosis, age, sex, …: one value, or one a brain
 ) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
-    """Draw the slices of a brain one by one from noise that they share: all that a 2-D model can
-    do. Raises ValueError."""
+    """Draw the slices of a brain one by one from noise that they share: all that a 2-D model can do.
+
+    Parameters
+    ----------
+    model : Sampler
+        A run with a trained denoiser.
+    n : int, default 1
+        Brains to draw.
+    noise_correlation : float, default 1.0
+        Of neighbouring slices, 0 to 1; 1: one field of noise for all slices.
+    slices : default None
+        Slice numbers, rising by 1; None: every whole number of the training data.
+    steps : int, default 30
+        Network calls a slice.
+    guidance_scale : float | dict[str, float], default 1.0
+        As in `sample`.
+    seed : int, default 0
+        Same seed, same machine: same brains.
+    sampler : str, default 'ddim'
+        'ddim' or 'dpmpp'.
+    first : int, default 0
+        Number of the first brain: a long request may be served in parts.
+    **conditions
+        diagnosis, age, sex, …: one value, or one a brain.
+
+    Returns
+    -------
+    Tensor
+        Brains (n, s, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+    """
     if not 0 <= noise_correlation <= 1:
         raise ValueError(
             f"sample_shared_noise: noise_correlation={noise_correlation}. Expected 0 to 1. Try 1."
@@ -248,7 +400,22 @@ def stack_neighbors(
     above: Tensor,  # Of the slice above, same shape
     known: Tensor,  # Whether there is one below, and one above (b, 2), bool
 ) -> Tensor:  # (b, 2*(c+1), h, w): both with a channel of ones, or zeros where there is none
-    "Put the neighbours of each slice into channels."
+    """Put the neighbours of each slice into channels.
+
+    Parameters
+    ----------
+    below : Tensor
+        Clean latents of the slice below (b, c, h, w); anything where there is none.
+    above : Tensor
+        Of the slice above, same shape.
+    known : Tensor
+        Whether there is one below, and one above (b, 2), bool.
+
+    Returns
+    -------
+    Tensor
+        (b, 2*(c+1), h, w): both with a channel of ones, or zeros where there is none.
+    """
     known = known.to(below)[..., None, None, None]  # (b, 2, 1, 1, 1)
     both = torch.stack([below, above], 1)
     return (torch.cat([both, torch.ones_like(both[:, :, :1])], 2) * known).flatten(1, 2)
@@ -256,7 +423,13 @@ def stack_neighbors(
 # %% ../../nbs/advanced/11_volume.ipynb #c07144da
 class NeighborConv(nn.Module):
     """The first layer of a denoiser, and beside it a layer that looks at the neighbours; that one
-    starts at 0."""
+    starts at 0.
+
+    Parameters
+    ----------
+    conv_in : nn.Conv2d
+        First layer of the 2-D network.
+    """
 
     def __init__(
         self,
@@ -272,15 +445,34 @@ class NeighborConv(nn.Module):
         self,
         x: Tensor,  # Noised latents (b, c, h, w), then the neighbours (b, 2*(c+1), h, w)
     ) -> Tensor:  # Features (b, channels, h, w)
+        """Features (b, channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w), then the neighbours (b, 2*(c+1), h, w).
+
+        Returns
+        -------
+        Tensor
+            Features (b, channels, h, w).
+        """
         return self.own(x[:, : self.c]) + self.neighbours(x[:, self.c :])
 
 # %% ../../nbs/advanced/11_volume.ipynb #6a9a9e45
 class NeighborUNet(nn.Module):
-    """A trained 2-D denoiser that learns to look at the clean neighbours of its slice; it begins
-    as it was.
+    """A trained 2-D denoiser that learns to look at the clean neighbours of its slice; it begins as it
+    was.
 
-    Source: Ho et al. 2022 (cascades), sec. 2, condition by concatenation; Harvey et al. 2022,
-    sec. 3."""
+    Parameters
+    ----------
+    unet : UNet
+        Trained; a copy of it is kept.
+
+    References
+    ----------
+    Ho et al. 2022 (cascades), sec. 2, condition by concatenation; Harvey et al. 2022, sec. 3.
+    """
 
     def __init__(
         self,
@@ -300,6 +492,26 @@ class NeighborUNet(nn.Module):
         # From `stack_neighbors`, for all rows or in turn; None: nothing is known
         neighbors: Tensor | None = None,
     ) -> Tensor:  # Answer, same shape as `x`
+        """Answer, same shape as `x`.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w).
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates by name, each (b,).
+        drop : Tensor | None, default None
+            True where a token is to be dropped (b, n).
+        neighbors : Tensor | None, default None
+            From `stack_neighbors`, for all rows or in turn; None: nothing is known.
+
+        Returns
+        -------
+        Tensor
+            Answer, same shape as `x`.
+        """
         if neighbors is None:
             neighbors = x.new_zeros(1, 2 * (x.shape[1] + 1), *x.shape[2:])
         told = self.unet.told(x, t, cond, drop)
@@ -312,7 +524,19 @@ def find_neighbors(
     # Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is
     # none
 ) -> np.ndarray:
-    "Who lies next to whom: the same subject and session, one slice lower and one higher."
+    """Who lies next to whom: the same subject and session, one slice lower and one higher.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows with subject and slice.
+
+    Returns
+    -------
+    np.ndarray
+        Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is
+        none.
+    """
     # one visit of a subject
     scan = (
         manifest[['subject', *['session'] * ('session' in manifest)]].astype(str).agg(tuple, axis=1)
@@ -324,7 +548,15 @@ def find_neighbors(
 
 # %% ../../nbs/advanced/11_volume.ipynb #e0f26340
 class NeighborDataset(torch.utils.data.Dataset):
-    "Latents with those of their neighbours."
+    """Latents with those of their neighbours.
+
+    Parameters
+    ----------
+    slices : LatentDataset
+        Standardised latents with their conditions.
+    neighbors : np.ndarray
+        As from `find_neighbors`.
+    """
 
     def __init__(
         self,
@@ -353,7 +585,31 @@ def neighbor_splits(
     acc: Accelerator,  # Whose processes share the work
     progress: bool = True,  # Show bars
 ) -> list[NeighborDataset]:  # Train and validate
-    "Encode every slice once, and find its neighbours. Raises ValueError if nobody has any."
+    """Encode every slice once, and find its neighbours.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        The run so far.
+    dataset : SliceDataset
+        All splits.
+    folder : Path
+        Where the latents are kept while they are needed.
+    acc : Accelerator
+        Whose processes share the work.
+    progress : bool, default True
+        Show bars.
+
+    Returns
+    -------
+    list[NeighborDataset]
+        Train and validate.
+
+    Raises
+    ------
+    ValueError
+        If nobody has any.
+    """
     encode, stats, out = (
         mean_encoder(model.autoencoder, acc.mixed_precision),
         (model.latent_mean.cpu(), model.latent_std.cpu()),
@@ -375,7 +631,57 @@ def neighbor_splits(
 # %% ../../nbs/advanced/11_volume.ipynb #f561fca6
 @dataclass
 class VolumeConfig(TrainConfig):
-    "Everything that decides how a slice learns to follow its neighbours."
+    """Everything that decides how a slice learns to follow its neighbours.
+
+    Attributes
+    ----------
+    total_images : int, default 40000
+        Latents to see before training ends.
+    batch_size : int, default 8
+        Latents a step, on each process.
+    accumulate : int, default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : float, default 0.0005
+        Highest learning rate of AdamW.
+    warmup_images : int, default 1000
+        Latents over which the learning rate rises from 0.
+    weight_decay : float, default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : float, default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : int, default 10000
+        Latents between two looks at the validate subjects.
+    checkpoint_every : int, default 10000
+        Latents between two checkpoints.
+    log_every : int, default 40
+        Steps between two lines of the log.
+    num_workers : int, default 0
+        Processes that load pictures; 0 loads in the training process.
+    seed : int, default 0
+        Seed of the weights, the order of the pictures and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate knows, such as tensorboard or wandb.
+    neighbor_dropout : float, default 0.5
+        Probability of hiding each neighbour by itself.
+    neighbor_noise : float, default 0.2
+        Most noise on the neighbours in training, in standard deviations of a latent.
+    covariate_dropout : float, default 0.1
+        Probability of hiding each covariate by itself.
+    condition_dropout : float, default 0.1
+        Probability of hiding all of them at once.
+    ema_images : int, default 10000
+        Half life of the average of the weights.
+    preview_steps : int, default 20
+        Denoising steps of the brains drawn during training.
+    """
 
     total_images: int = 40_000  # Latents to see before training ends
     batch_size: int = 8  # Latents a step, on each process
@@ -405,7 +711,32 @@ def volume_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """The error of stage 2, given neighbours a little noised and often hidden.
 
-    Source: Ho et al. 2022, sec. 4."""
+    Parameters
+    ----------
+    model : nn.Module
+        A NeighborUNet.
+    batch : dict[str, Tensor]
+        'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates.
+    generator : torch.Generator
+        Source of times, noise and hiding, on the batch's device.
+    seen : int
+        Latents seen so far; nothing here depends on it.
+    config : VolumeConfig
+        Noise and probabilities.
+    schedule : NoiseSchedule
+        The chain that the 2-D model was trained on.
+    covariates : tuple[Covariate, ...]
+        The covariates the network knows, in order.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Ho et al. 2022, sec. 4.
+    """
     x0, chance = batch['latent'], dict(generator=generator, device=batch['latent'].device)
     t = torch.randint(schedule.num_train_timesteps, (len(x0),), **chance)
     eps = torch.randn(x0.shape, **chance)
@@ -427,7 +758,20 @@ def generation_order(
     given: tuple[int, ...] = (),  # Places that are known already
 ) -> list[list[int]]:  # Rounds: the places to draw together
     """From what is known to what lies next to it, round after round; with nothing known, from the
-    middle outwards."""
+    middle outwards.
+
+    Parameters
+    ----------
+    depth : int
+        Slices of a brain.
+    given : tuple[int, ...], default ()
+        Places that are known already.
+
+    Returns
+    -------
+    list[list[int]]
+        Rounds: the places to draw together.
+    """
     start = given or (depth // 2,)
     # steps to the nearest start
     far = np.abs(np.arange(depth)[:, None] - np.array(start)).min(1)
@@ -440,7 +784,22 @@ def neighbors_of(
     generated: list[bool],  # Which places hold one
     places: list[int],  # Places that are to be drawn now
 ) -> Tensor:  # As from `stack_neighbors`, brain after brain (n*len(places), 2*(c+1), h, w)
-    "What lies next to some places of each brain."
+    """What lies next to some places of each brain.
+
+    Parameters
+    ----------
+    z : Tensor
+        Clean latents so far (n, depth, c, h, w).
+    generated : list[bool]
+        Which places hold one.
+    places : list[int]
+        Places that are to be drawn now.
+
+    Returns
+    -------
+    Tensor
+        As from `stack_neighbors`, brain after brain (n*len(places), 2*(c+1), h, w).
+    """
     inside = [[0 <= k + o < len(generated) and generated[k + o] for o in (-1, 1)] for k in places]
     sides = [[min(max(k + o, 0), len(generated) - 1) for k in places] for o in (-1, 1)]
     below, above = (z[:, o].flatten(0, 1) for o in sides)
@@ -455,7 +814,28 @@ def sample_brains(
     given: dict[int, Tensor],  # Clean latents (n, c, h, w) of places that are known already
     tick: Callable = lambda n: None,  # Called with the number of slices after each network call
 ) -> Tensor:  # Clean latents (n, depth, c, h, w)
-    "Denoise slice after slice, each told what lies beside it."
+    """Denoise slice after slice, each told what lies beside it.
+
+    Parameters
+    ----------
+    model
+        A `BrainVolumes`.
+    noise : Tensor
+        Standard normal noise (n, depth, c, h, w).
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n*depth,), brain after brain.
+    options : dict
+        steps, sampler, guidance_scale.
+    given : dict[int, Tensor]
+        Clean latents (n, c, h, w) of places that are known already.
+    tick : Callable, default lambda n: None
+        Called with the number of slices after each network call.
+
+    Returns
+    -------
+    Tensor
+        Clean latents (n, depth, c, h, w).
+    """
     z, generated = torch.zeros_like(noise), [k in given for k in range(noise.shape[1])]
     for k, latent in given.items():
         z[:, k] = latent
@@ -494,7 +874,31 @@ def encode_given(
 ) -> dict[int, Tensor]:  # Standardised latents (n, c, h, w) by place in the stack
     """Turn slices that exist into latents.
 
-    Raises ValueError for another number or place, TypeError for no pictures."""
+    Parameters
+    ----------
+    model
+        A `BrainVolumes`.
+    given : dict[float, Tensor]
+        Pictures (n, 1, size, size) by slice number.
+    slices : list[float]
+        Slice numbers of the stack.
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n*depth,), brain after brain.
+    n : int
+        Brains.
+
+    Returns
+    -------
+    dict[int, Tensor]
+        Standardised latents (n, c, h, w) by place in the stack.
+
+    Raises
+    ------
+    ValueError
+        For another number or place.
+    TypeError
+        For no pictures.
+    """
     out = {}
     for number, images in given.items():
         if number not in slices or check_images('sample_volume', images, model.size) != n:
@@ -512,7 +916,20 @@ def split_brains(
     cond: dict[str, Tensor],  # Encoded conditions, each (n*depth,), brain after brain
     depth: int,  # Slices of a brain
 ) -> list[dict[str, Tensor]]:  # Of each brain, each (depth,)
-    "Cut conditions into brains."
+    """Cut conditions into brains.
+
+    Parameters
+    ----------
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n*depth,), brain after brain.
+    depth : int
+        Slices of a brain.
+
+    Returns
+    -------
+    list[dict[str, Tensor]]
+        Of each brain, each (depth,).
+    """
     n = len(next(iter(cond.values()))) // depth
     return [{k: v[i * depth : (i + 1) * depth] for k, v in cond.items()} for i in range(n)]
 
@@ -537,7 +954,49 @@ def sample_volume(
 ) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
     """Draw whole brains, or what is missing of some: each slice follows its neighbours.
 
-    Raises ValueError or TypeError."""
+    Parameters
+    ----------
+    model
+        A `BrainVolumes`.
+    n : int, default 1
+        Brains to draw.
+    diagnosis : str | list[str] | None, default None
+        One for all or one each; None leaves it open.
+    age : float | list[float] | None, default None
+        Years.
+    sex : str | list[str] | None, default None
+        As written in the training data.
+    slices : default None
+        Slice numbers, rising by 1; None: every whole number of the training data.
+    given : dict[float, Tensor] | None, default None
+        Slices that exist, by slice number: pictures (n, 1, size, size) in [-1, 1].
+    steps : int, default 20
+        Network calls a slice.
+    guidance_scale : float | dict[str, float], default 1.0
+        As in `sample`.
+    seed : int, default 0
+        Same seed, same machine: same brains.
+    sampler : str, default 'ddim'
+        'ddim' or 'dpmpp'.
+    batch_size : int, default 8
+        Brains at a time.
+    first : int, default 0
+        Number of the first brain: a long request may be served in parts.
+    progress : bool, default False
+        Show a bar.
+    **others
+        Any other covariate that the run knows, by name.
+
+    Returns
+    -------
+    Tensor
+        Brains (n, s, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    """
     check_sample_counts(n, seed, batch_size, first)
     options = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     requested = dict(diagnosis=diagnosis, age=age, sex=sex, **others)
@@ -572,8 +1031,28 @@ def validate_volume(
     # val_mse; val_mse_without_neighbors, without neighbours; val_ssim, val_roughness of drawn
     # brains
 ) -> dict[str, float]:
-    """Look at whole brains on the way: error on held-out subjects with and without neighbours, and
-    two drawn brains."""
+    """Look at whole brains on the way: error on held-out subjects with and without neighbours, and two
+    drawn brains.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far.
+    held_out : NeighborDataset
+        Latents of validate subjects.
+    model
+        A `BrainLDM`, of which the denoiser is replaced.
+    config : VolumeConfig
+        Noise and preview.
+    path : Path
+        Where the picture goes.
+
+    Returns
+    -------
+    dict[str, float]
+        val_mse; val_mse_without_neighbors, without neighbours; val_ssim, val_roughness of drawn
+        brains.
+    """
     model = copy(model)
     model.unet = unet = learner.ema.module
     device = learner.accelerator.device
@@ -609,7 +1088,19 @@ def check_volume(
 ) -> None:  # Nothing: it raises or returns
     """Refuse what no stack can be learned from.
 
-    Raises ValueError, or FileNotFoundError without a diffusion model."""
+    Parameters
+    ----------
+    model : BrainLDM
+        The run so far.
+    run : Path
+        Its folder.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        Without a diffusion model.
+    """
     if model.unet is None:
         raise FileNotFoundError(
             f"train_volume: {run} has no ldm.safetensors. Expected a trained diffusion model. "
@@ -626,7 +1117,26 @@ def train_volume(
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
 ) -> NeighborUNet:  # The averaged network
-    "Teach the denoiser of a run to follow neighbouring slices. Writes RUN/volume.safetensors."
+    """Teach the denoiser of a run to follow neighbouring slices. Writes RUN/volume.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        The data that the run was trained on.
+    run : Path
+        Run folder with a trained autoencoder and ldm.
+    config : VolumeConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    NeighborUNet
+        The averaged network.
+    """
     run = Path(run)
     model = BrainLDM.load(run, str(process_state().device))
     check_volume(model, run)
@@ -686,8 +1196,14 @@ def train_volume(
 
 # %% ../../nbs/advanced/11_volume.ipynb #53525685
 class BrainVolumes(BrainLDM):
-    """A trained run whose slices follow their neighbours: `sample_volume` draws whole brains, or
-    what is missing of one."""
+    """A trained run whose slices follow their neighbours: `sample_volume` draws whole brains, or what
+    is missing of one.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
 
     @classmethod
     def load(
@@ -698,8 +1214,27 @@ class BrainVolumes(BrainLDM):
     ) -> 'BrainVolumes':  # Ready to use
         """Load a run.
 
-        Raises FileNotFoundError without volume.safetensors, ValueError on files that do
-        not fit."""
+        Parameters
+        ----------
+        run : str | Path
+            Run folder, from `brainldm train volume`.
+        device : str | None, default None
+            Where to compute; None: a GPU if there is one.
+        precision : str, default 'auto'
+            'auto', 'no', 'bf16' or 'fp16'.
+
+        Returns
+        -------
+        BrainVolumes
+            Ready to use.
+
+        Raises
+        ------
+        FileNotFoundError
+            Without volume.safetensors.
+        ValueError
+            On files that do not fit.
+        """
         model = super().load(run, device, precision)
         tensors, about = load_weights(Path(run) / 'volume.safetensors')
         check_trained_on(Path(run) / 'volume.safetensors', autoencoder=model.autoencoder)
@@ -752,7 +1287,17 @@ def check_spacing(
     # Size of a pixel and distance of slices, mm; None: not known
     spacing: tuple[float, float] | None,
 ) -> None:  # Nothing: it raises or returns
-    "Refuse sizes that are none. Raises ValueError."
+    """Refuse sizes that are none.
+
+    Parameters
+    ----------
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+
+    Raises
+    ------
+    ValueError
+    """
     if spacing is not None and (len(spacing) != 2 or not all(0 < o < np.inf for o in spacing)):
         raise ValueError(
             f"to_nifti: spacing={spacing}. Expected two sizes above 0, of a pixel and of a slice,"
@@ -773,8 +1318,32 @@ def to_nifti(
 ) -> nib.Nifti1Image:  # uint8 (x, y, z), RAS+, the middle of the grid at 0, marked as synthetic
     """A generated brain as a volume that viewers lay the right way round.
 
-    Without a spacing, or where left is not known, both form codes are 0: the file claims no
-    place in space. Raises ValueError for a spacing that is none."""
+    Without a spacing, or where left is not known, both form codes are 0: the file claims no place
+    in space.
+
+    Parameters
+    ----------
+    volume : Tensor
+        One brain (s, h, w) in [-1, 1]; rows from front to back, columns from left to right, slices
+        upwards.
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+    about : dict
+        What was asked, for the record.
+    left_known : bool, default True
+        Whether columns are known to run from the subject's left to the right; False: the file says
+        nothing.
+
+    Returns
+    -------
+    nib.Nifti1Image
+        uint8 (x, y, z), RAS+, the middle of the grid at 0, marked as synthetic.
+
+    Raises
+    ------
+    ValueError
+        For a spacing that is none.
+    """
     check_spacing(spacing)
     data = np.ascontiguousarray(rearrange(to_bytes(volume)[:, ::-1], 'z y x -> x y z'))
     image = nib.Nifti1Image(data, None)
@@ -804,7 +1373,23 @@ def resolve_spacing(
 ) -> tuple[float, float] | None:
     """How large a pixel of a generated image is.
 
-    Raises ValueError for a size that the run contradicts, or cannot use."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    voxel_mm : tuple[float, float] | None, default None
+        Size of a pixel and distance of slices of the training data, mm, where its files do not say.
+
+    Returns
+    -------
+    tuple[float, float] | None
+        The same after cropping and resizing; None: nothing says how large a voxel is.
+
+    Raises
+    ------
+    ValueError
+        For a size that the run contradicts, or cannot use.
+    """
     check_spacing(voxel_mm)
     stage = read_config(run).get('autoencoder', {})
     cut, data = stage.get('config', {}).get('data', {}), stage.get('data', {})
@@ -841,7 +1426,32 @@ def save_volumes(
 ) -> Path:
     """Save drawn brains as NIfTI, marked as synthetic, with a film.
 
-    Raises FileExistsError rather than overwrite."""
+    Parameters
+    ----------
+    volumes : Tensor
+        Drawn brains (n, s, h, w) in [-1, 1].
+    folder : str | Path
+        New folder.
+    conditions : dict
+        What was asked: a value, or one a brain, by covariate name.
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+    about : dict
+        Seed, steps and the like, for the record.
+    left_known : bool, default True
+        Whether columns are known to run from the subject's left to the right.
+
+    Returns
+    -------
+    Path
+        The folder: brain_0000.nii.gz …, planes.png, scroll.gif, and subjects.csv; `brainldm check`
+        reads it where size and left are known.
+
+    Raises
+    ------
+    FileExistsError
+        Rather than overwrite.
+    """
     n, requested = len(volumes), {k: v for k, v in conditions.items() if v is not None}
     table = pd.DataFrame(
         {k: list(v) if np.ndim(v) else [v] * n for k, v in requested.items()}, index=range(n)

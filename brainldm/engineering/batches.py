@@ -44,7 +44,25 @@ def prepare_image(
 ) -> np.ndarray:  # Picture (size, size), uint8
     """Crop or pad to a square and resize: bicubic, antialiased, in float, then rounded.
 
-    Raises ValueError if the crop"""
+    Parameters
+    ----------
+    image : np.ndarray
+        Picture (h, w), uint8.
+    size : int
+        Side of the square that comes out.
+    crop : int | None, default None
+        Central square to keep, a shorter side is padded with zeros; None keeps all.
+
+    Returns
+    -------
+    np.ndarray
+        Picture (size, size), uint8.
+
+    Raises
+    ------
+    ValueError
+        If the crop.
+    """
     "is too large."
     h, w = image.shape
     if crop == 'auto' or crop is not None and crop > max(h, w):
@@ -72,9 +90,21 @@ def fingerprint(
 ) -> dict:
     """Sum up a data set so that a run can say exactly what it was trained on.
 
-    `voxel_mm`: side of a pixel and distance of slices in the files, mm, or None; `side`: pixels
-    of a file that become one side of an image; `left_known`: whether left is known, as it is of
-    volumes and of the phantom."""
+    `voxel_mm`: side of a pixel and distance of slices in the files, mm, or None; `side`: pixels of
+    a file that become one side of an image; `left_known`: whether left is known, as it is of
+    volumes and of the phantom.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows, with the column `hash`.
+
+    Returns
+    -------
+    dict
+        hash of rows and pixels; layout, subjects and slices by split; voxel_mm, side and
+        left_known.
+    """
     text = manifest.to_csv(index=False, lineterminator='\n')
     by, about = manifest.groupby('split'), manifest.attrs
     return dict(
@@ -92,7 +122,18 @@ def fingerprint(
 def cache_is_complete(
     folder: Path,  # One cache
 ) -> bool:  # True if its bytes are those that were written
-    "Check a cache against the digest that was written last."
+    """Check a cache against the digest that was written last.
+
+    Parameters
+    ----------
+    folder : Path
+        One cache.
+
+    Returns
+    -------
+    bool
+        True if its bytes are those that were written.
+    """
     try:
         images = np.load(folder / 'images.npy', mmap_mode='r', allow_pickle=False)
         return (
@@ -112,7 +153,26 @@ def write_images(
 ) -> None:
     """Prepare every image into one file.
 
-    Raises OSError on a full disk, RuntimeError for a file that changed."""
+    Parameters
+    ----------
+    path : Path
+        File to write, .npy.
+    manifest : pd.DataFrame
+        Checked rows, with the column `hash`.
+    root : Path
+        Data folder.
+    config : DataConfig
+        Size, crop, to_gray.
+    progress : bool, default True
+        Show a bar.
+
+    Raises
+    ------
+    OSError
+        On a full disk.
+    RuntimeError
+        For a file that changed.
+    """
     planes, hashes, side = manifest.plane.to_numpy(), manifest.hash.to_numpy(), config.size
     lock = threading.Lock()  # several threads, one place to write at
     with path.open('wb') as file:  # not a memory map: a full disk would kill us
@@ -140,7 +200,22 @@ def explain_full_disk(
     folder: Path,  # Folder of all caches
     need: int,  # Bytes that the cache needs
 ) -> OSError:  # The same, or a full disk in words
-    "Say what to do about a full disk."
+    """Say what to do about a full disk.
+
+    Parameters
+    ----------
+    error : OSError
+        What was raised while a cache was written.
+    folder : Path
+        Folder of all caches.
+    need : int
+        Bytes that the cache needs.
+
+    Returns
+    -------
+    OSError
+        The same, or a full disk in words.
+    """
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return error
     full = OSError(
@@ -159,8 +234,22 @@ def write_cache(
     config: DataConfig,  # Size, crop, to_gray
     progress: bool = True,  # Show a bar
 ) -> None:
-    """Prepare every picture into a new folder and rename it when it is whole, so that no process
-    finds half a cache."""
+    """Prepare every picture into a new folder and rename it when it is whole, so that no process finds
+    half a cache.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the cache goes.
+    manifest : pd.DataFrame
+        Checked rows.
+    root : Path
+        Data folder.
+    config : DataConfig
+        Size, crop, to_gray.
+    progress : bool, default True
+        Show a bar.
+    """
     tmp = temporary_in_cache(folder.parent, f'.{folder.name}-')
     need = len(manifest) * config.size**2
     try:
@@ -190,8 +279,20 @@ def level_text(
     # Level of a category as a table, a file or a caller gives it; None or NaN where it is missing
     value,
 ) -> str | None:  # Its one written form; None where it is missing
-    """Write a level in one way: 1, 1.0, '1' and '01' are the level '1'; every other text stays as
-    it is."""
+    """Write a level in one way: 1, 1.0, '1' and '01' are the level '1'; every other text stays as it
+    is.
+
+    Parameters
+    ----------
+    value
+        Level of a category as a table, a file or a caller gives it; None or NaN where it is
+        missing.
+
+    Returns
+    -------
+    str | None
+        Its one written form; None where it is missing.
+    """
     if pd.isna(value):
         return None
     text = str(value).strip()
@@ -205,8 +306,20 @@ def level_text(
 # %% ../../nbs/engineering/27_batches.ipynb #43de914e
 @dataclass(frozen=True)
 class Covariate:
-    """One condition of a model: a category with the levels `values`, or a number mapped to [0, 1]
-    by `range`."""
+    """One condition of a model: a category with the levels `values`, or a number mapped to [0, 1] by
+    `range`.
+
+    Attributes
+    ----------
+    name : str
+        Column in the manifest and key in a batch.
+    kind : str
+        'categorical' or 'continuous'.
+    values : tuple | None, default None
+        Known levels as `level_text` writes them, in the order of their indices.
+    range : tuple | None, default None
+        Numbers that become 0 and 1.
+    """
 
     name: str  # Column in the manifest and key in a batch
     kind: str  # 'categorical' or 'continuous'
@@ -249,7 +362,24 @@ def covariate_kind(
     config: DataConfig = DataConfig(),  # Kinds that are declared: `categorical`, `continuous`
 ) -> str:  # 'categorical' or 'continuous'
     """The kind of one column: declared, else fixed by its name, else by whether all its values are
-    numbers. Raises ValueError."""
+    numbers.
+
+    Parameters
+    ----------
+    values : pd.Series
+        Values that are known, of all splits.
+    config : DataConfig, default DataConfig()
+        Kinds that are declared: `categorical`, `continuous`.
+
+    Returns
+    -------
+    str
+        'categorical' or 'continuous'.
+
+    Raises
+    ------
+    ValueError
+    """
     name = values.name
     declared = (
         'categorical'
@@ -276,7 +406,22 @@ def find_covariates(
 ) -> list[Covariate]:  # One a column
     """Describe the conditions from the train rows alone (from all rows where there is no train).
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Manifest.
+    config : DataConfig, default DataConfig()
+        Further `columns`, and kinds that are declared; declared columns are learned, too.
+
+    Returns
+    -------
+    list[Covariate]
+        One a column.
+
+    Raises
+    ------
+    ValueError
+    """
     rows = manifest[manifest.split == 'train'] if (manifest.split == 'train').any() else manifest
     usual = [o for o in FIXED_KINDS if o in rows and rows[o].notna().any()]
     fixed, out = ['path', 'plane', 'subject', 'split', 'hash'], []  # these are no facts to learn
@@ -302,8 +447,21 @@ def write_levels(
     manifest: pd.DataFrame,  # Rows
     covariates: list[Covariate],  # Conditions
 ) -> pd.DataFrame:  # The same object where nothing changes
-    """Write the levels of every category as `level_text` does, so that tables of two origins can
-    be compared."""
+    """Write the levels of every category as `level_text` does, so that tables of two origins can be
+    compared.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows.
+    covariates : list[Covariate]
+        Conditions.
+
+    Returns
+    -------
+    pd.DataFrame
+        The same object where nothing changes.
+    """
     for name in (c.name for c in covariates if c.kind == 'categorical' and c.name in manifest):
         old = manifest[name].astype(object)
         new = old.map(level_text)
@@ -317,7 +475,20 @@ def mask_levels_not_in_train(
     covariates: list[Covariate],  # Conditions, found in the train rows
     # The rows, unknown where train lacks the level; one note for each such level
 ) -> tuple[pd.DataFrame, list[str]]:
-    "Leave open what no model can learn: levels that occur outside train only."
+    """Leave open what no model can learn: levels that occur outside train only.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows, with levels as `write_levels` writes them.
+    covariates : list[Covariate]
+        Conditions, found in the train rows.
+
+    Returns
+    -------
+    tuple[pd.DataFrame, list[str]]
+        The rows, unknown where train lacks the level; one note for each such level.
+    """
     notes = []
     for c in (c for c in covariates if c.kind == 'categorical' and c.name in manifest):
         unseen = manifest[c.name].notna() & ~manifest[c.name].isin(c.values)
@@ -341,8 +512,21 @@ def describe_manifest(
     manifest: pd.DataFrame,  # Checked rows
     covariates: list[Covariate],  # Conditions, found in the train rows
 ) -> list[str]:  # One line each
-    """Kind, levels with their train subjects, or range of each covariate, and how many subjects
-    lack it."""
+    """Kind, levels with their train subjects, or range of each covariate, and how many subjects lack
+    it.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows.
+    covariates : list[Covariate]
+        Conditions, found in the train rows.
+
+    Returns
+    -------
+    list[str]
+        One line each.
+    """
     train = manifest[manifest.split == 'train'] if (manifest.split == 'train').any() else manifest
     out = []
     for c in covariates:
@@ -370,7 +554,24 @@ def covariate_notes(
     most: int = 10,  # Whole values that a number may hold before it is taken for an amount
 ) -> list[str]:  # Sentences
     """What to look at before training: numbers that may be categories, and levels with one train
-    subject or none."""
+    subject or none.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows.
+    covariates : list[Covariate]
+        Conditions, found in the train rows.
+    config : DataConfig, default DataConfig()
+        Kinds that are declared.
+    most : int, default 10
+        Whole values that a number may hold before it is taken for an amount.
+
+    Returns
+    -------
+    list[str]
+        Sentences.
+    """
     rows = write_levels(manifest, covariates)
     train, notes = rows[rows.split == 'train'] if (rows.split == 'train').any() else rows, []
     for c in covariates:
@@ -400,8 +601,23 @@ def encode_column(
 ) -> Tensor:  # int64 index, -1 missing; or float32 in range units, NaN missing
     """Turn one column into numbers.
 
-    Raises ValueError for a level that the covariate lacks, and for text in place of a
-    number."""
+    Parameters
+    ----------
+    column
+        Values, one a row; missing is None or NaN.
+    covariate : Covariate
+        What they mean.
+
+    Returns
+    -------
+    Tensor
+        int64 index, -1 missing; or float32 in range units, NaN missing.
+
+    Raises
+    ------
+    ValueError
+        For a level that the covariate lacks, and for text in place of a number.
+    """
     column, c = pd.Series(column), covariate
     if c.kind == 'categorical':
         levels = column.astype(object).map(level_text)
@@ -428,7 +644,19 @@ def refuse_unknown_names(
     names,  # Names of conditions
     covariates: list[Covariate],  # The conditions of the model
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a condition that the model does not have. Raises ValueError."
+    """Refuse a condition that the model does not have.
+
+    Parameters
+    ----------
+    names
+        Names of conditions.
+    covariates : list[Covariate]
+        The conditions of the model.
+
+    Raises
+    ------
+    ValueError
+    """
     known = [c.name for c in covariates]
     for name in (o for o in names if o not in known):
         raise ValueError(
@@ -442,7 +670,25 @@ def encode_covariates(
     table,  # Manifest, or a dict of values or lists (single values are repeated)
     covariates: list[Covariate],  # The conditions of the model
 ) -> dict[str, Tensor]:  # One tensor (b,) for each covariate that the table has
-    "Turn facts into the tensors a model takes. Raises ValueError for an unknown name or level."
+    """Turn facts into the tensors a model takes.
+
+    Parameters
+    ----------
+    table
+        Manifest, or a dict of values or lists (single values are repeated).
+    covariates : list[Covariate]
+        The conditions of the model.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        One tensor (b,) for each covariate that the table has.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or level.
+    """
     known = {o.name: o for o in covariates}
     if isinstance(table, pd.DataFrame):
         return {k: encode_column(table[k], c) for k, c in known.items() if k in table}
@@ -466,7 +712,18 @@ def read_value(
 ):  # The level as text, the number as float, or None
     """Read one requested value by the kind of its covariate.
 
-    Raises ValueError naming the levels or the range."""
+    Parameters
+    ----------
+    value
+        One value that is asked for: text, number, or None or NaN for unknown.
+    covariate : Covariate
+        What it is a value of.
+
+    Raises
+    ------
+    ValueError
+        Naming the levels or the range.
+    """
     c = covariate
     if np.ndim(value):
         raise ValueError(
@@ -508,7 +765,24 @@ def read_conditions(
 ) -> dict:
     """Read requested conditions, wherever they come from.
 
-    Raises ValueError for an unknown name, level or number."""
+    Parameters
+    ----------
+    conditions : dict
+        What is asked for: a value, or a list of values, by covariate name; None is unknown.
+    covariates : list[Covariate]
+        The conditions of the model.
+
+    Returns
+    -------
+    dict
+        The same in the terms of the model: levels as text, numbers as float; what is None as a
+        whole is left out.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, level or number.
+    """
     requested = {
         k: v.tolist() if hasattr(v, 'tolist') else v for k, v in conditions.items() if v is not None
     }
@@ -524,7 +798,18 @@ def memmap_location(
     images: np.ndarray,  # Images (n, h, w), perhaps a part of a memory map
     # Arguments of np.memmap that give the same bytes again; None where they lie in no file
 ) -> dict | None:
-    "Find the file behind a memory map, or behind a run of its rows."
+    """Find the file behind a memory map, or behind a run of its rows.
+
+    Parameters
+    ----------
+    images : np.ndarray
+        Images (n, h, w), perhaps a part of a memory map.
+
+    Returns
+    -------
+    dict | None
+        Arguments of np.memmap that give the same bytes again; None where they lie in no file.
+    """
     root = images
     while isinstance(root.base, np.ndarray):
         root = root.base
@@ -537,8 +822,18 @@ def memmap_location(
 
 # %% ../../nbs/engineering/27_batches.ipynb #d7cd01ef
 class SliceDataset(Dataset):
-    """Prepared pictures with their manifest and conditions; asked for several rows, it hands over
-    a whole batch."""
+    """Prepared pictures with their manifest and conditions; asked for several rows, it hands over a
+    whole batch.
+
+    Parameters
+    ----------
+    images : np.ndarray
+        Images (n, h, w) or (n, c, h, w), uint8, often a memmap.
+    manifest : pd.DataFrame
+        One row a picture, in the same order.
+    covariates : list[Covariate] | None, default None
+        Conditions; None finds them in the manifest.
+    """
 
     def __init__(
         self,
@@ -581,7 +876,23 @@ class SliceDataset(Dataset):
         self,
         split: str,  # 'train', 'validate' or 'test'
     ) -> 'SliceDataset':  # As a view where the rows lie together
-        "The rows of one split. Raises ValueError if there is none."
+        """The rows of one split.
+
+        Parameters
+        ----------
+        split : str
+            'train', 'validate' or 'test'.
+
+        Returns
+        -------
+        SliceDataset
+            As a view where the rows lie together.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
         at = np.flatnonzero(self.manifest.split == split)
         if not len(at):
             raise ValueError(
@@ -603,7 +914,26 @@ def build_cache(
     progress: bool = True,  # Show a bar
 ) -> SliceDataset:  # Pictures read from the disk as they are asked for
     """Prepare every picture once; the same rows, pixels and settings find it again, and a damaged
-    cache is made anew."""
+    cache is made anew.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        `check_dataset(...).manifest`: good rows with the hash of their pixels.
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig
+        Size, crop, to_gray.
+    cache_dir : str | Path | None, default None
+        Folder of all caches; None is the user's.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    SliceDataset
+        Pictures read from the disk as they are asked for.
+    """
     if 'hash' not in manifest or not len(manifest):
         raise ValueError(
             f"build_cache: {len(manifest)} rows with columns {', '.join(manifest)}. Expected the"
@@ -627,7 +957,19 @@ def build_cache(
 # %% ../../nbs/engineering/27_batches.ipynb #b6a126a8
 class ShuffledBatches:
     """Endless batches of indices: epoch after epoch without a gap, and batch k is known without
-    drawing the ones before."""
+    drawing the ones before.
+
+    Parameters
+    ----------
+    n : int
+        Rows to draw from.
+    batch_size : int
+        Indices in a batch.
+    seed : int
+        Another seed, another order.
+    start : int, default 0
+        First batch; a resumed run gives the number of batches already seen.
+    """
 
     def __init__(
         self,
@@ -653,7 +995,18 @@ class ShuffledBatches:
         self,
         epoch: int,  # Number of the epoch, from 0
     ) -> np.ndarray:  # Rows (n,)
-        "The permutation of one epoch; the last one is remembered."
+        """The permutation of one epoch; the last one is remembered.
+
+        Parameters
+        ----------
+        epoch : int
+            Number of the epoch, from 0.
+
+        Returns
+        -------
+        np.ndarray
+            Rows (n,).
+        """
         if self._epoch[0] != epoch:
             self._epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
         return self._epoch[1]
@@ -662,7 +1015,18 @@ class ShuffledBatches:
         self,
         k: int,  # Number of the batch, from 0
     ) -> list[int]:  # Rows
-        "The indices of one batch."
+        """The indices of one batch.
+
+        Parameters
+        ----------
+        k : int
+            Number of the batch, from 0.
+
+        Returns
+        -------
+        list[int]
+            Rows.
+        """
         at = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
         return [
             int(i)
@@ -681,7 +1045,15 @@ def eval_batches(
     dataset: SliceDataset,  # Rows to go through
     batch_size: int,  # Pictures in a batch; the last may be smaller
 ):  # Batches in the order of the manifest
-    "Every row once, in order."
+    """Every row once, in order.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Rows to go through.
+    batch_size : int
+        Pictures in a batch; the last may be smaller.
+    """
     for i in range(0, len(dataset), batch_size):
         yield dataset.__getitems__(range(i, min(i + batch_size, len(dataset))))
 
@@ -692,7 +1064,22 @@ def one_process(
     root: str | Path,  # Data that is going to be opened
     progress: bool = True,  # Say when there is something to wait for
 ) -> Iterator[None]:  # While it lasts, other processes that open the same data wait
-    "Let one process at a time prepare a data set. Where nothing can be locked, all go ahead."
+    """Let one process at a time prepare a data set. Where nothing can be locked, all go ahead.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of all caches.
+    root : str | Path
+        Data that is going to be opened.
+    progress : bool, default True
+        Say when there is something to wait for.
+
+    Yields
+    ------
+    None
+        While it lasts, other processes that open the same data wait.
+    """
     name = hashlib.blake2b(
         str(Path(root).resolve()).encode(errors='surrogateescape'), digest_size=16
     ).hexdigest()
@@ -724,7 +1111,23 @@ def inspection_key(
 ) -> tuple[str, float]:
     """Name a look by the files as the system describes them, and by the code that looks.
 
-    Raises OSError for a lost file."""
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Manifest, with its root in `attrs`.
+    config : DataConfig
+        For `to_gray`.
+
+    Returns
+    -------
+    tuple[str, float]
+        Name for what a look at these files finds; time of the last change of any of them, s.
+
+    Raises
+    ------
+    OSError
+        For a lost file.
+    """
     root = Path(rows.attrs['root'])
     digest = hashlib.blake2b(str(config.to_gray).encode(), digest_size=16)
     for part in (decode_file, inspect_files):
@@ -740,7 +1143,13 @@ def inspection_key(
 
 # %% ../../nbs/engineering/27_batches.ipynb #c0e250e2
 class CachedInspection:
-    "A look at the files of a data set, or what another process has just seen in them."
+    """A look at the files of a data set, or what another process has just seen in them.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of all caches.
+    """
 
     def __init__(
         self,
@@ -754,6 +1163,22 @@ class CachedInspection:
         config: DataConfig,  # For `to_gray`
         progress: bool = True,  # Show a bar
     ) -> tuple:  # What `inspect_files` gives
+        """What `inspect_files` gives.
+
+        Parameters
+        ----------
+        rows : pd.DataFrame
+            Manifest.
+        config : DataConfig
+            For `to_gray`.
+        progress : bool, default True
+            Show a bar.
+
+        Returns
+        -------
+        tuple
+            What `inspect_files` gives.
+        """
         start = time.time()
         try:
             key, last = inspection_key(rows, config)
@@ -773,8 +1198,7 @@ class CachedInspection:
         return found, done
 
     def keep(self) -> None:
-        """Leave a fresh look to the processes that come next, once the data has turned out to be
-        good."""
+        """Leave a fresh look to the processes that come next, once the data has turned out to be good."""
         if not self.fresh:
             return
         key, seen = self.fresh
@@ -798,7 +1222,29 @@ def open_dataset(
     """Check, refuse, prepare, once for all processes. Prints what it left out with
     `config.skip_faulty`.
 
-    Raises ValueError for faulty data, OSError for a cache that cannot be written."""
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig, default DataConfig()
+        Settings.
+    progress : bool, default True
+        Show bars.
+    cache_dir : str | Path | None, default None
+        Folder of all caches; None is the user's.
+
+    Returns
+    -------
+    SliceDataset
+        Checked and prepared; `.subset('train')` is what a model trains on.
+
+    Raises
+    ------
+    ValueError
+        For faulty data.
+    OSError
+        For a cache that cannot be written.
+    """
     folder = cache_folder(cache_dir)
     look = CachedInspection(folder)
     with one_process(folder, root, progress):

@@ -21,7 +21,13 @@ def process_device() -> str:  # 'cpu', 'cuda', 'cuda:1', 'mps'
 
     A launcher (`accelerate launch`, `torchrun`) starts one process a GPU and says in LOCAL_RANK
     which one this is. Where accelerate has been set up already, its device is taken;
-    ACCELERATE_USE_CPU=true asks for the CPU."""
+    ACCELERATE_USE_CPU=true asks for the CPU.
+
+    Returns
+    -------
+    str
+        'cpu', 'cuda', 'cuda:1', 'mps'.
+    """
     # of a training, or of the host program
     if PartialState._shared_state:
         return str(PartialState().device)
@@ -39,7 +45,21 @@ def pick_device(
 ) -> torch.device:  # Where to compute
     """Where networks compute; all of the package asks here.
 
-    Raises ValueError for a device that this machine lacks."""
+    Parameters
+    ----------
+    device : str | None, default None
+        'cpu', 'cuda', 'cuda:1', 'mps'; None: the accelerator of this process, if there is one.
+
+    Returns
+    -------
+    torch.device
+        Where to compute.
+
+    Raises
+    ------
+    ValueError
+        For a device that this machine lacks.
+    """
     device = device or process_device()
     try:
         return torch.zeros((), device=device).device
@@ -56,7 +76,23 @@ def pick_precision(
 ) -> str:  # 'no', 'bf16' or 'fp16'
     """Turn 'auto' into bf16 where the hardware has it, else into float32 ('no').
 
-    Raises ValueError for fp16 on a CPU."""
+    Parameters
+    ----------
+    precision : str
+        'auto', 'no', 'bf16' or 'fp16'.
+    device : torch.device
+        Where training runs.
+
+    Returns
+    -------
+    str
+        'no', 'bf16' or 'fp16'.
+
+    Raises
+    ------
+    ValueError
+        For fp16 on a CPU.
+    """
     if precision not in ('auto', 'no', 'bf16', 'fp16'):
         raise ValueError(
             f"pick_precision: precision={precision!r}. Expected 'auto', 'no', 'bf16' or 'fp16'. Try"
@@ -79,14 +115,36 @@ def double_on_cpu(
     x: Tensor,  # Numbers on any device
 ) -> Tensor:  # The same in float64, on the CPU, without a graph
     """For statistics, which want many digits and little work: some devices (Apple's MPS) have no
-    float64."""
+    float64.
+
+    Parameters
+    ----------
+    x : Tensor
+        Numbers on any device.
+
+    Returns
+    -------
+    Tensor
+        The same in float64, on the CPU, without a graph.
+    """
     return x.detach().cpu().double()
 
 # %% ../../nbs/engineering/41_devices.ipynb #44068149
 def device_name(
     device: torch.device,  # A device of torch
 ) -> str:  # What the machine calls it, such as 'NVIDIA H200', or the model of the processor
-    "Name the chip on which networks compute; its kind where the system does not say more."
+    """Name the chip on which networks compute; its kind where the system does not say more.
+
+    Parameters
+    ----------
+    device : torch.device
+        A device of torch.
+
+    Returns
+    -------
+    str
+        What the machine calls it, such as 'NVIDIA H200', or the model of the processor.
+    """
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     if device.type != 'cpu':
@@ -103,7 +161,13 @@ def device_name(
 
 # %% ../../nbs/engineering/41_devices.ipynb #a01b1e01
 def describe_device() -> str:  # One line, such as 'cpu, 2 threads, bf16'
-    "Say on what networks compute here, and in which precision if nobody asks for another."
+    """Say on what networks compute here, and in which precision if nobody asks for another.
+
+    Returns
+    -------
+    str
+        One line, such as 'cpu, 2 threads, bf16'.
+    """
     device = pick_device()
     name = device_name(device) if device.type == 'cuda' else device.type
     threads = f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''

@@ -25,9 +25,29 @@ from .batches import Covariate
 class ResBlock(nn.Module):
     """Two convolutions around a skip path, scaled and shifted by an embedding when one is given.
 
-    Source: He et al. 2016, fig. 2; adaptive group norm from Dhariwal & Nichol 2021, sec. 3;
-    dropout: Srivastava et al. 2014. Raises ValueError if the channels do not divide into
-    groups."""
+    Parameters
+    ----------
+    in_channels : int
+        Channels in, a multiple of `norm_num_groups`.
+    out_channels : int
+        Channels out, a multiple of `norm_num_groups`.
+    emb_channels : int | None, default None
+        Length of the embedding; None where nothing conditions the block.
+    norm_num_groups : int, default 8
+        Groups in each GroupNorm.
+    dropout : float, default 0.0
+        Share of the features before the second convolution that training leaves out.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not divide into groups.
+
+    References
+    ----------
+    He et al. 2016, fig. 2; adaptive group norm from Dhariwal & Nichol 2021, sec. 3; dropout:
+    Srivastava et al. 2014.
+    """
 
     def __init__(
         self,
@@ -64,6 +84,20 @@ class ResBlock(nn.Module):
         x: Tensor,  # Features (b, in_channels, h, w)
         emb: Tensor | None = None,  # Embedding of time and conditions (b, emb_channels)
     ) -> Tensor:  # Features (b, out_channels, h, w)
+        """Features (b, out_channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w).
+        emb : Tensor | None, default None
+            Embedding of time and conditions (b, emb_channels).
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, h, w).
+        """
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # (b, out_channels, h, w)
         if self.emb_proj is not None:
             scale, shift = self.emb_proj(F.silu(emb))[..., None, None].chunk(2, dim=1)
@@ -72,7 +106,15 @@ class ResBlock(nn.Module):
 
 # %% ../../nbs/engineering/28_layers.ipynb #4d34dbf6
 class Downsample(nn.Module):
-    "Halve height and width with a strided convolution."
+    """Halve height and width with a strided convolution.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels in.
+    out_channels : int
+        Channels out.
+    """
 
     def __init__(
         self,
@@ -86,11 +128,31 @@ class Downsample(nn.Module):
         self,
         x: Tensor,  # Features (b, in_channels, h, w), h and w even
     ) -> Tensor:  # Features (b, out_channels, h/2, w/2)
+        """Features (b, out_channels, h/2, w/2).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w), h and w even.
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, h/2, w/2).
+        """
         return self.conv(x)
 
 # %% ../../nbs/engineering/28_layers.ipynb #d4f9cb48
 class Upsample(nn.Module):
-    "Double height and width: each pixel is repeated, then a convolution smooths the blocks away."
+    """Double height and width: each pixel is repeated, then a convolution smooths the blocks away.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels in.
+    out_channels : int
+        Channels out.
+    """
 
     def __init__(
         self,
@@ -104,13 +166,41 @@ class Upsample(nn.Module):
         self,
         x: Tensor,  # Features (b, in_channels, h, w)
     ) -> Tensor:  # Features (b, out_channels, 2h, 2w)
+        """Features (b, out_channels, 2h, 2w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w).
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, 2h, 2w).
+        """
         return self.conv(F.interpolate(x, scale_factor=2.0, mode='nearest'))
 
 # %% ../../nbs/engineering/28_layers.ipynb #764f80ef
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels of a feature map, added to its input.
 
-    Source: Vaswani et al. 2017, eq. 1. Raises ValueError if the channels do not divide into heads.
+    Parameters
+    ----------
+    channels : int
+        Channels in and out, a multiple of `num_heads` and `norm_num_groups`.
+    num_heads : int, default 4
+        Attention heads.
+    norm_num_groups : int, default 8
+        Groups in the GroupNorm.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not divide into heads.
+
+    References
+    ----------
+    Vaswani et al. 2017, eq. 1.
     """
 
     def __init__(
@@ -131,6 +221,18 @@ class AttentionBlock(nn.Module):
         self,
         x: Tensor,  # Features (b, channels, h, w)
     ) -> Tensor:  # Features (b, channels, h, w)
+        """Features (b, channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, channels, h, w).
+
+        Returns
+        -------
+        Tensor
+            Features (b, channels, h, w).
+        """
         qkv = rearrange(
             self.qkv(self.norm(x)), 'b (qkv n c) h w -> qkv b n (h w) c', qkv=3, n=self.num_heads
         )
@@ -142,8 +244,26 @@ class AttentionBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Let every pixel ask the condition tokens, and add the answer to its features.
 
-    Source: Vaswani et al. 2017, eq. 1; Rombach et al. 2022, sec. 3.3. Raises ValueError if
-    channels do not divide."""
+    Parameters
+    ----------
+    channels : int
+        Channels of the picture's features, a multiple of `num_heads` and `norm_num_groups`.
+    context_channels : int
+        Length of a token.
+    num_heads : int, default 4
+        Attention heads.
+    norm_num_groups : int, default 8
+        Groups in the GroupNorm.
+
+    Raises
+    ------
+    ValueError
+        If channels do not divide.
+
+    References
+    ----------
+    Vaswani et al. 2017, eq. 1; Rombach et al. 2022, sec. 3.3.
+    """
 
     def __init__(
         self,
@@ -169,6 +289,20 @@ class CrossAttention(nn.Module):
         x: Tensor,  # Features (b, channels, h, w)
         tokens: Tensor,  # Condition tokens (b, n, context_channels)
     ) -> Tensor:  # Features (b, channels, h, w)
+        """Features (b, channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, channels, h, w).
+        tokens : Tensor
+            Condition tokens (b, n, context_channels).
+
+        Returns
+        -------
+        Tensor
+            Features (b, channels, h, w).
+        """
         q = rearrange(self.to_q(self.norm(x)), 'b (n c) h w -> b n (h w) c', n=self.num_heads)
         k, v = rearrange(self.to_kv(tokens), 'b t (kv n c) -> kv b n t c', kv=2, n=self.num_heads)
         out = F.scaled_dot_product_attention(q, k, v)  # (b, heads, h*w, c)
@@ -178,7 +312,17 @@ class CrossAttention(nn.Module):
 class ScalarEmbedding(nn.Module):
     """A number in [0, 1] as a vector: waves of several lengths, then a small network.
 
-    Source: Tancik et al. 2020, eq. 5."""
+    Parameters
+    ----------
+    channels : int
+        Length of the vector.
+    num_waves : int, default 4
+        Wave m has 2**m half periods in [0, 1].
+
+    References
+    ----------
+    Tancik et al. 2020, eq. 5.
+    """
 
     def __init__(
         self,
@@ -195,6 +339,18 @@ class ScalarEmbedding(nn.Module):
         self,
         r: Tensor,  # Numbers (b,), mostly in [0, 1]
     ) -> Tensor:  # Vectors (b, channels)
+        """Vectors (b, channels).
+
+        Parameters
+        ----------
+        r : Tensor
+            Numbers (b,), mostly in [0, 1].
+
+        Returns
+        -------
+        Tensor
+            Vectors (b, channels).
+        """
         r = r[:, None]
         return self.net(torch.cat([r, (r * self.freqs).sin(), (r * self.freqs).cos()], dim=1))
 
@@ -202,8 +358,22 @@ class ScalarEmbedding(nn.Module):
 class Conditioner(nn.Module):
     """One token a covariate; a missing or dropped covariate gives its learned null token.
 
-    Source: null tokens as in Ho & Salimans 2022, sec. 3.2. Raises ValueError on a covariate it
-    does not know."""
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        The covariates, in the order of the tokens.
+    channels : int
+        Length of a token.
+
+    Raises
+    ------
+    ValueError
+        On a covariate it does not know.
+
+    References
+    ----------
+    Null tokens as in Ho & Salimans 2022, sec. 3.2.
+    """
 
     def __init__(
         self,
@@ -231,6 +401,22 @@ class Conditioner(nn.Module):
         batch_size: int,  # b, since `cond` may be empty
         drop: Tensor | None = None,  # True where a token is to be dropped (b, n)
     ) -> Tensor:  # Tokens (b, n, channels)
+        """Tokens (b, n, channels).
+
+        Parameters
+        ----------
+        cond : dict[str, Tensor]
+            Encoded covariates by name, each (b,): index or -1, number or NaN.
+        batch_size : int
+            b, since `cond` may be empty.
+        drop : Tensor | None, default None
+            True where a token is to be dropped (b, n).
+
+        Returns
+        -------
+        Tensor
+            Tokens (b, n, channels).
+        """
         unknown = set(cond) - set(self.embed)
         if unknown:
             raise ValueError(
@@ -252,7 +438,20 @@ class Conditioner(nn.Module):
         i: int,  # Number of the covariate
         value: Tensor,  # Encoded values (b,)
     ) -> Tensor:  # (b, channels), null where the value is missing
-        "The token of one covariate in each row."
+        """The token of one covariate in each row.
+
+        Parameters
+        ----------
+        i : int
+            Number of the covariate.
+        value : Tensor
+            Encoded values (b,).
+
+        Returns
+        -------
+        Tensor
+            (b, channels), null where the value is missing.
+        """
         covariate = self.covariates[i]
         missing = value < 0 if covariate.kind == 'categorical' else value.isnan()
         known = self.embed[covariate.name](value.masked_fill(missing, 0))

@@ -39,7 +39,45 @@ from .batches import ShuffledBatches
 # %% ../../nbs/engineering/29_loop.ipynb #89d26982
 @dataclass
 class TrainConfig:
-    "What every training has in common. Lengths are counted in pictures seen, repeats included."
+    """What every training has in common. Lengths are counted in pictures seen, repeats included.
+
+    Attributes
+    ----------
+    total_images : int, default 20000
+        Pictures to see before training ends.
+    batch_size : int, default 8
+        Pictures a step, on each process.
+    accumulate : int, default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : float, default 0.002
+        Highest learning rate of AdamW.
+    warmup_images : int, default 1000
+        Pictures over which the learning rate rises from 0.
+    weight_decay : float, default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : float, default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : int, default 5000
+        Pictures between two looks at the validate subjects.
+    checkpoint_every : int, default 5000
+        Pictures between two checkpoints.
+    log_every : int, default 10
+        Steps between two lines of the log.
+    num_workers : int, default 0
+        Processes that load pictures; 0 loads in the training process.
+    seed : int, default 0
+        Seed of the weights, the order of the pictures and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate knows, such as tensorboard or wandb.
+    """
 
     total_images: int = 20_000  # Pictures to see before training ends
     batch_size: int = 8  # Pictures a step, on each process
@@ -103,8 +141,21 @@ def is_kind(
     v,  # Value of a setting
     kind,  # Type that its field names
 ) -> bool:  # Whether the one is of the other
-    """A whole number will do where a number is asked for; True and False are no numbers, and a
-    tuple is looked into."""
+    """A whole number will do where a number is asked for; True and False are no numbers, and a tuple
+    is looked into.
+
+    Parameters
+    ----------
+    v
+        Value of a setting.
+    kind
+        Type that its field names.
+
+    Returns
+    -------
+    bool
+        Whether the one is of the other.
+    """
     if get_origin(kind) is tuple:
         return isinstance(v, (tuple, list)) and all(is_kind(o, get_args(kind)[0]) for o in v)
     if get_origin(kind) is UnionType:
@@ -119,7 +170,18 @@ def check_numbers(
 ) -> None:  # Nothing: it raises or returns
     """Refuse single settings with which training cannot work.
 
-    Raises TypeError or ValueError naming the first one."""
+    Parameters
+    ----------
+    config : TrainConfig
+        The configuration to look at.
+
+    Raises
+    ------
+    TypeError
+        Naming the first one.
+    ValueError
+        Naming the first one.
+    """
     for f in fields(config):
         v, flag = getattr(config, f.name), '--' + f.name.replace('_', '-')
         words = {int: 'a whole number', float: 'a number', bool: 'True or False'}.get(
@@ -159,7 +221,16 @@ def check_effect(
 ) -> None:  # Nothing: it raises or returns
     """Refuse settings that would be written down and change nothing.
 
-    Raises ValueError naming the first one."""
+    Parameters
+    ----------
+    config : TrainConfig
+        The configuration to look at.
+
+    Raises
+    ------
+    ValueError
+        Naming the first one.
+    """
     for names, met, words, good in NEEDS:
         idle = [o for o in names.split() if getattr(config, o, 0) and not met(config)]
         if idle:
@@ -174,7 +245,16 @@ def check_config(
 ) -> None:  # Nothing: it raises or returns
     """Refuse settings with which training cannot work, alone or together.
 
-    Raises TypeError or ValueError."""
+    Parameters
+    ----------
+    config : TrainConfig
+        The configuration to look at.
+
+    Raises
+    ------
+    TypeError
+    ValueError
+    """
     check_numbers(config)
     check_effect(config)
     levels = len(getattr(config, 'channels', ())), len(getattr(config, 'attention_levels', ()))
@@ -224,7 +304,26 @@ def lr_at(
 ) -> float:  # Learning rate for the next update of the weights
     """A straight rise, then a fall by the square root.
 
-    Source: Hägele et al. 2024, sec. 3, cool-down 1-sqrt."""
+    Parameters
+    ----------
+    seen : int
+        Pictures seen so far.
+    config : TrainConfig
+        Gives highest rate, warm-up and length.
+    num_processes : int, default 1
+        How many share the work.
+    start : int, default 0
+        Images seen when training was lengthened: the rise begins anew there.
+
+    Returns
+    -------
+    float
+        Learning rate for the next update of the weights.
+
+    References
+    ----------
+    Hägele et al. 2024, sec. 3, cool-down 1-sqrt.
+    """
     update = config.batch_size * config.accumulate * num_processes
     rise = min(1.0, (seen - start + update) / max(config.warmup_images, update))
     return config.learning_rate * rise * (1 - math.sqrt(min(seen / config.total_images, 1.0)))
@@ -238,13 +337,39 @@ def ema_decay(
 ) -> float:  # Share of the old average that is kept, in [0, 1)
     """How much of the average survives one update; short memory at first.
 
-    Source: Karras et al. 2022, app. F.2 and code."""
+    Parameters
+    ----------
+    seen : int
+        Pictures seen so far.
+    batch_size : int
+        Pictures this update.
+    half_life : float
+        Pictures after which an old weight counts half.
+    ramp : float, default 0.05
+        The half life is at most this share of what was seen.
+
+    Returns
+    -------
+    float
+        Share of the old average that is kept, in [0, 1).
+
+    References
+    ----------
+    Karras et al. 2022, app. F.2 and code.
+    """
     return 0.5 ** (batch_size / max(min(half_life, seen * ramp), 1e-8))
 
 # %% ../../nbs/engineering/29_loop.ipynb #2244bd6b
 class Average(AveragedModel):
-    """A network that follows another one slowly: `module` is a copy of it whose weights trail
-    behind."""
+    """A network that follows another one slowly: `module` is a copy of it whose weights trail behind.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to follow.
+    decay : Callable[[], float]
+        Asked at each update: the share of the old average to keep.
+    """
 
     def __init__(
         self,
@@ -259,8 +384,14 @@ class Average(AveragedModel):
         self,
         model: nn.Module,  # The network that is followed, after its step
     ) -> None:
-        """Go a little way towards the weights as they are now; buffers, such as a table of
-        constants, are copied."""
+        """Go a little way towards the weights as they are now; buffers, such as a table of constants,
+        are copied.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network that is followed, after its step.
+        """
         torch._foreach_lerp_(
             list(self.module.parameters()), list(model.parameters()), 1 - self.decay()
         )
@@ -274,16 +405,37 @@ def step_seed(
     place: int,  # Place of the batch in the line of pictures: how many come before it
     stream: int = 0,  # Which chance of this batch: 0 for the loss, 1 for dropout in the network
 ) -> int:  # Seed of this one batch
-    """A well mixed seed that depends on the place alone: so a resumed run draws the same noise,
-    and so do many processes."""
+    """A well mixed seed that depends on the place alone: so a resumed run draws the same noise, and so
+    do many processes.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the run.
+    place : int
+        Place of the batch in the line of pictures: how many come before it.
+    stream : int, default 0
+        Which chance of this batch: 0 for the loss, 1 for dropout in the network.
+
+    Returns
+    -------
+    int
+        Seed of this one batch.
+    """
     return int(np.random.SeedSequence((seed, place, stream)).generate_state(1)[0])
 
 # %% ../../nbs/engineering/29_loop.ipynb #f30f96bd
 def ignore_interrupts(
     worker: int = 0,  # Number of the loading process
 ) -> None:
-    """Let a loading process live on when Ctrl-C reaches the whole group: the training process
-    decides when to stop."""
+    """Let a loading process live on when Ctrl-C reaches the whole group: the training process decides
+    when to stop.
+
+    Parameters
+    ----------
+    worker : int, default 0
+        Number of the loading process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 # %% ../../nbs/engineering/29_loop.ipynb #7c9e1beb
@@ -294,7 +446,26 @@ def train_batches(
     rank: int = 0,  # Number of this process
     num_processes: int = 1,  # How many share the work
 ) -> DataLoader:  # Endless batches
-    "The rest of the endless, shuffled line of batches, dealt out to the processes in turn."
+    """The rest of the endless, shuffled line of batches, dealt out to the processes in turn.
+
+    Parameters
+    ----------
+    dataset
+        Gives a batch for a list of indices.
+    config : TrainConfig
+        Batch size, seed, workers.
+    seen : int, default 0
+        Pictures seen by all processes, when going on.
+    rank : int, default 0
+        Number of this process.
+    num_processes : int, default 1
+        How many share the work.
+
+    Returns
+    -------
+    DataLoader
+        Endless batches.
+    """
     line = ShuffledBatches(len(dataset), config.batch_size, config.seed, seen // config.batch_size)
     return DataLoader(
         dataset,
@@ -310,7 +481,13 @@ def train_batches(
 def process_state() -> PartialState:
     """The processes that were started together.
 
-    Without a GPU the environment must say so: ACCELERATE_USE_CPU=true."""
+    Without a GPU the environment must say so: ACCELERATE_USE_CPU=true.
+
+    Returns
+    -------
+    PartialState
+        Device of this process, its number, how many there are, and whether it is the first.
+    """
     # set by `accelerate launch --cpu`
     return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
 
@@ -320,7 +497,13 @@ def isolated_state(
     # Whose settings accelerate shall see meanwhile; None: none yet
     acc: Accelerator | None = None,
 ):  # A context; afterwards the host program's settings are what they were
-    "Set up a training without touching what the program around it told accelerate."
+    """Set up a training without touching what the program around it told accelerate.
+
+    Parameters
+    ----------
+    acc : Accelerator | None, default None
+        Whose settings accelerate shall see meanwhile; None: none yet.
+    """
     kinds = (AcceleratorState, GradientState)
     before = [o._shared_state for o in kinds]
     now = ({}, {}) if acc is None else (vars(acc.state), vars(acc.gradient_state))
@@ -337,7 +520,20 @@ def make_accelerator(
     config: TrainConfig,  # Precision, accumulation, tracker
     run: Path | None = None,  # Run folder, for a tracker's files
 ) -> Accelerator:  # Knows device, precision and processes
-    "A fresh accelerator, beside any other that this program has."
+    """A fresh accelerator, beside any other that this program has.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Precision, accumulation, tracker.
+    run : Path | None, default None
+        Run folder, for a tracker's files.
+
+    Returns
+    -------
+    Accelerator
+        Knows device, precision and processes.
+    """
     precision = pick_precision(config.precision, process_state().device)
     with isolated_state():
         return Accelerator(
@@ -353,7 +549,15 @@ def seeded(
     make: Callable,  # Draws from torch's global generator
 ):  # What it made
     """Call something with chance of its own; the global generator on the CPU is left as it was, a
-    GPU's stays seeded anew."""
+    GPU's stays seeded anew.
+
+    Parameters
+    ----------
+    seed : int
+        Seed.
+    make : Callable
+        Draws from torch's global generator.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -362,8 +566,22 @@ def seeded(
 class Learner:
     """A network, its loss, optimizer and average: all that one training step changes.
 
-    `loss_fn(model, batch, generator, seen)` gives a scalar loss and a dict of detached scalars
-    to log; `seen` counts the pictures before this update of the weights."""
+    `loss_fn(model, batch, generator, seen)` gives a scalar loss and a dict of detached scalars to
+    log; `seen` counts the pictures before this update of the weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to train.
+    loss_fn : Callable
+        See above.
+    config : TrainConfig
+        Rates, lengths and precision.
+    run : Path | None, default None
+        Run folder, for a tracker's files.
+    discriminator : Learner|None, default None
+        An adversary that `loss_fn` lets learn; its state is kept with this one's.
+    """
 
     def __init__(
         self,
@@ -412,7 +630,18 @@ class Learner:
         self,
         batch: dict[str, Tensor],  # One batch, on any device
     ) -> dict[str, Tensor]:  # Detached scalars to log
-        "Go one step: loss, gradient, weights, average."
+        """Go one step: loss, gradient, weights, average.
+
+        Parameters
+        ----------
+        batch : dict[str, Tensor]
+            One batch, on any device.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            Detached scalars to log.
+        """
         acc, config = self.accelerator, self.config
         batch = {k: v.to(acc.device, non_blocking=True) for k, v in batch.items()}
         place = self.seen + acc.process_index * config.batch_size
@@ -440,7 +669,18 @@ class Learner:
         self,
         seen: int,  # Images seen
     ) -> float:  # Learning rate of the update that begins there
-        "The schedule of `lr_at`, which rises anew where the training was lengthened."
+        """The schedule of `lr_at`, which rises anew where the training was lengthened.
+
+        Parameters
+        ----------
+        seen : int
+            Images seen.
+
+        Returns
+        -------
+        float
+            Learning rate of the update that begins there.
+        """
         start, total = next(o for o in reversed(self.stretches) if o[0] <= seen)
         return lr_at(
             seen, replace(self.config, total_images=total), self.accelerator.num_processes, start
@@ -451,7 +691,13 @@ class Learner:
         # Images seen when it was lengthened, and the length from there on; rising
         stretches: list[tuple[int, int]],
     ) -> None:
-        "Say how this training was lengthened, to it and to its adversary."
+        """Say how this training was lengthened, to it and to its adversary.
+
+        Parameters
+        ----------
+        stretches : list[tuple[int, int]]
+            Images seen when it was lengthened, and the length from there on; rising.
+        """
         self.stretches = [tuple(o) for o in stretches]
         if self.discriminator is not None:
             self.discriminator.lengthen(stretches)
@@ -462,7 +708,24 @@ def split_batch_size(
     # The same with smaller batches, of which more are added up: an update of the weights stays
     # what it was
 ) -> TrainConfig:
-    "Cut a batch into its fewest equal parts. Raises ValueError if it holds one picture only."
+    """Cut a batch into its fewest equal parts.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        A configuration whose batch does not fit in memory.
+
+    Returns
+    -------
+    TrainConfig
+        The same with smaller batches, of which more are added up: an update of the weights stays
+        what it was.
+
+    Raises
+    ------
+    ValueError
+        If it holds one picture only.
+    """
     b = config.batch_size
     if b < 2:
         raise ValueError(
@@ -481,7 +744,18 @@ def split_batch_size(
 def bare_model(
     learner: Learner,  # After training
 ) -> nn.Module:  # Its network in evaluation mode, as it was before accelerate prepared it
-    "Take a network out of its training harness."
+    """Take a network out of its training harness.
+
+    Parameters
+    ----------
+    learner : Learner
+        After training.
+
+    Returns
+    -------
+    nn.Module
+        Its network in evaluation mode, as it was before accelerate prepared it.
+    """
     model = learner.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
     vars(model).pop('forward', None)  # accelerate leaves one there
     return model.eval()
@@ -493,7 +767,20 @@ def mixed_precision(
 ) -> torch.autocast:  # A context in which it computes so
     """Mixed precision as a context.
 
-    Weights are cast once inside the outermost one, so put one around a whole walk."""
+    Weights are cast once inside the outermost one, so put one around a whole walk.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where a network computes.
+    precision : str
+        'no', 'bf16' or 'fp16'.
+
+    Returns
+    -------
+    torch.autocast
+        A context in which it computes so.
+    """
     dtype = {'no': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=precision != 'no')
 
@@ -505,7 +792,24 @@ def infer(
     gradient: bool = False,  # Keep the graph of its computation
     # That method: in evaluation mode, in that precision; the mode is put back after
 ) -> Callable:
-    "Call a network for its answer alone."
+    """Call a network for its answer alone.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A network.
+    precision : str, default 'no'
+        'no', 'bf16' or 'fp16'.
+    method : str, default 'forward'
+        Which of its methods to call.
+    gradient : bool, default False
+        Keep the graph of its computation.
+
+    Returns
+    -------
+    Callable
+        That method: in evaluation mode, in that precision; the mode is put back after.
+    """
 
     def call(*args, **kwargs):
         mode = model.training
@@ -527,7 +831,24 @@ def split_rows(
 ) -> list:  # One value a chunk
     """Cut an argument of a network into chunks; what has no rows goes to each of them.
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    value
+        A tensor with a row for each picture, a dict of such, or anything else.
+    size : int
+        Rows at a time.
+    rows : int
+        Rows that there are.
+
+    Returns
+    -------
+    list
+        One value a chunk.
+
+    Raises
+    ------
+    ValueError
+    """
     if isinstance(value, dict):
         parts = {k: split_rows(v, size, rows) for k, v in value.items()}
         return [{k: v[i] for k, v in parts.items()} for i in range(math.ceil(rows / size))]
@@ -547,7 +868,20 @@ def in_chunks(
     size: int,  # Rows at a time, at first
 ) -> Callable:  # The same function, whose need of memory does not grow with the batch
     """Ask a network about many rows, a few at a time; when memory runs out, fewer still, with a
-    warning."""
+    warning.
+
+    Parameters
+    ----------
+    call : Callable
+        A network's answer, one row for each row of its arguments: a tensor, or a tuple of them.
+    size : int
+        Rows at a time, at first.
+
+    Returns
+    -------
+    Callable
+        The same function, whose need of memory does not grow with the batch.
+    """
 
     def requested(*args, **kwargs):
         nonlocal size
@@ -577,14 +911,38 @@ def to_device(
     batch: dict[str, Tensor],  # A batch
     device: torch.device,  # Where it shall go
 ) -> dict[str, Tensor]:  # The batch there
-    "Move every tensor of a batch."
+    """Move every tensor of a batch.
+
+    Parameters
+    ----------
+    batch : dict[str, Tensor]
+        A batch.
+    device : torch.device
+        Where it shall go.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        The batch there.
+    """
     return {k: v.to(device) for k, v in batch.items()}
 
 # %% ../../nbs/engineering/29_loop.ipynb #39c5f75b
 def mean_logs(
     logs: list[dict[str, Tensor]],  # Scalars of several steps
 ) -> dict[str, float]:  # Their means: the one place where training waits for the device
-    "Average the logged scalars of a stretch of steps, each over the steps that have it."
+    """Average the logged scalars of a stretch of steps, each over the steps that have it.
+
+    Parameters
+    ----------
+    logs : list[dict[str, Tensor]]
+        Scalars of several steps.
+
+    Returns
+    -------
+    dict[str, float]
+        Their means: the one place where training waits for the device.
+    """
     names = dict.fromkeys(k for o in logs for k in o)
     return {k: torch.stack([o[k].float() for o in logs if k in o]).mean().item() for k in names}
 
@@ -593,7 +951,20 @@ def check_finite(
     numbers: dict[str, float],  # What was measured
     seen: int,  # Pictures seen so far
 ) -> None:  # Nothing: it raises or returns
-    "Stop a training whose numbers blew up. Raises RuntimeError naming the first."
+    """Stop a training whose numbers blew up.
+
+    Parameters
+    ----------
+    numbers : dict[str, float]
+        What was measured.
+    seen : int
+        Pictures seen so far.
+
+    Raises
+    ------
+    RuntimeError
+        Naming the first.
+    """
     bad = [k for k, v in numbers.items() if not math.isfinite(v)]
     if bad:
         raise RuntimeError(
@@ -617,7 +988,36 @@ def fit(
 ) -> int:  # Pictures seen at the end
     """Run `step` over `batches` until `total_images` pictures were seen.
 
-    Raises RuntimeError at a logged number that is not finite, ValueError if `batches` runs dry."""
+    Parameters
+    ----------
+    step : Callable[[dict], dict]
+        Updates the weights from one batch, returns detached scalars to log.
+    batches : Iterable[dict]
+        Batches, without end.
+    total_images : int
+        Stop once this many pictures have been seen, counting repeats.
+    seen : int, default 0
+        Pictures seen before, when going on.
+    images_per_step : int | None, default None
+        Pictures a step of all processes together; None: as many as the batch holds.
+    log_every : int, default 10
+        Steps between two calls of the callbacks.
+    callbacks : tuple, default ()
+        Each called as `cb(seen, means)` with the means since the last call; False ends the
+        training.
+
+    Returns
+    -------
+    int
+        Pictures seen at the end.
+
+    Raises
+    ------
+    RuntimeError
+        At a logged number that is not finite.
+    ValueError
+        If `batches` runs dry.
+    """
     logs, batches = [], iter(batches)
     while seen < total_images:
         batch = next(batches, None)
@@ -643,8 +1043,25 @@ def call_every(
     total_images: int,  # At the end it is called in any case
     seen: int = 0,  # Pictures seen before, when going on
 ) -> Callable:  # A callback for `fit`
-    """Let a callback run only now and then: whenever a multiple of `num_images` was passed, and at
-    the end."""
+    """Let a callback run only now and then: whenever a multiple of `num_images` was passed, and at the
+    end.
+
+    Parameters
+    ----------
+    num_images : int
+        Pictures between two calls.
+    cb : Callable
+        Called as cb(seen, means).
+    total_images : int
+        At the end it is called in any case.
+    seen : int, default 0
+        Pictures seen before, when going on.
+
+    Returns
+    -------
+    Callable
+        A callback for `fit`.
+    """
     last = seen
 
     def call(seen, means):

@@ -29,7 +29,35 @@ def show_grid(
     size: float = 1.2,  # Width of a picture, inches; shrunk so that the figure stays within 7.5
     cbar: bool = False,  # Draw a colour bar
 ) -> plt.Figure:  # One axes a picture, row by row
-    "Draw pictures side by side on one grey scale."
+    """Draw pictures side by side on one grey scale.
+
+    Parameters
+    ----------
+    images
+        Pictures: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h,
+        w).
+    titles : list | None, default None
+        One per picture, or one per column of a (rows, cols) grid.
+    ncols : int | None, default None
+        Pictures in a row; None keeps a (rows, cols) grid, or puts up to 8 in a row.
+    row_labels : list | None, default None
+        One per row, at its left.
+    vlim : tuple, default (-1, 1)
+        Intensities drawn as black and white; keep it fixed when comparing.
+    title : str, default ''
+        The sentence a reader should check against the picture.
+    cmap : str, default 'gray'
+        Colour map.
+    size : float, default 1.2
+        Width of a picture, inches; shrunk so that the figure stays within 7.5.
+    cbar : bool, default False
+        Draw a colour bar.
+
+    Returns
+    -------
+    plt.Figure
+        One axes a picture, row by row.
+    """
     pics = [np.asarray(i.detach().float().cpu() if isinstance(i, Tensor) else i) for i in images]
     if not pics:
         raise ValueError(
@@ -81,7 +109,24 @@ def show_planes(
     ratio: float = 1.0,  # Distance of slices over size of a pixel
     title: str = '',  # Title
 ) -> plt.Figure:  # Axial cut of each brain above its coronal and sagittal cuts
-    "Cut each brain three ways: two of the cuts show whether slices belong together."
+    """Cut each brain three ways: two of the cuts show whether slices belong together.
+
+    Parameters
+    ----------
+    volumes : Tensor
+        Brains (n, s, h, w) in [-1, 1].
+    labels : list[str]
+        A name each.
+    ratio : float, default 1.0
+        Distance of slices over size of a pixel.
+    title : str, default ''
+        Title.
+
+    Returns
+    -------
+    plt.Figure
+        Axial cut of each brain above its coronal and sagittal cuts.
+    """
     n, s, h, w = volumes.shape
     flat = s * ratio / h
     fig, axs = plt.subplots(
@@ -107,7 +152,18 @@ def show_planes(
 def figure_to_png(
     fig: plt.Figure,  # The figure, closed afterwards
 ) -> bytes:  # A PNG file
-    "A figure as a file or a page takes it."
+    """A figure as a file or a page takes it.
+
+    Parameters
+    ----------
+    fig : plt.Figure
+        The figure, closed afterwards.
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+    """
     image = BytesIO()
     fig.savefig(image, format='png', dpi=100)
     plt.close(fig)
@@ -118,5 +174,13 @@ def save_figure(
     fig: plt.Figure,  # The figure, closed afterwards
     path: Path,  # Where to write it, .png
 ) -> None:
-    "Write a figure as PNG, whole or not at all, and free its memory."
+    """Write a figure as PNG, whole or not at all, and free its memory.
+
+    Parameters
+    ----------
+    fig : plt.Figure
+        The figure, closed afterwards.
+    path : Path
+        Where to write it, .png.
+    """
     write_atomic(path, figure_to_png(fig))

@@ -76,7 +76,75 @@ from brainldm.training import (
 # %% ../../nbs/engineering/32_stage2.ipynb #75cdd7d5
 @dataclass
 class LDMConfig(TrainConfig):
-    "Everything that decides a latent diffusion model, given its autoencoder."
+    """Everything that decides a latent diffusion model, given its autoencoder.
+
+    Attributes
+    ----------
+    total_images : int, default 20000
+        Pictures to see before training ends.
+    batch_size : int, default 32
+        Latents a step, on each process.
+    accumulate : int, default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : float, default 0.001
+        Highest learning rate of AdamW.
+    warmup_images : int, default 1000
+        Pictures over which the learning rate rises from 0.
+    weight_decay : float, default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : float, default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : int, default 5000
+        Pictures between two looks at the validate subjects.
+    checkpoint_every : int, default 5000
+        Pictures between two checkpoints.
+    log_every : int, default 10
+        Steps between two lines of the log.
+    num_workers : int, default 0
+        Processes that load pictures; 0 loads in the training process.
+    seed : int, default 0
+        Seed of the weights, the order of the pictures and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate knows, such as tensorboard or wandb.
+    denoiser : str, default 'unet'
+        Kind of network: unet, or one that you registered.
+    channels : tuple[int, ...], default (96, 160)
+        Features at each level of the UNet.
+    num_res_blocks : int, default 2
+        Blocks a level.
+    attention_levels : tuple[bool, ...], default (True, True)
+        Levels with self- and cross-attention.
+    num_heads : int, default 4
+        Attention heads.
+    cond_channels : int, default 128
+        Length of a covariate token.
+    covariates : tuple[str, ...] | None, default None
+        Covariates to learn; None: all that the data has.
+    dropout : float, default 0.0
+        Share of each block's features that training leaves out; for few pictures seen many times.
+    covariate_dropout : float, default 0.1
+        Probability of hiding each covariate by itself.
+    condition_dropout : float, default 0.1
+        Probability of hiding all of them at once.
+    schedule : NoiseSchedule, default NoiseSchedule()
+        The noise, and what the network predicts.
+    snr_gamma : float | None, default None
+        Ceiling of the min-SNR loss weight; None: every step weighs the same.
+    snr_offset : float, default 0.0
+        Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise.
+    ema_images : int, default 20000
+        Half life of the average of the weights.
+    preview_steps : int, default 20
+        Denoising steps of the pictures drawn during training.
+    """
 
     learning_rate: float = 1e-3  # Highest learning rate of AdamW
     batch_size: int = 32  # Latents a step, on each process
@@ -192,7 +260,20 @@ def mean_encoder(
 ) -> Callable[[dict], Tensor]:
     """What stage 2 sees of a slice.
 
-    Means, not draws: a draw puts noise into the target that no network can predict."""
+    Means, not draws: a draw puts noise into the target that no network can predict.
+
+    Parameters
+    ----------
+    model : Autoencoder
+        The trained autoencoder, on the device that computes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+
+    Returns
+    -------
+    Callable[[dict], Tensor]
+        A batch of pictures and conditions in, latent means (b, c, h, w) out, float32, on the CPU.
+    """
     device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
     mean = in_chunks(lambda x, cond: encode(x, cond)[0], 64)
     return lambda batch: mean(batch['image'].to(device), to_device(batch, device)).float().cpu()
@@ -205,7 +286,26 @@ def cache_latents(
     batch_size: int = 64,  # Pictures at a time
     progress: bool = True,  # Show a bar
 ) -> Tensor:  # Latent means (n, c, h, w), float32, on the CPU
-    "Encode every slice once, in memory."
+    """Encode every slice once, in memory.
+
+    Parameters
+    ----------
+    model : Autoencoder
+        The trained autoencoder.
+    dataset : SliceDataset
+        Rows to encode.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Pictures at a time.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        Latent means (n, c, h, w), float32, on the CPU.
+    """
     encode, total = mean_encoder(model, precision), math.ceil(len(dataset) / batch_size)
     batches = tqdm(
         eval_batches(dataset, batch_size), total=total, desc='latents', disable=not progress
@@ -225,7 +325,33 @@ def encode_rows(
 ) -> Tensor:  # What every picture became (n, …), in order, read from the disk as it is needed
     """Encode every picture once, each process its part, into one file that all read.
 
-    Raises OSError on a full disk."""
+    Parameters
+    ----------
+    encode : Callable[[dict], Tensor]
+        A batch of pictures and conditions in, a row for each out, on the CPU.
+    dataset : SliceDataset
+        Rows to encode.
+    file : Path
+        File to write, .npy; an old one goes.
+    acc : Accelerator
+        Whose processes share the work; all of them must call.
+    batch_size : int, default 64
+        Pictures at a time.
+    desc : str, default 'latents'
+        Of the bar.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        What every picture became (n, …), in order, read from the disk as it is needed.
+
+    Raises
+    ------
+    OSError
+        On a full disk.
+    """
     one, n = encode(dataset.__getitems__([0])).numpy(), len(dataset)
     if acc.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +375,25 @@ def latent_stats(
 ) -> tuple[Tensor, Tensor]:  # Mean and standard deviation of each channel, each (1, c, 1, 1)
     """What standardises latents.
 
-    Source: Rombach et al. 2022, app. G, by channel. Raises ValueError on a dead channel."""
+    Parameters
+    ----------
+    latents : Tensor
+        Latent means of the train slices (n, c, h, w).
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Mean and standard deviation of each channel, each (1, c, 1, 1).
+
+    Raises
+    ------
+    ValueError
+        On a dead channel.
+
+    References
+    ----------
+    Rombach et al. 2022, app. G, by channel.
+    """
     mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
     dead = (~(std > 1e-6)).flatten().nonzero().flatten().tolist()  # also catches NaN
     if dead:
@@ -263,7 +407,19 @@ def latent_stats(
 # %% ../../nbs/engineering/32_stage2.ipynb #c1191cf1
 class LatentDataset(torch.utils.data.Dataset):
     """Latents with their conditions: batches as from `SliceDataset`, with 'latent' in place of
-    'image'."""
+    'image'.
+
+    Parameters
+    ----------
+    latents : Tensor
+        Latents (n, c, h, w), or codes.
+    conditions : dict[str, Tensor]
+        Encoded covariates, each (n,).
+    mean : Tensor | None, default None
+        What to subtract from each row (1, c, 1, 1); None: rows stay as they are.
+    std : Tensor | None, default None
+        What to divide it by then, same shape.
+    """
 
     def __init__(
         self,
@@ -282,7 +438,18 @@ class LatentDataset(torch.utils.data.Dataset):
         self,
         at: Tensor,  # Row numbers (b,)
     ) -> Tensor:  # Their latents (b, c, h, w), standardised
-        "Latents as the network sees them."
+        """Latents as the network sees them.
+
+        Parameters
+        ----------
+        at : Tensor
+            Row numbers (b,).
+
+        Returns
+        -------
+        Tensor
+            Their latents (b, c, h, w), standardised.
+        """
         return (
             self.latents[at] if self.mean is None else (self.latents[at] - self.mean).div_(self.std)
         )
@@ -298,7 +465,15 @@ def remove_folder(
 ) -> None:
     """Throw latents away after training.
 
-    A system that forbids it while they are open keeps them until the next run."""
+    A system that forbids it while they are open keeps them until the next run.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of files that nobody needs any more.
+    acc : Accelerator
+        Whose first process does it, once all have come so far.
+    """
     acc.wait_for_everyone()
     if acc.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -312,7 +487,26 @@ def latent_splits(
     progress: bool = True,  # Show bars
     # Train, validate, mean and deviation by channel (1, c, 1, 1)
 ) -> tuple[LatentDataset, LatentDataset, Tensor, Tensor]:
-    "Encode train and validate slices, and standardise both by the train slices."
+    """Encode train and validate slices, and standardise both by the train slices.
+
+    Parameters
+    ----------
+    autoencoder : Autoencoder
+        Trained, on the device that computes.
+    dataset : SliceDataset
+        All splits.
+    folder : Path
+        Where the latents are kept while they are needed.
+    acc : Accelerator
+        Whose processes share the work.
+    progress : bool, default True
+        Show bars.
+
+    Returns
+    -------
+    tuple[LatentDataset, LatentDataset, Tensor, Tensor]
+        Train, validate, mean and deviation by channel (1, c, 1, 1).
+    """
     parts, encode = {o: dataset.subset(o) for o in ('train', 'validate')}, mean_encoder(
         autoencoder, acc.mixed_precision
     )
@@ -337,7 +531,28 @@ def condition_dropout_mask(
 ) -> Tensor:  # True where a token is hidden (b, covariates)
     """Hide conditions at random, to learn to work with and without.
 
-    Source: Ho & Salimans 2022, alg. 1."""
+    Parameters
+    ----------
+    n : int
+        Rows b.
+    covariates : int
+        Covariates.
+    one : float
+        Probability of hiding each by itself.
+    all : float
+        Probability of hiding all of a row.
+    generator : torch.Generator
+        Source of chance; says the device.
+
+    Returns
+    -------
+    Tensor
+        True where a token is hidden (b, covariates).
+
+    References
+    ----------
+    Ho & Salimans 2022, alg. 1.
+    """
     u = torch.rand(n, covariates + 1, generator=generator, device=generator.device)
     return (u[:, 1:] < one) | (u[:, :1] < all)
 
@@ -351,7 +566,34 @@ def prediction_error(
     schedule: NoiseSchedule,  # The noise, and what the network predicts
     covariates: tuple[Covariate, ...],  # The covariates the network knows, in order
 ) -> Tensor:  # Mean squared error of each row (b,)
-    "How far the prediction is from its target. Source: Ho et al. 2020, eq. 14."
+    """How far the prediction is from its target.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A UNet.
+    batch : dict[str, Tensor]
+        'latent' (b, c, h, w) and encoded covariates, each (b,).
+    t : Tensor
+        Timesteps (b,).
+    eps : Tensor
+        Standard normal noise, shape of the latents.
+    drop : Tensor
+        True where a covariate is hidden (b, n).
+    schedule : NoiseSchedule
+        The noise, and what the network predicts.
+    covariates : tuple[Covariate, ...]
+        The covariates the network knows, in order.
+
+    Returns
+    -------
+    Tensor
+        Mean squared error of each row (b,).
+
+    References
+    ----------
+    Ho et al. 2020, eq. 14.
+    """
     x0 = batch['latent']
     pred = model(
         add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop
@@ -372,7 +614,26 @@ def loss_weight(
 ) -> Tensor:  # Weights of the squared errors (b,), float32
     """How much the error at each step counts.
 
-    Source: Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2."""
+    Parameters
+    ----------
+    t : Tensor
+        Timesteps (b,).
+    schedule : NoiseSchedule
+        The noise, and what the network predicts.
+    gamma : float | None, default None
+        Limit of min-SNR weighting; None: every step counts alike, on a straight road by its speed.
+    offset : float, default 0.0
+        Added to the SNR below that limit.
+
+    Returns
+    -------
+    Tensor
+        Weights of the squared errors (b,), float32.
+
+    References
+    ----------
+    Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2.
+    """
     if gamma:
         return min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma, offset)
     straight = schedule.beta_schedule == 'flow' and schedule.prediction_type == 'v_prediction'
@@ -389,7 +650,30 @@ def ldm_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """Weighted squared error of the prediction at random times.
 
-    Source: Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6."""
+    Parameters
+    ----------
+    model : nn.Module
+        A UNet.
+    batch : dict[str, Tensor]
+        'latent' and encoded covariates.
+    generator : torch.Generator
+        Source of times, noise and hiding, on the batch's device.
+    seen : int
+        Pictures seen so far; nothing here depends on it.
+    config : LDMConfig
+        Schedule, weights, probabilities.
+    covariates : tuple[Covariate, ...]
+        The covariates the network knows, in order.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6.
+    """
     x0, schedule = batch['latent'], config.schedule
     t = torch.randint(
         schedule.num_train_timesteps, (len(x0),), generator=generator, device=x0.device
@@ -409,7 +693,22 @@ def unet_args(
     in_channels: int,  # Channels of the latents
     covariates: tuple[Covariate, ...],  # What the network may be told
 ) -> dict:  # Arguments of `build_denoiser`, beside the kind
-    "The part of a configuration that decides the architecture."
+    """The part of a configuration that decides the architecture.
+
+    Parameters
+    ----------
+    config : LDMConfig
+        The configuration.
+    in_channels : int
+        Channels of the latents.
+    covariates : tuple[Covariate, ...]
+        What the network may be told.
+
+    Returns
+    -------
+    dict
+        Arguments of `build_denoiser`, beside the kind.
+    """
     given = dict(in_channels=in_channels, covariates=covariates)
     return DENOISERS.arguments(config.denoiser, config, **given)
 
@@ -421,7 +720,25 @@ def build_denoiser(
     kind: str,  # 'unet', or one that you registered
     args: dict,  # As from `unet_args`
 ) -> Denoiser:  # With fresh weights
-    "Make a denoiser of a registered kind. Raises ValueError for another kind."
+    """Make a denoiser of a registered kind.
+
+    Parameters
+    ----------
+    kind : str
+        'unet', or one that you registered.
+    args : dict
+        As from `unet_args`.
+
+    Returns
+    -------
+    Denoiser
+        With fresh weights.
+
+    Raises
+    ------
+    ValueError
+        For another kind.
+    """
     model = DENOISERS.build(kind, args)
     check_protocol('build_denoiser', model, Denoiser)
     return model
@@ -433,8 +750,20 @@ def refuse_leak(
     run: Path = '',  # Run folder, which knows in which rows data differ
     stage: str = 'autoencoder',  # Whose data they must be
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may
-    have been trained on there."""
+    """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have
+    been trained on there.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    dataset : SliceDataset
+        Data of the next stage.
+    run : Path, default ''
+        Run folder, which knows in which rows data differ.
+    stage : str, default 'autoencoder'
+        Whose data they must be.
+    """
     differ = compare_given(run, stage, settings[stage]['data'], dataset)
     if differ:
         raise ValueError(
@@ -456,8 +785,20 @@ def note_changes(
     dataset: SliceDataset,  # Data at hand
     autoencoder: Autoencoder,  # Autoencoder at hand
 ) -> None:  # Nothing: it warns or returns
-    """Say what scores of a trained stage rest on: covariates that were corrected since, weights
-    that are not known."""
+    """Say what scores of a trained stage rest on: covariates that were corrected since, weights that
+    are not known.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        'ldm' or 'prior'.
+    dataset : SliceDataset
+        Data at hand.
+    autoencoder : Autoencoder
+        Autoencoder at hand.
+    """
     known = read_config(run).get(stage)
     if known is None:
         return
@@ -479,7 +820,17 @@ def refuse_unfinished(
     images: int,  # Pictures that the stage has seen
     stage: str = 'autoencoder',  # 'autoencoder' or 'ldm'
 ) -> None:  # Nothing: it raises ValueError or returns
-    "Refuse to train on what will change when an earlier stage goes on."
+    """Refuse to train on what will change when an earlier stage goes on.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    images : int
+        Pictures that the stage has seen.
+    stage : str, default 'autoencoder'
+        'autoencoder' or 'ldm'.
+    """
     total = settings[stage]['config']['total_images']
     if images < total:
         raise ValueError(
@@ -494,8 +845,20 @@ def check_stage2(
     about: dict,  # Description of the autoencoder, as from `load_autoencoder`
     factor: int,  # The side of the pictures must be a multiple of this
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder,
-    pictures of another size."""
+    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder, pictures
+    of another size.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with a trained autoencoder.
+    dataset : SliceDataset
+        Data of the next stage.
+    about : dict
+        Description of the autoencoder, as from `load_autoencoder`.
+    factor : int
+        The side of the pictures must be a multiple of this.
+    """
     settings = read_config(run)
     refuse_leak(settings, dataset, run)
     refuse_unfinished(settings, about['images'])
@@ -515,7 +878,19 @@ def check_latent_origin(
 ) -> None:  # Nothing: it raises or returns
     """Refuse to start from a network that knows the latents of an unrelated autoencoder.
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    run : Path
+        Run whose stage 2 is to be trained.
+    source : Path
+        Run from whose stage 2 it is to start.
+    autoencoder : Autoencoder
+        Of the first.
+
+    Raises
+    ------
+    ValueError
+    """
     theirs = weights_hash(load_autoencoder(source)[0])
     origin = read_config(run)['autoencoder'].get('origin') or {}
     if theirs not in (weights_hash(autoencoder), origin.get('weights')):
@@ -530,7 +905,23 @@ def load_unet(
     run: Path,  # Run folder
     # The averaged network in evaluation mode on the CPU, and the description of its file
 ) -> tuple[Denoiser, dict]:
-    "Build the denoiser of a run from its file alone. Raises FileNotFoundError or ValueError."
+    """Build the denoiser of a run from its file alone.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[Denoiser, dict]
+        The averaged network in evaluation mode on the CPU, and the description of its file.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
     DENOISERS[about.get('denoiser', 'unet')]  # refuses an unknown kind in its own words
     try:
@@ -553,7 +944,30 @@ def adopt_unet(
 ) -> dict:  # Where the weights came from, for config.json
     """Fill a denoiser with the averaged weights of another run.
 
-    Raises ValueError, or FileNotFoundError if there are none."""
+    Parameters
+    ----------
+    model : Denoiser
+        Fresh; filled in place.
+    config : LDMConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `unet_args`.
+    run : Path
+        Run to train.
+    autoencoder : Autoencoder
+        Its autoencoder.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there are none.
+    """
     place = locate_run(config.init_from)
     source, about = load_unet(place)
     schedules = (
@@ -571,8 +985,21 @@ def preview_conditions(
     covariates: tuple[Covariate, ...],  # What the network knows
     columns: int = 6,  # Pictures in a row
 ) -> tuple[dict[str, Tensor], list[str]]:  # Encoded conditions, row after row, and a label a row
-    """Conditions for a grid of pictures: a row for each diagnosis, slices rising from left to
-    right, the rest left open."""
+    """Conditions for a grid of pictures: a row for each diagnosis, slices rising from left to right,
+    the rest left open.
+
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        What the network knows.
+    columns : int, default 6
+        Pictures in a row.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], list[str]]
+        Encoded conditions, row after row, and a label a row.
+    """
     named = {c.name: c for c in covariates}
     rows = list(named['diagnosis'].values) if 'diagnosis' in named else ['']
     cond = {}
@@ -593,7 +1020,28 @@ def validate_ldm(
     path: Path,  # Where the picture goes
     # val_mse of the averaged network, on times and noise that are the same each time
 ) -> dict[str, float]:
-    "Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye."
+    """Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far.
+    held_out : LatentDataset
+        Validate latents.
+    decode : Callable
+        Latents to pictures.
+    config : LDMConfig
+        Schedule and preview.
+    covariates : tuple[Covariate, ...]
+        What the network knows.
+    path : Path
+        Where the picture goes.
+
+    Returns
+    -------
+    dict[str, float]
+        val_mse of the averaged network, on times and noise that are the same each time.
+    """
     device = learner.accelerator.device
     unet = in_chunks(infer(learner.ema.module, learner.precision), config.batch_size)
     batch, gen = to_device(evenly_spaced_rows(held_out, 512), device), torch.Generator(
@@ -632,7 +1080,21 @@ def save_ldm(
     std: Tensor,  # Standard deviation, same shape
     info: dict,  # Architecture, covariates, schedule
 ) -> None:
-    "Write what is needed to draw: averaged and last weights, latent statistics, description."
+    """Write what is needed to draw: averaged and last weights, latent statistics, description.
+
+    Parameters
+    ----------
+    path : Path
+        RUN/ldm.safetensors.
+    learner : Learner
+        The training so far.
+    mean : Tensor
+        Mean of each latent channel (1, c, 1, 1).
+    std : Tensor
+        Standard deviation, same shape.
+    info : dict
+        Architecture, covariates, schedule.
+    """
     tensors = {f'raw.{k}': v for k, v in learner.raw.state_dict().items()}
     tensors |= {f'ema.{k}': v for k, v in learner.ema.module.state_dict().items()}
     save_weights(
@@ -649,7 +1111,26 @@ def load_denoiser(
 ) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
     """Build the denoiser of a run from its file alone.
 
-    Raises FileNotFoundError, or ValueError if it does not fit."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    latent_channels : int
+        Channels of its autoencoder's latents.
+    weights : str, default 'ema'
+        'ema': the average of the weights, or 'raw': the last ones.
+
+    Returns
+    -------
+    dict
+        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If it does not fit.
+    """
     check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
     if about.get('kind') != 'ldm':
@@ -701,7 +1182,29 @@ def train_ldm(
     # Called as callback(learner, seen, means) with each record of the log; False ends the training
     callback: Callable | None = None,
 ) -> Denoiser:  # The averaged network
-    "Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors."
+    """Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        The data that the autoencoder was trained on.
+    run : Path
+        Run folder with a trained autoencoder.
+    config : LDMConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+    callback : Callable | None, default None
+        Called as callback(learner, seen, means) with each record of the log; False ends the
+        training.
+
+    Returns
+    -------
+    Denoiser
+        The averaged network.
+    """
     run, (autoencoder, about) = Path(run), load_autoencoder(run)
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = unet_args(config, autoencoder.latent_channels, covariates)
