@@ -66,7 +66,7 @@ OASIS_IMAGE = (
     r'(?:^|/)keras_png_slices_(?P<split>train|validate|test)/'
     r'case_(?P<unit>[^/]+)_slice_(?P<slice>\d{1,9})(?:\.nii)?\.png$'
 )
-# any other picture: a name and a number
+# any other image: a name and a number
 IMAGE_PATH = r'(?:^|/)(?P<unit>[^/]+)_(?P<slice>\d{1,9})\.(?:jpe?g|png)$'
 NO_SUBJECT = (
     r'(?:^|/)(?:(?:very|non|mild|moderate)[ _]?(?:mild)?[ _]?(?:dem(?:ented|entia)?)?['
@@ -78,25 +78,25 @@ NO_SUBJECT = (
 # %% ../nbs/01_data.ipynb #b51f65f4
 @dataclass
 class DataConfig:
-    """How a folder of scans becomes square pictures.
+    """How a folder of scans becomes square images.
 
     Attributes
     ----------
     size : int, default 128
-        Side of the square pictures that come out, pixels.
+        Side of the square images that come out, pixels.
     crop : int | Literal['auto'] | None, default None
         Central square to keep before resizing, pixels; None: all, padded to a square; auto: see
         `find_crop`.
     planes : tuple[int, int] | None, default None
         First and last+1 axial plane of volumes; None keeps every plane with foreground.
     to_gray : bool, default False
-        Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault.
+        Turn color images gray (ITU-R 601 luma); otherwise color is a fault.
     split_seed : int, default 0
         Seed of the split.
     validate_fraction : float, default 0.1
-        Share of subjects for validation where the folders give none.
+        Fraction of subjects for validation where the folders give none.
     test_fraction : float, default 0.1
-        Share of subjects for testing where the folders give no split at all.
+        Fraction of subjects for testing where the folders give no split at all.
     subjects : Path | None, default None
         Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
         in the data folder.
@@ -119,18 +119,18 @@ class DataConfig:
         For a setting that cannot work.
     """
 
-    size: int = 128  # Side of the square pictures that come out, pixels
+    size: int = 128  # Side of the square images that come out, pixels
     # Central square to keep before resizing, pixels; None: all, padded to a square; auto: see
     # `find_crop`
     crop: int | Literal['auto'] | None = None
     # First and last+1 axial plane of volumes; None keeps every plane with foreground
     planes: tuple[int, int] | None = None
-    # Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault
+    # Turn color images gray (ITU-R 601 luma); otherwise color is a fault
     to_gray: bool = False
     split_seed: int = 0  # Seed of the split
-    # Share of subjects for validation where the folders give none
+    # Fraction of subjects for validation where the folders give none
     validate_fraction: float = 0.1
-    # Share of subjects for testing where the folders give no split at all
+    # Fraction of subjects for testing where the folders give no split at all
     test_fraction: float = 0.1
     # Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
     # in the data folder
@@ -157,7 +157,8 @@ class DataConfig:
         if not (min(fractions) >= 0 and sum(fractions) < 1):
             raise ValueError(  # NaN is neither
                 f"DataConfig: validate_fraction={fractions[0]}, test_fraction={fractions[1]}."
-                " Expected shares of at least 0 that leave something to train on. Try 0.1 and 0.1."
+                " Expected fractions of at least 0 that leave something to train on. Try 0.1 and"
+                " 0.1."
             )
         if self.planes is not None:
             self.planes = tuple(self.planes)
@@ -225,15 +226,15 @@ class DataConfig:
 
 # %% ../nbs/01_data.ipynb #pars0001
 def parse_image_path(
-    path: str,  # Path of a picture, from the data folder
+    path: str,  # Path of an image, from the data folder
     # unit, slice, split, diagnosis, place; None for a name without a number of the slice
 ) -> dict | None:
-    """Read what folders and name of a picture say. A folder that names the subject is no class.
+    """Read what folders and name of an image say. A folder that names the subject is no class.
 
     Parameters
     ----------
     path : str
-        Path of a picture, from the data folder.
+        Path of an image, from the data folder.
 
     Returns
     -------
@@ -261,7 +262,7 @@ def find_image_layout(
     # 'adni' with folders of splits, 'classes' without; None where the names do not say whose
     # slice is what
 ) -> str | None:
-    """Tell class folders of pictures from any other pictures.
+    """Tell class folders of images from any other images.
 
     Parameters
     ----------
@@ -277,17 +278,17 @@ def find_image_layout(
     Raises
     ------
     ValueError
-        For sets in which nobody can be told apart.
+        For sets whose subjects cannot be distinguished.
     """
     paths = [o for o in list_files(root) if re.search(r'\.(?:png|jpe?g)$', o, re.IGNORECASE)]
     lost = [o for o in paths if re.search(NO_SUBJECT, o, re.IGNORECASE)]
     if 2 * len(lost) > len(paths):
         raise ValueError(
-            f"find_layout: '{root}' holds pictures such as {lost[0]}: the four-class Alzheimer's"
-            " set of Kaggle, or one like it. Its names number the slices of a class, and do not"
-            " say whose they are. Expected names with a subject: without them no split keeps a"
-            " subject on one side, and every score is too good. Take a set with subjects, such as"
-            " the OASIS pictures (OAS1_0028_MR1_mpr-1_100.jpg), or list files and subjects in a"
+            f"find_layout: '{root}' holds images such as {lost[0]}: the four-class Alzheimer's set"
+            " of Kaggle, or one like it. Its names number the slices of a class, and do not say"
+            " whose they are. Expected names with a subject: without them no split keeps a subject"
+            " on one side, and every score is too good. Take a set with subjects, such as the"
+            " OASIS images (OAS1_0028_MR1_mpr-1_100.jpg), or list files and subjects in a"
             " manifest.csv, if you know them."
         )
     read = [parse_image_path(o) or {} for o in paths]
@@ -298,7 +299,7 @@ def find_image_layout(
     twice = pairs.unit.duplicated(keep=False)
     if 2 * twice.sum() > len(told) or 2 * pairs.unit[twice].nunique() > pairs.unit.nunique():
         raise ValueError(
-            f"find_layout: '{root}' has pictures of {pairs.unit[twice].iloc[0]!r} in the folders"
+            f"find_layout: '{root}' has images of {pairs.unit[twice].iloc[0]!r} in the folders"
             f" {', '.join(pairs.diagnosis[twice][:2])}. Expected a folder for each class, and names"
             " that begin with the subject. If the folders are subjects, list the files in a"
             " manifest.csv with columns path, subject, slice."
@@ -428,7 +429,7 @@ def list_images(
     layout: str,  # 'adni', 'classes' or 'oasis'
     only: str | None = None,  # Pattern of file names, as in a shell
 ) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    """Read unit, slice, split and diagnosis off the paths of a folder of pictures.
+    """Read unit, slice, split and diagnosis off the paths of a folder of images.
 
     Parameters
     ----------
@@ -569,7 +570,7 @@ def list_manifest(
     # CSV with columns path, subject, slice; optional plane, diagnosis, split and covariates
     path: Path,
 ) -> tuple:  # Rows, faults, notes
-    """Read a manifest that somebody wrote.
+    """Read a manifest written by hand.
 
     A row of a volume takes the plane `plane`, or `slice` without such a column.
 
@@ -598,7 +599,7 @@ def list_manifest(
         raise ValueError(
             f"list_manifest: path {away[0]!r} in '{path}' leads out of its folder. Expected files"
             f" below '{path.parent}', so that data and manifest move together. Put the manifest"
-            " above the pictures, and write paths from there."
+            " above the images, and write paths from there."
         )
     volume = rows.path.str.contains(r'\.nii(?:\.gz)?$', case=False, regex=True)
     rows['plane'] = rows['plane' if 'plane' in rows else 'slice'].where(volume, -1)
@@ -607,11 +608,11 @@ def list_manifest(
 # %% ../nbs/01_data.ipynb #529b4927
 def split_by_subject(
     manifest: pd.DataFrame,  # Rows with subject and diagnosis
-    # Share of the subjects by split, such as dict(validate=.1, test=.1); the rest is train
+    # Fraction of the subjects by split, such as dict(validate=.1, test=.1); the rest is train
     fractions: dict,
     seed: int = 0,  # Another seed, another split
 ) -> pd.DataFrame:  # The rows, with a new column `split`
-    """Deal whole subjects to splits, the same mix of diagnoses in each.
+    """Assign whole subjects to splits, the same mix of diagnoses in each.
 
     The order of the rows does not matter.
 
@@ -620,7 +621,7 @@ def split_by_subject(
     manifest : pd.DataFrame
         Rows with subject and diagnosis.
     fractions : dict
-        Share of the subjects by split, such as dict(validate=.1, test=.1); the rest is train.
+        Fraction of the subjects by split, such as dict(validate=.1, test=.1); the rest is train.
     seed : int, default 0
         Another seed, another split.
 
@@ -653,7 +654,7 @@ def split_by_subject(
 
 # %% ../nbs/01_data.ipynb #51ab69e5
 def assign_splits(
-    rows: pd.DataFrame,  # Rows with subject, diagnosis and split, missing where nobody gave one
+    rows: pd.DataFrame,  # Rows with subject, diagnosis and split, missing where none was given
     config: DataConfig,  # For the fractions and the seed
 ) -> tuple:  # Rows with every split filled in, notes
     """Keep the splits that were given; deal subjects where none were, and carve validate out of train
@@ -662,7 +663,7 @@ def assign_splits(
     Parameters
     ----------
     rows : pd.DataFrame
-        Rows with subject, diagnosis and split, missing where nobody gave one.
+        Rows with subject, diagnosis and split, missing where none was given.
     config : DataConfig
         For the fractions and the seed.
 
@@ -685,7 +686,7 @@ def assign_splits(
     elif rows.split.isna().any():
         raise ValueError(
             f"assign_splits: subject '{rows.subject[rows.split.isna()].iloc[0]}' has no split and"
-            " others do. Expected a split for everybody or for nobody. Fill the column or"
+            " others do. Expected a split for every subject or for none. Fill the column or"
             " remove it."
         )
     elif 'train' in given and 'validate' not in given and config.validate_fraction:
@@ -832,18 +833,18 @@ def find_voxel_mm(
 # %% ../nbs/01_data.ipynb #grid1007
 def check_grids(
     root: Path,  # Data folder
-    rows: pd.DataFrame,  # Rows, of volumes or of pictures
+    rows: pd.DataFrame,  # Rows, of volumes or of images
 ) -> tuple:  # Faults of kind 'grid', voxel_mm or None
     """Read the header of every volume and compare.
 
-    A header that cannot be read is left to the look at the file.
+    A header that cannot be read is left to the inspection of the file.
 
     Parameters
     ----------
     root : Path
         Data folder.
     rows : pd.DataFrame
-        Rows, of volumes or of pictures.
+        Rows, of volumes or of images.
 
     Returns
     -------
@@ -861,7 +862,7 @@ def check_grids(
         return as_faults([]), None
     paths, grids = zip(*found)
     faults = compare_grids(paths, grids)
-    # pictures among them, or no grid for all
+    # images among them, or no grid for all
     if len(volumes) < len(rows) or len(faults) == len(paths):
         return faults, None
     most = grids[int(np.argmin(group_grids(grids)))]
@@ -870,7 +871,7 @@ def check_grids(
 # %% ../nbs/01_data.ipynb #5220f832
 @dataclass
 class Findings:
-    """What a look at the data found. Print it; `ok` is False if there are faults.
+    """What an inspection of the data found. Print it; `ok` is False if there are faults.
 
     Attributes
     ----------
@@ -881,11 +882,11 @@ class Findings:
     notes : list
         Sentences about what was ignored, not found or decided.
     sizes : pd.Series | None, default None
-        Pictures by height x width, once decoded.
+        Images by height x width, once decoded.
     crop : int | None, default None
         What `config.crop` comes to, in pixels.
     voxel_mm : tuple | None, default None
-        Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known.
+        Side of a pixel and distance of neighboring slices, mm, before any cut; None: not known.
     covariates : tuple, default ()
         One line for each condition to learn, as from `describe_manifest` (notebook 27).
     """
@@ -893,9 +894,9 @@ class Findings:
     manifest: pd.DataFrame  # The good rows, one a slice
     faults: pd.DataFrame  # Columns path, fault, detail
     notes: list  # Sentences about what was ignored, not found or decided
-    sizes: pd.Series | None = None  # Pictures by height x width, once decoded
+    sizes: pd.Series | None = None  # Images by height x width, once decoded
     crop: int | None = None  # What `config.crop` comes to, in pixels
-    # Side of a pixel and distance of neighbouring slices, mm, before any cut; None: not known
+    # Side of a pixel and distance of neighboring slices, mm, before any cut; None: not known
     voxel_mm: tuple | None = None
     # One line for each condition to learn, as from `describe_manifest` (notebook 27)
     covariates: tuple = ()
@@ -1111,8 +1112,8 @@ def name_rows(
         rows = rows.drop(columns=['unit', 'place', 'listed', 'label'])
     elif 'session' not in rows and rows.duplicated(['subject', 'slice', 'plane']).any():
         notes.append(
-            'some subjects have several rows for one slice: a column session would tell their scans'
-            ' apart'
+            'some subjects have several rows for one slice: a column session would distinguish'
+            ' their scans'
         )
     return rows, faults, notes + note_unused_columns(rows, config)
 
@@ -1164,7 +1165,7 @@ def list_slices(
     rows, faults = rows[~odd], pd.concat([faults, said], ignore_index=True)
     if not len(rows) and not len(faults):
         raise ValueError(
-            f"list_slices: '{root}' looks like layout {layout} and holds no scan. Expected pictures"
+            f"list_slices: '{root}' looks like layout {layout} and holds no scan. Expected images"
             " or volumes. Check the folder."
         )
     table, more = find_table(root, config)
@@ -1210,7 +1211,7 @@ def refuse_faults(
     lines = '\n'.join(every[:5] + ['  ...'] * (len(every) > 5))
     if len(leaks):
         raise ValueError(
-            f"refuse_faults: a leak, {len(leaks)} files.\n{lines}\nExpected each person in one"
+            f"refuse_faults: a leak, {len(leaks)} files.\n{lines}\nExpected each subject in one"
             " split. Move or remove the files; skip_faulty does not apply to a leak."
         )
     if len(shown) and not skip_faulty:
@@ -1256,19 +1257,19 @@ def read_manifest(
 
 # %% ../nbs/01_data.ipynb #brig0001
 def upper_intensity(
-    image: np.ndarray,  # Picture (h, w), uint8
-) -> int:  # Grey value
-    """The grey value below which 95 % of the pixels above 0 lie.
+    image: np.ndarray,  # Image (h, w), uint8
+) -> int:  # Gray value
+    """The gray value below which 95 % of the pixels above 0 lie.
 
     Parameters
     ----------
     image : np.ndarray
-        Picture (h, w), uint8.
+        Image (h, w), uint8.
 
     Returns
     -------
     int
-        Grey value.
+        Gray value.
     """
     counts = np.bincount(image.ravel(), minlength=256)[1:].cumsum()
     return int(np.searchsorted(counts, 0.95 * counts[-1]) + 1) if counts[-1] else 0
@@ -1343,7 +1344,7 @@ def note_read_changes(
     """
     said = []
     for col, text in dict(
-        turned='{n} pictures turned upright as their EXIF tag says, such as {path}',
+        turned='{n} images turned upright as their EXIF tag says, such as {path}',
         nan='{n} volumes with NaN outside the brain, taken as 0, such as {path}',
         negative=(
             '{n} volumes with values below 0, set to 0: at most {most:.1%} of the bright end, in'
@@ -1385,7 +1386,7 @@ def find_dark(
         return []
     names = ', '.join(f'{k} ({v:.0f})' for k, v in dark[:5].items()) + ' ...' * (len(dark) > 5)
     return [
-        f'{len(dark)} of {len(by)} subjects far darker than the others, whose bright grey values'
+        f'{len(dark)} of {len(by)} subjects far darker than the others, whose bright gray values'
         f' are about {by.median():.0f} of 255: {names}. Look at them before you train'
     ]
 
@@ -1394,7 +1395,7 @@ def find_duplicates(
     rows: pd.DataFrame,  # Rows with hash, subject, split, path
     # Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere
 ) -> pd.DataFrame:
-    """Find identical pictures: every copy if two subjects share it, all but the first within one
+    """Find identical images: every copy if two subjects share it, all but the first within one
     subject.
 
     Parameters
@@ -1412,7 +1413,7 @@ def find_duplicates(
     leak = group.split.transform('nunique') > 1
     first, last = group.path.transform('first'), group.path.transform('last')
     text = (
-        'the same picture as '
+        'the same image as '
         + first.where(twice.path != first, last)
         + np.where(leak, ', which is in another split', '')
     )
@@ -1461,20 +1462,20 @@ def find_row_faults(
 # %% ../nbs/01_data.ipynb #ab8a1d69
 def find_crop(
     rows: pd.DataFrame,  # Good rows with `_side`, as from `find_row_faults`
-    side: int,  # Longer side of the pictures
-    margin: float = 0.15,  # Room around the largest train head, for heads not seen yet
+    side: int,  # Longer side of the images
+    margin: float = 0.15,  # Room around the largest train brain, for brains not seen yet
     # Central square to keep, a multiple of 16 pixels; None where that would be everything
 ) -> int | None:
-    """Frame the heads: the largest one of the train split and a margin.
+    """Frame the brains: the largest one of the train split and a margin.
 
     Parameters
     ----------
     rows : pd.DataFrame
         Good rows with `_side`, as from `find_row_faults`.
     side : int
-        Longer side of the pictures.
+        Longer side of the images.
     margin : float, default 0.15
-        Room around the largest train head, for heads not seen yet.
+        Room around the largest train brain, for brains not seen yet.
 
     Returns
     -------
@@ -1528,7 +1529,7 @@ def check_dataset(
             f'crop auto: {f"the central {crop} of {side} pixels" if crop else "nothing to crop"}'
         )
     if (crop or side) < config.size:
-        notes.append(f'pictures are enlarged to {config.size}: that adds no detail')
+        notes.append(f'images are enlarged to {config.size}: that adds no detail')
     good = (
         good[~good.path.isin(listed.faults.path)]
         .drop(columns=['_side', '_bright'])

@@ -106,17 +106,17 @@ class Phantom:
 
 # %% ../../nbs/engineering/39_cli.ipynb #0d6bca3a
 def training_faults(
-    found: Findings,  # What a look at the data found
+    found: Findings,  # What an inspection of the data found
     config: DataConfig,  # How the images are cut and split
     auto: AEConfig,  # The autoencoder that is going to be trained, and what it says of the UNet
 ) -> list[tuple[str, str]]:  # Setting and sentence of each reason why training would refuse
-    """Ask for what every stage of a training needs: a size that divides, subjects to train and to
+    """Check what every stage of a training needs: a size that divides, subjects to train and to
     validate on.
 
     Parameters
     ----------
     found : Findings
-        What a look at the data found.
+        What an inspection of the data found.
     config : DataConfig
         How the images are cut and split.
     auto : AEConfig
@@ -165,7 +165,7 @@ def training_faults(
 
 # %% ../../nbs/engineering/39_cli.ipynb #e9c5dd94
 def add_training_findings(
-    found: Findings,  # What a look at the data found
+    found: Findings,  # What an inspection of the data found
     config: DataConfig,  # How the images are cut and split, and which columns are learned
     auto: AEConfig,  # The autoencoder that is going to be trained
 ) -> Findings:  # The same with the covariates, and with the faults and notes of a training
@@ -174,7 +174,7 @@ def add_training_findings(
     Parameters
     ----------
     found : Findings
-        What a look at the data found.
+        What an inspection of the data found.
     config : DataConfig
         How the images are cut and split, and which columns are learned.
     auto : AEConfig
@@ -252,7 +252,7 @@ class TrainAutoencoder:
     Attributes
     ----------
     data : tyro.conf.Positional[Path]
-        Folder of pictures or volumes, or a CSV manifest.
+        Folder of images or volumes, or a CSV manifest.
     run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
         Run folder to make.
     preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
@@ -261,7 +261,7 @@ class TrainAutoencoder:
         Go on where an earlier call stopped.
     """
 
-    data: tyro.conf.Positional[Path]  # Folder of pictures or volumes, or a CSV manifest
+    data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
     config: Annotated[AEConfig, FLAGS]
     # Run folder to make
     run_folder: Annotated[Path, tyro.conf.arg(name='run')] = Path('runs/brain')
@@ -282,8 +282,8 @@ class TrainAutoencoder:
 # %% ../../nbs/engineering/39_cli.ipynb #732f20ad
 def data_config(
     run: Path,  # Run folder
-    subjects: Path | None = None,  # Table of subjects, in place of the one of the run
-) -> DataConfig:  # How the run's pictures were found, cut and split
+    subjects: Path | None = None,  # Table of subjects, instead of the one of the run
+) -> DataConfig:  # How the run's images were found, cut and split
     """Read the data settings of a run, so that later steps see the data as training did.
 
     Parameters
@@ -291,12 +291,12 @@ def data_config(
     run : Path
         Run folder.
     subjects : Path | None, default None
-        Table of subjects, in place of the one of the run.
+        Table of subjects, instead of the one of the run.
 
     Returns
     -------
     DataConfig
-        How the run's pictures were found, cut and split.
+        How the run's images were found, cut and split.
     """
     settings = read_config(run)
     try:
@@ -357,7 +357,7 @@ class Stage2:
 # %% ../../nbs/engineering/39_cli.ipynb #e0cd4a04
 @dataclass
 class TrainLDM(Stage2):
-    """Stage 2: learn to draw latents, given diagnosis, slice and other covariates.
+    """Stage 2: learn to sample latents, given diagnosis, slice and other covariates.
 
     Needs the autoencoder of the same run folder.
 
@@ -388,7 +388,7 @@ class TrainLDM(Stage2):
 # %% ../../nbs/engineering/39_cli.ipynb #2ee0fca1
 @dataclass
 class TrainPrior(Stage2):
-    """The other stage 2: a transformer that writes the codes of a VQ-VAE.
+    """The other stage 2: a transformer that samples the codes of a VQ-VAE.
 
     Needs an autoencoder of --kind vq or fsq.
 
@@ -419,7 +419,7 @@ class TrainPrior(Stage2):
 # %% ../../nbs/engineering/39_cli.ipynb #77a783ea
 @dataclass
 class TrainVolume(Stage2):
-    """After ldm: teach each slice to follow its neighbours, for whole brains.
+    """After ldm: train each slice to follow its neighbors, for whole brains.
 
     Needs the diffusion model of the same run folder.
 
@@ -461,7 +461,7 @@ def describe_scores(
     scores: dict,  # As from `reconstruction_scores`
     split: str,  # Whose they are
 ) -> str:  # A few lines to read
-    """Scores beside their floor, for a terminal.
+    """Scores beside their baseline, for a terminal.
 
     Parameters
     ----------
@@ -478,7 +478,7 @@ def describe_scores(
     low, n = scores['baseline_mean_slice'], scores['n_subjects_in_training']
     lines = [
         f"{split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices",
-        f"{'':12}{'run':>8}  {'mean-slice floor':>16}",
+        f"{'':12}{'run':>8}  {'mean-slice baseline':>16}",
     ]
     names = ('ssim', 'ssim_brain', 'psnr', 'sharpness')
     lines += [f'{k:12}{show_number(scores[k]):>8}  {show_number(low[k]):>16}' for k in names]
@@ -499,7 +499,7 @@ def describe_scores(
 # %% ../../nbs/engineering/39_cli.ipynb #2e5bdb42
 @dataclass
 class Reconstruct:
-    """Score reconstructions of one split beside the floor of predicting the mean slice.
+    """Score reconstructions of one split beside the baseline of predicting the mean slice.
 
     Also written to RUN/metrics.json.
 
@@ -508,7 +508,7 @@ class Reconstruct:
     run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
         Run folder.
     data : tyro.conf.Positional[Path]
-        Folder of pictures or volumes, or a CSV manifest.
+        Folder of images or volumes, or a CSV manifest.
     split : Literal['train', 'validate', 'test'], default 'test'
         Which subjects.
     subjects : Path | None, default None
@@ -518,7 +518,7 @@ class Reconstruct:
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
-    data: tyro.conf.Positional[Path]  # Folder of pictures or volumes, or a CSV manifest
+    data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
     split: Literal['train', 'validate', 'test'] = 'test'  # Which subjects
     subjects: Path | None = None  # Table with one row a subject; None: the one of the run
     # Print one JSON object and nothing else
@@ -537,7 +537,7 @@ class Reconstruct:
 # %% ../../nbs/engineering/39_cli.ipynb #35cdaa88
 @dataclass
 class Bits:
-    """What the codes of a split cost the prior, in bits, beside uniform codes and histograms.
+    """Bits per code of a split under the prior, beside uniform codes and histograms.
 
     Also written to RUN/metrics.json.
 
@@ -548,7 +548,7 @@ class Bits:
     data : tyro.conf.Positional[Path]
         The data that it was trained on.
     split : Literal['train', 'validate', 'test'], default 'test'
-        Whose slices; the validate subjects have chosen the weights.
+        Whose slices; the validation subjects have chosen the weights.
     subjects : Path | None, default None
         Table with one row a subject; None: the one of the run.
     as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
@@ -558,7 +558,7 @@ class Bits:
     # Run folder with a trained prior
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
     data: tyro.conf.Positional[Path]  # The data that it was trained on
-    # Whose slices; the validate subjects have chosen the weights
+    # Whose slices; the validation subjects have chosen the weights
     split: Literal['train', 'validate', 'test'] = 'test'
     subjects: Path | None = None  # Table with one row a subject; None: the one of the run
     # Print one JSON object and nothing else
@@ -585,7 +585,7 @@ class Bits:
 def describe_covariates(
     covariates: tuple,  # Covariates of a model
 ) -> str:  # One phrase each
-    """What can be asked for, in words.
+    """The covariates that can be requested, in words.
 
     Parameters
     ----------
@@ -637,44 +637,46 @@ def read_pairs(
 
 # %% ../../nbs/engineering/39_cli.ipynb #3d58572c
 def read_condition_flags(
-    own: dict,  # Covariates that have a flag of their own, None where it was not given
+    given: dict,  # Covariates that have a flag of their own, None where it was not given
     pairs: tuple[str, ...],  # Other covariates, each as name=value
-    covariates: tuple,  # What the model knows
+    covariates: tuple,  # Covariates of the model
     flag: str = '--condition',  # Where the pairs come from, for the message
-) -> dict:  # What is asked for, by name: levels as text, numbers as float
+) -> dict:  # Requested conditions, by name: levels as text, numbers as float
     """Join flags and conditions.
 
     Parameters
     ----------
-    own : dict
+    given : dict
         Covariates that have a flag of their own, None where it was not given.
     pairs : tuple[str, ...]
         Other covariates, each as name=value.
     covariates : tuple
-        What the model knows.
+        Covariates of the model.
     flag : str, default '--condition'
         Where the pairs come from, for the message.
 
     Returns
     -------
     dict
-        What is asked for, by name: levels as text, numbers as float.
+        Requested conditions, by name: levels as text, numbers as float.
 
     Raises
     ------
     ValueError
         For a name that has a flag, and as `read_conditions` does.
     """
-    requested, known = {k: v for k, v in own.items() if v is not None}, [c.name for c in covariates]
+    requested, known = {k: v for k, v in given.items() if v is not None}, [
+        c.name for c in covariates
+    ]
     for name, value in read_pairs(pairs).items():
-        if name in own:
+        if name in given:
             raise ValueError(
                 f"brainldm: {flag} {name}={value}. Expected a flag. Try --{name} {value}."
             )
         if name not in known:
             raise ValueError(
                 f"brainldm: {flag} {name}={value}. Expected one of {', '.join(known) or 'nothing'},"
-                " what the run knows. Check the spelling, or leave it out."
+                " a covariate of the run. Check the spelling, or leave it out."
             )
         requested[name] = value
     return read_conditions({k: str(v) for k, v in requested.items()}, covariates)
@@ -685,7 +687,7 @@ def next_folder(
 ) -> Path:  # STEM_000, or the first number not taken; new and empty
     """Make the next folder of a row.
 
-    Two commands that ask at once get two: the system makes a folder for one of them.
+    Two commands at once get two: the system makes a folder for one of them.
 
     Parameters
     ----------
@@ -709,17 +711,17 @@ def next_folder(
 
 # %% ../../nbs/engineering/39_cli.ipynb #7c3da53b
 def output_folder(
-    out: Path | None,  # Folder that was asked for
+    out: Path | None,  # Requested folder
     stem: Path,  # What a name of our own begins with
 ) -> Path:  # Where the result goes
-    """The folder that was asked for, or a new one of a row: called when there is something to save.
+    """The requested folder, or a new one of a row: called when there is something to save.
 
     So a command that is refused or stopped leaves no empty folder behind.
 
     Parameters
     ----------
     out : Path | None
-        Folder that was asked for.
+        Requested folder.
     stem : Path
         What a name of our own begins with.
 
@@ -737,20 +739,20 @@ def output_folder(
 # %% ../../nbs/engineering/39_cli.ipynb #03e10b78
 @dataclass(kw_only=True)
 class SamplingFlags:
-    """Who draws, and how.
+    """Which generator samples, and its settings.
 
     Attributes
     ----------
     generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
-        Diffusion model; transformer over codes; random latents, a floor; auto: what the run has.
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
     guidance_scale : float, default 1.0
         (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
     scale : tuple[str, ...], default ()
         (ldm) In its place, a scale for single covariates, each as name=number.
     guidance_interval : tuple[float, float], default (0.0, 1.0)
-        (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
-        (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1.
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
     steps : int, default 30
         (ldm) Denoising steps.
     sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
@@ -760,20 +762,20 @@ class SamplingFlags:
     top_k : int | None, default None
         (prior) Choose among so many codes only.
     top_p : float, default 1.0
-        (prior) Choose among the codes that hold this share of the probability.
+        (prior) Choose among the codes that hold this fraction of the probability.
     seed : int, default 0
-        Same seed, same machine: same pictures.
+        Same seed, same machine: same images.
     """
 
-    # Diffusion model; transformer over codes; random latents, a floor; auto: what the run has
+    # Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has
     generator: Literal['auto', 'ldm', 'prior', 'stage1'] = 'auto'
     # (ldm, prior) 1 follows the data, above 1 exaggerates the conditions
     guidance_scale: float = 1.0
     # (ldm) In its place, a scale for single covariates, each as name=number
     scale: tuple[str, ...] = ()
-    # (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise
+    # (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    # (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1
+    # (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1
     guidance_rescale: float = 0.0
     steps: int = 30  # (ldm) Denoising steps
     # (ldm) ddim, dpmpp: few steps; ddpm: ancestral
@@ -781,14 +783,15 @@ class SamplingFlags:
     # (prior) Below 1: bolder about probable codes; above 1: more random
     temperature: float = 1.0
     top_k: int | None = None  # (prior) Choose among so many codes only
-    top_p: float = 1.0  # (prior) Choose among the codes that hold this share of the probability
-    seed: int = 0  # Same seed, same machine: same pictures
+    # (prior) Choose among the codes that hold this fraction of the probability
+    top_p: float = 1.0
+    seed: int = 0  # Same seed, same machine: same images
 
 # %% ../../nbs/engineering/39_cli.ipynb #3e50b51b
 def pick_generator(
     run: Path,  # Run folder
     requested: str,  # 'ldm', 'prior', 'stage1', or 'auto' to leave it to the run
-) -> str:  # What shall draw
+) -> str:  # Generator to use
     """The diffusion model, or the prior of a run that has nothing else.
 
     Parameters
@@ -801,7 +804,7 @@ def pick_generator(
     Returns
     -------
     str
-        What shall draw.
+        Generator to use.
     """
     if requested != 'auto':
         return requested
@@ -851,7 +854,7 @@ def read_scales(
 def generator_options(
     command,  # A `SamplingFlags`
 ) -> dict:  # The knobs of its generator, by name
-    """Take what the generator listens to.
+    """Take the options of the generator.
 
     Parameters
     ----------
@@ -866,7 +869,7 @@ def generator_options(
     Raises
     ------
     ValueError
-        For a knob that was turned in vain.
+        For an option without effect.
     """
     default = {f.name: f.default for f in dataclasses.fields(command)}
     vain = [
@@ -891,16 +894,16 @@ def generator_options(
 
 # %% ../../nbs/engineering/39_cli.ipynb #e1cca9c3
 def sample_across_processes(
-    # Called as draw(n, first): images, or brains, first, first+1, …
+    # Called as sample(n, first): images, or brains, first, first+1, …
     sample: Callable[[int, int], Tensor],
     n: int,  # How many in all
 ) -> Tensor | None:  # All of them (n, ...) in the first process, None in the others
-    """Share a drawing among the processes of `accelerate launch`; a single process draws it all.
+    """Split sampling among the processes of `accelerate launch`; a single process samples all images.
 
     Parameters
     ----------
     sample : Callable[[int, int], Tensor]
-        Called as draw(n, first): images, or brains, first, first+1, …
+        Called as sample(n, first): images, or brains, first, first+1, …
     n : int
         How many in all.
 
@@ -912,29 +915,29 @@ def sample_across_processes(
     state = process_state()
     # the first has the first image
     start, stop = (-(-n * (state.process_index + k) // state.num_processes) for k in (0, 1))
-    # draw refuses less than 1
+    # sample refuses less than 1
     parts = gather_object([sample(stop - start, start)] if stop > start or n < 1 else [])
     return torch.cat(parts) if state.is_main_process else None
 
 # %% ../../nbs/engineering/39_cli.ipynb #1a429a01
 @dataclass
 class Sample(SamplingFlags):
-    """Draw new slices.
+    """Generate new slices.
 
     Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film.
 
     Attributes
     ----------
     generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
-        Diffusion model; transformer over codes; random latents, a floor; auto: what the run has.
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
     guidance_scale : float, default 1.0
         (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
     scale : tuple[str, ...], default ()
         (ldm) In its place, a scale for single covariates, each as name=number.
     guidance_interval : tuple[float, float], default (0.0, 1.0)
-        (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
-        (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1.
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
     steps : int, default 30
         (ldm) Denoising steps.
     sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
@@ -944,13 +947,13 @@ class Sample(SamplingFlags):
     top_k : int | None, default None
         (prior) Choose among so many codes only.
     top_p : float, default 1.0
-        (prior) Choose among the codes that hold this share of the probability.
+        (prior) Choose among the codes that hold this fraction of the probability.
     seed : int, default 0
-        Same seed, same machine: same pictures.
+        Same seed, same machine: same images.
     run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
         Run folder.
     n : int, default 8
-        Pictures.
+        Images.
     diagnosis : str | None, default None
         AD or NC, or whatever the data calls it; leave out: open.
     slice : float | None, default None
@@ -962,17 +965,17 @@ class Sample(SamplingFlags):
     condition : tuple[str, ...], default ()
         Other covariates, each as name=value.
     out : Path | None, default None
-        New folder; None: RUN/samples/drawn_000 and so on.
+        New folder; None: RUN/samples/generated_000 and so on.
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
-    n: int = 8  # Pictures
+    n: int = 8  # Images
     diagnosis: str | None = None  # AD or NC, or whatever the data calls it; leave out: open
     slice: float | None = None  # Slice number as in the training data
     age: float | None = None  # Years
     sex: str | None = None  # As written in the training data
     condition: tuple[str, ...] = ()  # Other covariates, each as name=value
-    out: Path | None = None  # New folder; None: RUN/samples/drawn_000 and so on
+    out: Path | None = None  # New folder; None: RUN/samples/generated_000 and so on
 
     def run(self) -> int:  # Exit status
         self.generator = pick_generator(self.run_folder, self.generator)
@@ -1023,7 +1026,7 @@ class Sample(SamplingFlags):
         if frames:
             save_gif([*frames, images[: len(frames[0])]], folder / 'denoising.gif')
         print(
-            f'{self.n} synthetic pictures in {folder}',
+            f'{self.n} synthetic images in {folder}',
             f'Known covariates: {describe_covariates(model.covariates) or "none"}',
             audit_summary(self.run_folder, self.generator),
             sep='\n',
@@ -1033,7 +1036,7 @@ class Sample(SamplingFlags):
 # %% ../../nbs/engineering/39_cli.ipynb #325f6257
 def conditions_of_rows(
     rows: pd.DataFrame,  # Rows of a manifest
-    covariates: tuple,  # What a model knows
+    covariates: tuple,  # Covariates of a model
     # A list of values by name; None where there is none, or one that the model has never seen
 ) -> dict:
     """What the data says of some subjects, as far as a model can understand it; what it cannot is said
@@ -1044,7 +1047,7 @@ def conditions_of_rows(
     rows : pd.DataFrame
         Rows of a manifest.
     covariates : tuple
-        What a model knows.
+        Covariates of a model.
 
     Returns
     -------
@@ -1071,14 +1074,14 @@ def conditions_of_rows(
         if lost:
             print(
                 f'Note: {c.name} of {len(lost)} row(s), such as {lost[0]}, lies outside {span}, '
-                'which this run knows: left open there.'
+                'which this run has: left open there.'
             )
     return out
 
 # %% ../../nbs/engineering/39_cli.ipynb #d65c9a9a
 @dataclass
 class Edit:
-    """Show scans under changed conditions: the same heads with another diagnosis, age or sex.
+    """Show scans under changed conditions: the same subjects with another diagnosis, age or sex.
 
     The result is as private as the scans.
 
@@ -1095,9 +1098,9 @@ class Edit:
     n : int, default 8
         Scans, spread over the split.
     strength : float, default 1.0
-        Share of the walk to undo: below 1 the coarse shape is kept.
+        Fraction of the trajectory to undo: below 1 the coarse shape is kept.
     steps : int, default 50
-        Steps of the whole walk, each way.
+        Steps of the whole trajectory, each way.
     refine : int, default 1
         Corrections of each step on the way to the noise.
     guidance_scale : float, default 1.0
@@ -1113,8 +1116,8 @@ class Edit:
     to: tuple[str, ...]  # What shall be otherwise, each as name=value: diagnosis=AD age=80
     split: Literal['train', 'validate', 'test'] = 'test'  # Whose scans
     n: int = 8  # Scans, spread over the split
-    strength: float = 1.0  # Share of the walk to undo: below 1 the coarse shape is kept
-    steps: int = 50  # Steps of the whole walk, each way
+    strength: float = 1.0  # Fraction of the trajectory to undo: below 1 the coarse shape is kept
+    steps: int = 50  # Steps of the whole trajectory, each way
     refine: int = 1  # Corrections of each step on the way to the noise
     guidance_scale: float = 1.0  # Above 1 exaggerates the change
     subjects: Path | None = None  # Table with one row a subject; None: the one of the run
@@ -1157,11 +1160,11 @@ class Edit:
         shown = torch.stack([scans, same, new, (new - same) * 2])[:, :8, 0]
         names = ['scan', 'round trip', ' '.join(self.to), 'difference x 2']
         save_figure(
-            show_grid(shown, row_labels=names, title='The same heads, one thing changed'),
+            show_grid(shown, row_labels=names, title='The same subjects, one thing changed'),
             folder / 'before_and_after.png',
         )
         print(
-            f'{len(at)} changed scans in {folder}; a picture of all steps:'
+            f'{len(at)} changed scans in {folder}; an image of all steps:'
             f' {folder/"before_and_after.png"}'
         )
         return 0
@@ -1205,7 +1208,7 @@ def describe_space(
 # %% ../../nbs/engineering/39_cli.ipynb #b47493e8
 @dataclass
 class Volume:
-    """Draw whole brains.
+    """Generate whole brains.
 
     Saved as NIfTI marked as synthetic, with a film through the slices and three cuts.
 
@@ -1228,9 +1231,9 @@ class Volume:
     guidance_scale : float, default 1.0
         1 follows the data, above 1 exaggerates the conditions.
     sampler : Literal['ddim', 'dpmpp'], default 'ddim'
-        Both walk without fresh noise.
+        Both sample without fresh noise.
     shared_noise : float | None, default None
-        In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1.
+        Instead of neighbors: correlation of the noise of neighboring slices, 0 to 1.
     voxel_mm : tuple[float, float] | None, default None
         Size of a pixel and distance of slices of the training data, mm; None: as its files say.
     spacing_mm : tuple[float, float] | None, default None
@@ -1253,8 +1256,8 @@ class Volume:
     condition: tuple[str, ...] = ()  # Other covariates, each as name=value
     steps: int = 20  # Denoising steps a slice
     guidance_scale: float = 1.0  # 1 follows the data, above 1 exaggerates the conditions
-    sampler: Literal['ddim', 'dpmpp'] = 'ddim'  # Both walk without fresh noise
-    # In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1
+    sampler: Literal['ddim', 'dpmpp'] = 'ddim'  # Both sample without fresh noise
+    # Instead of neighbors: correlation of the noise of neighboring slices, 0 to 1
     shared_noise: float | None = None
     # Size of a pixel and distance of slices of the training data, mm; None: as its files say
     voxel_mm: tuple[float, float] | None = None
@@ -1323,7 +1326,7 @@ def evaluate_folders(
     images: Path | None,  # Folder of images, if any
     out: Path | None = None,  # Folder for their scores, if any
 ) -> tuple[Path | None, Path]:  # The run, if one was given, and the data
-    """Tell RUN DATA from DATA alone.
+    """Distinguish RUN DATA from DATA alone.
 
     Parameters
     ----------
@@ -1443,26 +1446,26 @@ def evaluate_options(
 # %% ../../nbs/engineering/39_cli.ipynb #9a8c81bc
 @dataclass
 class Evaluate(SamplingFlags):
-    """Sample, judge and report: fidelity, variety, conditions, use and privacy, each beside real
+    """Sample, evaluate and report: fidelity, variety, conditions, use and privacy, each beside real
     subjects.
 
-    `evaluate RUN DATA` judges a run: it writes RUN/metrics.json, RUN/evaluation and
-    RUN/report.html. `evaluate DATA --images FOLDER` judges images of any other generator, which
+    `evaluate RUN DATA` evaluates a run: it writes RUN/metrics.json, RUN/evaluation and
+    RUN/report.html. `evaluate DATA --images FOLDER` evaluates images of any other generator, which
     FOLDER/manifest.csv lists with the conditions that they were generated for; `evaluate RUN DATA
     --images FOLDER` does so with the data settings of a run.
 
     Attributes
     ----------
     generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
-        Diffusion model; transformer over codes; random latents, a floor; auto: what the run has.
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
     guidance_scale : float, default 1.0
         (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
     scale : tuple[str, ...], default ()
         (ldm) In its place, a scale for single covariates, each as name=number.
     guidance_interval : tuple[float, float], default (0.0, 1.0)
-        (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
-        (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1.
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
     steps : int, default 30
         (ldm) Denoising steps.
     sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
@@ -1472,9 +1475,9 @@ class Evaluate(SamplingFlags):
     top_k : int | None, default None
         (prior) Choose among so many codes only.
     top_p : float, default 1.0
-        (prior) Choose among the codes that hold this share of the probability.
+        (prior) Choose among the codes that hold this fraction of the probability.
     seed : int, default 0
-        Same seed, same machine: same pictures.
+        Same seed, same machine: same images.
     folders : Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name='run-data')]
         RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on.
     images : Path | None, default None
@@ -1549,7 +1552,7 @@ class Explore:
     browser: bool = True  # Open it in the browser
 
     def run(self) -> int:  # Exit status
-        # whoever ends this process ends its server, too
+        # a signal that ends this process ends its server, too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(audit_summary(self.run_folder))
         explore(self.run_folder, self.port, self.browser)
@@ -1558,14 +1561,14 @@ class Explore:
 # %% ../../nbs/engineering/39_cli.ipynb #fac18753
 @dataclass
 class Report:
-    """Write RUN/report.html: one page with everything a run is, reached and draws.
+    """Write RUN/report.html: one page with everything a run is, reached and generates.
 
     Attributes
     ----------
     run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
         Run folder.
     steps : int, default 30
-        Denoising steps of the pictures drawn for it.
+        Denoising steps of the images generated for it.
     guidance_scale : float, default 1.0
         Strength of their conditions.
     seed : int, default 0
@@ -1573,7 +1576,7 @@ class Report:
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
-    steps: int = 30  # Denoising steps of the pictures drawn for it
+    steps: int = 30  # Denoising steps of the images generated for it
     guidance_scale: float = 1.0  # Strength of their conditions
     seed: int = 0  # Their seed
 
@@ -1609,7 +1612,7 @@ class Fetch:
 # %% ../../nbs/engineering/39_cli.ipynb #f22e2866
 @dataclass
 class Share:
-    """Pack a run for others: 16-bit weights, numbers and card, without names, paths or pictures.
+    """Pack a run for others: 16-bit weights, numbers and card, without names, paths or images.
 
     To a folder, or to the hub.
 
@@ -1620,9 +1623,9 @@ class Share:
     out : Path | None, default None
         New folder to pack into.
     repo : str | None, default None
-        user/name on the hub, in place of a folder.
+        user/name on the hub, instead of a folder.
     public : bool, default False
-        Let everybody see it there.
+        Make it public there.
     half : bool, default True
         Round weights to 16 bits.
     without_audit : str | None, default None
@@ -1632,8 +1635,8 @@ class Share:
     # Run folder, reported
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
     out: Path | None = None  # New folder to pack into
-    repo: str | None = None  # user/name on the hub, in place of a folder
-    public: bool = False  # Let everybody see it there
+    repo: str | None = None  # user/name on the hub, instead of a folder
+    public: bool = False  # Make it public there
     half: bool = True  # Round weights to 16 bits
     # Reason to share although the memorization audit has not passed; the model card shows it
     without_audit: str | None = None
@@ -1663,8 +1666,8 @@ def demo_configs(
     preset: str,  # 'tiny', 'laptop' or 'gpu'
     # The preset, with the laptop's trainings shortened to what phantoms need
 ) -> tuple[AEConfig, LDMConfig]:
-    """Phantoms are simpler than brains, and so few of them are soon learned by heart: a fraction of
-    the pictures will do.
+    """Phantoms are simpler than brains, and so few of them are soon learned by memorization: a
+    fraction of the images will do.
 
     Parameters
     ----------
@@ -1696,7 +1699,7 @@ def demo_configs(
 def sample_condition_grid(
     run: Path,  # Run folder with both stages
 ) -> Path:  # RUN/samples/grid.png
-    """Diagnosis by slice, as one picture.
+    """Diagnosis by slice, as one image.
 
     Parameters
     ----------
@@ -1722,13 +1725,13 @@ class Demo:
     out : Path, default Path('runs/demo')
         Folder for the cohort and the run.
     preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
-        Sizes; tiny takes seconds and draws badly.
+        Sizes; tiny takes seconds and generates badly.
     num_subjects : int, default 48
         Brains in the cohort.
     """
 
     out: Path = Path('runs/demo')  # Folder for the cohort and the run
-    # Sizes; tiny takes seconds and draws badly
+    # Sizes; tiny takes seconds and generates badly
     preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'
     num_subjects: int = 48  # Brains in the cohort
 
