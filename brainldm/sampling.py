@@ -10,12 +10,13 @@ __all__ = ['sample_noise', 'standard_deviation', 'guide', 'conditional_denoiser'
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
 from .engineering.checks import check_choice
 from .engineering.extending import Scheduler, use_scheduler
@@ -42,25 +43,25 @@ from brainldm.engineering.codec import (
 
 # %% ../nbs/07_sampling.ipynb #ba0fd6b5
 def sample_noise(
-    n: int,  # Pictures
+    n: int,  # Images
     shape: tuple[int, ...],  # Shape of one latent (c, h, w)
-    seed: int,  # Seed of the whole drawing, 0 or more
-    start: int = 0,  # Number of the first picture
+    seed: int,  # Seed of all images, 0 or more
+    start: int = 0,  # Number of the first image
     device: torch.device | str = 'cpu',  # Where the noise shall be
 ) -> Tensor:  # Standard normal noise (n, c, h, w)
-    """Noise for pictures start, start+1, …: picture i depends on seed and i alone, not on the size of
-    the batch.
+    """Noise for images start, start+1, …: image i depends on seed and i alone, not on the size of the
+    batch.
 
     Parameters
     ----------
     n : int
-        Pictures.
+        Images.
     shape : tuple[int, ...]
         Shape of one latent (c, h, w).
     seed : int
-        Seed of the whole drawing, 0 or more.
+        Seed of all images, 0 or more.
     start : int, default 0
-        Number of the first picture.
+        Number of the first image.
     device : torch.device | str, default 'cpu'
         Where the noise shall be.
 
@@ -96,22 +97,23 @@ def standard_deviation(
 # %% ../nbs/07_sampling.ipynb #8a4105ed
 def guide(
     unet: Callable,  # Called as unet(xt, t, cond, drop)
-    cond: dict[str, Tensor],  # Encoded conditions that the network knows, each (b,)
+    cond: dict[str, Tensor],  # Encoded conditions of the network, each (b,)
     names: list[str],  # Covariates of the network, one a token
     # 1: as the data say; 0: unconditional; above 1: exaggerate. Or one a covariate
     guidance_scale: float | dict[str, float] = 1.0,
     # Timesteps t at which to guide: from (included) and to (not)
     interval: tuple[float, float] = (0.0, math.inf),
-    rescale: float = 0.0,  # Share of the way to the spread of the conditional answer, 0 to 1
+    # Fraction of the way to the standard deviation of the conditional answer, 0 to 1
+    rescale: float = 0.0,
 ) -> Callable:  # A function (xt, t) -> prediction, for `denoise`
-    """Push the answer away from what the network would say knowing less.
+    """Classifier-free guidance: extrapolate from the unconditional through the conditional prediction.
 
     Parameters
     ----------
     unet : Callable
         Called as unet(xt, t, cond, drop).
     cond : dict[str, Tensor]
-        Encoded conditions that the network knows, each (b,).
+        Encoded conditions of the network, each (b,).
     names : list[str]
         Covariates of the network, one a token.
     guidance_scale : float | dict[str, float], default 1.0
@@ -119,7 +121,7 @@ def guide(
     interval : tuple[float, float], default (0.0, math.inf)
         Timesteps t at which to guide: from (included) and to (not).
     rescale : float, default 0.0
-        Share of the way to the spread of the conditional answer, 0 to 1.
+        Fraction of the way to the standard deviation of the conditional answer, 0 to 1.
 
     Returns
     -------
@@ -325,14 +327,14 @@ def sample_batch(
 
 # %% ../nbs/07_sampling.ipynb #b69e8eb3
 class Sampler(Codec):
-    """A codec with a denoiser: draws new pictures under the conditions asked for.
+    """A codec with a denoiser: samples new images under the requested conditions.
 
     Parameters
     ----------
     autoencoder : nn.Module
         Trained autoencoder.
     size : int
-        Side of its pictures, pixels.
+        Side of its images, pixels.
     unet : UNet | None, default None
         Trained denoiser; None: reconstruct only.
     schedule : NoiseSchedule | None, default None
@@ -344,7 +346,7 @@ class Sampler(Codec):
     precision : str, default 'no'
         Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
     slice_covariate : Covariate | None, default None
-        The covariate 'slice' of the data, by which random codes are drawn.
+        The covariate 'slice' of the data, by which random codes are sampled.
 
     Attributes
     ----------
@@ -355,14 +357,14 @@ class Sampler(Codec):
     def __init__(
         self,
         autoencoder: nn.Module,  # Trained autoencoder
-        size: int,  # Side of its pictures, pixels
+        size: int,  # Side of its images, pixels
         unet: UNet | None = None,  # Trained denoiser; None: reconstruct only
         schedule: NoiseSchedule | None = None,  # The chain that the denoiser was trained on
         # Mean of each latent channel over the train slices (1, c, 1, 1)
         latent_mean: Tensor | None = None,
         latent_std: Tensor | None = None,  # Standard deviation, same shape
         precision: str = 'no',  # Mixed precision to compute in: 'no', 'bf16' or 'fp16'
-        # The covariate 'slice' of the data, by which random codes are drawn
+        # The covariate 'slice' of the data, by which random codes are sampled
         slice_covariate: Covariate | None = None,
     ):
         super().__init__(autoencoder, size, precision, slice_covariate)
@@ -373,7 +375,7 @@ class Sampler(Codec):
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
-        """What `sample` can be asked for: the denoiser's covariates, then those that only the
+        """What `sample` can be conditioned on: the denoiser's covariates, then those that only the
         autoencoder knows.
 
         Returns
@@ -385,7 +387,7 @@ class Sampler(Codec):
 
     def sample(
         self,
-        n: int = 1,  # Pictures to draw
+        n: int = 1,  # Images to sample
         diagnosis: str | list[str] | None = None,  # One for all or one each; None leaves it open
         slice: float | list[float] | None = None,  # Slice number, as in the training data
         age: float | list[float] | None = None,  # Years
@@ -393,16 +395,16 @@ class Sampler(Codec):
         steps: int = 30,  # Network calls, 1 to T
         # 1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate
         guidance_scale: float | dict[str, float] = 1.0,
-        # Part of the chain to guide in: shares of T, 0 clean, 1 noise
+        # Part of the chain to guide in: fractions of T, 0 clean, 1 noise
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        # Share of the way back to the contrast of the unguided answer, 0 to 1
+        # Fraction of the way back to the contrast of the unguided answer, 0 to 1
         guidance_rescale: float = 0.0,
-        seed: int = 0,  # Same seed, same machine: same pictures
+        seed: int = 0,  # Same seed, same machine: same images
         # 'ddim', 'ddpm' or 'dpmpp', or a `Scheduler` as of diffusers, made for this schedule
         sampler: str | Scheduler = 'ddim',
         eta: float = 0.0,  # Fresh noise in 'ddim', 0 to 1
-        batch_size: int = 32,  # Pictures at a time
-        first: int = 0,  # Number of the first picture: a long drawing may be made in parts
+        batch_size: int = 32,  # Images at a time
+        first: int = 0,  # Number of the first image: a long sampling run may be split
         progress: bool = False,  # Show a bar
         # Called in each batch as callback(i, t, images) with the images expected at step i; False:
         # stop here, and take them
@@ -417,15 +419,15 @@ class Sampler(Codec):
         device: torch.device | str | None = 'cpu',  # Of the answer; None: the model's
         dtype: torch.dtype = torch.float32,  # Of the answer
         gradient: bool = False,  # Keep the graph of all steps: gradients reach `noise`
-        **others,  # Any other covariate that the run knows, by name
+        **others: Any,  # Any other covariate that the run knows, by name
         # New images (n, 1, size, size) in [-1, 1], or latents (n, c, h, w)
     ) -> Tensor:
-        """Draw pictures with the conditions asked for; what is not named is left open.
+        """Sample images with the conditions asked for; what is not named is left open.
 
         Parameters
         ----------
         n : int, default 1
-            Pictures to draw.
+            Images to sample.
         diagnosis : str | list[str] | None, default None
             One for all or one each; None leaves it open.
         slice : float | list[float] | None, default None
@@ -439,19 +441,19 @@ class Sampler(Codec):
         guidance_scale : float | dict[str, float], default 1.0
             1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate.
         guidance_interval : tuple[float, float], default (0.0, 1.0)
-            Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+            Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
         guidance_rescale : float, default 0.0
-            Share of the way back to the contrast of the unguided answer, 0 to 1.
+            Fraction of the way back to the contrast of the unguided answer, 0 to 1.
         seed : int, default 0
-            Same seed, same machine: same pictures.
+            Same seed, same machine: same images.
         sampler : str | Scheduler, default 'ddim'
             'ddim', 'ddpm' or 'dpmpp', or a `Scheduler` as of diffusers, made for this schedule.
         eta : float, default 0.0
             Fresh noise in 'ddim', 0 to 1.
         batch_size : int, default 32
-            Pictures at a time.
+            Images at a time.
         first : int, default 0
-            Number of the first picture: a long drawing may be made in parts.
+            Number of the first image: a long sampling run may be split.
         progress : bool, default False
             Show a bar.
         callback : Callable | None, default None
@@ -472,7 +474,7 @@ class Sampler(Codec):
             Of the answer.
         gradient : bool, default False
             Keep the graph of all steps: gradients reach `noise`.
-        **others
+        **others : Any
             Any other covariate that the run knows, by name.
 
         Returns
@@ -542,26 +544,28 @@ class Sampler(Codec):
 
     def image_to_image(
         self,
-        images: Tensor,  # Pictures to start from (n, 1, size, size) in [-1, 1]
-        # Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left
+        images: Tensor,  # Images to start from (n, 1, size, size) in [-1, 1]
+        # Fraction of the trajectory to do: near 0 they stay as they are, at 1 nothing of them is
+        # left
         strength: float = 0.6,
-        steps: int = 30,  # Steps of the whole walk; strength*steps network calls
+        steps: int = 30,  # Steps of the whole trajectory; strength*steps network calls
         guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`
         seed: int = 0,  # Of the noise that is added
         sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
-        batch_size: int = 32,  # Pictures at a time
-        **conditions,  # What the new pictures shall be: diagnosis, slice, age, sex, …
-    ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-        """Draw the pictures anew from half-noise.
+        batch_size: int = 32,  # Images at a time
+        **conditions: Any,  # What the new images shall be: diagnosis, slice, age, sex, …
+    ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
+        """Generate the images anew from partly noised latents.
 
         Parameters
         ----------
         images : Tensor
-            Pictures to start from (n, 1, size, size) in [-1, 1].
+            Images to start from (n, 1, size, size) in [-1, 1].
         strength : float, default 0.6
-            Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left.
+            Fraction of the trajectory to do: near 0 they stay as they are, at 1 nothing of them is
+            left.
         steps : int, default 30
-            Steps of the whole walk; strength*steps network calls.
+            Steps of the whole trajectory; strength*steps network calls.
         guidance_scale : float | dict[str, float], default 1.0
             As in `sample`.
         seed : int, default 0
@@ -569,14 +573,14 @@ class Sampler(Codec):
         sampler : str, default 'ddim'
             'ddim', 'ddpm' or 'dpmpp'.
         batch_size : int, default 32
-            Pictures at a time.
-        **conditions
-            What the new pictures shall be: diagnosis, slice, age, sex, …
+            Images at a time.
+        **conditions : Any
+            What the new images shall be: diagnosis, slice, age, sex, …
 
         Returns
         -------
         Tensor
-            New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+            New images (n, 1, size, size) in [-1, 1], on the CPU.
 
         Raises
         ------
@@ -615,41 +619,42 @@ class Sampler(Codec):
 
     def counterfactual(
         self,
-        images: Tensor,  # Pictures to edit (n, 1, size, size) in [-1, 1]
+        images: Tensor,  # Images to edit (n, 1, size, size) in [-1, 1]
         # What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is
         # the
         # round trip
         to: dict,
-        # What is known of the pictures, in the same form; stays as it is where `to` says nothing
+        # What is known of the images, in the same form; stays as it is where `to` says nothing
         given: dict | None = None,
-        strength: float = 1.0,  # Share of the walk to undo: below 1 the coarse shape is kept
-        steps: int = 50,  # Steps of the whole walk, each way
+        # Fraction of the trajectory to undo: below 1 the coarse shape is kept
+        strength: float = 1.0,
+        steps: int = 50,  # Steps of the whole trajectory, each way
         guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`, on the way back
         refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
-        batch_size: int = 32,  # Pictures at a time
+        batch_size: int = 32,  # Images at a time
         # The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU
     ) -> Tensor:
-        """Walk to the noise of each picture, then back under changed conditions.
+        """Invert each image to its noise, then sample under changed conditions.
 
         Parameters
         ----------
         images : Tensor
-            Pictures to edit (n, 1, size, size) in [-1, 1].
+            Images to edit (n, 1, size, size) in [-1, 1].
         to : dict
             What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is
             the round trip.
         given : dict | None, default None
-            What is known of the pictures, in the same form; stays as it is where `to` says nothing.
+            What is known of the images, in the same form; stays as it is where `to` says nothing.
         strength : float, default 1.0
-            Share of the walk to undo: below 1 the coarse shape is kept.
+            Fraction of the trajectory to undo: below 1 the coarse shape is kept.
         steps : int, default 50
-            Steps of the whole walk, each way.
+            Steps of the whole trajectory, each way.
         guidance_scale : float | dict[str, float], default 1.0
             As in `sample`, on the way back.
         refine : int, default 1
             Corrections of each step on the way to the noise, see `invert`.
         batch_size : int, default 32
-            Pictures at a time.
+            Images at a time.
 
         Returns
         -------
@@ -680,14 +685,14 @@ class Sampler(Codec):
 
     def interpolate(
         self,
-        a: Tensor,  # One picture (1, 1, size, size) in [-1, 1]
+        a: Tensor,  # One image (1, 1, size, size) in [-1, 1]
         b: Tensor,  # Another
-        n: int = 8,  # Pictures, both ends included; 2 or more
+        n: int = 8,  # Images, both ends included; 2 or more
         given: dict | None = None,  # What is known of them: a value, or two, by covariate name
-        steps: int = 50,  # Steps of the walk, each way
+        steps: int = 50,  # Steps of the trajectory, each way
         refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
-        batch_size: int = 32,  # Pictures at a time
-        # Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
+        batch_size: int = 32,  # Images at a time
+        # Images from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
         # CPU
     ) -> Tensor:
         """Brains between two brains: a great circle between their noises.
@@ -695,24 +700,24 @@ class Sampler(Codec):
         Parameters
         ----------
         a : Tensor
-            One picture (1, 1, size, size) in [-1, 1].
+            One image (1, 1, size, size) in [-1, 1].
         b : Tensor
             Another.
         n : int, default 8
-            Pictures, both ends included; 2 or more.
+            Images, both ends included; 2 or more.
         given : dict | None, default None
             What is known of them: a value, or two, by covariate name.
         steps : int, default 50
-            Steps of the walk, each way.
+            Steps of the trajectory, each way.
         refine : int, default 1
             Corrections of each step on the way to the noise, see `invert`.
         batch_size : int, default 32
-            Pictures at a time.
+            Images at a time.
 
         Returns
         -------
         Tensor
-            Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
+            Images from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
             CPU.
 
         Raises
@@ -723,7 +728,7 @@ class Sampler(Codec):
         check_sample_counts(n, 0, batch_size)
         if [check_images('interpolate', o, self.size) for o in (a, b)] != [1, 1] or n < 2:
             raise ValueError(
-                f"interpolate: {len(a)} and {len(b)} pictures, n={n}. Expected one and one, and n"
+                f"interpolate: {len(a)} and {len(b)} images, n={n}. Expected one and one, and n"
                 " of 2 or more. Try a[:1], b[:1]."
             )
         options = dict(steps=steps, start=0, refine=refine)
@@ -772,29 +777,48 @@ class Sampler(Codec):
 
     def encode_standard(
         self,
-        images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
+        images: Tensor,  # Images (b, 1, size, size) in [-1, 1]
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
-    ) -> Tensor:  # Standardised latents (b, c, h, w), as the denoiser knows them
-        """Encode, then standardise.
+    ) -> Tensor:  # Standardised latents (b, c, h, w), as the denoiser takes them
+        """Encode, then standardize.
 
         Parameters
         ----------
         images : Tensor
-            Pictures (b, 1, size, size) in [-1, 1].
+            Images (b, 1, size, size) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional autoencoder.
 
         Returns
         -------
         Tensor
-            Standardised latents (b, c, h, w), as the denoiser knows them.
+            Standardised latents (b, c, h, w), as the denoiser takes them.
         """
         return (self.encode(images, cond) - self.latent_mean) / self.latent_std
 
 # %% ../nbs/07_sampling.ipynb #310e18a0
 class BrainLDM(Sampler):
-    """A trained run, ready to use: encode, decode and reconstruct pictures, and sample new ones.
+    """A trained run, ready to use: encode, decode and reconstruct images, and sample new ones.
+
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its images, pixels.
+    unet : UNet | None, default None
+        Trained denoiser; None: reconstruct only.
+    schedule : NoiseSchedule | None, default None
+        The chain that the denoiser was trained on.
+    latent_mean : Tensor | None, default None
+        Mean of each latent channel over the train slices (1, c, 1, 1).
+    latent_std : Tensor | None, default None
+        Standard deviation, same shape.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are sampled.
 
     Attributes
     ----------
@@ -809,7 +833,7 @@ class BrainLDM(Sampler):
         device: str | None = None,  # Where to compute; None: a GPU if there is one
         precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
         weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
-    ) -> 'BrainLDM':  # Ready to use
+    ) -> Self:  # Ready to use
         """Load a run.
 
         Parameters
@@ -825,7 +849,7 @@ class BrainLDM(Sampler):
 
         Returns
         -------
-        BrainLDM
+        Self
             Ready to use.
 
         Raises
@@ -835,20 +859,21 @@ class BrainLDM(Sampler):
         ValueError
             On files that do not fit.
         """
-        device, _ = pick_device(device), read_config(run)
+        place = pick_device(device)
+        read_config(run)  # refuses what is no run folder
         autoencoder, about = load_autoencoder(run)
         trained = (Path(run) / 'ldm.safetensors').is_file()
         if trained:
             check_trained_on(Path(run) / 'ldm.safetensors', autoencoder=autoencoder)
         parts = load_denoiser(run, autoencoder.latent_channels, weights) if trained else {}
-        parts = {k: v if k == 'schedule' else v.to(device) for k, v in parts.items()}
+        parts = {k: v if k == 'schedule' else v.to(place) for k, v in parts.items()}
         slice_covariate = (
             Covariate(**about['slice_covariate']) if about.get('slice_covariate') else None
         )
         model = cls(
-            autoencoder.to(device),
+            autoencoder.to(place),
             about['size'],
-            precision=pick_precision(precision, device),
+            precision=pick_precision(precision, place),
             slice_covariate=slice_covariate,
             **parts
         )
@@ -857,17 +882,17 @@ class BrainLDM(Sampler):
 
 # %% ../nbs/07_sampling.ipynb #d0153beb
 def skipped_steps(
-    steps: int,  # Steps of the whole walk
-    strength: float,  # Share of it to do, above 0 to 1
+    steps: int,  # Steps of the whole trajectory
+    strength: float,  # Fraction of it to do, above 0 to 1
 ) -> int:  # Steps to leave out at the noisy end, as diffusers counts them
-    """Where a walk of some strength starts.
+    """Step at which a trajectory of some strength starts.
 
     Parameters
     ----------
     steps : int
-        Steps of the whole walk.
+        Steps of the whole trajectory.
     strength : float
-        Share of it to do, above 0 to 1.
+        Fraction of it to do, above 0 to 1.
 
     Returns
     -------
@@ -889,21 +914,21 @@ def skipped_steps(
 # %% ../nbs/07_sampling.ipynb #f6d96590
 def find_noise(
     model: 'Sampler',  # Codec with a denoiser
-    images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
+    images: Tensor,  # Images (b, 1, size, size) in [-1, 1]
     # Encoded conditions, what is known of them, each (b,), on the model's device
     cond: dict[str, Tensor],
     options: dict,  # steps, start, refine
     # Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the
-    # pictures
+    # images
 ) -> Tensor:
-    """Encode the pictures and read the walk backwards, without guidance.
+    """Encode the images and invert the trajectory, without guidance.
 
     Parameters
     ----------
     model : Sampler
         Codec with a denoiser.
     images : Tensor
-        Pictures (b, 1, size, size) in [-1, 1].
+        Images (b, 1, size, size) in [-1, 1].
     cond : dict[str, Tensor]
         Encoded conditions, what is known of them, each (b,), on the model's device.
     options : dict
@@ -912,8 +937,7 @@ def find_noise(
     Returns
     -------
     Tensor
-        Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the
-        pictures.
+        Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the images.
 
     References
     ----------
@@ -934,7 +958,7 @@ def find_noise(
 def slerp(
     a: Tensor,  # One point (c, h, w)
     b: Tensor,  # Another
-    u: Tensor,  # Shares of the way from a to b (n,)
+    u: Tensor,  # Fraction of the way from a to b (n,)
 ) -> Tensor:  # Points on the great circle between them (n, c, h, w)
     """Spherical interpolation.
 
@@ -945,7 +969,7 @@ def slerp(
     b : Tensor
         Another.
     u : Tensor
-        Shares of the way from a to b (n,).
+        Fraction of the way from a to b (n,).
 
     Returns
     -------

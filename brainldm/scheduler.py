@@ -108,7 +108,7 @@ def cosine_betas(
 def flow_betas(
     num_train_timesteps: int,  # Steps T of the chain
 ) -> Tensor:  # Noise variances (T,), float64, none above 0.999
-    """Variances that lead from picture to noise on a straight line, once its length is divided out.
+    """Variances that lead from image to noise on a straight line, once its length is divided out.
 
     Parameters
     ----------
@@ -189,14 +189,13 @@ def check_schedule(
         raise ValueError(
             "NoiseSchedule: prediction_type='epsilon' with zero_terminal_snr=True. Expected"
             " 'v_prediction' or 'sample': the last step holds noise only, so naming its noise says"
-            " nothing of the picture. Try prediction_type='v_prediction', or"
-            " zero_terminal_snr=False."
+            " nothing of the image. Try prediction_type='v_prediction', or zero_terminal_snr=False."
         )
 
 # %% ../nbs/04_scheduler.ipynb #f3f79e7e
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much noise each of T steps carries, and what the network is asked.
+    """How much noise each of T steps carries, and what the network predicts.
 
     Raises as `check_schedule` does.
 
@@ -249,7 +248,7 @@ class NoiseSchedule:
 
     @cached_property
     def abar(self) -> Tensor:  # Signal variances (T,), float64, decreasing
-        """Share of the signal's variance left after each step.
+        """Fraction of the signal's variance left after each step.
 
         Returns
         -------
@@ -300,8 +299,7 @@ def at_timesteps(
     """
     if not x.is_floating_point():
         raise TypeError(
-            f"at_timesteps: a batch of {x.dtype}. Expected floating point. Scale the pictures"
-            " first."
+            f"at_timesteps: a batch of {x.dtype}. Expected floating point. Scale the images first."
         )
     if isinstance(t, int):
         if not 0 <= t < len(values):
@@ -396,7 +394,7 @@ def to_x0_eps(
     prediction_type: str,  # 'epsilon', 'v_prediction' or 'sample'
     # Estimates of the clean latents and of the noise, in the dtype of `xt`
 ) -> tuple[Tensor, Tensor]:
-    """The picture and the noise that `pred` implies.
+    """The image and the noise that `pred` implies.
 
     Parameters
     ----------
@@ -543,7 +541,7 @@ def ddpm_step(
     schedule: NoiseSchedule,  # The chain and its prediction type
     noise: Tensor,  # Fresh standard normal noise, same shape
 ) -> Tensor:  # Latents at `t_prev`
-    """Draw from the posterior of x_prev given xt and the estimated x0.
+    """Sample from the posterior of x_prev given xt and the estimated x0.
 
     Parameters
     ----------
@@ -654,7 +652,7 @@ def ddim_step(
     t: int,  # Timestep of `xt`
     t_prev: int,  # Timestep to go to; -1 is clean data
     schedule: NoiseSchedule,  # The chain and its prediction type
-    eta: float = 0.0,  # Share of fresh noise: 0 none, 1 as much as `ddpm_step`
+    eta: float = 0.0,  # Fraction of fresh noise: 0 none, 1 as much as `ddpm_step`
     noise: (
         Tensor | None
     ) = None,  # Fresh standard normal noise, same shape; needed if `eta` is not 0
@@ -674,7 +672,7 @@ def ddim_step(
     schedule : NoiseSchedule
         The chain and its prediction type.
     eta : float, default 0.0
-        Share of fresh noise: 0 none, 1 as much as `ddpm_step`.
+        Fraction of fresh noise: 0 none, 1 as much as `ddpm_step`.
     noise : Tensor | None, default None
         Fresh standard normal noise, same shape; needed if `eta` is not 0.
 
