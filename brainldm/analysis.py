@@ -309,7 +309,7 @@ def plot_embedding(
 # %% ../nbs/08_analysis.ipynb #8fb94e43
 def bottleneck_features(
     unet: UNet,  # Trained denoiser
-    latents: Tensor,  # Standardised latents (n, c, h, w)
+    latents: Tensor,  # Standardized latents (n, c, h, w)
     schedule: NoiseSchedule,  # The chain that it was trained on
     t: int,  # Timestep, whose noise is added
     cond: dict[str, Tensor] | None = None,  # Conditions, each (n,); None: nothing
@@ -324,7 +324,7 @@ def bottleneck_features(
     unet : UNet
         Trained denoiser.
     latents : Tensor
-        Standardised latents (n, c, h, w).
+        Standardized latents (n, c, h, w).
     schedule : NoiseSchedule
         The chain that it was trained on.
     t : int

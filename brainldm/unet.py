@@ -529,8 +529,8 @@ class UNetUp(nn.Module):
 
 # %% ../nbs/05_unet.ipynb #8d7954c3
 class UNet(nn.Module):
-    """A network that sees noised latents, the time and named covariates, and says what the schedule
-    asks of it.
+    """A network that receives noised latents, the time and named covariates, and predicts what the
+    schedule defines.
 
     Parameters
     ----------

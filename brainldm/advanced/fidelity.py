@@ -347,7 +347,7 @@ def image_features(
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #7f20dbd4
 def train_feature_net(
-    # Slices of train subjects; or generated ones in their place, as in `utility_scores`
+    # Slices of train subjects; or generated ones instead, as in `utility_scores`
     train: SliceDataset,
     config: TrainConfig = FEATURES,  # Length, rates, seed
     channels: tuple[int, ...] = (64, 96, 128),  # As in `FeatureNet`
@@ -358,7 +358,7 @@ def train_feature_net(
     Parameters
     ----------
     train : SliceDataset
-        Slices of train subjects; or generated ones in their place, as in `utility_scores`.
+        Slices of train subjects; or generated ones instead, as in `utility_scores`.
     config : TrainConfig, default FEATURES
         Length, rates, seed.
     channels : tuple[int, ...], default (64, 96, 128)

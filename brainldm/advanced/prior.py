@@ -1662,8 +1662,8 @@ class CodeSampler(Codec):
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
-        """What `sample` can be conditioned on: the prior's covariates, then those that only the
-        autoencoder knows.
+        """What `sample` can be conditioned on: the prior's covariates, then those of the autoencoder
+        alone.
 
         Returns
         -------

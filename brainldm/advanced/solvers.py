@@ -75,7 +75,7 @@ SOLVERS = {
     'ddim': 'ddim',
     'ddpm': 'ddpm',
     'dpmpp': dpmpp_2m_step,
-}  # What `denoise` takes as `sampler`, by the name that command line and `sample` know
+}  # What `denoise` takes as `sampler`, by the name that command line and `sample` use
 
 # %% ../../nbs/advanced/10_solvers.ipynb #82b124e8
 @torch.no_grad()

@@ -554,14 +554,14 @@ class NeighborDataset(torch.utils.data.Dataset):
     Parameters
     ----------
     slices : LatentDataset
-        Standardised latents with their conditions.
+        Standardized latents with their conditions.
     neighbors : np.ndarray
         As from `find_neighbors`.
     """
 
     def __init__(
         self,
-        slices: LatentDataset,  # Standardised latents with their conditions
+        slices: LatentDataset,  # Standardized latents with their conditions
         neighbors: np.ndarray,  # As from `find_neighbors`
     ):
         self.slices, self.neighbours = slices, torch.from_numpy(neighbors)
@@ -756,7 +756,7 @@ def volume_loss(
 # %% ../../nbs/advanced/11_volume.ipynb #b6ace459
 def generation_order(
     depth: int,  # Slices of a brain
-    given: tuple[int, ...] = (),  # Places that are known already
+    given: tuple[int, ...] = (),  # Positions that are given
 ) -> list[list[int]]:  # Rounds: the slice positions to sample together
     """From what is known to what lies next to it, round after round; with nothing known, from the
     middle outwards.
@@ -766,7 +766,7 @@ def generation_order(
     depth : int
         Slices of a brain.
     given : tuple[int, ...], default ()
-        Places that are known already.
+        Positions that are given.
 
     Returns
     -------
@@ -782,17 +782,17 @@ def generation_order(
 # %% ../../nbs/advanced/11_volume.ipynb #e3ab29bd
 def neighbors_of(
     z: Tensor,  # Clean latents so far (n, depth, c, h, w)
-    generated: list[bool],  # Which places hold one
+    generated: list[bool],  # Which positions hold one
     places: list[int],  # Slice positions to sample now
 ) -> Tensor:  # As from `stack_neighbors`, brain after brain (n*len(places), 2*(c+1), h, w)
-    """What lies next to some places of each brain.
+    """The neighbors of some slice positions of each brain.
 
     Parameters
     ----------
     z : Tensor
         Clean latents so far (n, depth, c, h, w).
     generated : list[bool]
-        Which places hold one.
+        Which positions hold one.
     places : list[int]
         Slice positions to sample now.
 
@@ -812,7 +812,7 @@ def sample_brains(
     noise: Tensor,  # Standard normal noise (n, depth, c, h, w)
     cond: dict[str, Tensor],  # Encoded conditions, each (n*depth,), brain after brain
     options: dict,  # steps, sampler, guidance_scale
-    given: dict[int, Tensor],  # Clean latents (n, c, h, w) of places that are known already
+    given: dict[int, Tensor],  # Clean latents (n, c, h, w) of positions that are given
     tick: Callable = lambda n: None,  # Called with the number of slices after each network call
 ) -> Tensor:  # Clean latents (n, depth, c, h, w)
     """Denoise slice after slice, each conditioned on its neighbors.
@@ -828,7 +828,7 @@ def sample_brains(
     options : dict
         steps, sampler, guidance_scale.
     given : dict[int, Tensor]
-        Clean latents (n, c, h, w) of places that are known already.
+        Clean latents (n, c, h, w) of positions that are given.
     tick : Callable, default lambda n: None
         Called with the number of slices after each network call.
 
@@ -872,7 +872,7 @@ def encode_given(
     slices: list[float],  # Slice numbers of the stack
     cond: dict[str, Tensor],  # Encoded conditions, each (n*depth,), brain after brain
     n: int,  # Brains
-) -> dict[int, Tensor]:  # Standardised latents (n, c, h, w) by place in the stack
+) -> dict[int, Tensor]:  # Standardized latents (n, c, h, w) by place in the stack
     """Turn slices that exist into latents.
 
     Parameters
@@ -891,7 +891,7 @@ def encode_given(
     Returns
     -------
     dict[int, Tensor]
-        Standardised latents (n, c, h, w) by place in the stack.
+        Standardized latents (n, c, h, w) by place in the stack.
 
     Raises
     ------

@@ -748,7 +748,7 @@ class SamplingFlags:
     guidance_scale : float, default 1.0
         (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
     scale : tuple[str, ...], default ()
-        (ldm) In its place, a scale for single covariates, each as name=number.
+        (ldm) Instead, a scale for single covariates, each as name=number.
     guidance_interval : tuple[float, float], default (0.0, 1.0)
         (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
@@ -771,7 +771,7 @@ class SamplingFlags:
     generator: Literal['auto', 'ldm', 'prior', 'stage1'] = 'auto'
     # (ldm, prior) 1 follows the data, above 1 exaggerates the conditions
     guidance_scale: float = 1.0
-    # (ldm) In its place, a scale for single covariates, each as name=number
+    # (ldm) Instead, a scale for single covariates, each as name=number
     scale: tuple[str, ...] = ()
     # (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -933,7 +933,7 @@ class Sample(SamplingFlags):
     guidance_scale : float, default 1.0
         (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
     scale : tuple[str, ...], default ()
-        (ldm) In its place, a scale for single covariates, each as name=number.
+        (ldm) Instead, a scale for single covariates, each as name=number.
     guidance_interval : tuple[float, float], default (0.0, 1.0)
         (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
@@ -1401,8 +1401,8 @@ def evaluate_config(
     vain = [o for o in turned if o != 'subjects']
     if vain:
         raise ValueError(
-            f"evaluate: --{vain[0].replace('_', '-')} does nothing with a run, which knows how its"
-            " data were read. Expected only --subjects. Leave it out."
+            f"evaluate: --{vain[0].replace('_', '-')} does nothing with a run, which records how"
+            " its data were read. Expected only --subjects. Leave it out."
         )
     return data_config(run, given.subjects)
 
@@ -1461,7 +1461,7 @@ class Evaluate(SamplingFlags):
     guidance_scale : float, default 1.0
         (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
     scale : tuple[str, ...], default ()
-        (ldm) In its place, a scale for single covariates, each as name=number.
+        (ldm) Instead, a scale for single covariates, each as name=number.
     guidance_interval : tuple[float, float], default (0.0, 1.0)
         (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
@@ -1533,8 +1533,8 @@ class Evaluate(SamplingFlags):
 # %% ../../nbs/engineering/39_cli.ipynb #68cb6d78
 @dataclass
 class Explore:
-    """Open a web page on this machine with sliders: ask a run for a brain, and walk from one brain to
-    another. Ctrl-C ends it.
+    """Open a web page on this machine with sliders: sample a brain, and interpolate between two
+    brains. Ctrl-C ends it.
 
     Attributes
     ----------

@@ -526,7 +526,7 @@ class Explorer(widgets.Box):
         self.note.value = 'generating …'
         try:
             self.frames = self.render(**self.state)
-        except Exception as e:  # the caller is the page: tell it
+        except Exception as e:  # the caller is the page: show it there
             self.note.value = (
                 f'<div class="message" role="alert">{html.escape(str(e) or type(e).__name__)}</div>'
             )

@@ -96,7 +96,7 @@ def variants(job: Ablation) -> dict[str, LDMConfig]:
         "rectified flow": replace(
             alike, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")
         ),
-        "every step alike": alike,
+        "every step equally": alike,
         "min-SNR 5": replace(base, snr_offset=0.0),
         "short EMA": replace(base, ema_images=100),
         "batch x 4": replace(
