@@ -375,8 +375,8 @@ class Sampler(Codec):
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
-        """What `sample` can be conditioned on: the denoiser's covariates, then those that only the
-        autoencoder knows.
+        """What `sample` can be conditioned on: the denoiser's covariates, then those of the
+        autoencoder alone.
 
         Returns
         -------
@@ -780,7 +780,7 @@ class Sampler(Codec):
         images: Tensor,  # Images (b, 1, size, size) in [-1, 1]
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
-    ) -> Tensor:  # Standardised latents (b, c, h, w), as the denoiser takes them
+    ) -> Tensor:  # Standardized latents (b, c, h, w), as the denoiser takes them
         """Encode, then standardize.
 
         Parameters
@@ -793,7 +793,7 @@ class Sampler(Codec):
         Returns
         -------
         Tensor
-            Standardised latents (b, c, h, w), as the denoiser takes them.
+            Standardized latents (b, c, h, w), as the denoiser takes them.
         """
         return (self.encode(images, cond) - self.latent_mean) / self.latent_std
 
@@ -918,7 +918,7 @@ def find_noise(
     # Encoded conditions, what is known of them, each (b,), on the model's device
     cond: dict[str, Tensor],
     options: dict,  # steps, start, refine
-    # Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the
+    # Latents at the noise of step `start` (b, c, h, w), from which DDIM leads back to the
     # images
 ) -> Tensor:
     """Encode the images and invert the trajectory, without guidance.
@@ -937,7 +937,7 @@ def find_noise(
     Returns
     -------
     Tensor
-        Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the images.
+        Latents at the noise of step `start` (b, c, h, w), from which DDIM leads back to the images.
 
     References
     ----------

@@ -22,7 +22,7 @@ from .engineering.checks import check_choice
 PREDICTION_TYPES = 'epsilon', 'v_prediction', 'sample'
 BETA_SCHEDULES = 'linear', 'scaled_linear', 'cosine', 'flow'
 SPACINGS = 'trailing', 'leading', 'linspace'
-SAMPLERS = 'ddim', 'ddpm'  # Steps that `denoise` knows by name; any other step is a function
+SAMPLERS = 'ddim', 'ddpm'  # Steps that `denoise` takes by name; any other step is a function
 
 # %% ../nbs/04_scheduler.ipynb #180f283d
 def linear_betas(
@@ -618,8 +618,8 @@ def flow_weight(
     t: Tensor,  # Timesteps (b,), int64
     abar: Tensor,  # Signal variance left at each step (T,)
 ) -> Tensor:  # Weights (b,), float32, 1 to 2
-    """Weight for the squared error of `v_prediction` that makes it the error of a straight road's
-    speed.
+    """Weight for the squared error of `v_prediction` that makes it the error of a straight path's
+    velocity.
 
     Parameters
     ----------
@@ -835,7 +835,7 @@ def denoise(
     start: int = 0,  # Steps to leave out at the noisy end
     gradient: bool = False,  # Keep the graph of all steps
 ) -> Tensor:  # Samples (b, c, *s), never clipped
-    """Go from noise to data: ask the network, take a step, repeat.
+    """Run the reverse process from noise to data, one network call a step.
 
     Parameters
     ----------

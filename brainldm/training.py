@@ -191,7 +191,7 @@ class AEConfig(TrainConfig):
     adversarial_loss : Literal['nonsaturating', 'hinge'], default 'nonsaturating'
         Loss of the discriminator.
     discriminator_warmup : int, default 2000
-        Images from which the discriminator alone learns, before its verdict counts.
+        Images from which the discriminator alone learns, before the generator loss counts.
     discriminator_learning_rate : float, default 0.0005
         Highest learning rate of the discriminator.
     discriminator_channels : tuple[int, ...], default (32, 64, 128)
@@ -237,7 +237,7 @@ class AEConfig(TrainConfig):
     adversarial_max_weight: float = 0.01
     # Loss of the discriminator
     adversarial_loss: Literal['nonsaturating', 'hinge'] = 'nonsaturating'
-    # Images from which the discriminator alone learns, before its verdict counts
+    # Images from which the discriminator alone learns, before the generator loss counts
     discriminator_warmup: int = 2_000
     discriminator_learning_rate: float = 5e-4  # Highest learning rate of the discriminator
     # Features of the discriminator after each halving
@@ -629,7 +629,7 @@ def autoencoder_loss(
     generator: torch.Generator,  # Source of noise, on the batch's device
     seen: int,  # Images seen before this update of the weights
     config: AEConfig,  # Weights of the terms
-    # The discriminator, which learns here before it is asked
+    # The discriminator, which takes its step here before it is used
     discriminator: Learner | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """The loss of stage 1: reconstruction, and the generator loss once it counts.
@@ -647,7 +647,7 @@ def autoencoder_loss(
     config : AEConfig
         Weights of the terms.
     discriminator : Learner | None, default None
-        The discriminator, which learns here before it is asked.
+        The discriminator, which takes its step here before it is used.
 
     Returns
     -------
@@ -1238,8 +1238,8 @@ def resolve_crop(
         if dataset.config is None:
             raise ValueError(
                 "resolve_crop: crop='auto' and a data set that was not made by open_dataset."
-                " Expected one that knows its crop. Use open_dataset(root, config.data), or give a"
-                " number."
+                " Expected one that records its crop. Use open_dataset(root, config.data), or give"
+                " a number."
             )
         config = replace(config, data=replace(config.data, crop=dataset.config.crop))
     odd = compare_opening(dataset, config.data)

@@ -84,7 +84,7 @@ class Autoencoder(Protocol):
 # %% ../../nbs/engineering/38_extending.ipynb #ext00010
 @runtime_checkable
 class Denoiser(Protocol):
-    """A network that predicts what its noise schedule asks of it: noise, v or clean latents.
+    """A network that predicts what its noise schedule defines: noise, v or clean latents.
 
     Attributes
     ----------
@@ -102,7 +102,8 @@ class Denoiser(Protocol):
         self,
         x: 'Tensor',  # Noised latents (b, c, h, w)
         t: 'Tensor',  # Timesteps (b,)
-        cond: 'dict[str, Tensor]|None' = None,  # Encoded covariates, each (b,); absent: not known
+        # Encoded covariates, each (b,); absent: not known
+        cond: 'dict[str, Tensor]|None' = None,
         drop: 'Tensor|None' = None,  # True where a covariate is to be ignored (b, n)
     ) -> 'Tensor':  # Prediction (b, c, h, w)
         """Prediction (b, c, h, w).
@@ -277,7 +278,7 @@ class Kind:
 
 # %% ../../nbs/engineering/38_extending.ipynb #ext00017
 class Registry:
-    """The kinds of one part by name: what training and loading ask alike.
+    """The kinds of one part by name: what training and loading look up.
 
     Parameters
     ----------
