@@ -12,6 +12,7 @@ __all__ = ['UTILITY', 'FRAME', 'SIDE', 'REFINE', 'KINDS', 'csf_fraction', 'ventr
            'attack_auc', 'mean_slice_errors', 'membership_inference', 'audit_summary']
 
 # %% ../../nbs/advanced/17_audit.ipynb #41fcfa60
+from collections.abc import Sequence
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -86,17 +87,18 @@ def csf_fraction(
 
 # %% ../../nbs/advanced/17_audit.ipynb #9fba5338
 def ventricle_slices(
-    fraction: np.ndarray,  # `csf_fraction` of train slices (n,)
-    slices: np.ndarray,  # Their slice numbers (n,)
-    part: float = 0.375,  # Share of the positions to choose; of the 32 of OASIS it takes 16 to 27
+    fraction: np.ndarray | pd.Series,  # `csf_fraction` of train slices (n,)
+    slices: np.ndarray | pd.Series,  # Their slice numbers (n,)
+    # Share of the positions to choose; of the 32 of OASIS it takes 16 to 27
+    part: float = 0.375,
 ) -> np.ndarray:  # Slice numbers, rising
     """The positions at which heads hold most fluid: the height of the lateral ventricles.
 
     Parameters
     ----------
-    fraction : np.ndarray
+    fraction : np.ndarray | pd.Series
         `csf_fraction` of train slices (n,).
-    slices : np.ndarray
+    slices : np.ndarray | pd.Series
         Their slice numbers (n,).
     part : float, default 0.375
         Share of the positions to choose; of the 32 of OASIS it takes 16 to 27.
@@ -139,7 +141,7 @@ def remove_group_means(
 
 # %% ../../nbs/advanced/17_audit.ipynb #74b81bd0
 def diagnosis_effect(
-    fraction: np.ndarray,  # `csf_fraction` of each slice (n,)
+    fraction: np.ndarray | pd.Series,  # `csf_fraction` of each slice (n,)
     diagnosis: np.ndarray,  # Diagnosis of each (n,)
     slices: np.ndarray,  # Slice number of each (n,)
     groups: tuple[str, str] = ('AD', 'NC'),  # Who is compared with whom
@@ -150,7 +152,7 @@ def diagnosis_effect(
 
     Parameters
     ----------
-    fraction : np.ndarray
+    fraction : np.ndarray | pd.Series
         `csf_fraction` of each slice (n,).
     diagnosis : np.ndarray
         Diagnosis of each (n,).
@@ -178,7 +180,7 @@ def diagnosis_effect(
 
 # %% ../../nbs/advanced/17_audit.ipynb #2dc5ee94
 def age_slope(
-    fraction: np.ndarray,  # `csf_fraction` of each slice (n,)
+    fraction: np.ndarray | pd.Series,  # `csf_fraction` of each slice (n,)
     age: np.ndarray,  # Years (n,)
     *groups: np.ndarray,  # Slice number and diagnosis of each (n,)
 ) -> float:  # Change of the share in ten years; NaN if no two ages of a group differ
@@ -186,7 +188,7 @@ def age_slope(
 
     Parameters
     ----------
-    fraction : np.ndarray
+    fraction : np.ndarray | pd.Series
         `csf_fraction` of each slice (n,).
     age : np.ndarray
         Years (n,).
@@ -380,7 +382,7 @@ def diversity_scores(
 def as_dataset(
     images: Tensor,  # Drawn pictures (n, 1, h, w) in [-1, 1]
     table: pd.DataFrame,  # Rows with whose conditions they were drawn
-    covariates: list[Covariate],  # What they shall teach
+    covariates: Sequence[Covariate],  # What they shall teach
 ) -> SliceDataset:  # Rows of a train split
     """Let drawn pictures stand where scanned ones stood.
 
@@ -390,7 +392,7 @@ def as_dataset(
         Drawn pictures (n, 1, h, w) in [-1, 1].
     table : pd.DataFrame
         Rows with whose conditions they were drawn.
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         What they shall teach.
 
     Returns
@@ -410,7 +412,8 @@ def utility_scores(
     channels: tuple[int, ...] = (64, 96, 128),  # As in `FeatureNet`
     seeds: int = 3,  # Trainings from each source
     progress: bool = False,  # Show a bar
-) -> dict[str, dict]:  # By source: auc, the mean over seeds; auc_by_seed; interval_95 over people
+    # By source: auc, the mean over seeds; auc_by_seed; interval_95 over people
+) -> dict[str, dict]:
     """How well a diagnosis is learned from each.
 
     Parameters
@@ -1399,14 +1402,14 @@ def planted_copies(
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1001c
 def reference_rows(
-    subjects: np.ndarray,  # Whose each row is (n,)
+    subjects: np.ndarray | pd.Series,  # Whose each row is (n,)
     most: int = 1_300,  # Rows in all, about
 ) -> np.ndarray:  # Rows, rising: as many of each subject, spread over the subject's slices
     """Some slices of every subject: what an extreme-value rule needs is many subjects.
 
     Parameters
     ----------
-    subjects : np.ndarray
+    subjects : np.ndarray | pd.Series
         Whose each row is (n,).
     most : int, default 1300
         Rows in all, about.
@@ -1609,7 +1612,8 @@ def attack_auc(
 def mean_slice_errors(
     train: SliceDataset,  # Real slices of train subjects
     dataset: SliceDataset,  # Slices to score
-    own: bool = False,  # Whether they are train slices, each of which is then left out of its mean
+    # Whether they are train slices, each of which is then left out of its mean
+    own: bool = False,
 ) -> np.ndarray:  # Mean squared difference from the mean train slice of the position (n,)
     """What anyone can say without the weights: the baseline of every attack.
 

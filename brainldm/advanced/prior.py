@@ -300,8 +300,8 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # start as the identity
         for o in (self.proj, self.mlp[-1]):
-            nn.init.zeros_(o.weight)
-            nn.init.zeros_(o.bias)
+            for parameter in o.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -431,6 +431,9 @@ class CodeTransformer(nn.Module):
     ----------
     Van den Oord et al. 2016 (raster order); Esser et al. 2021, sec. 3.2.
     """
+
+    vectors: Tensor
+    neighbors: Tensor
 
     def __init__(
         self,
@@ -758,7 +761,7 @@ def corrupt_tokens(
     """
     if not fraction:
         return codes
-    chance = dict(generator=generator, device=codes.device)
+    chance: dict[str, Any] = dict(generator=generator, device=codes.device)
     lost = torch.rand(codes.shape, **chance) < fraction
     return torch.where(lost, torch.randint(num_embeddings, codes.shape, **chance), codes)
 
@@ -888,6 +891,9 @@ class BestWeights(nn.Module):
     model : nn.Module
         The network to remember.
     """
+
+    bits: Tensor
+    images: Tensor
 
     def __init__(
         self,

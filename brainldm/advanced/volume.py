@@ -11,6 +11,7 @@ __all__ = ['VOLUME_PRESETS', 'neighbor_scores', 'full_range', 'check_stack', 'co
            'save_volumes']
 
 # %% ../../nbs/advanced/11_volume.ipynb #2abe956a
+from collections.abc import Sequence
 import json
 from collections.abc import Callable
 from copy import copy, deepcopy
@@ -109,13 +110,13 @@ def neighbor_scores(
 
 # %% ../../nbs/advanced/11_volume.ipynb #66d7f0c9
 def full_range(
-    covariates: tuple[Covariate, ...],  # Covariates of a model, slice among them
+    covariates: Sequence[Covariate],  # Covariates of a model, slice among them
 ) -> np.ndarray:  # Slice numbers
     """Every whole slice number of the training data.
 
     Parameters
     ----------
-    covariates : tuple[Covariate, ...]
+    covariates : Sequence[Covariate]
         Covariates of a model, slice among them.
 
     Returns
@@ -440,8 +441,8 @@ class NeighborConv(nn.Module):
         super().__init__()
         self.own, self.c = conv_in, conv_in.in_channels
         self.neighbours = nn.Conv2d(2 * (self.c + 1), conv_in.out_channels, 3, padding=1)
-        nn.init.zeros_(self.neighbours.weight)
-        nn.init.zeros_(self.neighbours.bias)
+        for parameter in self.neighbours.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -701,7 +702,7 @@ class VolumeConfig(TrainConfig):
 
 # %% ../../nbs/advanced/11_volume.ipynb #75cdeb33
 def volume_loss(
-    model: nn.Module,  # A NeighborUNet
+    model: Callable[..., Tensor],  # A NeighborUNet
     # 'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates
     batch: dict[str, Tensor],
     generator: torch.Generator,  # Source of times, noise and hiding, on the batch's device
@@ -714,7 +715,7 @@ def volume_loss(
 
     Parameters
     ----------
-    model : nn.Module
+    model : Callable[..., Tensor]
         A NeighborUNet.
     batch : dict[str, Tensor]
         'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates.
@@ -738,7 +739,8 @@ def volume_loss(
     ----------
     Ho et al. 2022, sec. 4.
     """
-    x0, chance = batch['latent'], dict(generator=generator, device=batch['latent'].device)
+    x0 = batch['latent']
+    chance: dict[str, Any] = dict(generator=generator, device=x0.device)
     t = torch.randint(schedule.num_train_timesteps, (len(x0),), **chance)
     eps = torch.randn(x0.shape, **chance)
     drop = condition_dropout_mask(

@@ -6,6 +6,7 @@
 __all__ = ['show_grid', 'show_planes', 'figure_to_png', 'save_figure']
 
 # %% ../../nbs/engineering/40_plotting.ipynb #plo00003
+from matplotlib.figure import Figure
 from io import BytesIO
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def show_grid(
     cmap: str = 'gray',  # Color map
     size: float = 1.2,  # Width of an image, inches; shrunk so that the figure stays within 7.5
     cbar: bool = False,  # Show a color bar
-) -> plt.Figure:  # One axes an image, row by row
+) -> Figure:  # One axes an image, row by row
     """Show images side by side on one gray scale.
 
     Parameters
@@ -54,7 +55,7 @@ def show_grid(
 
     Returns
     -------
-    plt.Figure
+    Figure
         One axes an image, row by row.
     """
     pics = [np.asarray(i.detach().float().cpu() if isinstance(i, Tensor) else i) for i in images]
@@ -89,15 +90,14 @@ def show_grid(
     for ax in axs.flat:
         ax.set(xticks=[], yticks=[])
         ax.set_frame_on(False)
-    for ax, p in zip(axs.flat, pics):
-        im = ax.imshow(p, cmap=cmap, vmin=vlim[0], vmax=vlim[1])
+    drawn = [ax.imshow(p, cmap=cmap, vmin=vlim[0], vmax=vlim[1]) for ax, p in zip(axs.flat, pics)]
     # names of others: $ is no formula
     for ax, s in zip(axs.flat, titles or []):
         ax.set_title(s, fontsize=8, parse_math=False)
     for ax, s in zip(axs[:, 0], row_labels or []):
         ax.set_ylabel(s, fontsize=8, parse_math=False)
     if cbar:
-        fig.colorbar(im, ax=axs, shrink=0.8)
+        fig.colorbar(drawn[-1], ax=axs, shrink=0.8)
     fig.suptitle(title, fontsize=10)
     return fig
 
@@ -107,7 +107,7 @@ def show_planes(
     labels: list[str],  # A name each
     ratio: float = 1.0,  # Distance of slices over size of a pixel
     title: str = '',  # Title
-) -> plt.Figure:  # Axial cut of each brain above its coronal and sagittal cuts
+) -> Figure:  # Axial cut of each brain above its coronal and sagittal cuts
     """Cut each brain three ways: two of the cuts show whether slices belong together.
 
     Parameters
@@ -123,7 +123,7 @@ def show_planes(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Axial cut of each brain above its coronal and sagittal cuts.
     """
     n, s, h, w = volumes.shape
@@ -149,13 +149,13 @@ def show_planes(
 
 # %% ../../nbs/engineering/40_plotting.ipynb #4eda37fc
 def figure_to_png(
-    fig: plt.Figure,  # The figure, closed afterwards
+    fig: Figure,  # The figure, closed afterwards
 ) -> bytes:  # A PNG file
     """A figure as a file or a page takes it.
 
     Parameters
     ----------
-    fig : plt.Figure
+    fig : Figure
         The figure, closed afterwards.
 
     Returns
@@ -170,14 +170,14 @@ def figure_to_png(
 
 # %% ../../nbs/engineering/40_plotting.ipynb #9aea5873
 def save_figure(
-    fig: plt.Figure,  # The figure, closed afterwards
+    fig: Figure,  # The figure, closed afterwards
     path: Path,  # Where to write it, .png
 ) -> None:
     """Write a figure as PNG, whole or not at all, and free its memory.
 
     Parameters
     ----------
-    fig : plt.Figure
+    fig : Figure
         The figure, closed afterwards.
     path : Path
         Where to write it, .png.
