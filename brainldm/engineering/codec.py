@@ -9,6 +9,7 @@ __all__ = ['SYNTHETIC', 'EDITED', 'check_images', 'check_conditions', 'check_int
            'new_folder', 'manifest_of', 'save_images', 'save_gif']
 
 # %% ../../nbs/engineering/34_codec.ipynb #755ea6f6
+from .extending import Autoencoder
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -326,7 +327,7 @@ def check_noise(
 
 # %% ../../nbs/engineering/34_codec.ipynb #eaeae39d
 def required_conditions(
-    autoencoder: nn.Module,  # An autoencoder, with or without covariates
+    autoencoder: Autoencoder,  # With or without covariates
     cond: (
         dict[str, Tensor] | None
     ),  # Encoded covariates that are at hand, each (b,); a batch will do
@@ -336,8 +337,8 @@ def required_conditions(
 
     Parameters
     ----------
-    autoencoder : nn.Module
-        An autoencoder, with or without covariates.
+    autoencoder : Autoencoder
+        With or without covariates.
     cond : dict[str, Tensor] | None
         Encoded covariates that are at hand, each (b,); a batch will do.
     device : torch.device | str
@@ -592,7 +593,7 @@ class Codec(SharedModel):
         # The covariate 'slice' of the data, by which random codes are sampled
         slice_covariate: Covariate | None = None,
     ):
-        self.autoencoder = autoencoder
+        self.autoencoder: Any = autoencoder  # an `Autoencoder` of any kind
         self.size = size
         self.precision = precision
         self.slice_covariate = slice_covariate
