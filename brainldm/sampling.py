@@ -21,7 +21,7 @@ from typing_extensions import Self
 from .engineering.checks import check_choice
 from .engineering.extending import Scheduler, use_scheduler
 from .engineering.devices import pick_device, pick_precision
-from .engineering.batches import Covariate
+from .engineering.covariates import Covariate
 from .scheduler import NoiseSchedule, add_noise, denoise, sampling_timesteps
 from .advanced.solvers import SOLVERS, invert
 from .unet import UNet
