@@ -67,7 +67,7 @@ def model():
 
 
 def test_discriminator_step_is_the_loss_by_hand(batch):
-    "Each slice is judged with its own covariates, whether once or twice as many are fake."
+    "Each slice is evaluated with its own covariates, whether once or twice as many are fake."
     network = seeded(0, lambda: PatchDiscriminator(COVARIATES, (8, 16, 16)))
     real, fake = batch['image'], torch.cat([batch['image'] * 0.5, batch['image'] * 0.2])
     cond = {k: v for k, v in batch.items() if k != 'image'}
