@@ -617,13 +617,13 @@ def preview_conditions(
 def validate_ldm(
     learner: Learner,  # The training so far
     held_out: LatentDataset,  # Validate latents
-    decode: Callable,  # Latents to pictures
+    decode: Callable,  # Latents to images
     config: LDMConfig,  # Schedule and preview
-    covariates: tuple[Covariate, ...],  # What the network knows
-    path: Path,  # Where the picture goes
+    covariates: tuple[Covariate, ...],  # Covariates of the network
+    path: Path,  # Where the image goes
     # val_mse of the averaged network, on times and noise that are the same each time
 ) -> dict[str, float]:
-    """Look at stage 2 on the way: error on held-out subjects, and drawn pictures for the eye.
+    """Validation pass of stage 2: error on held-out subjects, and generated images for the eye.
 
     Parameters
     ----------
@@ -632,13 +632,13 @@ def validate_ldm(
     held_out : LatentDataset
         Validate latents.
     decode : Callable
-        Latents to pictures.
+        Latents to images.
     config : LDMConfig
         Schedule and preview.
     covariates : tuple[Covariate, ...]
-        What the network knows.
+        Covariates of the network.
     path : Path
-        Where the picture goes.
+        Where the image goes.
 
     Returns
     -------
@@ -668,7 +668,7 @@ def validate_ldm(
         in_chunks(decode, config.batch_size)(z, cond)[:, 0].cpu().unflatten(0, (len(rows), columns))
     )
     save_figure(
-        show_grid(images, row_labels=rows, title='Drawn, not scanned: diagnosis by slice'), path
+        show_grid(images, row_labels=rows, title='Generated, not scanned: diagnosis by slice'), path
     )
     return dict(val_mse=logs['mse'].item())
 
