@@ -9,7 +9,13 @@ __all__ = ['SYNTHETIC', 'EDITED', 'check_images', 'check_conditions', 'check_int
            'manifest_of', 'save_images', 'save_gif']
 
 # %% ../../nbs/engineering/34_codec.ipynb #755ea6f6
+from .checks import check_choice, refuse_taken
 from .extending import Autoencoder
+from .plotting import save_figure, show_grid
+from .covariates import Covariate, encode_covariates, read_conditions
+from ..advanced.solvers import SOLVERS
+from .loop import infer, to_device
+from .sharing import SharedModel
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -25,12 +31,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 import brainldm
-from .checks import check_choice, refuse_taken
-from .plotting import save_figure, show_grid
-from .batches import Covariate, encode_covariates, read_conditions
-from ..advanced.solvers import SOLVERS
-from .loop import infer, to_device
-from .sharing import SharedModel
 
 # %% ../../nbs/engineering/34_codec.ipynb #244902fe
 def check_images(

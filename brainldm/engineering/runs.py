@@ -39,10 +39,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import brainldm
-from .devices import device_name
 from .configs import TrainConfig
+from .devices import device_name
 from .files import explain_disk, write_atomic
-from .batches import Covariate, SliceDataset, fingerprint
+from .covariates import Covariate
+from .cache import fingerprint
+from ..data import SliceDataset
 from brainldm.engineering.loop import (
     Learner,
     call_every,
