@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 
 from ..engineering.checks import check_choice
 from ..engineering.configs import TrainConfig
-from ..engineering.batches import Covariate, SliceDataset, eval_batches
+from ..engineering.covariates import Covariate
+from ..data import SliceDataset, eval_batches
 from ..engineering.loop import infer, to_device
 from ..engineering.runs import read_metrics
 from ..engineering.sharing import audit_verdicts
@@ -1615,7 +1616,7 @@ def mean_slice_errors(
     train: SliceDataset,  # Real slices of train subjects
     dataset: SliceDataset,  # Slices to score
     # Whether they are train slices, each of which is then left out of its mean
-    leave_one_out: bool = False,
+    own: bool = False,
 ) -> np.ndarray:  # Mean squared difference from the mean train slice of the position (n,)
     """What can be predicted without the weights: the baseline of every attack.
 
@@ -1627,7 +1628,7 @@ def mean_slice_errors(
         Real slices of train subjects.
     dataset : SliceDataset
         Slices to score.
-    leave_one_out : bool, default False
+    own : bool, default False
         Whether they are train slices, each of which is then left out of its mean.
 
     Returns
@@ -1645,7 +1646,7 @@ def mean_slice_errors(
             places[0] == places[0][np.abs(places[0] - k).argmin()]
         ), np.flatnonzero(places[1] == k)
         gap = (dataset.images[at] - train.images[rows].mean(0, dtype=np.float32)) / 127.5
-        if leave_one_out and len(rows) > 1:
+        if own and len(rows) > 1:
             gap *= len(rows) / (len(rows) - 1)
         out[at] = np.square(gap).mean((1, 2))
     return out

@@ -35,7 +35,8 @@ from brainldm.engineering.files import (
     temporary_in_cache,
     unpack,
 )
-from ..data import check_dataset, inspect_files, refuse_faults
+from .layouts import inspect_files, refuse_faults
+from ..data import check_dataset
 
 # %% ../../nbs/engineering/27_batches.ipynb #352ef4bc
 def prepare_image(

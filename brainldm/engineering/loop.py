@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from .devices import pick_precision
 from .configs import TrainConfig, check_config
-from .batches import ShuffledBatches
+from .devices import pick_precision
+from ..data import ShuffledBatches
 
 # %% ../../nbs/engineering/29_loop.ipynb #7f90a912
 def lr_at(

@@ -25,7 +25,8 @@ from .checks import check_choice
 from .extending import Autoencoder
 from .configs import DataConfig, LDMConfig
 from .plotting import save_figure, show_grid
-from .batches import Covariate, SliceDataset, eval_batches
+from .covariates import Covariate
+from ..data import SliceDataset, eval_batches
 from ..scheduler import NoiseSchedule, denoise, noise_schedule
 from ..unet import UNet
 from .loop import Learner, in_chunks, infer, to_device
