@@ -9,37 +9,34 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm.engineering.batches import (
+from brainldm.engineering.configs import PRESETS, AEConfig, DataConfig
+from brainldm.engineering.covariates import (
     Covariate,
-    SliceDataset,
     covariate_kind,
     covariate_notes,
     describe_manifest,
     encode_column,
     encode_covariates,
     find_covariates,
-    mask_levels_not_in_train,
     level_text,
-    open_dataset,
+    mask_levels_not_in_train,
     read_conditions,
     write_levels,
 )
+from brainldm.data import SliceDataset, check_dataset, open_dataset
+from brainldm.engineering.stage1 import (
+    EVALUATOR_PATCH,
+    covariates_from_dict,
+    covariates_to_dict,
+    size_multiple,
+)
+from brainldm.engineering.codec import check_conditions
+from brainldm.advanced.fidelity import FeatureNet
 from brainldm.engineering.cli import (
     add_training_findings,
     conditions_of_rows,
     main,
     read_condition_flags,
-)
-from brainldm.engineering.codec import check_conditions
-from brainldm.data import DataConfig, check_dataset
-from brainldm.engineering.stage2 import PRESETS
-from brainldm.advanced.fidelity import FeatureNet
-from brainldm.training import (
-    EVALUATOR_PATCH,
-    AEConfig,
-    covariates_to_dict,
-    covariates_from_dict,
-    size_multiple,
 )
 
 SITES = (

@@ -7,6 +7,7 @@ __all__ = ['codebook_usage', 'plot_codebook_usage', 'flat_codes', 'subject_slice
            'subject_retrieval', 'decode_conditioned', 'swap_effects']
 
 # %% ../../nbs/advanced/13_factors.ipynb #8724a349
+from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -14,11 +15,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..analysis import check_vectors
-from ..engineering.batches import SliceDataset, eval_batches
+from ..data import SliceDataset, eval_batches
+from ..vqgan import VQVAE, code_scores, count_codes
 from ..engineering.loop import infer, to_device
 from ..engineering.codec import Codec
-from ..vqgan import VQVAE, code_scores, count_codes
+from ..analysis import check_vectors
 
 # %% ../../nbs/advanced/13_factors.ipynb #e4cd38b0
 @torch.no_grad()
@@ -73,7 +74,7 @@ def codebook_usage(
 # %% ../../nbs/advanced/13_factors.ipynb #1c1c178b
 def plot_codebook_usage(
     usage: dict[str, Tensor],  # Counts (k,) by name, from `codebook_usage`
-) -> plt.Figure:  # Fractions, most used code first
+) -> Figure:  # Fractions, most used code first
     """Plot how evenly codebooks are used, with usage and perplexity in the legend.
 
     Parameters
@@ -83,7 +84,7 @@ def plot_codebook_usage(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Fractions, most used code first.
     """
     fig, ax = plt.subplots(figsize=(6, 2.6), layout='constrained')
