@@ -47,16 +47,15 @@ from brainldm.engineering.configs import (
 from .files import as_faults
 from .plotting import save_figure, show_grid
 from .phantom import make_cohort
-from ..data import Findings, check_dataset
-from brainldm.engineering.batches import (
-    SliceDataset,
+from .layouts import Findings
+from brainldm.engineering.covariates import (
     covariate_notes,
     describe_manifest,
     find_covariates,
-    open_dataset,
     read_conditions,
     read_value,
 )
+from ..data import SliceDataset, check_dataset, open_dataset
 from .loop import process_state
 from .runs import read_config, read_metrics
 from .sharing import audit_verdicts, fetch_run, pack_run, push_run
