@@ -205,7 +205,7 @@ def test_codes(dataset):
         8, 8, dataset.covariates, embed_dim=16, num_layers=1, num_heads=2
     )
     model, batch = CodeSampler(
-        auto, 64, prior, heights=next(c for c in dataset.covariates if c.name == 'slice')
+        auto, 64, prior, slice_covariate=next(c for c in dataset.covariates if c.name == 'slice')
     ), dataset.__getitems__([0, 1, 2])
     with Small(auto, prior):
         init_codebook_from_data(auto, dataset, 0)
@@ -264,8 +264,8 @@ def test_a_moved_image_is_what_border_padding_gives():
 
 
 STATISTICS = 'audit evaluation factors fidelity report'.split()  # of features that lie on the CPU
-# cohorts, counts of codes, tables of noise: made there
-ON_CPU = 'phantom prior scheduler'.split()
+# cohorts, counts of codes, tables of noise, encoded tables: made there
+ON_CPU = 'phantom prior scheduler covariates'.split()
 
 
 @pytest.mark.parametrize(
@@ -299,4 +299,4 @@ def test_no_network_is_asked_for_what_mps_lacks(path):
     ), f'lines {border}. Expected padding with zeros. Try F.pad(..., mode="replicate") before.'
     assert (
         path.stem in STATISTICS + ON_CPU or not double
-    ), f'lines {double}. Expected statistics on the CPU. Try layers.double_on_cpu.'
+    ), f'lines {double}. Expected statistics on the CPU. Try devices.double_on_cpu.'

@@ -435,7 +435,7 @@ def use_scheduler(
     name, about = type(scheduler).__name__, getattr(scheduler, 'config', {})
     abar = getattr(scheduler, 'alphas_cumprod', schedule.abar)
     same = abar.shape == schedule.abar.shape and bool(
-        (abar.double().cpu() - schedule.abar).abs().max() < 1e-3
+        (abar.cpu().double() - schedule.abar).abs().max() < 1e-3
     )
     if (
         not same
