@@ -11,6 +11,7 @@ __all__ = ['VOLUME_PRESETS', 'neighbor_scores', 'full_range', 'check_stack', 'co
            'save_volumes']
 
 # %% ../../nbs/advanced/11_volume.ipynb #2abe956a
+from nibabel.nifti1 import Nifti1Extension
 from collections.abc import Sequence
 import json
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def full_range(
             "sample_volume: this run is not conditioned on the slice. Expected one that is. "
             "Train it with the covariate slice."
         )
-    low, high = known['slice'].range
+    low, high = known['slice'].span
     return np.arange(round(low), round(high) + 1)
 
 # %% ../../nbs/advanced/11_volume.ipynb #e20e56ad
@@ -1385,7 +1386,7 @@ def to_nifti(
     note = json.dumps(
         dict(about, synthetic=True, not_known=lacking, note=SYNTHETIC), default=str
     ).encode()
-    image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', note))
+    image.header.extensions.append(Nifti1Extension('comment', note))
     return image
 
 # %% ../../nbs/advanced/11_volume.ipynb #07c85fbc

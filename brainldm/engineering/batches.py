@@ -10,6 +10,7 @@ __all__ = ['prepare_image', 'fingerprint', 'cache_is_complete', 'write_images', 
            'eval_batches', 'one_process', 'inspection_key', 'CachedInspection', 'open_dataset']
 
 # %% ../../nbs/engineering/27_batches.ipynb #a0a178eb
+from typing import Any
 from collections.abc import Sequence
 import errno, hashlib, inspect, json, math, os, re, shutil, threading, time, warnings
 from collections.abc import Iterator
@@ -316,17 +317,39 @@ class Covariate:
         Column in the manifest and key in a batch.
     kind : str
         'categorical' or 'continuous'.
-    values : tuple | None, default None
+    values : tuple[str, ...] | None, default None
         Known levels as `level_text` writes them, in the order of their indices.
-    range : tuple | None, default None
+    range : tuple[float, float] | None, default None
         Numbers that become 0 and 1.
     """
 
     name: str  # Column in the manifest and key in a batch
     kind: str  # 'categorical' or 'continuous'
     # Known levels as `level_text` writes them, in the order of their indices
-    values: tuple | None = None
-    range: tuple | None = None  # Numbers that become 0 and 1
+    values: tuple[str, ...] | None = None
+    range: tuple[float, float] | None = None  # Numbers that become 0 and 1
+
+    @property
+    def levels(self) -> tuple[str, ...]:  # `values`; () for a number
+        """The levels of a category.
+
+        Returns
+        -------
+        tuple[str, ...]
+            `values`; () for a number.
+        """
+        return self.values or ()
+
+    @property
+    def span(self) -> tuple[float, float]:  # `range`; (0, 0) for a category
+        """The numbers that become 0 and 1.
+
+        Returns
+        -------
+        tuple[float, float]
+            `range`; (0, 0) for a category.
+        """
+        return self.range or (0.0, 0.0)
 
     def __post_init__(self):
         for name in ('values', 'range'):
@@ -337,9 +360,9 @@ class Covariate:
             isinstance(self.range, tuple) and len(self.range) == 2,
         )
         if self.kind == 'categorical':
-            ok = listed and all(isinstance(o, (str, int, float)) for o in self.values)
+            ok = listed and all(isinstance(o, (str, int, float)) for o in self.levels)
             # runs of former versions hold numbers
-            levels = tuple(map(level_text, self.values)) if ok else ()
+            levels = tuple(map(level_text, self.levels)) if ok else ()
             ok = ok and None not in levels and 0 < len(set(levels)) == len(levels)
             if ok:
                 object.__setattr__(self, 'values', levels)
@@ -347,9 +370,9 @@ class Covariate:
             ok = (
                 self.kind == 'continuous'
                 and span
-                and all(isinstance(o, (int, float)) for o in self.range)
+                and all(isinstance(o, (int, float)) for o in self.span)
             )
-            ok = ok and -math.inf < self.range[0] <= self.range[1] < math.inf
+            ok = ok and -math.inf < self.span[0] <= self.span[1] < math.inf
         if not ok:
             raise ValueError(
                 f"Covariate: {self.name} is {self.kind} with values={self.values},"
@@ -492,7 +515,7 @@ def mask_levels_not_in_train(
     """
     notes = []
     for c in (c for c in covariates if c.kind == 'categorical' and c.name in manifest):
-        unseen = manifest[c.name].notna() & ~manifest[c.name].isin(c.values)
+        unseen = manifest[c.name].notna() & ~manifest[c.name].isin(c.levels)
         for level, rows in manifest[unseen].groupby(c.name):
             who = rows.drop_duplicates('subject')
             names = [f'{s} in {split}' for s, split in zip(who.subject[:5], who.split)] + [
@@ -539,7 +562,7 @@ def describe_manifest(
         said = [f'{o} ({levels[o]})' for o in c.values or ()]
         span = (
             ', '.join(said[:20] + [f'and {len(said)-20} more'] * (len(said) > 20))
-            or f'{c.range[0]:g} to {c.range[1]:g}'
+            or f'{c.span[0]:g} to {c.span[1]:g}'
         )
         lacking = manifest.subject[manifest[c.name].isna()].nunique()
         kind = dict(categorical='category', continuous='number')[c.kind]
@@ -622,15 +645,15 @@ def encode_column(
     column, c = pd.Series(column), covariate
     if c.kind == 'categorical':
         levels = column.astype(object).map(level_text)
-        codes = pd.Index(c.values, dtype=object).get_indexer(levels).astype(np.int64)
+        codes = pd.Index(c.levels, dtype=object).get_indexer(levels).astype(np.int64)
         new = column[(codes < 0) & column.notna().to_numpy()]
         if len(new):
             raise ValueError(
                 f"encode_column: {c.name}={new.tolist()[0]!r}. Expected one of"
-                f" {', '.join(c.values)}. Try None for unknown."
+                f" {', '.join(c.levels)}. Try None for unknown."
             )
         return torch.from_numpy(codes)
-    low, high = c.range
+    low, high = c.span
     numbers = pd.to_numeric(column, errors='coerce').to_numpy(dtype=np.float64, na_value=np.nan)
     new = column[(np.isnan(numbers) & column.notna().to_numpy()) | np.isinf(numbers)]
     if len(new):
@@ -735,11 +758,11 @@ def read_value(
         return None
     if c.kind == 'categorical':
         level = level_text(value)
-        if level in c.values:
+        if level in c.levels:
             return level
-        near = [o for o in c.values if o.casefold() == level.casefold()] or c.values
+        near = [o for o in c.levels if o.casefold() == level.casefold()] or c.levels
         raise ValueError(
-            f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.values)}, the"
+            f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.levels)}, the"
             f" levels of the training data. Try {c.name}={near[0]}, or leave it out where it is not"
             " known."
         )
@@ -747,11 +770,11 @@ def read_value(
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not c.range[0] <= number <= c.range[1]:
+    if not c.span[0] <= number <= c.span[1]:
         raise ValueError(
             f"read_conditions: {c.name}={value}. Expected"
-            f" {'a number, '*math.isnan(number)}{c.range[0]:g} to {c.range[1]:g}, the range of the"
-            f" scans this run was trained on. Try {c.name}={sum(c.range)/2:g}, or leave it out"
+            f" {'a number, '*math.isnan(number)}{c.span[0]:g} to {c.span[1]:g}, the range of the"
+            f" scans this run was trained on. Try {c.name}={sum(c.span)/2:g}, or leave it out"
             " where it is not known."
         )
     return number
@@ -850,7 +873,8 @@ class SliceDataset(Dataset):
             )
         self.covariates = find_covariates(manifest) if covariates is None else list(covariates)
         self.manifest = write_levels(manifest, self.covariates)
-        self.images, self.config = images, None  # `open_dataset` notes its settings
+        self.images = images
+        self.config: DataConfig | None = None  # `open_dataset` notes its settings
         self.conditions = encode_covariates(self.manifest, self.covariates)
 
     def __len__(self):
@@ -863,7 +887,8 @@ class SliceDataset(Dataset):
     def __setstate__(self, state):
         vars(self).update(state)
         if isinstance(self.images, dict):
-            self.images = np.memmap(**self.images)
+            place: dict[str, Any] = self.images
+            self.images = np.memmap(**place)
 
     def __getitems__(self, indices):
         at = np.asarray(indices, dtype=np.int64)

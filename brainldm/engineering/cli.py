@@ -12,6 +12,7 @@ __all__ = ['FLAGS', 'GENERATOR_OPTIONS', 'COMMANDS', 'Phantom', 'training_faults
            'demo_configs', 'sample_condition_grid', 'Demo', 'parse', 'main']
 
 # %% ../../nbs/engineering/39_cli.ipynb #7b047058
+from typing import Any
 import dataclasses
 import json
 import os
@@ -1270,7 +1271,7 @@ class Volume:
     out: Path | None = None  # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self) -> int:  # Exit status
-        options = dict(
+        options: dict[str, Any] = dict(
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             sampler=self.sampler,

@@ -19,21 +19,39 @@ if TYPE_CHECKING:
 # %% ../../nbs/engineering/38_extending.ipynb #ext00009
 @runtime_checkable
 class Autoencoder(Protocol):
-    """Images to latents and back: what stage 2, the sampler and every score need.
+    """Images to latents and back: what stage 2, the sampler and every score need."""
 
-    Attributes
-    ----------
-    latent_channels : int
-        Channels of the latent.
-    factor : int
-        Pixels along an image for one along a latent.
-    covariates : tuple
-        The `Covariate`s that it is conditioned on; () for none.
-    """
+    @property
+    def latent_channels(self) -> int:  # Channels of the latent
+        """Channels of the latent.
 
-    latent_channels: int  # Channels of the latent
-    factor: int  # Pixels along an image for one along a latent
-    covariates: tuple  # The `Covariate`s that it is conditioned on; () for none
+        Returns
+        -------
+        int
+            Channels of the latent.
+        """
+        ...
+
+    @property
+    def factor(self) -> int:  # Pixels along an image for one along a latent
+        """Pixels along an image for one along a latent.
+
+        Returns
+        -------
+        int
+            Pixels along an image for one along a latent.
+        """
+        ...
+
+    @property
+    def covariates(self) -> tuple:
+        """The `Covariate`s that it is conditioned on; () for none.
+
+        Returns
+        -------
+        tuple
+        """
+        ...
 
     def encode(
         self,
@@ -81,19 +99,28 @@ class Autoencoder(Protocol):
 # %% ../../nbs/engineering/38_extending.ipynb #ext00010
 @runtime_checkable
 class Denoiser(Protocol):
-    """A network that predicts what its noise schedule defines: noise, v or clean latents.
+    """A network that predicts what its noise schedule defines: noise, v or clean latents."""
 
-    Attributes
-    ----------
-    covariates : tuple
-        The `Covariate`s that it is conditioned on, in the order of `drop`; () for none.
-    factor : int
-        Height and width of the latents must be multiples of this.
-    """
+    @property
+    def covariates(self) -> tuple:
+        """The `Covariate`s that it is conditioned on, in the order of `drop`; () for none.
 
-    # The `Covariate`s that it is conditioned on, in the order of `drop`; () for none
-    covariates: tuple
-    factor: int  # Height and width of the latents must be multiples of this
+        Returns
+        -------
+        tuple
+        """
+        ...
+
+    @property
+    def factor(self) -> int:  # Height and width of the latents must be multiples of this
+        """Height and width of the latents must be multiples of this.
+
+        Returns
+        -------
+        int
+            Height and width of the latents must be multiples of this.
+        """
+        ...
 
     def __call__(
         self,

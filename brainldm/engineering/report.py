@@ -102,9 +102,9 @@ def sample_by_condition(
         Grid of diagnosis by slice, and the trajectory from noise of one image a row.
     """
     known = {c.name: c for c in model.covariates}
-    rows = list(known['diagnosis'].values) if 'diagnosis' in known else [None]
+    rows = list(known['diagnosis'].levels) if 'diagnosis' in known else [None]
     numbers = (
-        np.unique(np.linspace(*known['slice'].range, columns).round()).tolist()
+        np.unique(np.linspace(*known['slice'].span, columns).round()).tolist()
         if 'slice' in known
         else None
     )
@@ -610,7 +610,7 @@ def save_evaluation(
     shown = np.linspace(0, len(images) - 1, 24).round().astype(int)
     figures = dict(
         synthetic=show_grid(images[shown, 0], ncols=8, title='Generated, not scanned'),
-        audit=plot_audit(*near, scores['memorization']),
+        audit=plot_audit(near[0], near[1], scores['memorization']),
     )
     if pairs:
         figures['pairs'] = plot_pairs(images, train, near[0])

@@ -247,7 +247,7 @@ PRESETS = {
 
 # %% ../../nbs/engineering/32_stage2.ipynb #c504f576
 def mean_encoder(
-    model: Autoencoder,  # The trained autoencoder, on the device that computes
+    model: Any,  # The trained autoencoder, on the device that computes
     precision: str = 'no',  # Mixed precision to compute in
     # A batch of images and conditions in, latent means (b, c, h, w) out, float32, on the CPU
 ) -> Callable[[dict], Tensor]:
@@ -257,7 +257,7 @@ def mean_encoder(
 
     Parameters
     ----------
-    model : Autoencoder
+    model : Any
         The trained autoencoder, on the device that computes.
     precision : str, default 'no'
         Mixed precision to compute in.
@@ -507,11 +507,8 @@ def latent_splits(
         for k, o in parts.items()
     }
     mean, std = latent_stats(latents['train'])
-    return (
-        *(LatentDataset(latents[k], o.conditions, mean, std) for k, o in parts.items()),
-        mean,
-        std,
-    )
+    train, held_out = (LatentDataset(latents[k], o.conditions, mean, std) for k, o in parts.items())
+    return train, held_out, mean, std
 
 # %% ../../nbs/engineering/32_stage2.ipynb #0f5f5359
 def condition_dropout_mask(
@@ -712,7 +709,7 @@ def unet_args(
 def refuse_leak(
     settings: dict,  # config.json of the run
     dataset: SliceDataset,  # Data of the next stage
-    run: Path = '',  # Run folder, which records in which rows data differ
+    run: str | Path = '',  # Run folder, which records in which rows data differ
     stage: str = 'autoencoder',  # Whose data they must be
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have
@@ -724,7 +721,7 @@ def refuse_leak(
         config.json of the run.
     dataset : SliceDataset
         Data of the next stage.
-    run : Path, default ''
+    run : str | Path, default ''
         Run folder, which records in which rows data differ.
     stage : str, default 'autoencoder'
         Whose data they must be.
@@ -889,9 +886,8 @@ def load_unet(
     """
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
     try:
-        unet = UNet(
-            **dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
-        )
+        args: dict[str, Any] = about['args']
+        unet = UNet(**(args | dict(covariates=covariates_from_dict(args['covariates']))))
     except LOAD_ERRORS as e:
         raise ValueError(
             f"load_unet: {run}/ldm.safetensors does not describe a denoiser ({type(e).__name__}:"
@@ -934,7 +930,7 @@ def adopt_unet(
     FileNotFoundError
         If there are none.
     """
-    place = locate_run(config.init_from)
+    place = locate_run(config.init_from or '')
     source, about = load_unet(place)
     schedules = (
         {f'schedule.{k}': v for k, v in o.items()}
@@ -966,7 +962,7 @@ def preview_conditions(
         Encoded conditions, row after row, and a label a row.
     """
     named = {c.name: c for c in covariates}
-    rows = list(named['diagnosis'].values) if 'diagnosis' in named else ['']
+    rows = list(named['diagnosis'].levels) if 'diagnosis' in named else ['']
     cond = {}
     if 'slice' in named:
         cond['slice'] = torch.linspace(0, 1, columns).repeat(len(rows))
@@ -1180,8 +1176,9 @@ def load_denoiser(
             " 'ldm'. Check the file names."
         )
     try:
-        args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
-        parts = dict(
+        args: dict[str, Any] = dict(about['args'])
+        args['covariates'] = covariates_from_dict(args['covariates'])
+        parts: dict[str, Any] = dict(
             unet=UNet(**args),
             schedule=NoiseSchedule(**about['schedule']),
             latent_mean=tensors['latent_mean'],
