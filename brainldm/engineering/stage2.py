@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'LDMConfig', 'mean_encoder', 'cache_latents', 'encode_rows
            'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'train_ldm', 'load_denoiser']
 
 # %% ../../nbs/engineering/32_stage2.ipynb #4a4780d2
+from typing import Any
 import math
 import shutil
 import warnings

@@ -513,7 +513,7 @@ def wrong_cell(
         path='the path of a file',
     ).get(col, 'a whole number')
     return (
-        f"read_table: {col} '{table[col][bad].iloc[0]}'{who}, line {int(np.argmax(bad))+2} of"
+        f"read_table: {col} '{table[col][bad].iloc[0]}'{who}, line {int(bad.index[bad][0])+2} of"
         f" '{path}'. Expected {expected}. Correct the line."
     )
 
