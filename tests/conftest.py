@@ -24,11 +24,14 @@ def own_cache(tmp_path_factory):
 def tiny_run(own_cache, tmp_path_factory):
     """(run folder, data folder): 6 phantom subjects, 6 slices each, 64 x 64, a handful of steps of
     both stages. Read only: copy before you change it."""
-    from brainldm.data import DataConfig
+    from brainldm.engineering.configs import DataConfig
     from brainldm.engineering.batches import open_dataset
-    from brainldm.engineering.phantom import PhantomConfig, make_cohort
-    from brainldm.training import AEConfig, train_autoencoder
-    from brainldm.engineering.stage2 import LDMConfig, train_ldm
+    from brainldm.engineering.configs import PhantomConfig
+    from brainldm.engineering.phantom import make_cohort
+    from brainldm.engineering.configs import AEConfig
+    from brainldm.training import train_autoencoder
+    from brainldm.engineering.configs import LDMConfig
+    from brainldm.training import train_ldm
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp('tiny')

@@ -14,11 +14,12 @@ from test_data import CONFIG, look, make_oasis, image, save
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from brainldm.engineering import batches
+from brainldm.engineering.configs import DataConfig
+from brainldm.data import list_slices
 from brainldm.engineering.batches import (
     Covariate,
-    SliceDataset,
     ShuffledBatches,
+    SliceDataset,
     build_cache,
     encode_covariates,
     eval_batches,
@@ -27,7 +28,7 @@ from brainldm.engineering.batches import (
     open_dataset,
     prepare_image,
 )
-from brainldm.data import DataConfig, list_slices
+from brainldm.engineering import batches
 
 # ---- square pictures and cache
 

@@ -150,7 +150,8 @@ def test_volumes(load, tmp_path, tiny_run, monkeypatch):
     from brainldm.engineering.cli import data_config
     from brainldm.engineering.batches import open_dataset
     from brainldm.advanced.fidelity import FEATURES
-    from brainldm.advanced.volume import VOLUME_PRESETS, train_volume
+    from brainldm.engineering.configs import VOLUME_PRESETS
+    from brainldm.advanced.volume import train_volume
 
     o, run = load('volumes'), tmp_path / 'run'
     shutil.copytree(tiny_run[0], run)
@@ -197,9 +198,11 @@ def with_crowd(own_cache, tmp_path_factory):
     """(run folder with an autoencoder, data folder): 24 phantom subjects, 10 of them held out,
     since fewer than 50 images cannot be evaluated."""
     from brainldm.engineering.batches import open_dataset
-    from brainldm.data import DataConfig
-    from brainldm.engineering.phantom import PhantomConfig, make_cohort
-    from brainldm.training import AEConfig, train_autoencoder
+    from brainldm.engineering.configs import DataConfig
+    from brainldm.engineering.configs import PhantomConfig
+    from brainldm.engineering.phantom import make_cohort
+    from brainldm.engineering.configs import AEConfig
+    from brainldm.training import train_autoencoder
 
     folder, config = tmp_path_factory.mktemp('crowd'), DataConfig(
         size=32, validate_fraction=0.42, test_fraction=0.1
@@ -226,7 +229,7 @@ def with_crowd(own_cache, tmp_path_factory):
 
 def test_ablate_unet(quick_judge, tmp_path, with_crowd, monkeypatch):
     from brainldm.engineering.stage2 import unet_args
-    from brainldm.engineering.loop import check_config
+    from brainldm.engineering.configs import check_config
     from brainldm.unet import UNet
 
     o = quick_judge
@@ -306,7 +309,7 @@ def test_ablate_latent(quick_judge, load, tmp_path, with_crowd):
 
 
 def test_half_a_latent_costs_what_its_picture_misses(load, tiny_run):
-    from brainldm.training import load_autoencoder
+    from brainldm.engineering.stage1 import load_autoencoder
 
     o, (model, _) = load('ablate_latent'), load_autoencoder(tiny_run[0])
     batch = dict(image=torch.rand(2, 1, 64, 64) * 2 - 1)
@@ -340,9 +343,10 @@ def test_ablate_stage1(load, tmp_path, tiny_run):
 
 
 def test_ablate_prior(load, tmp_path, tiny_run, monkeypatch):
-    from brainldm.data import DataConfig
+    from brainldm.engineering.configs import DataConfig
     from brainldm.engineering.batches import open_dataset
-    from brainldm.training import AEConfig, train_autoencoder
+    from brainldm.engineering.configs import AEConfig
+    from brainldm.training import train_autoencoder
 
     o, config = load('ablate_prior'), DataConfig(size=64, validate_fraction=0.2, test_fraction=0.2)
     train_autoencoder(

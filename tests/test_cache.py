@@ -17,13 +17,13 @@ import pytest
 from test_covariates import cohort
 from test_data import make_volume
 
-from brainldm.engineering import batches
-from brainldm import data
-from brainldm.engineering import files
+from brainldm.engineering.configs import DataConfig
+from brainldm.engineering.files import cache_folder, unpack
+from brainldm.data import check_dataset
 from brainldm.engineering.batches import memmap_location, one_process, open_dataset
 from brainldm.engineering.cli import main
-from brainldm.data import DataConfig, check_dataset
-from brainldm.engineering.files import cache_folder, unpack
+from brainldm.engineering import batches, files
+from brainldm import data
 
 CONFIG = DataConfig(size=24)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from brainldm.engineering.configs import PRESETS, AEConfig, DataConfig
+from brainldm.data import check_dataset
 from brainldm.engineering.batches import (
     Covariate,
     SliceDataset,
@@ -18,28 +20,25 @@ from brainldm.engineering.batches import (
     encode_column,
     encode_covariates,
     find_covariates,
-    mask_levels_not_in_train,
     level_text,
+    mask_levels_not_in_train,
     open_dataset,
     read_conditions,
     write_levels,
 )
+from brainldm.engineering.stage1 import (
+    EVALUATOR_PATCH,
+    covariates_from_dict,
+    covariates_to_dict,
+    size_multiple,
+)
+from brainldm.engineering.codec import check_conditions
+from brainldm.advanced.fidelity import FeatureNet
 from brainldm.engineering.cli import (
     add_training_findings,
     conditions_of_rows,
     main,
     read_condition_flags,
-)
-from brainldm.engineering.codec import check_conditions
-from brainldm.data import DataConfig, check_dataset
-from brainldm.engineering.stage2 import PRESETS
-from brainldm.advanced.fidelity import FeatureNet
-from brainldm.training import (
-    EVALUATOR_PATCH,
-    AEConfig,
-    covariates_to_dict,
-    covariates_from_dict,
-    size_multiple,
 )
 
 SITES = (

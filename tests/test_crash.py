@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from brainldm.engineering import runs
-from brainldm import training
 from brainldm.engineering.runs import Checkpoint, free_run, load_weights, lock_run, read_log
 from brainldm.training import train_autoencoder
+from brainldm.engineering import runs, stage1
+from brainldm import training
 from test_training import AE, make_dataset
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ posix = pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
 
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
-    monkeypatch.setattr(training, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
+    monkeypatch.setattr(stage1, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
 
 @pytest.fixture(scope='module')
@@ -256,7 +256,8 @@ def test_a_device_that_is_really_full(tmp_path):
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
     "A folder for the command line."
-    from brainldm.engineering.phantom import PhantomConfig, make_cohort
+    from brainldm.engineering.configs import PhantomConfig
+    from brainldm.engineering.phantom import make_cohort
 
     return make_cohort(
         tmp_path_factory.mktemp('data') / 'phantom',

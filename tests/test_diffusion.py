@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainldm.engineering import layers
+from brainldm.engineering.configs import PRESETS, LDMConfig, ScheduleConfig, bare_type, check_config
 from brainldm.engineering.batches import SliceDataset
-from brainldm.engineering.stage2 import PRESETS, LDMConfig, cache_latents, train_ldm, unet_args
-from brainldm.engineering.loop import check_config, infer
-from brainldm.scheduler import NoiseSchedule
-from brainldm.engineering.runs import read_config, read_log
-from brainldm.training import autoencoder_args, load_autoencoder, train_autoencoder
-from brainldm.unet import UNet
 from brainldm.vae import AutoencoderKL
+from brainldm.scheduler import NoiseSchedule, check_terminal_signal
+from brainldm.unet import UNet
+from brainldm.engineering.loop import infer
+from brainldm.engineering.runs import read_config, read_log
+from brainldm.engineering.stage1 import autoencoder_args, load_autoencoder
+from brainldm.engineering.stage2 import cache_latents, unet_args
+from brainldm.training import train_autoencoder, train_ldm
+from brainldm.engineering import devices
 from test_training import (
     AE,
     LDM,
@@ -81,7 +83,9 @@ def test_half_trained_autoencoder_is_refused(dataset, tmp_path, monkeypatch):
         train_ldm(dataset, tmp_path / 'run', LDM, progress=False)
 
 
-@pytest.mark.parametrize('name', [f.name for f in fields(LDMConfig) if f.type in (int, float)])
+@pytest.mark.parametrize(
+    'name', [f.name for f in fields(LDMConfig) if bare_type(f) in (int, float)]
+)
 def test_no_number_goes_unchecked(name):
     refuses(LDMConfig, name)
 
@@ -95,16 +99,14 @@ def test_a_weight_that_is_a_text():
 @pytest.mark.parametrize(
     'kind,fits', [('linear', True), ('scaled_linear', True), ('cosine', False), ('flow', False)]
 )
-def test_noise_is_asked_for_only_where_a_picture_can_be_made_of_it(kind, fits):
-    config = LDMConfig(
-        schedule=NoiseSchedule(
-            beta_schedule=kind, prediction_type='epsilon', zero_terminal_snr=False
-        )
+def test_noise_is_asked_for_only_where_a_picture_can_be_made_of_it(kind, fits, tmp_path):
+    schedule = ScheduleConfig(
+        beta_schedule=kind, prediction_type='epsilon', zero_terminal_snr=False
     )
     if fits:
-        return check_config(config)
+        return check_terminal_signal(schedule)
     with pytest.raises(ValueError, match="prediction_type='epsilon', and .e-05 of the signal"):
-        check_config(config)
+        train_ldm(None, tmp_path, LDMConfig(schedule=schedule))  # refused before anything is read
 
 
 def test_the_offset_is_for_questions_that_pure_noise_can_answer():
@@ -137,7 +139,7 @@ def test_presets_can_be_built(name):
 def test_latents_are_standard_means(dataset, straight):
     auto, _ = load_autoencoder(straight)
     file = weights(straight, 'ldm')
-    precision = layers.pick_precision('auto', torch.device('cpu'))
+    precision = devices.pick_precision('auto', torch.device('cpu'))
     z = cache_latents(auto, dataset.subset('train'), precision, batch_size=7, progress=False)
     whole = infer(auto, precision, 'encode')(
         dataset.subset('train').__getitems__(range(20))['image']
@@ -166,14 +168,14 @@ def test_no_covariates(dataset, straight, tmp_path):
 LAUNCHED = '''
 import os, signal, sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
-from brainldm.engineering import stage2 as diffusion
+from brainldm import training
 from test_diffusion import *
 run,stop = Path({run!r}),signal.SIGTERM
-loss = diffusion.ldm_loss
+loss = training.ldm_loss
 def struck(model, batch, generator, seen, *args, **kwargs):
     if run.name=='b' and seen==36 and torch.is_grad_enabled() and os.environ['RANK']=='1': signal.raise_signal(stop)
     return loss(model, batch, generator, seen, *args, **kwargs)
-diffusion.ldm_loss = struck
+training.ldm_loss = struck
 train_autoencoder(make_dataset(), run, replace(AE, batch_size=2, total_images=40), progress=False)
 try: unet = train_ldm(make_dataset(), run, replace(LDM, batch_size=2), progress=False)
 except KeyboardInterrupt:

@@ -25,8 +25,8 @@ from urllib.parse import unquote, urlparse
 import pytest
 from PIL import Image
 
+from brainldm.engineering.configs import TrainConfig
 from brainldm.engineering.tables import read_subjects
-from brainldm.engineering.loop import TrainConfig
 from brainldm.engineering.report import evaluate
 from brainldm.engineering.cli import main
 

@@ -10,24 +10,24 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.advanced import evaluation
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.batches import Covariate, SliceDataset, open_dataset
+from brainldm.vae import AutoencoderKL
+from brainldm.engineering.runs import read_metrics
+from brainldm.engineering.codec import Codec
+from brainldm.sampling import BrainLDM
 from brainldm.advanced.evaluation import (
-    lock_metrics,
+    count_new_positions,
     json_safe,
+    lock_metrics,
     mean_slice_baseline,
     merge_metrics,
-    count_new_positions,
     reconstruction_scores,
     score_slices,
     show_number,
     subject_interval,
 )
-from brainldm.engineering.runs import read_metrics
-from brainldm.engineering.codec import Codec
-from brainldm.sampling import BrainLDM
-from brainldm.vae import AutoencoderKL
+from brainldm.advanced import evaluation
 
 
 @pytest.fixture(scope='module')

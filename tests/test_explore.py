@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 import brainldm.engineering.explore as explore
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig
 from brainldm.engineering.batches import Covariate
-from brainldm.engineering.explore import OPEN, Explorer, to_png
-from brainldm.sampling import BrainLDM
+from brainldm.engineering.stage1 import autoencoder_args, build_autoencoder
 from brainldm.engineering.codec import SYNTHETIC, Codec
-from brainldm.training import AEConfig, autoencoder_args, build_autoencoder
+from brainldm.sampling import BrainLDM
+from brainldm.engineering.explore import OPEN, Explorer, to_png
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from brainldm.engineering.configs import TrainConfig
 from brainldm.engineering.batches import Covariate, SliceDataset
 from brainldm.advanced.fidelity import (
     POSITIVE,
@@ -17,25 +18,24 @@ from brainldm.advanced.fidelity import (
     compare_with_reference,
     coverage_scores,
     evaluator_rows,
+    evaluator_scores,
     excess_distance,
     feature_net,
     fidelity_scores,
     frechet_distance,
+    image_features,
     interval_within,
+    jackknife_means,
     kernel_distance,
     kernel_terms,
     leave_out_interval,
     match_rows,
-    image_features,
     pick_rows,
     predict_covariates,
-    evaluator_scores,
     reference_rotations,
     subject_auc,
     train_feature_net,
-    jackknife_means,
 )
-from brainldm.engineering.loop import TrainConfig
 
 COVARIATES = (
     Covariate('slice', 'continuous', range=(0.0, 7.0)),

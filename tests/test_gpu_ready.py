@@ -18,25 +18,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from brainldm.engineering.configs import AEConfig, LDMConfig, PriorConfig, TrainConfig, VolumeConfig
+from brainldm.engineering.batches import Covariate
+from brainldm.vqgan import FP16_SCALE, PatchDiscriminator
+from brainldm.scheduler import NoiseSchedule
+from brainldm.unet import UNet
+from brainldm.engineering.loop import Learner, train_batches
+from brainldm.engineering.runs import pack_state, unpack_state
+from brainldm.engineering.stage1 import autoencoder_args, build_autoencoder
+from brainldm.engineering.stage2 import unet_args
+from brainldm.training import autoencoder_loss, ldm_loss, make_discriminator
+from brainldm.advanced.volume import NeighborUNet, volume_loss
+from brainldm.advanced.prior import CodeTransformer, prior_loss
+from brainldm.advanced.fidelity import FeatureNet
 from brainldm.engineering import loop
 from brainldm import training
-from brainldm.engineering.batches import Covariate
-from brainldm.advanced.fidelity import FeatureNet
-from brainldm.engineering.loop import Learner, TrainConfig, train_batches
-from brainldm.advanced.prior import CodeTransformer, PriorConfig, prior_loss
-from brainldm.engineering.runs import pack_state, unpack_state
-from brainldm.scheduler import NoiseSchedule
-from brainldm.training import (
-    AEConfig,
-    autoencoder_args,
-    autoencoder_loss,
-    build_autoencoder,
-    make_discriminator,
-)
-from brainldm.engineering.stage2 import LDMConfig, ldm_loss, unet_args
-from brainldm.unet import UNet
-from brainldm.advanced.volume import NeighborUNet, VolumeConfig, volume_loss
-from brainldm.vqgan import FP16_SCALE, PatchDiscriminator
 from test_loop import AveragedConfig, line, line_data, line_loss
 
 ROOT, SLOW = Path(__file__).parents[1], bool(os.environ.get('BRAINLDM_SLOW'))

@@ -25,12 +25,11 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm.engineering import batches
-from brainldm.engineering import cli
-from brainldm import data
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.batches import Covariate
 from brainldm.engineering.runs import load_weights, save_weights
+from brainldm.engineering import batches, cli
+from brainldm import data
 
 # what: what arrived. Expected what. Try what.
 FORM = re.compile(r"\S.*?: .+?[.\n] ?Expected .+?\.\s+\S.+", re.DOTALL)

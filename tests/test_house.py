@@ -15,12 +15,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 docstrings = importlib.import_module("docstrings")
 LAYERS = """
     engineering.checks engineering.extending
+    engineering.configs
     engineering.devices
     engineering.files engineering.plotting engineering.phantom engineering.tables
     data engineering.batches
     engineering.layers vae vqgan scheduler advanced.solvers unet
     engineering.loop engineering.runs engineering.sharing
-    training engineering.stage2
+    engineering.stage1 engineering.stage2 training
     engineering.codec sampling analysis
     advanced.volume advanced.latents advanced.factors engineering.explore advanced.prior
     advanced.evaluation advanced.fidelity advanced.audit engineering.report

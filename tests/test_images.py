@@ -12,28 +12,27 @@ import pytest
 import torch
 from PIL import Image
 
-from brainldm.advanced import audit
-from brainldm.engineering import report
+from brainldm.engineering.configs import AEConfig, DataConfig, PhantomConfig, TrainConfig
+from brainldm.engineering.phantom import make_cohort
 from brainldm.engineering.batches import open_dataset
-from brainldm.engineering.cli import main
+from brainldm.engineering.runs import read_metrics
+from brainldm.training import train_autoencoder
 from brainldm.engineering.codec import save_images, to_bytes
-from brainldm.data import DataConfig
+from brainldm.sampling import BrainLDM
 from brainldm.advanced.fidelity import match_rows
-from brainldm.engineering.loop import TrainConfig
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
 from brainldm.engineering.report import (
     check_targets,
-    sample_matched,
     evaluate,
     evaluate_images,
     image_side,
     pair_images,
     read_images,
     report_samples,
+    sample_matched,
 )
-from brainldm.engineering.runs import read_metrics
-from brainldm.sampling import BrainLDM
-from brainldm.training import AEConfig, train_autoencoder
+from brainldm.engineering.cli import main
+from brainldm.engineering import report
+from brainldm.advanced import audit
 
 
 @pytest.fixture(autouse=True)

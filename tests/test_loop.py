@@ -9,12 +9,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from brainldm.engineering import loop
-from brainldm.engineering.stage2 import LDMConfig
+from brainldm.engineering.configs import AEConfig, LDMConfig, TrainConfig, check_config
 from brainldm.engineering.loop import (
     Learner,
-    TrainConfig,
-    check_config,
     ema_decay,
     fit,
     in_chunks,
@@ -22,7 +19,7 @@ from brainldm.engineering.loop import (
     seeded,
     train_batches,
 )
-from brainldm.training import AEConfig
+from brainldm.engineering import loop
 
 
 @dataclass
@@ -161,7 +158,7 @@ def test_a_gradient_that_is_not_finite_is_seen_before_the_loss_is():
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb', 'nonsense'])
 def test_a_tracker_that_is_not_installed(name, monkeypatch):
-    monkeypatch.setattr(loop, 'get_available_trackers', lambda: [])
+    monkeypatch.setattr('accelerate.tracking.get_available_trackers', lambda: [])
     with pytest.raises(ValueError, match=f"log_with='{name}' is not installed"):
         check_config(TrainConfig(log_with=name))
 

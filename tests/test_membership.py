@@ -4,15 +4,15 @@ can be attacked."""
 import numpy as np
 import pytest
 
+from brainldm.engineering.configs import DataConfig
+from brainldm.engineering.batches import open_dataset
+from brainldm.sampling import BrainLDM
 from brainldm.advanced.audit import (
     attack_auc,
     denoising_errors,
     mean_slice_errors,
     membership_inference,
 )
-from brainldm.engineering.batches import open_dataset
-from brainldm.data import DataConfig
-from brainldm.sampling import BrainLDM
 
 
 @pytest.fixture(scope='module')

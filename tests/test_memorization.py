@@ -9,29 +9,29 @@ import pandas as pd
 import pytest
 import torch
 
+from brainldm.engineering.configs import DataConfig, PhantomConfig
+from brainldm.engineering.phantom import make_cohort
+from brainldm.engineering.batches import SliceDataset, open_dataset
+from brainldm.engineering.sharing import audit_verdicts
+from brainldm.advanced.evaluation import merge_metrics
 from brainldm.advanced.audit import (
     KINDS,
     CopySearch,
     audit_images,
-    audit_summary,
     audit_power,
     audit_statistics,
+    audit_summary,
     candidate_moves,
     excess_p_values,
     extreme_threshold,
     folding_maps,
     memorization_audit,
-    transform_maps,
     nearest_copies,
     plant_copies,
     reference_rows,
     smooth,
+    transform_maps,
 )
-from brainldm.engineering.batches import SliceDataset, open_dataset
-from brainldm.data import DataConfig
-from brainldm.advanced.evaluation import merge_metrics
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.engineering.sharing import audit_verdicts
 
 
 def all_images(dataset):

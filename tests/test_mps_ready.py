@@ -17,21 +17,20 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from brainldm.advanced.audit import CopySearch, nearest_copies
+from brainldm.engineering.configs import AEConfig, DataConfig
 from brainldm.engineering.batches import open_dataset
-from brainldm.data import DataConfig
-from brainldm.advanced.evaluation import codebook_scores
-from brainldm.advanced.fidelity import FeatureNet, augment, image_features
-from brainldm.advanced.prior import CodeSampler, CodeTransformer, code_bits
-from brainldm.sampling import BrainLDM
-from brainldm.training import (
-    AEConfig,
+from brainldm.engineering.stage1 import (
     autoencoder_args,
     build_autoencoder,
     init_codebook_from_data,
     validate_autoencoder,
 )
+from brainldm.sampling import BrainLDM
 from brainldm.advanced.volume import BrainVolumes, NeighborUNet, sample_shared_noise
+from brainldm.advanced.prior import CodeSampler, CodeTransformer, code_bits
+from brainldm.advanced.evaluation import codebook_scores
+from brainldm.advanced.fidelity import FeatureNet, augment, image_features
+from brainldm.advanced.audit import CopySearch, nearest_copies
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from brainldm.engineering.configs import DataConfig, PriorConfig, TrainConfig, VolumeConfig
 from brainldm.engineering.devices import device_name
-from brainldm.data import DataConfig
 from brainldm.engineering.batches import SliceDataset, find_covariates, fingerprint
-from brainldm.engineering.loop import TrainConfig
 from brainldm.engineering.runs import (
     Checkpoint,
     compare_given,
@@ -24,11 +23,12 @@ from brainldm.engineering.runs import (
     weights_hash,
 )
 from brainldm.engineering.sharing import pack_weights, strip_settings
-from brainldm.training import load_autoencoder, train_autoencoder
-from brainldm.engineering.stage2 import load_unet, note_changes, refuse_leak, train_ldm
+from brainldm.engineering.stage1 import load_autoencoder
+from brainldm.engineering.stage2 import load_unet, note_changes, refuse_leak
+from brainldm.training import train_autoencoder, train_ldm
 from brainldm.sampling import BrainLDM
-from brainldm.advanced.volume import BrainVolumes, VolumeConfig, train_volume
-from brainldm.advanced.prior import CodeSampler, PriorConfig, load_prior, train_prior
+from brainldm.advanced.volume import BrainVolumes, train_volume
+from brainldm.advanced.prior import CodeSampler, load_prior, train_prior
 from brainldm.advanced.fidelity import feature_net
 from brainldm.engineering import runs
 from test_training import AE, LDM, Crash, dataset, quick_figures, same, strike, weights
@@ -208,7 +208,8 @@ def test_the_table_of_subjects_may_move(tmp_path, capsys):
     """From the command line: stage 1 is resumed, and stage 2 begun, with the table elsewhere and
     an age corrected in it."""
     from brainldm.engineering.cli import main
-    from brainldm.engineering.phantom import PhantomConfig, make_cohort
+    from brainldm.engineering.configs import PhantomConfig
+    from brainldm.engineering.phantom import make_cohort
 
     data = make_cohort(
         tmp_path / "data", PhantomConfig(num_subjects=12, num_slices=4, size=32), progress=False
@@ -506,7 +507,8 @@ def test_it_goes_on_exactly_and_without_the_source(told, made, tmp_path, monkeyp
         interrupted(told, tmp_path / name, monkeypatch, config)
         with monkeypatch.context() as patch:
             patch.setattr(
-                "brainldm.training.locate_run", lambda *_: pytest.fail("the source is not needed")
+                "brainldm.engineering.stage1.locate_run",
+                lambda *_: pytest.fail("the source is not needed"),
             )
             train_autoencoder(told, tmp_path / name, again, resume=True, progress=False)
         same(tmp_path / "a", tmp_path / name, "autoencoder")
@@ -595,7 +597,8 @@ def test_covariates_are_matched_by_name(dataset, made, tmp_path):
 def test_a_shipped_run_can_be_started_from(tmp_path):
     "phantom-128, by its name, from the command line: the first step begins at its weights."
     from brainldm.engineering.cli import main
-    from brainldm.engineering.phantom import PhantomConfig, make_cohort
+    from brainldm.engineering.configs import PhantomConfig
+    from brainldm.engineering.phantom import make_cohort
     from brainldm.engineering.sharing import pretrained_run
 
     data = make_cohort(

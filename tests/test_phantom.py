@@ -13,16 +13,16 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from brainldm.engineering import phantom
+from brainldm.engineering.configs import PhantomConfig
 from brainldm.engineering.phantom import (
-    PhantomConfig,
-    sample_subject,
-    sample_warp,
     integrate,
     jacobian_determinant,
     make_cohort,
     make_subject,
+    sample_subject,
+    sample_warp,
 )
+from brainldm.engineering import phantom
 
 SMALL = dict(num_slices=4, size=40)
 

@@ -12,29 +12,34 @@ import pytest
 import torch
 from test_training import Crash, make_dataset
 
-from brainldm.engineering.devices import pick_precision
-from brainldm.data import DataConfig
-from brainldm.engineering.batches import Covariate, SliceDataset
-from brainldm.engineering.loop import check_config, infer, seeded
-from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log
-from brainldm.training import AEConfig, load_autoencoder, train_autoencoder
-from brainldm.advanced.prior import (
+from brainldm.engineering.configs import (
     PRIOR_PRESETS,
+    AEConfig,
+    DataConfig,
+    PriorConfig,
+    check_config,
+)
+from brainldm.engineering.devices import pick_precision
+from brainldm.engineering.batches import Covariate, SliceDataset
+from brainldm.engineering.loop import infer, seeded
+from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log
+from brainldm.engineering.stage1 import load_autoencoder
+from brainldm.training import train_autoencoder
+from brainldm.advanced.prior import (
     CodeSampler,
     CodeTransformer,
-    PriorConfig,
     cache_codes,
+    code_baselines,
     code_bits,
     code_cells,
-    code_probabilities,
-    code_baselines,
     code_costs,
-    sample_uniform,
-    load_prior,
+    code_probabilities,
     context_positions,
+    load_prior,
     next_logits,
     pick_codes,
     prior_loss,
+    sample_uniform,
     train_prior,
 )
 from brainldm.advanced import prior as module
@@ -77,9 +82,9 @@ COVARIATES = (
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
     "Sampling takes most of the time of a tiny run."
-    from brainldm import training
+    from brainldm.engineering import stage1
 
-    for o in (module, training):
+    for o in (module, stage1):
         monkeypatch.setattr(o, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
 

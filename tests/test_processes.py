@@ -17,12 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, PhantomConfig, PriorConfig
+from brainldm.engineering.phantom import make_cohort
 from brainldm.engineering.batches import open_dataset
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.advanced.prior import PriorConfig, train_prior
-from brainldm.training import AEConfig, train_autoencoder
-from brainldm.engineering.stage2 import LDMConfig, train_ldm
+from brainldm.training import train_autoencoder, train_ldm
+from brainldm.advanced.prior import train_prior
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='gloo on POSIX')
 # What `accelerate launch` starts on GPUs; with --cpu it starts one process only, whatever it is

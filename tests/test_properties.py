@@ -19,18 +19,10 @@ import torch
 from PIL import Image
 
 from brainldm.engineering.checks import DataFault
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import PREDICTION_TYPES, AEConfig, DataConfig
 from brainldm.engineering.batches import Covariate
-from brainldm.scheduler import (
-    PREDICTION_TYPES,
-    NoiseSchedule,
-    add_noise,
-    sampling_timesteps,
-    targets,
-    to_x0_eps,
-)
+from brainldm.scheduler import NoiseSchedule, add_noise, sampling_timesteps, targets, to_x0_eps
 from brainldm.engineering.runs import load_weights
-from brainldm.training import AEConfig
 from brainldm.sampling import BrainLDM
 from brainldm.engineering import batches, files
 from brainldm import data

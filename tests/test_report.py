@@ -8,26 +8,25 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, PriorConfig
 from brainldm.engineering.batches import Covariate, open_dataset
+from brainldm.vae import AutoencoderKL
+from brainldm.unet import UNet
+from brainldm.training import train_autoencoder, train_ldm
 from brainldm.engineering.codec import default_conditions
-from brainldm.engineering.stage2 import LDMConfig, train_ldm
+from brainldm.sampling import BrainLDM, Sampler
+from brainldm.advanced.prior import train_prior
 from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores, show_number
-from brainldm.advanced.prior import PriorConfig, train_prior
 from brainldm.engineering.report import (
     check_targets,
-    sample_by_condition,
-    sample_matched,
     evaluate,
     figure_uri,
     report,
     report_numbers,
     report_samples,
+    sample_by_condition,
+    sample_matched,
 )
-from brainldm.sampling import BrainLDM, Sampler
-from brainldm.training import AEConfig, train_autoencoder
-from brainldm.unet import UNet
-from brainldm.vae import AutoencoderKL
 
 
 class Page(HTMLParser):

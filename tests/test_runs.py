@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from brainldm.engineering.configs import AEConfig, DataConfig, PhantomConfig
 from brainldm.engineering.files import write_atomic
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.data import DataConfig
+from brainldm.engineering.phantom import make_cohort
 from brainldm.engineering.batches import open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.engineering.loop import Learner
@@ -24,13 +24,8 @@ from brainldm.engineering.runs import (
     save_weights,
     unpack_state,
 )
-from brainldm.training import (
-    AEConfig,
-    load_autoencoder,
-    evenly_spaced_rows,
-    train_autoencoder,
-    validate_autoencoder,
-)
+from brainldm.engineering.stage1 import evenly_spaced_rows, load_autoencoder, validate_autoencoder
+from brainldm.training import train_autoencoder
 from brainldm.engineering import runs
 from brainldm import training
 from test_loop import AveragedConfig, line, line_data, line_loss

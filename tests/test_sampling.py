@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.batches import Covariate, encode_covariates, open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.unet import UNet

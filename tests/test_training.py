@@ -19,14 +19,10 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.engineering import stage2 as diffusion
-from brainldm.engineering import runs
-from brainldm import training
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, bare_type, check_config
+from brainldm.engineering.plotting import plot_history
 from brainldm.engineering.batches import SliceDataset
 from brainldm.scheduler import NoiseSchedule
-from brainldm.engineering.stage2 import LDMConfig, train_ldm
-from brainldm.engineering.loop import check_config
 from brainldm.engineering.runs import (
     HARMLESS,
     Checkpoint,
@@ -35,7 +31,10 @@ from brainldm.engineering.runs import (
     read_config,
     read_log,
 )
-from brainldm.training import AEConfig, load_autoencoder, plot_history, train_autoencoder
+from brainldm.engineering.stage1 import load_autoencoder
+from brainldm.training import train_autoencoder, train_ldm
+from brainldm.engineering import runs, stage1, stage2
+from brainldm import training
 
 AE = AEConfig(
     total_images=80,
@@ -64,19 +63,20 @@ LDM = LDMConfig(
     cond_channels=8,
     ema_images=20,
     preview_steps=1,
+    dropout=0.1,  # what it samples must be found again on resume
 )
 STAGES = {
     'autoencoder': (train_autoencoder, AE, 'autoencoder_loss'),
     'ldm': (train_ldm, LDM, 'ldm_loss'),
 }
 # the module in which a training looks for its loss
-HOME = {'autoencoder_loss': training, 'ldm_loss': diffusion}
+HOME = {'autoencoder_loss': training, 'ldm_loss': training}
 
 
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
     "Sampling takes most of the time of a tiny run; `straight` samples."
-    for home in (training, diffusion):
+    for home in (stage1, stage2):
         monkeypatch.setattr(home, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
 
@@ -515,7 +515,7 @@ def refuses(kind, name):
             check_config(replace(kind(), **{name: bad}))
 
 
-@pytest.mark.parametrize('name', [f.name for f in fields(AEConfig) if f.type in (int, float)])
+@pytest.mark.parametrize('name', [f.name for f in fields(AEConfig) if bare_type(f) in (int, float)])
 def test_no_number_goes_unchecked(name):
     refuses(AEConfig, name)
 

@@ -13,30 +13,29 @@ import pytest
 import torch
 from test_covariates import cohort
 
-from brainldm.advanced import volume as module
-from brainldm.engineering.cli import data_config, describe_space, main
-from brainldm.data import DataConfig, check_dataset
+from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, VolumeConfig
+from brainldm.data import check_dataset
 from brainldm.engineering.batches import open_dataset
-from brainldm.engineering.stage2 import LDMConfig, train_ldm
-from brainldm.sampling import BrainLDM
-from brainldm.engineering.codec import SYNTHETIC
 from brainldm.engineering.runs import load_weights, open_run, read_log, save_weights
-from brainldm.training import AEConfig, train_autoencoder
+from brainldm.training import train_autoencoder, train_ldm
+from brainldm.engineering.codec import SYNTHETIC
+from brainldm.sampling import BrainLDM
 from brainldm.advanced.volume import (
     BrainVolumes,
     NeighborUNet,
-    VolumeConfig,
     correlate_noise,
-    generation_order,
     find_neighbors,
-    resolve_spacing,
-    stack_neighbors,
+    generation_order,
     neighbors_of,
+    resolve_spacing,
     sample_shared_noise,
     save_volumes,
+    stack_neighbors,
     to_nifti,
     train_volume,
 )
+from brainldm.engineering.cli import data_config, describe_space, main
+from brainldm.advanced import volume as module
 
 SHORT = VolumeConfig(
     total_images=96,

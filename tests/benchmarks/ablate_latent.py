@@ -23,15 +23,15 @@ import torch.nn.functional as F
 import tyro
 from tqdm.auto import tqdm
 
+from brainldm.engineering.configs import PRESETS, AEConfig
 from brainldm.engineering.batches import open_dataset
-from brainldm.engineering.cli import data_config
-from brainldm.engineering.stage2 import PRESETS
-from brainldm.advanced.evaluation import reconstruction_scores
+from brainldm.vae import kl_loss, reparameterize
 from brainldm.engineering.loop import Learner, fit, train_batches
 from brainldm.engineering.runs import read_config, save_weights
+from brainldm.engineering.stage1 import load_autoencoder
 from brainldm.sampling import BrainLDM
-from brainldm.training import AEConfig, load_autoencoder
-from brainldm.vae import kl_loss, reparameterize
+from brainldm.advanced.evaluation import reconstruction_scores
+from brainldm.engineering.cli import data_config
 
 import ablate_unet
 

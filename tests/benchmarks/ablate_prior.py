@@ -24,18 +24,17 @@ import tyro
 from einops import rearrange
 from torch import nn
 
+from brainldm.engineering.configs import PRIOR_PRESETS, PriorConfig
 from brainldm.engineering.devices import pick_precision
 from brainldm.engineering.batches import open_dataset
 from brainldm.engineering.loop import Learner, fit, seeded, train_batches
-from brainldm.training import load_autoencoder, pick_covariates, evenly_spaced_rows
+from brainldm.engineering.stage1 import evenly_spaced_rows, load_autoencoder, pick_covariates
 from brainldm.engineering.stage2 import LatentDataset
 from brainldm.advanced.prior import (
-    PRIOR_PRESETS,
     CodeTransformer,
-    PriorConfig,
     cache_codes,
-    code_bits,
     code_baselines,
+    code_bits,
     code_vectors,
     prior_args,
     prior_loss,

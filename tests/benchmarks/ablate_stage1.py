@@ -18,12 +18,13 @@ import pandas as pd
 import torch
 import tyro
 
+from brainldm.engineering.configs import PRESETS, AEConfig, PhantomConfig
 from brainldm.engineering.plotting import save_figure, show_grid
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
+from brainldm.engineering.phantom import make_cohort
 from brainldm.engineering.batches import open_dataset
 from brainldm.engineering.runs import read_log
-from brainldm.training import AEConfig, evenly_spaced_rows, train_autoencoder
-from brainldm.engineering.stage2 import PRESETS
+from brainldm.engineering.stage1 import evenly_spaced_rows
+from brainldm.training import train_autoencoder
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.evaluation import reconstruction_scores
 

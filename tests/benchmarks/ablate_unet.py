@@ -24,14 +24,15 @@ import torch
 import tyro
 
 from brainldm import unet
+from brainldm.engineering.configs import PRESETS, LDMConfig
 from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.engineering.batches import open_dataset
 from brainldm.scheduler import NoiseSchedule
 from brainldm.engineering.runs import read_config, read_log
-from brainldm.engineering.stage2 import PRESETS, LDMConfig, train_ldm
+from brainldm.training import train_ldm
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.fidelity import feature_net, match_rows
-from brainldm.engineering.report import sample_matched, evaluate_samples
+from brainldm.engineering.report import evaluate_samples, sample_matched
 from brainldm.engineering.cli import data_config
 
 import seeds

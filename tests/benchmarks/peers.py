@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from timing import count
 from torch import Tensor, nn
 
+from brainldm.engineering.configs import PRESETS
 from brainldm.engineering.batches import Covariate
-from brainldm.engineering.loop import seeded
-from brainldm.training import autoencoder_args, build_autoencoder
-from brainldm.engineering.stage2 import PRESETS, unet_args
-from brainldm.unet import UNet
 from brainldm.vae import kl_loss
+from brainldm.unet import UNet
+from brainldm.engineering.loop import seeded
+from brainldm.engineering.stage1 import autoencoder_args, build_autoencoder
+from brainldm.engineering.stage2 import unet_args
 
 COVARIATES = (
     Covariate('slice', 'continuous', range=(0, 31)),

@@ -11,8 +11,9 @@ import time
 
 import torch
 
+from brainldm.engineering.configs import PRIOR_PRESETS
 from brainldm.engineering.batches import Covariate
-from brainldm.advanced.prior import PRIOR_PRESETS, CodeTransformer, sample_uniform
+from brainldm.advanced.prior import CodeTransformer, sample_uniform
 
 REPEATS = 5
 

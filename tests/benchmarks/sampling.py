@@ -29,10 +29,10 @@ from timing import (
     ratio,
 )
 
+from brainldm.engineering.configs import PRESETS
 from brainldm.scheduler import NoiseSchedule, denoise
 from brainldm.advanced.solvers import SOLVERS
 from brainldm.engineering.loop import infer
-from brainldm.engineering.stage2 import PRESETS
 from brainldm.sampling import BrainLDM, conditional_denoiser
 
 TARGET = '<= 1.05'

@@ -25,10 +25,10 @@ from timing import Job, device_and_precision, interleave, machine, publish, rati
 from torch import nn
 from training_step import manifest
 
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import PRESETS, DataConfig, TrainConfig
 from brainldm.engineering.batches import SliceDataset, open_dataset
-from brainldm.engineering.loop import TrainConfig, make_accelerator, train_batches
-from brainldm.engineering.stage2 import PRESETS, latent_splits
+from brainldm.engineering.loop import make_accelerator, train_batches
+from brainldm.engineering.stage2 import latent_splits
 
 
 @dataclass

@@ -29,12 +29,13 @@ from peers import monai_autoencoder, our_autoencoder
 from timing import Job, autocast, count, device_and_precision, machine, publish, seconds
 from torch import nn
 
+from brainldm.engineering.configs import PRESETS, PhantomConfig
+from brainldm.engineering.phantom import make_cohort
 from brainldm.engineering.batches import open_dataset
-from brainldm.engineering.phantom import PhantomConfig, make_cohort
-from brainldm.engineering.loop import Learner, to_device, train_batches
-from brainldm.training import autoencoder_loss, evenly_spaced_rows
-from brainldm.engineering.stage2 import PRESETS
 from brainldm.vae import image_scores
+from brainldm.engineering.loop import Learner, to_device, train_batches
+from brainldm.engineering.stage1 import evenly_spaced_rows
+from brainldm.training import autoencoder_loss
 
 BATCH = 13  # of the recipe
 
