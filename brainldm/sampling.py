@@ -25,7 +25,7 @@ from .advanced.solvers import SOLVERS, invert
 from .unet import UNet
 from .engineering.loop import infer, mixed_precision, to_device
 from .engineering.runs import check_trained_on, read_config
-from .training import load_autoencoder
+from .engineering.stage1 import load_autoencoder
 from .engineering.stage2 import load_denoiser
 from brainldm.engineering.codec import (
     Codec,

@@ -30,11 +30,12 @@ from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
 from tqdm.auto import tqdm
 
 from ..engineering.checks import check_choice
+from ..engineering.configs import TrainConfig
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
-from ..engineering.loop import TrainConfig, infer, to_device
+from ..engineering.loop import infer, to_device
 from ..engineering.runs import read_metrics
 from ..engineering.sharing import audit_verdicts
-from ..engineering.stage2 import prediction_error
+from ..training import prediction_error
 from ..engineering.codec import to_bytes
 from .prior import cache_codes, code_bits
 from brainldm.advanced.fidelity import (
@@ -42,9 +43,9 @@ from brainldm.advanced.fidelity import (
     PROPORTION,
     FeatureNet,
     fine_detail,
-    leave_out_interval,
     image_batches,
     image_features,
+    leave_out_interval,
     predict_covariates,
     subject_auc,
     train_feature_net,

@@ -29,21 +29,14 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
-from ..analysis import auc
+from ..engineering.configs import TrainConfig
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
-from .evaluation import json_safe, subject_interval
-from brainldm.engineering.loop import (
-    Learner,
-    TrainConfig,
-    bare_model,
-    fit,
-    infer,
-    seeded,
-    train_batches,
-)
-from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
-from ..training import LOAD_ERRORS, covariates_to_dict, covariates_from_dict
 from ..vae import laplacian_variance
+from ..engineering.loop import Learner, bare_model, fit, infer, seeded, train_batches
+from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
+from ..engineering.stage1 import LOAD_ERRORS, covariates_from_dict, covariates_to_dict
+from ..analysis import auc
+from .evaluation import json_safe, subject_interval
 
 # of the feature network
 FEATURES = TrainConfig(total_images=12_000, batch_size=16, warmup_images=1_000, weight_decay=0.05)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .checks import printable
+from .configs import FIXED_KINDS, DataConfig
 from brainldm.engineering.files import (
     cache_folder,
     decode_file,
@@ -35,7 +36,7 @@ from brainldm.engineering.files import (
     temporary_in_cache,
     unpack,
 )
-from ..data import FIXED_KINDS, DataConfig, check_dataset, inspect_files, refuse_faults
+from ..data import check_dataset, inspect_files, refuse_faults
 
 # %% ../../nbs/engineering/27_batches.ipynb #352ef4bc
 def prepare_image(

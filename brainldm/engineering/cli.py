@@ -33,10 +33,22 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .checks import refuse_taken
+from brainldm.engineering.configs import (
+    PRESETS,
+    PRIOR_PRESETS,
+    VOLUME_PRESETS,
+    AEConfig,
+    DataConfig,
+    LDMConfig,
+    PhantomConfig,
+    PriorConfig,
+    TrainConfig,
+    VolumeConfig,
+)
 from .files import as_faults
 from .plotting import save_figure, show_grid
-from .phantom import PhantomConfig, make_cohort
-from ..data import DataConfig, Findings, check_dataset
+from .phantom import make_cohort
+from ..data import Findings, check_dataset
 from brainldm.engineering.batches import (
     SliceDataset,
     covariate_notes,
@@ -46,17 +58,16 @@ from brainldm.engineering.batches import (
     read_conditions,
     read_value,
 )
-from .loop import TrainConfig, process_state
+from .loop import process_state
 from .runs import read_config, read_metrics
 from .sharing import audit_verdicts, fetch_run, pack_run, push_run
-from ..training import AEConfig, size_multiple, train_autoencoder
-from .stage2 import PRESETS, LDMConfig, note_changes, refuse_leak, train_ldm
+from .stage1 import size_multiple
+from .stage2 import note_changes, refuse_leak
+from ..training import train_autoencoder, train_ldm
 from .codec import make_folder, save_gif, save_images
 from ..sampling import BrainLDM
 from brainldm.advanced.volume import (
-    VOLUME_PRESETS,
     BrainVolumes,
-    VolumeConfig,
     check_spacing,
     resolve_spacing,
     sample_shared_noise,
@@ -64,7 +75,7 @@ from brainldm.advanced.volume import (
     train_volume,
 )
 from .explore import explore
-from ..advanced.prior import PRIOR_PRESETS, CodeSampler, PriorConfig, train_prior
+from ..advanced.prior import CodeSampler, train_prior
 from brainldm.advanced.evaluation import (
     json_safe,
     merge_metrics,
@@ -74,12 +85,12 @@ from brainldm.advanced.evaluation import (
 from ..advanced.audit import audit_summary
 from brainldm.engineering.report import (
     check_targets,
-    sample_by_condition,
     evaluate,
     evaluate_images,
     image_side,
     prior_scores,
     report,
+    sample_by_condition,
     trust_rows,
 )
 

@@ -37,9 +37,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .configs import BETA_SCHEDULES
 from .plotting import figure_to_png
 from .batches import Covariate
-from ..scheduler import BETA_SCHEDULES, NoiseSchedule, add_noise
+from ..scheduler import NoiseSchedule, add_noise
 from .loop import to_device
 from .codec import SYNTHETIC, check_images, prepare_conditions, to_bytes
 from ..sampling import BrainLDM, sample_batch, sample_noise, slerp

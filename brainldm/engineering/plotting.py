@@ -189,7 +189,7 @@ def plot_history(
     records: list[dict],  # Lines of log.jsonl
     stage: str,  # 'autoencoder', 'ldm' or 'prior'
     # Training; what was measured on validate subjects; the critic's accuracy, if there is one
-) -> plt.Figure:
+) -> Figure:
     """Draw the course of one training.
 
     Parameters
@@ -201,7 +201,7 @@ def plot_history(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Training; what was measured on validate subjects; the critic's accuracy, if there is one.
 
     Raises

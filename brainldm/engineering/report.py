@@ -30,15 +30,14 @@ from tqdm.auto import tqdm
 
 import brainldm
 from .checks import DataFault
+from .configs import TrainConfig
 from .devices import pick_device
 from .files import cache_folder, decode_file, hash_image, write_atomic
-from .plotting import figure_to_png, save_figure, show_grid
+from .plotting import figure_to_png, plot_history, save_figure, show_grid
 from .tables import read_table
 from .batches import SliceDataset, fingerprint, level_text, read_conditions
-from .loop import TrainConfig
 from .runs import read_config, read_log, read_metrics
 from .sharing import audit_verdicts, generator_hash
-from ..training import plot_history
 from .stage2 import note_changes, refuse_leak
 from .codec import SYNTHETIC, default_conditions, to_bytes
 from ..sampling import BrainLDM
@@ -49,11 +48,11 @@ from brainldm.advanced.fidelity import (
     FeatureNet,
     compare_with_reference,
     evaluator_rows,
+    evaluator_scores,
     feature_net,
+    image_features,
     match_rows,
     pick_rows,
-    image_features,
-    evaluator_scores,
     reference_rotations,
 )
 from brainldm.advanced.audit import (

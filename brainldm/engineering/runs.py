@@ -40,13 +40,13 @@ from tqdm.auto import tqdm
 
 import brainldm
 from .devices import device_name
+from .configs import TrainConfig
 from .files import explain_disk, write_atomic
 from .batches import Covariate, SliceDataset, fingerprint
 from brainldm.engineering.loop import (
     Learner,
-    TrainConfig,
-    check_finite,
     call_every,
+    check_finite,
     fit,
     split_batch_size,
     train_batches,

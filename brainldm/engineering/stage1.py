@@ -379,7 +379,7 @@ FREE = {'covariates', 'dropout', 'commitment_cost', 'restart_below'}
 def refuse_architecture(
     now: dict,  # Arguments of the network that is to be trained
     then: dict,  # Those of the network whose weights it is to start from
-    source: str,  # Where those are, for the message
+    source: str | None,  # Where those are, for the message
 ) -> None:  # Nothing: it raises or returns
     """Name the settings in which two networks differ.
 
@@ -389,7 +389,7 @@ def refuse_architecture(
         Arguments of the network that is to be trained.
     then : dict
         Those of the network whose weights it is to start from.
-    source : str
+    source : str | None
         Where those are, for the message.
 
     Raises
@@ -457,7 +457,7 @@ def match_covariates(
 def adopt_weights(
     model: nn.Module,  # Fresh; filled in place
     source: nn.Module,  # A trained network of the same architecture, perhaps with other covariates
-    what: str,  # Where that one is, for the message
+    what: str | None,  # Where that one is, for the message
 ) -> list[str]:  # What happened to the covariates, a phrase each
     """Copy weights, those of covariates by name.
 
@@ -467,7 +467,7 @@ def adopt_weights(
         Fresh; filled in place.
     source : nn.Module
         A trained network of the same architecture, perhaps with other covariates.
-    what : str
+    what : str | None
         Where that one is, for the message.
 
     Returns
@@ -587,7 +587,7 @@ def adopt_autoencoder(
     FileNotFoundError
         If there is none.
     """
-    source, about = load_autoencoder(locate_run(config.init_from))
+    source, about = load_autoencoder(locate_run(config.init_from or ''))
     refuse_architecture(
         dict(args, kind=config.kind), dict(about['args'], kind=about['kind']), config.init_from
     )
