@@ -8,6 +8,7 @@ __all__ = ['mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'Late
            'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'load_denoiser']
 
 # %% ../../nbs/engineering/32_stage2.ipynb #4a4780d2
+from typing import Any
 import math
 import shutil
 import warnings
