@@ -18,7 +18,7 @@ from brainldm.advanced.audit import (
     ventricle_slices,
     remove_group_means,
 )
-from brainldm.engineering.batches import SliceDataset
+from brainldm.data import SliceDataset
 from brainldm.advanced.fidelity import fine_detail
 from test_fidelity import SHORT, held_out, net, train  # fixtures: discs with a dark hole
 
@@ -58,7 +58,7 @@ def test_effects(train, held_out, net):
         < out['diagnosis_effect']['value']
         < out['diagnosis_effect']['interval_95'][1]
     )
-    # one person: no groups, no interval
+    # one subject: no groups, no interval
     alone = condition_effects(
         net, held_out.__getitems__(range(8))['image'], held_out.manifest[:8], np.arange(8)
     )
