@@ -48,16 +48,15 @@ from brainldm.engineering.configs import (
 from .files import as_faults
 from .plotting import save_figure, show_grid
 from .phantom import make_cohort
-from ..data import Findings, check_dataset
-from brainldm.engineering.batches import (
-    SliceDataset,
+from .layouts import Findings
+from brainldm.engineering.covariates import (
     covariate_notes,
     describe_manifest,
     find_covariates,
-    open_dataset,
     read_conditions,
     read_value,
 )
+from ..data import SliceDataset, check_dataset, open_dataset
 from .loop import process_state
 from .runs import read_config, read_metrics
 from .sharing import audit_verdicts, fetch_run, pack_run, push_run
@@ -611,7 +610,7 @@ def describe_covariates(
     """
     return ', '.join(
         f"{c.name}"
-        f" ({'|'.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'})"
+        f" ({'|'.join(map(str, c.values)) if c.values else f'{c.span[0]:g} to {c.span[1]:g}'})"
         for c in covariates
     )
 
@@ -1082,7 +1081,7 @@ def conditions_of_rows(
 
         out[c.name] = [known(v) for v in values]
         lost = [v for v, o in zip(values, out[c.name]) if o is None and v is not None]
-        span = f"{c.range[0]:g} to {c.range[1]:g}" if c.range else ', '.join(c.values or ())
+        span = f"{c.span[0]:g} to {c.span[1]:g}" if c.range else ', '.join(c.values or ())
         if lost:
             print(
                 f'Note: {c.name} of {len(lost)} row(s), such as {lost[0]}, lies outside {span}, '

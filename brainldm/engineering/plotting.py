@@ -188,9 +188,10 @@ def save_figure(
 def plot_history(
     records: list[dict],  # Lines of log.jsonl
     stage: str,  # 'autoencoder', 'ldm' or 'prior'
-    # Training; what was measured on validate subjects; the critic's accuracy, if there is one
+    # Training; what was measured on validation subjects; the discriminator's accuracy, if there
+    # is one
 ) -> Figure:
-    """Draw the course of one training.
+    """Plot the course of one training.
 
     Parameters
     ----------
@@ -202,7 +203,8 @@ def plot_history(
     Returns
     -------
     Figure
-        Training; what was measured on validate subjects; the critic's accuracy, if there is one.
+        Training; what was measured on validation subjects; the discriminator's accuracy, if there
+        is one.
 
     Raises
     ------
@@ -231,13 +233,13 @@ def plot_history(
         color='C0',
     )
     title = 'train' + (f', mean of {window} records' if window > 1 else '')
-    axs[0].set(yscale='log', xlabel='pictures seen', ylabel=errors.get(main, main), title=title)
+    axs[0].set(yscale='log', xlabel='images seen', ylabel=errors.get(main, main), title=title)
     for k in sorted(
         {k for o in checked for k in o if k.startswith('val_')}
         - {'val_psnr', 'val_l1', 'val_perplexity'}
     ):
         axs[1].plot([o['images'] for o in checked], [o[k] for o in checked], 'o-', ms=3, label=k)
-    axs[1].set(xlabel='pictures seen', title='validate subjects')
+    axs[1].set(xlabel='images seen', title='validation subjects')
     if checked:
         axs[1].legend(frameon=False, fontsize=7)
     if judged:
@@ -248,7 +250,7 @@ def plot_history(
             color='C2',
         )
         axs[2].axhline(0.5, color='k', lw=0.7, ls=':', label='guessing')
-        axs[2].set(ylim=(0, 1.02), xlabel='pictures seen', title="critic's accuracy")
+        axs[2].set(ylim=(0, 1.02), xlabel='images seen', title="discriminator's accuracy")
         axs[2].legend(frameon=False)
     fig.suptitle(stage)
     return fig

@@ -35,7 +35,9 @@ from .devices import pick_device
 from .files import cache_folder, decode_file, hash_image, write_atomic
 from .plotting import figure_to_png, plot_history, save_figure, show_grid
 from .tables import read_table
-from .batches import SliceDataset, fingerprint, level_text, read_conditions
+from .covariates import level_text, read_conditions
+from .cache import fingerprint
+from ..data import SliceDataset
 from .runs import read_config, read_log, read_metrics
 from .sharing import audit_verdicts, generator_hash
 from .stage2 import note_changes, refuse_leak
@@ -1553,7 +1555,7 @@ def report_data(
             ]
         )
     span = lambda c: (
-        ' or '.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'
+        ' or '.join(map(str, c.values)) if c.values else f'{c.span[0]:g} to {c.span[1]:g}'
     )
     requested = ', '.join(f'{c.name} ({span(c)})' for c in covariates)
     return dict(
@@ -1760,7 +1762,7 @@ def model_card(
     """
     module, cls = type(sampler).__module__, type(sampler).__name__
     requested = ', '.join(
-        f'{c.name}={c.values[0] if c.values else round(sum(c.range)/2)!r}'
+        f'{c.name}={c.values[0] if c.values else round(sum(c.span)/2)!r}'
         for c in sampler.covariates
     )
     head = [
