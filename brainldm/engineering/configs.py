@@ -30,11 +30,11 @@ class Limit:
     fits : Callable[[Any], bool]
         Whether a value is allowed.
     expected : str
-        The same in words, for the message.
+        The same as text, for the message.
     """
 
     fits: Callable[[Any], bool]  # Whether a value is allowed
-    expected: str  # The same in words, for the message
+    expected: str  # The same as text, for the message
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0009
 T = TypeVar('T')
@@ -163,7 +163,7 @@ def matches_type(
 # %% ../../nbs/engineering/21_configs.ipynb #d19347f2
 def check_fields(
     config,  # A dataclass with limits in the types of its fields
-    caller: str,  # Function or class that asks, for the message
+    caller: str,  # Function or class that calls, for the message
 ) -> None:  # Nothing: it raises or returns
     """Refuse single settings that cannot work.
 
@@ -172,7 +172,7 @@ def check_fields(
     config
         A dataclass with limits in the types of its fields.
     caller : str
-        Function or class that asks, for the message.
+        Function or class that calls, for the message.
 
     Raises
     ------
@@ -208,13 +208,13 @@ class Needs:
     met : Callable[[Any], Any]
         Whether a configuration has it.
     expected : str
-        The same in words, for the message.
+        The same as text, for the message.
     example : str
         What to set.
     """
 
     met: Callable[[Any], Any]  # Whether a configuration has it
-    expected: str  # The same in words, for the message
+    expected: str  # The same as text, for the message
     example: str  # What to set
 
 # %% ../../nbs/engineering/21_configs.ipynb #a50b1e02
