@@ -419,10 +419,10 @@ class Sampler(Codec):
         device: torch.device | str | None = 'cpu',  # Of the answer; None: the model's
         dtype: torch.dtype = torch.float32,  # Of the answer
         gradient: bool = False,  # Keep the graph of all steps: gradients reach `noise`
-        **others: Any,  # Any other covariate that the run knows, by name
+        **others: Any,  # Any other covariate of the run, by name
         # New images (n, 1, size, size) in [-1, 1], or latents (n, c, h, w)
     ) -> Tensor:
-        """Sample images with the conditions asked for; what is not named is left open.
+        """Sample images with the requested conditions; what is not named is left open.
 
         Parameters
         ----------
@@ -475,7 +475,7 @@ class Sampler(Codec):
         gradient : bool, default False
             Keep the graph of all steps: gradients reach `noise`.
         **others : Any
-            Any other covariate that the run knows, by name.
+            Any other covariate of the run, by name.
 
         Returns
         -------

@@ -171,7 +171,7 @@ EVALUATOR_PATCH = 4
 
 
 def check_conditioned(
-    caller: str,  # Function that asks, for the message
+    caller: str,  # Function that calls, for the message
     model: nn.Module,  # Autoencoder or denoiser
     covariates: tuple[Covariate, ...],  # What it was to be conditioned on
 ) -> None:  # Nothing: it raises or returns
@@ -180,7 +180,7 @@ def check_conditioned(
     Parameters
     ----------
     caller : str
-        Function that asks, for the message.
+        Function that calls, for the message.
     model : nn.Module
         Autoencoder or denoiser.
     covariates : tuple[Covariate, ...]
