@@ -12,6 +12,7 @@ __all__ = ['FLAGS', 'GENERATOR_OPTIONS', 'COMMANDS', 'Phantom', 'training_faults
            'demo_configs', 'sample_condition_grid', 'Demo', 'parse', 'main']
 
 # %% ../../nbs/engineering/39_cli.ipynb #7b047058
+from typing import Any
 import dataclasses
 import json
 import os
@@ -99,7 +100,13 @@ FLAGS = tyro.conf.arg(name='', prefix_name=False, help='')
 # %% ../../nbs/engineering/39_cli.ipynb #df944266
 @dataclass
 class Phantom:
-    "Make a cohort of synthetic brains to try everything on."
+    """Make a cohort of synthetic brains to try everything on.
+
+    Attributes
+    ----------
+    out : tyro.conf.Positional[Path]
+        New folder for the cohort.
+    """
 
     out: tyro.conf.Positional[Path]  # New folder for the cohort
     config: Annotated[PhantomConfig, FLAGS] = field(default_factory=PhantomConfig)
@@ -115,7 +122,22 @@ def training_faults(
     auto: AEConfig,  # The autoencoder that is going to be trained, and what it says of the UNet
 ) -> list[tuple[str, str]]:  # Setting and sentence of each reason why training would refuse
     """Check what every stage of a training needs: a size that divides, subjects to train and to
-    validate on."""
+    validate on.
+
+    Parameters
+    ----------
+    found : Findings
+        What an inspection of the data found.
+    config : DataConfig
+        How the images are cut and split.
+    auto : AEConfig
+        The autoencoder that is going to be trained, and what it says of the UNet.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        Setting and sentence of each reason why training would refuse.
+    """
     out, multiple = [], size_multiple(auto)
     if config.size % multiple:
         out.append(
@@ -158,7 +180,22 @@ def add_training_findings(
     config: DataConfig,  # How the images are cut and split, and which columns are learned
     auto: AEConfig,  # The autoencoder that is going to be trained
 ) -> Findings:  # The same with the covariates, and with the faults and notes of a training
-    "Say before training what it would refuse, or could not learn."
+    """Say before training what it would refuse, or could not learn.
+
+    Parameters
+    ----------
+    found : Findings
+        What an inspection of the data found.
+    config : DataConfig
+        How the images are cut and split, and which columns are learned.
+    auto : AEConfig
+        The autoencoder that is going to be trained.
+
+    Returns
+    -------
+    Findings
+        The same with the covariates, and with the faults and notes of a training.
+    """
     if not len(found.manifest):
         return found
     # mend files first
@@ -191,10 +228,18 @@ def add_training_findings(
 # %% ../../nbs/engineering/39_cli.ipynb #e9fee902
 @dataclass
 class Check:
-    """Look at a data folder: layout, subjects, splits, covariates, and every fault that training
-    would meet.
+    """Look at a data folder: layout, subjects, splits, covariates, and every fault that training would
+    meet.
 
-    Exit status 1 if there are faults."""
+    Exit status 1 if there are faults.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        Folder of images or volumes, or a CSV manifest.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        What is going to be trained: its stages decide which sizes fit.
+    """
 
     data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
     config: Annotated[DataConfig, FLAGS] = field(default_factory=DataConfig)
@@ -213,7 +258,19 @@ class Check:
 class TrainAutoencoder:
     """Stage 1: squeeze slices into latents and back.
 
-    Presets: --preset tiny, laptop or gpu; the flags below change single values."""
+    Presets: --preset tiny, laptop or gpu; the flags below change single values.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        Folder of images or volumes, or a CSV manifest.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder to make.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
     config: Annotated[AEConfig, FLAGS]
@@ -238,7 +295,20 @@ def data_config(
     run: Path,  # Run folder
     subjects: Path | None = None,  # Table of subjects, instead of the one of the run
 ) -> DataConfig:  # How the run's images were found, cut and split
-    "Read the data settings of a run, so that later steps see the data as training did."
+    """Read the data settings of a run, so that later steps see the data as training did.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    subjects : Path | None, default None
+        Table of subjects, instead of the one of the run.
+
+    Returns
+    -------
+    DataConfig
+        How the run's images were found, cut and split.
+    """
     settings = read_config(run)
     try:
         known = settings['autoencoder']['config']['data']
@@ -259,8 +329,22 @@ def data_config(
 # %% ../../nbs/engineering/39_cli.ipynb #cfb07590
 @dataclass
 class Stage2:
-    """What every second stage takes: the data of the autoencoder, its run folder, and settings of
-    its own."""
+    """What every second stage takes: the data of the autoencoder, its run folder, and settings of its
+    own.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     data: tyro.conf.Positional[Path]  # The data that the autoencoder was trained on
     config: Annotated[TrainConfig, FLAGS]
@@ -272,7 +356,13 @@ class Stage2:
     resume: bool = False  # Go on where an earlier call stopped
 
     def open(self) -> SliceDataset:  # All splits
-        "The data, as the autoencoder saw it."
+        """The data, as the autoencoder saw it.
+
+        Returns
+        -------
+        SliceDataset
+            All splits.
+        """
         return open_dataset(self.data, data_config(self.run_folder, self.subjects))
 
 # %% ../../nbs/engineering/39_cli.ipynb #e0cd4a04
@@ -280,7 +370,21 @@ class Stage2:
 class TrainLDM(Stage2):
     """Stage 2: learn to sample latents, given diagnosis, slice and other covariates.
 
-    Needs the autoencoder of the same run folder."""
+    Needs the autoencoder of the same run folder.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     config: Annotated[LDMConfig, FLAGS]
 
@@ -297,7 +401,21 @@ class TrainLDM(Stage2):
 class TrainPrior(Stage2):
     """The other stage 2: a transformer that samples the codes of a VQ-VAE.
 
-    Needs an autoencoder of --kind vq or fsq."""
+    Needs an autoencoder of --kind vq or fsq.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     config: Annotated[PriorConfig, FLAGS]
 
@@ -314,7 +432,21 @@ class TrainPrior(Stage2):
 class TrainVolume(Stage2):
     """After ldm: train each slice to follow its neighbors, for whole brains.
 
-    Needs the diffusion model of the same run folder."""
+    Needs the diffusion model of the same run folder.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     config: Annotated[VolumeConfig, FLAGS]
 
@@ -326,8 +458,9 @@ class TrainVolume(Stage2):
 # %% ../../nbs/engineering/39_cli.ipynb #d32c54e9
 @dataclass
 class Train:
-    """Train stage 1 (autoencoder), a stage 2 (ldm: diffusion model; prior: transformer over
-    codes), or whole brains (volume)."""
+    """Train stage 1 (autoencoder), a stage 2 (ldm: diffusion model; prior: transformer over codes), or
+    whole brains (volume).
+    """
 
     stage: Union[TrainAutoencoder, TrainLDM, TrainPrior, TrainVolume]
 
@@ -339,7 +472,20 @@ def describe_scores(
     scores: dict,  # As from `reconstruction_scores`
     split: str,  # Whose they are
 ) -> str:  # A few lines to read
-    "Scores beside their baseline, for a terminal."
+    """Scores beside their baseline, for a terminal.
+
+    Parameters
+    ----------
+    scores : dict
+        As from `reconstruction_scores`.
+    split : str
+        Whose they are.
+
+    Returns
+    -------
+    str
+        A few lines to read.
+    """
     low, n = scores['baseline_mean_slice'], scores['n_subjects_in_training']
     lines = [
         f"{split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices",
@@ -366,7 +512,21 @@ def describe_scores(
 class Reconstruct:
     """Score reconstructions of one split beside the baseline of predicting the mean slice.
 
-    Also written to RUN/metrics.json."""
+    Also written to RUN/metrics.json.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    data : tyro.conf.Positional[Path]
+        Folder of images or volumes, or a CSV manifest.
+    split : Literal['train', 'validate', 'test'], default 'test'
+        Which subjects.
+    subjects : Path | None, default None
+        Table with one row a subject; None: the one of the run.
+    as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
+        Print one JSON object and nothing else.
+    """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
     data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
@@ -390,7 +550,21 @@ class Reconstruct:
 class Bits:
     """Bits per code of a split under the prior, beside uniform codes and histograms.
 
-    Also written to RUN/metrics.json."""
+    Also written to RUN/metrics.json.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder with a trained prior.
+    data : tyro.conf.Positional[Path]
+        The data that it was trained on.
+    split : Literal['train', 'validate', 'test'], default 'test'
+        Whose slices; the validation subjects have chosen the weights.
+    subjects : Path | None, default None
+        Table with one row a subject; None: the one of the run.
+    as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
+        Print one JSON object and nothing else.
+    """
 
     # Run folder with a trained prior
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
@@ -422,10 +596,21 @@ class Bits:
 def describe_covariates(
     covariates: tuple,  # Covariates of a model
 ) -> str:  # One phrase each
-    "The covariates that can be requested, in words."
+    """The covariates that can be requested, in words.
+
+    Parameters
+    ----------
+    covariates : tuple
+        Covariates of a model.
+
+    Returns
+    -------
+    str
+        One phrase each.
+    """
     return ', '.join(
         f"{c.name}"
-        f" ({'|'.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'})"
+        f" ({'|'.join(map(str, c.values)) if c.values else f'{c.span[0]:g} to {c.span[1]:g}'})"
         for c in covariates
     )
 
@@ -434,7 +619,23 @@ def read_pairs(
     pairs: tuple[str, ...],  # Texts of the form name=value
     # Values by name, as they were written: what a value means, its covariate decides
 ) -> dict[str, str]:
-    "Read name=value. Raises ValueError for anything else, or for a name that comes twice."
+    """Read name=value.
+
+    Parameters
+    ----------
+    pairs : tuple[str, ...]
+        Texts of the form name=value.
+
+    Returns
+    -------
+    dict[str, str]
+        Values by name, as they were written: what a value means, its covariate decides.
+
+    Raises
+    ------
+    ValueError
+        For anything else, or for a name that comes twice.
+    """
     out = {}
     for pair in pairs:
         name, sign, value = pair.partition('=')
@@ -454,7 +655,27 @@ def read_condition_flags(
 ) -> dict:  # Requested conditions, by name: levels as text, numbers as float
     """Join flags and conditions.
 
-    Raises ValueError for a name that has a flag, and as `read_conditions` does."""
+    Parameters
+    ----------
+    given : dict
+        Covariates that have a flag of their own, None where it was not given.
+    pairs : tuple[str, ...]
+        Other covariates, each as name=value.
+    covariates : tuple
+        Covariates of the model.
+    flag : str, default '--condition'
+        Where the pairs come from, for the message.
+
+    Returns
+    -------
+    dict
+        Requested conditions, by name: levels as text, numbers as float.
+
+    Raises
+    ------
+    ValueError
+        For a name that has a flag, and as `read_conditions` does.
+    """
     requested, known = {k: v for k, v in given.items() if v is not None}, [
         c.name for c in covariates
     ]
@@ -477,7 +698,18 @@ def next_folder(
 ) -> Path:  # STEM_000, or the first number not taken; new and empty
     """Make the next folder of a row.
 
-    Two commands at once get two: the system makes a folder for one of them."""
+    Two commands at once get two: the system makes a folder for one of them.
+
+    Parameters
+    ----------
+    stem : Path
+        What the name begins with.
+
+    Returns
+    -------
+    Path
+        STEM_000, or the first number not taken; new and empty.
+    """
     for i in range(1_000_000):
         try:
             return make_folder(stem.with_name(f'{stem.name}_{i:03d}'))
@@ -495,14 +727,56 @@ def output_folder(
 ) -> Path:  # Where the result goes
     """The requested folder, or a new one of a row: called when there is something to save.
 
-    So a command that is refused or stopped leaves no empty folder behind. Raises FileExistsError.
+    So a command that is refused or stopped leaves no empty folder behind.
+
+    Parameters
+    ----------
+    out : Path | None
+        Requested folder.
+    stem : Path
+        What a name of our own begins with.
+
+    Returns
+    -------
+    Path
+        Where the result goes.
+
+    Raises
+    ------
+    FileExistsError
     """
     return refuse_taken(out) if out else next_folder(stem)
 
 # %% ../../nbs/engineering/39_cli.ipynb #03e10b78
 @dataclass(kw_only=True)
 class SamplingFlags:
-    "Which generator samples, and its settings."
+    """Which generator samples, and its settings.
+
+    Attributes
+    ----------
+    generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
+    guidance_scale : float, default 1.0
+        (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
+    scale : tuple[str, ...], default ()
+        (ldm) Instead, a scale for single covariates, each as name=number.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+    steps : int, default 30
+        (ldm) Denoising steps.
+    sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
+        (ldm) ddim, dpmpp: few steps; ddpm: ancestral.
+    temperature : float, default 1.0
+        (prior) Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        (prior) Choose among so many codes only.
+    top_p : float, default 1.0
+        (prior) Choose among the codes that hold this fraction of the probability.
+    seed : int, default 0
+        Same seed, same machine: same images.
+    """
 
     # Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has
     generator: Literal['auto', 'ldm', 'prior', 'stage1'] = 'auto'
@@ -529,7 +803,20 @@ def pick_generator(
     run: Path,  # Run folder
     requested: str,  # 'ldm', 'prior', 'stage1', or 'auto' to leave it to the run
 ) -> str:  # Generator to use
-    "The diffusion model, or the prior of a run that has nothing else."
+    """The diffusion model, or the prior of a run that has nothing else.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    requested : str
+        'ldm', 'prior', 'stage1', or 'auto' to leave it to the run.
+
+    Returns
+    -------
+    str
+        Generator to use.
+    """
     if requested != 'auto':
         return requested
     has = {k: (Path(run) / f'{k}.safetensors').is_file() for k in ('ldm', 'prior')}
@@ -547,7 +834,23 @@ GENERATOR_OPTIONS = dict(
 def read_scales(
     pairs: tuple[str, ...],  # Texts of the form name=number
 ) -> dict[str, float]:  # Guidance scale by covariate
-    "Read a scale for each covariate. Raises ValueError for what is no number."
+    """Read a scale for each covariate.
+
+    Parameters
+    ----------
+    pairs : tuple[str, ...]
+        Texts of the form name=number.
+
+    Returns
+    -------
+    dict[str, float]
+        Guidance scale by covariate.
+
+    Raises
+    ------
+    ValueError
+        For what is no number.
+    """
     out = {}
     for name, value in read_pairs(pairs).items():
         try:
@@ -562,7 +865,23 @@ def read_scales(
 def generator_options(
     command,  # A `SamplingFlags`
 ) -> dict:  # The knobs of its generator, by name
-    "Take the options of the generator. Raises ValueError for an option without effect."
+    """Take the options of the generator.
+
+    Parameters
+    ----------
+    command
+        A `SamplingFlags`.
+
+    Returns
+    -------
+    dict
+        The knobs of its generator, by name.
+
+    Raises
+    ------
+    ValueError
+        For an option without effect.
+    """
     default = {f.name: f.default for f in dataclasses.fields(command)}
     vain = [
         k
@@ -590,8 +909,20 @@ def sample_across_processes(
     sample: Callable[[int, int], Tensor],
     n: int,  # How many in all
 ) -> Tensor | None:  # All of them (n, ...) in the first process, None in the others
-    """Split sampling among the processes of `accelerate launch`; a single process samples all
-    images."""
+    """Split sampling among the processes of `accelerate launch`; a single process samples all images.
+
+    Parameters
+    ----------
+    sample : Callable[[int, int], Tensor]
+        Called as sample(n, first): images, or brains, first, first+1, …
+    n : int
+        How many in all.
+
+    Returns
+    -------
+    Tensor | None
+        All of them (n, ...) in the first process, None in the others.
+    """
     state = process_state()
     # the first has the first image
     start, stop = (-(-n * (state.process_index + k) // state.num_processes) for k in (0, 1))
@@ -604,7 +935,49 @@ def sample_across_processes(
 class Sample(SamplingFlags):
     """Generate new slices.
 
-    Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film."""
+    Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film.
+
+    Attributes
+    ----------
+    generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
+    guidance_scale : float, default 1.0
+        (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
+    scale : tuple[str, ...], default ()
+        (ldm) Instead, a scale for single covariates, each as name=number.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+    steps : int, default 30
+        (ldm) Denoising steps.
+    sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
+        (ldm) ddim, dpmpp: few steps; ddpm: ancestral.
+    temperature : float, default 1.0
+        (prior) Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        (prior) Choose among so many codes only.
+    top_p : float, default 1.0
+        (prior) Choose among the codes that hold this fraction of the probability.
+    seed : int, default 0
+        Same seed, same machine: same images.
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    n : int, default 8
+        Images.
+    diagnosis : str | None, default None
+        AD or NC, or whatever the data calls it; leave out: open.
+    slice : float | None, default None
+        Slice number as in the training data.
+    age : float | None, default None
+        Years.
+    sex : str | None, default None
+        As written in the training data.
+    condition : tuple[str, ...], default ()
+        Other covariates, each as name=value.
+    out : Path | None, default None
+        New folder; None: RUN/samples/generated_000 and so on.
+    """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
     n: int = 8  # Images
@@ -677,8 +1050,21 @@ def conditions_of_rows(
     covariates: tuple,  # Covariates of a model
     # A list of values by name; None where there is none, or one that the model has never seen
 ) -> dict:
-    """What the data says of some subjects, as far as a model can understand it; what it cannot is
-    said aloud."""
+    """What the data says of some subjects, as far as a model can understand it; what it cannot is said
+    aloud.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows of a manifest.
+    covariates : tuple
+        Covariates of a model.
+
+    Returns
+    -------
+    dict
+        A list of values by name; None where there is none, or one that the model has never seen.
+    """
     out = {}
     for c in covariates:
         values = (
@@ -695,7 +1081,7 @@ def conditions_of_rows(
 
         out[c.name] = [known(v) for v in values]
         lost = [v for v, o in zip(values, out[c.name]) if o is None and v is not None]
-        span = f"{c.range[0]:g} to {c.range[1]:g}" if c.range else ', '.join(c.values or ())
+        span = f"{c.span[0]:g} to {c.span[1]:g}" if c.range else ', '.join(c.values or ())
         if lost:
             print(
                 f'Note: {c.name} of {len(lost)} row(s), such as {lost[0]}, lies outside {span}, '
@@ -708,7 +1094,33 @@ def conditions_of_rows(
 class Edit:
     """Show scans under changed conditions: the same subjects with another diagnosis, age or sex.
 
-    The result is as private as the scans."""
+    The result is as private as the scans.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    data : tyro.conf.Positional[Path]
+        The data that it was trained on.
+    to : tuple[str, ...]
+        What shall be otherwise, each as name=value: diagnosis=AD age=80.
+    split : Literal['train', 'validate', 'test'], default 'test'
+        Whose scans.
+    n : int, default 8
+        Scans, spread over the split.
+    strength : float, default 1.0
+        Fraction of the trajectory to undo: below 1 the coarse shape is kept.
+    steps : int, default 50
+        Steps of the whole trajectory, each way.
+    refine : int, default 1
+        Corrections of each step on the way to the noise.
+    guidance_scale : float, default 1.0
+        Above 1 exaggerates the change.
+    subjects : Path | None, default None
+        Table with one row a subject; None: the one of the run.
+    out : Path | None, default None
+        New folder; None: RUN/samples/edited_000 and so on.
+    """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
     data: tyro.conf.Positional[Path]  # The data that it was trained on
@@ -774,7 +1186,20 @@ def describe_space(
     spacing: tuple[float, float] | None,
     left_known: bool,  # Whether left is known
 ) -> str:  # One line or two
-    "What a generated volume claims about space, and how to state what it does not know."
+    """What a generated volume claims about space, and how to state what it does not know.
+
+    Parameters
+    ----------
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+    left_known : bool
+        Whether left is known.
+
+    Returns
+    -------
+    str
+        One line or two.
+    """
     said = (
         'voxels of {0:g} x {0:g} x {1:g} mm'.format(*spacing)
         if spacing
@@ -796,7 +1221,42 @@ def describe_space(
 class Volume:
     """Generate whole brains.
 
-    Saved as NIfTI marked as synthetic, with a film through the slices and three cuts."""
+    Saved as NIfTI marked as synthetic, with a film through the slices and three cuts.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder, after `brainldm train volume`.
+    n : int, default 1
+        Brains.
+    diagnosis : str | None, default None
+        AD or NC, or whatever the data calls it; leave out: open.
+    age : float | None, default None
+        Years.
+    sex : str | None, default None
+        As written in the training data.
+    condition : tuple[str, ...], default ()
+        Other covariates, each as name=value.
+    steps : int, default 20
+        Denoising steps a slice.
+    guidance_scale : float, default 1.0
+        1 follows the data, above 1 exaggerates the conditions.
+    sampler : Literal['ddim', 'dpmpp'], default 'ddim'
+        Both sample without fresh noise.
+    shared_noise : float | None, default None
+        Instead of neighbors: correlation of the noise of neighboring slices, 0 to 1.
+    voxel_mm : tuple[float, float] | None, default None
+        Size of a pixel and distance of slices of the training data, mm; None: as its files say.
+    spacing_mm : tuple[float, float] | None, default None
+        The same of the generated brains; None: worked out from voxel_mm, crop and size.
+    left_on_left : bool, default False
+        State that the training images show the subject's left on the left, where their files do not
+        say.
+    seed : int, default 0
+        Same seed, same machine: same brains.
+    out : Path | None, default None
+        New folder; None: RUN/samples/brains_000 and so on.
+    """
 
     # Run folder, after `brainldm train volume`
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
@@ -821,7 +1281,7 @@ class Volume:
     out: Path | None = None  # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self) -> int:  # Exit status
-        options = dict(
+        options: dict[str, Any] = dict(
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             sampler=self.sampler,
@@ -877,7 +1337,27 @@ def evaluate_folders(
     images: Path | None,  # Folder of images, if any
     out: Path | None = None,  # Folder for their scores, if any
 ) -> tuple[Path | None, Path]:  # The run, if one was given, and the data
-    "Distinguish RUN DATA from DATA alone. Raises ValueError for anything else."
+    """Distinguish RUN DATA from DATA alone.
+
+    Parameters
+    ----------
+    folders : tuple[Path, ...]
+        What was given before the flags.
+    images : Path | None
+        Folder of images, if any.
+    out : Path | None, default None
+        Folder for their scores, if any.
+
+    Returns
+    -------
+    tuple[Path | None, Path]
+        The run, if one was given, and the data.
+
+    Raises
+    ------
+    ValueError
+        For anything else.
+    """
     if images is None and out is not None:
         raise ValueError(
             f"evaluate: --out {out} without --images. Expected both: a run keeps its own scores."
@@ -898,7 +1378,25 @@ def evaluate_config(
     run: Path | None,  # Run folder, if one was given
     # How to open the data: as the run did, or as the flags say, as large as the images
 ) -> DataConfig:
-    "The data settings of an evaluation. Raises ValueError for a flag that would have no effect."
+    """The data settings of an evaluation.
+
+    Parameters
+    ----------
+    command
+        An `Evaluate`.
+    run : Path | None
+        Run folder, if one was given.
+
+    Returns
+    -------
+    DataConfig
+        How to open the data: as the run did, or as the flags say, as large as the images.
+
+    Raises
+    ------
+    ValueError
+        For a flag that would have no effect.
+    """
     default, given = DataConfig(), command.config
     turned = [
         f.name
@@ -924,7 +1422,25 @@ def evaluate_options(
     command,  # An `Evaluate`
     run: Path | None,  # Run folder, if one was given
 ) -> dict:  # What its generator takes; nothing with images, which are there already
-    "The settings of the sampling. Raises ValueError for one that would have no effect."
+    """The settings of the sampling.
+
+    Parameters
+    ----------
+    command
+        An `Evaluate`.
+    run : Path | None
+        Run folder, if one was given.
+
+    Returns
+    -------
+    dict
+        What its generator takes; nothing with images, which are there already.
+
+    Raises
+    ------
+    ValueError
+        For one that would have no effect.
+    """
     if command.images is None:
         command.generator = pick_generator(run, command.generator)
         return generator_options(command)
@@ -948,6 +1464,45 @@ class Evaluate(SamplingFlags):
     RUN/report.html. `evaluate DATA --images FOLDER` evaluates images of any other generator, which
     FOLDER/manifest.csv lists with the conditions that they were generated for; `evaluate RUN DATA
     --images FOLDER` does so with the data settings of a run.
+
+    Attributes
+    ----------
+    generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
+    guidance_scale : float, default 1.0
+        (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
+    scale : tuple[str, ...], default ()
+        (ldm) Instead, a scale for single covariates, each as name=number.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+    steps : int, default 30
+        (ldm) Denoising steps.
+    sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
+        (ldm) ddim, dpmpp: few steps; ddpm: ancestral.
+    temperature : float, default 1.0
+        (prior) Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        (prior) Choose among so many codes only.
+    top_p : float, default 1.0
+        (prior) Choose among the codes that hold this fraction of the probability.
+    seed : int, default 0
+        Same seed, same machine: same images.
+    folders : Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name='run-data')]
+        RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on.
+    images : Path | None, default None
+        Folder of images of any generator, with manifest.csv: path, slice, diagnosis and other
+        conditions.
+    out : Path | None, default None
+        (images) Folder for metrics.json and figures, the nearest real slices among them; none: that
+        of the images.
+    split : Literal['validate', 'test'], default 'validate'
+        Which held-out subjects to compare with.
+    utility : bool, default True
+        Train classifiers on real and on synthetic slices too; takes longest.
+    as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
+        Print one JSON object and nothing else.
     """
 
     # RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on
@@ -990,7 +1545,17 @@ class Evaluate(SamplingFlags):
 @dataclass
 class Explore:
     """Open a web page on this machine with sliders: sample a brain, and interpolate between two
-    brains. Ctrl-C ends it."""
+    brains. Ctrl-C ends it.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder with a diffusion model.
+    port : int, default 8866
+        Port on 127.0.0.1; 0: any that is free.
+    browser : bool, default True
+        Open it in the browser.
+    """
 
     # Run folder with a diffusion model
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
@@ -1007,7 +1572,19 @@ class Explore:
 # %% ../../nbs/engineering/39_cli.ipynb #fac18753
 @dataclass
 class Report:
-    "Write RUN/report.html: one page with everything a run is, reached and generates."
+    """Write RUN/report.html: one page with everything a run is, reached and generates.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    steps : int, default 30
+        Denoising steps of the images generated for it.
+    guidance_scale : float, default 1.0
+        Strength of their conditions.
+    seed : int, default 0
+        Their seed.
+    """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
     steps: int = 30  # Denoising steps of the images generated for it
@@ -1021,8 +1598,18 @@ class Report:
 # %% ../../nbs/engineering/39_cli.ipynb #80189753
 @dataclass
 class Fetch:
-    """Copy a run that others trained into a run folder of yours: one that ships with brainldm, or
-    one from the Hugging Face hub."""
+    """Copy a run that others trained into a run folder of yours: one that ships with brainldm, or one
+    from the Hugging Face hub.
+
+    Attributes
+    ----------
+    source : tyro.conf.Positional[str]
+        phantom-128, phantom-128-codes, or user/name on the hub.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/fetched')
+        Run folder to make.
+    revision : str | None, default None
+        Branch, tag or commit on the hub; none: the newest.
+    """
 
     source: tyro.conf.Positional[str]  # phantom-128, phantom-128-codes, or user/name on the hub
     # Run folder to make
@@ -1038,7 +1625,23 @@ class Fetch:
 class Share:
     """Pack a run for others: 16-bit weights, numbers and card, without names, paths or images.
 
-    To a folder, or to the hub."""
+    To a folder, or to the hub.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder, reported.
+    out : Path | None, default None
+        New folder to pack into.
+    repo : str | None, default None
+        user/name on the hub, instead of a folder.
+    public : bool, default False
+        Make it public there.
+    half : bool, default True
+        Round weights to 16 bits.
+    without_audit : str | None, default None
+        Reason to share although the memorization audit has not passed; the model card shows it.
+    """
 
     # Run folder, reported
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
@@ -1075,7 +1678,18 @@ def demo_configs(
     # The preset, with the laptop's trainings shortened to what phantoms need
 ) -> tuple[AEConfig, LDMConfig]:
     """Phantoms are simpler than brains, and so few of them are soon learned by memorization: a
-    fraction of the images will do."""
+    fraction of the images will do.
+
+    Parameters
+    ----------
+    preset : str
+        'tiny', 'laptop' or 'gpu'.
+
+    Returns
+    -------
+    tuple[AEConfig, LDMConfig]
+        The preset, with the laptop's trainings shortened to what phantoms need.
+    """
     auto, ldm = PRESETS[preset]
     if preset != 'laptop':
         return auto, ldm
@@ -1096,15 +1710,36 @@ def demo_configs(
 def sample_condition_grid(
     run: Path,  # Run folder with both stages
 ) -> Path:  # RUN/samples/grid.png
-    "Diagnosis by slice, as one image."
+    """Diagnosis by slice, as one image.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with both stages.
+
+    Returns
+    -------
+    Path
+        RUN/samples/grid.png.
+    """
     save_figure(sample_by_condition(BrainLDM.load(run))[0], run / 'samples' / 'grid.png')
     return run / 'samples' / 'grid.png'
 
 # %% ../../nbs/engineering/39_cli.ipynb #a8524d47
 @dataclass
 class Demo:
-    """The whole job on synthetic brains, in minutes: cohort, both trainings, scores, samples,
-    report. Run again, it goes on where it stopped."""
+    """The whole job on synthetic brains, in minutes: cohort, both trainings, scores, samples, report.
+    Run again, it goes on where it stopped.
+
+    Attributes
+    ----------
+    out : Path, default Path('runs/demo')
+        Folder for the cohort and the run.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Sizes; tiny takes seconds and generates badly.
+    num_subjects : int, default 48
+        Brains in the cohort.
+    """
 
     out: Path = Path('runs/demo')  # Folder for the cohort and the run
     # Sizes; tiny takes seconds and generates badly
@@ -1156,7 +1791,13 @@ def parse(
 ):  # The command, filled in
     """Read the command line.
 
-    A preset is looked up first, since it decides the defaults of everything else."""
+    A preset is looked up first, since it decides the defaults of everything else.
+
+    Parameters
+    ----------
+    args : list[str]
+        Words after `brainldm`.
+    """
     preset = next(
         (b for a, b in zip(args, args[1:]) if a == '--preset'),
         next((a.partition('=')[2] for a in args if a.startswith('--preset=')), 'laptop'),
@@ -1202,7 +1843,18 @@ def main(
 ) -> int:  # Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C
     """The `brainldm` command.
 
-    Errors are one message without a traceback; BRAINLDM_DEBUG=1 shows where they arose."""
+    Errors are one message without a traceback; BRAINLDM_DEBUG=1 shows where they arose.
+
+    Parameters
+    ----------
+    args : list[str] | None, default None
+        Words after `brainldm`; None reads them from the terminal.
+
+    Returns
+    -------
+    int
+        Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C.
+    """
     matplotlib.use('Agg')
     command = None
     try:

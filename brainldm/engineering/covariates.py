@@ -27,7 +27,18 @@ __all__ = ['is_missing', 'is_listed', 'level_text', 'Covariate', 'covariate_kind
 def is_missing(
     value,  # Value of a table or of a request
 ) -> bool:  # True for None, NaN, NaT and the NA of pandas
-    "Whether a value is missing."
+    """Whether a value is missing.
+
+    Parameters
+    ----------
+    value
+        Value of a table or of a request.
+
+    Returns
+    -------
+    bool
+        True for None, NaN, NaT and the NA of pandas.
+    """
     if value is None:
         return True
     try:
@@ -39,7 +50,18 @@ def is_missing(
 def is_listed(
     value,  # What is given for one condition
 ) -> bool:  # True for a list, tuple, array or series of values; False for one value
-    "Whether several values are given."
+    """Whether several values are given.
+
+    Parameters
+    ----------
+    value
+        What is given for one condition.
+
+    Returns
+    -------
+    bool
+        True for a list, tuple, array or series of values; False for one value.
+    """
     if hasattr(value, 'ndim'):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
@@ -49,8 +71,20 @@ def level_text(
     # Level of a category as a table, a file or a caller gives it; None or NaN where it is missing
     value,
 ) -> str | None:  # Its one written form; None where it is missing
-    """Write a level in one way: 1, 1.0, '1' and '01' are the level '1'; every other text stays as
-    it is."""
+    """Write a level in one way: 1, 1.0, '1' and '01' are the level '1'; every other text stays as it
+    is.
+
+    Parameters
+    ----------
+    value
+        Level of a category as a table, a file or a caller gives it; None or NaN where it is
+        missing.
+
+    Returns
+    -------
+    str | None
+        Its one written form; None where it is missing.
+    """
     if is_missing(value):
         return None
     text = str(value).strip()
@@ -64,14 +98,48 @@ def level_text(
 # %% ../../nbs/engineering/42_covariates.ipynb #43de914e
 @dataclass(frozen=True)
 class Covariate:
-    """One condition of a model: a category with the levels `values`, or a number mapped to [0, 1]
-    by `range`."""
+    """One condition of a model: a category with the levels `values`, or a number mapped to [0, 1] by
+    `range`.
+
+    Attributes
+    ----------
+    name : str
+        Column in the manifest and key in a batch.
+    kind : str
+        'categorical' or 'continuous'.
+    values : tuple[str, ...] | None, default None
+        Known levels as `level_text` writes them, in the order of their indices.
+    range : tuple[float, float] | None, default None
+        Numbers that become 0 and 1.
+    """
 
     name: str  # Column in the manifest and key in a batch
     kind: str  # 'categorical' or 'continuous'
     # Known levels as `level_text` writes them, in the order of their indices
-    values: tuple | None = None
-    range: tuple | None = None  # Numbers that become 0 and 1
+    values: tuple[str, ...] | None = None
+    range: tuple[float, float] | None = None  # Numbers that become 0 and 1
+
+    @property
+    def levels(self) -> tuple[str, ...]:  # `values`; () for a number
+        """The levels of a category.
+
+        Returns
+        -------
+        tuple[str, ...]
+            `values`; () for a number.
+        """
+        return self.values or ()
+
+    @property
+    def span(self) -> tuple[float, float]:  # `range`; (0, 0) for a category
+        """The numbers that become 0 and 1.
+
+        Returns
+        -------
+        tuple[float, float]
+            `range`; (0, 0) for a category.
+        """
+        return self.range or (0.0, 0.0)
 
     def __post_init__(self):
         for name in ('values', 'range'):
@@ -82,9 +150,9 @@ class Covariate:
             isinstance(self.range, tuple) and len(self.range) == 2,
         )
         if self.kind == 'categorical':
-            ok = listed and all(isinstance(o, (str, int, float)) for o in self.values)
+            ok = listed and all(isinstance(o, (str, int, float)) for o in self.levels)
             # runs of former versions hold numbers
-            levels = tuple(map(level_text, self.values)) if ok else ()
+            levels = tuple(map(level_text, self.levels)) if ok else ()
             ok = ok and None not in levels and 0 < len(set(levels)) == len(levels)
             if ok:
                 object.__setattr__(self, 'values', levels)
@@ -92,9 +160,9 @@ class Covariate:
             ok = (
                 self.kind == 'continuous'
                 and span
-                and all(isinstance(o, (int, float)) for o in self.range)
+                and all(isinstance(o, (int, float)) for o in self.span)
             )
-            ok = ok and -math.inf < self.range[0] <= self.range[1] < math.inf
+            ok = ok and -math.inf < self.span[0] <= self.span[1] < math.inf
         if not ok:
             raise ValueError(
                 f"Covariate: {self.name} is {self.kind} with values={self.values},"
@@ -108,7 +176,24 @@ def covariate_kind(
     config: DataConfig = DataConfig(),  # Kinds that are declared: `categorical`, `continuous`
 ) -> str:  # 'categorical' or 'continuous'
     """The kind of one column: declared, else fixed by its name, else by whether all its values are
-    numbers. Raises ValueError."""
+    numbers.
+
+    Parameters
+    ----------
+    values : pd.Series
+        Values that are known, of all splits.
+    config : DataConfig, default DataConfig()
+        Kinds that are declared: `categorical`, `continuous`.
+
+    Returns
+    -------
+    str
+        'categorical' or 'continuous'.
+
+    Raises
+    ------
+    ValueError
+    """
     import pandas as pd
 
     name = values.name
@@ -138,7 +223,22 @@ def find_covariates(
 ) -> list[Covariate]:  # One a column
     """Describe the conditions from the train rows alone (from all rows where there is no train).
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Manifest.
+    config : DataConfig, default DataConfig()
+        Further `columns`, and kinds that are declared; declared columns are learned, too.
+
+    Returns
+    -------
+    list[Covariate]
+        One a column.
+
+    Raises
+    ------
+    ValueError
+    """
     import pandas as pd
 
     rows = manifest[manifest.split == 'train'] if (manifest.split == 'train').any() else manifest
@@ -166,8 +266,21 @@ def write_levels(
     manifest: pd.DataFrame,  # Rows
     covariates: Sequence[Covariate],  # Conditions
 ) -> pd.DataFrame:  # The same object where nothing changes
-    """Write the levels of every category as `level_text` does, so that tables of two origins can
-    be compared."""
+    """Write the levels of every category as `level_text` does, so that tables of two origins can be
+    compared.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows.
+    covariates : Sequence[Covariate]
+        Conditions.
+
+    Returns
+    -------
+    pd.DataFrame
+        The same object where nothing changes.
+    """
     for name in (c.name for c in covariates if c.kind == 'categorical' and c.name in manifest):
         old = manifest[name].astype(object)
         new = old.map(level_text)
@@ -181,10 +294,23 @@ def mask_levels_not_in_train(
     covariates: Sequence[Covariate],  # Conditions, found in the train rows
     # The rows, unknown where train lacks the level; one note for each such level
 ) -> tuple[pd.DataFrame, list[str]]:
-    "Leave open what no model can learn: levels that occur outside train only."
+    """Leave open what no model can learn: levels that occur outside train only.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows, with levels as `write_levels` writes them.
+    covariates : Sequence[Covariate]
+        Conditions, found in the train rows.
+
+    Returns
+    -------
+    tuple[pd.DataFrame, list[str]]
+        The rows, unknown where train lacks the level; one note for each such level.
+    """
     notes = []
     for c in (c for c in covariates if c.kind == 'categorical' and c.name in manifest):
-        unseen = manifest[c.name].notna() & ~manifest[c.name].isin(c.values)
+        unseen = manifest[c.name].notna() & ~manifest[c.name].isin(c.levels)
         for level, rows in manifest[unseen].groupby(c.name):
             who = rows.drop_duplicates('subject')
             names = [f'{s} in {split}' for s, split in zip(who.subject[:5], who.split)] + [
@@ -205,8 +331,21 @@ def describe_manifest(
     manifest: pd.DataFrame,  # Checked rows
     covariates: Sequence[Covariate],  # Conditions, found in the train rows
 ) -> list[str]:  # One line each
-    """Kind, levels with their train subjects, or range of each covariate, and how many subjects
-    lack it."""
+    """Kind, levels with their train subjects, or range of each covariate, and how many subjects lack
+    it.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows.
+    covariates : Sequence[Covariate]
+        Conditions, found in the train rows.
+
+    Returns
+    -------
+    list[str]
+        One line each.
+    """
     train = manifest[manifest.split == 'train'] if (manifest.split == 'train').any() else manifest
     out = []
     for c in covariates:
@@ -218,7 +357,7 @@ def describe_manifest(
         said = [f'{o} ({levels[o]})' for o in c.values or ()]
         span = (
             ', '.join(said[:20] + [f'and {len(said)-20} more'] * (len(said) > 20))
-            or f'{c.range[0]:g} to {c.range[1]:g}'
+            or f'{c.span[0]:g} to {c.span[1]:g}'
         )
         lacking = manifest.subject[manifest[c.name].isna()].nunique()
         kind = dict(categorical='category', continuous='number')[c.kind]
@@ -234,7 +373,24 @@ def covariate_notes(
     most: int = 10,  # Whole values that a number may hold before it is taken for an amount
 ) -> list[str]:  # Sentences
     """What to look at before training: numbers that may be categories, and levels with one train
-    subject or none."""
+    subject or none.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows.
+    covariates : Sequence[Covariate]
+        Conditions, found in the train rows.
+    config : DataConfig, default DataConfig()
+        Kinds that are declared.
+    most : int, default 10
+        Whole values that a number may hold before it is taken for an amount.
+
+    Returns
+    -------
+    list[str]
+        Sentences.
+    """
     import pandas as pd
 
     rows = write_levels(manifest, covariates)
@@ -263,7 +419,18 @@ def covariate_notes(
 def read_number(
     value,  # Value of a continuous covariate, as a table or a caller gives it
 ) -> float:  # The number; NaN where it is missing or is none
-    "Read one number."
+    """Read one number.
+
+    Parameters
+    ----------
+    value
+        Value of a continuous covariate, as a table or a caller gives it.
+
+    Returns
+    -------
+    float
+        The number; NaN where it is missing or is none.
+    """
     if is_missing(value) or '_' in str(value):
         return math.nan  # float would take 1_000
     try:
@@ -278,8 +445,23 @@ def encode_column(
 ) -> Tensor:  # int64 index, -1 missing; or float32 in range units, NaN missing
     """Encode one column.
 
-    Raises ValueError for a level that the covariate lacks, and for text instead of a
-    number."""
+    Parameters
+    ----------
+    column
+        Values, one a row; missing is None or NaN.
+    covariate : Covariate
+        What they mean.
+
+    Returns
+    -------
+    Tensor
+        int64 index, -1 missing; or float32 in range units, NaN missing.
+
+    Raises
+    ------
+    ValueError
+        For a level that the covariate lacks, and for text instead of a number.
+    """
     values, c = column.tolist() if hasattr(column, 'tolist') else list(column), covariate
     if c.kind == 'categorical':
         index = {level: i for i, level in enumerate(c.values)} | {None: -1}
@@ -287,11 +469,11 @@ def encode_column(
         new = [value for value, level in zip(values, levels) if level not in index]
         if new:
             raise ValueError(
-                f"encode_column: {c.name}={new[0]!r}. Expected one of {', '.join(c.values)}. "
+                f"encode_column: {c.name}={new[0]!r}. Expected one of {', '.join(c.levels)}. "
                 "Try None for unknown."
             )
         return torch.tensor([index[level] for level in levels], dtype=torch.int64)
-    low, high = c.range
+    low, high = c.span
     numbers = [read_number(value) for value in values]
     new = [
         value
@@ -311,7 +493,19 @@ def refuse_unknown_names(
     names,  # Names of conditions
     covariates: Sequence[Covariate],  # The conditions of the model
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a condition that the model does not have. Raises ValueError."
+    """Refuse a condition that the model does not have.
+
+    Parameters
+    ----------
+    names
+        Names of conditions.
+    covariates : Sequence[Covariate]
+        The conditions of the model.
+
+    Raises
+    ------
+    ValueError
+    """
     known = [c.name for c in covariates]
     for name in (o for o in names if o not in known):
         raise ValueError(
@@ -325,7 +519,25 @@ def encode_covariates(
     table,  # Manifest, or a dict of values or lists (single values are repeated)
     covariates: Sequence[Covariate],  # The conditions of the model
 ) -> dict[str, Tensor]:  # One tensor (b,) for each covariate that the table has
-    "Turn facts into the tensors a model takes. Raises ValueError for an unknown name or level."
+    """Turn facts into the tensors a model takes.
+
+    Parameters
+    ----------
+    table
+        Manifest, or a dict of values or lists (single values are repeated).
+    covariates : Sequence[Covariate]
+        The conditions of the model.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        One tensor (b,) for each covariate that the table has.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or level.
+    """
     known = {o.name: o for o in covariates}
     if hasattr(table, 'columns'):
         return {k: encode_column(table[k], c) for k, c in known.items() if k in table}
@@ -349,7 +561,18 @@ def read_value(
 ):  # The level as text, the number as float, or None
     """Read one requested value by the kind of its covariate.
 
-    Raises ValueError naming the levels or the range."""
+    Parameters
+    ----------
+    value
+        One requested value: text, number, or None or NaN for unknown.
+    covariate : Covariate
+        What it is a value of.
+
+    Raises
+    ------
+    ValueError
+        Naming the levels or the range.
+    """
     c = covariate
     if is_listed(value):
         raise ValueError(
@@ -360,11 +583,11 @@ def read_value(
         return None
     if c.kind == 'categorical':
         level = level_text(value)
-        if level in c.values:
+        if level in c.levels:
             return level
-        near = [o for o in c.values if o.casefold() == level.casefold()] or c.values
+        near = [o for o in c.levels if o.casefold() == level.casefold()] or c.levels
         raise ValueError(
-            f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.values)}, the"
+            f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.levels)}, the"
             f" levels of the training data. Try {c.name}={near[0]}, or leave it out where it is not"
             " known."
         )
@@ -372,11 +595,11 @@ def read_value(
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not c.range[0] <= number <= c.range[1]:
+    if not c.span[0] <= number <= c.span[1]:
         raise ValueError(
             f"read_conditions: {c.name}={value}. Expected"
-            f" {'a number, '*math.isnan(number)}{c.range[0]:g} to {c.range[1]:g}, the range of the"
-            f" scans this run was trained on. Try {c.name}={sum(c.range)/2:g}, or leave it out"
+            f" {'a number, '*math.isnan(number)}{c.span[0]:g} to {c.span[1]:g}, the range of the"
+            f" scans this run was trained on. Try {c.name}={sum(c.span)/2:g}, or leave it out"
             " where it is not known."
         )
     return number
@@ -391,7 +614,24 @@ def read_conditions(
 ) -> dict:
     """Read requested conditions, wherever they come from.
 
-    Raises ValueError for an unknown name, level or number."""
+    Parameters
+    ----------
+    conditions : dict
+        Requested conditions: a value, or a list of values, by covariate name; None is unknown.
+    covariates : Sequence[Covariate]
+        The conditions of the model.
+
+    Returns
+    -------
+    dict
+        The same in the terms of the model: levels as text, numbers as float; what is None as a
+        whole is left out.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, level or number.
+    """
     requested = {
         k: v.tolist() if hasattr(v, 'tolist') else v for k, v in conditions.items() if v is not None
     }

@@ -77,7 +77,18 @@ def parse_image_path(
     path: str,  # Path of an image, from the data folder
     # unit, slice, split, diagnosis, place; None for a name without a number of the slice
 ) -> dict | None:
-    "Read what folders and name of an image say. A folder that names the subject is no class."
+    """Read what folders and name of an image say. A folder that names the subject is no class.
+
+    Parameters
+    ----------
+    path : str
+        Path of an image, from the data folder.
+
+    Returns
+    -------
+    dict | None
+        unit, slice, split, diagnosis, place; None for a name without a number of the slice.
+    """
     m = re.search(IMAGE_PATH, path, re.IGNORECASE)
     if not m:
         return None
@@ -101,7 +112,22 @@ def find_image_layout(
 ) -> str | None:
     """Tell class folders of images from any other images.
 
-    Raises ValueError for sets whose subjects cannot be distinguished."""
+    Parameters
+    ----------
+    root : Path
+        Folder.
+
+    Returns
+    -------
+    str | None
+        'adni' with folders of splits, 'classes' without; None where the names do not say whose
+        slice is what.
+
+    Raises
+    ------
+    ValueError
+        For sets whose subjects cannot be distinguished.
+    """
     paths = [o for o in list_files(root) if re.search(r'\.(?:png|jpe?g)$', o, re.IGNORECASE)]
     lost = [o for o in paths if re.search(NO_SUBJECT, o, re.IGNORECASE)]
     if 2 * len(lost) > len(paths):
@@ -132,7 +158,23 @@ def find_image_layout(
 def find_layout(
     root: str | Path,  # Data folder, CSV manifest or archive
 ) -> str:  # 'phantom', 'manifest', 'oasis', 'adni', 'classes' or 'nifti'
-    "Name the layout of a data folder from the names in it. Raises FileNotFoundError or ValueError."
+    """Name the layout of a data folder from the names in it.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+
+    Returns
+    -------
+    str
+        'phantom', 'manifest', 'oasis', 'adni', 'classes' or 'nifti'.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(
@@ -186,7 +228,22 @@ def pick_files(
     suffix: str,  # Regular expression of the suffixes that count
     only: str | None = None,  # Pattern of file names, as in a shell
 ) -> tuple:  # Paths of images, sorted; notes about all other files
-    "List the images below a folder: no label maps, and nothing that `only` does not match."
+    """List the images below a folder: no label maps, and nothing that `only` does not match.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    suffix : str
+        Regular expression of the suffixes that count.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+
+    Returns
+    -------
+    tuple
+        Paths of images, sorted; notes about all other files.
+    """
     files = list_files(root)
     images = [o for o in files if re.search(suffix, o, re.IGNORECASE)]
     labels = [o for o in images if re.search(LABELS + '|keras_png_slices_seg_', o, re.IGNORECASE)]
@@ -220,7 +277,22 @@ def list_images(
     layout: str,  # 'adni', 'classes' or 'oasis'
     only: str | None = None,  # Pattern of file names, as in a shell
 ) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    "Read unit, slice, split and diagnosis off the paths of a folder of images."
+    """Read unit, slice, split and diagnosis off the paths of a folder of images.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    layout : str
+        'adni', 'classes' or 'oasis'.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+
+    Returns
+    -------
+    tuple
+        Rows (with `unit` and `place`, from which the subject is found), faults, notes.
+    """
     paths, notes = pick_files(root, r'\.(?:png|jpe?g)$', only)
     columns = ['unit', 'slice', 'split', 'diagnosis', 'place']
     if layout == 'oasis':
@@ -253,7 +325,18 @@ def list_images(
 def name_units(
     paths: list,  # Paths of volumes
 ) -> tuple:  # What each volume is called; what its subject is called if no study's rule is known
-    "Call a volume by its name, or by its whole path where names repeat."
+    """Call a volume by its name, or by its whole path where names repeat.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes.
+
+    Returns
+    -------
+    tuple
+        What each volume is called; what its subject is called if no study's rule is known.
+    """
     bare = [re.sub(r'\.nii(?:\.gz)?$', '', o, flags=re.IGNORECASE) for o in paths]
     names = [o.rsplit('/', 1)[-1] for o in bare]
     if len(set(names)) == len(names):
@@ -268,7 +351,20 @@ def list_volumes(
     root: Path,  # Folder of .nii or .nii.gz
     config: DataConfig,  # For `planes` and `only`
 ) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    "One row for each wanted axial plane of each volume."
+    """One row for each wanted axial plane of each volume.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of .nii or .nii.gz.
+    config : DataConfig
+        For `planes` and `only`.
+
+    Returns
+    -------
+    tuple
+        Rows (with `unit` and `place`, from which the subject is found), faults, notes.
+    """
     paths, notes = pick_files(root, r'\.nii(?:\.gz)?$', config.only)
     rows, faults = [], []
     for path, unit, subject in zip(paths, *name_units(paths)):
@@ -290,7 +386,18 @@ def list_volumes(
 def visits_as_subjects(
     rows: pd.DataFrame,  # Rows of a manifest: path, subject
 ) -> pd.DataFrame:  # Faults of kind 'subject'
-    "Find subjects of a manifest that are visits of one subject by the rule of a known study."
+    """Find subjects of a manifest that are visits of one subject by the rule of a known study.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows of a manifest: path, subject.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'subject'.
+    """
     first = rows.drop_duplicates('subject')
     real = first.subject.map(lambda o: (read_name(o) or {}).get('subject', o))
     bad = real.duplicated(keep=False)
@@ -313,7 +420,18 @@ def list_manifest(
 ) -> tuple:  # Rows, faults, notes
     """Read a manifest written by hand.
 
-    A row of a volume takes the plane `plane`, or `slice` without such a column."""
+    A row of a volume takes the plane `plane`, or `slice` without such a column.
+
+    Parameters
+    ----------
+    path : Path
+        CSV with columns path, subject, slice; optional plane, diagnosis, split and covariates.
+
+    Returns
+    -------
+    tuple
+        Rows, faults, notes.
+    """
     rows = read_table(path, ('path', 'subject', 'slice'))
     for col in {'slice', 'plane'} & set(rows):
         if (rows[col] % 1 != 0).any() or not rows[col].between(0, 1e9).all():
@@ -339,7 +457,18 @@ def list_manifest(
 def group_grids(
     grids: list,  # `Grid` of each volume
 ) -> np.ndarray:  # Group of each volume (n,), 0 for the largest
-    "Put together the volumes whose voxels lie at the same places."
+    """Put together the volumes whose voxels lie at the same places.
+
+    Parameters
+    ----------
+    grids : list
+        `Grid` of each volume.
+
+    Returns
+    -------
+    np.ndarray
+        Group of each volume (n,), 0 for the largest.
+    """
     known, found = [], []
     for grid in grids:
         at = next((i for i, o in enumerate(known) if grid.same(o)), len(known))
@@ -353,7 +482,20 @@ def compare_grids(
     paths: list,  # Paths of volumes
     grids: list,  # `Grid` of each
 ) -> pd.DataFrame:  # Faults of kind 'grid'
-    "Name every volume that does not share the grid of most, with the numbers side by side."
+    """Name every volume that does not share the grid of most, with the numbers side by side.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes.
+    grids : list
+        `Grid` of each.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'grid'.
+    """
     group = group_grids(grids)
     n, most = len(grids), int((group == 0).sum())
     bad = range(n) if 2 * most <= n else np.flatnonzero(group)
@@ -380,7 +522,20 @@ def find_voxel_mm(
     grid,  # `Grid` that the volumes share
     # Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance
 ) -> tuple | None:
-    "Turn the spacing of planes into the spacing of slices, which a manifest may number otherwise."
+    """Turn the spacing of planes into the spacing of slices, which a manifest may number otherwise.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, plane and slice.
+    grid
+        `Grid` that the volumes share.
+
+    Returns
+    -------
+    tuple | None
+        Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance.
+    """
     by = rows.groupby('path')
     planes, slices = (by[o].max() - by[o].min() for o in ('plane', 'slice'))
     step = (planes / slices)[slices > 0]
@@ -404,7 +559,20 @@ def check_grids(
 ) -> tuple:  # Faults of kind 'grid', voxel_mm or None
     """Read the header of every volume and compare.
 
-    A header that cannot be read is left to the inspection of the file."""
+    A header that cannot be read is left to the inspection of the file.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    rows : pd.DataFrame
+        Rows, of volumes or of images.
+
+    Returns
+    -------
+    tuple
+        Faults of kind 'grid', voxel_mm or None.
+    """
     volumes = rows[rows.plane >= 0]
     found = []
     for path in volumes.path.unique():
@@ -425,7 +593,25 @@ def check_grids(
 # %% ../../nbs/engineering/25_layouts.ipynb #5220f832
 @dataclass
 class Findings:
-    "What an inspection of the data found. Print it; `ok` is False if there are faults."
+    """What an inspection of the data found. Print it; `ok` is False if there are faults.
+
+    Attributes
+    ----------
+    manifest : pd.DataFrame
+        The good rows, one a slice.
+    faults : pd.DataFrame
+        Columns path, fault, detail.
+    notes : list
+        Sentences about what was ignored, not found or decided.
+    sizes : pd.Series | None, default None
+        Images by height x width, once decoded.
+    crop : int | None, default None
+        What `config.crop` comes to, in pixels.
+    voxel_mm : tuple | None, default None
+        Side of a pixel and distance of neighboring slices, mm, before any cut; None: not known.
+    covariates : tuple, default ()
+        One line for each condition to learn, as from `describe_manifest` (notebook 27).
+    """
 
     manifest: pd.DataFrame  # The good rows, one a slice
     faults: pd.DataFrame  # Columns path, fault, detail
@@ -439,7 +625,13 @@ class Findings:
 
     @property
     def ok(self) -> bool:  # True if nothing is wrong
-        "Whether there is no fault."
+        """Whether there is no fault.
+
+        Returns
+        -------
+        bool
+            True if nothing is wrong.
+        """
         return not len(self.faults)
 
     def __str__(self):
@@ -492,7 +684,20 @@ def find_table(
     config: DataConfig,  # For `subjects`
 ) -> tuple:  # Path of the table of subjects or None; notes
     """Where the facts about subjects are: the table that was named, else subjects.csv, else
-    participants.tsv, perhaps one folder down."""
+    participants.tsv, perhaps one folder down.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    config : DataConfig
+        For `subjects`.
+
+    Returns
+    -------
+    tuple
+        Path of the table of subjects or None; notes.
+    """
     if config.subjects is not None:
         return config.subjects, []
     here = [root / o for o in TABLES if (root / o).is_file()]
@@ -512,7 +717,20 @@ def note_unused_columns(
     rows: pd.DataFrame,  # Rows with all that is known
     config: DataConfig,  # For `columns` and kinds
 ) -> list:  # Sentences
-    "Name the columns that no model will see, and the one each resembles."
+    """Name the columns that no model will see, and the one each resembles.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with all that is known.
+    config : DataConfig
+        For `columns` and kinds.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     used = {
         *COLUMNS,
         'age',
@@ -540,7 +758,20 @@ def note_ambiguous_numbers(
     rows: pd.DataFrame,  # Rows with path, unit, subject
     table: pd.DataFrame | None = None,  # From `read_subjects`
 ) -> list:  # Sentences
-    "Say that a bare number may be an image and not a subject, where no table says what it is."
+    """Say that a bare number may be an image and not a subject, where no table says what it is.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, unit, subject.
+    table : pd.DataFrame | None, default None
+        From `read_subjects`.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     bare = rows[rows.unit.str.fullmatch(r'\d{4,}').fillna(False).astype(bool)]
     said = [] if table is None else [o[0] if isinstance(o, tuple) else o for o in table.index]
     if (
@@ -562,7 +793,22 @@ def name_rows(
     config: DataConfig,  # For `columns` and kinds
     # Rows with subject, session where a subject has several, and covariates; faults; notes
 ) -> tuple:
-    "Settle whose each row is, and what is known of them."
+    """Settle whose each row is, and what is known of them.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        From `list_images` or `list_volumes`, or from a manifest.
+    table : pd.DataFrame | None
+        From `read_subjects`.
+    config : DataConfig
+        For `columns` and kinds.
+
+    Returns
+    -------
+    tuple
+        Rows with subject, session where a subject has several, and covariates; faults; notes.
+    """
     faults, notes = as_faults([]), []
     if 'unit' in rows:
         rows, faults, notes = name_subjects(rows, table)
@@ -601,7 +847,23 @@ def read_layout(
 ) -> Findings:
     """List every slice of a data set with its subject and covariates; no pixel is read.
 
-    Raises ValueError if there is none."""
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig
+        Planes and table of subjects.
+
+    Returns
+    -------
+    Findings
+        Rows as they are given (split where the data has one); faults of names, tables and grids.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
     given, root = Path(root), unpack(root)
     layout = find_layout(root)
     if layout in ('manifest', 'phantom'):
@@ -647,7 +909,15 @@ def refuse_faults(
     skip_faulty: bool = False,  # Go on without the faulty files; a leak is refused all the same
 ) -> None:
     """Raise ValueError if the data should not be trained on; print what is left out with
-    `skip_faulty`."""
+    `skip_faulty`.
+
+    Parameters
+    ----------
+    report : Findings
+        What was found.
+    skip_faulty : bool, default False
+        Go on without the faulty files; a leak is refused all the same.
+    """
     leaks = report.faults[report.faults.fault == 'leak']
     shown = leaks if len(leaks) else report.faults
     every = ('  ' + shown.fault + ': ' + shown.path + ': ' + shown.detail).map(printable).tolist()
@@ -674,7 +944,18 @@ def refuse_faults(
 def upper_intensity(
     image: np.ndarray,  # Image (h, w), uint8
 ) -> int:  # Gray value
-    "The gray value below which 95 % of the pixels above 0 lie."
+    """The gray value below which 95 % of the pixels above 0 lie.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Image (h, w), uint8.
+
+    Returns
+    -------
+    int
+        Gray value.
+    """
     counts = np.bincount(image.ravel(), minlength=256)[1:].cumsum()
     return int(np.searchsorted(counts, 0.95 * counts[-1]) + 1) if counts[-1] else 0
 
@@ -686,7 +967,23 @@ def inspect_files(
     # The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done
     # to each file
 ) -> tuple:
-    "Decode every file once and write down what is in it."
+    """Decode every file once and write down what is in it.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Manifest.
+    config : DataConfig
+        For `to_gray`.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    tuple
+        The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done
+        to each file.
+    """
     root, planes = Path(rows.attrs['root']), rows.plane.to_numpy()
 
     def look(path, at):
@@ -718,7 +1015,18 @@ def inspect_files(
 def note_read_changes(
     done: pd.DataFrame,  # What `inspect_files` did, one row a file
 ) -> list:  # Sentences
-    "Say what was changed on reading, and where the first example is."
+    """Say what was changed on reading, and where the first example is.
+
+    Parameters
+    ----------
+    done : pd.DataFrame
+        What `inspect_files` did, one row a file.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     said = []
     for col, text in dict(
         turned='{n} images turned upright as their EXIF tag says, such as {path}',
@@ -745,7 +1053,18 @@ def find_dark(
 ) -> list:  # Sentences
     """Name the subjects whose slices are less than half as bright as usual.
 
-    Bytes are not scaled, so this can happen."""
+    Bytes are not scaled, so this can happen.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with subject and `_bright`, as from `inspect_files`.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     by = rows.groupby('subject')._bright.median()
     dark = by[by < 0.5 * by.median()].sort_values()
     if len(by) < 3 or not len(dark):
@@ -762,7 +1081,18 @@ def find_duplicates(
     # Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere
 ) -> pd.DataFrame:
     """Find identical images: every copy if two subjects share it, all but the first within one
-    subject."""
+    subject.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with hash, subject, split, path.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere.
+    """
     twice = rows[rows.hash.duplicated(keep=False)]
     group = twice.groupby('hash')
     leak = group.split.transform('nunique') > 1
@@ -781,7 +1111,18 @@ def find_duplicates(
 def find_row_faults(
     rows: pd.DataFrame,  # Rows with what `inspect_files` saw
 ) -> tuple:  # Good rows, faults, sizes
-    "Turn what was seen into faults: does not decode, blank, another size than most, a copy."
+    """Turn what was seen into faults: does not decode, blank, another size than most, a copy.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with what `inspect_files` saw.
+
+    Returns
+    -------
+    tuple
+        Good rows, faults, sizes.
+    """
     decoded = rows[rows._fault == '']
     size = decoded._height.astype(str) + ' x ' + decoded._width.astype(str)
     sizes = size.value_counts()
@@ -810,7 +1151,22 @@ def find_crop(
     margin: float = 0.15,  # Room around the largest train brain, for brains not seen yet
     # Central square to keep, a multiple of 16 pixels; None where that would be everything
 ) -> int | None:
-    "Frame the brains: the largest one of the train split and a margin."
+    """Frame the brains: the largest one of the train split and a margin.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with `_side`, as from `find_row_faults`.
+    side : int
+        Longer side of the images.
+    margin : float, default 0.15
+        Room around the largest train brain, for brains not seen yet.
+
+    Returns
+    -------
+    int | None
+        Central square to keep, a multiple of 16 pixels; None where that would be everything.
+    """
     train = rows[rows.split == 'train'] if (rows.split == 'train').any() else rows
     crop = math.ceil(train._side.max() * (1 + margin) / 16) * 16 if len(train) else side
     return crop if crop < side else None

@@ -117,7 +117,18 @@ def read_name(
     path: str,  # Path of a file, with / between folders
     # study, subject, session, run, image, kind (text or None); None for a name of no known study
 ) -> dict | None:
-    "Read off the path whose scan it is. The first study whose `subject` is found decides."
+    """Read off the path whose scan it is. The first study whose `subject` is found decides.
+
+    Parameters
+    ----------
+    path : str
+        Path of a file, with / between folders.
+
+    Returns
+    -------
+    dict | None
+        study, subject, session, run, image, kind (text or None); None for a name of no known study.
+    """
     text = re.sub(r'\.(?:nii(?:\.gz)?|png|jpe?g|img|hdr|mgz)$', '', path, flags=re.IGNORECASE)
     for study, parts in NAMES.items():
         found = {k: re.search(v, text, re.IGNORECASE) for k, v in parts.items()}
@@ -131,7 +142,18 @@ def read_name(
 def find_modality(
     text: str | None,  # Name of a file, or the `kind` in it
 ) -> str | None:  # Key of MODALITIES, or None
-    "Which contrast a name speaks of."
+    """Which contrast a name speaks of.
+
+    Parameters
+    ----------
+    text : str | None
+        Name of a file, or the `kind` in it.
+
+    Returns
+    -------
+    str | None
+        Key of MODALITIES, or None.
+    """
     words = re.split(r'[^a-z0-9-]+', text.lower() if isinstance(text, str) else '')
     words += [part for o in words for part in o.split('-')]
     return next((k for k, v in MODALITIES.items() for o in words if re.fullmatch(v, o)), None)
@@ -140,7 +162,18 @@ def find_modality(
 def session_names(
     part: pd.DataFrame,  # The files of one subject: session, run, image, kind
 ) -> tuple:  # A name for the session of each; why it cannot be done, or ''
-    "Name the files of one subject by visit and run."
+    """Name the files of one subject by visit and run.
+
+    Parameters
+    ----------
+    part : pd.DataFrame
+        The files of one subject: session, run, image, kind.
+
+    Returns
+    -------
+    tuple
+        A name for the session of each; why it cannot be done, or ''.
+    """
     run = ('run-' + part.run.astype(str)).where(part.run.notna(), '')
     visit = part.session.where(part.session.notna(), part.image.where(part.run.isna())).fillna('')
     label = (visit.astype(str) + ' ' + run).str.strip()
@@ -163,7 +196,18 @@ def name_sessions(
     # One row a file (or a stack of images): unit, subject, session, run, image, kind
     units: pd.DataFrame,
 ) -> tuple:  # Name of the session of each row; why a row is refused, '' where it is not
-    "Distinguish the files of every subject, or say why that cannot be done."
+    """Distinguish the files of every subject, or say why that cannot be done.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        One row a file (or a stack of images): unit, subject, session, run, image, kind.
+
+    Returns
+    -------
+    tuple
+        Name of the session of each row; why a row is refused, '' where it is not.
+    """
     label, refused = (pd.Series('', index=units.index) for _ in range(2))
     for subject, part in units.groupby('subject'):
         label[part.index], why = session_names(part)
@@ -179,7 +223,18 @@ def name_sessions(
 def mixed_contrasts(
     units: pd.DataFrame,  # One row a file: unit, kind
 ) -> pd.Series:  # Why a row is refused, by index; '' where it is not
-    "A model of one contrast needs one contrast: name the files that speak of another than most."
+    """A model of one contrast needs one contrast: name the files that speak of another than most.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        One row a file: unit, kind.
+
+    Returns
+    -------
+    pd.Series
+        Why a row is refused, by index; '' where it is not.
+    """
     seen = units.kind.map(find_modality)
     counts = seen.value_counts()
     refused = pd.Series('', index=units.index)
@@ -197,8 +252,19 @@ def mixed_contrasts(
 def strip_parts(
     unit: str,  # Name without suffix, perhaps with folders
 ) -> tuple:  # What is left, text of each part by what it seems to be
-    "Take what seems to be visit, run, contrast or image out of a name, but not its beginning."
-    first = re.match(r'[^-_./ ]*', unit)[0]
+    """Take what seems to be visit, run, contrast or image out of a name, but not its beginning.
+
+    Parameters
+    ----------
+    unit : str
+        Name without suffix, perhaps with folders.
+
+    Returns
+    -------
+    tuple
+        What is left, text of each part by what it seems to be.
+    """
+    first = re.split(r'[-_./ ]', unit)[0]
     rest, parts = unit[len(first) :], {}
     for what, pattern in PARTS.items():
         whole = rf'[-_./ ]+({pattern})(?=$|[-_./ ])'
@@ -212,7 +278,18 @@ def suspect_names(
 ) -> tuple:  # Why a name is refused, by name; a note or ''
     """Find names that are equal but for what seems to be a visit, a run, a contrast or an image.
 
-    Sure: refused; else noted."""
+    Sure: refused; else noted.
+
+    Parameters
+    ----------
+    units : list
+        Names without suffix of no known study.
+
+    Returns
+    -------
+    tuple
+        Why a name is refused, by name; a note or ''.
+    """
     table = pd.DataFrame([strip_parts(o) for o in units], columns=['base', 'parts'], index=units)
     size = table.groupby('base').base.transform('size')
     # what is left must look like a subject
@@ -249,7 +326,23 @@ def suspect_names(
 def name_columns(
     columns: list,  # Names as they stand in the table
 ) -> dict:  # Ours, by theirs
-    "Find the columns that have a meaning here. Raises ValueError where two claim one meaning."
+    """Find the columns that have a meaning here.
+
+    Parameters
+    ----------
+    columns : list
+        Names as they stand in the table.
+
+    Returns
+    -------
+    dict
+        Ours, by theirs.
+
+    Raises
+    ------
+    ValueError
+        Where two claim one meaning.
+    """
     plain = {o: re.sub(r'[\s_-]+', '_', o.strip().casefold()) for o in columns}
     out = {}
     for name, others in ALIASES.items():
@@ -274,7 +367,17 @@ def check_columns(
     needs: tuple,  # Columns that must be there
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse a table whose columns cannot be distinguished, and one that pandas has put together
-    wrongly."""
+    wrongly.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        As pandas read it, all text.
+    path : Path
+        Where from, for the message.
+    needs : tuple
+        Columns that must be there.
+    """
     names = ', '.join(table.columns)
     lost = [o for o in needs if o not in table]
     if lost:
@@ -309,8 +412,22 @@ def check_columns(
 def read_cells(
     path: Path,  # Table with a line of names
 ) -> tuple:  # All cells as text, missing where nothing is known; what separates them
-    """Read a table separated by commas, or else by tabs or semicolons, whichever its first line
-    holds. Raises ValueError."""
+    """Read a table separated by commas, or else by tabs or semicolons, whichever its first line holds.
+
+    Parameters
+    ----------
+    path : Path
+        Table with a line of names.
+
+    Returns
+    -------
+    tuple
+        All cells as text, missing where nothing is known; what separates them.
+
+    Raises
+    ------
+    ValueError
+    """
     try:
         text = path.read_text(encoding='utf-8-sig').lstrip('\n')
         head = text.partition('\n')[0]
@@ -340,7 +457,22 @@ def to_numbers(
     years: bool = False,  # `60Y` and `60 years` are 60
     comma: bool = False,  # `60,5` is 60.5
 ) -> pd.Series:  # Floats; NaN where a cell is missing, or no number
-    "Read a column of numbers. `None` stands for missing where everything else is a number."
+    """Read a column of numbers. `None` stands for missing where everything else is a number.
+
+    Parameters
+    ----------
+    cells : pd.Series
+        Text of one column.
+    years : bool, default False
+        `60Y` and `60 years` are 60.
+    comma : bool, default False
+        `60,5` is 60.5.
+
+    Returns
+    -------
+    pd.Series
+        Floats; NaN where a cell is missing, or no number.
+    """
     text = cells.replace('None', np.nan)
     if years:
         text = text.str.replace(r'(?i)^(\d+(?:[.,]\d+)?) ?(?:y|yr|yrs|years?)$', r'\1', regex=True)
@@ -355,7 +487,24 @@ def wrong_cell(
     bad: pd.Series,  # True where it is bad
     path: Path,  # Where from
 ) -> str:  # What stands where, and what to do
-    "Say which line of a table is wrong."
+    """Say which line of a table is wrong.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        All text; the index counts lines below the first.
+    col : str
+        Column with a bad cell.
+    bad : pd.Series
+        True where it is bad.
+    path : Path
+        Where from.
+
+    Returns
+    -------
+    str
+        What stands where, and what to do.
+    """
     who = f" of subject '{table.subject[bad].iloc[0]}'" if 'subject' in table else ''
     expected = dict(
         age='years from 0, or a blank; 89+ is no number',
@@ -364,8 +513,8 @@ def wrong_cell(
         path='the path of a file',
     ).get(col, 'a whole number')
     return (
-        f"read_table: {col} '{table[col][bad].iloc[0]}'{who}, line {bad.idxmax()+2} of '{path}'."
-        f" Expected {expected}. Correct the line."
+        f"read_table: {col} '{table[col][bad].iloc[0]}'{who}, line {int(bad.index[bad][0])+2} of"
+        f" '{path}'. Expected {expected}. Correct the line."
     )
 
 # %% ../../nbs/engineering/24_tables.ipynb #55c476fb
@@ -376,7 +525,23 @@ def read_table(
 ) -> pd.DataFrame:
     """Read a table; subjects stay text, so '001' keeps its zeros.
 
-    Raises ValueError naming the line that is wrong."""
+    Parameters
+    ----------
+    path : str | Path
+        CSV table.
+    needs : tuple
+        Columns that must be there, without blanks.
+
+    Returns
+    -------
+    pd.DataFrame
+        Text, and floats where a whole column reads as numbers; `attrs['notes']` has sentences.
+
+    Raises
+    ------
+    ValueError
+        Naming the line that is wrong.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -412,7 +577,23 @@ def read_table(
 def read_subjects(
     path: Path,  # Table with a column `subject`, and `image` where it has one row an image
 ) -> pd.DataFrame:  # Covariates, indexed by image, by subject and session, or by subject (text)
-    "Read the facts about each subject, visit or image. Raises ValueError if one has two rows."
+    """Read the facts about each subject, visit or image.
+
+    Parameters
+    ----------
+    path : Path
+        Table with a column `subject`, and `image` where it has one row an image.
+
+    Returns
+    -------
+    pd.DataFrame
+        Covariates, indexed by image, by subject and session, or by subject (text).
+
+    Raises
+    ------
+    ValueError
+        If one has two rows.
+    """
     table = read_table(path, ('subject',))
     taken = [o for o in ('path', 'plane', 'slice', 'hash') if o in table]
     if taken:
@@ -450,7 +631,20 @@ def match_images(
 ) -> pd.Series:  # The table's name of each row, missing where it has none
     """Find each file in a table of images, by its path, name, image id, or subject and visit.
 
-    I218391 finds 218391."""
+    I218391 finds 218391.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        One row a file: unit, path, subject, session, image.
+    table : pd.DataFrame
+        Indexed by image.
+
+    Returns
+    -------
+    pd.Series
+        The table's name of each row, missing where it has none.
+    """
     known = {o: o for o in table.index} | {
         o[1:]: o for o in table.index if re.fullmatch(r'I\d+', o)
     }
@@ -476,7 +670,20 @@ def row_keys(
 ) -> pd.Series:  # The table's key of each row, missing where it has none
     """Find the line of a table that speaks of each row.
 
-    Names match letter by letter; only ses- before a session may be left out."""
+    Names match letter by letter; only ses- before a session may be left out.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject, and session or listed where known.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    pd.Series
+        The table's key of each row, missing where it has none.
+    """
     if table.index.name == 'image':
         return rows.listed
     if table.index.nlevels == 1:
@@ -496,7 +703,22 @@ def describe_match(
     known: pd.Series,  # True where the table speaks of a row
     table: pd.DataFrame,  # From `read_subjects`
 ) -> tuple:  # Faults, notes
-    "Say how well data and table fit: no subject in common is a fault, few are worth a look."
+    """Say how well data and table fit: no subject in common is a fault, few are worth a look.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with a column `subject`.
+    known : pd.Series
+        True where the table speaks of a row.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        Faults, notes.
+    """
     n, lost = rows.subject.nunique(), sorted(rows.subject[~known].unique())
     if not lost:
         return as_faults([]), []
@@ -531,7 +753,23 @@ def join_subjects(
 ) -> tuple:  # Rows with the covariates, faults, notes
     """Add what is known of each subject, visit or image.
 
-    Raises ValueError where two sources disagree."""
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with a column `subject`.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        Rows with the covariates, faults, notes.
+
+    Raises
+    ------
+    ValueError
+        Where two sources disagree.
+    """
     key = row_keys(rows, table)
     faults, notes = describe_match(rows, key.notna(), table)
     notes = table.attrs.get('notes', []) + notes
@@ -563,8 +801,22 @@ def name_subjects(
     rows: pd.DataFrame,
     table: pd.DataFrame | None = None,  # From `read_subjects`
 ) -> tuple:  # Rows with subject and session, faults, notes
-    """Settle whose scan each row is: a table of images decides, then the name of a known study,
-    then the name as it is."""
+    """Settle whose scan each row is: a table of images decides, then the name of a known study, then
+    the name as it is.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, unit (what one volume or stack is called), subject where nothing better is
+        known.
+    table : pd.DataFrame | None, default None
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        Rows with subject and session, faults, notes.
+    """
     units = rows.drop_duplicates('unit').set_index('unit', drop=False)
     read = pd.DataFrame(
         [read_name(o) or {} for o in units.place],
