@@ -127,9 +127,7 @@ def test_gradient_reaches_the_noise(model):
     step = torch.randn(noise.shape, generator=torch.Generator().manual_seed(0))
     far = [loss(noise.detach() + h * step) for h in (1e-2, -1e-2)]
     # central difference; float32 through three steps leaves about 1e-3 of it
-    assert ((far[0] - far[1]) / 2e-2).item() == pytest.approx(
-        (slope * step).sum().item(), rel=0.02
-    )
+    assert ((far[0] - far[1]) / 2e-2).item() == pytest.approx((slope * step).sum().item(), rel=0.02)
 
 
 def test_a_step_can_be_seen_replaced_and_stopped(model):
@@ -187,8 +185,15 @@ def test_several_channels_and_a_callback_of_training(data, tmp_path):
     pair = SliceDataset(images, data.manifest, data.covariates)
     few = dict(warmup_images=4, validate_every=10**6, checkpoint_every=10**6, batch_size=4)
     config = AEConfig(
-        in_channels=2, channels=(8,), attention_levels=(False,), latent_channels=2, patch=4,
-        data=data.config, total_images=16, log_every=1, **few,
+        in_channels=2,
+        channels=(8,),
+        attention_levels=(False,),
+        latent_channels=2,
+        patch=4,
+        data=data.config,
+        total_images=16,
+        log_every=1,
+        **few,
     )
     seen = []
 
@@ -237,7 +242,9 @@ def test_measures():
         dict(slice=[0, 0, 0, 0], diagnosis=['MCI', 'HC', 'MCI', 'HC'], age=[60.0, 60, 80, 80])
     )
     values = np.array([3.0, 1, 4, 2])
-    bright = Measure('gray', lambda x: x.mean((1, 2, 3)).numpy(), 'gray', ('diagnosis', 'MCI', 'HC'))
+    bright = Measure(
+        'gray', lambda x: x.mean((1, 2, 3)).numpy(), 'gray', ('diagnosis', 'MCI', 'HC')
+    )
     assert bright(torch.ones(5, 1, 4, 4)).tolist() == [1.0] * 5
     # difference 2 over a standard deviation of sqrt(1/2) within
     assert bright.effect(values, table) == pytest.approx(2 * 2**0.5)
@@ -248,6 +255,7 @@ def test_measures():
     assert default_measures((adni,)) == MEASURES
     three = Covariate('diagnosis', 'categorical', values=('AD', 'CN', 'MCI'))
     assert [m.contrast for m in default_measures((three,))][:2] == [
-        ('diagnosis', 'AD', 'CN'), ('diagnosis', 'MCI', 'CN'),
+        ('diagnosis', 'AD', 'CN'),
+        ('diagnosis', 'MCI', 'CN'),
     ]
     assert [m.name for m in default_measures(())] == ['age_slope']
