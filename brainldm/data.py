@@ -7,6 +7,7 @@ __all__ = ['split_by_subject', 'assign_splits', 'find_leaks', 'list_slices', 're
            'ShuffledBatches', 'eval_batches', 'prepare_dataset', 'read_source', 'open_dataset']
 
 # %% ../nbs/01_data.ipynb #2f75f52c
+from typing import Any
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -326,7 +327,8 @@ class SliceDataset(Dataset):
             )
         self.covariates = find_covariates(manifest) if covariates is None else list(covariates)
         self.manifest = write_levels(manifest, self.covariates)
-        self.images, self.config = images, None  # `open_dataset` notes its settings
+        self.images = images
+        self.config: DataConfig | None = None  # `open_dataset` notes its settings
         self.conditions = encode_covariates(self.manifest, self.covariates)
 
     def __len__(self):
@@ -339,7 +341,8 @@ class SliceDataset(Dataset):
     def __setstate__(self, state):
         vars(self).update(state)
         if isinstance(self.images, dict):
-            self.images = np.memmap(**self.images)
+            place: dict[str, Any] = self.images
+            self.images = np.memmap(**place)
 
     def __getitems__(self, indices):
         at = np.asarray(indices, dtype=np.int64)

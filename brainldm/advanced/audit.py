@@ -83,7 +83,7 @@ def csf_fraction(
     out = []
     for part in image_batches(images):
         gray = (part[:, 0].float().cpu().numpy() + 1) / 2
-        head = np.stack([binary_fill_holes(o) for o in gray > outline])
+        head = np.stack([np.asarray(binary_fill_holes(o)) for o in gray > outline])
         size = head.sum((1, 2))
         out.append((head & (gray < dark)).sum((1, 2)) / np.where(size > 0, size, np.nan))
     return np.concatenate(out)
@@ -586,7 +586,7 @@ def utility_scores(
         )
     known, out = held_out.manifest.diagnosis.isin(values).to_numpy(), {}
     truth, who = (
-        (held_out.manifest.diagnosis == found[0].values[0])[known],
+        (held_out.manifest.diagnosis == found[0].levels[0])[known],
         held_out.manifest.subject[known],
     )
     for name in tqdm(sources, desc='classifiers', disable=not progress):
@@ -693,7 +693,7 @@ def transform_maps(
     x, y, turn, scale, flip = moves.to(maps).unbind(-1)
     c, s = torch.cos(turn) * scale, torch.sin(turn) * scale
     theta = torch.stack([c * flip, -s, x, s * flip, c, y], -1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, (len(maps), 1, *maps.shape[-2:]), align_corners=False)
+    grid = F.affine_grid(theta, [len(maps), 1, *maps.shape[-2:]], align_corners=False)
     return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0]
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10008

@@ -25,18 +25,41 @@ class Autoencoder(Protocol):
     ----------
     in_channels : int
         Channels of the images.
-    latent_channels : int
-        Channels of the latents.
-    factor : int
-        Pixels along an image for one along a latent.
-    covariates : tuple
-        The `Covariate`s that it is conditioned on; () for none.
     """
 
     in_channels: int  # Channels of the images
-    latent_channels: int  # Channels of the latents
-    factor: int  # Pixels along an image for one along a latent
-    covariates: tuple  # The `Covariate`s that it is conditioned on; () for none
+
+    @property
+    def latent_channels(self) -> int:  # Channels of the latents
+        """Channels of the latents.
+
+        Returns
+        -------
+        int
+            Channels of the latents.
+        """
+        ...
+
+    @property
+    def factor(self) -> int:  # Pixels along an image for one along a latent
+        """Pixels along an image for one along a latent.
+
+        Returns
+        -------
+        int
+            Pixels along an image for one along a latent.
+        """
+        ...
+
+    @property
+    def covariates(self) -> tuple:
+        """The `Covariate`s that it is conditioned on; () for none.
+
+        Returns
+        -------
+        tuple
+        """
+        ...
 
     def encode(
         self,
@@ -84,25 +107,35 @@ class Autoencoder(Protocol):
 # %% ../../nbs/engineering/38_extending.ipynb #ext00010
 @runtime_checkable
 class Denoiser(Protocol):
-    """A network that predicts what its noise schedule asks of it: noise, v or clean latents.
+    """A network that predicts what its noise schedule asks of it: noise, v or clean latents."""
 
-    Attributes
-    ----------
-    covariates : tuple
-        The `Covariate`s that it is conditioned on, in the order of `drop`; () for none.
-    factor : int
-        Height and width of the latents must be multiples of this.
-    """
+    @property
+    def covariates(self) -> tuple:
+        """The `Covariate`s that it is conditioned on, in the order of `drop`; () for none.
 
-    # The `Covariate`s that it is conditioned on, in the order of `drop`; () for none
-    covariates: tuple
-    factor: int  # Height and width of the latents must be multiples of this
+        Returns
+        -------
+        tuple
+        """
+        ...
+
+    @property
+    def factor(self) -> int:  # Height and width of the latents must be multiples of this
+        """Height and width of the latents must be multiples of this.
+
+        Returns
+        -------
+        int
+            Height and width of the latents must be multiples of this.
+        """
+        ...
 
     def __call__(
         self,
         x: 'Tensor',  # Noised latents (b, c, h, w)
         t: 'Tensor',  # Timesteps (b,)
-        cond: 'dict[str, Tensor]|None' = None,  # Encoded covariates, each (b,); absent: not known
+        # Encoded covariates, each (b,); absent: not known
+        cond: 'dict[str, Tensor]|None' = None,
         drop: 'Tensor|None' = None,  # True where a covariate is to be ignored (b, n)
     ) -> 'Tensor':  # Prediction (b, c, h, w)
         """Prediction (b, c, h, w).

@@ -105,9 +105,9 @@ def sample_by_condition(
         Grid of diagnosis by slice, and the trajectory from noise of one image a row.
     """
     known = {c.name: c for c in model.covariates}
-    rows = list(known['diagnosis'].values) if 'diagnosis' in known else [None]
+    rows = list(known['diagnosis'].levels) if 'diagnosis' in known else [None]
     numbers = (
-        np.unique(np.linspace(*known['slice'].range, columns).round()).tolist()
+        np.unique(np.linspace(*known['slice'].span, columns).round()).tolist()
         if 'slice' in known
         else None
     )
@@ -625,7 +625,7 @@ def save_evaluation(
     shown = np.linspace(0, len(images) - 1, 24).round().astype(int)
     figures = dict(
         synthetic=show_grid(images[shown, 0], ncols=8, title='Generated, not scanned'),
-        audit=plot_audit(*near, scores['memorization']),
+        audit=plot_audit(near[0], near[1], scores['memorization']),
     )
     if pairs:
         figures['pairs'] = plot_pairs(images, train, near[0])
@@ -1581,7 +1581,7 @@ def report_data(
             ]
         )
     span = lambda c: (
-        ' or '.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'
+        ' or '.join(map(str, c.values)) if c.values else f'{c.span[0]:g} to {c.span[1]:g}'
     )
     requested = ', '.join(f'{c.name} ({span(c)})' for c in covariates)
     return dict(
@@ -1788,7 +1788,7 @@ def model_card(
     """
     module, cls = type(sampler).__module__, type(sampler).__name__
     requested = ', '.join(
-        f'{c.name}={c.values[0] if c.values else round(sum(c.range)/2)!r}'
+        f'{c.name}={c.values[0] if c.values else round(sum(c.span)/2)!r}'
         for c in sampler.covariates
     )
     head = [
