@@ -88,9 +88,9 @@ def test_a_small_disk(tmp_path):
         pytest.skip('no tmpfs')
     try:
         code = (
-            'import sys, types; from brainldm import batches\nbatches.shutil.disk_usage = lambda o:'
-            ' types.SimpleNamespace(free=1e9)           # a quota does not show there\ntry:'
-            ' batches.open_dataset(sys.argv[1], batches.DataConfig(size=64), False,'
+            'import sys, types; from brainldm.engineering import batches\nbatches.shutil.disk_usage'
+            ' = lambda o: types.SimpleNamespace(free=1e9)           # a quota does not show'
+            ' there\ntry: batches.open_dataset(sys.argv[1], batches.DataConfig(size=64), False,'
             ' sys.argv[2])\nexcept OSError as e: print(e)'
         )
         done = subprocess.run(

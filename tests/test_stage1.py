@@ -186,7 +186,7 @@ def test_accumulated_critic_moves_once_an_update(dataset, tmp_path):
     steps = {
         v.item()
         for k, v in tensors.items()
-        if k.startswith('critic.optimizer') and k.endswith('.step')
+        if k.startswith('discriminator.optimizer') and k.endswith('.step')
     }
     assert steps == {(64 - 24) // 4}  # from 24 pictures on, four an update
 
@@ -401,9 +401,9 @@ def test_the_command(flags, phantom, tmp_path, capsys):
     assert main(['sample', run, '--generator', 'stage1', '--n', '3', *ask]) == 0
     assert (
         '3 synthetic pictures in' in capsys.readouterr().out
-        and main(['check', str(tmp_path / 'run' / 'samples' / 'drawn_000')]) == 0
+        and main(['check', str(tmp_path / 'run' / 'samples' / 'generated_000')]) == 0
     )
-    assert len(list((Path(run) / 'samples' / 'drawn_000').glob('picture_*.png'))) == 3
+    assert len(list((Path(run) / 'samples' / 'generated_000').glob('picture_*.png'))) == 3
 
 
 def test_the_command_refuses(phantom, tmp_path, capsys):

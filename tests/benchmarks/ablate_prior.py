@@ -238,7 +238,7 @@ def tabulate(rows: dict[str, list[dict]], subjects: list[str]) -> pd.DataFrame:
     """Bits per code, and how far from the base; a standard error over subjects, each subject's
     slices and all seeds taken together."""
     table = {}
-    held_out = {k: np.mean([o["held"] for o in v], axis=0) for k, v in rows.items()}
+    held_out = {k: np.mean([o["held_out"] for o in v], axis=0) for k, v in rows.items()}
     people = {k: pd.Series(v).groupby(np.array(subjects)).mean() for k, v in held_out.items()}
     for name, each in rows.items():
         gap = (people[name] - people["base"]) / people["base"].mean()
@@ -311,7 +311,7 @@ def main(job: Ablation) -> pd.DataFrame:
     }
     table = tabulate(rows, parts["validate"].subject.tolist())
     said = seeds.describe(
-        {k: [{"held-out bits": np.mean(o["held"])} for o in v] for k, v in rows.items()},
+        {k: [{"held-out bits": np.mean(o["held_out"])} for o in v] for k, v in rows.items()},
         "base",
         ("held-out bits",),
     )

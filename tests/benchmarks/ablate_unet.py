@@ -196,7 +196,7 @@ def judge(images: torch.Tensor, rows, dataset, job: Ablation) -> dict:
     scores = evaluate_samples(
         net, images, rows, dataset.subset("train"), dataset.subset("validate"), utility=None
     )
-    drawn, real = scores["conditioning"]["drawn"], scores["conditioning"]["train"]
+    drawn, real = scores["conditioning"]["synthetic"], scores["conditioning"]["train"]
     fidelity, reference = scores["fidelity"]["synthetic"], scores["fidelity"]["reference"]
     return {
         "Frechet": fidelity["frechet"],
@@ -204,11 +204,11 @@ def judge(images: torch.Tensor, rows, dataset, job: Ablation) -> dict:
         "excess KID": scores["fidelity"]["excess"]["kid"],
         "recall": fidelity["recall"],
         "slice error": drawn["slice_error"]["value"],
-        "(held)": scores["conditioning"]["held"]["slice_error"]["value"],
+        "(held)": scores["conditioning"]["held_out"]["slice_error"]["value"],
         "CSF d": drawn["diagnosis_effect"]["value"],
         "(train)": real["diagnosis_effect"]["value"],
-        "MS-SSIM": scores["diversity"]["drawn"]["ms_ssim"],
-        "(held) ": scores["diversity"]["held"]["ms_ssim"],
+        "MS-SSIM": scores["diversity"]["synthetic"]["ms_ssim"],
+        "(held) ": scores["diversity"]["held_out"]["ms_ssim"],
     }
 
 
