@@ -16,7 +16,7 @@ from brainldm.engineering.batches import Covariate
 from brainldm.scheduler import NoiseSchedule, add_noise
 from brainldm.unet import UNet
 from brainldm.sampling import sample_noise
-from brainldm.analysis import auc, bottleneck_features, embed, plot_embedding
+from brainldm.analysis import auc, bottleneck_features, check_vectors, embed, plot_embedding
 from brainldm.advanced.latents import (
     assign_folds,
     describe_probe,
@@ -110,6 +110,34 @@ def test_embedding_of_many_kinds():
     plt.close(fig)
 
 
+def test_missing_values_are_gray_and_every_value_has_a_mark():
+    table = pd.DataFrame(dict(kind=['a', 'b', None, 'a'], size=[1.0, np.nan, 3.0, 4.0]))
+    fig = plot_embedding(np.arange(8.0).reshape(4, 2), table, ('kind', 'size'))
+    counts = [[len(o.get_offsets()) for o in ax.collections] for ax in fig.axes[:2]]
+    assert counts == [[1, 2, 1], [1, 3]]  # gray first, then a, b; then numbers
+    plt.close(fig)
+
+
+@pytest.mark.parametrize(
+    'points, names, match',
+    [(4, ('sex',), "no column 'sex'"), (3, ('kind',), '3 points and 4 rows')],
+)
+def test_maps_without_their_rows_or_columns(points, names, match):
+    with pytest.raises(ValueError, match=match):
+        plot_embedding(np.zeros((points, 2)), pd.DataFrame(dict(kind=list('abca'))), names)
+
+
+def test_other_methods_and_tables_are_refused():
+    with pytest.raises(ValueError, match='one of umap, tsne, pca'):
+        embed(np.eye(20), 'lda')
+    with pytest.raises(ValueError, match='Try latents.flatten'):
+        check_vectors('here', torch.zeros(4, 2, 3, 3))
+    with pytest.raises(ValueError, match='first row 2'):
+        check_vectors('here', [[1.0, 2.0], [3.0, 4.0], [np.nan, 5.0]])
+    half = torch.ones(4, 3, dtype=torch.bfloat16, requires_grad=True)
+    assert check_vectors('here', half).dtype == np.float64
+
+
 # -- probes
 
 
@@ -193,7 +221,7 @@ def test_probe_does_not_mind_order_names_or_units():
     )
     assert abs(a['score'] - b['score']) < 1e-6 and a['num_subjects'] == b['num_subjects'] == 30
     assert describe_probe(a).startswith(f"AUC {a['score']:.2f} [") and describe_probe(a).endswith(
-        '30 people'
+        '30 subjects'
     )
 
 
@@ -287,6 +315,16 @@ def test_bottleneck_at_the_last_step_sees_noise_alone(unet):
     assert not torch.equal(
         a, bottleneck_features(unet, torch.ones(4, 3, 8, 8), NoiseSchedule(), 999, seed=1)
     )
+
+
+def test_not_conditioned_is_hidden(unet):
+    z = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    steps, hidden = torch.full((4,), 300), torch.ones(4, 2, dtype=torch.bool)
+    noised = add_noise(z, sample_noise(4, (3, 8, 8), 0), steps, NoiseSchedule().abar)
+    with torch.no_grad():
+        expected = unet.bottleneck(noised, steps, drop=hidden).mean((2, 3))
+    found = bottleneck_features(unet, z, NoiseSchedule(), 300)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('t', [-1, 1000, 2.5])

@@ -315,7 +315,7 @@ def test_two_samplings_at_once_get_a_folder_each(tmp_path):
     names = sum((places.get(timeout=60) for _ in workers), [])
     for o in workers:
         o.join(60)
-    assert sorted(names) == [f"drawn_{i:03d}" for i in range(160)]
+    assert sorted(names) == [f"generated_{i:03d}" for i in range(160)]
 
 
 def test_two_sample_commands_at_once(tiny_run, tmp_path, monkeypatch):
@@ -338,16 +338,16 @@ def test_two_sample_commands_at_once(tiny_run, tmp_path, monkeypatch):
     assert main([*words, "0"]) == 0 and inner == [None, 0]
     seeds = {
         p.parent.name: p.read_text().splitlines()[1]
-        for p in (run / "samples").glob("drawn_*/manifest.csv")
+        for p in (run / "samples").glob("generated_*/manifest.csv")
     }
-    assert set(seeds) == {"drawn_000", "drawn_001"} and len(set(seeds.values())) == 2
+    assert set(seeds) == {"generated_000", "generated_001"} and len(set(seeds.values())) == 2
 
 
 @pytest.mark.parametrize("words", ["--n 0", "--guidance-scale -1", "--diagnosis FTD"])
 def test_a_refused_command_leaves_no_folder(tiny_run, tmp_path, capsys, words):
     run = copy_run(tiny_run[0], tmp_path / "run")
     refused(capsys, "sample", run, *words.split())
-    assert not list((run / "samples").glob("drawn_*"))
+    assert not list((run / "samples").glob("generated_*"))
 
 
 def test_run_without_checkpoint(tiny_run, tmp_path, capsys):

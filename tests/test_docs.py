@@ -264,8 +264,8 @@ def test_the_page_about_your_data_runs(tmp_path, monkeypatch, capsys):
         assert line in faulty, line
     healthy = [status for line, status, _ in said if line == "brainldm check scans"]
     assert healthy == [0]
-    assert len(list(Path("runs/mine/samples/drawn_000").glob("*.png"))) >= 4
-    assert list(Path("runs/example/samples/drawn_000").glob("*.png"))
+    assert len(list(Path("runs/mine/samples/generated_000").glob("*.png"))) >= 4
+    assert list(Path("runs/example/samples/generated_000").glob("*.png"))
 
 
 def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):

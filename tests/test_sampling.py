@@ -110,6 +110,22 @@ def test_noise_is_named_by_seed_and_number():
     )
 
 
+def test_noise_is_standard_and_of_each_image_its_own():
+    many = sample_noise(400, (4, 5, 7), seed=0)  # 56,000 numbers
+    error = many.numel() ** -0.5  # standard error of their mean
+    assert abs(many.mean()) < 5 * error and abs(many.var() - 1) < 5 * 2**0.5 * error
+    rows = many.flatten(1)
+    similar = (rows @ rows.T / rows.shape[1]).fill_diagonal_(0).abs().max()
+    assert similar < 6 * 140**-0.5  # of 79,800 pairs of 140 numbers each
+    swapped = sample_noise(1, (4, 5, 7), seed=0, start=1) * sample_noise(1, (4, 5, 7), seed=1)
+    assert swapped.mean().abs() < 5 * 140**-0.5  # (0, 1) and (1, 0) have nothing in common
+
+
+def test_standard_deviation_by_row():
+    rows = torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]])
+    same(standard_deviation(rows), torch.tensor([[[2**0.5]], [[0.0]]]))
+
+
 @pytest.mark.parametrize(
     'requested, message',
     [

@@ -304,7 +304,7 @@ def probe(
 def describe_probe(
     result: dict,  # As from `probe`
 ) -> str:  # One line
-    """A score with its interval, its floor and the number of people.
+    """A score with its interval, its baseline and the number of subjects.
 
     Parameters
     ----------
@@ -320,5 +320,5 @@ def describe_probe(
     between = lambda o: f'[{o[0]:.2f}, {o[1]:.2f}]'
     return (
         f"{r['metric']} {r['score']:.2f} {between(r['interval_95'])}, shuffled {r['baseline']:.2f} "
-        f"{between(r['baseline_95'])}, {r['num_subjects']} people"
+        f"{between(r['baseline_95'])}, {r['num_subjects']} subjects"
     )
