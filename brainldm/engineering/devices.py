@@ -11,8 +11,6 @@ import platform
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 # %% ../../nbs/engineering/41_devices.ipynb #fc7e1a1c
@@ -28,6 +26,9 @@ def process_device() -> str:  # 'cpu', 'cuda', 'cuda:1', 'mps'
     str
         'cpu', 'cuda', 'cuda:1', 'mps'.
     """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     # of a training, or of the host program
     if PartialState._shared_state:
         return str(PartialState().device)

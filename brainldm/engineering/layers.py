@@ -7,14 +7,9 @@ __all__ = ['ResBlock', 'Downsample', 'Upsample', 'AttentionBlock', 'CrossAttenti
 
 # %% ../../nbs/engineering/28_layers.ipynb #544033f8
 import math
-import os
-import platform
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from einops import rearrange
 from torch import Tensor, nn
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor
 
 import brainldm
@@ -447,6 +446,8 @@ def locate_run(
     FileNotFoundError
         If it is in none of them.
     """
+    from huggingface_hub import snapshot_download
+
     if (Path(source) / 'config.json').is_file():
         return Path(source)
     shelf = Path(brainldm.__file__).parent / 'pretrained'
@@ -498,6 +499,8 @@ def push_run(
     str
         Address of the commit.
     """
+    from huggingface_hub import HfApi
+
     with TemporaryDirectory() as place:
         folder, api = pack_run(run, Path(place) / 'run', half, without_audit), HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
