@@ -8,8 +8,8 @@ import sys
 import pytest
 
 LIBRARIES = (
-    'accelerate huggingface_hub.hf_api IPython ipywidgets matplotlib nibabel nilearn pandas scipy sklearn'
-    ' torch._dynamo torchmetrics torchvision umap'
+    'accelerate huggingface_hub.hf_api IPython ipywidgets matplotlib nibabel nilearn pandas scipy'
+    ' sklearn torch._dynamo torchmetrics torchvision umap'
 ).split()  # what a function imports when it needs it
 NO_TORCH = ['torch', 'numpy', 'PIL', *LIBRARIES]
 

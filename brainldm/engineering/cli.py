@@ -1932,7 +1932,7 @@ def main(
         )
         print(f'\nbrainldm: stopped.{more}', file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get('BRAINLDM_DEBUG'):
             raise
         sys.stdout.flush()  # the error comes last, also in a file that holds both
