@@ -1,5 +1,4 @@
 """Packaging for brainldm. Every value lives in settings.ini; edit there, not here."""
-
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -26,7 +25,7 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["pretrained/*/*"]},
+    package_data={cfg["lib_path"]: ["py.typed", "pretrained/*/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=lines("requirements"),
     extras_require={

@@ -10,11 +10,13 @@ __all__ = ['sample_noise', 'standard_deviation', 'guide', 'conditional_denoiser'
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
 from .engineering.devices import pick_device, pick_precision
 from .engineering.batches import Covariate
@@ -38,25 +40,25 @@ from brainldm.engineering.codec import (
 
 # %% ../nbs/07_sampling.ipynb #ba0fd6b5
 def sample_noise(
-    n: int,  # Pictures
+    n: int,  # Images
     shape: tuple[int, ...],  # Shape of one latent (c, h, w)
-    seed: int,  # Seed of the whole drawing, 0 or more
-    start: int = 0,  # Number of the first picture
+    seed: int,  # Seed of all images, 0 or more
+    start: int = 0,  # Number of the first image
     device: torch.device | str = 'cpu',  # Where the noise shall be
 ) -> Tensor:  # Standard normal noise (n, c, h, w)
-    """Noise for pictures start, start+1, …: picture i depends on seed and i alone, not on the size of
-    the batch.
+    """Noise for images start, start+1, …: image i depends on seed and i alone, not on the size of the
+    batch.
 
     Parameters
     ----------
     n : int
-        Pictures.
+        Images.
     shape : tuple[int, ...]
         Shape of one latent (c, h, w).
     seed : int
-        Seed of the whole drawing, 0 or more.
+        Seed of all images, 0 or more.
     start : int, default 0
-        Number of the first picture.
+        Number of the first image.
     device : torch.device | str, default 'cpu'
         Where the noise shall be.
 
@@ -92,22 +94,23 @@ def standard_deviation(
 # %% ../nbs/07_sampling.ipynb #8a4105ed
 def guide(
     unet: Callable,  # Called as unet(xt, t, cond, drop)
-    cond: dict[str, Tensor],  # Encoded conditions that the network knows, each (b,)
+    cond: dict[str, Tensor],  # Encoded conditions of the network, each (b,)
     names: list[str],  # Covariates of the network, one a token
     # 1: as the data say; 0: unconditional; above 1: exaggerate. Or one a covariate
     guidance_scale: float | dict[str, float] = 1.0,
     # Timesteps t at which to guide: from (included) and to (not)
     interval: tuple[float, float] = (0.0, math.inf),
-    rescale: float = 0.0,  # Share of the way to the spread of the conditional answer, 0 to 1
+    # Fraction of the way to the standard deviation of the conditional answer, 0 to 1
+    rescale: float = 0.0,
 ) -> Callable:  # A function (xt, t) -> prediction, for `denoise`
-    """Push the answer away from what the network would say knowing less.
+    """Classifier-free guidance: extrapolate from the unconditional through the conditional prediction.
 
     Parameters
     ----------
     unet : Callable
         Called as unet(xt, t, cond, drop).
     cond : dict[str, Tensor]
-        Encoded conditions that the network knows, each (b,).
+        Encoded conditions of the network, each (b,).
     names : list[str]
         Covariates of the network, one a token.
     guidance_scale : float | dict[str, float], default 1.0
@@ -115,7 +118,7 @@ def guide(
     interval : tuple[float, float], default (0.0, math.inf)
         Timesteps t at which to guide: from (included) and to (not).
     rescale : float, default 0.0
-        Share of the way to the spread of the conditional answer, 0 to 1.
+        Fraction of the way to the standard deviation of the conditional answer, 0 to 1.
 
     Returns
     -------
@@ -204,13 +207,13 @@ def sample_batch(
     seed: int = 0,  # Of fresh noise, if the sampler needs some
     # Called as callback(i, t, images) with the clean images expected at step i
     callback: Callable | None = None,
-    # Called with the number of pictures after each network call
+    # Called with the number of images after each network call
     tick: Callable = lambda n: None,
     first: int = 0,  # Number of the first image; with `seed` it names the fresh noise of each
     # Places in the batch of the images that `callback` is shown; None: all of them
     watched: list[int] | None = None,
-) -> Tensor:  # New pictures (b, 1, size, size) in [-1, 1], on the CPU
-    """Denoise with guidance, undo the standardisation, decode.
+) -> Tensor:  # New images (b, 1, size, size) in [-1, 1], on the CPU
+    """Denoise with guidance, undo the standardization, decode.
 
     Parameters
     ----------
@@ -229,7 +232,7 @@ def sample_batch(
     callback : Callable | None, default None
         Called as callback(i, t, images) with the clean images expected at step i.
     tick : Callable, default lambda n: None
-        Called with the number of pictures after each network call.
+        Called with the number of images after each network call.
     first : int, default 0
         Number of the first image; with `seed` it names the fresh noise of each.
     watched : list[int] | None, default None
@@ -238,7 +241,7 @@ def sample_batch(
     Returns
     -------
     Tensor
-        New pictures (b, 1, size, size) in [-1, 1], on the CPU.
+        New images (b, 1, size, size) in [-1, 1], on the CPU.
 
     Raises
     ------
@@ -274,14 +277,14 @@ def sample_batch(
 
 # %% ../nbs/07_sampling.ipynb #b69e8eb3
 class Sampler(Codec):
-    """A codec with a denoiser: draws new pictures under the conditions asked for.
+    """A codec with a denoiser: samples new images under the requested conditions.
 
     Parameters
     ----------
     autoencoder : nn.Module
         Trained autoencoder.
     size : int
-        Side of its pictures, pixels.
+        Side of its images, pixels.
     unet : UNet | None, default None
         Trained denoiser; None: reconstruct only.
     schedule : NoiseSchedule | None, default None
@@ -293,7 +296,7 @@ class Sampler(Codec):
     precision : str, default 'no'
         Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
     slice_covariate : Covariate | None, default None
-        The covariate 'slice' of the data, by which random codes are drawn.
+        The covariate 'slice' of the data, by which random codes are sampled.
 
     Attributes
     ----------
@@ -304,14 +307,14 @@ class Sampler(Codec):
     def __init__(
         self,
         autoencoder: nn.Module,  # Trained autoencoder
-        size: int,  # Side of its pictures, pixels
+        size: int,  # Side of its images, pixels
         unet: UNet | None = None,  # Trained denoiser; None: reconstruct only
         schedule: NoiseSchedule | None = None,  # The chain that the denoiser was trained on
         # Mean of each latent channel over the train slices (1, c, 1, 1)
         latent_mean: Tensor | None = None,
         latent_std: Tensor | None = None,  # Standard deviation, same shape
         precision: str = 'no',  # Mixed precision to compute in: 'no', 'bf16' or 'fp16'
-        # The covariate 'slice' of the data, by which random codes are drawn
+        # The covariate 'slice' of the data, by which random codes are sampled
         slice_covariate: Covariate | None = None,
     ):
         super().__init__(autoencoder, size, precision, slice_covariate)
@@ -322,8 +325,8 @@ class Sampler(Codec):
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
-        """What `sample` can be asked for: the denoiser's covariates, then those that only the
-        autoencoder knows.
+        """What `sample` can be conditioned on: the denoiser's covariates, then those of the
+        autoencoder alone.
 
         Returns
         -------
@@ -334,7 +337,7 @@ class Sampler(Codec):
 
     def sample(
         self,
-        n: int = 1,  # Pictures to draw
+        n: int = 1,  # Images to sample
         diagnosis: str | list[str] | None = None,  # One for all or one each; None leaves it open
         slice: float | list[float] | None = None,  # Slice number, as in the training data
         age: float | list[float] | None = None,  # Years
@@ -342,28 +345,28 @@ class Sampler(Codec):
         steps: int = 30,  # Network calls, 1 to T
         # 1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate
         guidance_scale: float | dict[str, float] = 1.0,
-        # Part of the chain to guide in: shares of T, 0 clean, 1 noise
+        # Part of the chain to guide in: fractions of T, 0 clean, 1 noise
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        # Share of the way back to the contrast of the unguided answer, 0 to 1
+        # Fraction of the way back to the contrast of the unguided answer, 0 to 1
         guidance_rescale: float = 0.0,
-        seed: int = 0,  # Same seed, same machine: same pictures
+        seed: int = 0,  # Same seed, same machine: same images
         sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
         eta: float = 0.0,  # Fresh noise in 'ddim', 0 to 1
-        batch_size: int = 32,  # Pictures at a time
-        first: int = 0,  # Number of the first picture: a long drawing may be made in parts
+        batch_size: int = 32,  # Images at a time
+        first: int = 0,  # Number of the first image: a long sampling run may be split
         progress: bool = False,  # Show a bar
         # Called in each batch as callback(i, t, images) with the images expected at step i
         callback: Callable | None = None,
         # Which images `callback` is shown, by place from 0; None: all. Others are decoded once
         watched: Iterable[int] | None = None,
-        **others,  # Any other covariate that the run knows, by name
-    ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-        """Draw pictures with the conditions asked for; what is not named is left open.
+        **others: Any,  # Any other covariate of the run, by name
+    ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
+        """Sample images with the requested conditions; what is not named is left open.
 
         Parameters
         ----------
         n : int, default 1
-            Pictures to draw.
+            Images to sample.
         diagnosis : str | list[str] | None, default None
             One for all or one each; None leaves it open.
         slice : float | list[float] | None, default None
@@ -377,32 +380,32 @@ class Sampler(Codec):
         guidance_scale : float | dict[str, float], default 1.0
             1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate.
         guidance_interval : tuple[float, float], default (0.0, 1.0)
-            Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+            Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
         guidance_rescale : float, default 0.0
-            Share of the way back to the contrast of the unguided answer, 0 to 1.
+            Fraction of the way back to the contrast of the unguided answer, 0 to 1.
         seed : int, default 0
-            Same seed, same machine: same pictures.
+            Same seed, same machine: same images.
         sampler : str, default 'ddim'
             'ddim', 'ddpm' or 'dpmpp'.
         eta : float, default 0.0
             Fresh noise in 'ddim', 0 to 1.
         batch_size : int, default 32
-            Pictures at a time.
+            Images at a time.
         first : int, default 0
-            Number of the first picture: a long drawing may be made in parts.
+            Number of the first image: a long sampling run may be split.
         progress : bool, default False
             Show a bar.
         callback : Callable | None, default None
             Called in each batch as callback(i, t, images) with the images expected at step i.
         watched : Iterable[int] | None, default None
             Which images `callback` is shown, by place from 0; None: all. Others are decoded once.
-        **others
-            Any other covariate that the run knows, by name.
+        **others : Any
+            Any other covariate of the run, by name.
 
         Returns
         -------
         Tensor
-            New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+            New images (n, 1, size, size) in [-1, 1], on the CPU.
 
         Raises
         ------
@@ -450,26 +453,28 @@ class Sampler(Codec):
 
     def image_to_image(
         self,
-        images: Tensor,  # Pictures to start from (n, 1, size, size) in [-1, 1]
-        # Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left
+        images: Tensor,  # Images to start from (n, 1, size, size) in [-1, 1]
+        # Fraction of the trajectory to do: near 0 they stay as they are, at 1 nothing of them is
+        # left
         strength: float = 0.6,
-        steps: int = 30,  # Steps of the whole walk; strength*steps network calls
+        steps: int = 30,  # Steps of the whole trajectory; strength*steps network calls
         guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`
         seed: int = 0,  # Of the noise that is added
         sampler: str = 'ddim',  # 'ddim', 'ddpm' or 'dpmpp'
-        batch_size: int = 32,  # Pictures at a time
-        **conditions,  # What the new pictures shall be: diagnosis, slice, age, sex, …
-    ) -> Tensor:  # New pictures (n, 1, size, size) in [-1, 1], on the CPU
-        """Draw the pictures anew from half-noise.
+        batch_size: int = 32,  # Images at a time
+        **conditions: Any,  # What the new images shall be: diagnosis, slice, age, sex, …
+    ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
+        """Generate the images anew from partly noised latents.
 
         Parameters
         ----------
         images : Tensor
-            Pictures to start from (n, 1, size, size) in [-1, 1].
+            Images to start from (n, 1, size, size) in [-1, 1].
         strength : float, default 0.6
-            Share of the walk to do: near 0 they stay as they are, at 1 nothing of them is left.
+            Fraction of the trajectory to do: near 0 they stay as they are, at 1 nothing of them is
+            left.
         steps : int, default 30
-            Steps of the whole walk; strength*steps network calls.
+            Steps of the whole trajectory; strength*steps network calls.
         guidance_scale : float | dict[str, float], default 1.0
             As in `sample`.
         seed : int, default 0
@@ -477,14 +482,14 @@ class Sampler(Codec):
         sampler : str, default 'ddim'
             'ddim', 'ddpm' or 'dpmpp'.
         batch_size : int, default 32
-            Pictures at a time.
-        **conditions
-            What the new pictures shall be: diagnosis, slice, age, sex, …
+            Images at a time.
+        **conditions : Any
+            What the new images shall be: diagnosis, slice, age, sex, …
 
         Returns
         -------
         Tensor
-            New pictures (n, 1, size, size) in [-1, 1], on the CPU.
+            New images (n, 1, size, size) in [-1, 1], on the CPU.
 
         Raises
         ------
@@ -523,41 +528,42 @@ class Sampler(Codec):
 
     def counterfactual(
         self,
-        images: Tensor,  # Pictures to edit (n, 1, size, size) in [-1, 1]
+        images: Tensor,  # Images to edit (n, 1, size, size) in [-1, 1]
         # What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is
         # the
         # round trip
         to: dict,
-        # What is known of the pictures, in the same form; stays as it is where `to` says nothing
+        # What is known of the images, in the same form; stays as it is where `to` says nothing
         given: dict | None = None,
-        strength: float = 1.0,  # Share of the walk to undo: below 1 the coarse shape is kept
-        steps: int = 50,  # Steps of the whole walk, each way
+        # Fraction of the trajectory to undo: below 1 the coarse shape is kept
+        strength: float = 1.0,
+        steps: int = 50,  # Steps of the whole trajectory, each way
         guidance_scale: float | dict[str, float] = 1.0,  # As in `sample`, on the way back
         refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
-        batch_size: int = 32,  # Pictures at a time
+        batch_size: int = 32,  # Images at a time
         # The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU
     ) -> Tensor:
-        """Walk to the noise of each picture, then back under changed conditions.
+        """Invert each image to its noise, then sample under changed conditions.
 
         Parameters
         ----------
         images : Tensor
-            Pictures to edit (n, 1, size, size) in [-1, 1].
+            Images to edit (n, 1, size, size) in [-1, 1].
         to : dict
             What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is
             the round trip.
         given : dict | None, default None
-            What is known of the pictures, in the same form; stays as it is where `to` says nothing.
+            What is known of the images, in the same form; stays as it is where `to` says nothing.
         strength : float, default 1.0
-            Share of the walk to undo: below 1 the coarse shape is kept.
+            Fraction of the trajectory to undo: below 1 the coarse shape is kept.
         steps : int, default 50
-            Steps of the whole walk, each way.
+            Steps of the whole trajectory, each way.
         guidance_scale : float | dict[str, float], default 1.0
             As in `sample`, on the way back.
         refine : int, default 1
             Corrections of each step on the way to the noise, see `invert`.
         batch_size : int, default 32
-            Pictures at a time.
+            Images at a time.
 
         Returns
         -------
@@ -588,14 +594,14 @@ class Sampler(Codec):
 
     def interpolate(
         self,
-        a: Tensor,  # One picture (1, 1, size, size) in [-1, 1]
+        a: Tensor,  # One image (1, 1, size, size) in [-1, 1]
         b: Tensor,  # Another
-        n: int = 8,  # Pictures, both ends included; 2 or more
+        n: int = 8,  # Images, both ends included; 2 or more
         given: dict | None = None,  # What is known of them: a value, or two, by covariate name
-        steps: int = 50,  # Steps of the walk, each way
+        steps: int = 50,  # Steps of the trajectory, each way
         refine: int = 1,  # Corrections of each step on the way to the noise, see `invert`
-        batch_size: int = 32,  # Pictures at a time
-        # Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
+        batch_size: int = 32,  # Images at a time
+        # Images from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
         # CPU
     ) -> Tensor:
         """Brains between two brains: a great circle between their noises.
@@ -603,24 +609,24 @@ class Sampler(Codec):
         Parameters
         ----------
         a : Tensor
-            One picture (1, 1, size, size) in [-1, 1].
+            One image (1, 1, size, size) in [-1, 1].
         b : Tensor
             Another.
         n : int, default 8
-            Pictures, both ends included; 2 or more.
+            Images, both ends included; 2 or more.
         given : dict | None, default None
             What is known of them: a value, or two, by covariate name.
         steps : int, default 50
-            Steps of the walk, each way.
+            Steps of the trajectory, each way.
         refine : int, default 1
             Corrections of each step on the way to the noise, see `invert`.
         batch_size : int, default 32
-            Pictures at a time.
+            Images at a time.
 
         Returns
         -------
         Tensor
-            Pictures from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
+            Images from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
             CPU.
 
         Raises
@@ -631,7 +637,7 @@ class Sampler(Codec):
         check_sample_counts(n, 0, batch_size)
         if [check_images('interpolate', o, self.size) for o in (a, b)] != [1, 1] or n < 2:
             raise ValueError(
-                f"interpolate: {len(a)} and {len(b)} pictures, n={n}. Expected one and one, and n"
+                f"interpolate: {len(a)} and {len(b)} images, n={n}. Expected one and one, and n"
                 " of 2 or more. Try a[:1], b[:1]."
             )
         options = dict(steps=steps, start=0, refine=refine)
@@ -651,51 +657,70 @@ class Sampler(Codec):
 
     def decode_standard(
         self,
-        z: Tensor,  # Standardised latents (b, c, h, w), as the denoiser makes them
+        z: Tensor,  # Standardized latents (b, c, h, w), as the denoiser makes them
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
-    ) -> Tensor:  # Pictures (b, 1, size, size) in [-1, 1]
-        """Undo the standardisation, then decode.
+    ) -> Tensor:  # Images (b, 1, size, size) in [-1, 1]
+        """Undo the standardization, then decode.
 
         Parameters
         ----------
         z : Tensor
-            Standardised latents (b, c, h, w), as the denoiser makes them.
+            Standardized latents (b, c, h, w), as the denoiser makes them.
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional autoencoder.
 
         Returns
         -------
         Tensor
-            Pictures (b, 1, size, size) in [-1, 1].
+            Images (b, 1, size, size) in [-1, 1].
         """
         return self.decode(z * self.latent_std + self.latent_mean, cond)
 
     def encode_standard(
         self,
-        images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
+        images: Tensor,  # Images (b, 1, size, size) in [-1, 1]
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
-    ) -> Tensor:  # Standardised latents (b, c, h, w), as the denoiser knows them
-        """Encode, then standardise.
+    ) -> Tensor:  # Standardized latents (b, c, h, w), as the denoiser takes them
+        """Encode, then standardize.
 
         Parameters
         ----------
         images : Tensor
-            Pictures (b, 1, size, size) in [-1, 1].
+            Images (b, 1, size, size) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional autoencoder.
 
         Returns
         -------
         Tensor
-            Standardised latents (b, c, h, w), as the denoiser knows them.
+            Standardized latents (b, c, h, w), as the denoiser takes them.
         """
         return (self.encode(images, cond) - self.latent_mean) / self.latent_std
 
 # %% ../nbs/07_sampling.ipynb #310e18a0
 class BrainLDM(Sampler):
-    """A trained run, ready to use: encode, decode and reconstruct pictures, and sample new ones.
+    """A trained run, ready to use: encode, decode and reconstruct images, and sample new ones.
+
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its images, pixels.
+    unet : UNet | None, default None
+        Trained denoiser; None: reconstruct only.
+    schedule : NoiseSchedule | None, default None
+        The chain that the denoiser was trained on.
+    latent_mean : Tensor | None, default None
+        Mean of each latent channel over the train slices (1, c, 1, 1).
+    latent_std : Tensor | None, default None
+        Standard deviation, same shape.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are sampled.
 
     Attributes
     ----------
@@ -710,7 +735,7 @@ class BrainLDM(Sampler):
         device: str | None = None,  # Where to compute; None: a GPU if there is one
         precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
         weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
-    ) -> 'BrainLDM':  # Ready to use
+    ) -> Self:  # Ready to use
         """Load a run.
 
         Parameters
@@ -726,7 +751,7 @@ class BrainLDM(Sampler):
 
         Returns
         -------
-        BrainLDM
+        Self
             Ready to use.
 
         Raises
@@ -736,20 +761,21 @@ class BrainLDM(Sampler):
         ValueError
             On files that do not fit.
         """
-        device, _ = pick_device(device), read_config(run)
+        place = pick_device(device)
+        read_config(run)  # refuses what is no run folder
         autoencoder, about = load_autoencoder(run)
         trained = (Path(run) / 'ldm.safetensors').is_file()
         if trained:
             check_trained_on(Path(run) / 'ldm.safetensors', autoencoder=autoencoder)
         parts = load_denoiser(run, autoencoder.latent_channels, weights) if trained else {}
-        parts = {k: v if k == 'schedule' else v.to(device) for k, v in parts.items()}
+        parts = {k: v if k == 'schedule' else v.to(place) for k, v in parts.items()}
         slice_covariate = (
             Covariate(**about['slice_covariate']) if about.get('slice_covariate') else None
         )
         model = cls(
-            autoencoder.to(device),
+            autoencoder.to(place),
             about['size'],
-            precision=pick_precision(precision, device),
+            precision=pick_precision(precision, place),
             slice_covariate=slice_covariate,
             **parts
         )
@@ -758,17 +784,17 @@ class BrainLDM(Sampler):
 
 # %% ../nbs/07_sampling.ipynb #d0153beb
 def skipped_steps(
-    steps: int,  # Steps of the whole walk
-    strength: float,  # Share of it to do, above 0 to 1
+    steps: int,  # Steps of the whole trajectory
+    strength: float,  # Fraction of it to do, above 0 to 1
 ) -> int:  # Steps to leave out at the noisy end, as diffusers counts them
-    """Where a walk of some strength starts.
+    """Step at which a trajectory of some strength starts.
 
     Parameters
     ----------
     steps : int
-        Steps of the whole walk.
+        Steps of the whole trajectory.
     strength : float
-        Share of it to do, above 0 to 1.
+        Fraction of it to do, above 0 to 1.
 
     Returns
     -------
@@ -790,21 +816,21 @@ def skipped_steps(
 # %% ../nbs/07_sampling.ipynb #f6d96590
 def find_noise(
     model: 'Sampler',  # Codec with a denoiser
-    images: Tensor,  # Pictures (b, 1, size, size) in [-1, 1]
+    images: Tensor,  # Images (b, 1, size, size) in [-1, 1]
     # Encoded conditions, what is known of them, each (b,), on the model's device
     cond: dict[str, Tensor],
     options: dict,  # steps, start, refine
-    # Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the
-    # pictures
+    # Latents at the noise of step `start` (b, c, h, w), from which DDIM leads back to the
+    # images
 ) -> Tensor:
-    """Encode the pictures and read the walk backwards, without guidance.
+    """Encode the images and invert the trajectory, without guidance.
 
     Parameters
     ----------
     model : Sampler
         Codec with a denoiser.
     images : Tensor
-        Pictures (b, 1, size, size) in [-1, 1].
+        Images (b, 1, size, size) in [-1, 1].
     cond : dict[str, Tensor]
         Encoded conditions, what is known of them, each (b,), on the model's device.
     options : dict
@@ -813,8 +839,7 @@ def find_noise(
     Returns
     -------
     Tensor
-        Latents at the noise of step `start` (b, c, h, w), from which DDIM walks back to the
-        pictures.
+        Latents at the noise of step `start` (b, c, h, w), from which DDIM leads back to the images.
 
     References
     ----------
@@ -835,7 +860,7 @@ def find_noise(
 def slerp(
     a: Tensor,  # One point (c, h, w)
     b: Tensor,  # Another
-    u: Tensor,  # Shares of the way from a to b (n,)
+    u: Tensor,  # Fraction of the way from a to b (n,)
 ) -> Tensor:  # Points on the great circle between them (n, c, h, w)
     """Spherical interpolation.
 
@@ -846,7 +871,7 @@ def slerp(
     b : Tensor
         Another.
     u : Tensor
-        Shares of the way from a to b (n,).
+        Fraction of the way from a to b (n,).
 
     Returns
     -------

@@ -26,7 +26,7 @@ def check_condition_tensors(
     cond: dict[str, Tensor] | None,  # Encoded covariates by name
     drop: Tensor | None,  # Tokens to drop
     batch_size: int,  # b
-    names: list[str],  # Covariates that the network knows
+    names: list[str],  # Covariates of the network
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse covariates that the network was not built for, and values or a `drop` of another shape.
 
@@ -39,7 +39,7 @@ def check_condition_tensors(
     batch_size : int
         b.
     names : list[str]
-        Covariates that the network knows.
+        Covariates of the network.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def check_unet(
     num_res_blocks: int,  # Blocks a level
     num_heads: int,  # Attention heads
     norm_num_groups: int,  # Groups in each GroupNorm
-    dropout: float,  # Share of the features that training leaves out
+    dropout: float,  # Fraction of the features that training leaves out
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse a UNet that cannot be built.
 
@@ -87,7 +87,7 @@ def check_unet(
     norm_num_groups : int
         Groups in each GroupNorm.
     dropout : float
-        Share of the features that training leaves out.
+        Fraction of the features that training leaves out.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def check_unet(
         raise ValueError(f"UNet: num_res_blocks={num_res_blocks}. Expected 1 or more. Try 2.")
     if not 0 <= dropout < 1:
         raise ValueError(
-            f"UNet: dropout={dropout}. Expected a share, 0 or more and less than 1. Try 0.1."
+            f"UNet: dropout={dropout}. Expected a fraction, 0 or more and less than 1. Try 0.1."
         )
     for n, attention in zip(channels, attention_levels):
         check_divides('UNet', norm_num_groups, channels=n)
@@ -151,7 +151,7 @@ def timestep_embedding(
     channels: int,  # Length of the embedding, even
     max_period: float = 10_000.0,  # The slowest hand turns about 1/max_period radians a step
 ) -> Tensor:  # Cosines, then sines (b, channels), float32
-    """Clock hands that turn at many speeds.
+    """Sinusoidal embedding of the timestep.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ class ConditionEmbedding(nn.Module):
     emb_channels : int
         Length of the embedding that comes out.
     covariates : tuple[Covariate, ...]
-        What may be told, in the order of `drop`; may be empty.
+        Covariates, in the order of `drop`; may be empty.
     cond_channels : int
         Length of a covariate token.
     """
@@ -203,7 +203,7 @@ class ConditionEmbedding(nn.Module):
         self,
         channels: int,  # Length of the sinusoidal embedding of time
         emb_channels: int,  # Length of the embedding that comes out
-        # What may be told, in the order of `drop`; may be empty
+        # Covariates, in the order of `drop`; may be empty
         covariates: tuple[Covariate, ...],
         cond_channels: int,  # Length of a covariate token
     ):
@@ -250,8 +250,8 @@ class ConditionEmbedding(nn.Module):
 
 # %% ../nbs/05_unet.ipynb #e8da17b8
 class UNetBlock(nn.Module):
-    """A residual block told the time; then, where asked, pixels look at each other and at the
-    covariates.
+    """A residual block conditioned on the time; then, if there is attention, pixels attend to each
+    other and to the covariates.
 
     Parameters
     ----------
@@ -270,7 +270,7 @@ class UNetBlock(nn.Module):
     norm_num_groups : int
         Groups in each GroupNorm.
     dropout : float, default 0.0
-        Share of the features that training leaves out.
+        Fraction of the features that training leaves out.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ class UNetBlock(nn.Module):
         ),  # Length of a covariate token; None if there are no covariates
         num_heads: int,  # Attention heads
         norm_num_groups: int,  # Groups in each GroupNorm
-        dropout: float = 0.0,  # Share of the features that training leaves out
+        dropout: float = 0.0,  # Fraction of the features that training leaves out
     ):
         super().__init__()
         shared = dict(num_heads=num_heads, norm_num_groups=norm_num_groups)
@@ -423,7 +423,7 @@ class UNetDown(nn.Module):
     def forward(
         self,
         x: Tensor,  # Noised latents (b, in_channels, h, w)
-        *told,  # Embedding (b, emb_channels) and tokens (b, n, cond_channels)
+        *conditioning,  # Embedding (b, emb_channels) and tokens (b, n, cond_channels)
         # Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
         # it
     ) -> tuple[Tensor, list]:
@@ -433,7 +433,7 @@ class UNetDown(nn.Module):
         ----------
         x : Tensor
             Noised latents (b, in_channels, h, w).
-        *told
+        *conditioning
             Embedding (b, emb_channels) and tokens (b, n, cond_channels).
 
         Returns
@@ -447,9 +447,9 @@ class UNetDown(nn.Module):
             if isinstance(block, Downsample):
                 x = block(x)
             else:
-                skips.append(x := block(x, *told))
+                skips.append(x := block(x, *conditioning))
         for block in self.middle:
-            x = block(x, *told)
+            x = block(x, *conditioning)
         return x, skips
 
 # %% ../nbs/05_unet.ipynb #4f26bb14
@@ -500,7 +500,7 @@ class UNetUp(nn.Module):
         self,
         x: Tensor,  # Bottleneck (b, channels[-1], h/factor, w/factor)
         skips: list,  # Outputs of the blocks on the way down
-        *told,  # Embedding (b, emb_channels) and tokens (b, n, cond_channels)
+        *conditioning,  # Embedding (b, emb_channels) and tokens (b, n, cond_channels)
     ) -> Tensor:  # Answer (b, out_channels, h, w)
         """Answer (b, out_channels, h, w).
 
@@ -510,7 +510,7 @@ class UNetUp(nn.Module):
             Bottleneck (b, channels[-1], h/factor, w/factor).
         skips : list
             Outputs of the blocks on the way down.
-        *told
+        *conditioning
             Embedding (b, emb_channels) and tokens (b, n, cond_channels).
 
         Returns
@@ -523,14 +523,14 @@ class UNetUp(nn.Module):
             x = (
                 block(x)
                 if isinstance(block, Upsample)
-                else block(torch.cat([x, skips.pop()], dim=1), *told)
+                else block(torch.cat([x, skips.pop()], dim=1), *conditioning)
             )
         return self.head(x)
 
 # %% ../nbs/05_unet.ipynb #8d7954c3
 class UNet(nn.Module):
-    """A network that sees noised latents, the time and named covariates, and says what the schedule
-    asks of it.
+    """A network that receives noised latents, the time and named covariates, and predicts what the
+    schedule defines.
 
     Parameters
     ----------
@@ -545,13 +545,13 @@ class UNet(nn.Module):
     num_heads : int, default 4
         Attention heads.
     covariates : tuple[Covariate, ...], default ()
-        What the network may be told, in the order of `drop`.
+        Covariates the network is conditioned on, in the order of `drop`.
     cond_channels : int, default 128
         Length of a covariate token.
     norm_num_groups : int, default 8
         Groups in each GroupNorm.
     dropout : float, default 0.0
-        Share of each block's features that training leaves out.
+        Fraction of each block's features that training leaves out.
 
     Raises
     ------
@@ -572,11 +572,11 @@ class UNet(nn.Module):
         # Levels with self- and cross-attention
         attention_levels: tuple[bool, ...] = (True, True),
         num_heads: int = 4,  # Attention heads
-        # What the network may be told, in the order of `drop`
+        # Covariates the network is conditioned on, in the order of `drop`
         covariates: tuple[Covariate, ...] = (),
         cond_channels: int = 128,  # Length of a covariate token
         norm_num_groups: int = 8,  # Groups in each GroupNorm
-        dropout: float = 0.0,  # Share of each block's features that training leaves out
+        dropout: float = 0.0,  # Fraction of each block's features that training leaves out
     ):
         super().__init__()
         check_unet(channels, attention_levels, num_res_blocks, num_heads, norm_num_groups, dropout)
@@ -643,5 +643,5 @@ class UNet(nn.Module):
             Estimate of noise, v or clean latents (b, in_channels, h, w).
         """
         check_input(x, t, self.in_channels, self.factor)
-        told = self.told(x, t, cond, drop)
-        return self.up(*self.down(x, *told), *told)
+        conditioning = self.told(x, t, cond, drop)
+        return self.up(*self.down(x, *conditioning), *conditioning)

@@ -22,7 +22,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def tiny_run(own_cache, tmp_path_factory):
-    """(run folder, data folder): 6 phantom people, 6 slices each, 64 x 64, a handful of steps of
+    """(run folder, data folder): 6 phantom subjects, 6 slices each, 64 x 64, a handful of steps of
     both stages. Read only: copy before you change it."""
     from brainldm.engineering.configs import DataConfig
     from brainldm.engineering.batches import open_dataset

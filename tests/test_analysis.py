@@ -1,4 +1,4 @@
-"""Analysis: probes that are right about nothing, folds that keep people together, a bottleneck
+"""Analysis: probes that are right about nothing, folds that keep subjects together, a bottleneck
 that depends on nothing else."""
 
 import subprocess
@@ -180,8 +180,8 @@ def test_auc_turns_over(seed):
 
 
 def test_probe_of_nothing_is_right_about_nothing():
-    """Of 60 questions without an answer, some 5 % should fall outside the floor; at most 8 of 60
-    is 3.0 standard deviations off."""
+    """Of 60 questions without an answer, some 5 % should fall outside the baseline; at most 8 of
+    60 is 3.0 standard deviations off."""
     rng = np.random.default_rng(0)
     outside, scores = 0, []
     for seed in range(60):

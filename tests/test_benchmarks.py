@@ -1,4 +1,6 @@
-"Every benchmark runs with tiny settings and prints the rows it must have. No time is judged here."
+"""Every benchmark runs with tiny settings and prints the rows it must have.
+
+No time is evaluated here."""
 
 import dataclasses
 import importlib
@@ -120,7 +122,7 @@ def test_scaling(load, tmp_path, monkeypatch):
         'autoencoder, 64 pixels / 32',
         'unet, 64 pixels / 32',
         'open_dataset, 8 files',
-        'loader / training, 256 pictures',
+        'loader / training, 256 images',
     } <= set(names(found))
     rows = table[table.what.str.startswith('loader')]
     assert list(rows.data_mb) == [64 * 64 * 64 / 1e6, 256 * 64 * 64 / 1e6] and rows[
@@ -171,8 +173,8 @@ def test_volumes(load, tmp_path, tiny_run, monkeypatch):
     )
     assert list(table.index) == ['scans', 'neighbours', 'noise correlated 0', 'noise correlated 1']
     assert (
-        table.loc['scans', 'SSIM of neighbours']
-        > table.loc['noise correlated 0', 'SSIM of neighbours']
+        table.loc['scans', 'SSIM of neighbors']
+        > table.loc['noise correlated 0', 'SSIM of neighbors']
     )
     found = json.loads((tmp_path / 'out' / 'table.json').read_text())
     assert set(found['rows']) == set(table.index) and found['where']['brains'] == 1
@@ -180,7 +182,7 @@ def test_volumes(load, tmp_path, tiny_run, monkeypatch):
 
 @pytest.fixture
 def quick_judge(load, monkeypatch):
-    "Judges that learn for seconds."
+    "Evaluates that learn for seconds."
     from brainldm.advanced.fidelity import FEATURES
 
     o = load('ablate_unet')
@@ -193,8 +195,8 @@ def quick_judge(load, monkeypatch):
 
 @pytest.fixture(scope='module')
 def with_crowd(own_cache, tmp_path_factory):
-    """(run folder with an autoencoder, data folder): 24 phantom people, 10 of them held out, since
-    fewer than 50 pictures cannot be judged."""
+    """(run folder with an autoencoder, data folder): 24 phantom subjects, 10 of them held out,
+    since fewer than 50 images cannot be evaluated."""
     from brainldm.engineering.batches import open_dataset
     from brainldm.engineering.configs import DataConfig
     from brainldm.engineering.configs import PhantomConfig
@@ -302,7 +304,7 @@ def test_ablate_latent(quick_judge, load, tmp_path, with_crowd):
     other = tmp_path / 'other'
     other.mkdir()
     (other / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match='other has codes or a critic'):
+    with pytest.raises(SystemExit, match='other has codes or a discriminator'):
         o.variants(other)
 
 

@@ -27,7 +27,7 @@ ARGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-SLOW = 300_000  # ms for the first picture: imports on a busy machine
+SLOW = 300_000  # ms for the first image: imports on a busy machine
 SERVE = """import signal, sys
 from brainldm.engineering.explore import explore
 signal.signal(signal.SIGINT, signal.default_int_handler)                   # a parent in the background may ignore it
@@ -153,7 +153,7 @@ def wide(browser, url):
 
 
 def changes(page, act, words):
-    "Whether the painted picture is another one after an act, once the page says that it is done."
+    "Whether the painted image is another one after an act, once the page says that it is done."
     before = page.pixels()
     act()
     page.says(words)
@@ -168,7 +168,7 @@ def test_every_control_changes_the_picture(wide):
     assert changes(
         wide, lambda: wide.explorer.locator("select").first.select_option("NC"), "diagnosis='NC'"
     )
-    assert not changes(wide, lambda: None, "diagnosis='NC'")  # and a picture at rest stays
+    assert not changes(wide, lambda: None, "diagnosis='NC'")  # and an image at rest stays
 
 
 def test_open_is_no_value(wide):

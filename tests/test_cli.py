@@ -1,4 +1,4 @@
-"""The command as people use it: whole jobs, and every kind of bad input."""
+"""The command as subjects use it: whole jobs, and every kind of bad input."""
 
 import json
 import multiprocessing
@@ -77,7 +77,7 @@ def test_check_of_good_data(images, capsys):
 
 
 def text_file(p):
-    one(p).write_text("not a picture")
+    one(p).write_text("not an image")
 
 
 def truncated(p):
@@ -153,7 +153,7 @@ def test_skip_faulty_says_what_it_left_out(images, tmp_path, capsys):
     assert "case_001_slice_1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", ["by name", "by picture"])
+@pytest.mark.parametrize("options", ["by name", "by image"])
 def test_a_leak_is_always_refused(images, tmp_path, capsys, options):
     train = images / "keras_png_slices_train"
     target = "case_001_slice_0.nii.png" if options == "by name" else "case_009_slice_0.nii.png"
@@ -252,8 +252,8 @@ def test_sample_does_not_overwrite(tiny_run, tmp_path, capsys):
     assert main([str(w) for w in words]) == 0
     before = snapshot(tmp_path / "out")
     assert {
-        "picture_0000.png",
-        "picture_0001.png",
+        "image_0000.png",
+        "image_0001.png",
         "manifest.csv",
         "grid.png",
         "denoising.gif",
@@ -384,12 +384,12 @@ def test_checkpoint_of_another_architecture(tiny_run, tmp_path, capsys):
 )
 def test_who_stops_is_told_how_to_go_on(words, advice, tiny_run, tmp_path, capsys, monkeypatch):
     def stopped(*_, **__):
-        raise KeyboardInterrupt("autoencoder is saved at 8 of 80 pictures.")
+        raise KeyboardInterrupt("autoencoder is saved at 8 of 80 images.")
 
     monkeypatch.setattr(cli, "train_autoencoder", stopped)
     assert main(words.format(tmp_path / "out", tiny_run[1]).split()) == 130
     assert capsys.readouterr().err.endswith(
-        f"brainldm: stopped. autoencoder is saved at 8 of 80 pictures. {advice}\n"
+        f"brainldm: stopped. autoencoder is saved at 8 of 80 images. {advice}\n"
     )
 
 
@@ -483,7 +483,7 @@ def test_scales_of_single_covariates(tiny_run, tmp_path, capsys):
     assert "diagnosis" in (tmp_path / "out" / "manifest.csv").read_text()
     assert "Expected one of them" in refused(capsys, *words, "--guidance-scale", "3")
     assert "name=value" in refused(capsys, *words[:-2], "diagnosis")
-    assert "asked for" in refused(capsys, *words[:-2], "age=2")
+    assert "requested" in refused(capsys, *words[:-2], "age=2")
 
 
 def test_a_column_of_ones_own_is_learned_and_asked_for(images, tmp_path, capsys):

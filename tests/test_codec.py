@@ -1,4 +1,4 @@
-"The codec: encode and decode, conditions, and folders of pictures that say what they are."
+"The codec: encode and decode, conditions, and folders of images that say what they are."
 
 import json
 
@@ -79,7 +79,7 @@ def test_metadata_keeps_what_was_asked(tmp_path):
         {},
     )
     notes = [
-        json.loads(Image.open(folder / f'picture_{i:04d}.png').info['brainldm']) for i in range(2)
+        json.loads(Image.open(folder / f'image_{i:04d}.png').info['brainldm']) for i in range(2)
     ]
     assert notes[0]['slice'] == 1.5 and 'slice' not in notes[1]
     assert manifest_of(dict(slice=[1.5, None]), 2)['slice'].tolist() == [2, 0]
@@ -190,7 +190,7 @@ def test_bytes_there_and_back():
 @pytest.mark.parametrize(
     'change, error, message',
     [
-        (lambda p: p * 127.5, ValueError, 'Try pictures/127.5-1'),
+        (lambda p: p * 127.5, ValueError, 'Try images/127.5-1'),
         (lambda p: p[0], ValueError, 'shape (1, 64, 64)'),
         (lambda p: p[:0], ValueError, 'shape (0,'),
         (lambda p: p.expand(2, 3, 64, 64), ValueError, 'Expected (n, 1, 64, 64)'),

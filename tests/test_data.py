@@ -223,7 +223,7 @@ def test_phantom_cohort(tmp_path):
     reports = [look(tmp_path / form) for form in ('png', 'nifti')]
     assert all(o.ok for o in reports), str(reports)
     a, b = (o.manifest.sort_values(['subject', 'slice']) for o in reports)
-    assert a.hash.tolist() == b.hash.tolist()  # the two formats hold the same pictures
+    assert a.hash.tolist() == b.hash.tolist()  # the two formats hold the same images
     assert a.age.notna().all() and set(a.diagnosis) == {'AD', 'NC'}
 
 
@@ -781,7 +781,7 @@ def test_turned_pictures_are_said(tmp_path):
     exif[0x0112] = 6
     save(path, np.rot90(image(100)), exif=exif)
     report = look(root)
-    assert report.ok and any('1 pictures turned upright' in o for o in report.notes), str(report)
+    assert report.ok and any('1 images turned upright' in o for o in report.notes), str(report)
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'an artefact'])

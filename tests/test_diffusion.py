@@ -84,7 +84,7 @@ def test_half_trained_autoencoder_is_refused(dataset, tmp_path, monkeypatch):
     strike(monkeypatch, 'autoencoder_loss', 60, 'ctrl-c')
     with pytest.raises(KeyboardInterrupt):
         train_autoencoder(dataset, tmp_path / 'run', AE, progress=False)
-    with pytest.raises(ValueError, match='has seen 64 of 80 pictures'):
+    with pytest.raises(ValueError, match='has seen 64 of 80 images'):
         train_ldm(dataset, tmp_path / 'run', LDM, progress=False)
 
 

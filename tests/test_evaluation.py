@@ -1,4 +1,4 @@
-"Evaluation: floors, intervals, JSON that everybody can read."
+"Evaluation: baselines, intervals, JSON that everybody can read."
 
 import json
 import multiprocessing
@@ -62,7 +62,8 @@ def test_scores_do_not_depend_on_batches(model, dataset, tiny_run):
 
 
 def test_new_data_is_told_in_the_words_of_the_run(dataset, tiny_run):
-    "Of people who are all healthy, NC is the first and only value; the run may call it the second."
+    """Of subjects who are all healthy, NC is the first and only value; the run may call it the
+    second."""
     torch.manual_seed(0)
     known = [c for c in dataset.covariates if c.name == 'diagnosis']
     auto = AutoencoderKL(4, (16,), 1, (False,), 8, covariates=known)

@@ -280,7 +280,7 @@ def test_it_says_that_it_draws():
 
     holder["e"] = e = make(render, n=3)
     e.controls["n"].value = 4
-    assert notes == [("drawing …", True)] and "drawing" not in e.note.value
+    assert notes == [("generating …", True)] and "drawing" not in e.note.value
 
 
 @pytest.mark.parametrize("sizes", [(4, 7, 4), (9, 1, 9), (1, 5, 20), (20, 2, 3)])

@@ -1,4 +1,4 @@
-"""Codes and factors: shares that add up, people found again, whom a decoder believes, codes of
+"""Codes and factors: shares that add up, subjects found again, whom a decoder believes, codes of
 every kind."""
 
 import matplotlib.pyplot as plt
@@ -62,9 +62,9 @@ def test_retrieval_does_not_mind_the_height():
 @pytest.mark.parametrize('drop', [slice(1, None), slice(0, -1)])
 def test_a_missing_slice_is_refused(drop):
     s, k = np.divmod(np.arange(12), 4)
-    with pytest.raises(ValueError, match='everybody at every height'):
+    with pytest.raises(ValueError, match='every subject at every position'):
         subject_slice_table('f', np.eye(12)[drop], s[drop], k[drop])
-    with pytest.raises(ValueError, match='everybody at every height'):
+    with pytest.raises(ValueError, match='every subject at every position'):
         subject_slice_table('f', np.eye(12), s, np.where(k == 3, 2, k))
 
 
@@ -72,10 +72,10 @@ def test_swap_tells_latent_from_told():
     latent_values, condition_values = np.arange(4.0), np.arange(3.0)
     assert swap_effects(
         latent_values[:, None] + 0 * condition_values, latent_values, condition_values
-    ) == dict(latent=1, condition_values=0) and swap_effects(
+    ) == dict(latent=1, condition=0) and swap_effects(
         0 * latent_values[:, None] + condition_values, latent_values, condition_values
     ) == dict(
-        latent=0, condition_values=1
+        latent=0, condition=1
     )
 
 
@@ -161,5 +161,5 @@ def test_told_values_go_where_they_should():
         codec, z, 'sex', torch.tensor([0, 1]), dict(slice=torch.rand(3))
     ).shape == (3, 2, 1, 32, 32)
     plain = Codec(AutoencoderKL(2, channels=(8,), attention_levels=(False,), patch=4), 32)
-    with pytest.raises(ValueError, match="not told 'slice'"):
+    with pytest.raises(ValueError, match="not conditioned on 'slice'"):
         decode_conditioned(plain, z, 'slice', torch.zeros(2))

@@ -1,4 +1,4 @@
-"""Fidelity: a judge of brains, distances, balls and intervals beside formulas, loops and other
+"""Fidelity: a evaluate of brains, distances, balls and intervals beside formulas, loops and other
 libraries."""
 
 import json
@@ -108,7 +108,7 @@ def test_match_rows(train, held_out):
         train.manifest.iloc[match_rows(bare, train.manifest)]['slice'].to_numpy()
         == bare['slice'].to_numpy()
     ).all()
-    with pytest.raises(ValueError, match='match_rows: 8 unseen rows'):
+    with pytest.raises(ValueError, match='match_rows: 8 held-out rows'):
         match_rows(train.manifest, held_out.manifest)
 
 
@@ -234,10 +234,10 @@ def test_coverage_of_crowds():
     assert scores['precision'] == pytest.approx(coverage_scores(b, a)['recall']) and all(
         v > 0.5 for v in scores.values()
     )
-    assert coverage_scores(a, b[:1].repeat(80, 1))['recall'] < 0.2  # one picture, again and again
+    assert coverage_scores(a, b[:1].repeat(80, 1))['recall'] < 0.2  # one image, again and again
     who = np.repeat(np.arange(20), 4)
     crowd = a[::4].repeat_interleave(4, 0) + 1e-6 * torch.from_numpy(rng.normal(size=(80, 4)))
-    # a brain's own slices are no neighbours
+    # a brain's own slices are no neighbors
     assert coverage_scores(crowd, b, who)['precision'] > coverage_scores(crowd, b)['precision']
 
 
@@ -354,7 +354,7 @@ def test_jackknife_beside_a_loop():
 def test_recall_is_the_same_for_two_perfect_generators():
     """Real slices in subjects, and images sampled one by one: both perfect.
 
-    Neighbours of one subject on one side only made them differ."""
+    Neighbors of one subject on one side only made them differ."""
     rng, new, old = np.random.default_rng(2), [], []
     who = np.repeat(np.arange(20), 8)
     for _ in range(40):
@@ -458,7 +458,7 @@ def test_rotations_take_subjects_the_network_has_not_seen(train, held_out):
         held_out.manifest, train.manifest, np.arange(len(train)) < 8 * 14
     )
     assert known > 0 and len(few) == 5
-    by = table.assign(in_evaluator=in_evaluator).groupby('subject').taught
+    by = table.assign(in_evaluator=in_evaluator).groupby('subject').in_evaluator
     assert by.nunique().eq(1).all() and table[in_evaluator].groupby(
         'diagnosis'
     ).subject.nunique().to_dict() == dict(AD=12, NC=12)

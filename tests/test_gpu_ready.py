@@ -135,10 +135,10 @@ def volume(precision='no'):
 
 TRAININGS = {
     'kl': autoencoder,
-    'kl and critic': partial(autoencoder, **CRITIC),
+    'kl and discriminator': partial(autoencoder, **CRITIC),
     'vq with restarts': partial(autoencoder, kind='vq', restart_below=0.5),
     'vq by gradient': partial(autoencoder, kind='vq', codebook_ema=False),
-    'vq and critic': partial(autoencoder, kind='vq', **CRITIC),
+    'vq and discriminator': partial(autoencoder, kind='vq', **CRITIC),
     'fsq': partial(autoencoder, kind='fsq', fsq_levels=(4, 3)),
     'ldm': ldm,
     'ldm, min-snr': partial(ldm, snr_gamma=5.0),
@@ -265,7 +265,7 @@ def test_the_trap_catches(wait, monkeypatch):
 @pytest.mark.parametrize('name', TRAININGS)
 def test_a_step_never_waits(name, precision, monkeypatch):
     """Between two records the processor only sends work: batch in, loss, gradient, clipping,
-    weights, average, codebook, critic."""
+    weights, average, codebook, discriminator."""
     learner, batch = learner_of(TRAININGS[name], precision)
     learner.step(batch)  # the optimizer makes its slots
     with no_wait(monkeypatch):
@@ -299,8 +299,8 @@ def test_no_copy_waits(name, monkeypatch):
     """Losses of fake tensors that say 'cuda': tables of the schedule are sent off, and nothing
     comes back.
 
-    Fake tensors have no backward without a GPU, so the critic is missing; nor can they be
-    copied, as the volume's network copies one."""
+    Fake tensors have no backward without a GPU, so the discriminator is missing; nor can they
+    be copied, as the volume's network copies one."""
 
     # no generator of that device here
     def free(call, **given):
@@ -530,7 +530,7 @@ def test_a_scaled_loss_moves_the_weights_alike():
 
 
 def test_a_scaled_critic_moves_both_networks_alike(monkeypatch):
-    """Autoencoder and critic each have a scaler of their own.
+    """Autoencoder and discriminator each have a scaler of their own.
 
     What one network learns from the other, and how loud, is measured on losses that no
     scaler has touched."""
@@ -540,7 +540,7 @@ def test_a_scaled_critic_moves_both_networks_alike(monkeypatch):
     )
     logs, ends = [], []
     for scaled in (False, True):
-        learner, batch = learner_of(TRAININGS['kl and critic'])
+        learner, batch = learner_of(TRAININGS['kl and discriminator'])
         if scaled:
             fp16(learner, 2.0**12)
             fp16(learner.discriminator, 2.0**7)

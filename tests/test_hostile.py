@@ -75,7 +75,7 @@ def chunk(kind, body):
 
 
 def png_header(width, height):
-    "A PNG that promises a picture of any size and holds none."
+    "A PNG that promises an image of any size and holds none."
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
@@ -99,7 +99,7 @@ def oasis(tmp_path):
     return root
 
 
-# --- pictures: each is put in the place of one sound file
+# --- images: each is put instead of one sound file
 
 
 def many_frames():
@@ -128,7 +128,7 @@ PICTURES = {  # name: bytes of the file, kind of fault
     "one row": (as_bytes(noise(1, 1, 32)), "size"),
     "colour": (as_bytes(noise(1).convert("RGB")), "colour"),
     "transparency": (as_bytes(noise(1).convert("RGBA")), "colour"),
-    "grey with transparency": (as_bytes(noise(1).convert("LA")), "colour"),
+    "gray with transparency": (as_bytes(noise(1).convert("LA")), "colour"),
     "a palette": (as_bytes(noise(1).convert("P")), "colour"),
     "one bit": (as_bytes(noise(1).convert("1")), "colour"),
     "sixteen bits": (
@@ -141,7 +141,7 @@ PICTURES = {  # name: bytes of the file, kind of fault
     ),
     "floating point": (as_bytes(noise(1).convert("F"), format="tiff"), "16-bit|unreadable"),
     "an animation": (many_frames(), "unreadable|animated|colour"),
-    "the picture of somebody else": (as_bytes(noise(20)), "duplicate"),
+    "the image of somebody else": (as_bytes(noise(20)), "duplicate"),
 }
 
 
@@ -156,7 +156,7 @@ def test_picture(name, oasis, tmp_path, capsys):
     assert (
         re.fullmatch(kinds, found) and "case_001_slice_1" in out.out and "Traceback" not in out.err
     )
-    assert re.search("expected|the same picture|most are|0 bytes|every pixel", out.out)
+    assert re.search("expected|the same image|most are|0 bytes|every pixel", out.out)
     message = refused(
         capsys, "train", "autoencoder", oasis, "--run", tmp_path / "run", "--preset", "tiny"
     )
@@ -286,7 +286,7 @@ VOLUMES = {  # name: writer, kind of fault
     "four dimensions": (save(np.stack([VOL, VOL], -1)), "shape"),
     "voxels that are NaN": (holed(NAN), "nan"),
     "voxels that are infinite": (holed(float("inf")), "nan"),
-    "voxels of colour": (
+    "voxels of color": (
         save(np.zeros(VOL.shape, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))),
         "unreadable",
     ),
@@ -314,7 +314,7 @@ VOLUMES = {  # name: writer, kind of fault
     "a scale of 1e38": (patched(112, "<2f", 1e38, 0.0), "nan"),
     "nothing but air": (save(VOL * 0), "empty"),
     "nothing but negative numbers": (save(-VOL), "negative"),
-    "a second volume of a person": (save(VOL, name="sub-01_run-2.nii.gz"), "two volumes"),
+    "a second volume of a subject": (save(VOL, name="sub-01_run-2.nii.gz"), "two volumes"),
 }
 
 
@@ -345,7 +345,7 @@ def test_volume(name, tmp_path, capsys):
 
 @pytest.fixture
 def listed(tmp_path):
-    "A sound manifest: 4 people, 2 slices each; and a picture of somebody else outside the folder."
+    "A sound manifest: 4 subjects, 2 slices each; and an image of somebody else outside the folder."
     root = tmp_path / "data"
     (root / "png").mkdir(parents=True)
     rows = [
@@ -401,14 +401,14 @@ MANIFESTS = {  # name: change of the text, words of the refusal
     "a slice of 1e400": (swap("png,1,0", "png,1,1e400"), "1e400"),
     "a slice of 1e300": (swap("png,1,0", "png,1,1e300"), "whole numbers"),
     "a row twice": (lambda t: t + "png/1_0.png,1,0,AD\n", "duplicate"),
-    "a picture of two people": (lambda t: t + "png/1_0.png,9,0,AD\n", "duplicate|leak"),
+    "an image of two subjects": (lambda t: t + "png/1_0.png,9,0,AD\n", "duplicate|leak"),
     "a missing file": (swap("png/1_0.png", "png/gone.png"), "gone.png"),
-    "a folder as a picture": (swap("png/1_0.png", "png"), "--skip-faulty"),
-    "a person in two splits": (
+    "a folder as an image": (swap("png/1_0.png", "png"), "--skip-faulty"),
+    "a subject in two splits": (
         column(
             "split", "train", "test", "train", "train", "validate", "validate", "train", "train"
         ),
-        "each person in one split",
+        "each subject in one split",
     ),
     "a split nobody knows": (column("split", *["holdout"] * 8), "holdout"),
     "a split for some": (column("split", "train", ""), "split"),
@@ -459,8 +459,8 @@ def test_manifest_that_is_odd_and_sound(name, change, listed, capsys):
 SUBJECTS = {  # name: text, words of the refusal
     "no bytes": ("", "table"),
     "no column of subjects": ("name,age\n1,80\n", "subject"),
-    "a person twice": ("subject,age\n1,80\n1,81\n", "several rows"),
-    "a nameless person": ("subject,age\n,80\n", "subject"),
+    "a subject twice": ("subject,age\n1,80\n1,81\n", "several rows"),
+    "a nameless subject": ("subject,age\n,80\n", "subject"),
     "an age of text": ("subject,age\n1,eighty\n", "eighty"),
     "an age of 1e400": ("subject,age\n1,1e400\n", "1e400"),
     "another diagnosis than the manifest": ("subject,diagnosis\n1,NC\n", "diagnosis"),
@@ -671,7 +671,7 @@ def test_archive_that_the_disk_cannot_hold(tmp_path, capsys, monkeypatch):
         "a size of 0": ("--size 0", "size=0"),
         "an absurd size": ("--size 1000000", "size=1000000"),
         "a crop below 0": ("--crop -1", "crop=-1"),
-        "a share of NaN": ("--validate-fraction nan", "validate_fraction=nan"),
+        "a fraction of NaN": ("--validate-fraction nan", "validate_fraction=nan"),
         "shares above 1": ("--test-fraction 1.5", "test_fraction=1.5"),
         "planes backwards": ("--planes 9 3", "planes=(9, 3)"),
         "a table that is not there": ("--subjects nowhere.csv", "nowhere.csv"),
@@ -681,7 +681,7 @@ def test_archive_that_the_disk_cannot_hold(tmp_path, capsys, monkeypatch):
         "size 0",
         "absurd size",
         "crop below 0",
-        "share of NaN",
+        "fraction of NaN",
         "shares above 1",
         "planes backwards",
         "no such table",
@@ -772,7 +772,7 @@ CONFIGS = {  # name: change of the file, words of the refusal
     "nothing in it": (lambda p: p.write_text("{}"), "config.json|autoencoder"),
     "no autoencoder": (edit(lambda s: s.pop("autoencoder")), "autoencoder"),
     "no settings of the data": (edit(lambda s: s["autoencoder"]["config"].pop("data")), "data"),
-    "no size of the pictures": (
+    "no size of the images": (
         edit(lambda s: s["autoencoder"]["config"]["data"].pop("size")),
         "size",
     ),
@@ -780,8 +780,8 @@ CONFIGS = {  # name: change of the file, words of the refusal
     "a size of text": (part(size="large"), "size"),
     "a size below 0": (part(size=-64), "size"),
     "a size of 1.5": (part(size=1.5), "size"),
-    "a share of NaN": (part(validate_fraction=NAN), "validate_fraction"),
-    "a share of text": (part(test_fraction="half"), "test_fraction"),
+    "a fraction of NaN": (part(validate_fraction=NAN), "validate_fraction"),
+    "a fraction of text": (part(test_fraction="half"), "test_fraction"),
     "planes of text": (part(planes="ab"), "planes"),
     "a table that is a number": (part(subjects=5), "subjects"),
     "settings that are a list": (
@@ -1133,7 +1133,7 @@ FAULTY = {  # name: call, error, words
     ),
     "a size of text": (lambda: DataConfig(size="128"), TypeError, "size"),
     "a size of 12.5": (lambda: DataConfig(size=12.5), TypeError, "size"),
-    "shares of text": (
+    "fraction of text": (
         lambda: DataConfig(validate_fraction="half"),
         TypeError,
         "validate_fraction",
@@ -1206,7 +1206,7 @@ def test_markup_stays_text_in_a_report(where, tiny_run, tmp_path, capsys):
     assert "<script" not in (run / "README.md").read_text(encoding="utf-8").split("```")[-1]
 
 
-# --- what is drawn carries nothing of those it was learned from
+# --- what is generated carries nothing of those it was learned from
 
 
 def drawn_files(folder):
@@ -1219,7 +1219,8 @@ def drawn_files(folder):
 
 @pytest.fixture
 def secrets(tiny_run):
-    "What must not be found in a drawn file: the people, where their scans lie, who ran it where."
+    """What must not be found in a generated file: the subjects, where their scans lie, who ran it
+    where."""
     settings = json.loads((tiny_run[0] / "config.json").read_text())
     people = pd.read_csv(tiny_run[1] / "subjects.csv", dtype=str)
     words = {

@@ -69,6 +69,17 @@ def test_imports_point_down(module):
     assert set(imported(module)) <= set(ORDER[: ORDER.index(dotted(module))])
 
 
+def test_public_names_are_where_the_face_says():
+    "A name that moves to another module moves in brainldm/__init__.py too, in both of its lists."
+    face = ast.parse((ROOT / "brainldm" / "__init__.py").read_text())
+    table = next(n.value for n in face.body if ast.unparse(n).startswith("_MODULES ="))
+    for module, names in ast.literal_eval(table).items():
+        text = (ROOT / "brainldm" / (module.replace(".", "/") + ".py")).read_text()
+        made = {getattr(n, "name", None) for n in ast.parse(text).body}
+        made |= {ast.unparse(t) for n in ast.parse(text).body for t in getattr(n, "targets", [])}
+        assert set(names.split()) <= made, f"{module}: edit brainldm/__init__.py"
+
+
 @pytest.mark.parametrize("module", MODULES, ids=dotted)
 def test_no_tool_is_imported(module):
     text = module.read_text()

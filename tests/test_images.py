@@ -206,11 +206,11 @@ def test_sets_and_rows(world):
         (dict(slice="900"), "Expected 0 to"),
         (dict(age="old"), "age 'old'"),
         (
-            dict(path=lambda t: t.path.replace("picture_0002.png", "picture_0001.png")),
-            "copies of another one, such as picture_0001.png",
+            dict(path=lambda t: t.path.replace("image_0002.png", "image_0001.png")),
+            "copies of another one, such as image_0001.png",
         ),
         (
-            dict(path=lambda t: t.path.replace("picture_0002.png", "away.png")),
+            dict(path=lambda t: t.path.replace("image_0002.png", "away.png")),
             "away.png.*no such file",
         ),
     ],
@@ -223,14 +223,14 @@ def test_manifest_is_refused(folder, world, columns, text):
 
 def test_images_are_refused(folder, world):
     known = world["dataset"].covariates
-    Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "picture_0002.png")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "image_0002.png")
     with pytest.raises(
         ValueError,
-        match=r"64 x 64 \(107, such as picture_0000.png\), 32 x 32 \(1, such as picture_0002.png\)",
+        match=r"64 x 64 \(107, such as image_0000.png\), 32 x 32 \(1, such as image_0002.png\)",
     ):
         read_images(folder, known)
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "picture_0002.png")
-    with pytest.raises(ValueError, match="picture_0002.png.*8-bit grey"):
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "image_0002.png")
+    with pytest.raises(ValueError, match="image_0002.png.*8-bit gray"):
         read_images(folder, known)
     (folder / "manifest.csv").unlink()
     for call in (lambda: read_images(folder, known), lambda: image_side(folder)):

@@ -53,7 +53,7 @@ def cohorts(tmp_path_factory):
 
 
 def test_other_process():
-    "A fresh process, with another number of people and of threads, draws the same person."
+    "A fresh process, with another number of subjects and of threads, samples the same subject."
     code = (
         "import hashlib, torch; torch.set_num_threads(2)\nfrom brainldm.engineering.phantom import"
         " PhantomConfig,"
@@ -116,7 +116,7 @@ def test_same_cohort_twice(cohorts, tmp_path):
         assert files(again) == files(out)
 
 
-# ---- what is in the pictures
+# ---- what is in the images
 # --------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"The code prior for maintainers: no peeking, cache, chances, floors, files, accidents, refusals."
+"The code prior for maintainers: no peeking, cache, chances, baselines, files, accidents, refusals."
 
 import json
 import math
@@ -80,7 +80,7 @@ COVARIATES = (
 
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
-    "Drawing takes most of the time of a tiny run."
+    "Sampling takes most of the time of a tiny run."
     from brainldm import training
 
     for o in (module, training):
@@ -430,7 +430,7 @@ def test_greedy_is_the_most_probable_code():
         assert torch.equal(net(codes.flatten(1)[:, :-1], cond).argmax(2).view(3, 4, 4), codes)
 
 
-# ------------------------------------------------------------------ floors
+# ------------------------------------------------------------------ baselines
 
 
 def slow_floor(train, train_cells, held_out, held_cells, k, strengths):
@@ -676,7 +676,8 @@ def test_codes_of_fsq(dataset, tmp_path):
 
 
 def test_prices_in_the_words_of_the_run(dataset, straight):
-    "Of people who are all healthy, NC is the first and only value; the prior calls it the second."
+    """Of subjects who are all healthy, NC is the first and only value; the prior calls it the
+    second."""
     model, rows = (
         CodeSampler.load(straight, 'cpu', 'no'),
         dataset.manifest[dataset.manifest.diagnosis == 'NC'],
@@ -834,7 +835,7 @@ def test_odd_codes():
         net(codes, start=6, cache=net.new_cache(3))
 
 
-# ------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------ sampling
 
 
 def test_a_picture_depends_on_seed_and_number_alone(straight):

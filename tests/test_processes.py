@@ -1,9 +1,9 @@
-"""Two processes against one: the same pictures in the same order, the same weights, one writer.
+"""Two processes against one: the same images in the same order, the same weights, one writer.
 
 The single process adds up the gradients of two batches where the two processes have one each;
-chance depends on the place in the line of pictures, so both draw the same noise. The codebook
+chance depends on the place in the line of images, so both sample the same noise. The codebook
 counts words batch by batch, so there the single process takes a batch of twice the size; it
-draws no noise."""
+samples no noise."""
 
 import json
 import os
@@ -62,7 +62,7 @@ PRIOR = PriorConfig(embed_dim=16, num_layers=1, num_heads=2, ema_images=16, **OF
 
 
 def train_all(data, out, batch, accumulate):
-    "Every training, with so many pictures a process and a step."
+    "Every training, with so many images a process and a step."
     torch.set_num_threads(1)
     data = open_dataset(data, AE.data, progress=False)
     options, whole = dict(batch_size=batch, accumulate=accumulate, log_every=accumulate), dict(
@@ -118,7 +118,7 @@ def test_one_process_writes_the_log(name, stage, one_and_two):
     seen = [r['images'] for r in theirs]
     assert seen == sorted(set(seen)) and seen[-1] == 48  # nobody else writes
     last = {r['images']: r['loss'] for r in ours}
-    # the same pictures; a record of two processes is their mean
+    # the same images; a record of two processes is their mean
     for r in theirs:
         assert r['loss'] > 0 and abs(r['loss'] / last[r['images']] - 1) < 0.5
 
@@ -137,7 +137,7 @@ def test_two_processes_draw_what_one_draws(one_and_two, tmp_path):
         script = tmp_path / f'{name}.py'  # torchrun would take --n for its own
         script.write_text(
             'import sys\nfrom brainldm.engineering.cli import'
-            f' main\nprint("drawing")\nsys.exit(main({[*line, str(tmp_path/name)]!r}))\n'
+            f' main\nprint("sampling")\nsys.exit(main({[*line, str(tmp_path/name)]!r}))\n'
         )
         done = subprocess.run(
             [sys.executable, *options, str(script)],
@@ -147,13 +147,13 @@ def test_two_processes_draw_what_one_draws(one_and_two, tmp_path):
             env=ENV,
         )
         assert done.stdout.count('drawing') == (2 if options else 1)
-        assert done.returncode == 0 and done.stdout.count('5 synthetic pictures') == 1, (
+        assert done.returncode == 0 and done.stdout.count('5 synthetic images') == 1, (
             done.stdout + done.stderr
         )
     ours, theirs = (
         {o.name: o.read_bytes() for o in (tmp_path / name).glob('*.png')} for name in ('one', 'two')
     )
-    assert len(ours) == 6 and ours == theirs  # five pictures and their grid
+    assert len(ours) == 6 and ours == theirs  # five images and their grid
 
 
 PLACES = """

@@ -59,7 +59,7 @@ BLANK = {*pd._libs.parsers.STR_NA_VALUES}  # what pandas reads as missing: "NA",
     )
 )
 def test_manifest_comes_back(rows):
-    """Whatever people and diagnoses are called: written as CSV, read again, nothing is lost; a
+    """Whatever subjects and diagnoses are called: written as CSV, read again, nothing is lost; a
     name that means 'missing' is refused."""
     table = pd.DataFrame(
         [
@@ -118,7 +118,7 @@ def test_any_bytes_as_a_table(content, start):
     st.randoms(use_true_random=False),
 )
 def test_no_person_sits_in_two_splits(people, validate, test, seed, random):
-    "For any people, shares and seed; and the order of the rows does not matter."
+    "For any subjects, shares and seed; and the order of the rows does not matter."
     rows = [(s, d, k) for s, d in people.items() for k in range(1 + len(s) % 3)]
     fractions = dict(validate=validate, test=test)
     dealt = data.split_by_subject(

@@ -1,4 +1,4 @@
-"""Reports of whole, half and odd runs; a run that judges itself; nobody's scan on a page that
+"""Reports of whole, half and odd runs; a run that evaluates itself; nobody's scan on a page that
 travels."""
 
 import json
@@ -109,7 +109,7 @@ def test_report_with_numbers(copy, model, dataset):
     scores = reconstruction_scores(model, dataset.subset('test'), copy)
     merge_metrics(copy, 'reconstruction test', scores)
     text = Page(report(copy, steps=2).read_text()).text
-    # one test person
+    # one test subject
     assert (
         show_number(scores['ssim']) in text
         and show_number(scores['baseline_mean_slice']['ssim_brain']) in text
@@ -358,7 +358,7 @@ def test_draw_like_asks_what_the_rows_say(model, dataset):
 @pytest.mark.parametrize('told', [None, ()])
 def test_codes_that_are_told_the_diagnosis(told, dataset, tmp_path):
     """An autoencoder with codes that knows diagnosis and no slice: each generator is told what it
-    knows, and random codes are drawn by height."""
+    knows, and random codes are sampled by slice position."""
     shared, sizes = dict(
         total_images=16, batch_size=8, warmup_images=8, validate_every=1_000, checkpoint_every=1_000
     ), dict(channels=(16,), attention_levels=(False,))
@@ -392,7 +392,7 @@ def test_codes_that_are_told_the_diagnosis(told, dataset, tmp_path):
         ),
         progress=False,
     )
-    assert 'Written code by code' in report(run, steps=2).read_text()
+    assert 'Sampled code by code' in report(run, steps=2).read_text()
     rows, model = dataset.manifest.iloc[[0, 5, 12, 17]], BrainLDM.load(run)
     requested = {k: rows[k].tolist() for k in ('slice', 'diagnosis')}
     torch.testing.assert_close(

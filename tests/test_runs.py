@@ -128,8 +128,8 @@ def test_weights_leave_no_file_open(tmp_path):
 
 @pytest.mark.parametrize("auto", [False, True])
 def test_a_full_memory_cuts_the_batch_of_a_real_training(tmp_path, auto):
-    """Memory for four pictures a step: the training says what to try, or ends with the weights
-    that batch 4 with two steps added up gives."""
+    """Memory for four images a step: the training says what to try, or ends with the weights that
+    batch 4 with two steps added up gives."""
     make_cohort(
         tmp_path / "cohort", PhantomConfig(num_subjects=12, num_slices=2, size=32), progress=False
     )

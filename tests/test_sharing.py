@@ -35,7 +35,7 @@ def test_what_ships_is_small_whole_and_free_of_pickles():
         card, settings = (run / 'README.md').read_text(), json.loads(
             (run / 'config.json').read_text()
         )
-        assert 'not for clinical use' in card and 'Synthetic people' in card
+        assert 'not for clinical use' in card and 'Synthetic subjects' in card
         for stage in settings.values():  # the command, seed and data that made it
             assert stage['data']['layout'] == 'phantom' and len(stage['data']['hash']) == 32
             assert {'seed', 'total_images'} <= set(stage['config']) and stage['versions'][

@@ -1,5 +1,5 @@
-"""Stage 1 of every kind, through training, files and the command line: codes, the critic, resume,
-stage 2 on top."""
+"""Stage 1 of every kind, through training, files and the command line: codes, the discriminator,
+resume, stage 2 on top."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from test_training import AE, LDM, Crash, make_dataset, strike
 
 VQ = replace(AE, kind='vq', num_embeddings=16)
 KINDS = {
-    'kl + critic': replace(
+    'kl + discriminator': replace(
         AE,
         adversarial=True,
         adversarial_start=40,
@@ -44,7 +44,7 @@ KINDS = {
     ),
     'vq': VQ,
     'vq by gradient': replace(VQ, codebook_ema=False, codebook_start='uniform'),
-    'vq + critic, told': replace(
+    'vq + discriminator, told': replace(
         VQ,
         adversarial=True,
         adversarial_start=40,
@@ -84,7 +84,8 @@ def straight(dataset, tmp_path_factory):
 def test_resumed_is_the_same_as_never_stopped(
     name, what, at, dataset, straight, tmp_path, monkeypatch
 ):
-    "Codebook, its statistics, the histogram, the critic and its optimizer: all of it, bit for bit."
+    """Codebook, its statistics, the histogram, the discriminator and its optimizer: all of it, bit
+    for bit."""
     with monkeypatch.context() as patch:
         strike(patch, 'autoencoder_loss', at, what)
         with pytest.raises((Crash, KeyboardInterrupt)):
@@ -138,7 +139,7 @@ def test_log_says_what_happened(name, straight):
 
 
 def test_nothing_of_the_adversary_is_computed_before_its_time(dataset):
-    config = KINDS['kl + critic']
+    config = KINDS['kl + discriminator']
     discriminator, batch = make_discriminator(config, ()), dataset.__getitems__([0, 1, 2, 3])
 
     def never(*args):
@@ -156,8 +157,8 @@ def test_nothing_of_the_adversary_is_computed_before_its_time(dataset):
 
 
 def test_gradient_of_codes_from_the_first_step(dataset):
-    """The predecessor's codebook had no gradient for 10,000 steps: its loss hung on the critic's
-    gate."""
+    """The predecessor's codebook had no gradient for 10,000 steps: its loss hung on the
+    discriminator's gate."""
     config = KINDS['vq by gradient']
     model = training.build_autoencoder('vq', training.autoencoder_args(config))
     discriminator = make_discriminator(
@@ -180,7 +181,7 @@ def test_gradient_of_codes_from_the_first_step(dataset):
 
 
 def test_accumulated_critic_moves_once_an_update(dataset, tmp_path):
-    config = replace(KINDS['kl + critic'], accumulate=2, batch_size=2, total_images=64)
+    config = replace(KINDS['kl + discriminator'], accumulate=2, batch_size=2, total_images=64)
     train_autoencoder(dataset, tmp_path / 'run', config, progress=False)
     tensors, info = Checkpoint(tmp_path / 'run' / 'state' / 'autoencoder').load()
     steps = {
@@ -188,10 +189,10 @@ def test_accumulated_critic_moves_once_an_update(dataset, tmp_path):
         for k, v in tensors.items()
         if k.startswith('discriminator.optimizer') and k.endswith('.step')
     }
-    assert steps == {(64 - 24) // 4}  # from 24 pictures on, four an update
+    assert steps == {(64 - 24) // 4}  # from 24 images on, four an update
 
 
-@pytest.mark.parametrize('name', ['vq', 'fsq', 'vq + critic, told'])
+@pytest.mark.parametrize('name', ['vq', 'fsq', 'vq + discriminator, told'])
 def test_stage_2_works_on_codes(name, dataset, straight, tmp_path):
     shutil.copytree(straight / name, tmp_path / 'run')
     train_ldm(dataset, tmp_path / 'run', replace(LDM, total_images=16), progress=False)
@@ -303,7 +304,7 @@ def test_settings_of_another_type(change):
 
 
 def test_k_means_needs_pictures(tmp_path, dataset):
-    with pytest.raises(ValueError, match='Encode more pictures, or use fewer codes'):
+    with pytest.raises(ValueError, match='Encode more images, or use fewer codes'):
         train_autoencoder(
             dataset, tmp_path / 'run', replace(VQ, num_embeddings=4096), progress=False
         )
@@ -324,7 +325,8 @@ def test_a_file_of_an_unknown_kind(straight, tmp_path):
 
 
 def test_resume_of_a_run_from_before_these_settings(straight, dataset, tmp_path):
-    "A config.json that knows nothing of codes is read as what it was: a KL-VAE without a critic."
+    """A config.json that knows nothing of codes is read as what it was: a KL-VAE without a
+    discriminator."""
     train_autoencoder(dataset, tmp_path / 'run', replace(AE, total_images=40), progress=False)
     path = tmp_path / 'run' / 'config.json'
     settings = json.loads(path.read_text())
@@ -400,10 +402,10 @@ def test_the_command(flags, phantom, tmp_path, capsys):
     ask = ['--slice', '3'] if config['kind'] != 'kl' else []
     assert main(['sample', run, '--generator', 'stage1', '--n', '3', *ask]) == 0
     assert (
-        '3 synthetic pictures in' in capsys.readouterr().out
+        '3 synthetic images in' in capsys.readouterr().out
         and main(['check', str(tmp_path / 'run' / 'samples' / 'generated_000')]) == 0
     )
-    assert len(list((Path(run) / 'samples' / 'generated_000').glob('picture_*.png'))) == 3
+    assert len(list((Path(run) / 'samples' / 'generated_000').glob('image_*.png'))) == 3
 
 
 def test_the_command_refuses(phantom, tmp_path, capsys):
@@ -434,7 +436,7 @@ import os, sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from test_stage1 import *
 training.show_grid = lambda *args, **kwargs: __import__('matplotlib.pyplot').pyplot.figure(figsize=(1, 1))
-config = replace(KINDS['vq + critic, told'], batch_size=2, total_images=64)
+config = replace(KINDS['vq + discriminator, told'], batch_size=2, total_images=64)
 model = train_autoencoder(make_dataset(), Path({run!r}), config, progress=False)
 (Path({run!r}).parent/os.environ['RANK']).write_text(repr(sum(v.double().sum().item() for v in model.state_dict().values())))
 '''
@@ -527,7 +529,7 @@ def test_the_prior_on_the_command_line(phantom, tmp_path, capsys):
     assert 'Known covariates: slice' in capsys.readouterr().out
     assert (
         main(['report', run]) == 0
-        and 'Written code by code' in (tmp_path / 'run' / 'report.html').read_text()
+        and 'Sampled code by code' in (tmp_path / 'run' / 'report.html').read_text()
     )
     for wrong, message in (
         (['--generator', 'prior', '--steps', '5'], '--steps does nothing'),

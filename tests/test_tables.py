@@ -265,7 +265,7 @@ def test_an_unknown_name_that_seems_a_visit_is_refused(names, tmp_path):
         )
     )
     assert faults(report) == ['subject'] and len(report.faults) == 2, str(report)
-    assert 'seem to be one subject, told apart by' in str(
+    assert 'seem to be one subject, distinguished by' in str(
         report
     ) and 'columns image and subject' in str(report)
 

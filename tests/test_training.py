@@ -73,7 +73,7 @@ HOME = {'autoencoder_loss': training, 'ldm_loss': diffusion}
 
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
-    "Drawing takes most of the time of a tiny run; `straight` draws."
+    "Sampling takes most of the time of a tiny run; `straight` samples."
     for home in (training, diffusion):
         monkeypatch.setattr(home, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
@@ -121,7 +121,7 @@ def weights(run, stage):
 
 
 def same(a, b, stage):
-    "Everything that a stage leaves behind: weights, resumable state, log and pictures."
+    "Everything that a stage leaves behind: weights, resumable state, log and images."
     for one, two in (
         (weights(a, stage), weights(b, stage)),
         (Checkpoint(a / 'state' / stage).load()[0], Checkpoint(b / 'state' / stage).load()[0]),
@@ -151,7 +151,7 @@ def begin(stage, straight, run):
 
 
 def strike(monkeypatch, name, at, what):
-    "Let the loss called `name` meet an accident after `at` pictures, once."
+    "Let the loss called `name` meet an accident after `at` images, once."
     loss, left = getattr(HOME[name], name), [1]
 
     def struck(model, batch, generator, seen, *args, **kwargs):

@@ -242,7 +242,7 @@ def test_training_lowers_the_error():
 )
 def test_encode_refuses_other_shapes(shape):
     with pytest.raises(
-        ValueError, match=r'AutoencoderKL\.encode: pictures of shape .* multiples of 4\. '
+        ValueError, match=r'AutoencoderKL\.encode: images of shape .* multiples of 4\. '
     ):
         build().encode(torch.zeros(shape))
 

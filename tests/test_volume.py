@@ -57,7 +57,7 @@ def dataset(tiny_run):
 
 @pytest.fixture(scope='module')
 def trained(tiny_run, dataset, tmp_path_factory):
-    "A run whose slices have learned to follow their neighbours, a little."
+    "A run whose slices have learned to follow their neighbors, a little."
     run = shutil.copytree(tiny_run[0], tmp_path_factory.mktemp('volume') / 'run')
     train_volume(dataset, run, SHORT, progress=False)
     return run
@@ -65,7 +65,7 @@ def trained(tiny_run, dataset, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def model(trained):
-    "Weights shaken up, so that neighbours matter: after a hundred pictures they hardly do."
+    "Weights shaken up, so that neighbors matter: after a hundred images they hardly do."
     model = BrainVolumes.load(trained, device='cpu', precision='no')
     torch.manual_seed(0)
     torch.nn.init.normal_(model.unet.unet.down.conv_in.neighbours.weight, std=0.3)
@@ -179,7 +179,7 @@ def test_slices_can_be_chosen(model, sampler):
         (dict(guidance_scale=-1), 'guidance_scale'),
         (dict(given={9: torch.zeros(1, 1, 64, 64)}), 'slice 9'),
         (dict(given={2: torch.zeros(2, 1, 64, 64)}), 'Expected 1'),
-        (dict(given={2: torch.full((1, 1, 64, 64), 255.0)}), 'grey values'),
+        (dict(given={2: torch.full((1, 1, 64, 64), 255.0)}), 'gray values'),
         (dict(given={2: torch.zeros(1, 1, 32, 32)}), 'shape'),
     ],
 )
@@ -227,7 +227,7 @@ def test_resumed_is_the_same_as_never_stopped(
 
 
 def test_an_autoencoder_that_is_told_more_than_the_slice(dataset, tmp_path):
-    "The brains drawn on the way must tell it something."
+    "The brains generated on the way must tell it something."
     shared = dict(batch_size=8, warmup_images=8, validate_every=1_000, checkpoint_every=1_000)
     train_autoencoder(
         dataset,
@@ -307,21 +307,21 @@ def test_bad_settings(change, message, tiny_run, dataset, tmp_path):
 
 
 def test_what_other_stages_refuse_is_refused(tiny_run, dataset, tmp_path):
-    "Pictures of another size, and a diffusion model that is to go on."
+    "Images of another size, and a diffusion model that is to go on."
     run = shutil.copytree(tiny_run[0], tmp_path / 'run')
     small = type(dataset)(dataset.images[:, ::2, ::2], dataset.manifest, dataset.covariates)
-    with pytest.raises(ValueError, match='pictures of 32 x 32'):
+    with pytest.raises(ValueError, match='images of 32 x 32'):
         train_volume(small, run, SHORT, progress=False)
     settings = json.loads((run / 'config.json').read_text())
     settings['ldm']['config']['total_images'] = 96
     (run / 'config.json').write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match='the ldm has seen 64 of 96 pictures'):
+    with pytest.raises(ValueError, match='the ldm has seen 64 of 96 images'):
         train_volume(dataset, run, SHORT, progress=False)
     assert not (run / 'state' / 'volume').exists()
 
 
 def test_layers_of_another_network_are_refused(trained, tmp_path):
-    "A newly trained ldm beside old neighbours would draw nonsense."
+    "A newly trained ldm beside old neighbors would sample nonsense."
     run = shutil.copytree(trained, tmp_path / 'run')
     tensors, about = load_weights(run / 'ldm.safetensors')
     save_weights(run / 'ldm.safetensors', {k: v + 1e-3 for k, v in tensors.items()}, about)

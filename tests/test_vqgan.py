@@ -1,5 +1,5 @@
 """Codebooks against an independent library, alone and on two processes; the code histogram; the
-critic and its losses; bad input."""
+discriminator and its losses; bad input."""
 
 import copy, math, os, socket
 import pytest, torch
@@ -42,7 +42,7 @@ SMALL = dict(channels=(8, 16), attention_levels=(False, False), patch=2)
 
 
 def quantizer(k=7, d=3, **kwargs):
-    "A codebook as wide as the vectors that the tests draw."
+    "A codebook as wide as the vectors that the tests sample."
     q = VectorQuantizer(k, d, **kwargs)
     with torch.no_grad():
         q.cluster_sum.copy_(nn.init.normal_(q.codebook))
@@ -125,7 +125,7 @@ def test_codes_of_a_model_inside_autocast_are_those_of_its_latents():
 
 @pytest.mark.parametrize('ema', [True, False])
 def test_learning_starts_at_the_first_step(ema):
-    """The fault: a quantiser's loss behind the adversary's gate leaves the codebook without
+    """The fault: a quantiser's loss behind the discriminator's gate leaves the codebook without
     gradient."""
     model = VQVAE(quantizer(12, 3, ema=ema), 4, **SMALL).train()
     before = model.quantizer.codebook.detach().clone()
@@ -196,7 +196,7 @@ def test_restart_revives_the_dead_and_resets_their_statistics(dead, ema):
     # each sits on one of the encoder's vectors
     assert nearest_codes(q.codebook[planted].detach(), rows(z))[1].max() < 1e-4
     share = q.cluster_size[planted]
-    # an equal share of what was counted
+    # an equal fraction of what was counted
     assert_close(share, q.cluster_size[alive].sum().div(7).expand(dead))
     assert_close(q.cluster_sum[planted], q.codebook[planted].detach() * share[:, None])
     used = count_codes(q(z, torch.rand(7))[1], 7)  # the next step: they are in use, and stay
@@ -265,8 +265,8 @@ def test_scores_of_codes():
         with pytest.raises(
             ValueError,
             match=(
-                r'^code_scores: 3 codes, none used\. Expected counts of at least one picture\.'
-                r' Encode some first\.$'
+                r'^code_scores: 3 codes, none used\. Expected counts of at least one image\. Encode'
+                r' some first\.$'
             ),
         ):
             code_scores(counts)
@@ -516,7 +516,7 @@ def test_draws_follow_the_counts():
         if used.sum() > 1:
             assert chisquare(seen[used], n * expected[used] / expected.sum()).pvalue > 1e-4
     assert torch.equal(drawn, h.sample(torch.full((4000,), 0.9), torch.Generator().manual_seed(0)))
-    # a height never seen: every code alike
+    # a height never seen: every code is equally likely
     never = count_codes(h.sample(torch.full((n,), 0.1), gen), 4)
     assert chisquare(never.double().numpy()).pvalue > 1e-4
 
@@ -547,12 +547,12 @@ def test_heights_decay_and_the_unknown():
         1,
     ]
     drawn = h.sample(torch.full((500,), math.nan), gen).unique().tolist()
-    assert drawn == [1, 2, 3, 4]  # of any height, and of none
+    assert drawn == [1, 2, 3, 4]  # of any position, and of none
     with pytest.raises(
         ValueError,
         match=(
             r'^CodeHistogram: codes of shape \(1, 2, 3\)\. Expected maps of \(2, 2\)\. Build the'
-            r' VQVAE with map_side = size of the pictures / factor\.$'
+            r' VQVAE with map_side = size of the images / factor\.$'
         ),
     ):
         h.update(torch.zeros(1, 2, 3, dtype=torch.int64), torch.zeros(1))
@@ -752,7 +752,7 @@ def test_meta_device(kind):
     }
 
 
-# ---------------------------------------------------------------- the critic
+# ---------------------------------------------------------------- the discriminator
 
 
 def test_critic_depends_on_the_condition_and_reaches_every_parameter():
@@ -901,8 +901,8 @@ def test_adaptive_weight_by_hand(scale):
 
 
 def pulls(dtype, loud, scale):
-    """The adaptive weight of a fresh decoder and critic, both in some precision, when both losses
-    are so loud."""
+    """The adaptive weight of a fresh decoder and discriminator, both in some precision, when both
+    losses are so loud."""
     torch.manual_seed(0)
     net, discriminator, x = (
         VQVAE(FSQ((5, 4, 3)), 8, (16, 16), 1, (False, False), 4),
@@ -918,8 +918,8 @@ def pulls(dtype, loud, scale):
 
 @pytest.mark.parametrize('loud', [1.0, 1e-3, 3e-4])
 def test_adaptive_weight_in_16_bits_is_that_of_32(loud):
-    """Gradients of large pictures and of a critic that is sure are small: unscaled, fp16 rounds
-    them to 0. Both losses are scaled, so the weight stays."""
+    """Gradients of large images and of a discriminator that is sure are small: unscaled, fp16
+    rounds them to 0. Both losses are scaled, so the weight stays."""
     whole = pulls(torch.float32, loud, 1.0)
     assert_close(pulls(torch.float16, loud, FP16_SCALE), whole, rtol=0.03, atol=0)
     assert_close(pulls(torch.float32, loud, FP16_SCALE), whole, rtol=1e-3, atol=0)
@@ -983,7 +983,7 @@ def test_too_few_vectors_are_refused():
         ValueError,
         match=(
             r'^start_codebook: 6 vectors for 7 codes\. Expected at least as many\. Encode more'
-            r' pictures, or use fewer codes\.$'
+            r' images, or use fewer codes\.$'
         ),
     ):
         start_codebook(quantizer(), torch.randn(6, 3))
@@ -991,5 +991,5 @@ def test_too_few_vectors_are_refused():
 
 @pytest.mark.parametrize('shape', [(1, 1, 18, 16), (1, 2, 16, 16), (16, 16)])
 def test_other_pictures_are_refused(shape):
-    with pytest.raises(ValueError, match=r'^VQVAE\.encode: pictures of shape .* multiples of 4\. '):
+    with pytest.raises(ValueError, match=r'^VQVAE\.encode: images of shape .* multiples of 4\. '):
         build().encode(torch.zeros(shape))

@@ -1,5 +1,5 @@
-"""Run the lessons in order with their long cells and store what they print and draw; say how long
-each took.
+"""Run the lessons in order with their long cells and store what they print and sample; say how
+long each took.
 
 python tools/course.py                    every lesson
 python tools/course.py 07 16              these lessons, by number

@@ -163,6 +163,16 @@ def fields(cls, comments, known):
     return list(rows.values())
 
 
+def constructor(cls, comments, known):
+    "The same of the arguments that make an instance, also where a class of the package says them."
+    for n in cls.body:
+        if isinstance(n, ast.FunctionDef) and n.name == "__init__":
+            return list(arguments(n, comments))
+    names = [getattr(base, "id", getattr(base, "attr", "")) for base in cls.bases]
+    above = [known[n] for n in names if n in known and known[n][0] is not cls]
+    return next((rows for rows in (constructor(*a, known) for a in above) if rows), [])
+
+
 # Writing
 
 
@@ -291,10 +301,7 @@ class Package:
         doc, room = ast.get_docstring(node), WIDTH - node.col_offset - 4
         if doc is None:
             return None
-        init = next(
-            (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None
-        )
-        rows = list(arguments(init, comments)) if init is not None else []
+        rows = constructor(node, comments, self.classes)
         own = fields(node, comments, self.classes)
         return docstring(
             doc, room, rows if any(row[3] for row in rows) else (), [row for row in own if row[3]]

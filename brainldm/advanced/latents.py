@@ -17,16 +17,16 @@ from ..analysis import auc, bootstrap, check_vectors, r2
 # %% ../../nbs/advanced/18_latents.ipynb #323d21d3
 def nearest(
     vectors: np.ndarray,  # Rows (n, d)
-    k: int,  # Neighbours
+    k: int,  # Neighbors
 ) -> np.ndarray:  # Numbers of the k nearest other rows (n, k)
-    """Who is near whom.
+    """The nearest rows of each row.
 
     Parameters
     ----------
     vectors : np.ndarray
         Rows (n, d).
     k : int
-        Neighbours.
+        Neighbors.
 
     Returns
     -------
@@ -39,9 +39,9 @@ def nearest(
 def neighborhood_preservation(
     vectors,  # Rows before the map (n, d)
     points,  # Their points on the map (n, 2)
-    n_neighbors: int = 15,  # Neighbours to compare
-) -> float:  # Share of neighbours that stayed neighbours; by chance n_neighbors/(n-1)
-    """How far a map tells the truth about who is near whom.
+    n_neighbors: int = 15,  # Neighbors to compare
+) -> float:  # Fraction of neighbors that stayed neighbors; by chance n_neighbors/(n-1)
+    """How well a map preserves which points are near each other.
 
     Parameters
     ----------
@@ -50,12 +50,12 @@ def neighborhood_preservation(
     points
         Their points on the map (n, 2).
     n_neighbors : int, default 15
-        Neighbours to compare.
+        Neighbors to compare.
 
     Returns
     -------
     float
-        Share of neighbours that stayed neighbours; by chance n_neighbors/(n-1).
+        Fraction of neighbors that stayed neighbors; by chance n_neighbors/(n-1).
     """
     a, b = (
         nearest(check_vectors('neighborhood_preservation', o), n_neighbors)
@@ -66,7 +66,7 @@ def neighborhood_preservation(
 # %% ../../nbs/advanced/18_latents.ipynb #0147d391
 def fold_predictions(
     vectors: np.ndarray,  # Rows (n, d)
-    targets: np.ndarray,  # What to predict (n, m): m questions at the price of one
+    targets: np.ndarray,  # What to predict (n, m): m questions at the cost of one
     folds: np.ndarray,  # Fold of each row (n,)
     penalty: float = 1.0,  # Ridge penalty, in units of the mean squared length of a row
 ) -> np.ndarray:  # Predictions (n, m), each by a probe that saw none of its fold
@@ -77,7 +77,7 @@ def fold_predictions(
     vectors : np.ndarray
         Rows (n, d).
     targets : np.ndarray
-        What to predict (n, m): m questions at the price of one.
+        What to predict (n, m): m questions at the cost of one.
     folds : np.ndarray
         Fold of each row (n,).
     penalty : float, default 1.0
@@ -110,8 +110,8 @@ def assign_folds(
     groups: np.ndarray,  # Whose row it is (n,)
     folds: int,  # Number of folds
     rng: np.random.Generator,  # Breaks ties
-) -> np.ndarray:  # Fold of each row (n,); a person is never in two
-    """Deal people into folds, the same mixture of targets in each.
+) -> np.ndarray:  # Fold of each row (n,); a subject is never in two
+    """Split subjects into folds, the same mixture of targets in each.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def assign_folds(
     Returns
     -------
     np.ndarray
-        Fold of each row (n,); a person is never in two.
+        Fold of each row (n,); a subject is never in two.
     """
     who, at = np.unique(groups, return_inverse=True)
     means = np.bincount(at, target) / np.bincount(at)
@@ -136,24 +136,24 @@ def assign_folds(
 
 # %% ../../nbs/advanced/18_latents.ipynb #2163dd42
 def shuffle_target(
-    target: np.ndarray,  # What is asked (n,)
+    target: np.ndarray,  # The target (n,)
     groups: np.ndarray,  # Whose row it is (n,)
     folds: np.ndarray,  # Fold of each row (n,)
-    rng: np.random.Generator,  # Source of chance
+    rng: np.random.Generator,  # Random number generator
 ) -> np.ndarray:  # The same values, dealt anew (n,)
-    """Swap a fact about people between people of a fold, and a fact about slices between slices of a
-    person.
+    """Swap a fact about subjects between subjects of a fold, and a fact about slices between slices of
+    a subject.
 
     Parameters
     ----------
     target : np.ndarray
-        What is asked (n,).
+        The target (n,).
     groups : np.ndarray
         Whose row it is (n,).
     folds : np.ndarray
         Fold of each row (n,).
     rng : np.random.Generator
-        Source of chance.
+        Random number generator.
 
     Returns
     -------
@@ -162,7 +162,7 @@ def shuffle_target(
     """
     who, first, at = np.unique(groups, return_index=True, return_inverse=True)
     out = target.copy()
-    if (target == target[first][at]).all():  # the same in all rows of a person
+    if (target == target[first][at]).all():  # the same in all rows of a subject
         out = out[first]
         for fold in np.unique(folds[first]):
             out[folds[first] == fold] = rng.permutation(out[folds[first] == fold])
@@ -177,7 +177,7 @@ def check_probe(
     target,  # What to predict (n,)
     groups,  # Whose row it is (n,)
     folds: int,  # Number of folds
-    # vectors (n, d), target (n,) as numbers, number of the person (n,), whether there are two
+    # vectors (n, d), target (n,) as numbers, number of the subject (n,), whether there are two
     # classes
 ) -> tuple:
     """Refuse a question that a probe cannot answer.
@@ -196,7 +196,7 @@ def check_probe(
     Returns
     -------
     tuple
-        vectors (n, d), target (n,) as numbers, number of the person (n,), whether there are two
+        vectors (n, d), target (n,) as numbers, number of the subject (n,), whether there are two
         classes.
 
     Raises
@@ -224,8 +224,8 @@ def check_probe(
         )
     if who.max() + 1 < 2 * folds:
         raise ValueError(
-            f"probe: {who.max()+1} people for {folds} folds. Expected two a fold or more. Try fewer"
-            " folds, or more people."
+            f"probe: {who.max()+1} subjects for {folds} folds. Expected two a fold or more. Try"
+            " fewer folds, or more subjects."
         )
     return (
         v,
@@ -237,40 +237,42 @@ def check_probe(
 # %% ../../nbs/advanced/18_latents.ipynb #34a3fe11
 def probe(
     vectors,  # A row a slice (n, d)
-    # What to ask (n,): two categories, or numbers; a category is scored for the alphabetically
+    # The target (n,): two categories, or numbers; a category is scored for the alphabetically
     # second
     target,
-    groups,  # Whose slice it is (n,): people, never rows
-    folds: int = 5,  # Parts into which people are dealt
+    groups,  # Whose slice it is (n,): subjects, never rows
+    folds: int = 5,  # Parts into which subjects are split
     seed: int = 0,  # Of dealing, shuffling and resampling
-    shuffles: int = 100,  # Shuffled targets for the floor
+    shuffles: int = 100,  # Shuffled targets for the baseline
     penalty: float = 1.0,  # Of the ridge, see `fold_predictions`
-    # metric ('AUC' or 'R2'), score, interval_95, floor and baseline_95 (shuffled), num_subjects
+    # metric ('AUC' or 'R2'), score, interval_95, baseline and baseline_95 (shuffled),
+    # num_subjects
 ) -> dict:
-    """How well a straight cut through the vectors answers a question about people it has not seen.
+    """How well a linear probe of the vectors predicts a target of held-out subjects.
 
     Parameters
     ----------
     vectors
         A row a slice (n, d).
     target
-        What to ask (n,): two categories, or numbers; a category is scored for the alphabetically
+        The target (n,): two categories, or numbers; a category is scored for the alphabetically
         second.
     groups
-        Whose slice it is (n,): people, never rows.
+        Whose slice it is (n,): subjects, never rows.
     folds : int, default 5
-        Parts into which people are dealt.
+        Parts into which subjects are split.
     seed : int, default 0
         Of dealing, shuffling and resampling.
     shuffles : int, default 100
-        Shuffled targets for the floor.
+        Shuffled targets for the baseline.
     penalty : float, default 1.0
         Of the ridge, see `fold_predictions`.
 
     Returns
     -------
     dict
-        metric ('AUC' or 'R2'), score, interval_95, floor and baseline_95 (shuffled), num_subjects.
+        metric ('AUC' or 'R2'), score, interval_95, baseline and baseline_95 (shuffled),
+        num_subjects.
 
     Raises
     ------
@@ -278,7 +280,7 @@ def probe(
 
     References
     ----------
-    Alain & Bengio 2017; floor as in Ojala & Garriga 2010.
+    Alain & Bengio 2017; baseline as in Ojala & Garriga 2010.
     """
     v, y, who, two = check_probe(vectors, target, groups, folds)
     rng = np.random.default_rng(seed)
@@ -286,7 +288,7 @@ def probe(
     truth = np.stack([y] + [shuffle_target(y, who, fold, rng) for _ in range(shuffles)], 1)
     said = fold_predictions(v, truth, fold, penalty)
     first = np.unique(who, return_index=True)[1]
-    if (y == y[first][who]).all():  # a fact about people: one vote each
+    if (y == y[first][who]).all():  # a fact about subjects: one vote each
         said = np.stack([np.bincount(who, o) / np.bincount(who) for o in said.T], 1)
         truth, who = truth[first], np.arange(len(first))
     score = auc if two else r2

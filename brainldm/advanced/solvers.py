@@ -75,31 +75,31 @@ SOLVERS = {
     'ddim': 'ddim',
     'ddpm': 'ddpm',
     'dpmpp': dpmpp_2m_step,
-}  # What `denoise` takes as `sampler`, by the name that command line and `sample` know
+}  # What `denoise` takes as `sampler`, by the name that command line and `sample` use
 
 # %% ../../nbs/advanced/10_solvers.ipynb #82b124e8
 @torch.no_grad()
 def invert(
     model_fn: Callable,  # The function that `denoise` will be given
-    x0: Tensor,  # Clean pictures or latents (b, c, *s)
+    x0: Tensor,  # Clean images or latents (b, c, *s)
     schedule: NoiseSchedule,  # The chain the network was trained on
-    num_inference_steps: int,  # Steps of the whole walk, 1 to T
+    num_inference_steps: int,  # Steps of the whole trajectory, 1 to T
     spacing: str = 'trailing',  # As in `denoise`
     start: int = 0,  # As in `denoise`: end at the noise of this step; 0 is the noisiest
     refine: int = 0,  # Corrections of each step; network calls are (1 + refine) a step
 ) -> Tensor:  # Latents from which `denoise` by DDIM comes back to `x0`, nearly
-    """Walk from data to noise by the road that DDIM takes back.
+    """Invert: run DDIM from data to noise.
 
     Parameters
     ----------
     model_fn : Callable
         The function that `denoise` will be given.
     x0 : Tensor
-        Clean pictures or latents (b, c, *s).
+        Clean images or latents (b, c, *s).
     schedule : NoiseSchedule
         The chain the network was trained on.
     num_inference_steps : int
-        Steps of the whole walk, 1 to T.
+        Steps of the whole trajectory, 1 to T.
     spacing : str, default 'trailing'
         As in `denoise`.
     start : int, default 0

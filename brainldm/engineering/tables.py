@@ -189,19 +189,19 @@ def session_names(
     if not label.is_unique:
         label = (label + ' ' + part.image.fillna('')).str.strip()
     told = label.is_unique and label.ne('').all()
-    return label, '' if told else 'no visit or run in the names tells them apart'
+    return label, '' if told else 'no visit or run in the names distinguishes them'
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00025
 def name_sessions(
-    # One row a file (or a stack of pictures): unit, subject, session, run, image, kind
+    # One row a file (or a stack of images): unit, subject, session, run, image, kind
     units: pd.DataFrame,
 ) -> tuple:  # Name of the session of each row; why a row is refused, '' where it is not
-    """Tell the files of every subject apart, or say why that cannot be done.
+    """Distinguish the files of every subject, or say why that cannot be done.
 
     Parameters
     ----------
     units : pd.DataFrame
-        One row a file (or a stack of pictures): unit, subject, session, run, image, kind.
+        One row a file (or a stack of images): unit, subject, session, run, image, kind.
 
     Returns
     -------
@@ -301,7 +301,7 @@ def suspect_names(
             beside = ', '.join(part.index[:4]) + ' ...' * (len(part) > 4)
             for o in part.index if kinds else ():
                 refused[o] = (
-                    f"{beside} seem to be one subject, told apart by {' and '.join(kinds)}."
+                    f"{beside} seem to be one subject, distinguished by {' and '.join(kinds)}."
                     " Expected one file a subject. Say in a table with columns image and subject"
                     " whose each is, or choose with --only"
                 )
@@ -366,7 +366,8 @@ def check_columns(
     path: Path,  # Where from, for the message
     needs: tuple,  # Columns that must be there
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse a table whose columns cannot be told apart, and one that pandas has put together wrongly.
+    """Refuse a table whose columns cannot be distinguished, and one that pandas has put together
+    wrongly.
 
     Parameters
     ----------
@@ -614,7 +615,7 @@ def read_subjects(
     elif len(twice):
         raise ValueError(
             f"read_subjects: {key} '{twice.iloc[0]}' has several rows in '{path}'. Expected one row"
-            " a subject, or a column session or image that tells them apart. Drop the others."
+            " a subject, or a column session or image that distinguishes them. Drop the others."
         )
     if table.duplicated(key).any():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a latent should be like for the diffusion model that draws it: one table, one command,
+"""What a latent should be like for the diffusion model that samples it: one table, one command,
 seeds and data named.
 
 python tests/benchmarks/ablate_latent.py DATA RUN        # RUN: a folder with a trained KL
@@ -38,14 +38,14 @@ import ablate_unet
 
 @dataclass
 class Ablation:
-    """Train an autoencoder a little longer at other prices of its latents, and judge what is drawn
-    from each."""
+    """Train an autoencoder a little longer at other prices of its latents, and evaluate what is
+    generated from each."""
 
     data: tyro.conf.Positional[Path]  # The data that the autoencoder was trained on
     run: tyro.conf.Positional[Path]  # Run folder with a KL autoencoder
     out: Path = Path("runs/ablation_latent")  # Runs, table.json and figures
     only: str = ""  # Names of variants, with commas between; none: all
-    tune_images: int = 8_000  # Pictures that each autoencoder sees in addition
+    tune_images: int = 8_000  # Images that each autoencoder sees in addition
     images: int = 12_000  # Latents that each diffusion model sees
     steps: int = 20  # Denoising steps (DPM-Solver++)
     seed: int = 0  # The first seed, of order, noise, weights and samples
@@ -55,12 +55,12 @@ class Ablation:
 
 def variants(run: Path) -> dict[str, dict]:
     """Prices of the latent: weight of the KL term, and of decoding a halved latent into anything
-    but the halved picture."""
+    but the halved image."""
     config = read_config(run)["autoencoder"]["config"]
     if config.get("kind", "kl") != "kl" or config.get("adversarial"):
         raise SystemExit(
-            f"ablate_latent: {run.name} has codes or a critic. Expected a plain KL autoencoder."
-            " Train one with `brainldm train autoencoder`."
+            f"ablate_latent: {run.name} has codes or a discriminator. Expected a plain KL"
+            " autoencoder. Train one with `brainldm train autoencoder`."
         )
     kept = config["kl_weight"]
     return {
@@ -73,7 +73,7 @@ def variants(run: Path) -> dict[str, dict]:
 
 
 def priced_loss(model, batch, generator, seen, kl_weight, scale_weight):
-    """Mean absolute error, KL, and the error of the halved latent's picture.
+    """Mean absolute error, KL, and the error of the halved latent's image.
 
     Source: Skorokhodov et al. 2025, sec. 3 (scale equivariance)."""
     x = batch["image"]

@@ -7,7 +7,7 @@ Every variant is trained with the same seeds, sees the same codes in the same or
 bits are counted on the same held-out subjects. A difference counts where it is larger than seed
 noise (`seeds.py`). Stopped, it goes on with the variant that it was at. Nothing of the data
 leaves OUT. With fewer maps than train slices nothing is seen twice: dropout, smoothing and
-replaced codes cannot show what they do against learning by heart."""
+replaced codes cannot show what they do against learning by memorization."""
 
 import json
 import platform
@@ -177,7 +177,7 @@ def check_relative(side: int = 6, head_dim: int = 16) -> None:
 
 
 def load_codes(job: Ablation, autoencoder, dataset) -> dict[str, torch.Tensor]:
-    "Codes of train and validate subjects, written once."
+    "Codes of train and validation subjects, written once."
     file = job.out / "codes.npz"
     if not file.is_file():
         precision = pick_precision("auto", next(autoencoder.parameters()).device)
@@ -316,7 +316,7 @@ def main(job: Ablation) -> pd.DataFrame:
         ("held-out bits",),
     )
     print(table.to_string(float_format="{:.3f}".format), said, sep="\n")
-    print("floors, bits per code:", {k: round(v, 3) for k, v in floors.items()})
+    print("baselines, bits per code:", {k: round(v, 3) for k, v in floors.items()})
     print(where)
     (job.out / "table.json").write_text(
         json.dumps(dict(where=where, floors=floors, rows=table.T.to_dict(), said=said), indent=1)

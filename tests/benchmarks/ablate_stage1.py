@@ -1,8 +1,8 @@
 """What each part of stage 1 buys: one table, one command, seeds and data named.
 
 python tests/benchmarks/ablate_stage1.py                 # phantom cohort, made on the spot
-python tests/benchmarks/ablate_stage1.py --data DATA     # anybody's own pictures (nothing of
-them leaves OUT)
+python tests/benchmarks/ablate_stage1.py --data DATA     # anybody's own images (nothing of them
+leaves OUT)
 
 Every variant is trained with the same seeds, sees the same images in the same order, and is
 scored on the same held-out subjects. A difference counts where it is larger than seed noise
@@ -36,13 +36,13 @@ MEASURES = ("ssim", "ssim_brain", "sharpness")  # compared with the first varian
 class Ablation:
     "Train and score every variant of stage 1."
 
-    # Folder of pictures; None: 48 phantom people, 6 slices each, 128 x 128, seed 0
+    # Folder of images; None: 48 phantom subjects, 6 slices each, 128 x 128, seed 0
     data: Path | None = None
     out: Path = Path("runs/ablation")  # Runs, table.json, table.md and two figures
-    images: int = 6_000  # Pictures that each variant sees
+    images: int = 6_000  # Images that each variant sees
     seed: int = 0  # The first seed, of the weights and the order of the images
     seeds: int = 3  # How many seeds each variant is trained with: seed, seed + 1, …
-    split: str = "validate"  # Whose pictures are scored
+    split: str = "validate"  # Whose images are scored
     preset: str = "laptop"  # From which the ladder starts
 
 
@@ -68,16 +68,16 @@ def variants(images: int, seed: int, preset: str) -> dict[str, AEConfig]:
     )
     return {
         "KL, L1 only": base,
-        "KL + adversary": replace(base, **discriminator),
-        "KL + adversary + features": replace(base, **discriminator, feature_weight=0.05),
-        "KL + adversary + random latents": replace(base, **discriminator, random_weight=0.1),
+        "KL + discriminator": replace(base, **discriminator),
+        "KL + discriminator + features": replace(base, **discriminator, feature_weight=0.05),
+        "KL + discriminator + random latents": replace(base, **discriminator, random_weight=0.1),
         "VQ, plain": codes,
         "VQ + k-means": replace(codes, codebook_start="kmeans"),
         "VQ + k-means + EMA": replace(codes, codebook_start="kmeans", codebook_ema=True),
         "VQ + k-means + EMA + restart": replace(
             codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1
         ),
-        "VQ, all of it + adversary": replace(
+        "VQ, all of it + discriminator": replace(
             codes, codebook_start="kmeans", codebook_ema=True, restart_below=0.1, **discriminator
         ),
         "FSQ (8, 5, 5, 5)": replace(base, kind="fsq"),
@@ -119,7 +119,7 @@ def measure(name: str, config: AEConfig, dataset, job: Ablation) -> dict:
 
 
 def draw(rows: dict[str, dict], original: torch.Tensor, title: str, path: Path) -> None:
-    "Pictures above their errors."
+    "Images above their errors."
     shown = torch.stack([original, *(o["recon"] for o in rows.values())])
     names = [
         "original",
@@ -158,7 +158,7 @@ def main(job: Ablation) -> pd.DataFrame:
     }
     original = evenly_spaced_rows(dataset.subset(job.split), 5)["image"][2, 0]
     for name, title in (
-        ("KL", "The critic brings back edges that the absolute error gave away"),
+        ("KL", "The discriminator brings back edges that the absolute error gave away"),
         ("codes", "The same bits, better and better used"),
     ):
         draw(
@@ -175,7 +175,7 @@ def main(job: Ablation) -> pd.DataFrame:
     said = "\n".join(seeds.describe(group, base, MEASURES) for base, group in groups.items())
     floor = next(iter(rows.values()))["baseline"]
     where = dict(
-        data=str(job.data.name) if job.data else "phantom, 48 people, 6 slices, seed 0",
+        data=str(job.data.name) if job.data else "phantom, 48 subjects, 6 slices, seed 0",
         split=job.split,
         images=job.images,
         seed=job.seed,
@@ -185,7 +185,7 @@ def main(job: Ablation) -> pd.DataFrame:
         machine=platform.machine(),
     )
     print(table.to_string(na_rep=""), said, sep="\n")
-    print("floor, the mean slice:", {k: round(v, 3) for k, v in floor.items()})
+    print("baseline, the mean slice:", {k: round(v, 3) for k, v in floor.items()})
     print(where)
     (job.out / "table.json").write_text(
         json.dumps(

@@ -43,7 +43,7 @@ MEASURES = ("Frechet", "excess KID", "recall", "slice error", "CSF d", "MS-SSIM"
 
 @dataclass
 class Ablation:
-    "Train and judge every variant of stage 2."
+    "Train and evaluate every variant of stage 2."
 
     data: tyro.conf.Positional[Path]  # The data that the autoencoders were trained on
     # Run folders with an autoencoder each; the first also takes every variant
@@ -97,7 +97,7 @@ def variants(job: Ablation) -> dict[str, LDMConfig]:
         "rectified flow": replace(
             alike, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")
         ),
-        "every step alike": alike,
+        "every step equally": alike,
         "min-SNR 5": replace(base, snr_offset=0.0),
         "short EMA": replace(base, ema_images=100),
         "batch x 4": replace(
@@ -121,7 +121,7 @@ def narrow_level(
 
 
 def add_skips(self, x: torch.Tensor, skips: list, *told) -> torch.Tensor:
-    "The way up with skips added to what comes from below, in place of laid beside it."
+    "The way up with skips added to what comes from below, instead of laid beside it."
     skips = list(skips)
     for block in [block for level in self.levels for block in level]:
         x = block(x) if isinstance(block, unet.Upsample) else block(x + skips.pop(), *told)
@@ -138,7 +138,7 @@ def added_skips():
 
 
 def measure(source: Path, name: str, config: LDMConfig, dataset, job: Ablation) -> dict:
-    "Train one variant on the latents of one run, draw, and judge."
+    "Train one variant on the latents of one run, sample, and evaluate."
     run = job.out / f"{source.name} {name} seed {job.seed}".replace(" ", "_")
     if not (run / "config.json").is_file():
         run.mkdir(parents=True, exist_ok=True)
@@ -181,8 +181,8 @@ def measure(source: Path, name: str, config: LDMConfig, dataset, job: Ablation) 
 
 
 def decoded(source: Path, dataset, job: Ablation) -> dict:
-    """What scans get that only went through the autoencoder: nothing that is drawn in its latents
-    can be expected to score better."""
+    """What scans get that only went through the autoencoder: nothing that is generated in its
+    latents can be expected to score better."""
     train, model = dataset.subset("train"), BrainLDM.load(source)
     rows = match_rows(dataset.subset("validate").manifest, train.manifest, seed=job.seed)
     batches = (train.__getitems__(rows[i : i + 32]) for i in range(0, len(rows), 32))
@@ -190,7 +190,7 @@ def decoded(source: Path, dataset, job: Ablation) -> dict:
 
 
 def judge(images: torch.Tensor, rows, dataset, job: Ablation) -> dict:
-    "The numbers that decide, beside their floors."
+    "The numbers that decide, beside their baselines."
     (job.out / "judge").mkdir(parents=True, exist_ok=True)
     net = feature_net(job.out / "judge", dataset)
     scores = evaluate_samples(

@@ -6,7 +6,7 @@ resume until one reaches the end: one in three of those is killed as well. Half 
 come from outside at a random time; the others strike inside a write: with a part of the bytes
 in the temporary file, before or after its new name, or in the middle of a line of the log. What
 a round leaves must equal, bit for bit, what a run left that nobody disturbed: weights, states,
-log, pictures, and no half-written file."""
+log, images, and no half-written file."""
 
 import argparse
 import json
@@ -67,9 +67,9 @@ VOLUME = volume.VolumeConfig(
 )
 JOBS = {
     'autoencoder': ('autoencoder', training.train_autoencoder, AE, None),
-    'codes and critic': ('autoencoder', training.train_autoencoder, VQ, None),
+    'codes and discriminator': ('autoencoder', training.train_autoencoder, VQ, None),
     'ldm': ('ldm', diffusion.train_ldm, LDM, 'autoencoder'),
-    'prior': ('prior', prior.train_prior, PRIOR, 'codes and critic'),
+    'prior': ('prior', prior.train_prior, PRIOR, 'codes and discriminator'),
     # name -> stage, training, settings, the job before it in its run folder
     'volume': ('volume', volume.train_volume, VOLUME, 'ldm'),
 }
@@ -125,7 +125,7 @@ def train(job, run, dataset, resume, strike=None, seed=0, count=None):
         return child
     status = 1
     try:
-        # drawing takes most of the time
+        # sampling takes most of the time
         for o in (training, prior, volume):
             o.show_grid = lambda *args, **kwargs: plt.figure(figsize=(1, 1))
         arm(strike, random.Random(seed), count)
@@ -156,7 +156,7 @@ def left_behind(run, stage):
     }
     return (
         parts | log | {
-            f'picture {o.name}': o.read_bytes() for o in (run / 'samples').glob(f'{stage}*')
+            f'image {o.name}': o.read_bytes() for o in (run / 'samples').glob(f'{stage}*')
         }
     )
 

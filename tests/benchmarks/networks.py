@@ -1,5 +1,5 @@
 """Our networks beside those of MONAI and diffusers at equal size: training and inference, memory,
-share of the machine's peak.
+fraction of the machine's peak.
 
 python tests/benchmarks/networks.py                      # the laptop preset, 128 x 128, float32
 and bf16 python tests/benchmarks/networks.py --preset gpu --size 256 --batch-size 32
@@ -44,8 +44,8 @@ class Networks(Job):
     "Ours against MONAI's and diffusers'."
 
     preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'  # Whose sizes
-    size: int = 128  # Side of the pictures
-    batch_size: int = 8  # Pictures a step
+    size: int = 128  # Side of the images
+    batch_size: int = 8  # Images a step
     unet_batch_size: int = 8  # Latents a step
     # Which networks
     kinds: tuple[Literal['autoencoder', 'codes', 'unet'], ...] = ('autoencoder', 'codes', 'unet')

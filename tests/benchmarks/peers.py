@@ -42,7 +42,7 @@ class Side:
     "A network in a comparison, and how it is asked."
 
     net: nn.Module  # The network
-    loss: Callable[[nn.Module, dict], Tensor]  # loss(net, batch): what training minimises
+    loss: Callable[[nn.Module, dict], Tensor]  # loss(net, batch): what training minimizes
     answer: Callable[[nn.Module, dict], Tensor]  # answer(net, batch): what it is for
 
 
@@ -79,7 +79,7 @@ def our_autoencoder(preset: str, size: int, device: torch.device) -> Side:
 
 def monai_autoencoder(preset: str, num_params: int) -> Side:
     """MONAI's AutoencoderKL with latents of the preset's shape, trained as its tutorial does: KL
-    summed over the latents of a picture."""
+    summed over the latents of an image."""
     from monai.networks.nets import AutoencoderKL
 
     config = PRESETS[preset][0]
@@ -279,7 +279,7 @@ def unets(preset: str) -> dict[str, Side]:
 
 
 def images(n: int, size: int, device: torch.device) -> dict[str, Tensor]:
-    "A batch of noise in the shape of pictures: no time depends on what is in them."
+    "A batch of noise in the shape of images: no time depends on what is in them."
     return dict(
         image=torch.rand(n, 1, size, size, generator=torch.Generator().manual_seed(0))
         .mul(2)

@@ -1,4 +1,4 @@
-"""What a sampler costs beside the bare network, and pictures a second beside diffusers.
+"""What a sampler costs beside the bare network, and images a second beside diffusers.
 
 python tests/benchmarks/sampling.py                      # the laptop preset's networks, batches
 of 8 and 32, 30 steps python tests/benchmarks/sampling.py --preset gpu --batch-sizes 64
@@ -43,7 +43,7 @@ class Sampling(Job):
     "Samplers against the bare network and against diffusers."
 
     preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'  # Whose networks
-    batch_sizes: tuple[int, ...] = (8, 32)  # Pictures at a time
+    batch_sizes: tuple[int, ...] = (8, 32)  # Images at a time
     steps: int = 30  # Network calls
 
 

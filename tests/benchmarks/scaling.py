@@ -1,11 +1,11 @@
-"""How cost grows: 64 -> 128 -> 256 pixels, and 1,000 -> 30,000 pictures.
+"""How cost grows: 64 -> 128 -> 256 pixels, and 1,000 -> 30,000 images.
 
 python tests/benchmarks/scaling.py                       # needs 0.5 GB of disk for a moment
 python tests/benchmarks/scaling.py --sizes 128 256 512 --counts 1000 100000
 
 Prints what a training step costs at each size, what the loader gives beside what training
-takes, what checking and caching cost, and how much memory holds 1,000 pictures or 30,000.
-Memory is the process's own: pages of the memmap belong to the system, which takes them back."""
+takes, what checking and caching cost, and how much memory holds 1,000 images or 30,000. Memory
+is the process's own: pages of the memmap belong to the system, which takes them back."""
 
 import tempfile
 from dataclasses import dataclass
@@ -33,18 +33,18 @@ from brainldm.engineering.stage2 import latent_splits
 
 @dataclass
 class Scaling(Job):
-    "Cost against size and number of pictures."
+    "Cost against size and number of images."
 
     preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'  # Whose networks
-    sizes: tuple[int, ...] = (64, 128, 256)  # Sides of pictures
-    batch_size: int = 4  # Pictures a step, at every size
-    counts: tuple[int, ...] = (1_000, 10_000, 30_000)  # Pictures in a memmap
-    files: tuple[int, ...] = (250, 1_000)  # Pictures to check and cache from PNG files
+    sizes: tuple[int, ...] = (64, 128, 256)  # Sides of images
+    batch_size: int = 4  # Images a step, at every size
+    counts: tuple[int, ...] = (1_000, 10_000, 30_000)  # Images in a memmap
+    files: tuple[int, ...] = (250, 1_000)  # Images to check and cache from PNG files
     batches: int = 500  # Batches a measurement of the loader
 
 
 def brains(n: int, size: int):
-    """Pictures that look a little like brains and are all different: an ellipse that turns, and a
+    """Images that look a little like brains and are all different: an ellipse that turns, and a
     trace of noise."""
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     for i in range(n):
@@ -97,7 +97,7 @@ class Blind(nn.Module):
 
 
 def latent_memory(path: Path, shape: tuple[int, ...]) -> float:
-    "MB that the standardised latents of stage 2 hold; run it in a fresh process."
+    "MB that the standardized latents of stage 2 hold; run it in a fresh process."
     data = open_memmap(path)
     data.manifest.loc[data.manifest.index[-len(data) // 20 :], 'split'] = 'validate'
     before = own_memory()
@@ -153,7 +153,7 @@ def by_size(job: Scaling, device, precision) -> list[dict]:
 
 
 def by_count(job: Scaling, folder: Path, device, precision) -> list[dict]:
-    "Loader and memory at every number of pictures, beside a training step of the autoencoder."
+    "Loader and memory at every number of images, beside a training step of the autoencoder."
     config = PRESETS[job.preset][0]
     size, b, f = config.data.size, config.batch_size, config.patch * 2 ** (len(config.channels) - 1)
     paths = {n: make_memmap(folder, n, size) for n in job.counts}
@@ -167,7 +167,7 @@ def by_count(job: Scaling, folder: Path, device, precision) -> list[dict]:
     t = interleave({**calls, 'training': train}, job, device)
     rows = [
         dict(
-            what=f'loader / training, {n:,} pictures',
+            what=f'loader / training, {n:,} images',
             **ratio(job.batches * t.training, t[n], '>= 20'),
             images_a_second=job.batches * b / t[n].median(),
             data_mb=n * size**2 / 1e6,
@@ -213,7 +213,7 @@ def draw(table: pd.DataFrame):
     axs[0].set(title='Training step', xlabel='pixels a side', ylabel='ms an image')
     axs[0].legend(frameon=False, fontsize=7)
     part = table[table.what.str.startswith('loader')]
-    counts = part.what.str.extract(r', ([\d,]+) pictures')[0].str.replace(',', '').astype(int)
+    counts = part.what.str.extract(r', ([\d,]+) images')[0].str.replace(',', '').astype(int)
     axs[1].semilogx(counts, part.ratio, 'o-')
     axs[1].axhline(20, color='C3', lw=0.7)
     axs[1].set(title='Loader / training', xlabel='pictures', ylim=(0, None))

@@ -1,18 +1,18 @@
-"""Seconds of training until held-out pictures come back with SSIM 0.90: ours beside MONAI's
+"""Seconds of training until held-out images come back with SSIM 0.90: ours beside MONAI's
 AutoencoderKL.
 
 python tests/benchmarks/time_to_ssim.py                  # phantom cohort, made on the spot
-python tests/benchmarks/time_to_ssim.py --data DATA      # anybody's own pictures (only numbers
+python tests/benchmarks/time_to_ssim.py --data DATA      # anybody's own images (only numbers
 leave them)
 
-Both see the same pictures, in turn, a lap each, until they are there or out of time; looking at
-held-out pictures is not counted. MONAI's recipe is that of Project-MONAI/tutorials,
+Both see the same images, in turn, a lap each, until they are there or out of time; looking at
+held-out images is not counted. MONAI's recipe is that of Project-MONAI/tutorials,
 generation/2d_ldm (train_autoencoder.py, config_train_16g.json): Adam at 2.5e-5, batches of 13,
-L1 + 1e-6 KL summed over a picture's latents, float32 weights, no clipping, no schedule.
-Changed, each in its favour or for equality: the network has our number of parameters and our
-latents; it computes in our precision; its perceptual term and the critic that starts in epoch 6
-are left out, which costs it no time and no SSIM. A second MONAI runs the same at a rate of our
-own choice."""
+L1 + 1e-6 KL summed over an image's latents, float32 weights, no clipping, no schedule. Changed,
+each in its favour or for equality: the network has our number of parameters and our latents; it
+computes in our precision; its perceptual term and the discriminator that starts in epoch 6 are
+left out, which costs it no time and no SSIM. A second MONAI runs the same at a rate of our own
+choice."""
 
 import tempfile
 from collections.abc import Callable
@@ -44,13 +44,13 @@ class Race(Job):
     "Time to SSIM."
 
     repeats: int = 1  # Races, each with another seed
-    # Folder of pictures; None: 48 phantom people, 6 slices each, seed 0
+    # Folder of images; None: 48 phantom subjects, 6 slices each, seed 0
     data: Path | None = None
     preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'  # Our training
-    ssim: float = 0.90  # The line, mean over held-out pictures
+    ssim: float = 0.90  # The line, mean over held-out images
     limit: float = 900.0  # Seconds of training after which a contestant is out
     lap: float = 20.0  # Seconds of training between two looks
-    held_out: int = 64  # Pictures of validate subjects to look at
+    held_out: int = 64  # Images of validation subjects to look at
     # Learning rates of MONAI: the recipe's, and ours to choose
     rates: tuple[float, ...] = (2.5e-5, 5e-4)
 
@@ -60,9 +60,9 @@ class Runner:
     "A contestant: how it takes a step, how it reconstructs, and how far it has come."
 
     step: Callable[[], int]  # Trains on one batch, gives its size
-    answer: Callable  # Pictures to reconstructions
+    answer: Callable  # Images to reconstructions
     net: nn.Module  # Its network
-    curve: list  # (seconds, pictures, ssim) at each look
+    curve: list  # (seconds, images, ssim) at each look
 
     def is_done(self, job):
         return bool(self.curve) and (
@@ -148,7 +148,7 @@ def race(dataset, job: Race, seed: int, device, precision) -> dict[str, Runner]:
                 continue
             run_lap(o, x, job, device, precision)
             print(
-                f'seed {seed}  {name:20} {o.curve[-1][0]:6.0f} s {o.curve[-1][1]:8,} pictures  SSIM'
+                f'seed {seed}  {name:20} {o.curve[-1][0]:6.0f} s {o.curve[-1][1]:8,} images  SSIM'
                 f' {o.curve[-1][2]:.3f}',
                 flush=True,
             )
@@ -184,7 +184,7 @@ def summarise(races: list[dict[str, Runner]], job: Race) -> pd.DataFrame:
 
 
 def open_data(job: Race, folder: str):
-    "The pictures to race on."
+    "The images to race on."
     config = PRESETS[job.preset][0].data
     if job.data:
         return open_dataset(job.data, config, progress=False)
@@ -226,7 +226,7 @@ def main(job: Race):
     where = dict(
         machine(job, device, precision),
         preset=job.preset,
-        data=job.data.name if job.data else 'phantom, 48 people, 6 slices, seed 0',
+        data=job.data.name if job.data else 'phantom, 48 subjects, 6 slices, seed 0',
         limit=job.limit,
     )
     return publish('time_to_ssim', summarise(races, job), job, where, draw, curves=curves)

@@ -106,7 +106,7 @@ def count(net: nn.Module):
 
 
 def machine(job, device, precision):
-    "What a reader must know in order to judge the numbers."
+    "What a reader must know in order to evaluate the numbers."
     return dict(
         date=datetime.date.today().isoformat(),
         machine=f'{cpu_name()}, {platform.system()} {platform.machine()}',
@@ -140,7 +140,7 @@ def publish(
     table: pd.DataFrame,  # One row a comparison
     job: Job,  # Where to write
     where: dict,  # As from `machine`
-    draw: Callable,  # Called as draw(table), gives the figure
+    draw: Callable,  # Called as sample(table), gives the figure
     **more,  # Anything else for the JSON file
 ) -> pd.DataFrame:  # The table
     "Print the table and write OUT/NAME.json and OUT/NAME.png."
@@ -158,8 +158,8 @@ def publish(
 
 
 def draw_ratios(title, label):
-    """A function that draws the column `ratio` with its quartiles, a bar a row, and the targets as
-    ticks."""
+    """A function that samples the column `ratio` with its quartiles, a bar a row, and the targets
+    as ticks."""
 
     def draw(table):
         rows = table.dropna(subset=['ratio'])

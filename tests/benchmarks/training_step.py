@@ -48,7 +48,7 @@ from brainldm.engineering.stage2 import LatentDataset, condition_dropout_mask, l
 from brainldm.advanced.prior import CodeTransformer, prior_loss
 
 TARGET = '<= 1.10'
-NEVER = 10**12  # pictures: no validation, no checkpoint, no end
+NEVER = 10**12  # images: no validation, no checkpoint, no end
 
 
 @dataclass
@@ -70,12 +70,12 @@ class Stage:
     make: Callable[[], nn.Module]  # Builds the network
     loss: Callable  # As `Learner` takes it
     dataset: torch.utils.data.Dataset  # Gives batches by index
-    # fixed(batch) -> error(net): the loss of a batch whose chance was drawn before
+    # fixed(batch) -> error(net): the loss of a batch whose chance was generated before
     fixed: Callable
 
 
 def manifest(n):
-    "Rows of an invented cohort: 32 slices a person."
+    "Rows of an invented cohort: 32 slices a subject."
     i = np.arange(n)
     return pd.DataFrame(
         dict(
@@ -258,7 +258,7 @@ def parts(stage: Stage, learner: Learner, batch: dict, batches) -> dict[str, Cal
     named = {
         'load a batch': lambda: next(batches),
         'seed of the step': chance,
-        'draw noise, and the error': lambda: stage.loss(silent, batch, gen, 0),
+        'sample noise, and the error': lambda: stage.loss(silent, batch, gen, 0),
         'average of the weights': lambda: learner.ema.update_parameters(learner.raw),
     }
     return (
@@ -340,7 +340,7 @@ def main(job: Steps):
         pd.DataFrame(rows),
         job,
         where,
-        draw_ratios('What training costs beside the bare step', 'share of the bare step'),
+        draw_ratios('What training costs beside the bare step', 'fraction of the bare step'),
         seconds=seconds,
     )
 

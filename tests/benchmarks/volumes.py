@@ -1,11 +1,11 @@
-"""Do the slices of a drawn brain belong together? Beside scans, and beside slices drawn alone or
-from shared noise.
+"""Do the slices of a generated brain belong together? Beside scans, and beside slices generated
+alone or from shared noise.
 
 python tests/benchmarks/volumes.py DATA RUN        # RUN: a folder with ldm.safetensors and
 volume.safetensors
 
-Every way is asked for the same people as the scans it stands beside, all slices of each. The
-network that reads slice positions is the run's own judge, trained if `brainldm evaluate` has
+Every way is asked for the same subjects as the scans it stands beside, all slices of each. The
+network that reads slice positions is the run's own evaluate, trained if `brainldm evaluate` has
 not done so."""
 
 import json
@@ -31,20 +31,20 @@ from brainldm.engineering.cli import data_config
 
 @dataclass
 class Volumes:
-    "Draw whole brains in every way and measure them beside scans."
+    "Generate whole brains in every way and measure them beside scans."
 
     data: tyro.conf.Positional[Path]  # The data that the run was trained on
     run: tyro.conf.Positional[Path]  # Run folder with both networks
     out: Path = Path("runs/benchmarks/volumes")  # table.json, and a figure of each way
-    brains: int = 8  # Unseen people whose brains are asked for
+    brains: int = 8  # Held-out subjects whose brains are asked for
     steps: int = 20  # Denoising steps a slice
     seed: int = 0  # Of the noise
-    # Of shared noise: 0 draws each slice alone, 1 shares one field
+    # Of shared noise: 0 samples each slice alone, 1 shares one field
     correlations: tuple[float, ...] = (0.0, 0.9, 1.0)
 
 
 def stacks(held_out, brains: int) -> tuple[torch.Tensor, pd.DataFrame]:
-    "Scans of so many people (n, s, h, w), evenly over the diagnoses, and a row for each."
+    "Scans of so many subjects (n, s, h, w), evenly over the diagnoses, and a row for each."
     people = held_out.manifest.drop_duplicates("subject")
     if "diagnosis" in people:
         people = people.assign(turn=people.groupby("diagnosis").cumcount()).sort_values(
@@ -73,7 +73,7 @@ def score(volumes: torch.Tensor, net, slices: np.ndarray) -> dict:
     read = predict_covariates(net, volumes.flatten(0, 1)[:, None])["slice"]
     who = np.arange(len(volumes)).astype(str)
     return {
-        "SSIM of neighbours": near["ssim"].mean().item(),
+        "SSIM of neighbors": near["ssim"].mean().item(),
         "interval": subject_interval(pd.Series(near["ssim"].numpy()), pd.Series(who)),
         "roughness": near["roughness"].mean().item(),
         f"SSIM {apart} apart": far,
