@@ -8,6 +8,7 @@ import functools
 import http.server
 import importlib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -102,6 +103,34 @@ def test_progress_bars_and_widgets_go_from_outputs():
     }
     lines = [dict(output_type="stream", name="stdout", text=f"{i}\n") for i in range(3)]
     assert [o["text"] for o in docs.streams_joined(lines)] == ["0\n1\n2\n"]
+
+
+def test_parts_follow_the_folders():
+    "Core, advanced, engineering: each notebook once, in the order of its number."
+    every = [p for p in (ROOT / "nbs").rglob("*.ipynb") if p.name[0] not in "._"]
+    assert sorted(docs.notebooks()) == sorted(
+        p for p in every if ".ipynb_checkpoints" not in p.parts
+    )
+    numbers = [[p.stem[:2] for p in docs.notebooks(t)] for t in docs.TRACKS]
+    assert all(n == sorted(set(n)) for n in numbers)
+    assert max(numbers[0]) < "10" <= min(numbers[1]) and max(numbers[1]) < "20" <= min(numbers[2])
+
+
+TEXTS = [*docs.notebooks(), *(ROOT / p for p in docs.PAGES), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_between_lessons_and_pages_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    text = re.sub(r"```.*?```|`[^`\n]*`|\$[^$\n]*\$", "", text, flags=re.S)
+    links = [o.split("#")[0] for o in re.findall(r"\]\(([^()\s]+)\)", text)]
+    lost = [o for o in links if o and ":" not in o and not (path.parent / unquote(o)).exists()]
+    assert not lost
+    labels = re.findall(r"\[(\d\d)\]\((?:[./\w]*/)?(\d\d)_\w+\.ipynb\)", text)
+    assert all(number == stem for number, stem in labels)  # [34](engineering/34_codec.ipynb)
 
 
 # API pages
