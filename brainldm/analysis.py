@@ -26,11 +26,11 @@ def bootstrap(
     score,  # Called as score(predicted, target)
     predicted: np.ndarray,  # Predictions (n,)
     target: np.ndarray,  # Truth (n,)
-    groups: np.ndarray,  # Number of the person of each row (n,), 0 and up
-    rng: np.random.Generator,  # Source of chance
+    groups: np.ndarray,  # Number of the subject of each row (n,), 0 and up
+    rng: np.random.Generator,  # Random number generator
     num_resamples: int = 500,  # Resamples
 ) -> tuple[float, float]:  # 95 % interval
-    """How far a score moves with other people.
+    """How far a score moves with other subjects.
 
     Parameters
     ----------
@@ -41,9 +41,9 @@ def bootstrap(
     target : np.ndarray
         Truth (n,).
     groups : np.ndarray
-        Number of the person of each row (n,), 0 and up.
+        Number of the subject of each row (n,), 0 and up.
     rng : np.random.Generator
-        Source of chance.
+        Random number generator.
     num_resamples : int, default 500
         Resamples.
 
@@ -62,13 +62,14 @@ def bootstrap(
         for _ in range(num_resamples)
     )
     scores = [score(predicted[i], target[i]) for i in picks]
-    return tuple(np.nanquantile(scores, [0.025, 0.975]).tolist())  # NaN: a draw of one class alone
+    # NaN: a resample of one class alone
+    return tuple(np.nanquantile(scores, [0.025, 0.975]).tolist())
 
 # %% ../nbs/08_analysis.ipynb #1142e755
 def auc(
     predicted: np.ndarray,  # Scores (n,)
     target: np.ndarray,  # 0 or 1 (n,)
-) -> float:  # Chance that a 1 scores above a 0; NaN without both
+) -> float:  # Probability that a 1 scores above a 0; NaN without both
     """Area under the ROC curve by ranks.
 
     Parameters
@@ -81,7 +82,7 @@ def auc(
     Returns
     -------
     float
-        Chance that a 1 scores above a 0; NaN without both.
+        Probability that a 1 scores above a 0; NaN without both.
 
     References
     ----------
@@ -99,7 +100,7 @@ def auc(
 def r2(
     predicted: np.ndarray,  # Predictions (n,)
     target: np.ndarray,  # Numbers (n,)
-) -> float:  # Share of variance explained: 1 perfect, 0 no better than the mean
+) -> float:  # Fraction of variance explained: 1 perfect, 0 no better than the mean
     """Coefficient of determination.
 
     Parameters
@@ -112,13 +113,13 @@ def r2(
     Returns
     -------
     float
-        Share of variance explained: 1 perfect, 0 no better than the mean.
+        Fraction of variance explained: 1 perfect, 0 no better than the mean.
     """
     return float(1 - ((predicted - target) ** 2).sum() / ((target - target.mean()) ** 2).sum())
 
 # %% ../nbs/08_analysis.ipynb #5979d364
 def check_vectors(
-    caller: str,  # Function that asks, for the message
+    caller: str,  # Function that calls, for the message
     vectors,  # What arrived: array or tensor
 ) -> np.ndarray:  # The same as (n, d) float64
     """Refuse what is no table of finite numbers.
@@ -126,7 +127,7 @@ def check_vectors(
     Parameters
     ----------
     caller : str
-        Function that asks, for the message.
+        Function that calls, for the message.
     vectors
         What arrived: array or tensor.
 
@@ -162,7 +163,7 @@ def embed(
     vectors,  # A row a slice (n, d)
     method: str = 'umap',  # 'umap', 'tsne' or 'pca'
     seed: int = 0,  # Another seed, another map
-    # Neighbours that each point is kept together with; t-SNE's perplexity
+    # Neighbors that each point is kept together with; t-SNE's perplexity
     n_neighbors: int = 15,
 ) -> np.ndarray:  # Points of the map (n, 2)
     """Put rows on a map.
@@ -176,7 +177,7 @@ def embed(
     seed : int, default 0
         Another seed, another map.
     n_neighbors : int, default 15
-        Neighbours that each point is kept together with; t-SNE's perplexity.
+        Neighbors that each point is kept together with; t-SNE's perplexity.
 
     Returns
     -------
@@ -186,9 +187,7 @@ def embed(
     Raises
     ------
     ValueError
-        For another method, one column, or as many neighbours as rows.
-    ImportError
-        For umap where umap-learn is not installed.
+        For another method, one column, or as many neighbors as rows.
 
     References
     ----------
@@ -199,7 +198,7 @@ def embed(
     if v.shape[1] < 2:
         raise ValueError(
             f"embed: vectors of shape {v.shape}. Expected two columns or more. "
-            "Draw a histogram of one."
+            "Plot a histogram of one."
         )
     if not 2 <= n_neighbors < len(v):
         raise ValueError(
@@ -211,28 +210,27 @@ def embed(
         return v[:, :2]
     if method == 'tsne':
         return TSNE(perplexity=n_neighbors, random_state=seed).fit_transform(v)
-    check_installed('embed', 'umap')
     from umap import UMAP  # seconds: it compiles itself
 
     return UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1).fit_transform(v)
 
 # %% ../nbs/08_analysis.ipynb #2da83a34
 def plot_points(
-    ax: plt.Axes,  # Where to draw
+    ax: plt.Axes,  # Where to plot
     points: np.ndarray,  # Points (n, 2)
-    values: pd.Series,  # What to colour by (n,); missing is grey
+    values: pd.Series,  # What to color by (n,); missing is gray
     name: str,  # Title of the panel
 ) -> None:
-    """One panel of a map: a colour scale for numbers, a legend for up to ten categories.
+    """One panel of a map: a color scale for numbers, a legend for up to ten categories.
 
     Parameters
     ----------
     ax : plt.Axes
-        Where to draw.
+        Where to plot.
     points : np.ndarray
         Points (n, 2).
     values : pd.Series
-        What to colour by (n,); missing is grey.
+        What to color by (n,); missing is gray.
     name : str
         Title of the panel.
     """
@@ -258,11 +256,11 @@ def plot_points(
 def plot_embedding(
     points: np.ndarray,  # Points of a map (n, 2), from `embed`
     table: pd.DataFrame,  # What is known of each point, such as a manifest (n rows)
-    # Columns to colour by, a panel each
+    # Columns to color by, a panel each
     names: tuple[str, ...] = ('slice', 'diagnosis', 'age', 'subject'),
-    title: str = '',  # The sentence a reader should check against the picture
+    title: str = '',  # The sentence a reader should check against the image
 ) -> plt.Figure:  # One panel a column
-    """Draw one map several times, each time coloured by something else.
+    """Plot one map several times, each time colored by something else.
 
     Parameters
     ----------
@@ -271,9 +269,9 @@ def plot_embedding(
     table : pd.DataFrame
         What is known of each point, such as a manifest (n rows).
     names : tuple[str, ...], default ('slice', 'diagnosis', 'age', 'subject')
-        Columns to colour by, a panel each.
+        Columns to color by, a panel each.
     title : str, default ''
-        The sentence a reader should check against the picture.
+        The sentence a reader should check against the image.
 
     Returns
     -------
@@ -311,10 +309,10 @@ def plot_embedding(
 # %% ../nbs/08_analysis.ipynb #8fb94e43
 def bottleneck_features(
     unet: UNet,  # Trained denoiser
-    latents: Tensor,  # Standardised latents (n, c, h, w)
+    latents: Tensor,  # Standardized latents (n, c, h, w)
     schedule: NoiseSchedule,  # The chain that it was trained on
     t: int,  # Timestep, whose noise is added
-    cond: dict[str, Tensor] | None = None,  # What the network is told, each (n,); None: nothing
+    cond: dict[str, Tensor] | None = None,  # Conditions, each (n,); None: nothing
     seed: int = 0,  # Of the noise; the same in every call
     precision: str = 'no',  # Mixed precision to compute in
     batch_size: int = 64,  # Latents at a time
@@ -326,13 +324,13 @@ def bottleneck_features(
     unet : UNet
         Trained denoiser.
     latents : Tensor
-        Standardised latents (n, c, h, w).
+        Standardized latents (n, c, h, w).
     schedule : NoiseSchedule
         The chain that it was trained on.
     t : int
         Timestep, whose noise is added.
     cond : dict[str, Tensor] | None, default None
-        What the network is told, each (n,); None: nothing.
+        Conditions, each (n,); None: nothing.
     seed : int, default 0
         Of the noise; the same in every call.
     precision : str, default 'no'

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from brainldm.data import DataConfig
+from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, PriorConfig, VolumeConfig
 from brainldm.engineering.runs import (
     RENAMED,
     Checkpoint,
@@ -21,12 +21,9 @@ from brainldm.engineering.runs import (
     weights_hash,
 )
 from brainldm.engineering.sharing import audit_verdicts, generator_hash, pretrained_run
-from brainldm.training import AEConfig
-from brainldm.engineering.stage2 import LDMConfig
 from brainldm.engineering.codec import Codec
 from brainldm.sampling import BrainLDM
-from brainldm.advanced.volume import VolumeConfig
-from brainldm.advanced.prior import CodeSampler, PriorConfig
+from brainldm.advanced.prior import CodeSampler
 
 HERE = Path(__file__).parent / 'runs_of_0_1'
 RUNS = ['phantom-128', 'phantom-128-codes']

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # %% ../../nbs/engineering/20_checks.ipynb #71f9ace5
 def check_choice(
-    caller: str,  # Function that asks, for the message
+    caller: str,  # Function that calls, for the message
     name: str,  # Argument it was given
     value: str,  # What arrived
     known: tuple,  # What is accepted
@@ -21,7 +21,7 @@ def check_choice(
     Parameters
     ----------
     caller : str
-        Function that asks, for the message.
+        Function that calls, for the message.
     name : str
         Argument it was given.
     value : str
@@ -40,7 +40,7 @@ def check_choice(
 
 # %% ../../nbs/engineering/20_checks.ipynb #de72e4e5
 def check_divides(
-    caller: str,  # Name of the function or class that asks, for the message
+    caller: str,  # Name of the function or class that calls, for the message
     divisor: int,  # What every value must be a multiple of
     **values: int,  # The values to check, by argument name
 ) -> None:  # Nothing: it raises ValueError or returns
@@ -49,7 +49,7 @@ def check_divides(
     Parameters
     ----------
     caller : str
-        Name of the function or class that asks, for the message.
+        Name of the function or class that calls, for the message.
     divisor : int
         What every value must be a multiple of.
     **values : int

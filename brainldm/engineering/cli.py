@@ -38,6 +38,49 @@ from brainldm.engineering.configs import (
     TrainConfig,
     VolumeConfig,
 )
+from .files import as_faults
+from .plotting import save_figure, show_grid
+from brainldm.engineering.batches import (
+    covariate_notes,
+    describe_manifest,
+    find_covariates,
+    read_conditions,
+    read_value,
+)
+from .loop import process_state
+from .runs import read_config, read_metrics
+from .sharing import audit_verdicts, pack_run, push_run
+from ..training import size_multiple, train_autoencoder
+from .stage2 import note_changes, refuse_leak, train_ldm
+from .codec import make_folder, save_gif, save_images
+from ..sampling import BrainLDM
+from brainldm.advanced.volume import (
+    BrainVolumes,
+    check_spacing,
+    resolve_spacing,
+    sample_shared_noise,
+    save_volumes,
+    train_volume,
+)
+from .explore import explore
+from ..advanced.prior import CodeSampler, train_prior
+from brainldm.advanced.evaluation import (
+    json_safe,
+    merge_metrics,
+    reconstruction_scores,
+    show_number,
+)
+from ..advanced.audit import audit_summary
+from brainldm.engineering.report import (
+    check_targets,
+    evaluate,
+    evaluate_images,
+    image_side,
+    prior_scores,
+    report,
+    sample_by_condition,
+    trust_rows,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,17 +115,17 @@ class Phantom:
 
 # %% ../../nbs/engineering/39_cli.ipynb #0d6bca3a
 def training_faults(
-    found: 'Findings',  # What a look at the data found
+    found: Findings,  # What an inspection of the data found
     config: DataConfig,  # How the images are cut and split
     auto: AEConfig,  # The autoencoder that is going to be trained, and what it says of the UNet
 ) -> list[tuple[str, str]]:  # Setting and sentence of each reason why training would refuse
-    """Ask for what every stage of a training needs: a size that divides, subjects to train and to
+    """Check what every stage of a training needs: a size that divides, subjects to train and to
     validate on.
 
     Parameters
     ----------
     found : Findings
-        What a look at the data found.
+        What an inspection of the data found.
     config : DataConfig
         How the images are cut and split.
     auto : AEConfig
@@ -93,8 +136,6 @@ def training_faults(
     list[tuple[str, str]]
         Setting and sentence of each reason why training would refuse.
     """
-    from brainldm.training import size_multiple
-
     out, multiple = [], size_multiple(auto)
     if config.size % multiple:
         out.append(
@@ -133,16 +174,16 @@ def training_faults(
 
 # %% ../../nbs/engineering/39_cli.ipynb #e9c5dd94
 def add_training_findings(
-    found: 'Findings',  # What a look at the data found
+    found: Findings,  # What an inspection of the data found
     config: DataConfig,  # How the images are cut and split, and which columns are learned
     auto: AEConfig,  # The autoencoder that is going to be trained
-) -> 'Findings':  # The same with the covariates, and with the faults and notes of a training
+) -> Findings:  # The same with the covariates, and with the faults and notes of a training
     """Say before training what it would refuse, or could not learn.
 
     Parameters
     ----------
     found : Findings
-        What a look at the data found.
+        What an inspection of the data found.
     config : DataConfig
         How the images are cut and split, and which columns are learned.
     auto : AEConfig
@@ -153,10 +194,6 @@ def add_training_findings(
     Findings
         The same with the covariates, and with the faults and notes of a training.
     """
-    import pandas as pd
-    from brainldm.engineering.files import as_faults
-    from brainldm.engineering.batches import covariate_notes, describe_manifest, find_covariates
-
     if not len(found.manifest):
         return found
     # mend files first
@@ -226,7 +263,7 @@ class TrainAutoencoder:
     Attributes
     ----------
     data : tyro.conf.Positional[Path]
-        Folder of pictures or volumes, or a CSV manifest.
+        Folder of images or volumes, or a CSV manifest.
     run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
         Run folder to make.
     preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
@@ -235,7 +272,7 @@ class TrainAutoencoder:
         Go on where an earlier call stopped.
     """
 
-    data: tyro.conf.Positional[Path]  # Folder of pictures or volumes, or a CSV manifest
+    data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
     config: Annotated[AEConfig, FLAGS]
     # Run folder to make
     run_folder: Annotated[Path, tyro.conf.arg(name='run')] = Path('runs/brain')
@@ -243,9 +280,6 @@ class TrainAutoencoder:
     resume: bool = False  # Go on where an earlier call stopped
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.batches import open_dataset
-        from brainldm.training import train_autoencoder
-
         train_autoencoder(
             open_dataset(self.data, self.config.data), self.run_folder, self.config, self.resume
         )
@@ -259,8 +293,8 @@ class TrainAutoencoder:
 # %% ../../nbs/engineering/39_cli.ipynb #732f20ad
 def data_config(
     run: Path,  # Run folder
-    subjects: Path | None = None,  # Table of subjects, in place of the one of the run
-) -> DataConfig:  # How the run's pictures were found, cut and split
+    subjects: Path | None = None,  # Table of subjects, instead of the one of the run
+) -> DataConfig:  # How the run's images were found, cut and split
     """Read the data settings of a run, so that later steps see the data as training did.
 
     Parameters
@@ -268,15 +302,13 @@ def data_config(
     run : Path
         Run folder.
     subjects : Path | None, default None
-        Table of subjects, in place of the one of the run.
+        Table of subjects, instead of the one of the run.
 
     Returns
     -------
     DataConfig
-        How the run's pictures were found, cut and split.
+        How the run's images were found, cut and split.
     """
-    from brainldm.engineering.runs import read_config
-
     settings = read_config(run)
     try:
         known = settings['autoencoder']['config']['data']
@@ -338,7 +370,7 @@ class Stage2:
 # %% ../../nbs/engineering/39_cli.ipynb #e0cd4a04
 @dataclass
 class TrainLDM(Stage2):
-    """Stage 2: learn to draw latents, given diagnosis, slice and other covariates.
+    """Stage 2: learn to sample latents, given diagnosis, slice and other covariates.
 
     Needs the autoencoder of the same run folder.
 
@@ -359,8 +391,6 @@ class TrainLDM(Stage2):
     config: Annotated[LDMConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.stage2 import train_ldm
-
         train_ldm(self.open(), self.run_folder, self.config, self.resume)
         print(
             f'{self.run_folder/"ldm.safetensors"}\nNext: brainldm sample {self.run_folder},'
@@ -371,7 +401,7 @@ class TrainLDM(Stage2):
 # %% ../../nbs/engineering/39_cli.ipynb #2ee0fca1
 @dataclass
 class TrainPrior(Stage2):
-    """The other stage 2: a transformer that writes the codes of a VQ-VAE.
+    """The other stage 2: a transformer that samples the codes of a VQ-VAE.
 
     Needs an autoencoder of --kind vq or fsq.
 
@@ -392,8 +422,6 @@ class TrainPrior(Stage2):
     config: Annotated[PriorConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
-        from brainldm.advanced.prior import train_prior
-
         train_prior(self.open(), self.run_folder, self.config, self.resume)
         print(
             f'{self.run_folder/"prior.safetensors"}\nNext: brainldm bits {self.run_folder}'
@@ -404,7 +432,7 @@ class TrainPrior(Stage2):
 # %% ../../nbs/engineering/39_cli.ipynb #77a783ea
 @dataclass
 class TrainVolume(Stage2):
-    """After ldm: teach each slice to follow its neighbours, for whole brains.
+    """After ldm: train each slice to follow its neighbors, for whole brains.
 
     Needs the diffusion model of the same run folder.
 
@@ -425,8 +453,6 @@ class TrainVolume(Stage2):
     config: Annotated[VolumeConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
-        from brainldm.advanced.volume import train_volume
-
         train_volume(self.open(), self.run_folder, self.config, self.resume)
         print(f'{self.run_folder/"volume.safetensors"}\nNext: brainldm volume {self.run_folder}')
         return 0
@@ -448,7 +474,7 @@ def describe_scores(
     scores: dict,  # As from `reconstruction_scores`
     split: str,  # Whose they are
 ) -> str:  # A few lines to read
-    """Scores beside their floor, for a terminal.
+    """Scores beside their baseline, for a terminal.
 
     Parameters
     ----------
@@ -462,12 +488,10 @@ def describe_scores(
     str
         A few lines to read.
     """
-    from brainldm.advanced.evaluation import show_number
-
     low, n = scores['baseline_mean_slice'], scores['n_subjects_in_training']
     lines = [
         f"{split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices",
-        f"{'':12}{'run':>8}  {'mean-slice floor':>16}",
+        f"{'':12}{'run':>8}  {'mean-slice baseline':>16}",
     ]
     names = ('ssim', 'ssim_brain', 'psnr', 'sharpness')
     lines += [f'{k:12}{show_number(scores[k]):>8}  {show_number(low[k]):>16}' for k in names]
@@ -488,7 +512,7 @@ def describe_scores(
 # %% ../../nbs/engineering/39_cli.ipynb #2e5bdb42
 @dataclass
 class Reconstruct:
-    """Score reconstructions of one split beside the floor of predicting the mean slice.
+    """Score reconstructions of one split beside the baseline of predicting the mean slice.
 
     Also written to RUN/metrics.json.
 
@@ -497,7 +521,7 @@ class Reconstruct:
     run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
         Run folder.
     data : tyro.conf.Positional[Path]
-        Folder of pictures or volumes, or a CSV manifest.
+        Folder of images or volumes, or a CSV manifest.
     split : Literal['train', 'validate', 'test'], default 'test'
         Which subjects.
     subjects : Path | None, default None
@@ -507,17 +531,13 @@ class Reconstruct:
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
-    data: tyro.conf.Positional[Path]  # Folder of pictures or volumes, or a CSV manifest
+    data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
     split: Literal['train', 'validate', 'test'] = 'test'  # Which subjects
     subjects: Path | None = None  # Table with one row a subject; None: the one of the run
     # Print one JSON object and nothing else
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.batches import open_dataset
-        from brainldm.sampling import BrainLDM
-        from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores
-
         model, settings = BrainLDM.load(self.run_folder), data_config(
             self.run_folder, self.subjects
         )
@@ -530,7 +550,7 @@ class Reconstruct:
 # %% ../../nbs/engineering/39_cli.ipynb #35cdaa88
 @dataclass
 class Bits:
-    """What the codes of a split cost the prior, in bits, beside uniform codes and histograms.
+    """Bits per code of a split under the prior, beside uniform codes and histograms.
 
     Also written to RUN/metrics.json.
 
@@ -541,7 +561,7 @@ class Bits:
     data : tyro.conf.Positional[Path]
         The data that it was trained on.
     split : Literal['train', 'validate', 'test'], default 'test'
-        Whose slices; the validate subjects have chosen the weights.
+        Whose slices; the validation subjects have chosen the weights.
     subjects : Path | None, default None
         Table with one row a subject; None: the one of the run.
     as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
@@ -551,20 +571,13 @@ class Bits:
     # Run folder with a trained prior
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
     data: tyro.conf.Positional[Path]  # The data that it was trained on
-    # Whose slices; the validate subjects have chosen the weights
+    # Whose slices; the validation subjects have chosen the weights
     split: Literal['train', 'validate', 'test'] = 'test'
     subjects: Path | None = None  # Table with one row a subject; None: the one of the run
     # Print one JSON object and nothing else
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.batches import open_dataset
-        from brainldm.engineering.runs import read_config
-        from brainldm.engineering.stage2 import note_changes, refuse_leak
-        from brainldm.advanced.prior import CodeSampler
-        from brainldm.advanced.evaluation import merge_metrics, show_number
-        from brainldm.engineering.report import prior_scores
-
         dataset = open_dataset(
             self.data, data_config(self.run_folder, self.subjects), progress=not self.as_json
         )
@@ -585,7 +598,7 @@ class Bits:
 def describe_covariates(
     covariates: tuple,  # Covariates of a model
 ) -> str:  # One phrase each
-    """What can be asked for, in words.
+    """The covariates that can be requested, in words.
 
     Parameters
     ----------
@@ -637,46 +650,46 @@ def read_pairs(
 
 # %% ../../nbs/engineering/39_cli.ipynb #3d58572c
 def read_condition_flags(
-    own: dict,  # Covariates that have a flag of their own, None where it was not given
+    given: dict,  # Covariates that have a flag of their own, None where it was not given
     pairs: tuple[str, ...],  # Other covariates, each as name=value
-    covariates: tuple,  # What the model knows
+    covariates: tuple,  # Covariates of the model
     flag: str = '--condition',  # Where the pairs come from, for the message
-) -> dict:  # What is asked for, by name: levels as text, numbers as float
+) -> dict:  # Requested conditions, by name: levels as text, numbers as float
     """Join flags and conditions.
 
     Parameters
     ----------
-    own : dict
+    given : dict
         Covariates that have a flag of their own, None where it was not given.
     pairs : tuple[str, ...]
         Other covariates, each as name=value.
     covariates : tuple
-        What the model knows.
+        Covariates of the model.
     flag : str, default '--condition'
         Where the pairs come from, for the message.
 
     Returns
     -------
     dict
-        What is asked for, by name: levels as text, numbers as float.
+        Requested conditions, by name: levels as text, numbers as float.
 
     Raises
     ------
     ValueError
         For a name that has a flag, and as `read_conditions` does.
     """
-    from brainldm.engineering.batches import read_conditions
-
-    requested, known = {k: v for k, v in own.items() if v is not None}, [c.name for c in covariates]
+    requested, known = {k: v for k, v in given.items() if v is not None}, [
+        c.name for c in covariates
+    ]
     for name, value in read_pairs(pairs).items():
-        if name in own:
+        if name in given:
             raise ValueError(
                 f"brainldm: {flag} {name}={value}. Expected a flag. Try --{name} {value}."
             )
         if name not in known:
             raise ValueError(
                 f"brainldm: {flag} {name}={value}. Expected one of {', '.join(known) or 'nothing'},"
-                " what the run knows. Check the spelling, or leave it out."
+                " a covariate of the run. Check the spelling, or leave it out."
             )
         requested[name] = value
     return read_conditions({k: str(v) for k, v in requested.items()}, covariates)
@@ -687,7 +700,7 @@ def next_folder(
 ) -> Path:  # STEM_000, or the first number not taken; new and empty
     """Make the next folder of a row.
 
-    Two commands that ask at once get two: the system makes a folder for one of them.
+    Two commands at once get two: the system makes a folder for one of them.
 
     Parameters
     ----------
@@ -699,8 +712,6 @@ def next_folder(
     Path
         STEM_000, or the first number not taken; new and empty.
     """
-    from brainldm.engineering.codec import make_folder
-
     for i in range(1_000_000):
         try:
             return make_folder(stem.with_name(f'{stem.name}_{i:03d}'))
@@ -713,17 +724,17 @@ def next_folder(
 
 # %% ../../nbs/engineering/39_cli.ipynb #7c3da53b
 def output_folder(
-    out: Path | None,  # Folder that was asked for
+    out: Path | None,  # Requested folder
     stem: Path,  # What a name of our own begins with
 ) -> Path:  # Where the result goes
-    """The folder that was asked for, or a new one of a row: called when there is something to save.
+    """The requested folder, or a new one of a row: called when there is something to save.
 
     So a command that is refused or stopped leaves no empty folder behind.
 
     Parameters
     ----------
     out : Path | None
-        Folder that was asked for.
+        Requested folder.
     stem : Path
         What a name of our own begins with.
 
@@ -741,20 +752,20 @@ def output_folder(
 # %% ../../nbs/engineering/39_cli.ipynb #03e10b78
 @dataclass(kw_only=True)
 class SamplingFlags:
-    """Who draws, and how.
+    """Which generator samples, and its settings.
 
     Attributes
     ----------
     generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
-        Diffusion model; transformer over codes; random latents, a floor; auto: what the run has.
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
     guidance_scale : float, default 1.0
         (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
     scale : tuple[str, ...], default ()
-        (ldm) In its place, a scale for single covariates, each as name=number.
+        (ldm) Instead, a scale for single covariates, each as name=number.
     guidance_interval : tuple[float, float], default (0.0, 1.0)
-        (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
-        (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1.
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
     steps : int, default 30
         (ldm) Denoising steps.
     sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
@@ -764,20 +775,20 @@ class SamplingFlags:
     top_k : int | None, default None
         (prior) Choose among so many codes only.
     top_p : float, default 1.0
-        (prior) Choose among the codes that hold this share of the probability.
+        (prior) Choose among the codes that hold this fraction of the probability.
     seed : int, default 0
-        Same seed, same machine: same pictures.
+        Same seed, same machine: same images.
     """
 
-    # Diffusion model; transformer over codes; random latents, a floor; auto: what the run has
+    # Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has
     generator: Literal['auto', 'ldm', 'prior', 'stage1'] = 'auto'
     # (ldm, prior) 1 follows the data, above 1 exaggerates the conditions
     guidance_scale: float = 1.0
-    # (ldm) In its place, a scale for single covariates, each as name=number
+    # (ldm) Instead, a scale for single covariates, each as name=number
     scale: tuple[str, ...] = ()
-    # (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise
+    # (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    # (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1
+    # (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1
     guidance_rescale: float = 0.0
     steps: int = 30  # (ldm) Denoising steps
     # (ldm) ddim, dpmpp: few steps; ddpm: ancestral
@@ -785,14 +796,15 @@ class SamplingFlags:
     # (prior) Below 1: bolder about probable codes; above 1: more random
     temperature: float = 1.0
     top_k: int | None = None  # (prior) Choose among so many codes only
-    top_p: float = 1.0  # (prior) Choose among the codes that hold this share of the probability
-    seed: int = 0  # Same seed, same machine: same pictures
+    # (prior) Choose among the codes that hold this fraction of the probability
+    top_p: float = 1.0
+    seed: int = 0  # Same seed, same machine: same images
 
 # %% ../../nbs/engineering/39_cli.ipynb #3e50b51b
 def pick_generator(
     run: Path,  # Run folder
     requested: str,  # 'ldm', 'prior', 'stage1', or 'auto' to leave it to the run
-) -> str:  # What shall draw
+) -> str:  # Generator to use
     """The diffusion model, or the prior of a run that has nothing else.
 
     Parameters
@@ -805,7 +817,7 @@ def pick_generator(
     Returns
     -------
     str
-        What shall draw.
+        Generator to use.
     """
     if requested != 'auto':
         return requested
@@ -855,7 +867,7 @@ def read_scales(
 def generator_options(
     command,  # A `SamplingFlags`
 ) -> dict:  # The knobs of its generator, by name
-    """Take what the generator listens to.
+    """Take the options of the generator.
 
     Parameters
     ----------
@@ -870,7 +882,7 @@ def generator_options(
     Raises
     ------
     ValueError
-        For a knob that was turned in vain.
+        For an option without effect.
     """
     default = {f.name: f.default for f in dataclasses.fields(command)}
     vain = [
@@ -895,16 +907,16 @@ def generator_options(
 
 # %% ../../nbs/engineering/39_cli.ipynb #e1cca9c3
 def sample_across_processes(
-    # Called as draw(n, first): images, or brains, first, first+1, …
-    sample: 'Callable[[int, int], Tensor]',
+    # Called as sample(n, first): images, or brains, first, first+1, …
+    sample: Callable[[int, int], Tensor],
     n: int,  # How many in all
-) -> 'Tensor | None':  # All of them (n, ...) in the first process, None in the others
-    """Share a drawing among the processes of `accelerate launch`; a single process draws it all.
+) -> Tensor | None:  # All of them (n, ...) in the first process, None in the others
+    """Split sampling among the processes of `accelerate launch`; a single process samples all images.
 
     Parameters
     ----------
     sample : Callable[[int, int], Tensor]
-        Called as draw(n, first): images, or brains, first, first+1, …
+        Called as sample(n, first): images, or brains, first, first+1, …
     n : int
         How many in all.
 
@@ -913,36 +925,32 @@ def sample_across_processes(
     Tensor | None
         All of them (n, ...) in the first process, None in the others.
     """
-    import torch
-    from accelerate.utils import gather_object
-    from brainldm.engineering.loop import process_state
-
     state = process_state()
     # the first has the first image
     start, stop = (-(-n * (state.process_index + k) // state.num_processes) for k in (0, 1))
-    # draw refuses less than 1
+    # sample refuses less than 1
     parts = gather_object([sample(stop - start, start)] if stop > start or n < 1 else [])
     return torch.cat(parts) if state.is_main_process else None
 
 # %% ../../nbs/engineering/39_cli.ipynb #1a429a01
 @dataclass
 class Sample(SamplingFlags):
-    """Draw new slices.
+    """Generate new slices.
 
     Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film.
 
     Attributes
     ----------
     generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
-        Diffusion model; transformer over codes; random latents, a floor; auto: what the run has.
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
     guidance_scale : float, default 1.0
         (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
     scale : tuple[str, ...], default ()
-        (ldm) In its place, a scale for single covariates, each as name=number.
+        (ldm) Instead, a scale for single covariates, each as name=number.
     guidance_interval : tuple[float, float], default (0.0, 1.0)
-        (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
-        (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1.
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
     steps : int, default 30
         (ldm) Denoising steps.
     sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
@@ -952,13 +960,13 @@ class Sample(SamplingFlags):
     top_k : int | None, default None
         (prior) Choose among so many codes only.
     top_p : float, default 1.0
-        (prior) Choose among the codes that hold this share of the probability.
+        (prior) Choose among the codes that hold this fraction of the probability.
     seed : int, default 0
-        Same seed, same machine: same pictures.
+        Same seed, same machine: same images.
     run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
         Run folder.
     n : int, default 8
-        Pictures.
+        Images.
     diagnosis : str | None, default None
         AD or NC, or whatever the data calls it; leave out: open.
     slice : float | None, default None
@@ -970,28 +978,19 @@ class Sample(SamplingFlags):
     condition : tuple[str, ...], default ()
         Other covariates, each as name=value.
     out : Path | None, default None
-        New folder; None: RUN/samples/drawn_000 and so on.
+        New folder; None: RUN/samples/generated_000 and so on.
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
-    n: int = 8  # Pictures
+    n: int = 8  # Images
     diagnosis: str | None = None  # AD or NC, or whatever the data calls it; leave out: open
     slice: float | None = None  # Slice number as in the training data
     age: float | None = None  # Years
     sex: str | None = None  # As written in the training data
     condition: tuple[str, ...] = ()  # Other covariates, each as name=value
-    out: Path | None = None  # New folder; None: RUN/samples/drawn_000 and so on
+    out: Path | None = None  # New folder; None: RUN/samples/generated_000 and so on
 
     def run(self) -> int:  # Exit status
-        import numpy as np
-        from brainldm.engineering.loop import process_state
-        from brainldm.engineering.runs import read_metrics
-        from brainldm.engineering.sharing import audit_verdicts
-        from brainldm.engineering.codec import save_gif, save_images
-        from brainldm.sampling import BrainLDM
-        from brainldm.advanced.prior import CodeSampler
-        from brainldm.advanced.audit import audit_summary
-
         self.generator = pick_generator(self.run_folder, self.generator)
         options, frames = generator_options(self), []
         if self.out:
@@ -1040,7 +1039,7 @@ class Sample(SamplingFlags):
         if frames:
             save_gif([*frames, images[: len(frames[0])]], folder / 'denoising.gif')
         print(
-            f'{self.n} synthetic pictures in {folder}',
+            f'{self.n} synthetic images in {folder}',
             f'Known covariates: {describe_covariates(model.covariates) or "none"}',
             audit_summary(self.run_folder, self.generator),
             sep='\n',
@@ -1049,8 +1048,8 @@ class Sample(SamplingFlags):
 
 # %% ../../nbs/engineering/39_cli.ipynb #325f6257
 def conditions_of_rows(
-    rows: 'pd.DataFrame',  # Rows of a manifest
-    covariates: tuple,  # What a model knows
+    rows: pd.DataFrame,  # Rows of a manifest
+    covariates: tuple,  # Covariates of a model
     # A list of values by name; None where there is none, or one that the model has never seen
 ) -> dict:
     """What the data says of some subjects, as far as a model can understand it; what it cannot is said
@@ -1061,15 +1060,13 @@ def conditions_of_rows(
     rows : pd.DataFrame
         Rows of a manifest.
     covariates : tuple
-        What a model knows.
+        Covariates of a model.
 
     Returns
     -------
     dict
         A list of values by name; None where there is none, or one that the model has never seen.
     """
-    from brainldm.engineering.batches import read_value
-
     out = {}
     for c in covariates:
         values = (
@@ -1090,14 +1087,14 @@ def conditions_of_rows(
         if lost:
             print(
                 f'Note: {c.name} of {len(lost)} row(s), such as {lost[0]}, lies outside {span}, '
-                'which this run knows: left open there.'
+                'which this run has: left open there.'
             )
     return out
 
 # %% ../../nbs/engineering/39_cli.ipynb #d65c9a9a
 @dataclass
 class Edit:
-    """Show scans under changed conditions: the same heads with another diagnosis, age or sex.
+    """Show scans under changed conditions: the same subjects with another diagnosis, age or sex.
 
     The result is as private as the scans.
 
@@ -1114,9 +1111,9 @@ class Edit:
     n : int, default 8
         Scans, spread over the split.
     strength : float, default 1.0
-        Share of the walk to undo: below 1 the coarse shape is kept.
+        Fraction of the trajectory to undo: below 1 the coarse shape is kept.
     steps : int, default 50
-        Steps of the whole walk, each way.
+        Steps of the whole trajectory, each way.
     refine : int, default 1
         Corrections of each step on the way to the noise.
     guidance_scale : float, default 1.0
@@ -1132,21 +1129,14 @@ class Edit:
     to: tuple[str, ...]  # What shall be otherwise, each as name=value: diagnosis=AD age=80
     split: Literal['train', 'validate', 'test'] = 'test'  # Whose scans
     n: int = 8  # Scans, spread over the split
-    strength: float = 1.0  # Share of the walk to undo: below 1 the coarse shape is kept
-    steps: int = 50  # Steps of the whole walk, each way
+    strength: float = 1.0  # Fraction of the trajectory to undo: below 1 the coarse shape is kept
+    steps: int = 50  # Steps of the whole trajectory, each way
     refine: int = 1  # Corrections of each step on the way to the noise
     guidance_scale: float = 1.0  # Above 1 exaggerates the change
     subjects: Path | None = None  # Table with one row a subject; None: the one of the run
     out: Path | None = None  # New folder; None: RUN/samples/edited_000 and so on
 
     def run(self) -> int:  # Exit status
-        import numpy as np
-        import torch
-        from brainldm.engineering.plotting import save_figure, show_grid
-        from brainldm.engineering.batches import open_dataset
-        from brainldm.engineering.codec import save_images
-        from brainldm.sampling import BrainLDM
-
         if self.n < 1 or not self.to:
             raise ValueError(
                 f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to"
@@ -1183,11 +1173,11 @@ class Edit:
         shown = torch.stack([scans, same, new, (new - same) * 2])[:, :8, 0]
         names = ['scan', 'round trip', ' '.join(self.to), 'difference x 2']
         save_figure(
-            show_grid(shown, row_labels=names, title='The same heads, one thing changed'),
+            show_grid(shown, row_labels=names, title='The same subjects, one thing changed'),
             folder / 'before_and_after.png',
         )
         print(
-            f'{len(at)} changed scans in {folder}; a picture of all steps:'
+            f'{len(at)} changed scans in {folder}; an image of all steps:'
             f' {folder/"before_and_after.png"}'
         )
         return 0
@@ -1231,7 +1221,7 @@ def describe_space(
 # %% ../../nbs/engineering/39_cli.ipynb #b47493e8
 @dataclass
 class Volume:
-    """Draw whole brains.
+    """Generate whole brains.
 
     Saved as NIfTI marked as synthetic, with a film through the slices and three cuts.
 
@@ -1254,9 +1244,9 @@ class Volume:
     guidance_scale : float, default 1.0
         1 follows the data, above 1 exaggerates the conditions.
     sampler : Literal['ddim', 'dpmpp'], default 'ddim'
-        Both walk without fresh noise.
+        Both sample without fresh noise.
     shared_noise : float | None, default None
-        In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1.
+        Instead of neighbors: correlation of the noise of neighboring slices, 0 to 1.
     voxel_mm : tuple[float, float] | None, default None
         Size of a pixel and distance of slices of the training data, mm; None: as its files say.
     spacing_mm : tuple[float, float] | None, default None
@@ -1279,8 +1269,8 @@ class Volume:
     condition: tuple[str, ...] = ()  # Other covariates, each as name=value
     steps: int = 20  # Denoising steps a slice
     guidance_scale: float = 1.0  # 1 follows the data, above 1 exaggerates the conditions
-    sampler: Literal['ddim', 'dpmpp'] = 'ddim'  # Both walk without fresh noise
-    # In place of neighbours: correlation of the noise of neighbouring slices, 0 to 1
+    sampler: Literal['ddim', 'dpmpp'] = 'ddim'  # Both sample without fresh noise
+    # Instead of neighbors: correlation of the noise of neighboring slices, 0 to 1
     shared_noise: float | None = None
     # Size of a pixel and distance of slices of the training data, mm; None: as its files say
     voxel_mm: tuple[float, float] | None = None
@@ -1293,18 +1283,6 @@ class Volume:
     out: Path | None = None  # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.loop import process_state
-        from brainldm.engineering.runs import read_config
-        from brainldm.sampling import BrainLDM
-        from brainldm.advanced.volume import (
-            BrainVolumes,
-            check_spacing,
-            resolve_spacing,
-            sample_shared_noise,
-            save_volumes,
-        )
-        from brainldm.advanced.audit import audit_summary
-
         options = dict(
             steps=self.steps,
             guidance_scale=self.guidance_scale,
@@ -1361,7 +1339,7 @@ def evaluate_folders(
     images: Path | None,  # Folder of images, if any
     out: Path | None = None,  # Folder for their scores, if any
 ) -> tuple[Path | None, Path]:  # The run, if one was given, and the data
-    """Tell RUN DATA from DATA alone.
+    """Distinguish RUN DATA from DATA alone.
 
     Parameters
     ----------
@@ -1421,8 +1399,6 @@ def evaluate_config(
     ValueError
         For a flag that would have no effect.
     """
-    from brainldm.engineering.report import image_side
-
     default, given = DataConfig(), command.config
     turned = [
         f.name
@@ -1438,8 +1414,8 @@ def evaluate_config(
     vain = [o for o in turned if o != 'subjects']
     if vain:
         raise ValueError(
-            f"evaluate: --{vain[0].replace('_', '-')} does nothing with a run, which knows how its"
-            " data were read. Expected only --subjects. Leave it out."
+            f"evaluate: --{vain[0].replace('_', '-')} does nothing with a run, which records how"
+            " its data were read. Expected only --subjects. Leave it out."
         )
     return data_config(run, given.subjects)
 
@@ -1483,26 +1459,26 @@ def evaluate_options(
 # %% ../../nbs/engineering/39_cli.ipynb #9a8c81bc
 @dataclass
 class Evaluate(SamplingFlags):
-    """Sample, judge and report: fidelity, variety, conditions, use and privacy, each beside real
+    """Sample, evaluate and report: fidelity, variety, conditions, use and privacy, each beside real
     subjects.
 
-    `evaluate RUN DATA` judges a run: it writes RUN/metrics.json, RUN/evaluation and
-    RUN/report.html. `evaluate DATA --images FOLDER` judges images of any other generator, which
+    `evaluate RUN DATA` evaluates a run: it writes RUN/metrics.json, RUN/evaluation and
+    RUN/report.html. `evaluate DATA --images FOLDER` evaluates images of any other generator, which
     FOLDER/manifest.csv lists with the conditions that they were generated for; `evaluate RUN DATA
     --images FOLDER` does so with the data settings of a run.
 
     Attributes
     ----------
     generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
-        Diffusion model; transformer over codes; random latents, a floor; auto: what the run has.
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
     guidance_scale : float, default 1.0
         (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
     scale : tuple[str, ...], default ()
-        (ldm) In its place, a scale for single covariates, each as name=number.
+        (ldm) Instead, a scale for single covariates, each as name=number.
     guidance_interval : tuple[float, float], default (0.0, 1.0)
-        (ldm) Part of the chain to guide in: shares of T, 0 clean, 1 noise.
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
-        (ldm) Share of the way back to the contrast of the unguided answer, 0 to 1.
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
     steps : int, default 30
         (ldm) Denoising steps.
     sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
@@ -1512,9 +1488,9 @@ class Evaluate(SamplingFlags):
     top_k : int | None, default None
         (prior) Choose among so many codes only.
     top_p : float, default 1.0
-        (prior) Choose among the codes that hold this share of the probability.
+        (prior) Choose among the codes that hold this fraction of the probability.
     seed : int, default 0
-        Same seed, same machine: same pictures.
+        Same seed, same machine: same images.
     folders : Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name='run-data')]
         RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on.
     images : Path | None, default None
@@ -1546,16 +1522,6 @@ class Evaluate(SamplingFlags):
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.batches import open_dataset
-        from brainldm.advanced.evaluation import json_safe, show_number
-        from brainldm.engineering.report import (
-            check_targets,
-            evaluate,
-            evaluate_images,
-            report,
-            trust_rows,
-        )
-
         run, data = evaluate_folders(self.folders, self.images, self.out)
         options, shown = evaluate_options(self, run), not self.as_json
         options |= dict(split=self.split, progress=shown) | (
@@ -1580,8 +1546,8 @@ class Evaluate(SamplingFlags):
 # %% ../../nbs/engineering/39_cli.ipynb #68cb6d78
 @dataclass
 class Explore:
-    """Open a web page on this machine with sliders: ask a run for a brain, and walk from one brain to
-    another. Ctrl-C ends it.
+    """Open a web page on this machine with sliders: sample a brain, and interpolate between two
+    brains. Ctrl-C ends it.
 
     Attributes
     ----------
@@ -1599,10 +1565,7 @@ class Explore:
     browser: bool = True  # Open it in the browser
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.explore import explore
-        from brainldm.advanced.audit import audit_summary
-
-        # whoever ends this process ends its server, too
+        # a signal that ends this process ends its server, too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(audit_summary(self.run_folder))
         explore(self.run_folder, self.port, self.browser)
@@ -1611,14 +1574,14 @@ class Explore:
 # %% ../../nbs/engineering/39_cli.ipynb #fac18753
 @dataclass
 class Report:
-    """Write RUN/report.html: one page with everything a run is, reached and draws.
+    """Write RUN/report.html: one page with everything a run is, reached and generates.
 
     Attributes
     ----------
     run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
         Run folder.
     steps : int, default 30
-        Denoising steps of the pictures drawn for it.
+        Denoising steps of the images generated for it.
     guidance_scale : float, default 1.0
         Strength of their conditions.
     seed : int, default 0
@@ -1626,13 +1589,11 @@ class Report:
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
-    steps: int = 30  # Denoising steps of the pictures drawn for it
+    steps: int = 30  # Denoising steps of the images generated for it
     guidance_scale: float = 1.0  # Strength of their conditions
     seed: int = 0  # Their seed
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.report import report
-
         print(report(self.run_folder, self.steps, self.guidance_scale, self.seed))
         return 0
 
@@ -1666,7 +1627,7 @@ class Fetch:
 # %% ../../nbs/engineering/39_cli.ipynb #f22e2866
 @dataclass
 class Share:
-    """Pack a run for others: 16-bit weights, numbers and card, without names, paths or pictures.
+    """Pack a run for others: 16-bit weights, numbers and card, without names, paths or images.
 
     To a folder, or to the hub.
 
@@ -1677,9 +1638,9 @@ class Share:
     out : Path | None, default None
         New folder to pack into.
     repo : str | None, default None
-        user/name on the hub, in place of a folder.
+        user/name on the hub, instead of a folder.
     public : bool, default False
-        Let everybody see it there.
+        Make it public there.
     half : bool, default True
         Round weights to 16 bits.
     without_audit : str | None, default None
@@ -1689,15 +1650,13 @@ class Share:
     # Run folder, reported
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
     out: Path | None = None  # New folder to pack into
-    repo: str | None = None  # user/name on the hub, in place of a folder
-    public: bool = False  # Let everybody see it there
+    repo: str | None = None  # user/name on the hub, instead of a folder
+    public: bool = False  # Make it public there
     half: bool = True  # Round weights to 16 bits
     # Reason to share although the memorization audit has not passed; the model card shows it
     without_audit: str | None = None
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.sharing import pack_run, push_run
-
         if (self.out is None) == (self.repo is None):
             raise ValueError(
                 f'share: out={self.out}, repo={self.repo}. Expected one of them. Try --out FOLDER,'
@@ -1722,8 +1681,8 @@ def demo_configs(
     preset: str,  # 'tiny', 'laptop' or 'gpu'
     # The preset, with the laptop's trainings shortened to what phantoms need
 ) -> tuple[AEConfig, LDMConfig]:
-    """Phantoms are simpler than brains, and so few of them are soon learned by heart: a fraction of
-    the pictures will do.
+    """Phantoms are simpler than brains, and so few of them are soon learned by memorization: a
+    fraction of the images will do.
 
     Parameters
     ----------
@@ -1755,7 +1714,7 @@ def demo_configs(
 def sample_condition_grid(
     run: Path,  # Run folder with both stages
 ) -> Path:  # RUN/samples/grid.png
-    """Diagnosis by slice, as one picture.
+    """Diagnosis by slice, as one image.
 
     Parameters
     ----------
@@ -1767,10 +1726,6 @@ def sample_condition_grid(
     Path
         RUN/samples/grid.png.
     """
-    from brainldm.engineering.plotting import save_figure
-    from brainldm.sampling import BrainLDM
-    from brainldm.engineering.report import sample_by_condition
-
     save_figure(sample_by_condition(BrainLDM.load(run))[0], run / 'samples' / 'grid.png')
     return run / 'samples' / 'grid.png'
 
@@ -1785,25 +1740,17 @@ class Demo:
     out : Path, default Path('runs/demo')
         Folder for the cohort and the run.
     preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
-        Sizes; tiny takes seconds and draws badly.
+        Sizes; tiny takes seconds and generates badly.
     num_subjects : int, default 48
         Brains in the cohort.
     """
 
     out: Path = Path('runs/demo')  # Folder for the cohort and the run
-    # Sizes; tiny takes seconds and draws badly
+    # Sizes; tiny takes seconds and generates badly
     preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'
     num_subjects: int = 48  # Brains in the cohort
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.phantom import make_cohort
-        from brainldm.engineering.batches import open_dataset
-        from brainldm.training import train_autoencoder
-        from brainldm.engineering.stage2 import train_ldm
-        from brainldm.sampling import BrainLDM
-        from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores
-        from brainldm.engineering.report import report
-
         auto, ldm = demo_configs(self.preset)
         data, run = self.out / 'phantom', self.out / 'run'
         if not (data / 'phantom.json').is_file():

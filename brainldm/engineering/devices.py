@@ -44,7 +44,7 @@ def pick_device(
     # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the accelerator of this process, if there is one
     device: str | None = None,
 ) -> torch.device:  # Where to compute
-    """Where networks compute; all of the package asks here.
+    """Where networks compute; all of the package uses this function.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def device_name(
 
 # %% ../../nbs/engineering/41_devices.ipynb #a01b1e01
 def describe_device() -> str:  # One line, such as 'cpu, 2 threads, bf16'
-    """Say on what networks compute here, and in which precision if nobody asks for another.
+    """The device on which networks compute here, and the precision if none is requested.
 
     Returns
     -------

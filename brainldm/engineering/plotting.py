@@ -22,53 +22,50 @@ __all__ = ['show_grid', 'show_planes', 'figure_to_png', 'save_figure']
 
 # %% ../../nbs/engineering/40_plotting.ipynb #b9a64704
 def show_grid(
-    # Pictures: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h, w)
+    # Images: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h, w)
     images,
-    titles: list | None = None,  # One per picture, or one per column of a (rows, cols) grid
-    # Pictures in a row; None keeps a (rows, cols) grid, or puts up to 8 in a row
+    titles: list | None = None,  # One per image, or one per column of a (rows, cols) grid
+    # Images in a row; None keeps a (rows, cols) grid, or puts up to 8 in a row
     ncols: int | None = None,
     row_labels: list | None = None,  # One per row, at its left
-    vlim: tuple = (-1, 1),  # Intensities drawn as black and white; keep it fixed when comparing
-    title: str = '',  # The sentence a reader should check against the picture
-    cmap: str = 'gray',  # Colour map
-    size: float = 1.2,  # Width of a picture, inches; shrunk so that the figure stays within 7.5
-    cbar: bool = False,  # Draw a colour bar
-) -> plt.Figure:  # One axes a picture, row by row
-    """Draw pictures side by side on one grey scale.
+    vlim: tuple = (-1, 1),  # Intensities shown as black and white; keep it fixed when comparing
+    title: str = '',  # The sentence a reader should check against the image
+    cmap: str = 'gray',  # Color map
+    size: float = 1.2,  # Width of an image, inches; shrunk so that the figure stays within 7.5
+    cbar: bool = False,  # Show a color bar
+) -> plt.Figure:  # One axes an image, row by row
+    """Show images side by side on one gray scale.
 
     Parameters
     ----------
     images
-        Pictures: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h,
-        w).
+        Images: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h, w).
     titles : list | None, default None
-        One per picture, or one per column of a (rows, cols) grid.
+        One per image, or one per column of a (rows, cols) grid.
     ncols : int | None, default None
-        Pictures in a row; None keeps a (rows, cols) grid, or puts up to 8 in a row.
+        Images in a row; None keeps a (rows, cols) grid, or puts up to 8 in a row.
     row_labels : list | None, default None
         One per row, at its left.
     vlim : tuple, default (-1, 1)
-        Intensities drawn as black and white; keep it fixed when comparing.
+        Intensities shown as black and white; keep it fixed when comparing.
     title : str, default ''
-        The sentence a reader should check against the picture.
+        The sentence a reader should check against the image.
     cmap : str, default 'gray'
-        Colour map.
+        Color map.
     size : float, default 1.2
-        Width of a picture, inches; shrunk so that the figure stays within 7.5.
+        Width of an image, inches; shrunk so that the figure stays within 7.5.
     cbar : bool, default False
-        Draw a colour bar.
+        Show a color bar.
 
     Returns
     -------
     plt.Figure
-        One axes a picture, row by row.
+        One axes an image, row by row.
     """
-    import matplotlib.pyplot as plt
-
     pics = [np.asarray(i.detach().float().cpu() if isinstance(i, Tensor) else i) for i in images]
     if not pics:
         raise ValueError(
-            "show_grid: no picture. Expected one or more. Check what was passed as `images`."
+            "show_grid: no image. Expected one or more. Check what was passed as `images`."
         )
     if all(p.ndim == 3 and len(p) == 1 for p in pics):
         pics = [p[0] for p in pics]
@@ -76,8 +73,8 @@ def show_grid(
         ncols, pics = ncols or len(pics[0]), [q for p in pics for q in p]
     if any(p.ndim != 2 for p in pics):
         raise ValueError(
-            f"show_grid: pictures of shape {sorted({p.shape for p in pics})}. Expected (n, h, w),"
-            " (n, 1, h, w), (rows, cols, h, w) or a list of (h, w). Try images[:, 0] to pick a"
+            f"show_grid: images of shape {sorted({p.shape for p in pics})}. Expected (n, h, w), (n,"
+            " 1, h, w), (rows, cols, h, w) or a list of (h, w). Try images[:, 0] to pick a"
             " channel."
         )
     ncols = ncols or min(len(pics), 8)

@@ -78,9 +78,9 @@ def sample_by_condition(
     steps: int = 30,  # Network calls
     guidance_scale: float = 1.0,  # Strength of the conditions
     seed: int = 0,  # Seed
-    # Grid of diagnosis by slice, and the walk from noise of one picture a row
+    # Grid of diagnosis by slice, and the trajectory from noise of one image a row
 ) -> tuple[plt.Figure, plt.Figure]:
-    """Draw the two figures that show what a run can do.
+    """Plot the two figures that show what a run generates.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def sample_by_condition(
     Returns
     -------
     tuple[plt.Figure, plt.Figure]
-        Grid of diagnosis by slice, and the walk from noise of one picture a row.
+        Grid of diagnosis by slice, and the trajectory from noise of one image a row.
     """
     known = {c.name: c for c in model.covariates}
     rows = list(known['diagnosis'].values) if 'diagnosis' in known else [None]
@@ -131,7 +131,7 @@ def sample_by_condition(
             images,
             titles=titles,
             row_labels=labels,
-            title='Drawn from noise: same seed in a column, another diagnosis a row',
+            title='Generated from noise: same seed in a column, another diagnosis a row',
         ),
         show_grid(
             walks,
@@ -144,7 +144,7 @@ def sample_by_condition(
 def figure_uri(
     figure: plt.Figure | bytes,  # A figure, closed afterwards, or the bytes of a PNG or GIF
 ) -> str:  # data:… address that a page can hold
-    """Turn a picture into text, so that a report is one file.
+    """Turn an image into text, so that a report is one file.
 
     Parameters
     ----------
@@ -165,10 +165,11 @@ def figure_uri(
 def prior_scores(
     model: CodeSampler,  # A run with a trained prior
     dataset: SliceDataset,  # All splits of the data it was trained on
-    split: str = 'test',  # Whose slices; the validate subjects have chosen the weights
+    split: str = 'test',  # Whose slices; the validation subjects have chosen the weights
     progress: bool = False,  # Show bars
-) -> dict:  # bits: mean bits per code of prior and floors; interval_95 of each; saving; counts
-    """What held-out codes cost the prior, beside what they cost without it.
+    # bits: mean bits per code of prior and baselines; interval_95 of each; saving; counts
+) -> dict:
+    """Bits per code of held-out subjects under the prior, and under the baselines.
 
     Parameters
     ----------
@@ -177,14 +178,14 @@ def prior_scores(
     dataset : SliceDataset
         All splits of the data it was trained on.
     split : str, default 'test'
-        Whose slices; the validate subjects have chosen the weights.
+        Whose slices; the validation subjects have chosen the weights.
     progress : bool, default False
         Show bars.
 
     Returns
     -------
     dict
-        bits: mean bits per code of prior and floors; interval_95 of each; saving; counts.
+        bits: mean bits per code of prior and baselines; interval_95 of each; saving; counts.
     """
     prices, subjects = (
         code_costs(model, dataset, split, progress),
@@ -209,11 +210,11 @@ def sample_by_generator(
     columns: int = 6,  # Slice positions
     steps: int = 30,  # Network calls of the diffusion model
     seed: int = 0,  # Seed
-    # Rows: prior, diffusion model, codes by place and height; seconds a picture
+    # Rows: prior, diffusion model, codes by place and slice position; seconds an image
 ) -> tuple[plt.Figure, dict[str, float]]:
-    """The same request to everybody who can draw.
+    """The same conditions for each generator.
 
-    What the autoencoder must be told has its first value, or its middle.
+    Conditions of the autoencoder have their first value, or the middle of their range.
 
     Parameters
     ----------
@@ -229,7 +230,7 @@ def sample_by_generator(
     Returns
     -------
     tuple[plt.Figure, dict[str, float]]
-        Rows: prior, diffusion model, codes by place and height; seconds a picture.
+        Rows: prior, diffusion model, codes by place and slice position; seconds an image.
     """
     ldm, prior = BrainLDM.load(run), CodeSampler.load(run)
     span = next((c.range for c in prior.covariates if c.name == 'slice'), None)
@@ -243,7 +244,8 @@ def sample_by_generator(
 
     told = [c.name for c in ldm.autoencoder.covariates]
     if ldm.unet:
-        heard = pick(*(c.name for c in ldm.covariates))  # it may know less than the prior
+        # it may have fewer covariates than the prior
+        heard = pick(*(c.name for c in ldm.covariates))
         ways['diffusion'] = lambda: ldm.sample(n, **heard, steps=steps, seed=seed)
     ways['histogram'] = lambda: ldm.sample_stage1(n, seed=seed, **pick('slice', *told))
     rows, seconds = [], {}
@@ -256,7 +258,7 @@ def sample_by_generator(
             torch.stack(rows),
             titles=numbers and [f'slice {k:g}' for k in numbers],
             row_labels=list(ways),
-            title='The same request, as far as each generator knows it',
+            title='The same conditions, as far as each generator has the conditions',
         ),
         seconds,
     )
@@ -268,7 +270,7 @@ def report_prior(
     steps: int,  # Network calls of the diffusion model
     seed: int,  # Seed
 ) -> dict:  # A section of the report
-    """The transformer's prices beside their floors, and its pictures beside those of the other
+    """The transformer's bits per code beside their baselines, and its images beside those of the other
     generators.
 
     Parameters
@@ -302,46 +304,43 @@ def report_prior(
         for k, o in measured.items()
     ]
     text = (
-        'Bits per code on people the prior was not trained on; the histograms are its floors. '
+        'Bits per code on held-out subjects; the histograms are its baselines. '
         if measured
         else 'Bits per code were not measured yet: run `brainldm bits RUN DATA`. '
     )
     text += (
-        'Seconds a picture, all in one run: '
+        'Seconds an image, all in one run: '
         + ', '.join(f'{k} {v:.2f}' for k, v in seconds.items())
         + '.'
     )
     return dict(
-        title='Written code by code',
+        title='Sampled code by code',
         text=text,
         table=rows if measured else [],
         figures=[
-            (
-                figure_uri(figure),
-                'Prior, diffusion model and codes by place, asked for the same slices',
-            )
+            (figure_uri(figure), 'Prior, diffusion model and codes by place, for the same slices')
         ],
     )
 
 # %% ../../nbs/engineering/36_report.ipynb #1214d037
 def sample_matched(
     model,  # `BrainLDM` or `CodeSampler`
-    table: pd.DataFrame,  # Rows whose conditions to draw with
-    generator: str = 'ldm',  # 'ldm', 'prior', or 'stage1': random latents, a floor
+    table: pd.DataFrame,  # Rows with the conditions of the samples
+    generator: str = 'ldm',  # 'ldm', 'prior', or 'stage1': random latents, a baseline
     seed: int = 0,  # Seed
     # What `sample` takes: steps, guidance_scale, temperature, progress …; nothing for 'stage1'
     **options,
-) -> Tensor:  # Pictures (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`
-    """Draw one picture for each row.
+) -> Tensor:  # Images (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`
+    """Sample one image for each row.
 
     Parameters
     ----------
     model
         `BrainLDM` or `CodeSampler`.
     table : pd.DataFrame
-        Rows whose conditions to draw with.
+        Rows with the conditions of the samples.
     generator : str, default 'ldm'
-        'ldm', 'prior', or 'stage1': random latents, a floor.
+        'ldm', 'prior', or 'stage1': random latents, a baseline.
     seed : int, default 0
         Seed.
     **options
@@ -350,11 +349,11 @@ def sample_matched(
     Returns
     -------
     Tensor
-        Pictures (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`.
+        Images (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`.
     """
     random = generator == 'stage1'
     names = [c.name for c in (model.autoencoder if random else model).covariates]
-    # drawn by height
+    # sampled by slice position
     if random and hasattr(model.autoencoder, 'histogram') and 'slice' not in names:
         names.append('slice')
     requested = dict({k: table[k].tolist() for k in names}, seed=seed)
@@ -367,8 +366,8 @@ def sample_matched(
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee38
 def as_saved(
     images: Tensor,  # Images (n, 1, h, w) in [-1, 1]
-) -> Tensor:  # The same as a PNG file holds them, in 256 grey values
-    """What is judged is what others get: images as they are saved.
+) -> Tensor:  # The same as a PNG file holds them, in 256 gray values
+    """What is evaluated is what others get: images as they are saved.
 
     Parameters
     ----------
@@ -378,20 +377,20 @@ def as_saved(
     Returns
     -------
     Tensor
-        The same as a PNG file holds them, in 256 grey values.
+        The same as a PNG file holds them, in 256 gray values.
     """
     return from_bytes(to_bytes(images))
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee39
 def from_bytes(
-    pixels: np.ndarray,  # Grey values (..., h, w), uint8
+    pixels: np.ndarray,  # Gray values (..., h, w), uint8
 ) -> Tensor:  # Images in [-1, 1], float32
-    """Grey values of files as networks take them.
+    """Gray values of files as networks take them.
 
     Parameters
     ----------
     pixels : np.ndarray
-        Grey values (..., h, w), uint8.
+        Gray values (..., h, w), uint8.
 
     Returns
     -------
@@ -403,11 +402,11 @@ def from_bytes(
 # %% ../../nbs/engineering/36_report.ipynb #3fb0617f
 def evaluate_samples(
     net: FeatureNet,  # Trained on the train slices
-    images: Tensor,  # Drawn pictures (n, 1, h, w), row for row with the conditions of `rows`
-    # Rows of `train` that they were drawn after, from `match_rows(held_out, train)`
+    images: Tensor,  # Generated images (n, 1, h, w), row for row with the conditions of `rows`
+    # Rows of `train` that they were generated after, from `match_rows(held_out, train)`
     rows: np.ndarray,
-    train: SliceDataset,  # Real slices of train people
-    held_out: SliceDataset,  # Real slices of unseen people, n rows
+    train: SliceDataset,  # Real slices of train subjects
+    held_out: SliceDataset,  # Real slices of held-out subjects, n rows
     # Length of the classifiers' trainings; None: leave them out
     utility: TrainConfig | None = UTILITY,
     progress: bool = False,  # Show a bar
@@ -423,13 +422,13 @@ def evaluate_samples(
     net : FeatureNet
         Trained on the train slices.
     images : Tensor
-        Drawn pictures (n, 1, h, w), row for row with the conditions of `rows`.
+        Generated images (n, 1, h, w), row for row with the conditions of `rows`.
     rows : np.ndarray
-        Rows of `train` that they were drawn after, from `match_rows(held_out, train)`.
+        Rows of `train` that they were generated after, from `match_rows(held_out, train)`.
     train : SliceDataset
-        Real slices of train people.
+        Real slices of train subjects.
     held_out : SliceDataset
-        Real slices of unseen people, n rows.
+        Real slices of held-out subjects, n rows.
     utility : TrainConfig | None, default UTILITY
         Length of the classifiers' trainings; None: leave them out.
     progress : bool, default False
@@ -539,23 +538,23 @@ def plot_audit(
 
 # %% ../../nbs/engineering/36_report.ipynb #9c677d79
 def plot_pairs(
-    images: Tensor,  # Drawn pictures (n, 1, h, w)
-    train: SliceDataset,  # Real slices of train people
-    near: pd.DataFrame,  # As from `nearest_copies`, of the pictures
+    images: Tensor,  # Generated images (n, 1, h, w)
+    train: SliceDataset,  # Real slices of train subjects
+    near: pd.DataFrame,  # As from `nearest_copies`, of the images
     number: int = 6,  # Pairs of each space
     # Samples above, most similar train slice below; by the whole, then by the better half. Real
     # slices: handle as such
 ) -> plt.Figure:
-    """The pictures that lie nearest to training, with what they resemble.
+    """The images that lie nearest to training, with what they resemble.
 
     Parameters
     ----------
     images : Tensor
-        Drawn pictures (n, 1, h, w).
+        Generated images (n, 1, h, w).
     train : SliceDataset
-        Real slices of train people.
+        Real slices of train subjects.
     near : pd.DataFrame
-        As from `nearest_copies`, of the pictures.
+        As from `nearest_copies`, of the images.
     number : int, default 6
         Pairs of each space.
 
@@ -609,7 +608,7 @@ def save_evaluation(
     """
     shown = np.linspace(0, len(images) - 1, 24).round().astype(int)
     figures = dict(
-        synthetic=show_grid(images[shown, 0], ncols=8, title='Drawn, not scanned'),
+        synthetic=show_grid(images[shown, 0], ncols=8, title='Generated, not scanned'),
         audit=plot_audit(*near, scores['memorization']),
     )
     if pairs:
@@ -621,8 +620,8 @@ def save_evaluation(
 def evaluate(
     run: str | Path,  # Run folder
     dataset: SliceDataset,  # The data it was trained on, all splits
-    generator: str = 'ldm',  # Who draws: 'ldm', 'prior' or 'stage1'
-    split: str = 'validate',  # Which unseen people to compare with
+    generator: str = 'ldm',  # Generator: 'ldm', 'prior' or 'stage1'
+    split: str = 'validate',  # Which held-out subjects to compare with
     # Seed of the images; a second set, from the next seed, shows the noise of sampling
     seed: int = 0,
     features: TrainConfig = FEATURES,  # Training of the feature network, if the run has none yet
@@ -631,7 +630,7 @@ def evaluate(
     progress: bool = False,  # Show bars
     **options,  # What `sample` takes: steps, guidance_scale, temperature …
 ) -> dict:  # The scores, as in RUN/metrics.json under 'samples GENERATOR'
-    """Draw, judge, and write RUN/metrics.json and RUN/evaluation.
+    """Generate, evaluate, and write RUN/metrics.json and RUN/evaluation.
 
     Parameters
     ----------
@@ -640,9 +639,9 @@ def evaluate(
     dataset : SliceDataset
         The data it was trained on, all splits.
     generator : str, default 'ldm'
-        Who draws: 'ldm', 'prior' or 'stage1'.
+        Generator: 'ldm', 'prior' or 'stage1'.
     split : str, default 'validate'
-        Which unseen people to compare with.
+        Which held-out subjects to compare with.
     seed : int, default 0
         Seed of the images; a second set, from the next seed, shows the noise of sampling.
     features : TrainConfig, default FEATURES
@@ -671,8 +670,8 @@ def evaluate(
     train, held_out = dataset.subset('train'), dataset.subset(split)
     if len(held_out) < 50:
         raise ValueError(
-            f"evaluate: {len(held_out)} unseen slices in {split}. Expected 50 or more: no score can"
-            " be told from chance. Hold back more people."
+            f"evaluate: {len(held_out)} held-out slices in {split}. Expected 50 or more: no score"
+            " can be distinguished from chance. Hold back more subjects."
         )
     rows = match_rows(held_out.manifest, train.manifest)
     model = (CodeSampler if generator == 'prior' else BrainLDM).load(run)
@@ -703,7 +702,7 @@ def evaluate(
 def read_image(
     path: Path,  # PNG, JPEG or NIfTI
     plane: int = 0,  # Axial plane of a NIfTI file
-) -> np.ndarray:  # Grey values (h, w), uint8
+) -> np.ndarray:  # Gray values (h, w), uint8
     """Read one image.
 
     Parameters
@@ -716,7 +715,7 @@ def read_image(
     Returns
     -------
     np.ndarray
-        Grey values (h, w), uint8.
+        Gray values (h, w), uint8.
 
     Raises
     ------
@@ -727,7 +726,7 @@ def read_image(
         return decode_file(path, [plane])[0][0]
     except DataFault as e:
         raise ValueError(
-            f"read_images: '{path.name}': {e}. Expected an 8-bit grey PNG or JPEG, or a NIfTI"
+            f"read_images: '{path.name}': {e}. Expected an 8-bit gray PNG or JPEG, or a NIfTI"
             " volume. Check the file, and the column path of manifest.csv."
         ) from None
 
@@ -770,7 +769,7 @@ def check_image_set(
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee31
 def read_images(
     folder: str | Path,  # Folder with manifest.csv and the PNG, JPEG or NIfTI files that it names
-    covariates: list,  # Conditions that the real data know
+    covariates: list,  # Conditions of the real data
     # Images (n, h, w), uint8; their requested conditions and path, row for row
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Read the images of any generator with the conditions they were generated for.
@@ -780,7 +779,7 @@ def read_images(
     folder : str | Path
         Folder with manifest.csv and the PNG, JPEG or NIfTI files that it names.
     covariates : list
-        Conditions that the real data know.
+        Conditions of the real data.
 
     Returns
     -------
@@ -888,8 +887,8 @@ def pair_images(
         raise ValueError(
             f"evaluate: {len(rows)} of {len(table)} images have a held-out slice of the same"
             f" {' and '.join(names)} to stand beside; there are {len(held_out)} held-out slices."
-            " Expected 50 or more: no score can be told from chance. Generate an image for each"
-            " held-out slice, better two."
+            " Expected 50 or more: no score can be distinguished from chance. Generate an image"
+            " for each held-out slice, better two."
         )
     return [o[rows] for o in sets], rows
 
@@ -910,7 +909,7 @@ def evaluate_images(
     # Folder for metrics.json and figures; None: the images' folder, without real slices
     out: str | Path | None = None,
 ) -> dict:  # The scores, as in metrics.json under 'samples images'
-    """Judge the images of any generator as `evaluate` judges those of a run.
+    """Evaluate the images of any generator as `evaluate` evaluates those of a run.
 
     Parameters
     ----------
@@ -1031,7 +1030,7 @@ def check_targets(
     # Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not
     # reached
 ) -> list[tuple]:
-    """The five targets beside what was measured, each judged by its interval over subjects.
+    """The five targets beside what was measured, each evaluated by its interval over subjects.
 
     Parameters
     ----------
@@ -1075,7 +1074,7 @@ def check_targets(
             real,
             'within 0.03 of real',
             target_verdict(pairs['synthetic']['interval_95'], real - 0.03, real + 0.03),
-            'Answers to the same request are more similar, or less, than real subjects are.',
+            'Samples under the same conditions are more similar, or less, than real subjects are.',
         ),
         (
             'memorization audit, copies',
@@ -1308,7 +1307,7 @@ def report_samples(
     generator: str,  # 'ldm', 'prior' or 'stage1'
     scores: dict,  # As from `evaluate`
 ) -> dict:  # A section of the report
-    """Targets, missed ones in plain words, and what the pictures say about their conditions.
+    """Targets, missed ones in plain words, and what the images say about their conditions.
 
     Parameters
     ----------
@@ -1322,7 +1321,7 @@ def report_samples(
     dict
         A section of the report.
     """
-    title = f'Can its pictures be trusted? ({generator})'
+    title = f'Can its images be trusted? ({generator})'
     if 'excess' not in scores['fidelity']:
         return dict(
             title=title,
@@ -1357,7 +1356,7 @@ def report_samples(
         )
 
     names = dict(
-        slice_error='distance from the slice asked for',
+        slice_error='distance from the requested slice',
         diagnosis_effect='fluid, AD minus NC (Cohen d)',
         age_slope='fluid, change in ten years of age',
         fine_detail='fine detail',
@@ -1371,7 +1370,7 @@ def report_samples(
     ]
     read = ', '.join(
         f"{k} {'AUC' if 'auc' in o else 'to within'} {show_number(o.get('auc', o.get('error')), 2)}"
-        f" (knowing nothing: {show_number(o['baseline'], 2)})"
+        f" (baseline: {show_number(o['baseline'], 2)})"
         for k, o in scores['reading'].items()
     )
     text = ' '.join(
@@ -1381,11 +1380,12 @@ def report_samples(
     )
     text = text or 'All targets that were measured are reached.'
     if not scores.get('utility'):
-        text += ' Whether a classifier can learn from the pictures was not measured.'
+        text += ' Whether a classifier can learn from the images was not measured.'
     text += (
-        f" {scores['n']} pictures beside slices of {scores['n_subjects']} {scores['split']} people"
-        " whom no part was trained on; with so few people every number is uncertain. The network"
-        f" that compares them reads of unseen people: {read}. {reference_note(scores['fidelity'])}"
+        f" {scores['n']} images beside slices of {scores['n_subjects']} {scores['split']} subjects"
+        " whom no part was trained on; with so few subjects every number is uncertain. The network"
+        f" that compares them reads of held-out subjects: {read}."
+        f" {reference_note(scores['fidelity'])}"
     )
     return dict(title=title, text=text, table=rows, figures=[])
 
@@ -1435,8 +1435,8 @@ def trust_rows(
         figures=[],
         text=(
             'What each check found, and what it would have found: an excess whose interval holds 0'
-            ' cannot be told from real subjects, an audit is worth its power, and an attack is'
-            ' worth what it gains over its control. '
+            ' cannot be distinguished from real subjects, an audit is worth its power, and an'
+            ' attack is worth what it gains over its control. '
         )
         + reference_note(scores['fidelity']),
     )
@@ -1462,7 +1462,7 @@ figcaption, footer { color: #555; font-size: .9rem }
 </style></head><body>
 <h1>{{ name }}</h1>
 <p class="note">Research and teaching, not for clinical use.
-Pictures called drawn are synthetic: nobody was scanned for them.</p>
+Images called synthetic were generated: they are scans of no subject.</p>
 {% for part in sections %}<h2>{{ part.title }}</h2>
 {% if part.text %}<p>{{ part.text }}</p>{% endif %}
 {% if part.table %}<table>{% for row in part.table %}{% set tag = 'th' if loop.first else 'td' %}
@@ -1479,8 +1479,8 @@ Pictures called drawn are synthetic: nobody was scanned for them.</p>
 # %% ../../nbs/engineering/36_report.ipynb #cdccdb50
 ACKNOWLEDGMENTS = dict(  # What the page of a run says about its data, by layout
     phantom=(
-        'Synthetic people, warped from the MNI152 template and tissue maps that ship in nilearn. '
-        'Nobody was scanned for them.'
+        'Synthetic subjects, warped from the MNI152 template and tissue maps that ship in nilearn. '
+        'They are scans of no subject.'
     ),
     oasis=(
         'If these are scans of OASIS-1, its data use agreement governs, and this must be said:'
@@ -1498,7 +1498,7 @@ ACKNOWLEDGMENTS = dict(  # What the page of a run says about its data, by layout
 def report_data(
     settings: dict,  # config.json of the run
     records: list[dict],  # Lines of its log.jsonl
-    covariates: tuple = (),  # What the run can be asked for
+    covariates: tuple = (),  # Covariates that can be requested
 ) -> dict:  # A section of the report
     """What was trained on what.
 
@@ -1509,7 +1509,7 @@ def report_data(
     records : list[dict]
         Lines of its log.jsonl.
     covariates : tuple, default ()
-        What the run can be asked for.
+        Covariates that can be requested.
 
     Returns
     -------
@@ -1528,7 +1528,7 @@ def report_data(
             'train',
             'validate',
             'test',
-            'pictures seen',
+            'images seen',
             'seed',
             'precision',
             'versions',
@@ -1561,7 +1561,7 @@ def report_data(
         table=rows,
         figures=[],
         text='Splits are by subject. '
-        + (f'The model can be asked for {requested}. ' if requested else '')
+        + (f'Conditions of the model: {requested}. ' if requested else '')
         + f"Fingerprint of the data: {settings['autoencoder']['data']['hash']}. "
         + ACKNOWLEDGMENTS.get(
             settings['autoencoder']['data']['layout'],
@@ -1573,7 +1573,7 @@ def report_data(
 def report_numbers(
     metrics: dict,  # metrics.json of the run
 ) -> dict:  # A section of the report
-    """Reconstruction scores beside the floor of predicting the mean slice.
+    """Reconstruction scores beside the baseline of predicting the mean slice.
 
     Parameters
     ----------
@@ -1638,9 +1638,9 @@ def report_numbers(
             notes.append(f' {n} of the slices of {rows[-1][0]} have no brain.')
     text = (
         'SSIM: Gaussian window 11x11, sigma 1.5, data_range 1; brain: pixels of the original above'
-        ' 0.1; intervals by bootstrap over subjects, too narrow with fewer than ten; floor: the'
+        ' 0.1; intervals by bootstrap over subjects, too narrow with fewer than ten; baseline: the'
         ' train mean of that slice position; sharpness: variance of the Laplacian inside the brain,'
-        ' 1 is as sharp as the scan; codes used: share of the codebook that these slices need,'
+        ' 1 is as sharp as the scan; codes used: fraction of the codebook that these slices need,'
         ' where there is one.'
         + ''.join(notes)
     )
@@ -1673,13 +1673,13 @@ def evaluation_figures(
         (address, caption) of what `evaluate` has left.
     """
     names = dict(
-        synthetic='One picture for each unseen slice, some of them',
+        synthetic='One image for each held-out slice, some of them',
         audit=(
             'Correlation with the most similar train slice. Right of the dotted line: a copy.'
             ' Samples should lie where slices of other subjects do'
         ),
         pairs=(
-            'The drawn pictures nearest to training, each above the REAL train slice that it'
+            'The generated images nearest to training, each above the REAL train slice that it'
             ' resembles. Do not pass this page on'
         ),
     )
@@ -1694,9 +1694,9 @@ def evaluation_figures(
 def latest_figure(
     run: Path,  # Run folder
     stage: str,  # 'autoencoder' or 'ldm'
-    caption: str,  # What the picture shows
-) -> list[tuple[str, str]]:  # (address, caption) of the newest picture of that stage, or nothing
-    """The last picture that training left.
+    caption: str,  # What the image shows
+) -> list[tuple[str, str]]:  # (address, caption) of the newest image of that stage, or nothing
+    """The last image that training left.
 
     Parameters
     ----------
@@ -1705,12 +1705,12 @@ def latest_figure(
     stage : str
         'autoencoder' or 'ldm'.
     caption : str
-        What the picture shows.
+        What the image shows.
 
     Returns
     -------
     list[tuple[str, str]]
-        (address, caption) of the newest picture of that stage, or nothing.
+        (address, caption) of the newest image of that stage, or nothing.
     """
     found = sorted((Path(run) / 'samples').glob(f'{stage}_*.png'))
     return [(figure_uri(found[-1].read_bytes()), caption)] if found else []
@@ -1772,15 +1772,15 @@ def model_card(
         f'# {escape_markdown(name)}',
         '',
         (
-            '**Research and teaching, not for clinical use.** What it draws is synthetic: nobody'
-            ' was scanned for it.'
+            '**Research and teaching, not for clinical use.** What it generates is synthetic: a'
+            ' scan of no subject.'
         ),
         '',
         '```python',
         f'from {module} import {cls}',
         '',
         f"model = {cls}.from_pretrained('FOLDER OR USER/NAME')",
-        *([f'pictures = model.sample(4, {requested})'] if requested else []),
+        *([f'images = model.sample(4, {requested})'] if requested else []),
         '```',
     ]
     for part in sections:
@@ -1837,22 +1837,22 @@ def from_metrics(
 # %% ../../nbs/engineering/36_report.ipynb #5b3505b7
 def report(
     run: str | Path,  # Run folder
-    steps: int = 30,  # Network calls of the pictures drawn for it
-    guidance_scale: float = 1.0,  # Strength of the conditions of those pictures
+    steps: int = 30,  # Network calls of the images generated for it
+    guidance_scale: float = 1.0,  # Strength of the conditions of those images
     seed: int = 0,  # Their seed
     # Show real slices: reconstructions and nearest pairs; None: only if they are phantoms
     real_images: bool | None = None,
 ) -> Path:  # RUN/report.html, one file that needs nothing else; RUN/README.md is the card
-    """Write what a run is, what it reached and what it draws into one page, and its card.
+    """Write what a run is, what it reached and what it generates into one page, and its card.
 
     Parameters
     ----------
     run : str | Path
         Run folder.
     steps : int, default 30
-        Network calls of the pictures drawn for it.
+        Network calls of the images generated for it.
     guidance_scale : float, default 1.0
-        Strength of the conditions of those pictures.
+        Strength of the conditions of those images.
     seed : int, default 0
         Their seed.
     real_images : bool | None, default None
@@ -1892,7 +1892,7 @@ def report(
         sections[2]['figures'] = latest_figure(run, 'autoencoder', caption)
     else:
         sections[2]['text'] += (
-            ' Pictures of real people are left out of this page; they lie in the run folder, '
+            ' Images of real subjects are left out of this page; they lie in the run folder, '
             'under samples and evaluation.'
         )
     if model.unet:
@@ -1900,12 +1900,12 @@ def report(
             model, steps=steps, guidance_scale=guidance_scale, seed=seed
         )
         figures = [
-            (figure_uri(synthetic), 'Drawn slices by diagnosis and position'),
+            (figure_uri(synthetic), 'Generated slices by diagnosis and position'),
             (figure_uri(walk), 'Denoising, first step to last'),
         ]
         sections.append(
             dict(
-                title='What it draws',
+                title='What it generates',
                 figures=figures,
                 text=(
                     f'{steps} DDIM steps, guidance scale {guidance_scale:g}, seed {seed}. Columns'
@@ -1916,7 +1916,7 @@ def report(
     else:
         sections.append(
             dict(
-                title='What it draws',
+                title='What it generates',
                 figures=[],
                 text='Nothing: no diffusion model was trained yet.',
             )

@@ -413,7 +413,7 @@ class Checkpoint:
 
     def save(
         self,
-        seen: int,  # Pictures seen
+        seen: int,  # Images seen
         tensors: dict[str, Tensor],  # Weights, average, optimizer
         info: dict,  # Anything else, JSON
     ) -> None:
@@ -423,7 +423,7 @@ class Checkpoint:
         Parameters
         ----------
         seen : int
-            Pictures seen.
+            Images seen.
         tensors : dict[str, Tensor]
             Weights, average, optimizer.
         info : dict
@@ -507,14 +507,14 @@ class JsonLog:
     stage : str
         'autoencoder' or 'ldm'.
     seen : int, default 0
-        Pictures seen before, when going on.
+        Images seen before, when going on.
     """
 
     def __init__(
         self,
         path: Path,  # The file
         stage: str,  # 'autoencoder' or 'ldm'
-        seen: int = 0,  # Pictures seen before, when going on
+        seen: int = 0,  # Images seen before, when going on
     ):
         self.path, self.stage = Path(path), stage
         kept = [o for o in read_log(self.path) if o['stage'] != stage or o['images'] <= seen]
@@ -522,7 +522,7 @@ class JsonLog:
 
     def write(
         self,
-        seen: int,  # Pictures seen
+        seen: int,  # Images seen
         record: dict[str, float],  # Numbers to note
     ) -> None:
         """Add one line.
@@ -530,7 +530,7 @@ class JsonLog:
         Parameters
         ----------
         seen : int
-            Pictures seen.
+            Images seen.
         record : dict[str, float]
             Numbers to note.
 
@@ -663,8 +663,9 @@ def read_config(
     ------
     FileNotFoundError
         If it is no run.
+    ValueError
+        If the file is another project's.
     """
-    "ValueError if the file is another project's."
     path = Path(run) / 'config.json'
     if not path.is_file():
         raise FileNotFoundError(
@@ -688,7 +689,7 @@ def read_config(
 # %% ../../nbs/engineering/30_runs.ipynb #956aa477
 def compare_configs(
     old: dict,  # What config.json says of a stage
-    new: dict,  # What is asked for now
+    new: dict,  # Settings requested now
 ) -> list[str]:  # One phrase a difference that matters
     """Name the settings in which two trainings differ, besides those that touch no weight.
 
@@ -699,14 +700,14 @@ def compare_configs(
     old : dict
         What config.json says of a stage.
     new : dict
-        What is asked for now.
+        Settings requested now.
 
     Returns
     -------
     list[str]
         One phrase a difference that matters.
     """
-    free_cut = new['config'].get('auto_find_batch_size')  # only the pictures of an update count
+    free_cut = new['config'].get('auto_find_batch_size')  # only the images of an update count
 
     def flat(o):
         c = o['config']
@@ -896,7 +897,7 @@ def compare_given(
 ) -> list[str]:  # One phrase a difference; none: the stage would be given the same
     """Compare data with what a stage was given: pixels, split, covariates.
 
-    A run from before knows its fingerprint only.
+    A run of an earlier version has its fingerprint only.
 
     Parameters
     ----------
@@ -914,9 +915,6 @@ def compare_given(
     list[str]
         One phrase a difference; none: the stage would be given the same.
     """
-    import pandas as pd
-    from brainldm.engineering.batches import fingerprint
-
     if 'columns' not in known:
         now = fingerprint(dataset.manifest)['hash']
         return (
@@ -1306,7 +1304,7 @@ def lock_run(
         )
     LOCKED_RUNS[os.getpid(), run] = file
     for old in run.rglob('.*.part'):
-        old.unlink()  # nobody is writing now
+        old.unlink()  # no process is writing now
 
 # %% ../../nbs/engineering/30_runs.ipynb #894b4f9f
 def free_run(
@@ -1448,7 +1446,7 @@ def stage_callbacks(
             return
         if acc.is_main_process:
             save_all(seen, means)
-        raise KeyboardInterrupt(f'{stage} is saved at {seen:,} of {total:,} pictures.')
+        raise KeyboardInterrupt(f'{stage} is saved at {seen:,} of {total:,} images.')
 
     if not acc.is_main_process:
         return (obey,)
@@ -1464,7 +1462,7 @@ class StepOutOfMemory(RuntimeError):
 def mark_out_of_memory(
     step: Callable[[dict], dict],  # One training step
 ) -> Callable[[dict], dict]:  # The same; where memory runs out it raises StepOutOfMemory
-    """Tell a step that is too large apart from anything else that fills the memory.
+    """Distinguish a step that is too large from anything else that fills the memory.
 
     Parameters
     ----------
@@ -1476,8 +1474,6 @@ def mark_out_of_memory(
     Callable[[dict], dict]
         The same; where memory runs out it raises StepOutOfMemory.
     """
-
-    from accelerate.utils.memory import should_reduce_batch_size
 
     def marked(batch):
         try:
