@@ -188,6 +188,8 @@ def embed(
     ------
     ValueError
         For another method, one column, or as many neighbors as rows.
+    ImportError
+        For umap where umap-learn is not installed.
 
     References
     ----------
@@ -210,6 +212,7 @@ def embed(
         return v[:, :2]
     if method == 'tsne':
         return TSNE(perplexity=n_neighbors, random_state=seed).fit_transform(v)
+    check_installed('embed', 'umap')
     from umap import UMAP  # seconds: it compiles itself
 
     return UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1).fit_transform(v)

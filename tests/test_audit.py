@@ -58,7 +58,7 @@ def test_effects(train, held_out, net):
         < out['diagnosis_effect']['value']
         < out['diagnosis_effect']['interval_95'][1]
     )
-    # one person: no groups, no interval
+    # one subject: no groups, no interval
     alone = condition_effects(
         net, held_out.__getitems__(range(8))['image'], held_out.manifest[:8], np.arange(8)
     )

@@ -1,4 +1,4 @@
-"brainldm.engineering.batches: square pictures, the cache, covariates, batches that resume."
+"brainldm.engineering.batches: square images, the cache, covariates, batches that resume."
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ from brainldm.engineering.batches import (
 )
 from brainldm.engineering import batches
 
-# ---- square pictures and cache
+# ---- square images and cache
 
 
 def test_prepare_picture():
@@ -45,7 +45,7 @@ def test_prepare_picture():
     flat = np.full((64, 64), 77, np.uint8)
     assert (prepare_image(flat, 16) == 77).all() and (prepare_image(flat, 100) == 77).all()
     checker = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    # antialiased: not one of the two colours
+    # antialiased: not one of the two colors
     assert np.abs(prepare_image(checker, 16).astype(int) - 127).max() <= 8
 
 
@@ -290,7 +290,7 @@ def test_dataset(cohort):
     assert full.shape == (30, 1, 32, 32) and full[11].equal(ds[11]['image'])
     with pytest.raises(ValueError, match='no row of split'):
         test.subset('train')
-    with pytest.raises(ValueError, match='one row a picture'):
+    with pytest.raises(ValueError, match='one row an image'):
         SliceDataset(ds.images[:3], ds.manifest)
     with pytest.raises(IndexError):
         ds[30]

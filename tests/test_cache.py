@@ -214,7 +214,7 @@ def test_a_changed_file_is_seen(tmp_path, counted):
     about = one.stat()
     one.write_bytes(other.read_bytes())
     os.utime(one, ns=(about.st_atime_ns, about.st_mtime_ns))
-    with pytest.raises(ValueError, match='same picture|the same'):
+    with pytest.raises(ValueError, match='same image|the same'):
         opened(place, tmp_path / 'cache')
     assert first.hash.is_unique
 

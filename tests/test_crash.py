@@ -216,7 +216,7 @@ def full(monkeypatch, name, after):
     ],
 )
 def test_full_disk_keeps_the_last_good_state(name, after, newest, dataset, tmp_path, monkeypatch):
-    """Checkpoint, file for users, log, picture, protocol: the error names the file and the way on;
+    """Checkpoint, file for users, log, image, protocol: the error names the file and the way on;
     with room again the run ends as if nothing had been."""
     with monkeypatch.context() as patch:
         full(patch, name, after)

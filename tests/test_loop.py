@@ -216,7 +216,8 @@ def test_a_host_program_may_come_after_the_training(no_accelerator):
 
 
 def test_trainings_of_one_program_do_not_mix(no_accelerator):
-    "Two learners in turn, as an autoencoder and its critic: each computes as it would alone."
+    """Two learners in turn, as an autoencoder and its discriminator: each computes as it would
+    alone."""
 
     def learners():
         return [

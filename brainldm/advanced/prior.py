@@ -27,6 +27,7 @@ from typing_extensions import Self
 from ..engineering.checks import check_divides
 from ..engineering.configs import PriorConfig, TrainConfig, check_config
 from ..engineering.devices import pick_device, pick_precision
+from ..engineering.configs import PriorConfig, TrainConfig, check_config
 from ..engineering.plotting import save_figure, show_grid
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from ..engineering.layers import Conditioner

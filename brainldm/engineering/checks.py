@@ -135,7 +135,7 @@ def refuse_taken(
 
 # %% ../../nbs/engineering/20_checks.ipynb #c20a0002
 def check_installed(
-    caller: str,  # Function that asks, for the message
+    caller: str,  # Function that calls, for the message
     package: str,  # Module to look for
     extra: str = 'course',  # Extra of brainldm that brings it
 ) -> None:  # Nothing: it raises or returns
@@ -144,7 +144,7 @@ def check_installed(
     Parameters
     ----------
     caller : str
-        Function that asks, for the message.
+        Function that calls, for the message.
     package : str
         Module to look for.
     extra : str, default 'course'

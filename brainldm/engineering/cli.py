@@ -115,7 +115,7 @@ class Phantom:
 
 # %% ../../nbs/engineering/39_cli.ipynb #0d6bca3a
 def training_faults(
-    found: Findings,  # What an inspection of the data found
+    found: 'Findings',  # What an inspection of the data found
     config: DataConfig,  # How the images are cut and split
     auto: AEConfig,  # The autoencoder that is going to be trained, and what it says of the UNet
 ) -> list[tuple[str, str]]:  # Setting and sentence of each reason why training would refuse
@@ -136,6 +136,8 @@ def training_faults(
     list[tuple[str, str]]
         Setting and sentence of each reason why training would refuse.
     """
+    from brainldm.training import size_multiple
+
     out, multiple = [], size_multiple(auto)
     if config.size % multiple:
         out.append(
@@ -174,10 +176,10 @@ def training_faults(
 
 # %% ../../nbs/engineering/39_cli.ipynb #e9c5dd94
 def add_training_findings(
-    found: Findings,  # What an inspection of the data found
+    found: 'Findings',  # What an inspection of the data found
     config: DataConfig,  # How the images are cut and split, and which columns are learned
     auto: AEConfig,  # The autoencoder that is going to be trained
-) -> Findings:  # The same with the covariates, and with the faults and notes of a training
+) -> 'Findings':  # The same with the covariates, and with the faults and notes of a training
     """Say before training what it would refuse, or could not learn.
 
     Parameters
@@ -194,6 +196,10 @@ def add_training_findings(
     Findings
         The same with the covariates, and with the faults and notes of a training.
     """
+    import pandas as pd
+    from brainldm.engineering.files import as_faults
+    from brainldm.engineering.batches import covariate_notes, describe_manifest, find_covariates
+
     if not len(found.manifest):
         return found
     # mend files first
@@ -280,6 +286,9 @@ class TrainAutoencoder:
     resume: bool = False  # Go on where an earlier call stopped
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.batches import open_dataset
+        from brainldm.training import train_autoencoder
+
         train_autoencoder(
             open_dataset(self.data, self.config.data), self.run_folder, self.config, self.resume
         )
@@ -309,6 +318,8 @@ def data_config(
     DataConfig
         How the run's images were found, cut and split.
     """
+    from brainldm.engineering.runs import read_config
+
     settings = read_config(run)
     try:
         known = settings['autoencoder']['config']['data']
@@ -391,6 +402,8 @@ class TrainLDM(Stage2):
     config: Annotated[LDMConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.stage2 import train_ldm
+
         train_ldm(self.open(), self.run_folder, self.config, self.resume)
         print(
             f'{self.run_folder/"ldm.safetensors"}\nNext: brainldm sample {self.run_folder},'
@@ -422,6 +435,8 @@ class TrainPrior(Stage2):
     config: Annotated[PriorConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
+        from brainldm.advanced.prior import train_prior
+
         train_prior(self.open(), self.run_folder, self.config, self.resume)
         print(
             f'{self.run_folder/"prior.safetensors"}\nNext: brainldm bits {self.run_folder}'
@@ -453,6 +468,8 @@ class TrainVolume(Stage2):
     config: Annotated[VolumeConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
+        from brainldm.advanced.volume import train_volume
+
         train_volume(self.open(), self.run_folder, self.config, self.resume)
         print(f'{self.run_folder/"volume.safetensors"}\nNext: brainldm volume {self.run_folder}')
         return 0
@@ -488,6 +505,8 @@ def describe_scores(
     str
         A few lines to read.
     """
+    from brainldm.advanced.evaluation import show_number
+
     low, n = scores['baseline_mean_slice'], scores['n_subjects_in_training']
     lines = [
         f"{split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices",
@@ -538,6 +557,10 @@ class Reconstruct:
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.batches import open_dataset
+        from brainldm.sampling import BrainLDM
+        from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores
+
         model, settings = BrainLDM.load(self.run_folder), data_config(
             self.run_folder, self.subjects
         )
@@ -578,6 +601,13 @@ class Bits:
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.batches import open_dataset
+        from brainldm.engineering.runs import read_config
+        from brainldm.engineering.stage2 import note_changes, refuse_leak
+        from brainldm.advanced.prior import CodeSampler
+        from brainldm.advanced.evaluation import merge_metrics, show_number
+        from brainldm.engineering.report import prior_scores
+
         dataset = open_dataset(
             self.data, data_config(self.run_folder, self.subjects), progress=not self.as_json
         )
@@ -678,6 +708,8 @@ def read_condition_flags(
     ValueError
         For a name that has a flag, and as `read_conditions` does.
     """
+    from brainldm.engineering.batches import read_conditions
+
     requested, known = {k: v for k, v in given.items() if v is not None}, [
         c.name for c in covariates
     ]
@@ -712,6 +744,8 @@ def next_folder(
     Path
         STEM_000, or the first number not taken; new and empty.
     """
+    from brainldm.engineering.codec import make_folder
+
     for i in range(1_000_000):
         try:
             return make_folder(stem.with_name(f'{stem.name}_{i:03d}'))
@@ -908,9 +942,9 @@ def generator_options(
 # %% ../../nbs/engineering/39_cli.ipynb #e1cca9c3
 def sample_across_processes(
     # Called as sample(n, first): images, or brains, first, first+1, …
-    sample: Callable[[int, int], Tensor],
+    sample: 'Callable[[int, int], Tensor]',
     n: int,  # How many in all
-) -> Tensor | None:  # All of them (n, ...) in the first process, None in the others
+) -> 'Tensor | None':  # All of them (n, ...) in the first process, None in the others
     """Split sampling among the processes of `accelerate launch`; a single process samples all images.
 
     Parameters
@@ -925,6 +959,10 @@ def sample_across_processes(
     Tensor | None
         All of them (n, ...) in the first process, None in the others.
     """
+    import torch
+    from accelerate.utils import gather_object
+    from brainldm.engineering.loop import process_state
+
     state = process_state()
     # the first has the first image
     start, stop = (-(-n * (state.process_index + k) // state.num_processes) for k in (0, 1))
@@ -991,6 +1029,15 @@ class Sample(SamplingFlags):
     out: Path | None = None  # New folder; None: RUN/samples/generated_000 and so on
 
     def run(self) -> int:  # Exit status
+        import numpy as np
+        from brainldm.engineering.loop import process_state
+        from brainldm.engineering.runs import read_metrics
+        from brainldm.engineering.sharing import audit_verdicts
+        from brainldm.engineering.codec import save_gif, save_images
+        from brainldm.sampling import BrainLDM
+        from brainldm.advanced.prior import CodeSampler
+        from brainldm.advanced.audit import audit_summary
+
         self.generator = pick_generator(self.run_folder, self.generator)
         options, frames = generator_options(self), []
         if self.out:
@@ -1048,7 +1095,7 @@ class Sample(SamplingFlags):
 
 # %% ../../nbs/engineering/39_cli.ipynb #325f6257
 def conditions_of_rows(
-    rows: pd.DataFrame,  # Rows of a manifest
+    rows: 'pd.DataFrame',  # Rows of a manifest
     covariates: tuple,  # Covariates of a model
     # A list of values by name; None where there is none, or one that the model has never seen
 ) -> dict:
@@ -1067,6 +1114,8 @@ def conditions_of_rows(
     dict
         A list of values by name; None where there is none, or one that the model has never seen.
     """
+    from brainldm.engineering.batches import read_value
+
     out = {}
     for c in covariates:
         values = (
@@ -1137,6 +1186,13 @@ class Edit:
     out: Path | None = None  # New folder; None: RUN/samples/edited_000 and so on
 
     def run(self) -> int:  # Exit status
+        import numpy as np
+        import torch
+        from brainldm.engineering.plotting import save_figure, show_grid
+        from brainldm.engineering.batches import open_dataset
+        from brainldm.engineering.codec import save_images
+        from brainldm.sampling import BrainLDM
+
         if self.n < 1 or not self.to:
             raise ValueError(
                 f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to"
@@ -1283,6 +1339,18 @@ class Volume:
     out: Path | None = None  # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.loop import process_state
+        from brainldm.engineering.runs import read_config
+        from brainldm.sampling import BrainLDM
+        from brainldm.advanced.volume import (
+            BrainVolumes,
+            check_spacing,
+            resolve_spacing,
+            sample_shared_noise,
+            save_volumes,
+        )
+        from brainldm.advanced.audit import audit_summary
+
         options = dict(
             steps=self.steps,
             guidance_scale=self.guidance_scale,
@@ -1399,6 +1467,8 @@ def evaluate_config(
     ValueError
         For a flag that would have no effect.
     """
+    from brainldm.engineering.report import image_side
+
     default, given = DataConfig(), command.config
     turned = [
         f.name
@@ -1522,6 +1592,16 @@ class Evaluate(SamplingFlags):
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.batches import open_dataset
+        from brainldm.advanced.evaluation import json_safe, show_number
+        from brainldm.engineering.report import (
+            check_targets,
+            evaluate,
+            evaluate_images,
+            report,
+            trust_rows,
+        )
+
         run, data = evaluate_folders(self.folders, self.images, self.out)
         options, shown = evaluate_options(self, run), not self.as_json
         options |= dict(split=self.split, progress=shown) | (
@@ -1565,6 +1645,9 @@ class Explore:
     browser: bool = True  # Open it in the browser
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.explore import explore
+        from brainldm.advanced.audit import audit_summary
+
         # a signal that ends this process ends its server, too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(audit_summary(self.run_folder))
@@ -1594,6 +1677,8 @@ class Report:
     seed: int = 0  # Their seed
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.report import report
+
         print(report(self.run_folder, self.steps, self.guidance_scale, self.seed))
         return 0
 
@@ -1657,6 +1742,8 @@ class Share:
     without_audit: str | None = None
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.sharing import pack_run, push_run
+
         if (self.out is None) == (self.repo is None):
             raise ValueError(
                 f'share: out={self.out}, repo={self.repo}. Expected one of them. Try --out FOLDER,'
@@ -1726,6 +1813,10 @@ def sample_condition_grid(
     Path
         RUN/samples/grid.png.
     """
+    from brainldm.engineering.plotting import save_figure
+    from brainldm.sampling import BrainLDM
+    from brainldm.engineering.report import sample_by_condition
+
     save_figure(sample_by_condition(BrainLDM.load(run))[0], run / 'samples' / 'grid.png')
     return run / 'samples' / 'grid.png'
 
@@ -1751,6 +1842,14 @@ class Demo:
     num_subjects: int = 48  # Brains in the cohort
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.phantom import make_cohort
+        from brainldm.engineering.batches import open_dataset
+        from brainldm.training import train_autoencoder
+        from brainldm.engineering.stage2 import train_ldm
+        from brainldm.sampling import BrainLDM
+        from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores
+        from brainldm.engineering.report import report
+
         auto, ldm = demo_configs(self.preset)
         data, run = self.out / 'phantom', self.out / 'run'
         if not (data / 'phantom.json').is_file():

@@ -247,25 +247,25 @@ CROP = Limit(lambda v: v in (None, 'auto') or 8 <= v <= 4096, "None, 'auto', or 
 # %% ../../nbs/engineering/21_configs.ipynb #b51f65f4
 @dataclass
 class DataConfig:
-    """How a folder of scans becomes square pictures.
+    """How a folder of scans becomes square images.
 
     Attributes
     ----------
     size : Annotated[int, between(8, 4096)], default 128
-        Side of the square pictures that come out, pixels.
+        Side of the square images that come out, pixels.
     crop : Annotated[int | Literal['auto'] | None, CROP], default None
         Central square to keep before resizing, pixels; None: all, padded to a square; auto: see
         `find_crop`.
     planes : tuple[int, int] | None, default None
         First and last+1 axial plane of volumes; None keeps every plane with foreground.
     to_gray : bool, default False
-        Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault.
+        Turn color images gray (ITU-R 601 luma); otherwise color is a fault.
     split_seed : NotNegative[int], default 0
         Seed of the split.
     validate_fraction : Fraction[float], default 0.1
-        Share of subjects for validation where the folders give none.
+        Fraction of subjects for validation where the folders give none.
     test_fraction : Fraction[float], default 0.1
-        Share of subjects for testing where the folders give no split at all.
+        Fraction of subjects for testing where the folders give no split at all.
     subjects : Path | None, default None
         Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
         in the data folder.
@@ -288,19 +288,19 @@ class DataConfig:
         For a setting that cannot work.
     """
 
-    # Side of the square pictures that come out, pixels
+    # Side of the square images that come out, pixels
     size: Annotated[int, between(8, 4096)] = 128
     # Central square to keep before resizing, pixels; None: all, padded to a square; auto: see
     # `find_crop`
     crop: Annotated[int | Literal['auto'] | None, CROP] = None
     # First and last+1 axial plane of volumes; None keeps every plane with foreground
     planes: tuple[int, int] | None = None
-    # Turn colour pictures grey (ITU-R 601 luma); otherwise colour is a fault
+    # Turn color images gray (ITU-R 601 luma); otherwise color is a fault
     to_gray: bool = False
     split_seed: NotNegative[int] = 0  # Seed of the split
-    # Share of subjects for validation where the folders give none
+    # Fraction of subjects for validation where the folders give none
     validate_fraction: Fraction[float] = 0.1
-    # Share of subjects for testing where the folders give no split at all
+    # Fraction of subjects for testing where the folders give no split at all
     test_fraction: Fraction[float] = 0.1
     # Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
     # in the data folder
@@ -363,29 +363,29 @@ class PhantomConfig:
     Attributes
     ----------
     num_subjects : Annotated[int, between(1, 9999)], default 60
-        People.
+        Subjects.
     num_slices : Annotated[int, between(1, 256)], default 32
-        Axial slices a person, spread evenly over MNI z = 0 to 31 mm.
+        Axial slices a subject, spread evenly over MNI z = 0 to 31 mm.
     size : Annotated[int, between(16, 1024)], default 128
         Side of a slice, pixels; the field of view stays 208 mm.
     seed : Annotated[int, between(0, 2 ** 63 - 1)], default 0
-        A person is a function of this seed and of his or her number.
+        A subject is a function of this seed and of its number.
     format : Annotated[str, one_of('png', 'nifti')], default 'png'
-        'png': 8-bit pictures; 'nifti': one volume a person.
+        'png': 8-bit images; 'nifti': one volume a subject.
     ad_fraction : Annotated[float, between(0, 1)], default 0.5
-        Share of people with Alzheimer's disease (AD); the rest are normal controls (NC).
+        Fraction of subjects with Alzheimer's disease (AD); the rest are normal controls (NC).
     age_min : Annotated[float, between(18, 120)], default 55.0
         Youngest, years.
     age_max : Annotated[float, between(18, 120)], default 90.0
         Oldest, years.
     ad_effect : Annotated[float, between(-5, 5)], default 1.2
-        Atrophy that AD adds, in standard deviations between people.
+        Atrophy that AD adds, in standard deviations between subjects.
     age_effect : Annotated[float, between(-5, 5)], default 0.6
         Atrophy that ten years add, in the same unit.
     shape_mm : Annotated[float, between(0, 5)], default 2.5
         Size of the individual differences in shape, mm.
     noise_sigma : Annotated[float, between(0, 50)], default 3.0
-        Rician noise, grey levels.
+        Rician noise, gray levels.
     bias_fraction : Annotated[float, between(0, 0.5)], default 0.1
         Largest departure of the bias field from 1.
 
@@ -395,26 +395,26 @@ class PhantomConfig:
         For a setting that cannot work.
     """
 
-    num_subjects: Annotated[int, between(1, 9999)] = 60  # People
-    # Axial slices a person, spread evenly over MNI z = 0 to 31 mm
+    num_subjects: Annotated[int, between(1, 9999)] = 60  # Subjects
+    # Axial slices a subject, spread evenly over MNI z = 0 to 31 mm
     num_slices: Annotated[int, between(1, 256)] = 32
     # Side of a slice, pixels; the field of view stays 208 mm
     size: Annotated[int, between(16, 1024)] = 128
-    # A person is a function of this seed and of his or her number
+    # A subject is a function of this seed and of its number
     seed: Annotated[int, between(0, 2**63 - 1)] = 0
-    # 'png': 8-bit pictures; 'nifti': one volume a person
+    # 'png': 8-bit images; 'nifti': one volume a subject
     format: Annotated[str, one_of('png', 'nifti')] = 'png'
-    # Share of people with Alzheimer's disease (AD); the rest are normal controls (NC)
+    # Fraction of subjects with Alzheimer's disease (AD); the rest are normal controls (NC)
     ad_fraction: Annotated[float, between(0, 1)] = 0.5
     age_min: Annotated[float, between(18, 120)] = 55.0  # Youngest, years
     age_max: Annotated[float, between(18, 120)] = 90.0  # Oldest, years
-    # Atrophy that AD adds, in standard deviations between people
+    # Atrophy that AD adds, in standard deviations between subjects
     ad_effect: Annotated[float, between(-5, 5)] = 1.2
     # Atrophy that ten years add, in the same unit
     age_effect: Annotated[float, between(-5, 5)] = 0.6
     # Size of the individual differences in shape, mm
     shape_mm: Annotated[float, between(0, 5)] = 2.5
-    noise_sigma: Annotated[float, between(0, 50)] = 3.0  # Rician noise, grey levels
+    noise_sigma: Annotated[float, between(0, 50)] = 3.0  # Rician noise, gray levels
     # Largest departure of the bias field from 1
     bias_fraction: Annotated[float, between(0, 0.5)] = 0.1
 
@@ -433,7 +433,7 @@ BETA_SCHEDULES = 'linear', 'scaled_linear', 'cosine', 'flow'
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0023
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How much noise each of T steps carries, and what the network is asked.
+    """How much noise each of T steps carries, and what the network predicts.
 
     Attributes
     ----------
@@ -480,21 +480,21 @@ class ScheduleConfig:
             raise ValueError(
                 "NoiseSchedule: prediction_type='epsilon' with zero_terminal_snr=True. Expected"
                 " 'v_prediction' or 'sample': the last step holds noise only, so naming its noise"
-                " says nothing of the picture. Try prediction_type='v_prediction', or"
+                " says nothing of the image. Try prediction_type='v_prediction', or"
                 " zero_terminal_snr=False."
             )
 
 # %% ../../nbs/engineering/21_configs.ipynb #89d26982
 @dataclass
 class TrainConfig:
-    """What every training has in common. Lengths are counted in pictures seen, repeats included.
+    """What every training has in common. Lengths are counted in images seen, repeats included.
 
     Attributes
     ----------
     total_images : Positive[int], default 20000
-        Pictures to see before training ends.
+        Images to see before training ends.
     batch_size : Positive[int], default 8
-        Pictures a step, on each process.
+        Images a step, on each process.
     accumulate : Positive[int], default 1
         Steps whose gradients are added up before the weights move.
     auto_find_batch_size : bool, default False
@@ -502,7 +502,7 @@ class TrainConfig:
     learning_rate : Positive[float], default 0.002
         Highest learning rate of AdamW.
     warmup_images : NotNegative[int], default 1000
-        Pictures over which the learning rate rises from 0.
+        Images over which the learning rate rises from 0.
     weight_decay : NotNegative[float], default 0.0
         Pull of AdamW on the weights towards 0.
     clip_norm : Positive[float], default 1.0
@@ -512,43 +512,44 @@ class TrainConfig:
     compile : bool, default False
         Compile the network first (torch.compile).
     validate_every : Positive[int], default 5000
-        Pictures between two looks at the validate subjects.
+        Images between two validation passes.
     checkpoint_every : Positive[int], default 5000
-        Pictures between two checkpoints.
+        Images between two checkpoints.
     log_every : Positive[int], default 10
         Steps between two lines of the log.
     num_workers : NotNegative[int], default 0
-        Processes that load pictures; 0 loads in the training process.
+        Processes that load images; 0 loads in the training process.
     seed : NotNegative[int], default 0
-        Seed of the weights, the order of the pictures and the noise.
+        Seed of the weights, the order of the images and the noise.
     init_from : str | None, default None
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
-        A tracker that accelerate knows, such as tensorboard or wandb.
+        A tracker that accelerate supports, such as tensorboard or wandb.
     """
 
-    total_images: Positive[int] = 20_000  # Pictures to see before training ends
-    batch_size: Positive[int] = 8  # Pictures a step, on each process
+    total_images: Positive[int] = 20_000  # Images to see before training ends
+    batch_size: Positive[int] = 8  # Images a step, on each process
     accumulate: Positive[int] = 1  # Steps whose gradients are added up before the weights move
     # When memory runs out: a smaller batch, more steps added up, and on
     auto_find_batch_size: bool = False
     learning_rate: Positive[float] = 2e-3  # Highest learning rate of AdamW
-    warmup_images: NotNegative[int] = 1_000  # Pictures over which the learning rate rises from 0
+    warmup_images: NotNegative[int] = 1_000  # Images over which the learning rate rises from 0
     weight_decay: NotNegative[float] = 0.0  # Pull of AdamW on the weights towards 0
     # Longest gradient allowed; longer ones are scaled down to it
     clip_norm: Positive[float] = 1.0
     # Mixed precision; auto: bf16 where the device computes in it
     precision: Literal['auto', 'no', 'bf16', 'fp16'] = 'auto'
     compile: bool = False  # Compile the network first (torch.compile)
-    validate_every: Positive[int] = 5_000  # Pictures between two looks at the validate subjects
-    checkpoint_every: Positive[int] = 5_000  # Pictures between two checkpoints
+    validate_every: Positive[int] = 5_000  # Images between two validation passes
+    checkpoint_every: Positive[int] = 5_000  # Images between two checkpoints
     log_every: Positive[int] = 10  # Steps between two lines of the log
-    # Processes that load pictures; 0 loads in the training process
+    # Processes that load images; 0 loads in the training process
     num_workers: NotNegative[int] = 0
-    seed: NotNegative[int] = 0  # Seed of the weights, the order of the pictures and the noise
+    seed: NotNegative[int] = 0  # Seed of the weights, the order of the images and the noise
     # Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name
     init_from: str | None = None
-    log_with: str | None = None  # A tracker that accelerate knows, such as tensorboard or wandb
+    # A tracker that accelerate supports, such as tensorboard or wandb
+    log_with: str | None = None
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0025
 NEEDS_DISCRIMINATOR = Needs(lambda c: c.adversarial, 'a discriminator', 'adversarial=True')
@@ -571,9 +572,9 @@ class AEConfig(TrainConfig):
     Attributes
     ----------
     total_images : Positive[int], default 20000
-        Pictures to see before training ends.
+        Images to see before training ends.
     batch_size : Positive[int], default 8
-        Pictures a step, on each process.
+        Images a step, on each process.
     accumulate : Positive[int], default 1
         Steps whose gradients are added up before the weights move.
     auto_find_batch_size : bool, default False
@@ -581,7 +582,7 @@ class AEConfig(TrainConfig):
     learning_rate : Positive[float], default 0.002
         Highest learning rate of AdamW.
     warmup_images : NotNegative[int], default 1000
-        Pictures over which the learning rate rises from 0.
+        Images over which the learning rate rises from 0.
     weight_decay : NotNegative[float], default 0.0
         Pull of AdamW on the weights towards 0.
     clip_norm : Positive[float], default 1.0
@@ -591,25 +592,25 @@ class AEConfig(TrainConfig):
     compile : bool, default False
         Compile the network first (torch.compile).
     validate_every : Positive[int], default 5000
-        Pictures between two looks at the validate subjects.
+        Images between two validation passes.
     checkpoint_every : Positive[int], default 5000
-        Pictures between two checkpoints.
+        Images between two checkpoints.
     log_every : Positive[int], default 10
         Steps between two lines of the log.
     num_workers : NotNegative[int], default 0
-        Processes that load pictures; 0 loads in the training process.
+        Processes that load images; 0 loads in the training process.
     seed : NotNegative[int], default 0
-        Seed of the weights, the order of the pictures and the noise.
+        Seed of the weights, the order of the images and the noise.
     init_from : str | None, default None
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
-        A tracker that accelerate knows, such as tensorboard or wandb.
+        A tracker that accelerate supports, such as tensorboard or wandb.
     data : DataConfig, default DataConfig()
-        How pictures are found, cut and split.
+        How images are found, cut and split.
     latent_channels : Positive[int], default 8
         Channels of the latent.
     channels : LevelSizes, default (96, 128)
-        Features at each level, largest picture first.
+        Features at each level, largest image first.
     num_res_blocks : Positive[int], default 1
         Residual blocks a level.
     attention_levels : tuple[bool, ...], default (False, False)
@@ -620,11 +621,11 @@ class AEConfig(TrainConfig):
         Levels of the UNet that stage 2 will train on the latents: their side must divide; 1: any
         side.
     covariates : tuple[str, ...], default ()
-        Covariates that encoder and decoder are told.
+        Covariates that encoder and decoder are conditioned on.
     kl_weight : NotNegative[float], default 1e-06
         Weight of the KL term beside the mean absolute error.
     kl_period : Annotated[NotNegative[int], NEEDS_GAUSSIAN_LATENTS], default 0
-        Pictures a cycle of a rising KL weight; 0 keeps it constant.
+        Images a cycle of a rising KL weight; 0 keeps it constant.
     kind : Literal['kl', 'vq', 'fsq'], default 'kl'
         Latents: Gaussians, codes of a codebook, or codes of rounded channels.
     num_embeddings : Positive[int], default 1024
@@ -636,44 +637,45 @@ class AEConfig(TrainConfig):
     codebook_start : Literal['kmeans', 'uniform'], default 'kmeans'
         (vq) Where the codes are at first.
     restart_below : Fraction[float], default 0.1
-        (vq) Codes used less than this share of an equal share start anew; 0: never.
+        (vq) Codes used less than this fraction of an equal share start anew; 0: never.
     fsq_levels : CodeLevels, default (8, 5, 5, 5)
         (fsq) Levels of each latent channel.
     adversarial : Annotated[bool, NEEDS_TIME_TO_ACT], default False
-        Train a critic beside the autoencoder, against blur.
+        Train a discriminator beside the autoencoder, against blur.
     adversarial_start : NotNegative[int], default 10000
-        Pictures seen before the critic's verdict reaches the autoencoder.
+        Images seen before the generator loss reaches the autoencoder.
     adversarial_weight : NotNegative[float], default 1.0
-        Pull of the critic on the decoder's last layer; 1 pulls as hard as the reconstruction.
+        Pull of the discriminator on the decoder's last layer; 1 pulls as hard as the
+        reconstruction.
     adversarial_max_weight : NotNegative[float], default 0.01
         Ceiling of the adaptive weight that makes both pulls equal.
     adversarial_loss : Literal['nonsaturating', 'hinge'], default 'nonsaturating'
-        How the critic is taught.
+        Loss of the discriminator.
     discriminator_warmup : NotNegative[int], default 2000
-        Pictures from which the critic alone learns, before its verdict counts.
+        Images from which the discriminator alone learns, before the generator loss counts.
     discriminator_learning_rate : Positive[float], default 0.0005
-        Highest learning rate of the critic.
+        Highest learning rate of the discriminator.
     discriminator_channels : LevelSizes, default (32, 64, 128)
-        Features of the critic after each halving.
+        Features of the discriminator after each halving.
     random_weight : Annotated[NotNegative[float], NEEDS_DISCRIMINATOR], default 0.0
-        Weight of fooling the critic with decoded random latents.
+        Weight of the generator loss of decoded random latents.
     feature_weight : Annotated[NotNegative[float], NEEDS_DISCRIMINATOR], default 0.0
-        Weight of the difference in the critic's features.
+        Weight of the difference in the discriminator's features.
     """
 
-    # How pictures are found, cut and split
+    # How images are found, cut and split
     data: DataConfig = field(default_factory=DataConfig)
     latent_channels: Positive[int] = 8  # Channels of the latent
-    channels: LevelSizes = (96, 128)  # Features at each level, largest picture first
+    channels: LevelSizes = (96, 128)  # Features at each level, largest image first
     num_res_blocks: Positive[int] = 1  # Residual blocks a level
     attention_levels: tuple[bool, ...] = (False, False)  # Levels with self-attention
     patch: Positive[int] = 4  # Side of the pixel blocks that the stem folds into channels
     # Levels of the UNet that stage 2 will train on the latents: their side must divide; 1: any
     # side
     unet_levels: Positive[int] = 2
-    covariates: tuple[str, ...] = ()  # Covariates that encoder and decoder are told
+    covariates: tuple[str, ...] = ()  # Covariates that encoder and decoder are conditioned on
     kl_weight: NotNegative[float] = 1e-6  # Weight of the KL term beside the mean absolute error
-    # Pictures a cycle of a rising KL weight; 0 keeps it constant
+    # Images a cycle of a rising KL weight; 0 keeps it constant
     kl_period: Annotated[NotNegative[int], NEEDS_GAUSSIAN_LATENTS] = 0
     # Latents: Gaussians, codes of a codebook, or codes of rounded channels
     kind: Literal['kl', 'vq', 'fsq'] = 'kl'
@@ -684,27 +686,28 @@ class AEConfig(TrainConfig):
     # (vq) Codes follow the mean of their vectors; else they learn by gradient
     codebook_ema: bool = True
     codebook_start: Literal['kmeans', 'uniform'] = 'kmeans'  # (vq) Where the codes are at first
-    # (vq) Codes used less than this share of an equal share start anew; 0: never
+    # (vq) Codes used less than this fraction of an equal share start anew; 0: never
     restart_below: Fraction[float] = 0.1
     fsq_levels: CodeLevels = (8, 5, 5, 5)  # (fsq) Levels of each latent channel
-    # Train a critic beside the autoencoder, against blur
+    # Train a discriminator beside the autoencoder, against blur
     adversarial: Annotated[bool, NEEDS_TIME_TO_ACT] = False
-    # Pictures seen before the critic's verdict reaches the autoencoder
+    # Images seen before the generator loss reaches the autoencoder
     adversarial_start: NotNegative[int] = 10_000
-    # Pull of the critic on the decoder's last layer; 1 pulls as hard as the reconstruction
+    # Pull of the discriminator on the decoder's last layer; 1 pulls as hard as the reconstruction
     adversarial_weight: NotNegative[float] = 1.0
     # Ceiling of the adaptive weight that makes both pulls equal
     adversarial_max_weight: NotNegative[float] = 0.01
-    # How the critic is taught
+    # Loss of the discriminator
     adversarial_loss: Literal['nonsaturating', 'hinge'] = 'nonsaturating'
-    # Pictures from which the critic alone learns, before its verdict counts
+    # Images from which the discriminator alone learns, before the generator loss counts
     discriminator_warmup: NotNegative[int] = 2_000
-    discriminator_learning_rate: Positive[float] = 5e-4  # Highest learning rate of the critic
-    # Features of the critic after each halving
+    # Highest learning rate of the discriminator
+    discriminator_learning_rate: Positive[float] = 5e-4
+    # Features of the discriminator after each halving
     discriminator_channels: LevelSizes = (32, 64, 128)
-    # Weight of fooling the critic with decoded random latents
+    # Weight of the generator loss of decoded random latents
     random_weight: Annotated[NotNegative[float], NEEDS_DISCRIMINATOR] = 0.0
-    # Weight of the difference in the critic's features
+    # Weight of the difference in the discriminator's features
     feature_weight: Annotated[NotNegative[float], NEEDS_DISCRIMINATOR] = 0.0
 
 # %% ../../nbs/engineering/21_configs.ipynb #75cdd7d5
@@ -715,7 +718,7 @@ class LDMConfig(TrainConfig):
     Attributes
     ----------
     total_images : Positive[int], default 20000
-        Pictures to see before training ends.
+        Images to see before training ends.
     batch_size : Positive[int], default 32
         Latents a step, on each process.
     accumulate : Positive[int], default 1
@@ -725,7 +728,7 @@ class LDMConfig(TrainConfig):
     learning_rate : Positive[float], default 0.001
         Highest learning rate of AdamW.
     warmup_images : NotNegative[int], default 1000
-        Pictures over which the learning rate rises from 0.
+        Images over which the learning rate rises from 0.
     weight_decay : NotNegative[float], default 0.0
         Pull of AdamW on the weights towards 0.
     clip_norm : Positive[float], default 1.0
@@ -735,19 +738,19 @@ class LDMConfig(TrainConfig):
     compile : bool, default False
         Compile the network first (torch.compile).
     validate_every : Positive[int], default 5000
-        Pictures between two looks at the validate subjects.
+        Images between two validation passes.
     checkpoint_every : Positive[int], default 5000
-        Pictures between two checkpoints.
+        Images between two checkpoints.
     log_every : Positive[int], default 10
         Steps between two lines of the log.
     num_workers : NotNegative[int], default 0
-        Processes that load pictures; 0 loads in the training process.
+        Processes that load images; 0 loads in the training process.
     seed : NotNegative[int], default 0
-        Seed of the weights, the order of the pictures and the noise.
+        Seed of the weights, the order of the images and the noise.
     init_from : str | None, default None
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
-        A tracker that accelerate knows, such as tensorboard or wandb.
+        A tracker that accelerate supports, such as tensorboard or wandb.
     channels : LevelSizes, default (96, 160)
         Features at each level of the UNet.
     num_res_blocks : Positive[int], default 2
@@ -761,7 +764,7 @@ class LDMConfig(TrainConfig):
     covariates : tuple[str, ...] | None, default None
         Covariates to learn; None: all that the data has.
     dropout : Fraction[float], default 0.0
-        Share of each block's features that training leaves out; for few pictures seen many times.
+        Fraction of each block's features that training leaves out; for few images seen many times.
     covariate_dropout : Probability, default 0.1
         Probability of hiding each covariate by itself.
     condition_dropout : Probability, default 0.1
@@ -775,7 +778,7 @@ class LDMConfig(TrainConfig):
     ema_images : Positive[int], default 20000
         Half life of the average of the weights.
     preview_steps : Positive[int], default 20
-        Denoising steps of the pictures drawn during training.
+        Denoising steps of the images generated during training.
     """
 
     learning_rate: Positive[float] = 1e-3  # Highest learning rate of AdamW
@@ -786,7 +789,7 @@ class LDMConfig(TrainConfig):
     num_heads: Positive[int] = 4  # Attention heads
     cond_channels: Positive[int] = 128  # Length of a covariate token
     covariates: tuple[str, ...] | None = None  # Covariates to learn; None: all that the data has
-    # Share of each block's features that training leaves out; for few pictures seen many times
+    # Fraction of each block's features that training leaves out; for few images seen many times
     dropout: Fraction[float] = 0.0
     covariate_dropout: Probability = 0.1  # Probability of hiding each covariate by itself
     condition_dropout: Probability = 0.1  # Probability of hiding all of them at once
@@ -797,7 +800,7 @@ class LDMConfig(TrainConfig):
     # Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise
     snr_offset: Annotated[NotNegative[float], NEEDS_SNR_GAMMA] = 0.0
     ema_images: Positive[int] = 20_000  # Half life of the average of the weights
-    preview_steps: Positive[int] = 20  # Denoising steps of the pictures drawn during training
+    preview_steps: Positive[int] = 20  # Denoising steps of the images generated during training
 
 # %% ../../nbs/engineering/21_configs.ipynb #f7bdc62d
 @dataclass
@@ -817,7 +820,7 @@ class PriorConfig(TrainConfig):
     learning_rate : Positive[float], default 0.001
         Highest learning rate of AdamW.
     warmup_images : NotNegative[int], default 1000
-        Pictures over which the learning rate rises from 0.
+        Images over which the learning rate rises from 0.
     weight_decay : NotNegative[float], default 0.05
         Pull of AdamW on the weights towards 0.
     clip_norm : Positive[float], default 1.0
@@ -827,19 +830,19 @@ class PriorConfig(TrainConfig):
     compile : bool, default False
         Compile the network first (torch.compile).
     validate_every : Positive[int], default 5000
-        Pictures between two looks at the validate subjects.
+        Images between two validation passes.
     checkpoint_every : Positive[int], default 5000
-        Pictures between two checkpoints.
+        Images between two checkpoints.
     log_every : Positive[int], default 10
         Steps between two lines of the log.
     num_workers : NotNegative[int], default 0
-        Processes that load pictures; 0 loads in the training process.
+        Processes that load images; 0 loads in the training process.
     seed : NotNegative[int], default 0
-        Seed of the weights, the order of the pictures and the noise.
+        Seed of the weights, the order of the images and the noise.
     init_from : str | None, default None
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
-        A tracker that accelerate knows, such as tensorboard or wandb.
+        A tracker that accelerate supports, such as tensorboard or wandb.
     embed_dim : Positive[int], default 128
         Length of a vector.
     num_layers : Positive[int], default 4
@@ -847,11 +850,11 @@ class PriorConfig(TrainConfig):
     num_heads : Positive[int], default 4
         Attention heads.
     dropout : Fraction[float], default 0.1
-        Share of what each layer adds that training leaves out.
+        Fraction of what each layer adds that training leaves out.
     replace_codes : Fraction[float], default 0.0
-        Share of the known codes that are replaced by random ones.
+        Fraction of the known codes that are replaced by random ones.
     label_smoothing : Fraction[float], default 0.0
-        Share of the target that is spread over all codes.
+        Fraction of the target that is spread over all codes.
     covariates : tuple[str, ...] | None, default None
         Covariates to learn; None: all that the data has.
     covariate_dropout : Probability, default 0.1
@@ -869,10 +872,11 @@ class PriorConfig(TrainConfig):
     embed_dim: Positive[int] = 128  # Length of a vector
     num_layers: Positive[int] = 4  # Blocks
     num_heads: Positive[int] = 4  # Attention heads
-    dropout: Fraction[float] = 0.1  # Share of what each layer adds that training leaves out
-    # Share of the known codes that are replaced by random ones
+    dropout: Fraction[float] = 0.1  # Fraction of what each layer adds that training leaves out
+    # Fraction of the known codes that are replaced by random ones
     replace_codes: Fraction[float] = 0.0
-    label_smoothing: Fraction[float] = 0.0  # Share of the target that is spread over all codes
+    # Fraction of the target that is spread over all codes
+    label_smoothing: Fraction[float] = 0.0
     covariates: tuple[str, ...] | None = None  # Covariates to learn; None: all that the data has
     covariate_dropout: Probability = 0.1  # Probability of hiding each covariate by itself
     condition_dropout: Probability = 0.1  # Probability of hiding all of them at once
@@ -881,7 +885,7 @@ class PriorConfig(TrainConfig):
 # %% ../../nbs/engineering/21_configs.ipynb #f561fca6
 @dataclass
 class VolumeConfig(TrainConfig):
-    """Everything that decides how a slice learns to follow its neighbours.
+    """Everything that decides how a slice learns to follow its neighbors.
 
     Attributes
     ----------
@@ -906,23 +910,23 @@ class VolumeConfig(TrainConfig):
     compile : bool, default False
         Compile the network first (torch.compile).
     validate_every : Positive[int], default 10000
-        Latents between two looks at the validate subjects.
+        Latents between two validation passes.
     checkpoint_every : Positive[int], default 10000
         Latents between two checkpoints.
     log_every : Positive[int], default 40
         Steps between two lines of the log.
     num_workers : NotNegative[int], default 0
-        Processes that load pictures; 0 loads in the training process.
+        Processes that load images; 0 loads in the training process.
     seed : NotNegative[int], default 0
-        Seed of the weights, the order of the pictures and the noise.
+        Seed of the weights, the order of the images and the noise.
     init_from : str | None, default None
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
-        A tracker that accelerate knows, such as tensorboard or wandb.
+        A tracker that accelerate supports, such as tensorboard or wandb.
     neighbor_dropout : Fraction[float], default 0.5
-        Probability of hiding each neighbour by itself.
+        Probability of hiding each neighbor by itself.
     neighbor_noise : NotNegative[float], default 0.2
-        Most noise on the neighbours in training, in standard deviations of a latent.
+        Most noise on the neighbors in training, in standard deviations of a latent.
     covariate_dropout : Probability, default 0.1
         Probability of hiding each covariate by itself.
     condition_dropout : Probability, default 0.1
@@ -930,7 +934,7 @@ class VolumeConfig(TrainConfig):
     ema_images : Positive[int], default 10000
         Half life of the average of the weights.
     preview_steps : Positive[int], default 20
-        Denoising steps of the brains drawn during training.
+        Denoising steps of the brains generated during training.
     """
 
     total_images: Positive[int] = 40_000  # Latents to see before training ends
@@ -938,15 +942,15 @@ class VolumeConfig(TrainConfig):
     learning_rate: Positive[float] = 5e-4  # Highest learning rate of AdamW
     warmup_images: NotNegative[int] = 1_000  # Latents over which the learning rate rises from 0
     log_every: Positive[int] = 40  # Steps between two lines of the log
-    validate_every: Positive[int] = 10_000  # Latents between two looks at the validate subjects
+    validate_every: Positive[int] = 10_000  # Latents between two validation passes
     checkpoint_every: Positive[int] = 10_000  # Latents between two checkpoints
-    neighbor_dropout: Fraction[float] = 0.5  # Probability of hiding each neighbour by itself
-    # Most noise on the neighbours in training, in standard deviations of a latent
+    neighbor_dropout: Fraction[float] = 0.5  # Probability of hiding each neighbor by itself
+    # Most noise on the neighbors in training, in standard deviations of a latent
     neighbor_noise: NotNegative[float] = 0.2
     covariate_dropout: Probability = 0.1  # Probability of hiding each covariate by itself
     condition_dropout: Probability = 0.1  # Probability of hiding all of them at once
     ema_images: Positive[int] = 10_000  # Half life of the average of the weights
-    preview_steps: Positive[int] = 20  # Denoising steps of the brains drawn during training
+    preview_steps: Positive[int] = 20  # Denoising steps of the brains generated during training
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0027
 def check_tracker(
@@ -1125,7 +1129,7 @@ VOLUME_PRESETS = {
         ema_images=200_000,
         num_workers=4,
     ),
-}  # name -> how slices learn to follow their neighbours
+}  # name -> how slices learn to follow their neighbors
 
 # %% ../../nbs/engineering/21_configs.ipynb #f6fa9fdb
 PRIOR_PRESETS = {

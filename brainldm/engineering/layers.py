@@ -31,7 +31,7 @@ class ResBlock(nn.Module):
     norm_num_groups : int, default 8
         Groups in each GroupNorm.
     dropout : float, default 0.0
-        Share of the features before the second convolution that training leaves out.
+        Fraction of the features before the second convolution that training leaves out.
 
     Raises
     ------
@@ -51,7 +51,7 @@ class ResBlock(nn.Module):
         # Length of the embedding; None where nothing conditions the block
         emb_channels: int | None = None,
         norm_num_groups: int = 8,  # Groups in each GroupNorm
-        # Share of the features before the second convolution that training leaves out
+        # Fraction of the features before the second convolution that training leaves out
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -237,12 +237,12 @@ class AttentionBlock(nn.Module):
 
 # %% ../../nbs/engineering/28_layers.ipynb #f5292898
 class CrossAttention(nn.Module):
-    """Let every pixel ask the condition tokens, and add the answer to its features.
+    """Cross-attention: every pixel attends to the condition tokens, added to its features.
 
     Parameters
     ----------
     channels : int
-        Channels of the picture's features, a multiple of `num_heads` and `norm_num_groups`.
+        Channels of the image's features, a multiple of `num_heads` and `norm_num_groups`.
     context_channels : int
         Length of a token.
     num_heads : int, default 4
@@ -262,7 +262,7 @@ class CrossAttention(nn.Module):
 
     def __init__(
         self,
-        # Channels of the picture's features, a multiple of `num_heads` and `norm_num_groups`
+        # Channels of the image's features, a multiple of `num_heads` and `norm_num_groups`
         channels: int,
         context_channels: int,  # Length of a token
         num_heads: int = 4,  # Attention heads
@@ -363,7 +363,7 @@ class Conditioner(nn.Module):
     Raises
     ------
     ValueError
-        On a covariate it does not know.
+        On an unknown covariate.
 
     References
     ----------

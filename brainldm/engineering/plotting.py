@@ -62,6 +62,8 @@ def show_grid(
     plt.Figure
         One axes an image, row by row.
     """
+    import matplotlib.pyplot as plt
+
     pics = [np.asarray(i.detach().float().cpu() if isinstance(i, Tensor) else i) for i in images]
     if not pics:
         raise ValueError(

@@ -915,6 +915,9 @@ def compare_given(
     list[str]
         One phrase a difference; none: the stage would be given the same.
     """
+    import pandas as pd
+    from brainldm.engineering.batches import fingerprint
+
     if 'columns' not in known:
         now = fingerprint(dataset.manifest)['hash']
         return (
@@ -1474,6 +1477,8 @@ def mark_out_of_memory(
     Callable[[dict], dict]
         The same; where memory runs out it raises StepOutOfMemory.
     """
+
+    from accelerate.utils.memory import should_reduce_batch_size
 
     def marked(batch):
         try:

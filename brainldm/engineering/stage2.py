@@ -493,7 +493,7 @@ def ldm_loss(
     ----------
     Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6.
     """
-    x0, schedule = batch['latent'], config.schedule
+    x0, schedule = batch['latent'], noise_schedule(config.schedule)
     t = torch.randint(
         schedule.num_train_timesteps, (len(x0),), generator=generator, device=x0.device
     )
@@ -852,7 +852,10 @@ def validate_ldm(
         len(rows), 1, 1, 1
     )
     z = denoise(
-        lambda xt, t: unet(xt, t, cond).float(), noise, config.schedule, config.preview_steps
+        lambda xt, t: unet(xt, t, cond).float(),
+        noise,
+        noise_schedule(config.schedule),
+        config.preview_steps,
     )
     images = (
         in_chunks(decode, config.batch_size)(z, cond)[:, 0].cpu().unflatten(0, (len(rows), columns))
