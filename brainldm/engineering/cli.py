@@ -38,49 +38,6 @@ from brainldm.engineering.configs import (
     TrainConfig,
     VolumeConfig,
 )
-from .files import as_faults
-from .plotting import save_figure, show_grid
-from brainldm.engineering.batches import (
-    covariate_notes,
-    describe_manifest,
-    find_covariates,
-    read_conditions,
-    read_value,
-)
-from .loop import process_state
-from .runs import read_config, read_metrics
-from .sharing import audit_verdicts, pack_run, push_run
-from ..training import size_multiple, train_autoencoder
-from .stage2 import note_changes, refuse_leak, train_ldm
-from .codec import make_folder, save_gif, save_images
-from ..sampling import BrainLDM
-from brainldm.advanced.volume import (
-    BrainVolumes,
-    check_spacing,
-    resolve_spacing,
-    sample_shared_noise,
-    save_volumes,
-    train_volume,
-)
-from .explore import explore
-from ..advanced.prior import CodeSampler, train_prior
-from brainldm.advanced.evaluation import (
-    json_safe,
-    merge_metrics,
-    reconstruction_scores,
-    show_number,
-)
-from ..advanced.audit import audit_summary
-from brainldm.engineering.report import (
-    check_targets,
-    evaluate,
-    evaluate_images,
-    image_side,
-    prior_scores,
-    report,
-    sample_by_condition,
-    trust_rows,
-)
 
 if TYPE_CHECKING:
     import pandas as pd
