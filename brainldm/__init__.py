@@ -9,14 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors read; the table below says the same
-    from .data import DataConfig as DataConfig
     from .data import check_dataset as check_dataset
     from .sampling import BrainLDM as BrainLDM
     from .scheduler import NoiseSchedule as NoiseSchedule
     from .scheduler import add_noise as add_noise
     from .scheduler import denoise as denoise
-    from .training import AEConfig as AEConfig
     from .training import train_autoencoder as train_autoencoder
+    from .training import train_ldm as train_ldm
     from .unet import UNet as UNet
     from .vae import AutoencoderKL as AutoencoderKL
     from .vqgan import VQVAE as VQVAE
@@ -24,20 +23,21 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below says t
     from .advanced.prior import CodeSampler as CodeSampler
     from .advanced.volume import BrainVolumes as BrainVolumes
     from .engineering.batches import open_dataset as open_dataset
-    from .engineering.phantom import PhantomConfig as PhantomConfig
+    from .engineering.configs import AEConfig as AEConfig
+    from .engineering.configs import DataConfig as DataConfig
+    from .engineering.configs import LDMConfig as LDMConfig
+    from .engineering.configs import PRESETS as PRESETS
+    from .engineering.configs import PhantomConfig as PhantomConfig
     from .engineering.phantom import make_cohort as make_cohort
     from .engineering.plotting import show_grid as show_grid
     from .engineering.report import evaluate as evaluate
     from .engineering.report import report as report
-    from .engineering.stage2 import LDMConfig as LDMConfig
-    from .engineering.stage2 import PRESETS as PRESETS
-    from .engineering.stage2 import train_ldm as train_ldm
 
 _MODULES = {
-    "data": "DataConfig check_dataset",
+    "data": "check_dataset",
     "sampling": "BrainLDM",
     "scheduler": "NoiseSchedule add_noise denoise",
-    "training": "AEConfig train_autoencoder",
+    "training": "train_autoencoder train_ldm",
     "unet": "UNet",
     "vae": "AutoencoderKL",
     "vqgan": "VQVAE",
@@ -45,10 +45,10 @@ _MODULES = {
     "advanced.prior": "CodeSampler",
     "advanced.volume": "BrainVolumes",
     "engineering.batches": "open_dataset",
-    "engineering.phantom": "PhantomConfig make_cohort",
+    "engineering.configs": "AEConfig DataConfig LDMConfig PRESETS PhantomConfig",
+    "engineering.phantom": "make_cohort",
     "engineering.plotting": "show_grid",
     "engineering.report": "evaluate report",
-    "engineering.stage2": "LDMConfig PRESETS train_ldm",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -25,7 +25,7 @@ from .advanced.solvers import SOLVERS, invert
 from .unet import UNet
 from .engineering.loop import infer, mixed_precision, to_device
 from .engineering.runs import check_trained_on, read_config
-from .training import load_autoencoder
+from .engineering.stage1 import load_autoencoder
 from .engineering.stage2 import load_denoiser
 from brainldm.engineering.codec import (
     Codec,
@@ -318,10 +318,10 @@ class Sampler(Codec):
         slice_covariate: Covariate | None = None,
     ):
         super().__init__(autoencoder, size, precision, slice_covariate)
-        self.unet = unet
-        self.schedule = schedule
-        self.latent_mean = latent_mean
-        self.latent_std = latent_std
+        self.unet: Any = unet  # a `UNet` or another denoiser
+        self.schedule = NoiseSchedule() if schedule is None else schedule
+        self.latent_mean = torch.zeros(1) if latent_mean is None else latent_mean
+        self.latent_std = torch.ones(1) if latent_std is None else latent_std
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
@@ -436,10 +436,8 @@ class Sampler(Codec):
             first,
         )
         watched = None if watched is None else check_watched(watched, n)
-        shape, images = (
-            self.autoencoder.latent_channels,
-            *[self.size // self.autoencoder.factor] * 2,
-        ), []
+        side, images = self.size // self.autoencoder.factor, []
+        shape = (self.autoencoder.latent_channels, side, side)
         with tqdm(total=n * steps, unit='step', desc='sample', disable=not progress) as bar:
             for i, stop, part in in_batches(cond, n, batch_size, self.device):
                 noise = sample_noise(stop - i, shape, seed, first + i, self.device)
@@ -501,7 +499,7 @@ class Sampler(Codec):
         Meng et al. 2022, alg. 1.
         """
         n = check_images('image_to_image', images, self.size)
-        options = dict(
+        options: dict[str, Any] = dict(
             steps=steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
@@ -641,13 +639,11 @@ class Sampler(Codec):
                 " of 2 or more. Try a[:1], b[:1]."
             )
         options = dict(steps=steps, start=0, refine=refine)
-        ends, u = prepare_conditions(self, given or {}, 2, options, 0, batch_size), torch.linspace(
-            0, 1, n
-        )
+        ends = prepare_conditions(self, given or {}, 2, options, 0, batch_size)
+        u = torch.linspace(0, 1, n)
         between = mix_conditions(ends, u)
-        noise = slerp(
-            *find_noise(self, torch.cat([a, b]), to_device(ends, self.device), options), u
-        )
+        first, last = find_noise(self, torch.cat([a, b]), to_device(ends, self.device), options)
+        noise = slerp(first, last, u)
         return torch.cat(
             [
                 sample_batch(self, noise[i:stop], part, options)

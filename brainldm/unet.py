@@ -7,6 +7,7 @@ __all__ = ['check_condition_tensors', 'check_unet', 'check_input', 'timestep_emb
            'down_level', 'up_level', 'UNetDown', 'UNetUp', 'UNet']
 
 # %% ../nbs/05_unet.ipynb #b41acfae
+from typing import Any
 import math
 import torch
 from torch import Tensor, nn
@@ -243,7 +244,7 @@ class ConditionEmbedding(nn.Module):
         """
         check_condition_tensors(cond, drop, len(x), self.names)
         emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
-        if self.conditioner is None:
+        if self.conditioner is None or self.proj is None:
             return emb, None
         tokens = self.conditioner(cond or {}, len(x), drop)
         return emb + self.proj(tokens.mean(1)), tokens
@@ -290,8 +291,11 @@ class UNetBlock(nn.Module):
         shared = dict(num_heads=num_heads, norm_num_groups=norm_num_groups)
         self.res = ResBlock(in_channels, out_channels, emb_channels, norm_num_groups, dropout)
         self.self_attn = AttentionBlock(out_channels, **shared) if attention else None
-        ask = attention and context_channels
-        self.cross_attn = CrossAttention(out_channels, context_channels, **shared) if ask else None
+        self.cross_attn = (
+            CrossAttention(out_channels, context_channels, **shared)
+            if attention and context_channels
+            else None
+        )
 
     def forward(
         self,
@@ -493,8 +497,8 @@ class UNetUp(nn.Module):
             nn.Conv2d(channels[0], out_channels, 3, padding=1),
         )
         # a fresh network answers 0
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.zeros_(self.head[-1].bias)
+        for parameter in self.head[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -586,7 +590,7 @@ class UNet(nn.Module):
             tuple(covariates),
         )
         emb_channels = 4 * channels[0]
-        shape = dict(
+        shape: dict[str, Any] = dict(
             channels=channels,
             num_res_blocks=num_res_blocks,
             attention_levels=attention_levels,

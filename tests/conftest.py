@@ -31,7 +31,7 @@ def tiny_run(own_cache, tmp_path_factory):
     from brainldm.engineering.configs import AEConfig
     from brainldm.training import train_autoencoder
     from brainldm.engineering.configs import LDMConfig
-    from brainldm.engineering.stage2 import train_ldm
+    from brainldm.training import train_ldm
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp('tiny')

@@ -309,7 +309,7 @@ def test_ablate_latent(quick_judge, load, tmp_path, with_crowd):
 
 
 def test_half_a_latent_costs_what_its_picture_misses(load, tiny_run):
-    from brainldm.training import load_autoencoder
+    from brainldm.engineering.stage1 import load_autoencoder
 
     o, (model, _) = load('ablate_latent'), load_autoencoder(tiny_run[0])
     batch = dict(image=torch.rand(2, 1, 64, 64) * 2 - 1)

@@ -26,7 +26,7 @@ from brainldm.engineering.batches import (
     read_conditions,
     write_levels,
 )
-from brainldm.training import (
+from brainldm.engineering.stage1 import (
     EVALUATOR_PATCH,
     covariates_from_dict,
     covariates_to_dict,

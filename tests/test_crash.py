@@ -16,7 +16,7 @@ import torch
 
 from brainldm.engineering.runs import Checkpoint, free_run, load_weights, lock_run, read_log
 from brainldm.training import train_autoencoder
-from brainldm.engineering import runs
+from brainldm.engineering import runs, stage1
 from brainldm import training
 from test_training import AE, make_dataset
 
@@ -26,7 +26,7 @@ posix = pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
 
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
-    monkeypatch.setattr(training, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
+    monkeypatch.setattr(stage1, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
 
 @pytest.fixture(scope='module')

@@ -12,22 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainldm.engineering.configs import (
-    PRESETS,
-    LDMConfig,
-    ScheduleConfig,
-    bare_type,
-    check_config,
-)
+from brainldm.engineering.configs import PRESETS, LDMConfig, ScheduleConfig, bare_type, check_config
 from brainldm.engineering.batches import SliceDataset
 from brainldm.vae import AutoencoderKL
 from brainldm.scheduler import NoiseSchedule, check_terminal_signal
 from brainldm.unet import UNet
 from brainldm.engineering.loop import infer
 from brainldm.engineering.runs import read_config, read_log
-from brainldm.training import autoencoder_args, load_autoencoder, train_autoencoder
-from brainldm.engineering.stage2 import cache_latents, train_ldm, unet_args
-from brainldm.engineering import layers
+from brainldm.engineering.stage1 import autoencoder_args, load_autoencoder
+from brainldm.engineering.stage2 import cache_latents, unet_args
+from brainldm.training import train_autoencoder, train_ldm
+from brainldm.engineering import devices
 from test_training import (
     AE,
     LDM,
@@ -144,7 +139,7 @@ def test_presets_can_be_built(name):
 def test_latents_are_standard_means(dataset, straight):
     auto, _ = load_autoencoder(straight)
     file = weights(straight, 'ldm')
-    precision = layers.pick_precision('auto', torch.device('cpu'))
+    precision = devices.pick_precision('auto', torch.device('cpu'))
     z = cache_latents(auto, dataset.subset('train'), precision, batch_size=7, progress=False)
     whole = infer(auto, precision, 'encode')(
         dataset.subset('train').__getitems__(range(20))['image']
@@ -173,14 +168,14 @@ def test_no_covariates(dataset, straight, tmp_path):
 LAUNCHED = '''
 import os, signal, sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
-from brainldm.engineering import stage2 as diffusion
+from brainldm import training
 from test_diffusion import *
 run,stop = Path({run!r}),signal.SIGTERM
-loss = diffusion.ldm_loss
+loss = training.ldm_loss
 def struck(model, batch, generator, seen, *args, **kwargs):
     if run.name=='b' and seen==36 and torch.is_grad_enabled() and os.environ['RANK']=='1': signal.raise_signal(stop)
     return loss(model, batch, generator, seen, *args, **kwargs)
-diffusion.ldm_loss = struck
+training.ldm_loss = struck
 train_autoencoder(make_dataset(), run, replace(AE, batch_size=2, total_images=40), progress=False)
 try: unet = train_ldm(make_dataset(), run, replace(LDM, batch_size=2), progress=False)
 except KeyboardInterrupt:

@@ -25,13 +25,9 @@ from brainldm.scheduler import NoiseSchedule
 from brainldm.unet import UNet
 from brainldm.engineering.loop import Learner, train_batches
 from brainldm.engineering.runs import pack_state, unpack_state
-from brainldm.training import (
-    autoencoder_args,
-    autoencoder_loss,
-    build_autoencoder,
-    make_discriminator,
-)
-from brainldm.engineering.stage2 import ldm_loss, unet_args
+from brainldm.engineering.stage1 import autoencoder_args, build_autoencoder
+from brainldm.engineering.stage2 import unet_args
+from brainldm.training import autoencoder_loss, ldm_loss, make_discriminator
 from brainldm.advanced.volume import NeighborUNet, volume_loss
 from brainldm.advanced.prior import CodeTransformer, prior_loss
 from brainldm.advanced.fidelity import FeatureNet

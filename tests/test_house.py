@@ -21,7 +21,7 @@ LAYERS = """
     data engineering.batches
     engineering.layers vae vqgan scheduler advanced.solvers unet
     engineering.loop engineering.runs engineering.sharing
-    training engineering.stage2
+    engineering.stage1 engineering.stage2 training
     engineering.codec sampling analysis
     advanced.volume advanced.latents advanced.factors engineering.explore advanced.prior
     advanced.evaluation advanced.fidelity advanced.audit engineering.report

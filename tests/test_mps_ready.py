@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from brainldm.engineering.configs import AEConfig, DataConfig
 from brainldm.engineering.batches import open_dataset
-from brainldm.training import (
+from brainldm.engineering.stage1 import (
     autoencoder_args,
     build_autoencoder,
     init_codebook_from_data,

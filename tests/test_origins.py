@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from brainldm.engineering.devices import device_name
 from brainldm.engineering.configs import DataConfig, PriorConfig, TrainConfig, VolumeConfig
+from brainldm.engineering.devices import device_name
 from brainldm.engineering.batches import SliceDataset, find_covariates, fingerprint
 from brainldm.engineering.runs import (
     Checkpoint,
@@ -23,8 +23,9 @@ from brainldm.engineering.runs import (
     weights_hash,
 )
 from brainldm.engineering.sharing import pack_weights, strip_settings
-from brainldm.training import load_autoencoder, train_autoencoder
-from brainldm.engineering.stage2 import load_unet, note_changes, refuse_leak, train_ldm
+from brainldm.engineering.stage1 import load_autoencoder
+from brainldm.engineering.stage2 import load_unet, note_changes, refuse_leak
+from brainldm.training import train_autoencoder, train_ldm
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.volume import BrainVolumes, train_volume
 from brainldm.advanced.prior import CodeSampler, load_prior, train_prior
@@ -506,7 +507,8 @@ def test_it_goes_on_exactly_and_without_the_source(told, made, tmp_path, monkeyp
         interrupted(told, tmp_path / name, monkeypatch, config)
         with monkeypatch.context() as patch:
             patch.setattr(
-                "brainldm.training.locate_run", lambda *_: pytest.fail("the source is not needed")
+                "brainldm.engineering.stage1.locate_run",
+                lambda *_: pytest.fail("the source is not needed"),
             )
             train_autoencoder(told, tmp_path / name, again, resume=True, progress=False)
         same(tmp_path / "a", tmp_path / name, "autoencoder")

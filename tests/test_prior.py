@@ -23,7 +23,8 @@ from brainldm.engineering.devices import pick_precision
 from brainldm.engineering.batches import Covariate, SliceDataset
 from brainldm.engineering.loop import infer, seeded
 from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log
-from brainldm.training import load_autoencoder, train_autoencoder
+from brainldm.engineering.stage1 import load_autoencoder
+from brainldm.training import train_autoencoder
 from brainldm.advanced.prior import (
     CodeSampler,
     CodeTransformer,
@@ -81,9 +82,9 @@ COVARIATES = (
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
     "Sampling takes most of the time of a tiny run."
-    from brainldm import training
+    from brainldm.engineering import stage1
 
-    for o in (module, training):
+    for o in (module, stage1):
         monkeypatch.setattr(o, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
 

@@ -12,8 +12,7 @@ from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, PriorC
 from brainldm.engineering.batches import Covariate, open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.unet import UNet
-from brainldm.training import train_autoencoder
-from brainldm.engineering.stage2 import train_ldm
+from brainldm.training import train_autoencoder, train_ldm
 from brainldm.engineering.codec import default_conditions
 from brainldm.sampling import BrainLDM, Sampler
 from brainldm.advanced.prior import train_prior

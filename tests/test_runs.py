@@ -24,12 +24,8 @@ from brainldm.engineering.runs import (
     save_weights,
     unpack_state,
 )
-from brainldm.training import (
-    evenly_spaced_rows,
-    load_autoencoder,
-    train_autoencoder,
-    validate_autoencoder,
-)
+from brainldm.engineering.stage1 import evenly_spaced_rows, load_autoencoder, validate_autoencoder
+from brainldm.training import train_autoencoder
 from brainldm.engineering import runs
 from brainldm import training
 from test_loop import AveragedConfig, line, line_data, line_loss

@@ -16,16 +16,12 @@ import torch
 from PIL import Image
 
 from brainldm import training
+from brainldm.engineering import stage1
 from brainldm.engineering.configs import check_config
+from brainldm.engineering.plotting import plot_history
 from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log, save_weights
-from brainldm.training import (
-    autoencoder_loss,
-    load_autoencoder,
-    make_discriminator,
-    plot_history,
-    train_autoencoder,
-)
-from brainldm.engineering.stage2 import train_ldm
+from brainldm.engineering.stage1 import load_autoencoder
+from brainldm.training import autoencoder_loss, make_discriminator, train_autoencoder, train_ldm
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.evaluation import codebook_scores, reconstruction_scores
 from brainldm.engineering.cli import main
@@ -62,7 +58,7 @@ KINDS = {
 def quick_figures(monkeypatch):
     import matplotlib.pyplot as plt
 
-    monkeypatch.setattr(training, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
+    monkeypatch.setattr(stage1, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
 
 @pytest.fixture(scope='module')
@@ -147,7 +143,7 @@ def test_nothing_of_the_adversary_is_computed_before_its_time(dataset):
 
     discriminator.step = discriminator.raw.forward = never
     model, gen = (
-        training.build_autoencoder('kl', training.autoencoder_args(config)),
+        stage1.build_autoencoder('kl', stage1.autoencoder_args(config)),
         torch.Generator(),
     )
     for seen in (0, 20):
@@ -160,7 +156,7 @@ def test_gradient_of_codes_from_the_first_step(dataset):
     """The predecessor's codebook had no gradient for 10,000 steps: its loss hung on the
     discriminator's gate."""
     config = KINDS['vq by gradient']
-    model = training.build_autoencoder('vq', training.autoencoder_args(config))
+    model = stage1.build_autoencoder('vq', stage1.autoencoder_args(config))
     discriminator = make_discriminator(
         replace(
             config,
@@ -435,7 +431,7 @@ LAUNCHED = '''
 import os, sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from test_stage1 import *
-training.show_grid = lambda *args, **kwargs: __import__('matplotlib.pyplot').pyplot.figure(figsize=(1, 1))
+stage1.show_grid = lambda *args, **kwargs: __import__('matplotlib.pyplot').pyplot.figure(figsize=(1, 1))
 config = replace(KINDS['vq + discriminator, told'], batch_size=2, total_images=64)
 model = train_autoencoder(make_dataset(), Path({run!r}), config, progress=False)
 (Path({run!r}).parent/os.environ['RANK']).write_text(repr(sum(v.double().sum().item() for v in model.state_dict().values())))

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, bare_type, check_config
+from brainldm.engineering.plotting import plot_history
 from brainldm.engineering.batches import SliceDataset
 from brainldm.scheduler import NoiseSchedule
 from brainldm.engineering.runs import (
@@ -30,9 +31,9 @@ from brainldm.engineering.runs import (
     read_config,
     read_log,
 )
-from brainldm.training import load_autoencoder, plot_history, train_autoencoder
-from brainldm.engineering.stage2 import train_ldm
-from brainldm.engineering import runs, stage2 as diffusion
+from brainldm.engineering.stage1 import load_autoencoder
+from brainldm.training import train_autoencoder, train_ldm
+from brainldm.engineering import runs, stage1, stage2
 from brainldm import training
 
 AE = AEConfig(
@@ -62,19 +63,20 @@ LDM = LDMConfig(
     cond_channels=8,
     ema_images=20,
     preview_steps=1,
+    dropout=0.1,  # what it samples must be found again on resume
 )
 STAGES = {
     'autoencoder': (train_autoencoder, AE, 'autoencoder_loss'),
     'ldm': (train_ldm, LDM, 'ldm_loss'),
 }
 # the module in which a training looks for its loss
-HOME = {'autoencoder_loss': training, 'ldm_loss': diffusion}
+HOME = {'autoencoder_loss': training, 'ldm_loss': training}
 
 
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
     "Sampling takes most of the time of a tiny run; `straight` samples."
-    for home in (training, diffusion):
+    for home in (stage1, stage2):
         monkeypatch.setattr(home, 'show_grid', lambda *args, **kwargs: plt.figure(figsize=(1, 1)))
 
 

@@ -17,8 +17,7 @@ from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, Volume
 from brainldm.data import check_dataset
 from brainldm.engineering.batches import open_dataset
 from brainldm.engineering.runs import load_weights, open_run, read_log, save_weights
-from brainldm.training import train_autoencoder
-from brainldm.engineering.stage2 import train_ldm
+from brainldm.training import train_autoencoder, train_ldm
 from brainldm.engineering.codec import SYNTHETIC
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.volume import (

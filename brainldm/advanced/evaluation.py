@@ -7,6 +7,7 @@ __all__ = ['mean_slice_baseline', 'count_new_positions', 'score_slices', 'subjec
            'codebook_scores', 'reconstruction_scores', 'lock_metrics', 'merge_metrics']
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #7d3cfc14
+from typing import Any
 import json
 import math
 import warnings
@@ -30,7 +31,7 @@ from ..sampling import BrainLDM
 # %% ../../nbs/advanced/15_evaluation.ipynb #ca89640b
 def mean_slice_baseline(
     run: str | Path,  # Run folder, which keeps the mean train image of each slice position
-    slices: np.ndarray,  # Slice numbers (b,)
+    slices: np.ndarray | pd.Series,  # Slice numbers (b,)
 ) -> Tensor:  # Predictions (b, 1, h, w) in [-1, 1]
     """Predict the train mean of each slice position, of the nearest one if it was never seen: the
     baseline of every score.
@@ -39,7 +40,7 @@ def mean_slice_baseline(
     ----------
     run : str | Path
         Run folder, which keeps the mean train image of each slice position.
-    slices : np.ndarray
+    slices : np.ndarray | pd.Series
         Slice numbers (b,).
 
     Returns
@@ -59,7 +60,7 @@ def mean_slice_baseline(
 # %% ../../nbs/advanced/15_evaluation.ipynb #453d8ddd
 def count_new_positions(
     run: str | Path,  # Run folder
-    slices: np.ndarray,  # Slice numbers (b,)
+    slices: np.ndarray | pd.Series,  # Slice numbers (b,)
 ) -> int:  # How many of them have no mean of their own
     """Count slices at positions that training never saw: their baseline is that of a neighbor.
 
@@ -67,7 +68,7 @@ def count_new_positions(
     ----------
     run : str | Path
         Run folder.
-    slices : np.ndarray
+    slices : np.ndarray | pd.Series
         Slice numbers (b,).
 
     Returns
@@ -135,8 +136,8 @@ def score_slices(
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #ed8e23fa
 def subject_interval(
-    values: pd.Series,  # One number a slice; missing ones are left out
-    subjects: pd.Series,  # Whose slice it is
+    values: np.ndarray | pd.Series,  # One number a slice; missing ones are left out
+    subjects: np.ndarray | pd.Series,  # Whose slice it is
     seed: int = 0,  # Of the resampling
     num_resamples: int = 1_000,  # Resamples
 ) -> tuple[float, float] | None:  # 95 % interval of the mean; None with fewer than 3 subjects
@@ -144,9 +145,9 @@ def subject_interval(
 
     Parameters
     ----------
-    values : pd.Series
+    values : np.ndarray | pd.Series
         One number a slice; missing ones are left out.
-    subjects : pd.Series
+    subjects : np.ndarray | pd.Series
         Whose slice it is.
     seed : int, default 0
         Of the resampling.
@@ -176,14 +177,19 @@ def subject_interval(
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #dfefa49c
 def json_safe(
-    values,  # Numbers in dicts, lists and tuples
-):  # The same; a float that is NaN or infinite is None
+    values: Any,  # Numbers in dicts, lists and tuples
+) -> Any:  # The same; a float that is NaN or infinite is None
     """What JSON can hold.
 
     Parameters
     ----------
-    values
+    values : Any
         Numbers in dicts, lists and tuples.
+
+    Returns
+    -------
+    Any
+        The same; a float that is NaN or infinite is None.
     """
     if isinstance(values, dict):
         return {k: json_safe(v) for k, v in values.items()}

@@ -7,6 +7,7 @@ __all__ = ['codebook_usage', 'plot_codebook_usage', 'flat_codes', 'subject_slice
            'subject_retrieval', 'decode_conditioned', 'swap_effects']
 
 # %% ../../nbs/advanced/13_factors.ipynb #8724a349
+from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -73,7 +74,7 @@ def codebook_usage(
 # %% ../../nbs/advanced/13_factors.ipynb #1c1c178b
 def plot_codebook_usage(
     usage: dict[str, Tensor],  # Counts (k,) by name, from `codebook_usage`
-) -> plt.Figure:  # Fractions, most used code first
+) -> Figure:  # Fractions, most used code first
     """Plot how evenly codebooks are used, with usage and perplexity in the legend.
 
     Parameters
@@ -83,7 +84,7 @@ def plot_codebook_usage(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Fractions, most used code first.
     """
     fig, ax = plt.subplots(figsize=(6, 2.6), layout='constrained')

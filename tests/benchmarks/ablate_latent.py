@@ -28,7 +28,7 @@ from brainldm.engineering.batches import open_dataset
 from brainldm.vae import kl_loss, reparameterize
 from brainldm.engineering.loop import Learner, fit, train_batches
 from brainldm.engineering.runs import read_config, save_weights
-from brainldm.training import load_autoencoder
+from brainldm.engineering.stage1 import load_autoencoder
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.evaluation import reconstruction_scores
 from brainldm.engineering.cli import data_config

@@ -24,11 +24,11 @@ import tyro
 from einops import rearrange
 from torch import nn
 
-from brainldm.engineering.devices import pick_precision
 from brainldm.engineering.configs import PRIOR_PRESETS, PriorConfig
+from brainldm.engineering.devices import pick_precision
 from brainldm.engineering.batches import open_dataset
 from brainldm.engineering.loop import Learner, fit, seeded, train_batches
-from brainldm.training import evenly_spaced_rows, load_autoencoder, pick_covariates
+from brainldm.engineering.stage1 import evenly_spaced_rows, load_autoencoder, pick_covariates
 from brainldm.engineering.stage2 import LatentDataset
 from brainldm.advanced.prior import (
     CodeTransformer,

@@ -23,7 +23,8 @@ from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.engineering.phantom import make_cohort
 from brainldm.engineering.batches import open_dataset
 from brainldm.engineering.runs import read_log
-from brainldm.training import evenly_spaced_rows, train_autoencoder
+from brainldm.engineering.stage1 import evenly_spaced_rows
+from brainldm.training import train_autoencoder
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.evaluation import reconstruction_scores
 

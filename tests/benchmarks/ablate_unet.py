@@ -29,7 +29,7 @@ from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.engineering.batches import open_dataset
 from brainldm.scheduler import NoiseSchedule
 from brainldm.engineering.runs import read_config, read_log
-from brainldm.engineering.stage2 import train_ldm
+from brainldm.training import train_ldm
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.fidelity import feature_net, match_rows
 from brainldm.engineering.report import evaluate_samples, sample_matched

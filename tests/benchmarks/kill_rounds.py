@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from brainldm.engineering import stage2 as diffusion
+from brainldm.engineering import stage1, stage2
 from brainldm.advanced import prior
 from brainldm.engineering import runs
 from brainldm import training
@@ -68,7 +68,7 @@ VOLUME = volume.VolumeConfig(
 JOBS = {
     'autoencoder': ('autoencoder', training.train_autoencoder, AE, None),
     'codes and discriminator': ('autoencoder', training.train_autoencoder, VQ, None),
-    'ldm': ('ldm', diffusion.train_ldm, LDM, 'autoencoder'),
+    'ldm': ('ldm', training.train_ldm, LDM, 'autoencoder'),
     'prior': ('prior', prior.train_prior, PRIOR, 'codes and discriminator'),
     # name -> stage, training, settings, the job before it in its run folder
     'volume': ('volume', volume.train_volume, VOLUME, 'ldm'),
@@ -126,7 +126,7 @@ def train(job, run, dataset, resume, strike=None, seed=0, count=None):
     status = 1
     try:
         # sampling takes most of the time
-        for o in (training, prior, volume):
+        for o in (stage1, stage2, prior, volume):
             o.show_grid = lambda *args, **kwargs: plt.figure(figsize=(1, 1))
         arm(strike, random.Random(seed), count)
         _, function, config, _ = JOBS[job]

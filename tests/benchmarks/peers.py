@@ -14,7 +14,7 @@ from brainldm.engineering.batches import Covariate
 from brainldm.vae import kl_loss
 from brainldm.unet import UNet
 from brainldm.engineering.loop import seeded
-from brainldm.training import autoencoder_args, build_autoencoder
+from brainldm.engineering.stage1 import autoencoder_args, build_autoencoder
 from brainldm.engineering.stage2 import unet_args
 
 COVARIATES = (

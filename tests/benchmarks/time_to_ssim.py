@@ -34,7 +34,8 @@ from brainldm.engineering.phantom import make_cohort
 from brainldm.engineering.batches import open_dataset
 from brainldm.vae import image_scores
 from brainldm.engineering.loop import Learner, to_device, train_batches
-from brainldm.training import autoencoder_loss, evenly_spaced_rows
+from brainldm.engineering.stage1 import evenly_spaced_rows
+from brainldm.training import autoencoder_loss
 
 BATCH = 13  # of the recipe
 

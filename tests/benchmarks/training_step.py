@@ -43,8 +43,9 @@ from brainldm.vae import kl_loss
 from brainldm.unet import UNet
 from brainldm.engineering.loop import Learner, fit, seeded, step_seed, to_device, train_batches
 from brainldm.engineering.runs import StopRequest, stage_callbacks
-from brainldm.training import autoencoder_args, autoencoder_loss, build_autoencoder
-from brainldm.engineering.stage2 import LatentDataset, condition_dropout_mask, ldm_loss, unet_args
+from brainldm.engineering.stage1 import autoencoder_args, build_autoencoder
+from brainldm.engineering.stage2 import LatentDataset, unet_args
+from brainldm.training import autoencoder_loss, condition_dropout_mask, ldm_loss
 from brainldm.advanced.prior import CodeTransformer, prior_loss
 
 TARGET = '<= 1.10'
