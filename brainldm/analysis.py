@@ -6,6 +6,8 @@
 __all__ = ['bootstrap', 'auc', 'r2', 'check_vectors', 'embed', 'plot_points', 'plot_embedding', 'bottleneck_features']
 
 # %% ../nbs/08_analysis.ipynb #45ac5aa4
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -219,7 +221,7 @@ def embed(
 
 # %% ../nbs/08_analysis.ipynb #2da83a34
 def plot_points(
-    ax: plt.Axes,  # Where to plot
+    ax: Axes,  # Where to plot
     points: np.ndarray,  # Points (n, 2)
     values: pd.Series,  # What to color by (n,); missing is gray
     name: str,  # Title of the panel
@@ -228,7 +230,7 @@ def plot_points(
 
     Parameters
     ----------
-    ax : plt.Axes
+    ax : Axes
         Where to plot.
     points : np.ndarray
         Points (n, 2).
@@ -262,7 +264,7 @@ def plot_embedding(
     # Columns to color by, a panel each
     names: tuple[str, ...] = ('slice', 'diagnosis', 'age', 'subject'),
     title: str = '',  # The sentence a reader should check against the image
-) -> plt.Figure:  # One panel a column
+) -> Figure:  # One panel a column
     """Plot one map several times, each time colored by something else.
 
     Parameters
@@ -278,7 +280,7 @@ def plot_embedding(
 
     Returns
     -------
-    plt.Figure
+    Figure
         One panel a column.
 
     Raises

@@ -769,9 +769,9 @@ def pick_step(
     check_choice('denoise', 'sampler', sampler, SAMPLERS)
 
     def step(pred, xt, t, t_prev, schedule, before):
-        noise = fresh_noise(xt, generator) if eta or sampler == 'ddpm' else None
         if sampler == 'ddpm':
-            return ddpm_step(pred, xt, t, t_prev, schedule, noise)
+            return ddpm_step(pred, xt, t, t_prev, schedule, fresh_noise(xt, generator))
+        noise = fresh_noise(xt, generator) if eta else None
         return ddim_step(pred, xt, t, t_prev, schedule, eta, noise)
 
     return step

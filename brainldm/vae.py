@@ -8,6 +8,7 @@ __all__ = ['LOGVAR_LIMITS', 'run_levels', 'check_levels', 'Encoder', 'Decoder', 
            'image_scores']
 
 # %% ../nbs/02_vae.ipynb #e13513be
+from typing import Any
 import math
 
 import torch
@@ -387,7 +388,7 @@ class ConvAutoencoder(nn.Module):
         self.in_channels, self.latent_channels = in_channels, latent_channels
         self.factor = patch * 2 ** (len(channels) - 1)
         self.conditioner = Conditioner(covariates, cond_channels) if covariates else None
-        same = dict(
+        same: dict[str, Any] = dict(
             channels=channels,
             num_res_blocks=num_res_blocks,
             attention_levels=attention_levels,
@@ -418,7 +419,7 @@ class ConvAutoencoder(nn.Module):
         nn.Parameter
             Weights (out, in, 3, 3).
         """
-        return self.decoder.head[-1].weight
+        return self.decoder.head[-1].get_parameter('weight')
 
     def embed(
         self,
@@ -539,15 +540,16 @@ class LimitLogvar(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx,
-        grad: Tensor,  # Gradient of what came out
+        ctx: Any,  # What `forward` has saved
+        *grads: Tensor,  # Gradient of what came out
     ) -> Tensor:  # Gradient of what the encoder says
         """Stop what leads further out.
 
         Parameters
         ----------
-        ctx
-        grad : Tensor
+        ctx : Any
+            What `forward` has saved.
+        *grads : Tensor
             Gradient of what came out.
 
         Returns
@@ -555,6 +557,7 @@ class LimitLogvar(torch.autograd.Function):
         Tensor
             Gradient of what the encoder says.
         """
+        (grad,) = grads
         (logvar,) = ctx.saved_tensors
         low, high = LOGVAR_LIMITS
         # descent moves against the gradient

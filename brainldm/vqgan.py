@@ -196,6 +196,10 @@ class VectorQuantizer(nn.Module):
     Van den Oord et al. 2017, eq. 1-3, and app. A.1 for the moving average.
     """
 
+    codebook: Tensor
+    cluster_size: Tensor
+    cluster_sum: Tensor
+
     def __init__(
         self,
         num_embeddings: int = 1024,  # Codes k
@@ -387,7 +391,7 @@ def start_codebook(
             f"start_codebook: {len(vectors)} vectors for {k} codes. Expected at least as "
             "many. Encode more images, or use fewer codes."
         )
-    found = KMeans(k, n_init=1, max_iter=20, random_state=seed).fit(
+    found = KMeans(k, n_init='auto', max_iter=20, random_state=seed).fit(
         vectors.detach().cpu().float().numpy()
     )
     quantizer.codebook.copy_(torch.from_numpy(found.cluster_centers_))
@@ -471,6 +475,9 @@ class FSQ(nn.Module):
     ----------
     Mentzer et al. 2024, sec. 3.1 and listing.
     """
+
+    sizes: Tensor
+    basis: Tensor
 
     def __init__(
         self,
@@ -598,6 +605,8 @@ class CodeHistogram(nn.Module):
         Fraction of a stretch's old counts that is kept when it is seen again.
     """
 
+    counts: Tensor
+
     def __init__(
         self,
         num_embeddings: int,  # Codes k
@@ -701,8 +710,8 @@ class VQVAE(ConvAutoencoder):
 
     Parameters
     ----------
-    quantizer : nn.Module
-        A `VectorQuantizer` or an `FSQ`.
+    quantizer : VectorQuantizer | FSQ
+        What turns vectors into codes.
     map_side : int, default 16
         Height and width of the code map of the images trained on.
     *args
@@ -722,7 +731,7 @@ class VQVAE(ConvAutoencoder):
 
     def __init__(
         self,
-        quantizer: nn.Module,  # A `VectorQuantizer` or an `FSQ`
+        quantizer: VectorQuantizer | FSQ,  # What turns vectors into codes
         map_side: int = 16,  # Height and width of the code map of the images trained on
         *args,  # As of `ConvAutoencoder`, from `channels` on
         **kwargs,  # As of `ConvAutoencoder`
@@ -947,7 +956,7 @@ class PatchDiscriminator(nn.Module):
         for level in self.levels:
             features.append(x := level(x))
         logits = self.head(x)
-        if self.conditioner is None:
+        if self.conditioner is None or self.project is None:
             return logits, features
         known = {
             c.name: cond[c.name] for c in self.conditioner.covariates if cond and c.name in cond

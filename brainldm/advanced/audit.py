@@ -12,6 +12,7 @@ __all__ = ['UTILITY', 'FRAME', 'SIDE', 'REFINE', 'KINDS', 'csf_fraction', 'ventr
            'attack_auc', 'mean_slice_errors', 'membership_inference', 'audit_summary']
 
 # %% ../../nbs/advanced/17_audit.ipynb #41fcfa60
+from collections.abc import Sequence
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -34,7 +35,7 @@ from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from ..engineering.loop import infer, to_device
 from ..engineering.runs import read_metrics
 from ..engineering.sharing import audit_verdicts
-from ..engineering.stage2 import prediction_error
+from ..training import prediction_error
 from ..engineering.codec import to_bytes
 from .prior import cache_codes, code_bits
 from brainldm.advanced.fidelity import (
@@ -141,7 +142,7 @@ def remove_group_means(
 
 # %% ../../nbs/advanced/17_audit.ipynb #74b81bd0
 def diagnosis_effect(
-    fraction: np.ndarray,  # `csf_fraction` of each slice (n,)
+    fraction: np.ndarray | pd.Series,  # `csf_fraction` of each slice (n,)
     diagnosis: np.ndarray,  # Diagnosis of each (n,)
     slices: np.ndarray,  # Slice number of each (n,)
     groups: tuple[str, str] = ('AD', 'NC'),  # Who is compared with whom
@@ -153,7 +154,7 @@ def diagnosis_effect(
 
     Parameters
     ----------
-    fraction : np.ndarray
+    fraction : np.ndarray | pd.Series
         `csf_fraction` of each slice (n,).
     diagnosis : np.ndarray
         Diagnosis of each (n,).
@@ -181,7 +182,7 @@ def diagnosis_effect(
 
 # %% ../../nbs/advanced/17_audit.ipynb #2dc5ee94
 def age_slope(
-    fraction: np.ndarray,  # `csf_fraction` of each slice (n,)
+    fraction: np.ndarray | pd.Series,  # `csf_fraction` of each slice (n,)
     age: np.ndarray,  # Years (n,)
     *groups: np.ndarray,  # Slice number and diagnosis of each (n,)
 ) -> float:  # Change of the fraction in ten years; NaN if no two ages of a group differ
@@ -189,7 +190,7 @@ def age_slope(
 
     Parameters
     ----------
-    fraction : np.ndarray
+    fraction : np.ndarray | pd.Series
         `csf_fraction` of each slice (n,).
     age : np.ndarray
         Years (n,).
@@ -1402,14 +1403,14 @@ def planted_copies(
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1001c
 def reference_rows(
-    subjects: np.ndarray,  # Whose each row is (n,)
+    subjects: np.ndarray | pd.Series,  # Whose each row is (n,)
     most: int = 1_300,  # Rows in all, about
 ) -> np.ndarray:  # Rows, rising: as many of each subject, spread over the subject's slices
     """Some slices of every subject: what an extreme-value rule needs is many subjects.
 
     Parameters
     ----------
-    subjects : np.ndarray
+    subjects : np.ndarray | pd.Series
         Whose each row is (n,).
     most : int, default 1300
         Rows in all, about.

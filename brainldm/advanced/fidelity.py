@@ -11,6 +11,7 @@ __all__ = ['FEATURES', 'EVALUATOR_FRACTION', 'REAL', 'POSITIVE', 'PROPORTION', '
            'fine_detail']
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #df37c6d4
+from typing import Any
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from ..vae import laplacian_variance
 from ..engineering.loop import Learner, bare_model, fit, infer, seeded, train_batches
 from ..engineering.runs import describe_given, fill_model, load_weights, save_weights
-from ..training import LOAD_ERRORS, covariates_from_dict, covariates_to_dict
+from ..engineering.stage1 import LOAD_ERRORS, covariates_from_dict, covariates_to_dict
 from ..analysis import auc
 from .evaluation import json_safe, subject_interval
 
@@ -116,6 +117,9 @@ class FeatureNet(nn.Module):
     ValueError
         Without a covariate to learn from.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -241,7 +245,8 @@ def augment(
     Tensor
         The same brains, seen a little differently.
     """
-    b, chance = len(images), dict(generator=generator, device=images.device)
+    b = len(images)
+    chance: dict[str, Any] = dict(generator=generator, device=images.device)
     theta = torch.eye(2, 3, device=images.device).repeat(b, 1, 1)
     theta[:, :, 2] = (torch.rand(b, 2, **chance) * 2 - 1) * 2 * shift / images.shape[-1]
     edge, sides = math.ceil(shift) + 1, images.new_tensor(images.shape[:-3:-1])  # width, height
@@ -582,8 +587,8 @@ def subject_auc(
     # Numbers a slice, larger where the answer is more likely yes (n,), or of several evaluators
     # (n, m)
     scores: np.ndarray,
-    positive: np.ndarray,  # The truth, True or False a slice (n,)
-    subjects: np.ndarray,  # Whose slice it is (n,)
+    positive: np.ndarray | pd.Series,  # The truth, True or False a slice (n,)
+    subjects: np.ndarray | pd.Series,  # Whose slice it is (n,)
     seed: int = 0,  # Of the resampling
     num_resamples: int = 500,  # Resamples
     # Area under the ROC curve over subjects, mean of the evaluators; 95 % interval, if resamples
@@ -596,9 +601,9 @@ def subject_auc(
     scores : np.ndarray
         Numbers a slice, larger where the answer is more likely yes (n,), or of several evaluators
         (n, m).
-    positive : np.ndarray
+    positive : np.ndarray | pd.Series
         The truth, True or False a slice (n,).
-    subjects : np.ndarray
+    subjects : np.ndarray | pd.Series
         Whose slice it is (n,).
     seed : int, default 0
         Of the resampling.
@@ -902,7 +907,7 @@ def interval_within(
 # %% ../../nbs/advanced/16_fidelity.ipynb #c0ffee02
 def leave_out_interval(
     score: Callable,  # Called with positions (m,), gives a dict of numbers
-    subjects: np.ndarray,  # Subject of each row (n,)
+    subjects: np.ndarray | pd.Series,  # Subject of each row (n,)
     num_resamples: int = 100,  # Times that subjects are left out
     part: float = 0.2,  # Fraction of them that is left out
     seed: int = 0,  # Of the choice
@@ -916,7 +921,7 @@ def leave_out_interval(
     ----------
     score : Callable
         Called with positions (m,), gives a dict of numbers.
-    subjects : np.ndarray
+    subjects : np.ndarray | pd.Series
         Subject of each row (n,).
     num_resamples : int, default 100
         Times that subjects are left out.

@@ -10,24 +10,23 @@ __all__ = ['backoff_probability', 'histogram_lookup', 'code_cells', 'code_baseli
            'adopt_prior', 'train_prior', 'sample_uniform', 'CodeSampler', 'code_costs']
 
 # %% ../../nbs/advanced/12_prior.ipynb #1eac48f3
+from typing import Any
+from typing_extensions import Self
 import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from typing_extensions import Self
 from ..engineering.checks import check_divides
 from ..engineering.configs import PriorConfig, TrainConfig, check_config
 from ..engineering.devices import pick_device, pick_precision
-from ..engineering.configs import PriorConfig, TrainConfig, check_config
 from ..engineering.plotting import save_figure, show_grid
 from ..engineering.batches import Covariate, SliceDataset, eval_batches
 from ..engineering.layers import Conditioner
@@ -45,7 +44,7 @@ from brainldm.engineering.runs import (
     weights_hash,
 )
 from ..engineering.sharing import locate_run
-from brainldm.training import (
+from brainldm.engineering.stage1 import (
     LOAD_ERRORS,
     adopt_weights,
     covariates_from_dict,
@@ -61,11 +60,11 @@ from brainldm.engineering.stage2 import (
     LatentDataset,
     check_latent_origin,
     check_stage2,
-    condition_dropout_mask,
     encode_rows,
     preview_conditions,
     remove_folder,
 )
+from ..training import condition_dropout_mask
 from brainldm.engineering.codec import (
     Codec,
     check_conditions,
@@ -292,8 +291,8 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # start as the identity
         for o in (self.proj, self.mlp[-1]):
-            nn.init.zeros_(o.weight)
-            nn.init.zeros_(o.bias)
+            for parameter in o.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -423,6 +422,9 @@ class CodeTransformer(nn.Module):
     ----------
     Van den Oord et al. 2016 (raster order); Esser et al. 2021, sec. 3.2.
     """
+
+    vectors: Tensor
+    neighbors: Tensor
 
     def __init__(
         self,
@@ -672,7 +674,7 @@ def corrupt_tokens(
     """
     if not fraction:
         return codes
-    chance = dict(generator=generator, device=codes.device)
+    chance: dict[str, Any] = dict(generator=generator, device=codes.device)
     lost = torch.rand(codes.shape, **chance) < fraction
     return torch.where(lost, torch.randint(num_embeddings, codes.shape, **chance), codes)
 
@@ -802,6 +804,9 @@ class BestWeights(nn.Module):
     model : nn.Module
         The network to remember.
     """
+
+    bits: Tensor
+    images: Tensor
 
     def __init__(
         self,

@@ -10,13 +10,15 @@ __all__ = ['neighbor_scores', 'full_range', 'check_stack', 'conditions_per_slice
            'train_volume', 'BrainVolumes', 'check_spacing', 'to_nifti', 'resolve_spacing', 'save_volumes']
 
 # %% ../../nbs/advanced/11_volume.ipynb #2abe956a
+from collections.abc import Sequence
+from typing import Any
+from typing_extensions import Self
 import json
 from collections.abc import Callable
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -27,7 +29,6 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from typing_extensions import Self
 
 from ..engineering.configs import TrainConfig, VolumeConfig
 from ..engineering.plotting import save_figure, show_planes
@@ -56,19 +57,17 @@ from brainldm.engineering.runs import (
     save_weights,
     weights_hash,
 )
-from ..training import evenly_spaced_rows
+from ..engineering.stage1 import evenly_spaced_rows
 from brainldm.engineering.stage2 import (
     LatentDataset,
     check_stage2,
-    condition_dropout_mask,
     encode_rows,
-    loss_weight,
     mean_encoder,
-    prediction_error,
     refuse_leak,
     refuse_unfinished,
     remove_folder,
 )
+from ..training import condition_dropout_mask, loss_weight, prediction_error
 from brainldm.engineering.codec import (
     SYNTHETIC,
     check_images,
@@ -108,13 +107,13 @@ def neighbor_scores(
 
 # %% ../../nbs/advanced/11_volume.ipynb #66d7f0c9
 def full_range(
-    covariates: tuple[Covariate, ...],  # Covariates of a model, slice among them
+    covariates: Sequence[Covariate],  # Covariates of a model, slice among them
 ) -> np.ndarray:  # Slice numbers
     """Every whole slice number of the training data.
 
     Parameters
     ----------
-    covariates : tuple[Covariate, ...]
+    covariates : Sequence[Covariate]
         Covariates of a model, slice among them.
 
     Returns
@@ -439,8 +438,8 @@ class NeighborConv(nn.Module):
         super().__init__()
         self.own, self.c = conv_in, conv_in.in_channels
         self.neighbours = nn.Conv2d(2 * (self.c + 1), conv_in.out_channels, 3, padding=1)
-        nn.init.zeros_(self.neighbours.weight)
-        nn.init.zeros_(self.neighbours.bias)
+        for parameter in self.neighbours.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -630,7 +629,7 @@ def neighbor_splits(
 
 # %% ../../nbs/advanced/11_volume.ipynb #75cdeb33
 def volume_loss(
-    model: nn.Module,  # A NeighborUNet
+    model: Callable[..., Tensor],  # A NeighborUNet
     # 'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates
     batch: dict[str, Tensor],
     generator: torch.Generator,  # Source of times, noise and hiding, on the batch's device
@@ -643,7 +642,7 @@ def volume_loss(
 
     Parameters
     ----------
-    model : nn.Module
+    model : Callable[..., Tensor]
         A NeighborUNet.
     batch : dict[str, Tensor]
         'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates.
@@ -667,7 +666,8 @@ def volume_loss(
     ----------
     Ho et al. 2022, sec. 4.
     """
-    x0, chance = batch['latent'], dict(generator=generator, device=batch['latent'].device)
+    x0 = batch['latent']
+    chance: dict[str, Any] = dict(generator=generator, device=x0.device)
     t = torch.randint(schedule.num_train_timesteps, (len(x0),), **chance)
     eps = torch.randn(x0.shape, **chance)
     drop = condition_dropout_mask(

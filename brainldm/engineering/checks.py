@@ -14,7 +14,7 @@ def check_choice(
     caller: str,  # Function that calls, for the message
     name: str,  # Argument it was given
     value: str,  # What arrived
-    known: tuple,  # What is accepted
+    known: Iterable[str],  # What is accepted
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse a `value` that is not one of `known`.
 
@@ -26,7 +26,7 @@ def check_choice(
         Argument it was given.
     value : str
         What arrived.
-    known : tuple
+    known : Iterable[str]
         What is accepted.
 
     Raises

@@ -93,7 +93,7 @@ def training_faults(
     list[tuple[str, str]]
         Setting and sentence of each reason why training would refuse.
     """
-    from brainldm.training import size_multiple
+    from brainldm.engineering.stage1 import size_multiple
 
     out, multiple = [], size_multiple(auto)
     if config.size % multiple:
@@ -359,7 +359,7 @@ class TrainLDM(Stage2):
     config: Annotated[LDMConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.stage2 import train_ldm
+        from brainldm.training import train_ldm
 
         train_ldm(self.open(), self.run_folder, self.config, self.resume)
         print(
@@ -1802,7 +1802,7 @@ class Demo:
         from brainldm.engineering.phantom import make_cohort
         from brainldm.engineering.batches import open_dataset
         from brainldm.training import train_autoencoder
-        from brainldm.engineering.stage2 import train_ldm
+        from brainldm.training import train_ldm
         from brainldm.sampling import BrainLDM
         from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores
         from brainldm.engineering.report import report

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import brainldm
 from .checks import check_choice, refuse_taken
+from .extending import Autoencoder
 from .plotting import save_figure, show_grid
 from .batches import Covariate, encode_covariates, read_conditions
 from ..advanced.solvers import SOLVERS
@@ -299,7 +300,7 @@ def check_watched(
 
 # %% ../../nbs/engineering/34_codec.ipynb #eaeae39d
 def required_conditions(
-    autoencoder: nn.Module,  # An autoencoder, with or without covariates
+    autoencoder: Autoencoder,  # With or without covariates
     cond: (
         dict[str, Tensor] | None
     ),  # Encoded covariates that are at hand, each (b,); a batch will do
@@ -309,8 +310,8 @@ def required_conditions(
 
     Parameters
     ----------
-    autoencoder : nn.Module
-        An autoencoder, with or without covariates.
+    autoencoder : Autoencoder
+        With or without covariates.
     cond : dict[str, Tensor] | None
         Encoded covariates that are at hand, each (b,); a batch will do.
     device : torch.device | str
@@ -550,7 +551,7 @@ class Codec(SharedModel):
         # The covariate 'slice' of the data, by which random codes are sampled
         slice_covariate: Covariate | None = None,
     ):
-        self.autoencoder = autoencoder
+        self.autoencoder: Any = autoencoder  # an `Autoencoder` of any kind
         self.size = size
         self.precision = precision
         self.slice_covariate = slice_covariate

@@ -29,12 +29,12 @@ class Limit:
     ----------
     fits : Callable[[Any], bool]
         Whether a value is allowed.
-    words : str
+    expected : str
         The same in words, for the message.
     """
 
     fits: Callable[[Any], bool]  # Whether a value is allowed
-    words: str  # The same in words, for the message
+    expected: str  # The same in words, for the message
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0009
 T = TypeVar('T')
@@ -163,7 +163,7 @@ def matches_type(
 # %% ../../nbs/engineering/21_configs.ipynb #d19347f2
 def check_fields(
     config,  # A dataclass with limits in the types of its fields
-    where: str,  # Function or class that asks, for the message
+    caller: str,  # Function or class that asks, for the message
 ) -> None:  # Nothing: it raises or returns
     """Refuse single settings that cannot work.
 
@@ -171,7 +171,7 @@ def check_fields(
     ----------
     config
         A dataclass with limits in the types of its fields.
-    where : str
+    caller : str
         Function or class that asks, for the message.
 
     Raises
@@ -185,16 +185,18 @@ def check_fields(
         value, kind = getattr(config, f.name), bare_type(f)
         plain = isinstance(f.default, (int, float, str, tuple)) or f.default is None
         advice = f'Try {f.name}={f.default!r}.' if plain else 'Try to leave it out.'
-        words = {int: 'a whole number', float: 'a number', bool: 'True or False'}.get(kind, kind)
+        expected = {int: 'a whole number', float: 'a number', bool: 'True or False'}.get(kind, kind)
         if get_origin(kind) is Literal:
-            check_choice(where, f.name, value, get_args(kind))
+            check_choice(caller, f.name, value, get_args(kind))
         elif not matches_type(value, kind):
-            raise TypeError(f"{where}: {f.name}={value!r}. Expected {words}. {advice}")
+            raise TypeError(f"{caller}: {f.name}={value!r}. Expected {expected}. {advice}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where}: {f.name}={value}. Expected a finite number. {advice}")
+            raise ValueError(f"{caller}: {f.name}={value}. Expected a finite number. {advice}")
         for limit in rules_of(f, Limit):
             if not limit.fits(value):
-                raise ValueError(f"{where}: {f.name}={value!r}. Expected {limit.words}. {advice}")
+                raise ValueError(
+                    f"{caller}: {f.name}={value!r}. Expected {limit.expected}. {advice}"
+                )
 
 # %% ../../nbs/engineering/21_configs.ipynb #a50b1e01
 @dataclass(frozen=True)
@@ -205,14 +207,14 @@ class Needs:
     ----------
     met : Callable[[Any], Any]
         Whether a configuration has it.
-    words : str
+    expected : str
         The same in words, for the message.
     example : str
         What to set.
     """
 
     met: Callable[[Any], Any]  # Whether a configuration has it
-    words: str  # The same in words, for the message
+    expected: str  # The same in words, for the message
     example: str  # What to set
 
 # %% ../../nbs/engineering/21_configs.ipynb #a50b1e02
@@ -235,8 +237,8 @@ def check_effect(
         idle = [need for need in rules_of(f, Needs) if value and not need.met(config)]
         if idle:
             raise ValueError(
-                f"check_config: {f.name}={value!r} would change nothing. Expected {idle[0].words}. "
-                f"Try {idle[0].example}, or leave it out."
+                f"check_config: {f.name}={value!r} would change nothing. Expected"
+                f" {idle[0].expected}. Try {idle[0].example}, or leave it out."
             )
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0021

@@ -9,6 +9,7 @@ __all__ = ['OPEN', 'STYLE', 'OFFLINE', 'sample_frames', 'sample_between', 'plot_
            'write_page', 'check_run', 'free_port', 'start_server', 'await_server', 'explore']
 
 # %% ../../nbs/engineering/35_explore.ipynb #236f1dc8
+from matplotlib.figure import Figure
 import html
 import json
 import math
@@ -137,7 +138,7 @@ def plot_noising(
     x0: Tensor,  # One image (h, w), standardized: mean 0, variance 1
     schedule: NoiseSchedule,  # How noise is added
     t: int,  # Step, 0 to T-1
-) -> plt.Figure:  # The noised image, and where it stands on two curves
+) -> Figure:  # The noised image, and where it stands on two curves
     """What is left of an image after step t.
 
     Raises as `add_noise` does.
@@ -153,7 +154,7 @@ def plot_noising(
 
     Returns
     -------
-    plt.Figure
+    Figure
         The noised image, and where it stands on two curves.
     """
     xt = add_noise(x0[None], sample_noise(1, tuple(x0.shape), seed=0), t, schedule.abar)[0]
@@ -251,7 +252,7 @@ def plot_code(
     code: int,  # The code
     image: int = 0,  # Number of the image to find it in
     # The patch decoded for it, where it stands in the image, where it stood in training
-) -> plt.Figure:
+) -> Figure:
     """One code of a codebook.
 
     Parameters
@@ -265,7 +266,7 @@ def plot_code(
 
     Returns
     -------
-    plt.Figure
+    Figure
         The patch decoded for it, where it stands in the image, where it stood in training.
 
     Raises

@@ -33,19 +33,19 @@ __all__ = ['ARCHIVES', 'EXPANSION', 'as_faults', 'read_gray_image', 'decode_imag
 
 # %% ../../nbs/engineering/23_files.ipynb #0352072c
 def as_faults(
-    paths,  # Path of each faulty file
-    kind='',  # One word to group by, one for all or one each
-    detail='',  # What is wrong, one text for all or one each
+    paths: Iterable,  # Path of each faulty file
+    kind: str | Iterable[str] = '',  # One word to group by, one for all or one each
+    detail: str | Iterable[str] = '',  # What is wrong, one text for all or one each
 ) -> pd.DataFrame:  # Columns path, fault, detail
     """A table of faults.
 
     Parameters
     ----------
-    paths
+    paths : Iterable
         Path of each faulty file.
-    kind : default ''
+    kind : str | Iterable[str], default ''
         One word to group by, one for all or one each.
-    detail : default ''
+    detail : str | Iterable[str], default ''
         What is wrong, one text for all or one each.
 
     Returns

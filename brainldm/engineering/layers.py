@@ -71,8 +71,8 @@ class ResBlock(nn.Module):
         )
         self.emb_proj = nn.Linear(emb_channels, 2 * out_channels) if emb_channels else None
         self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # start as the skip path
+        for parameter in self.conv2.parameters():  # start as the skip path
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -95,6 +95,10 @@ class ResBlock(nn.Module):
         """
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # (b, out_channels, h, w)
         if self.emb_proj is not None:
+            if emb is None:
+                raise ValueError(
+                    "ResBlock: no embedding. Expected one (b, emb_channels). Pass emb."
+                )
             scale, shift = self.emb_proj(F.silu(emb))[..., None, None].chunk(2, dim=1)
             h = h * (1 + scale) + shift  # the same at every pixel
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
@@ -209,8 +213,8 @@ class AttentionBlock(nn.Module):
         check_divides('AttentionBlock', num_heads, channels=channels)
         self.num_heads, self.norm = num_heads, nn.GroupNorm(norm_num_groups, channels)
         self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)  # start as the identity
+        for parameter in self.proj.parameters():  # start as the identity
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -276,8 +280,8 @@ class CrossAttention(nn.Module):
             context_channels, 2 * channels
         )
         self.proj = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)  # start as the identity
+        for parameter in self.proj.parameters():  # start as the identity
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -318,6 +322,8 @@ class ScalarEmbedding(nn.Module):
     ----------
     Tancik et al. 2020, eq. 5.
     """
+
+    freqs: Tensor
 
     def __init__(
         self,

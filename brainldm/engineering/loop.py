@@ -360,7 +360,7 @@ class Learner:
             getattr(config, 'ema_images', 0),
             self.images_per_step * config.accumulate,
         )
-        self.ema = (
+        self.ema: Any = (
             Average(model, lambda: ema_decay(self.seen, update, half_life)) if half_life else None
         )
         optimizer = torch.optim.AdamW(
@@ -492,7 +492,7 @@ def split_batch_size(
 # %% ../../nbs/engineering/29_loop.ipynb #a8ed636e
 def bare_model(
     learner: Learner,  # After training
-) -> nn.Module:  # Its network in evaluation mode, as it was before accelerate prepared it
+) -> Any:  # Its network in evaluation mode, as it was before accelerate prepared it
     """Take a network out of its training harness.
 
     Parameters
@@ -502,7 +502,7 @@ def bare_model(
 
     Returns
     -------
-    nn.Module
+    Any
         Its network in evaluation mode, as it was before accelerate prepared it.
     """
     model = learner.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
@@ -657,7 +657,7 @@ def in_chunks(
 # %% ../../nbs/engineering/29_loop.ipynb #acfc106d
 def to_device(
     batch: dict[str, Tensor],  # A batch
-    device: torch.device,  # Where it shall go
+    device: torch.device | str,  # Where it shall go
 ) -> dict[str, Tensor]:  # The batch there
     """Move every tensor of a batch.
 
@@ -665,7 +665,7 @@ def to_device(
     ----------
     batch : dict[str, Tensor]
         A batch.
-    device : torch.device
+    device : torch.device | str
         Where it shall go.
 
     Returns

@@ -241,7 +241,7 @@ def jacobian_determinant(
 def smooth_noise(
     rng: np.random.Generator,  # Source of randomness
     shape: tuple,  # Shape of the result
-    sigma: float,  # Standard deviation of the Gaussian blur, voxels
+    sigma: float | tuple[float, ...],  # Standard deviation of the Gaussian blur, voxels
 ) -> np.ndarray:  # float32, mean square 1
     """Blur white noise and bring its mean square back to 1.
 
@@ -251,7 +251,7 @@ def smooth_noise(
         Source of randomness.
     shape : tuple
         Shape of the result.
-    sigma : float
+    sigma : float | tuple[float, ...]
         Standard deviation of the Gaussian blur, voxels.
 
     Returns

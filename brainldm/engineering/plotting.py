@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% auto #0
-__all__ = ['show_grid', 'show_planes', 'figure_to_png', 'save_figure']
+__all__ = ['show_grid', 'show_planes', 'figure_to_png', 'save_figure', 'plot_history']
 
 # %% ../../nbs/engineering/40_plotting.ipynb #b9a64704
 def show_grid(
@@ -33,7 +33,7 @@ def show_grid(
     cmap: str = 'gray',  # Color map
     size: float = 1.2,  # Width of an image, inches; shrunk so that the figure stays within 7.5
     cbar: bool = False,  # Show a color bar
-) -> plt.Figure:  # One axes an image, row by row
+) -> Figure:  # One axes an image, row by row
     """Show images side by side on one gray scale.
 
     Parameters
@@ -59,7 +59,7 @@ def show_grid(
 
     Returns
     -------
-    plt.Figure
+    Figure
         One axes an image, row by row.
     """
     import matplotlib.pyplot as plt
@@ -96,15 +96,14 @@ def show_grid(
     for ax in axs.flat:
         ax.set(xticks=[], yticks=[])
         ax.set_frame_on(False)
-    for ax, p in zip(axs.flat, pics):
-        im = ax.imshow(p, cmap=cmap, vmin=vlim[0], vmax=vlim[1])
+    drawn = [ax.imshow(p, cmap=cmap, vmin=vlim[0], vmax=vlim[1]) for ax, p in zip(axs.flat, pics)]
     # names of others: $ is no formula
     for ax, s in zip(axs.flat, titles or []):
         ax.set_title(s, fontsize=8, parse_math=False)
     for ax, s in zip(axs[:, 0], row_labels or []):
         ax.set_ylabel(s, fontsize=8, parse_math=False)
     if cbar:
-        fig.colorbar(im, ax=axs, shrink=0.8)
+        fig.colorbar(drawn[-1], ax=axs, shrink=0.8)
     fig.suptitle(title, fontsize=10)
     return fig
 
@@ -114,7 +113,7 @@ def show_planes(
     labels: list[str],  # A name each
     ratio: float = 1.0,  # Distance of slices over size of a pixel
     title: str = '',  # Title
-) -> plt.Figure:  # Axial cut of each brain above its coronal and sagittal cuts
+) -> Figure:  # Axial cut of each brain above its coronal and sagittal cuts
     """Cut each brain three ways: two of the cuts show whether slices belong together.
 
     Parameters
@@ -130,7 +129,7 @@ def show_planes(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Axial cut of each brain above its coronal and sagittal cuts.
     """
     import matplotlib.pyplot as plt
@@ -158,13 +157,13 @@ def show_planes(
 
 # %% ../../nbs/engineering/40_plotting.ipynb #4eda37fc
 def figure_to_png(
-    fig: plt.Figure,  # The figure, closed afterwards
+    fig: Figure,  # The figure, closed afterwards
 ) -> bytes:  # A PNG file
     """A figure as a file or a page takes it.
 
     Parameters
     ----------
-    fig : plt.Figure
+    fig : Figure
         The figure, closed afterwards.
 
     Returns
@@ -181,16 +180,85 @@ def figure_to_png(
 
 # %% ../../nbs/engineering/40_plotting.ipynb #9aea5873
 def save_figure(
-    fig: plt.Figure,  # The figure, closed afterwards
+    fig: Figure,  # The figure, closed afterwards
     path: Path,  # Where to write it, .png
 ) -> None:
     """Write a figure as PNG, whole or not at all, and free its memory.
 
     Parameters
     ----------
-    fig : plt.Figure
+    fig : Figure
         The figure, closed afterwards.
     path : Path
         Where to write it, .png.
     """
     write_atomic(path, figure_to_png(fig))
+
+# %% ../../nbs/engineering/40_plotting.ipynb #8072b627
+def plot_history(
+    records: list[dict],  # Lines of log.jsonl
+    stage: str,  # 'autoencoder', 'ldm' or 'prior'
+    # Training; what was measured on validate subjects; the critic's accuracy, if there is one
+) -> plt.Figure:
+    """Draw the course of one training.
+
+    Parameters
+    ----------
+    records : list[dict]
+        Lines of log.jsonl.
+    stage : str
+        'autoencoder', 'ldm' or 'prior'.
+
+    Returns
+    -------
+    plt.Figure
+        Training; what was measured on validate subjects; the critic's accuracy, if there is one.
+
+    Raises
+    ------
+    ValueError
+        If the log has no line of this stage.
+    """
+    rows = [o for o in records if o['stage'] == stage]
+    if not rows:
+        raise ValueError(
+            f"plot_history: no record of stage {stage!r} among {len(records)}. "
+            "Expected a training's log. Train first."
+        )
+    seen, checked = [o for o in rows if 'loss' in o], [
+        o for o in rows if any(k.startswith('val_') for k in o)
+    ]
+    errors = dict(l1='mean absolute error', mse='mean squared error', bits='bits per code')
+    main = next((k for k in errors if seen and k in seen[0]), 'loss')
+    judged = [o for o in seen if 'discriminator_accuracy' in o]
+    fig, axs = plt.subplots(1, 3 if judged else 2, figsize=(7.5, 2.6), layout='constrained')
+    images, values = (np.array([o[k] for o in seen]) for k in ('images', main))
+    axs[0].plot(images, values, lw=0.6, alpha=0.4, color='C0')
+    window = max(1, len(values) // 50)
+    axs[0].plot(
+        images[window - 1 :],
+        np.convolve(values, np.ones(window) / window, 'valid') if seen else [],
+        color='C0',
+    )
+    title = 'train' + (f', mean of {window} records' if window > 1 else '')
+    axs[0].set(yscale='log', xlabel='pictures seen', ylabel=errors.get(main, main), title=title)
+    for k in sorted(
+        {k for o in checked for k in o if k.startswith('val_')}
+        - {'val_psnr', 'val_l1', 'val_perplexity'}
+    ):
+        axs[1].plot([o['images'] for o in checked], [o[k] for o in checked], 'o-', ms=3, label=k)
+    axs[1].set(xlabel='pictures seen', title='validate subjects')
+    if checked:
+        axs[1].legend(frameon=False, fontsize=7)
+    if judged:
+        axs[2].plot(
+            [o['images'] for o in judged],
+            [o['discriminator_accuracy'] for o in judged],
+            lw=0.7,
+            color='C2',
+        )
+        axs[2].axhline(0.5, color='k', lw=0.7, ls=':', label='guessing')
+        axs[2].set(ylim=(0, 1.02), xlabel='pictures seen', title="critic's accuracy")
+        axs[2].legend(frameon=False)
+    fig.suptitle(stage)
+    return fig

@@ -11,6 +11,7 @@ __all__ = ['EXCESS', 'PAGE', 'ACKNOWLEDGMENTS', 'sample_by_condition', 'figure_u
            'latest_figure', 'escape_markdown', 'model_card', 'from_metrics', 'report']
 
 # %% ../../nbs/engineering/36_report.ipynb #396d9c49
+from matplotlib.figure import Figure
 import base64
 import html
 import math
@@ -29,15 +30,14 @@ from tqdm.auto import tqdm
 
 import brainldm
 from .checks import DataFault
-from .devices import pick_device
 from .configs import TrainConfig
+from .devices import pick_device
 from .files import cache_folder, decode_file, hash_image, write_atomic
-from .plotting import figure_to_png, save_figure, show_grid
+from .plotting import figure_to_png, plot_history, save_figure, show_grid
 from .tables import read_table
 from .batches import SliceDataset, fingerprint, level_text, read_conditions
 from .runs import read_config, read_log, read_metrics
 from .sharing import audit_verdicts, generator_hash
-from ..training import plot_history
 from .stage2 import note_changes, refuse_leak
 from .codec import SYNTHETIC, default_conditions, to_bytes
 from ..sampling import BrainLDM
@@ -79,7 +79,7 @@ def sample_by_condition(
     guidance_scale: float = 1.0,  # Strength of the conditions
     seed: int = 0,  # Seed
     # Grid of diagnosis by slice, and the trajectory from noise of one image a row
-) -> tuple[plt.Figure, plt.Figure]:
+) -> tuple[Figure, Figure]:
     """Plot the two figures that show what a run generates.
 
     Parameters
@@ -97,7 +97,7 @@ def sample_by_condition(
 
     Returns
     -------
-    tuple[plt.Figure, plt.Figure]
+    tuple[Figure, Figure]
         Grid of diagnosis by slice, and the trajectory from noise of one image a row.
     """
     known = {c.name: c for c in model.covariates}
@@ -142,13 +142,13 @@ def sample_by_condition(
 
 # %% ../../nbs/engineering/36_report.ipynb #767edebe
 def figure_uri(
-    figure: plt.Figure | bytes,  # A figure, closed afterwards, or the bytes of a PNG or GIF
+    figure: Figure | bytes,  # A figure, closed afterwards, or the bytes of a PNG or GIF
 ) -> str:  # data:… address that a page can hold
     """Turn an image into text, so that a report is one file.
 
     Parameters
     ----------
-    figure : plt.Figure | bytes
+    figure : Figure | bytes
         A figure, closed afterwards, or the bytes of a PNG or GIF.
 
     Returns
@@ -156,7 +156,7 @@ def figure_uri(
     str
         data:… address that a page can hold.
     """
-    if isinstance(figure, plt.Figure):
+    if isinstance(figure, Figure):
         figure = figure_to_png(figure)
     kind = 'gif' if figure[:3] == b'GIF' else 'png'
     return f'data:image/{kind};base64,{base64.b64encode(figure).decode()}'
@@ -211,7 +211,7 @@ def sample_by_generator(
     steps: int = 30,  # Network calls of the diffusion model
     seed: int = 0,  # Seed
     # Rows: prior, diffusion model, codes by place and slice position; seconds an image
-) -> tuple[plt.Figure, dict[str, float]]:
+) -> tuple[Figure, dict[str, float]]:
     """The same conditions for each generator.
 
     Conditions of the autoencoder have their first value, or the middle of their range.
@@ -229,7 +229,7 @@ def sample_by_generator(
 
     Returns
     -------
-    tuple[plt.Figure, dict[str, float]]
+    tuple[Figure, dict[str, float]]
         Rows: prior, diffusion model, codes by place and slice position; seconds an image.
     """
     ldm, prior = BrainLDM.load(run), CodeSampler.load(run)
@@ -498,7 +498,7 @@ def plot_audit(
     samples: pd.DataFrame,  # As from `nearest_copies`, of samples
     reference: pd.DataFrame,  # The same of slices that cannot be copies, with split
     audit: dict,  # As from `memorization_audit`
-) -> plt.Figure:  # Histograms of the correlations, of whole slices and of halves
+) -> Figure:  # Histograms of the correlations, of whole slices and of halves
     """How similar samples are to train slices, beside slices that cannot be copies; the threshold of a
     copy dotted.
 
@@ -513,7 +513,7 @@ def plot_audit(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Histograms of the correlations, of whole slices and of halves.
     """
     fig, axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
@@ -544,7 +544,7 @@ def plot_pairs(
     number: int = 6,  # Pairs of each space
     # Samples above, most similar train slice below; by the whole, then by the better half. Real
     # slices: handle as such
-) -> plt.Figure:
+) -> Figure:
     """The images that lie nearest to training, with what they resemble.
 
     Parameters
@@ -560,7 +560,7 @@ def plot_pairs(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Samples above, most similar train slice below; by the whole, then by the better half. Real
         slices: handle as such.
     """

@@ -47,11 +47,11 @@ if TYPE_CHECKING:
     from brainldm.engineering.batches import Covariate, SliceDataset
 
 # %% auto #0
-__all__ = ['RENAMED', 'HARMLESS', 'FOUND', 'LATER', 'LOCKED_RUNS', 'translate', 'save_weights', 'load_weights', 'fill_model',
-           'weights_hash', 'read_info', 'check_trained_on', 'pack_state', 'unpack_state', 'Checkpoint', 'read_log',
-           'JsonLog', 'read_metrics', 'StopRequest', 'read_config', 'compare_configs', 'plain_text', 'given_table',
-           'describe_given', 'name_changes', 'compare_given', 'find_run', 'compare_stage', 'lengthen_stage',
-           'note_given', 'resume_stage', 'open_run', 'lock_file', 'lock_run', 'free_run', 'enter_run',
+__all__ = ['RENAMED', 'Network', 'HARMLESS', 'FOUND', 'LATER', 'LOCKED_RUNS', 'translate', 'save_weights', 'load_weights',
+           'fill_model', 'weights_hash', 'read_info', 'check_trained_on', 'pack_state', 'unpack_state', 'Checkpoint',
+           'read_log', 'JsonLog', 'read_metrics', 'StopRequest', 'read_config', 'compare_configs', 'plain_text',
+           'given_table', 'describe_given', 'name_changes', 'compare_given', 'find_run', 'compare_stage',
+           'lengthen_stage', 'note_given', 'resume_stage', 'open_run', 'lock_file', 'lock_run', 'free_run', 'enter_run',
            'stage_callbacks', 'StepOutOfMemory', 'mark_out_of_memory', 'note_lengthened', 'run_stage', 'is_finished',
            'reduce_batch', 'retry_on_oom']
 
@@ -182,16 +182,19 @@ def load_weights(
         ) from None
 
 # %% ../../nbs/engineering/30_runs.ipynb #4e719d93
+Network = TypeVar('Network', bound=nn.Module)  # Whatever network it was, it is afterwards
+
+
 def fill_model(
-    model: nn.Module,  # The network to fill, in place
+    model: Network,  # The network to fill, in place
     tensors: dict[str, Tensor],  # Weights by name
     what: str,  # File or network, for the message
-) -> nn.Module:  # The same network
+) -> Network:  # The same network
     """Copy weights into a network of exactly the same architecture.
 
     Parameters
     ----------
-    model : nn.Module
+    model : Network
         The network to fill, in place.
     tensors : dict[str, Tensor]
         Weights by name.
@@ -200,7 +203,7 @@ def fill_model(
 
     Returns
     -------
-    nn.Module
+    Network
         The same network.
 
     Raises
@@ -645,13 +648,13 @@ FOUND = {
 
 # %% ../../nbs/engineering/30_runs.ipynb #31d86cd2
 def read_config(
-    run: Path,  # Run folder
+    run: str | Path,  # Run folder
 ) -> dict:  # Its config.json: one entry a stage
     """Read what a run was made of.
 
     Parameters
     ----------
-    run : Path
+    run : str | Path
         Run folder.
 
     Returns
