@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors read; the table below says the same
     from .data import check_dataset as check_dataset
+    from .data import open_dataset as open_dataset
     from .sampling import BrainLDM as BrainLDM
     from .scheduler import NoiseSchedule as NoiseSchedule
     from .scheduler import add_noise as add_noise
@@ -22,7 +23,6 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below says t
     from .advanced.audit import memorization_audit as memorization_audit
     from .advanced.prior import CodeSampler as CodeSampler
     from .advanced.volume import BrainVolumes as BrainVolumes
-    from .engineering.batches import open_dataset as open_dataset
     from .engineering.configs import AEConfig as AEConfig
     from .engineering.configs import DataConfig as DataConfig
     from .engineering.configs import LDMConfig as LDMConfig
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below says t
     from .engineering.report import report as report
 
 _MODULES = {
-    "data": "check_dataset",
+    "data": "check_dataset open_dataset",
     "sampling": "BrainLDM",
     "scheduler": "NoiseSchedule add_noise denoise",
     "training": "train_autoencoder train_ldm",
@@ -44,7 +44,6 @@ _MODULES = {
     "advanced.audit": "memorization_audit",
     "advanced.prior": "CodeSampler",
     "advanced.volume": "BrainVolumes",
-    "engineering.batches": "open_dataset",
     "engineering.configs": "AEConfig DataConfig LDMConfig PRESETS PhantomConfig",
     "engineering.phantom": "make_cohort",
     "engineering.plotting": "show_grid",

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from typing_extensions import Self
 
 from .engineering.devices import pick_device, pick_precision
-from .engineering.batches import Covariate
+from .engineering.covariates import Covariate
 from .scheduler import NoiseSchedule, add_noise, denoise, sampling_timesteps
 from .advanced.solvers import SOLVERS, invert
 from .unet import UNet

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .engineering.extending import Autoencoder
 from .engineering.configs import AEConfig, LDMConfig
-from .engineering.batches import Covariate, SliceDataset
+from .engineering.covariates import Covariate
+from .data import SliceDataset
 from .vae import ConvAutoencoder, cyclical_weight, kl_loss
 from brainldm.vqgan import (
     FP16_SCALE,

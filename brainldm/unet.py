@@ -12,15 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 from .engineering.checks import check_divides
-from .engineering.batches import Covariate
-from brainldm.engineering.layers import (
-    AttentionBlock,
-    Conditioner,
-    CrossAttention,
-    Downsample,
-    ResBlock,
-    Upsample,
-)
+from .engineering.covariates import Covariate
+from .engineering.layers import AttentionBlock, Conditioner, CrossAttention
+from .vae import Downsample, ResBlock, Upsample
 
 # %% ../nbs/05_unet.ipynb #0acd6d6d
 def check_condition_tensors(

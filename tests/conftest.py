@@ -25,7 +25,7 @@ def tiny_run(own_cache, tmp_path_factory):
     """(run folder, data folder): 6 phantom subjects, 6 slices each, 64 x 64, a handful of steps of
     both stages. Read only: copy before you change it."""
     from brainldm.engineering.configs import DataConfig
-    from brainldm.engineering.batches import open_dataset
+    from brainldm.data import open_dataset
     from brainldm.engineering.configs import PhantomConfig
     from brainldm.engineering.phantom import make_cohort
     from brainldm.engineering.configs import AEConfig

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainldm.engineering.batches import Covariate
+from brainldm.engineering.covariates import Covariate
 from brainldm.scheduler import NoiseSchedule, add_noise
 from brainldm.unet import UNet
 from brainldm.sampling import sample_noise

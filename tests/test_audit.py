@@ -18,7 +18,7 @@ from brainldm.advanced.audit import (
     ventricle_slices,
     remove_group_means,
 )
-from brainldm.engineering.batches import SliceDataset
+from brainldm.data import SliceDataset
 from brainldm.advanced.fidelity import fine_detail
 from test_fidelity import SHORT, held_out, net, train  # fixtures: discs with a dark hole
 

@@ -1,4 +1,4 @@
-"brainldm.engineering.batches: square images, the cache, covariates, batches that resume."
+"Square images, the cache, covariates, batches that resume."
 
 import json
 import subprocess
@@ -15,20 +15,11 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from brainldm.engineering.configs import DataConfig
-from brainldm.data import list_slices
-from brainldm.engineering.batches import (
-    Covariate,
-    ShuffledBatches,
-    SliceDataset,
-    build_cache,
-    encode_covariates,
-    eval_batches,
-    find_covariates,
-    fingerprint,
-    open_dataset,
-    prepare_image,
-)
-from brainldm.engineering import batches
+from brainldm.engineering.covariates import Covariate, encode_covariates, find_covariates
+from brainldm.engineering.cache import fingerprint, prepare_image
+from brainldm.data import ShuffledBatches, SliceDataset, eval_batches, list_slices, open_dataset
+from brainldm.data import prepare_dataset
+from brainldm.engineering import cache
 
 # ---- square images and cache
 
@@ -111,7 +102,7 @@ def test_cache_is_reused_and_keyed(cohort, monkeypatch):
     assert sorted(o.name for o in folder.iterdir()) == ['images.npy', 'manifest.csv', 'meta.json']
     assert json.loads((folder / 'meta.json').read_text())['data'] == fingerprint(first.manifest)
     with monkeypatch.context() as m:
-        m.setattr(batches, 'write_cache', lambda *a: pytest.fail('written again'))
+        m.setattr(cache, 'write_cache', lambda *a: pytest.fail('written again'))
         assert (cached(cohort).images == first.images).all()
     cached(cohort, size=16)
     cached(cohort, crop=24)
@@ -126,7 +117,7 @@ def test_cache_is_reused_and_keyed(cohort, monkeypatch):
 def test_cache_moves_with_the_data(cohort, monkeypatch):
     cached(cohort)
     moved = cohort[0].rename(cohort[0].with_name('elsewhere'))
-    monkeypatch.setattr(batches, 'write_cache', lambda *a: pytest.fail('written again'))
+    monkeypatch.setattr(cache, 'write_cache', lambda *a: pytest.fail('written again'))
     open_dataset(moved, DataConfig(size=32), progress=False, cache_dir=cohort[1])
 
 
@@ -160,7 +151,7 @@ def test_interrupted_cache_leaves_nothing(cohort, monkeypatch):
         return prepare_image(*a)
 
     with monkeypatch.context() as m:
-        m.setattr(batches, 'prepare_image', stop)
+        m.setattr(cache, 'prepare_image', stop)
         with pytest.raises(KeyboardInterrupt):
             cached(cohort)
     assert not list(cohort[1].iterdir())
@@ -169,8 +160,8 @@ def test_interrupted_cache_leaves_nothing(cohort, monkeypatch):
 
 def test_processes_that_build_at_once(cohort):
     code = (
-        "import sys; from brainldm.engineering.batches import open_dataset; from brainldm.data"
-        " import DataConfig; print(open_dataset(sys.argv[1], DataConfig(size=32), False,"
+        "import sys; from brainldm.data import DataConfig, open_dataset;"
+        " print(open_dataset(sys.argv[1], DataConfig(size=32), False,"
         " sys.argv[2]).images[:].sum())"
     )
     runs = [
@@ -188,8 +179,8 @@ def test_lost_race_for_the_cache(cohort, monkeypatch):
     folder = caches(cohort[1])[0]
     # not there, still not there, then another process was faster
     answers = iter([False, False, True])
-    monkeypatch.setattr(batches, 'cache_is_complete', lambda o: next(answers))
-    monkeypatch.setattr(batches.shutil, 'rmtree', lambda o, **kw: None)
+    monkeypatch.setattr(cache, 'cache_is_complete', lambda o: next(answers))
+    monkeypatch.setattr(cache.shutil, 'rmtree', lambda o, **kw: None)
     assert (
         (cached(cohort).images == first).all()
         and (folder / 'meta.json').exists()
@@ -201,9 +192,9 @@ def test_file_changed_after_the_check(cohort):
     report = look(cohort[0])
     save(cohort[0] / 'keras_png_slices_train/case_001_slice_0.nii.png', image(5555))
     with pytest.raises(RuntimeError, match='changed since'):
-        build_cache(report.manifest, cohort[0], CONFIG, cohort[1], False)
+        prepare_dataset(report.manifest, cohort[0], CONFIG, cohort[1], False)
     with pytest.raises(ValueError, match='check_dataset'):
-        build_cache(list_slices(cohort[0], CONFIG).manifest, cohort[0], CONFIG, cohort[1])
+        prepare_dataset(list_slices(cohort[0], CONFIG).manifest, cohort[0], CONFIG, cohort[1])
 
 
 def test_two_runs_agree(cohort, tmp_path):

@@ -148,7 +148,7 @@ def test_time_to_ssim(load, tmp_path, tiny_run):
 
 def test_volumes(load, tmp_path, tiny_run, monkeypatch):
     from brainldm.engineering.cli import data_config
-    from brainldm.engineering.batches import open_dataset
+    from brainldm.data import open_dataset
     from brainldm.advanced.fidelity import FEATURES
     from brainldm.engineering.configs import VOLUME_PRESETS
     from brainldm.advanced.volume import train_volume
@@ -197,7 +197,7 @@ def quick_judge(load, monkeypatch):
 def with_crowd(own_cache, tmp_path_factory):
     """(run folder with an autoencoder, data folder): 24 phantom subjects, 10 of them held out,
     since fewer than 50 images cannot be evaluated."""
-    from brainldm.engineering.batches import open_dataset
+    from brainldm.data import open_dataset
     from brainldm.engineering.configs import DataConfig
     from brainldm.engineering.configs import PhantomConfig
     from brainldm.engineering.phantom import make_cohort
@@ -344,7 +344,7 @@ def test_ablate_stage1(load, tmp_path, tiny_run):
 
 def test_ablate_prior(load, tmp_path, tiny_run, monkeypatch):
     from brainldm.engineering.configs import DataConfig
-    from brainldm.engineering.batches import open_dataset
+    from brainldm.data import open_dataset
     from brainldm.engineering.configs import AEConfig
     from brainldm.training import train_autoencoder
 

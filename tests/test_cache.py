@@ -19,10 +19,10 @@ from test_data import make_volume
 
 from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.files import cache_folder, unpack
-from brainldm.data import check_dataset
-from brainldm.engineering.batches import memmap_location, one_process, open_dataset
+from brainldm.engineering.cache import memmap_location, one_process
+from brainldm.data import check_dataset, open_dataset
 from brainldm.engineering.cli import main
-from brainldm.engineering import batches, files
+from brainldm.engineering import cache, files, layouts
 from brainldm import data
 
 CONFIG = DataConfig(size=24)
@@ -41,7 +41,7 @@ def test_a_disk_without_room_is_a_message(tmp_path, monkeypatch, capsys):
     place = cohort(tmp_path / 'in', n=5)
     monkeypatch.setenv('BRAINLDM_CACHE', str(tmp_path / 'cache'))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(batches.shutil, 'disk_usage', lambda o: usage._replace(free=1000))
+    monkeypatch.setattr(cache.shutil, 'disk_usage', lambda o: usage._replace(free=1000))
     assert (
         main(
             [
@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
     def full(*a, **kw):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
-    monkeypatch.setattr(batches, 'map_files', full)
+    monkeypatch.setattr(cache, 'map_files', full)
     with pytest.raises(OSError, match='Expected room') as e:
         opened(place, tmp_path / 'cache')
     assert e.value.errno == errno.ENOSPC and not list((tmp_path / 'cache').iterdir())
@@ -88,10 +88,10 @@ def test_a_small_disk(tmp_path):
         pytest.skip('no tmpfs')
     try:
         code = (
-            'import sys, types; from brainldm.engineering import batches\nbatches.shutil.disk_usage'
-            ' = lambda o: types.SimpleNamespace(free=1e9)           # a quota does not show'
-            ' there\ntry: batches.open_dataset(sys.argv[1], batches.DataConfig(size=64), False,'
-            ' sys.argv[2])\nexcept OSError as e: print(e)'
+            'import sys, types; from brainldm import data; from brainldm.engineering import'
+            ' cache\ncache.shutil.disk_usage = lambda o: types.SimpleNamespace(free=1e9)          '
+            ' # a quota does not show there\ntry: data.open_dataset(sys.argv[1],'
+            ' data.DataConfig(size=64), False, sys.argv[2])\nexcept OSError as e: print(e)'
         )
         done = subprocess.run(
             [sys.executable, '-c', code, place, small / 'cache'], capture_output=True, text=True
@@ -155,7 +155,7 @@ def test_a_dataset_is_pickled_as_a_place(tmp_path):
         memmap_location(np.zeros((2, 8, 8), np.uint8)) is None
         and memmap_location(whole.images[::2]) is None
     )
-    by_hand = batches.SliceDataset(np.array(whole.images), whole.manifest)
+    by_hand = data.SliceDataset(np.array(whole.images), whole.manifest)
     assert (pickle.loads(pickle.dumps(by_hand)).images == whole.images).all()
 
 
@@ -172,9 +172,9 @@ def counted(monkeypatch):
             seen.append(path.name)
         return files.decode_file(path, *a)
 
-    for module in (data, batches):
+    for module in (layouts, cache):
         monkeypatch.setattr(module, 'decode_file', decode)
-    monkeypatch.setattr(batches.time, 'time', lambda now=time.time: now() + 60)
+    monkeypatch.setattr(cache.time, 'time', lambda now=time.time: now() + 60)
     return seen
 
 
@@ -195,7 +195,7 @@ def test_what_a_look_found_is_told_again(tmp_path, counted, capsys):
     for i in range(4):
         make_volume(tmp_path / f'in/sub-{i}.nii.gz', vol + i)
     (tmp_path / 'in/sub-9.nii.gz').write_bytes((tmp_path / 'in/sub-0.nii.gz').read_bytes()[:900])
-    look, looks = batches.CachedInspection(tmp_path), []
+    look, looks = cache.CachedInspection(tmp_path), []
     for _ in range(2):
         looks.append(check_dataset(tmp_path / 'in', CONFIG, False, look))
         look.keep()
@@ -221,7 +221,7 @@ def test_a_changed_file_is_seen(tmp_path, counted):
 
 def test_fresh_files_are_not_remembered(tmp_path, monkeypatch):
     # clocks of file systems are coarse
-    monkeypatch.setattr(batches.time, 'time', lambda now=time.time: now() - 60)
+    monkeypatch.setattr(cache.time, 'time', lambda now=time.time: now() - 60)
     opened(cohort(tmp_path / 'in', n=5), tmp_path / 'cache')
     assert not (tmp_path / 'cache/looks').exists()
 

@@ -10,8 +10,8 @@ from PIL import Image
 import brainldm.engineering.codec as codec_module
 from brainldm.engineering.configs import DataConfig
 from brainldm.engineering.devices import pick_device, pick_precision
-from brainldm.data import check_dataset, read_manifest
-from brainldm.engineering.batches import Covariate, open_dataset
+from brainldm.engineering.covariates import Covariate
+from brainldm.data import check_dataset, open_dataset, read_manifest
 from brainldm.vae import AutoencoderKL
 from brainldm.engineering.stage1 import load_autoencoder
 from brainldm.engineering.codec import (

@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 
 from brainldm.engineering.configs import PRESETS, AEConfig, DataConfig
-from brainldm.data import check_dataset
-from brainldm.engineering.batches import (
+from brainldm.engineering.covariates import (
     Covariate,
-    SliceDataset,
     covariate_kind,
     covariate_notes,
     describe_manifest,
@@ -22,10 +20,10 @@ from brainldm.engineering.batches import (
     find_covariates,
     level_text,
     mask_levels_not_in_train,
-    open_dataset,
     read_conditions,
     write_levels,
 )
+from brainldm.data import SliceDataset, check_dataset, open_dataset
 from brainldm.engineering.stage1 import (
     EVALUATOR_PATCH,
     covariates_from_dict,

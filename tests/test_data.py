@@ -15,8 +15,8 @@ from PIL import Image
 
 from brainldm import data
 from brainldm.engineering.configs import DataConfig
-from brainldm.data import check_dataset, find_layout, read_manifest, split_by_subject
-from brainldm.engineering.batches import open_dataset
+from brainldm.engineering.layouts import find_layout
+from brainldm.data import check_dataset, open_dataset, read_manifest, split_by_subject
 
 OASIS = Path(__file__).parents[1] / '../shared/data/oasis1'
 CONFIG = DataConfig(size=32, validate_fraction=0.25, test_fraction=0.25)

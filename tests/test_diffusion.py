@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from brainldm.engineering.configs import PRESETS, LDMConfig, ScheduleConfig, bare_type, check_config
-from brainldm.engineering.batches import SliceDataset
+from brainldm.data import SliceDataset
 from brainldm.vae import AutoencoderKL
 from brainldm.scheduler import NoiseSchedule, check_terminal_signal
 from brainldm.unet import UNet

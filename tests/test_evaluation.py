@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from brainldm.engineering.configs import DataConfig
-from brainldm.engineering.batches import Covariate, SliceDataset, open_dataset
+from brainldm.engineering.covariates import Covariate
+from brainldm.data import SliceDataset, open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.engineering.runs import read_metrics
 from brainldm.engineering.codec import Codec

@@ -17,7 +17,7 @@ from PIL import Image
 
 import brainldm.engineering.explore as explore
 from brainldm.engineering.configs import AEConfig, DataConfig
-from brainldm.engineering.batches import Covariate
+from brainldm.engineering.covariates import Covariate
 from brainldm.engineering.stage1 import autoencoder_args, build_autoencoder
 from brainldm.engineering.codec import SYNTHETIC, Codec
 from brainldm.sampling import BrainLDM

@@ -9,20 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainldm.engineering.batches import Covariate, SliceDataset
+from brainldm.engineering.covariates import Covariate
+from brainldm.data import SliceDataset
+from brainldm.vae import AutoencoderKL
+from brainldm.vqgan import FSQ, VQVAE, VectorQuantizer
+from brainldm.engineering.codec import Codec
 from brainldm.advanced.factors import (
-    subject_slice_table,
     codebook_usage,
     decode_conditioned,
     flat_codes,
     plot_codebook_usage,
     subject_retrieval,
+    subject_slice_table,
     swap_effects,
     variance_fractions,
 )
-from brainldm.engineering.codec import Codec
-from brainldm.vae import AutoencoderKL
-from brainldm.vqgan import FSQ, VQVAE, VectorQuantizer
 
 seeds = st.integers(0, 2**31)
 HEIGHT = Covariate('slice', 'continuous', range=(0, 5))

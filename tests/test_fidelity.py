@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from brainldm.engineering.configs import TrainConfig
-from brainldm.engineering.batches import Covariate, SliceDataset
+from brainldm.engineering.covariates import Covariate
+from brainldm.data import SliceDataset
 from brainldm.advanced.fidelity import (
     POSITIVE,
     PROPORTION,
@@ -434,7 +435,7 @@ def test_intervals_keep_to_their_range(span):
 
 
 def test_rotations_take_subjects_the_network_has_not_seen(train, held_out):
-    from brainldm.engineering.batches import SliceDataset
+    from brainldm.data import SliceDataset
 
     table = pd.concat(
         [train.manifest]

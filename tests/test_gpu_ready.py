@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from brainldm.engineering.configs import AEConfig, LDMConfig, PriorConfig, TrainConfig, VolumeConfig
-from brainldm.engineering.batches import Covariate
+from brainldm.engineering.covariates import Covariate
 from brainldm.vqgan import FP16_SCALE, PatchDiscriminator
 from brainldm.scheduler import NoiseSchedule
 from brainldm.unet import UNet

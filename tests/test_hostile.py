@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 
 from brainldm.engineering.configs import DataConfig
-from brainldm.engineering.batches import Covariate
+from brainldm.engineering.covariates import Covariate
 from brainldm.engineering.runs import load_weights, save_weights
-from brainldm.engineering import batches, cli
+from brainldm.engineering import cli, covariates
 from brainldm import data
 
 # what: what arrived. Expected what. Try what.
@@ -496,7 +496,7 @@ def test_covariate_of_ones_own(name, listed, capsys):
         "subject,mmse\n" + "".join(f"{i},{v}\n" for i, v in enumerate(values, 1))
     )
     with pytest.raises(ValueError, match=said) as e:
-        batches.find_covariates(data.read_manifest(listed), data.DataConfig(columns=("mmse",)))
+        covariates.find_covariates(data.read_manifest(listed), data.DataConfig(columns=("mmse",)))
     assert FORM.match(str(e.value))
 
 
@@ -643,12 +643,12 @@ def test_sound_archive_is_unpacked_once_and_trained_on(
         assert cli.main(["check", str(archive)]) == 0
         out = capsys.readouterr().out
         assert "layout oasis: 4 subjects, 8 slices" in out and str(archive.name) in out
-    dataset = batches.open_dataset(archive, DataConfig(size=32), progress=False)
+    dataset = data.open_dataset(archive, DataConfig(size=32), progress=False)
     assert len(dataset) == 8
     # records of looks come when files are old enough
     shutil.rmtree(tmp_path / "cache" / "looks", ignore_errors=True)
     first = snapshot(tmp_path / "cache")
-    batches.open_dataset(archive, DataConfig(size=32), progress=False)
+    data.open_dataset(archive, DataConfig(size=32), progress=False)
     shutil.rmtree(tmp_path / "cache" / "looks", ignore_errors=True)
     assert snapshot(tmp_path / "cache") == first
 
@@ -977,9 +977,7 @@ def test_other_files_of_a_run(name, content, run, tiny_run, tmp_path, capsys):
         from brainldm.advanced.fidelity import feature_net
 
         with pytest.raises(ValueError) as e:
-            feature_net(
-                run, batches.open_dataset(tiny_run[1], cli.data_config(run), progress=False)
-            )
+            feature_net(run, data.open_dataset(tiny_run[1], cli.data_config(run), progress=False))
         assert FORM.match(str(e.value)) and name in str(e.value)
     else:
         assert name.partition(".")[0] in refused(capsys, *words)

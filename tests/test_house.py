@@ -18,7 +18,9 @@ LAYERS = """
     engineering.configs
     engineering.devices
     engineering.files engineering.plotting engineering.phantom engineering.tables
-    data engineering.batches
+    engineering.layouts
+    engineering.covariates engineering.cache
+    data
     engineering.layers vae vqgan scheduler advanced.solvers unet
     engineering.loop engineering.runs engineering.sharing
     engineering.stage1 engineering.stage2 training

@@ -14,7 +14,7 @@ from PIL import Image
 
 from brainldm.engineering.configs import AEConfig, DataConfig, PhantomConfig, TrainConfig
 from brainldm.engineering.phantom import make_cohort
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.engineering.runs import read_metrics
 from brainldm.training import train_autoencoder
 from brainldm.engineering.codec import save_images, to_bytes
@@ -31,8 +31,8 @@ from brainldm.engineering.report import (
     sample_matched,
 )
 from brainldm.engineering.cli import main
-from brainldm.engineering import report
 from brainldm.advanced import audit
+from brainldm.engineering import report
 
 
 @pytest.fixture(autouse=True)

@@ -9,16 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 from brainldm.engineering.checks import check_divides
 from brainldm.engineering.devices import pick_device, process_device
-from brainldm.engineering.batches import Covariate, encode_covariates
-from brainldm.engineering.layers import (
-    AttentionBlock,
-    Conditioner,
-    CrossAttention,
-    Downsample,
-    ResBlock,
-    ScalarEmbedding,
-    Upsample,
-)
+from brainldm.engineering.covariates import Covariate, encode_covariates
+from brainldm.engineering.layers import AttentionBlock, Conditioner, CrossAttention, ScalarEmbedding
+from brainldm.vae import Downsample, ResBlock, Upsample
 
 COVARIATES = (
     Covariate('diagnosis', 'categorical', values=('AD', 'NC')),

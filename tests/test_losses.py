@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from brainldm.engineering.batches import Covariate
 from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig
+from brainldm.engineering.covariates import Covariate
+from brainldm.vqgan import PatchDiscriminator, discriminator_loss, generator_loss
+from brainldm.scheduler import NoiseSchedule, flow_weight, min_snr_weight, targets
 from brainldm.engineering.loop import seeded
 from brainldm.engineering.stage1 import autoencoder_args, build_autoencoder
-from brainldm.scheduler import NoiseSchedule, flow_weight, min_snr_weight, targets
 from brainldm.training import (
     autoencoder_loss,
     condition_dropout_mask,
@@ -22,7 +23,6 @@ from brainldm.training import (
     prediction_error,
     reconstruction_loss,
 )
-from brainldm.vqgan import PatchDiscriminator, discriminator_loss, generator_loss
 
 COVARIATES = (
     Covariate('slice', 'continuous', range=(0, 15)),
@@ -67,7 +67,7 @@ def model():
 
 
 def test_discriminator_step_is_the_loss_by_hand(batch):
-    "Each slice is judged with its own covariates, whether once or twice as many are fake."
+    "Each slice is evaluated with its own covariates, whether once or twice as many are fake."
     network = seeded(0, lambda: PatchDiscriminator(COVARIATES, (8, 16, 16)))
     real, fake = batch['image'], torch.cat([batch['image'] * 0.5, batch['image'] * 0.2])
     cond = {k: v for k, v in batch.items() if k != 'image'}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from brainldm.engineering.configs import DataConfig
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.audit import (
     attack_auc,

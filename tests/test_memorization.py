@@ -11,7 +11,7 @@ import torch
 
 from brainldm.engineering.configs import DataConfig, PhantomConfig
 from brainldm.engineering.phantom import make_cohort
-from brainldm.engineering.batches import SliceDataset, open_dataset
+from brainldm.data import SliceDataset, open_dataset
 from brainldm.engineering.sharing import audit_verdicts
 from brainldm.advanced.evaluation import merge_metrics
 from brainldm.advanced.audit import (

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from brainldm.engineering.configs import AEConfig, DataConfig
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.engineering.stage1 import (
     autoencoder_args,
     build_autoencoder,

@@ -12,7 +12,9 @@ import torch
 
 from brainldm.engineering.configs import DataConfig, PriorConfig, TrainConfig, VolumeConfig
 from brainldm.engineering.devices import device_name
-from brainldm.engineering.batches import SliceDataset, find_covariates, fingerprint
+from brainldm.engineering.covariates import find_covariates
+from brainldm.engineering.cache import fingerprint
+from brainldm.data import SliceDataset
 from brainldm.engineering.runs import (
     Checkpoint,
     compare_given,

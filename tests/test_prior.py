@@ -20,7 +20,8 @@ from brainldm.engineering.configs import (
     check_config,
 )
 from brainldm.engineering.devices import pick_precision
-from brainldm.engineering.batches import Covariate, SliceDataset
+from brainldm.engineering.covariates import Covariate
+from brainldm.data import SliceDataset
 from brainldm.engineering.loop import infer, seeded
 from brainldm.engineering.runs import Checkpoint, load_weights, read_config, read_log
 from brainldm.engineering.stage1 import load_autoencoder

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, PhantomConfig, PriorConfig
 from brainldm.engineering.phantom import make_cohort
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.training import train_autoencoder, train_ldm
 from brainldm.advanced.prior import train_prior
 

@@ -20,11 +20,11 @@ from PIL import Image
 
 from brainldm.engineering.checks import DataFault
 from brainldm.engineering.configs import PREDICTION_TYPES, AEConfig, DataConfig
-from brainldm.engineering.batches import Covariate
+from brainldm.engineering.covariates import Covariate
 from brainldm.scheduler import NoiseSchedule, add_noise, sampling_timesteps, targets, to_x0_eps
 from brainldm.engineering.runs import load_weights
 from brainldm.sampling import BrainLDM
-from brainldm.engineering import batches, files
+from brainldm.engineering import covariates, files, layouts, tables
 from brainldm import data
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -102,7 +102,7 @@ def test_any_bytes_as_a_table(content, start):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "manifest.csv"
         path.write_bytes(start + content)
-        for read in (data.list_manifest, data.read_subjects):
+        for read in (layouts.list_manifest, tables.read_subjects):
             try:
                 read(path)
             except ValueError as e:
@@ -421,21 +421,21 @@ def test_mutated_checkpoint(tiny_run, edits, cut, stage, share):
 
 
 @settings(max_examples=50, **QUICK)
-@given(st.lists(names, min_size=1, max_size=8, unique_by=batches.level_text), st.data())
+@given(st.lists(names, min_size=1, max_size=8, unique_by=covariates.level_text), st.data())
 def test_categories_come_back(values, source):
     c = Covariate("kind", "categorical", values=tuple(values))
     requested = source.draw(
         st.lists(st.one_of(st.none(), st.sampled_from(values)), min_size=1, max_size=10)
     )
-    codes = batches.encode_column(requested, c)
+    codes = covariates.encode_column(requested, c)
     assert (
         codes.dtype == torch.int64
         and [None if k < 0 else values[k] for k in codes.tolist()] == requested
     )
-    assert c.values == tuple(map(batches.level_text, values))
+    assert c.values == tuple(map(covariates.level_text, values))
     stranger = "".join(values) + "x"
     with pytest.raises(ValueError) as e:
-        batches.encode_column([*requested, stranger], c)
+        covariates.encode_column([*requested, stranger], c)
     assert FORM.match(str(e.value)) and repr(stranger) in str(e.value)
 
 
@@ -448,7 +448,7 @@ def test_categories_come_back(values, source):
 def test_numbers_come_back(low, width, shares):
     c = Covariate("age", "continuous", range=(low, low + width))
     requested = [None if u is None else low + u * width for u in shares]
-    codes = batches.encode_column(requested, c)
+    codes = covariates.encode_column(requested, c)
     assert codes.dtype == torch.float32 and [bool(o) for o in codes.isnan()] == [
         o is None for o in requested
     ]
@@ -458,7 +458,7 @@ def test_numbers_come_back(low, width, shares):
             assert abs(low + k * width - v) <= 1e-6 * width + 1e-9 * abs(low)
     for bad in (float("inf"), "text"):
         with pytest.raises(ValueError):
-            batches.encode_column([bad], c)
+            covariates.encode_column([bad], c)
     assert Covariate(**json.loads(json.dumps(dataclasses.asdict(c)))) == c
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, PriorConfig
-from brainldm.engineering.batches import Covariate, open_dataset
+from brainldm.engineering.covariates import Covariate
+from brainldm.data import open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.unet import UNet
 from brainldm.training import train_autoencoder, train_ldm

@@ -13,7 +13,7 @@ from torch import nn
 from brainldm.engineering.configs import AEConfig, DataConfig, PhantomConfig
 from brainldm.engineering.files import write_atomic
 from brainldm.engineering.phantom import make_cohort
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.engineering.loop import Learner
 from brainldm.engineering.runs import (

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from brainldm.engineering.configs import DataConfig
-from brainldm.engineering.batches import Covariate, encode_covariates, open_dataset
+from brainldm.engineering.covariates import Covariate, encode_covariates
+from brainldm.data import open_dataset
 from brainldm.vae import AutoencoderKL
 from brainldm.unet import UNet
 from brainldm.engineering.runs import load_weights, save_weights

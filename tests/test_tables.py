@@ -18,8 +18,6 @@ from test_data import (
     save,
 )
 
-from brainldm.engineering.batches import open_dataset
-from brainldm.data import find_layout, parse_image_path, read_manifest
 from brainldm.engineering.tables import (
     find_modality,
     read_name,
@@ -27,6 +25,8 @@ from brainldm.engineering.tables import (
     read_table,
     suspect_names,
 )
+from brainldm.engineering.layouts import find_layout, parse_image_path
+from brainldm.data import open_dataset, read_manifest
 
 # ---- names
 

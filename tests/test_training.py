@@ -21,7 +21,7 @@ import torch
 
 from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, bare_type, check_config
 from brainldm.engineering.plotting import plot_history
-from brainldm.engineering.batches import SliceDataset
+from brainldm.data import SliceDataset
 from brainldm.scheduler import NoiseSchedule
 from brainldm.engineering.runs import (
     HARMLESS,

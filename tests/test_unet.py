@@ -5,7 +5,7 @@ import os
 import pytest, torch
 from torch import nn
 from torch.testing import assert_close
-from brainldm.engineering.batches import Covariate
+from brainldm.engineering.covariates import Covariate
 from brainldm.unet import UNet, timestep_embedding
 
 COVARIATES = (

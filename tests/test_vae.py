@@ -6,20 +6,21 @@ import os
 import numpy as np, pytest, torch
 from scipy.ndimage import gaussian_filter
 from torch.testing import assert_close
-from brainldm.engineering.batches import Covariate, encode_covariates
-from brainldm.engineering.layers import ResBlock
+from torch.utils.flop_counter import FlopCounterMode
+from brainldm.engineering.covariates import Covariate, encode_covariates
+from brainldm.engineering.layers import LOGVAR_LIMITS, AttentionBlock, LimitLogvar, check_levels
 from brainldm.vae import (
-    LOGVAR_LIMITS,
     AutoencoderKL,
     Decoder,
     Encoder,
-    LimitLogvar,
-    check_levels,
+    ResBlock,
     cyclical_weight,
-    kl_loss,
     image_scores,
+    kl_loss,
+    laplacian_variance,
     reparameterize,
     run_levels,
+    sharpness,
 )
 
 COVARIATES = (
@@ -385,3 +386,61 @@ def test_scores_of_perfect_black_and_empty_pictures():
 def test_scores_refuse_other_shapes(a, b):
     with pytest.raises(ValueError, match='image_scores: shapes'):
         image_scores(torch.zeros(a), torch.zeros(b))
+
+
+# ---------------------------------------------------------------- what the lesson states in a
+# sentence
+
+
+def test_an_encoder_without_the_stem_needs_three_times_the_operations():
+    "Notebook 02: the same map with the same widths."
+    x = torch.randn(8, 1, 64, 64)
+
+    def operations(net):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x)
+        return counter.get_total_flops()
+
+    folded = Encoder(1, 4, (24, 32), 1, (False,) * 2, patch=2)
+    full_size = Encoder(1, 4, (24, 24, 32), 1, (False,) * 3, patch=1)
+    assert folded(x).shape == full_size(x).shape
+    assert operations(full_size) > 3 * operations(folded)
+    by_hand = 32 * 32 * (4 * 24 + 2 * 24 * 24) + 16 * 16 * (24 * 32 + 2 * 32 * 32 + 32 * 4)
+    assert operations(folded) == 8 * 2 * 9 * by_hand  # 9 c c' h w, each a product and a sum
+
+
+def test_encoder_and_decoder_mirror_each_other():
+    same = dict(channels=(8, 16), attention_levels=(False, True), patch=2)
+    assert Encoder(1, 4, **same)(torch.randn(2, 1, 24, 40)).shape == (2, 4, 6, 10)
+    decoder = Decoder(2, 1, **same)
+    assert decoder(torch.randn(2, 2, 6, 10)).shape == (2, 1, 24, 40)
+    assert isinstance(decoder.levels[0][0], AttentionBlock)  # attention where the map is small
+
+
+def test_laplacian_leaves_out_the_border():
+    x = torch.randn(2, 1, 9, 11)
+    neighbors = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+    by_hand = (x[..., 1:-1, 1:-1] - neighbors / 4).flatten(1).var(1, unbiased=False)
+    assert_close(laplacian_variance(x, torch.ones_like(x) > 0), by_hand)
+    assert laplacian_variance(x, x > 99).isnan().all()
+
+
+def test_sharpness_by_hand():
+    x, inside = torch.randn(2, 1, 9, 11), torch.zeros(2, 1, 9, 11, dtype=torch.bool)
+    inside[..., 1:-1, 1:-1] = True  # a frame of air: its neighbors are left out
+    half = x.clone()
+    half[0] *= 0.5
+    # half the contrast: a quarter of the variance
+    assert_close(sharpness(half, x, inside)[0], torch.tensor(0.25))
+    ramp = torch.arange(11.0).expand(9, 11) + torch.arange(9.0)[:, None]
+    slopes = sharpness((x + ramp)[:1], x[:1], inside[:1])
+    assert_close(slopes, torch.ones(1), atol=1e-5, rtol=0)  # slopes do not count
+
+    def laplacian(image):
+        around = image[:-2, 1:-1] + image[2:, 1:-1] + image[1:-1, :-2] + image[1:-1, 2:]
+        return (image[1:-1, 1:-1] - around / 4)[1:-1, 1:-1]
+
+    other = torch.randn(1, 1, 9, 11)
+    expected = laplacian(other[0, 0]).var(unbiased=False) / laplacian(x[0, 0]).var(unbiased=False)
+    assert_close(sharpness(other, x[:1], inside[:1])[0], expected)
+    assert sharpness(x, x, torch.zeros_like(inside)).isnan().all()

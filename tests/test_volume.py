@@ -14,8 +14,7 @@ import torch
 from test_covariates import cohort
 
 from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, VolumeConfig
-from brainldm.data import check_dataset
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import check_dataset, open_dataset
 from brainldm.engineering.runs import load_weights, open_run, read_log, save_weights
 from brainldm.training import train_autoencoder, train_ldm
 from brainldm.engineering.codec import SYNTHETIC

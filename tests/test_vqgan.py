@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from brainldm.engineering.batches import Covariate, encode_covariates
+from brainldm.engineering.devices import all_gather_rows
+from brainldm.engineering.covariates import Covariate, encode_covariates
 from brainldm.vqgan import (
     FP16_SCALE,
     FSQ,
@@ -23,7 +24,6 @@ from brainldm.vqgan import (
     count_codes,
     discriminator_accuracy,
     discriminator_loss,
-    all_gather_rows,
     feature_loss,
     generator_loss,
     nearest_codes,
@@ -993,3 +993,43 @@ def test_too_few_vectors_are_refused():
 def test_other_pictures_are_refused(shape):
     with pytest.raises(ValueError, match=r'^VQVAE\.encode: images of shape .* multiples of 4\. '):
         build().encode(torch.zeros(shape))
+
+
+def test_a_gate_around_the_codebook_loss_stops_it():
+    """The adversarial term is switched on late by a factor of 0 or 1. Where the codebook's loss is
+    within that factor, the codes do not learn at all while the error falls."""
+
+    def pull_on_codes(gate):
+        model = build()
+        model.quantizer = quantizer(12, 3, ema=False, restart_below=0)
+        x = torch.randn(2, 1, 16, 16)
+        recon, _, loss = model(x)
+        (F.l1_loss(recon, x) + gate * loss).backward()
+        return model.quantizer.codebook.grad.abs().sum().item()
+
+    assert pull_on_codes(0.0) == 0 < pull_on_codes(1.0)
+
+
+def test_a_logit_looks_at_38_pixels():
+    discriminator = PatchDiscriminator(channels=(8, 16, 24))
+    x = torch.randn(2, 1, 64, 40)
+    logits, features = discriminator(x)
+    assert logits.shape == (2, 1, 8, 5)
+    assert [f.shape[1:] for f in features] == [(8, 32, 20), (16, 16, 10), (24, 8, 5)]
+    for level in discriminator.levels[1:]:
+        level[1] = nn.Identity()  # the norms see everything
+    x = torch.zeros(1, 1, 96, 96, requires_grad=True)
+    discriminator(x)[0][0, 0, 6, 6].backward()
+    seen = x.grad[0, 0].nonzero()
+    assert (seen.amax(0) - seen.amin(0) + 1).tolist() == [38, 38]
+
+
+def test_each_loss_names_its_kinds():
+    for loss in (
+        lambda: discriminator_loss(*[torch.zeros(2)] * 2, 'wgan'),
+        lambda: generator_loss(torch.zeros(2), 'wgan'),
+    ):
+        with pytest.raises(ValueError, match="kind='wgan'"):
+            loss()
+    constant = torch.full((4,), -1.0), torch.full((8,), -1.0)
+    assert discriminator_accuracy(*constant) == 0.5  # knows nothing

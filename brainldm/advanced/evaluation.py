@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..engineering.files import write_atomic
-from ..engineering.batches import SliceDataset, eval_batches
+from ..data import SliceDataset, eval_batches
 from ..vae import image_scores
 from ..vqgan import code_scores, count_codes
 from ..engineering.runs import load_weights, read_config, read_metrics

@@ -15,11 +15,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..analysis import check_vectors
-from ..engineering.batches import SliceDataset, eval_batches
+from ..data import SliceDataset, eval_batches
+from ..vqgan import VQVAE, code_scores, count_codes
 from ..engineering.loop import infer, to_device
 from ..engineering.codec import Codec
-from ..vqgan import VQVAE, code_scores, count_codes
+from ..analysis import check_vectors
 
 # %% ../../nbs/advanced/13_factors.ipynb #e4cd38b0
 @torch.no_grad()

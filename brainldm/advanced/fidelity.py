@@ -29,7 +29,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from ..engineering.configs import TrainConfig
-from ..engineering.batches import Covariate, SliceDataset, eval_batches
+from ..engineering.covariates import Covariate
+from ..data import SliceDataset, eval_batches
 from ..vae import laplacian_variance
 from ..engineering.loop import Learner, bare_model, fit, infer, seeded, train_batches
 from ..engineering.runs import describe_given, fill_model, load_weights, save_weights

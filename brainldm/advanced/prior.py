@@ -28,7 +28,8 @@ from ..engineering.checks import check_divides
 from ..engineering.configs import PriorConfig, TrainConfig, check_config
 from ..engineering.devices import pick_device, pick_precision
 from ..engineering.plotting import save_figure, show_grid
-from ..engineering.batches import Covariate, SliceDataset, eval_batches
+from ..engineering.covariates import Covariate
+from ..data import SliceDataset, eval_batches
 from ..engineering.layers import Conditioner
 from ..vqgan import VQVAE
 from ..engineering.loop import Learner, check_finite, in_chunks, infer, seeded, to_device

@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 
 from ..engineering.configs import TrainConfig, VolumeConfig
 from ..engineering.plotting import save_figure, show_planes
-from ..engineering.batches import Covariate, SliceDataset
+from ..engineering.covariates import Covariate
+from ..data import SliceDataset
 from ..vae import image_scores
 from ..scheduler import NoiseSchedule, denoise
 from .solvers import SOLVERS

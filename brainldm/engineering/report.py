@@ -35,7 +35,9 @@ from .devices import pick_device
 from .files import cache_folder, decode_file, hash_image, write_atomic
 from .plotting import figure_to_png, plot_history, save_figure, show_grid
 from .tables import read_table
-from .batches import SliceDataset, fingerprint, level_text, read_conditions
+from .covariates import level_text, read_conditions
+from .cache import fingerprint
+from ..data import SliceDataset
 from .runs import read_config, read_log, read_metrics
 from .sharing import audit_verdicts, generator_hash
 from .stage2 import note_changes, refuse_leak

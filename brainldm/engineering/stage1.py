@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from .extending import Autoencoder
 from .configs import AEConfig, DataConfig, TrainConfig
 from .plotting import save_figure, show_grid
-from .batches import Covariate, SliceDataset
+from .covariates import Covariate
+from ..data import SliceDataset
 from ..vae import AutoencoderKL, ConvAutoencoder, image_scores
 from ..vqgan import FSQ, VQVAE, VectorQuantizer, code_scores, count_codes, start_codebook
 from .loop import in_chunks, infer

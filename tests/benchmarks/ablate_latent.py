@@ -24,7 +24,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from brainldm.engineering.configs import PRESETS, AEConfig
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.vae import kl_loss, reparameterize
 from brainldm.engineering.loop import Learner, fit, train_batches
 from brainldm.engineering.runs import read_config, save_weights

@@ -26,7 +26,7 @@ from torch import nn
 
 from brainldm.engineering.configs import PRIOR_PRESETS, PriorConfig
 from brainldm.engineering.devices import pick_precision
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.engineering.loop import Learner, fit, seeded, train_batches
 from brainldm.engineering.stage1 import evenly_spaced_rows, load_autoencoder, pick_covariates
 from brainldm.engineering.stage2 import LatentDataset

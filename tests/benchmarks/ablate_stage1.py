@@ -21,7 +21,7 @@ import tyro
 from brainldm.engineering.configs import PRESETS, AEConfig, PhantomConfig
 from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.engineering.phantom import make_cohort
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.engineering.runs import read_log
 from brainldm.engineering.stage1 import evenly_spaced_rows
 from brainldm.training import train_autoencoder

@@ -26,7 +26,7 @@ import tyro
 from brainldm import unet
 from brainldm.engineering.configs import PRESETS, LDMConfig
 from brainldm.engineering.plotting import save_figure, show_grid
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.scheduler import NoiseSchedule
 from brainldm.engineering.runs import read_config, read_log
 from brainldm.training import train_ldm

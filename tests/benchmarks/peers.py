@@ -10,7 +10,7 @@ from timing import count
 from torch import Tensor, nn
 
 from brainldm.engineering.configs import PRESETS
-from brainldm.engineering.batches import Covariate
+from brainldm.engineering.covariates import Covariate
 from brainldm.vae import kl_loss
 from brainldm.unet import UNet
 from brainldm.engineering.loop import seeded

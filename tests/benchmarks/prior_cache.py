@@ -12,7 +12,7 @@ import time
 import torch
 
 from brainldm.engineering.configs import PRIOR_PRESETS
-from brainldm.engineering.batches import Covariate
+from brainldm.engineering.covariates import Covariate
 from brainldm.advanced.prior import CodeTransformer, sample_uniform
 
 REPEATS = 5

@@ -26,7 +26,7 @@ from torch import nn
 from training_step import manifest
 
 from brainldm.engineering.configs import PRESETS, DataConfig, TrainConfig
-from brainldm.engineering.batches import SliceDataset, open_dataset
+from brainldm.data import SliceDataset, open_dataset
 from brainldm.engineering.loop import make_accelerator, train_batches
 from brainldm.engineering.stage2 import latent_splits
 
@@ -55,7 +55,7 @@ def brains(n: int, size: int):
 
 
 def make_memmap(folder: Path, n: int, size: int) -> Path:
-    "One file as `build_cache` writes it."
+    "One file as `prepare_dataset` writes it."
     path, few = folder / f'{n}.npy', list(brains(16, size))
     images = np.lib.format.open_memmap(path, 'w+', np.uint8, (n, size, size))
     for i in range(n):

@@ -31,7 +31,7 @@ from torch import nn
 
 from brainldm.engineering.configs import PRESETS, PhantomConfig
 from brainldm.engineering.phantom import make_cohort
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.vae import image_scores
 from brainldm.engineering.loop import Learner, to_device, train_batches
 from brainldm.engineering.stage1 import evenly_spaced_rows

@@ -38,7 +38,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from brainldm.engineering.configs import PRESETS, PRIOR_PRESETS, TrainConfig
-from brainldm.engineering.batches import SliceDataset
+from brainldm.data import SliceDataset
 from brainldm.vae import kl_loss
 from brainldm.unet import UNet
 from brainldm.engineering.loop import Learner, fit, seeded, step_seed, to_device, train_batches

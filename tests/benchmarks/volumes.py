@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from brainldm.engineering.plotting import save_figure, show_planes
-from brainldm.engineering.batches import open_dataset
+from brainldm.data import open_dataset
 from brainldm.vae import image_scores
 from brainldm.sampling import BrainLDM
 from brainldm.advanced.volume import BrainVolumes, neighbor_scores, sample_shared_noise
