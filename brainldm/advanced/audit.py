@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 
 from ..engineering.checks import check_choice
 from ..engineering.configs import TrainConfig
-from ..engineering.batches import Covariate, SliceDataset, eval_batches
+from ..engineering.covariates import Covariate
+from ..data import SliceDataset, eval_batches
 from ..engineering.loop import infer, to_device
 from ..engineering.runs import read_metrics
 from ..engineering.sharing import audit_verdicts
@@ -88,8 +89,8 @@ def csf_fraction(
 
 # %% ../../nbs/advanced/17_audit.ipynb #9fba5338
 def ventricle_slices(
-    fraction: np.ndarray,  # `csf_fraction` of train slices (n,)
-    slices: np.ndarray,  # Their slice numbers (n,)
+    fraction: np.ndarray | pd.Series,  # `csf_fraction` of train slices (n,)
+    slices: np.ndarray | pd.Series,  # Their slice numbers (n,)
     # Fraction of the positions to choose; of the 32 of OASIS it takes 16 to 27
     part: float = 0.375,
 ) -> np.ndarray:  # Slice numbers, rising
@@ -97,9 +98,9 @@ def ventricle_slices(
 
     Parameters
     ----------
-    fraction : np.ndarray
+    fraction : np.ndarray | pd.Series
         `csf_fraction` of train slices (n,).
-    slices : np.ndarray
+    slices : np.ndarray | pd.Series
         Their slice numbers (n,).
     part : float, default 0.375
         Fraction of the positions to choose; of the 32 of OASIS it takes 16 to 27.
@@ -384,7 +385,7 @@ def diversity_scores(
 def as_dataset(
     images: Tensor,  # Generated images (n, 1, h, w) in [-1, 1]
     table: pd.DataFrame,  # Rows with whose conditions they were generated
-    covariates: list[Covariate],  # Covariates to learn
+    covariates: Sequence[Covariate],  # Covariates to learn
 ) -> SliceDataset:  # Rows of a train split
     """Let generated images stand where scanned ones stood.
 
@@ -394,7 +395,7 @@ def as_dataset(
         Generated images (n, 1, h, w) in [-1, 1].
     table : pd.DataFrame
         Rows with whose conditions they were generated.
-    covariates : list[Covariate]
+    covariates : Sequence[Covariate]
         Covariates to learn.
 
     Returns

@@ -6,6 +6,7 @@
 __all__ = ['check_choice', 'check_divides', 'DataFault', 'printable', 'refuse_taken', 'check_installed']
 
 # %% ../../nbs/engineering/20_checks.ipynb #chk00003
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from brainldm.data import Findings
-    from brainldm.engineering.batches import SliceDataset
+    from brainldm.data import SliceDataset
+    from brainldm.engineering.layouts import Findings
 
 # %% ../../nbs/engineering/39_cli.ipynb #fec1f560
 # Marks a config whose fields become flags without a prefix
@@ -155,7 +155,7 @@ def add_training_findings(
     """
     import pandas as pd
     from brainldm.engineering.files import as_faults
-    from brainldm.engineering.batches import covariate_notes, describe_manifest, find_covariates
+    from brainldm.engineering.covariates import covariate_notes, describe_manifest, find_covariates
 
     if not len(found.manifest):
         return found
@@ -243,7 +243,7 @@ class TrainAutoencoder:
     resume: bool = False  # Go on where an earlier call stopped
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.batches import open_dataset
+        from brainldm.data import open_dataset
         from brainldm.training import train_autoencoder
 
         train_autoencoder(
@@ -331,7 +331,7 @@ class Stage2:
         SliceDataset
             All splits.
         """
-        from brainldm.engineering.batches import open_dataset
+        from brainldm.data import open_dataset
 
         return open_dataset(self.data, data_config(self.run_folder, self.subjects))
 
@@ -514,7 +514,7 @@ class Reconstruct:
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.batches import open_dataset
+        from brainldm.data import open_dataset
         from brainldm.sampling import BrainLDM
         from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores
 
@@ -558,7 +558,7 @@ class Bits:
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.batches import open_dataset
+        from brainldm.data import open_dataset
         from brainldm.engineering.runs import read_config
         from brainldm.engineering.stage2 import note_changes, refuse_leak
         from brainldm.advanced.prior import CodeSampler
@@ -665,7 +665,7 @@ def read_condition_flags(
     ValueError
         For a name that has a flag, and as `read_conditions` does.
     """
-    from brainldm.engineering.batches import read_conditions
+    from brainldm.engineering.covariates import read_conditions
 
     requested, known = {k: v for k, v in given.items() if v is not None}, [
         c.name for c in covariates
@@ -1071,7 +1071,7 @@ def conditions_of_rows(
     dict
         A list of values by name; None where there is none, or one that the model has never seen.
     """
-    from brainldm.engineering.batches import read_value
+    from brainldm.engineering.covariates import read_value
 
     out = {}
     for c in covariates:
@@ -1146,7 +1146,7 @@ class Edit:
         import numpy as np
         import torch
         from brainldm.engineering.plotting import save_figure, show_grid
-        from brainldm.engineering.batches import open_dataset
+        from brainldm.data import open_dataset
         from brainldm.engineering.codec import save_images
         from brainldm.sampling import BrainLDM
 
@@ -1549,7 +1549,7 @@ class Evaluate(SamplingFlags):
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
-        from brainldm.engineering.batches import open_dataset
+        from brainldm.data import open_dataset
         from brainldm.advanced.evaluation import json_safe, show_number
         from brainldm.engineering.report import (
             check_targets,
@@ -1800,7 +1800,7 @@ class Demo:
 
     def run(self) -> int:  # Exit status
         from brainldm.engineering.phantom import make_cohort
-        from brainldm.engineering.batches import open_dataset
+        from brainldm.data import open_dataset
         from brainldm.training import train_autoencoder
         from brainldm.training import train_ldm
         from brainldm.sampling import BrainLDM

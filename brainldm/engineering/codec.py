@@ -5,6 +5,13 @@
 # %% ../../nbs/engineering/34_codec.ipynb #755ea6f6
 from __future__ import annotations
 
+from .checks import check_choice, refuse_taken
+from .extending import Autoencoder
+from .plotting import save_figure, show_grid
+from .covariates import Covariate, encode_covariates, read_conditions
+from ..advanced.solvers import SOLVERS
+from .loop import infer, to_device
+from .sharing import SharedModel
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -19,13 +26,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 import brainldm
-from .checks import check_choice, refuse_taken
-from .extending import Autoencoder
-from .plotting import save_figure, show_grid
-from .batches import Covariate, encode_covariates, read_conditions
-from ..advanced.solvers import SOLVERS
-from .loop import infer, to_device
-from .sharing import SharedModel
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -38,7 +38,7 @@ from torch import Tensor
 from .checks import check_installed
 from .configs import BETA_SCHEDULES
 from .plotting import figure_to_png
-from .batches import Covariate
+from .covariates import Covariate
 from ..scheduler import NoiseSchedule, add_noise
 from .loop import to_device
 from .codec import SYNTHETIC, check_images, prepare_conditions, to_bytes

@@ -5,6 +5,7 @@
 # %% ../../nbs/engineering/23_files.ipynb #7cd87a63
 from __future__ import annotations
 
+from collections.abc import Iterable
 import gzip, hashlib, math, os, re, shutil, stat, struct, tarfile, tempfile, zipfile, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -5,6 +5,7 @@
 # %% ../../nbs/engineering/29_loop.ipynb #26d4c6a1
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
 import math
 import signal
 import warnings
@@ -14,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from .devices import pick_precision
 from .configs import TrainConfig, check_config
+from .devices import pick_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -206,7 +206,7 @@ def train_batches(
     DataLoader
         Endless batches.
     """
-    from brainldm.engineering.batches import ShuffledBatches
+    from brainldm.data import ShuffledBatches
 
     line = ShuffledBatches(len(dataset), config.batch_size, config.seed, seen // config.batch_size)
     return DataLoader(
@@ -249,7 +249,8 @@ def isolated_state(
     acc : Accelerator | None, default None
         Whose settings accelerate shall see meanwhile; None: none yet.
     """
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState
+    from accelerate.state import GradientState
 
     kinds = (AcceleratorState, GradientState)
     before = [o._shared_state for o in kinds]

@@ -15,7 +15,7 @@ from torch import Tensor
 from .files import write_atomic
 
 if TYPE_CHECKING:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['show_grid', 'show_planes', 'figure_to_png', 'save_figure', 'plot_history']
@@ -198,9 +198,10 @@ def save_figure(
 def plot_history(
     records: list[dict],  # Lines of log.jsonl
     stage: str,  # 'autoencoder', 'ldm' or 'prior'
-    # Training; what was measured on validate subjects; the critic's accuracy, if there is one
-) -> plt.Figure:
-    """Draw the course of one training.
+    # Training; what was measured on validation subjects; the discriminator's accuracy, if there
+    # is one
+) -> Figure:
+    """Plot the course of one training.
 
     Parameters
     ----------
@@ -211,14 +212,17 @@ def plot_history(
 
     Returns
     -------
-    plt.Figure
-        Training; what was measured on validate subjects; the critic's accuracy, if there is one.
+    Figure
+        Training; what was measured on validation subjects; the discriminator's accuracy, if there
+        is one.
 
     Raises
     ------
     ValueError
         If the log has no line of this stage.
     """
+    import matplotlib.pyplot as plt
+
     rows = [o for o in records if o['stage'] == stage]
     if not rows:
         raise ValueError(
@@ -241,13 +245,13 @@ def plot_history(
         color='C0',
     )
     title = 'train' + (f', mean of {window} records' if window > 1 else '')
-    axs[0].set(yscale='log', xlabel='pictures seen', ylabel=errors.get(main, main), title=title)
+    axs[0].set(yscale='log', xlabel='images seen', ylabel=errors.get(main, main), title=title)
     for k in sorted(
         {k for o in checked for k in o if k.startswith('val_')}
         - {'val_psnr', 'val_l1', 'val_perplexity'}
     ):
         axs[1].plot([o['images'] for o in checked], [o[k] for o in checked], 'o-', ms=3, label=k)
-    axs[1].set(xlabel='pictures seen', title='validate subjects')
+    axs[1].set(xlabel='images seen', title='validation subjects')
     if checked:
         axs[1].legend(frameon=False, fontsize=7)
     if judged:
@@ -258,7 +262,7 @@ def plot_history(
             color='C2',
         )
         axs[2].axhline(0.5, color='k', lw=0.7, ls=':', label='guessing')
-        axs[2].set(ylim=(0, 1.02), xlabel='pictures seen', title="critic's accuracy")
+        axs[2].set(ylim=(0, 1.02), xlabel='images seen', title="discriminator's accuracy")
         axs[2].legend(frameon=False)
     fig.suptitle(stage)
     return fig

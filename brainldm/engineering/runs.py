@@ -5,6 +5,7 @@
 # %% ../../nbs/engineering/30_runs.ipynb #114296a1
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypeVar
 import gzip
 import hashlib
 import io
@@ -20,7 +21,6 @@ from dataclasses import asdict
 from functools import wraps
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import brainldm
-from .devices import device_name
 from .configs import TrainConfig
+from .devices import device_name
 from .files import explain_disk, write_atomic
+from .covariates import Covariate
 from brainldm.engineering.loop import (
     Learner,
     call_every,
@@ -44,7 +45,7 @@ from brainldm.engineering.loop import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from brainldm.engineering.batches import Covariate, SliceDataset
+    from brainldm.data import SliceDataset
 
 # %% auto #0
 __all__ = ['RENAMED', 'Network', 'HARMLESS', 'FOUND', 'LATER', 'LOCKED_RUNS', 'translate', 'save_weights', 'load_weights',
@@ -821,7 +822,7 @@ def describe_given(
     tuple[dict, pd.DataFrame]
         What config.json says of the data, and the table of `given_table`.
     """
-    from brainldm.engineering.batches import fingerprint
+    from brainldm.engineering.cache import fingerprint
 
     table = given_table(dataset, tuple(dict.fromkeys([*columns, *(c.name for c in covariates)])))
     compared = [o for o in table if o not in ('path', 'plane') and (o != 'subject' or o in columns)]
@@ -919,7 +920,7 @@ def compare_given(
         One phrase a difference; none: the stage would be given the same.
     """
     import pandas as pd
-    from brainldm.engineering.batches import fingerprint
+    from brainldm.engineering.cache import fingerprint
 
     if 'columns' not in known:
         now = fingerprint(dataset.manifest)['hash']
