@@ -30,11 +30,11 @@ class Limit:
     fits : Callable[[Any], bool]
         Whether a value is allowed.
     expected : str
-        The same in words, for the message.
+        The same as text, for the message.
     """
 
     fits: Callable[[Any], bool]  # Whether a value is allowed
-    expected: str  # The same in words, for the message
+    expected: str  # The same as text, for the message
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0009
 T = TypeVar('T')
@@ -163,7 +163,7 @@ def matches_type(
 # %% ../../nbs/engineering/21_configs.ipynb #d19347f2
 def check_fields(
     config,  # A dataclass with limits in the types of its fields
-    caller: str,  # Function or class that asks, for the message
+    caller: str,  # Function or class that calls, for the message
 ) -> None:  # Nothing: it raises or returns
     """Refuse single settings that cannot work.
 
@@ -172,7 +172,7 @@ def check_fields(
     config
         A dataclass with limits in the types of its fields.
     caller : str
-        Function or class that asks, for the message.
+        Function or class that calls, for the message.
 
     Raises
     ------
@@ -208,13 +208,13 @@ class Needs:
     met : Callable[[Any], Any]
         Whether a configuration has it.
     expected : str
-        The same in words, for the message.
+        The same as text, for the message.
     example : str
         What to set.
     """
 
     met: Callable[[Any], Any]  # Whether a configuration has it
-    expected: str  # The same in words, for the message
+    expected: str  # The same as text, for the message
     example: str  # What to set
 
 # %% ../../nbs/engineering/21_configs.ipynb #a50b1e02
@@ -555,7 +555,9 @@ class TrainConfig:
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0025
 NEEDS_DISCRIMINATOR = Needs(lambda c: c.adversarial, 'a discriminator', 'adversarial=True')
-NEEDS_GAUSSIAN_LATENTS = Needs(lambda c: c.kind == 'kl', 'Gaussian latents', "kind='kl'")
+NEEDS_GAUSSIAN_LATENTS = Needs(
+    lambda c: c.kind not in ('vq', 'fsq'), 'Gaussian latents', "kind='kl'"
+)
 NEEDS_TIME_TO_ACT = Needs(
     lambda c: c.adversarial_start < c.total_images,
     'a start before training ends',
@@ -609,6 +611,8 @@ class AEConfig(TrainConfig):
         A tracker that accelerate supports, such as tensorboard or wandb.
     data : DataConfig, default DataConfig()
         How images are found, cut and split.
+    in_channels : Positive[int], default 1
+        Channels of the images.
     latent_channels : Positive[int], default 8
         Channels of the latent.
     channels : LevelSizes, default (96, 128)
@@ -628,8 +632,9 @@ class AEConfig(TrainConfig):
         Weight of the KL term beside the mean absolute error.
     kl_period : Annotated[NotNegative[int], NEEDS_GAUSSIAN_LATENTS], default 0
         Images a cycle of a rising KL weight; 0 keeps it constant.
-    kind : Literal['kl', 'vq', 'fsq'], default 'kl'
-        Latents: Gaussians, codes of a codebook, or codes of rounded channels.
+    kind : str, default 'kl'
+        Latents: kl, Gaussians; vq, codes of a codebook; fsq, codes of rounded channels; or your
+        own.
     num_embeddings : Positive[int], default 1024
         (vq) Codes in the codebook; a code has latent_channels numbers.
     commitment_cost : NotNegative[float], default 0.25
@@ -667,6 +672,7 @@ class AEConfig(TrainConfig):
 
     # How images are found, cut and split
     data: DataConfig = field(default_factory=DataConfig)
+    in_channels: Positive[int] = 1  # Channels of the images
     latent_channels: Positive[int] = 8  # Channels of the latent
     channels: LevelSizes = (96, 128)  # Features at each level, largest image first
     num_res_blocks: Positive[int] = 1  # Residual blocks a level
@@ -679,8 +685,8 @@ class AEConfig(TrainConfig):
     kl_weight: NotNegative[float] = 1e-6  # Weight of the KL term beside the mean absolute error
     # Images a cycle of a rising KL weight; 0 keeps it constant
     kl_period: Annotated[NotNegative[int], NEEDS_GAUSSIAN_LATENTS] = 0
-    # Latents: Gaussians, codes of a codebook, or codes of rounded channels
-    kind: Literal['kl', 'vq', 'fsq'] = 'kl'
+    # Latents: kl, Gaussians; vq, codes of a codebook; fsq, codes of rounded channels; or your own
+    kind: str = 'kl'
     # (vq) Codes in the codebook; a code has latent_channels numbers
     num_embeddings: Positive[int] = 1024
     # (vq) Weight of the pull on the encoder towards its codes
@@ -753,6 +759,8 @@ class LDMConfig(TrainConfig):
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
         A tracker that accelerate supports, such as tensorboard or wandb.
+    denoiser : str, default 'unet'
+        Kind of network: unet, or your own.
     channels : LevelSizes, default (96, 160)
         Features at each level of the UNet.
     num_res_blocks : Positive[int], default 2
@@ -785,6 +793,7 @@ class LDMConfig(TrainConfig):
 
     learning_rate: Positive[float] = 1e-3  # Highest learning rate of AdamW
     batch_size: Positive[int] = 32  # Latents a step, on each process
+    denoiser: str = 'unet'  # Kind of network: unet, or your own
     channels: LevelSizes = (96, 160)  # Features at each level of the UNet
     num_res_blocks: Positive[int] = 2  # Blocks a level
     attention_levels: tuple[bool, ...] = (True, True)  # Levels with self- and cross-attention
