@@ -39,13 +39,6 @@ from brainldm.engineering.configs import (
     TrainConfig,
     VolumeConfig,
 )
-from brainldm.advanced.volume import (
-    BrainVolumes,
-    check_spacing,
-    resolve_spacing,
-    sample_shared_noise,
-    save_volumes,
-)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -1304,6 +1297,18 @@ class Volume:
     out: Path | None = None  # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self) -> int:  # Exit status
+        from brainldm.advanced.audit import audit_summary
+        from brainldm.advanced.volume import (
+            BrainVolumes,
+            check_spacing,
+            resolve_spacing,
+            sample_shared_noise,
+            save_volumes,
+        )
+        from brainldm.engineering.loop import process_state
+        from brainldm.engineering.runs import read_config
+        from brainldm.sampling import BrainLDM
+
         options: dict[str, Any] = dict(
             steps=self.steps,
             guidance_scale=self.guidance_scale,

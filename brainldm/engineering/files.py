@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from typing import Any
-from nibabel.affines import obliquity, voxel_sizes
 from collections.abc import Iterable
 import gzip, hashlib, math, os, re, shutil, stat, struct, tarfile, tempfile, zipfile, zlib
 from collections.abc import Callable, Iterator
@@ -218,6 +217,8 @@ class Grid:
         tuple
             Along x, y, z, mm; z is the spacing of axial planes.
         """
+        from nibabel.affines import voxel_sizes
+
         x, y, z = (float(o) for o in voxel_sizes(self.affine))
         return x, y, z
 
@@ -457,6 +458,8 @@ def load_volume(
     ------
     DataFault
     """
+    from nibabel.affines import obliquity
+
     import nibabel as nib
 
     grid, img = read_grid(path), nib.load(path)
