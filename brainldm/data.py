@@ -297,7 +297,7 @@ class SliceDataset(Dataset):
     Parameters
     ----------
     images : np.ndarray
-        Images (n, h, w), uint8, often a memmap.
+        Images (n, h, w) or (n, c, h, w), uint8, often a memmap.
     manifest : pd.DataFrame
         One row an image, in the same order.
     covariates : Sequence[Covariate] | None, default None
@@ -306,7 +306,7 @@ class SliceDataset(Dataset):
 
     def __init__(
         self,
-        images: np.ndarray,  # Images (n, h, w), uint8, often a memmap
+        images: np.ndarray,  # Images (n, h, w) or (n, c, h, w), uint8, often a memmap
         manifest: pd.DataFrame,  # One row an image, in the same order
         # Conditions; None finds them in the manifest
         covariates: Sequence[Covariate] | None = None,
@@ -335,8 +335,8 @@ class SliceDataset(Dataset):
 
     def __getitems__(self, indices):
         at = np.asarray(indices, dtype=np.int64)
-        # (b, 1, h, w)
-        image = torch.from_numpy(np.array(self.images[at])).float().div(127.5).sub(1).unsqueeze(1)
+        image = torch.from_numpy(np.array(self.images[at])).float().div(127.5).sub(1)
+        image = image if image.ndim == 4 else image.unsqueeze(1)  # (b, c, h, w)
         return {'image': image, **{k: v[at] for k, v in self.conditions.items()}}
 
     def __getitem__(self, i):

@@ -6,7 +6,7 @@
 __all__ = ['SPACINGS', 'SAMPLERS', 'linear_betas', 'scaled_linear_betas', 'cosine_betas', 'flow_betas',
            'rescale_zero_terminal_snr', 'NoiseSchedule', 'noise_schedule', 'check_terminal_signal', 'at_timesteps',
            'add_noise', 'targets', 'to_x0_eps', 'sampling_timesteps', 'step_abar', 'ddpm_step', 'min_snr_weight',
-           'flow_weight', 'ddim_step', 'fresh_noise', 'pick_step', 'denoise']
+           'flow_weight', 'ddim_step', 'fresh_noise', 'pick_step', 'replaced_prediction', 'denoise']
 
 # %% ../nbs/04_scheduler.ipynb #177e4e42
 import math
@@ -777,7 +777,34 @@ def pick_step(
     return step
 
 
-@torch.no_grad()
+def replaced_prediction(
+    x0: Tensor,  # Clean latents to aim at (b, c, *s)
+    xt: Tensor,  # Noised latents, same shape
+    t: int,  # Their timestep
+    schedule: NoiseSchedule,  # The chain and its prediction type
+) -> Tensor:  # Prediction that says `x0`
+    """What a network must predict at `xt` to mean these clean latents.
+
+    Parameters
+    ----------
+    x0 : Tensor
+        Clean latents to aim at (b, c, *s).
+    xt : Tensor
+        Noised latents, same shape.
+    t : int
+        Their timestep.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+
+    Returns
+    -------
+    Tensor
+        Prediction that says `x0`.
+    """
+    eps = to_x0_eps(x0, xt, t, schedule.abar, 'sample')[1]
+    return targets(x0, eps, t, schedule.abar, schedule.prediction_type)
+
+
 def denoise(
     # Called as model_fn(xt, t), t (b,) int64; predicts what `prediction_type` says
     model_fn: Callable,
@@ -791,10 +818,13 @@ def denoise(
     eta: float = 0.0,  # Fraction of fresh noise in 'ddim'
     # Source of the fresh noise, see `fresh_noise`
     generator: torch.Generator | list[torch.Generator] | None = None,
-    spacing: str = 'trailing',  # Which steps to visit, see `sampling_timesteps`
-    # Called as callback(i, t, xt, x0_hat) before each step; i from 0
+    # Which steps to visit, see `sampling_timesteps`; or the timesteps themselves, noisy to clean
+    spacing: str | list[int] = 'trailing',
+    # Called as callback(i, t, xt, x0_hat) before each step; i from 0. It may return a tensor, which
+    # takes the place of x0_hat, or False: stop here, x0_hat is the sample
     callback: Callable | None = None,
     start: int = 0,  # Steps to leave out at the noisy end
+    gradient: bool = False,  # Keep the graph of all steps
 ) -> Tensor:  # Samples (b, c, *s), never clipped
     """Run the reverse process from noise to data, one network call a step.
 
@@ -816,12 +846,15 @@ def denoise(
         Fraction of fresh noise in 'ddim'.
     generator : torch.Generator | list[torch.Generator] | None, default None
         Source of the fresh noise, see `fresh_noise`.
-    spacing : str, default 'trailing'
-        Which steps to visit, see `sampling_timesteps`.
+    spacing : str | list[int], default 'trailing'
+        Which steps to visit, see `sampling_timesteps`; or the timesteps themselves, noisy to clean.
     callback : Callable | None, default None
-        Called as callback(i, t, xt, x0_hat) before each step; i from 0.
+        Called as callback(i, t, xt, x0_hat) before each step; i from 0. It may return a tensor,
+        which takes the place of x0_hat, or False: stop here, x0_hat is the sample.
     start : int, default 0
         Steps to leave out at the noisy end.
+    gradient : bool, default False
+        Keep the graph of all steps.
 
     Returns
     -------
@@ -833,13 +866,20 @@ def denoise(
     ValueError
     """
     step = pick_step(sampler, eta, generator)
-    ts = sampling_timesteps(num_inference_steps, schedule.num_train_timesteps, spacing, start)
+    if isinstance(spacing, str):
+        spacing = sampling_timesteps(
+            num_inference_steps, schedule.num_train_timesteps, spacing, start
+        )
     before = None
-    for i, (t, t_prev) in enumerate(zip(ts, ts[1:] + [-1])):
-        pred = model_fn(x, torch.full((len(x),), t, device=x.device))
-        x0 = to_x0_eps(pred, x, t, schedule.abar, schedule.prediction_type)[0]
-        if callback:
-            callback(i, t, x, x0)
-        x = step(pred, x, t, t_prev, schedule, before)
-        before = x0, t
+    with torch.set_grad_enabled(gradient):
+        for i, (t, t_prev) in enumerate(zip(spacing, spacing[1:] + [-1])):
+            pred = model_fn(x, torch.full((len(x),), t, device=x.device))
+            x0 = to_x0_eps(pred, x, t, schedule.abar, schedule.prediction_type)[0]
+            answer = callback(i, t, x, x0) if callback else None
+            if answer is False:
+                return x0
+            if isinstance(answer, Tensor):
+                x0, pred = answer, replaced_prediction(answer, x, t, schedule)
+            x = step(pred, x, t, t_prev, schedule, before)
+            before = x0, t
     return x

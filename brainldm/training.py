@@ -18,7 +18,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .engineering.extending import Autoencoder
+from .engineering.extending import AUTOENCODERS, DENOISERS, Autoencoder, Denoiser
 from .engineering.configs import AEConfig, LDMConfig
 from .engineering.covariates import Covariate
 from .data import SliceDataset
@@ -54,8 +54,10 @@ from brainldm.engineering.runs import (
 )
 from brainldm.engineering.stage1 import (
     adopt_autoencoder,
+    args_to_dict,
     autoencoder_args,
     build_autoencoder,
+    check_conditioned,
     check_size,
     covariates_to_dict,
     evenly_spaced_rows,
@@ -70,6 +72,7 @@ from brainldm.engineering.stage1 import (
 )
 from brainldm.engineering.stage2 import (
     adopt_unet,
+    build_denoiser,
     check_stage2,
     latent_splits,
     remove_folder,
@@ -85,7 +88,7 @@ def reconstruction_loss(
     generator: torch.Generator,  # Source of the latent's noise, on the batch's device
     seen: int,  # Images seen so far, for a cyclical KL weight
     config: AEConfig,  # Weights of the terms
-    # Reconstruction (b, 1, h, w), the loss, and its parts for the log
+    # Reconstruction (b, c, h, w), the loss, and its parts for the log
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Mean absolute error plus the loss of the latent.
 
@@ -105,20 +108,24 @@ def reconstruction_loss(
     Returns
     -------
     tuple[Tensor, Tensor, dict[str, Tensor]]
-        Reconstruction (b, 1, h, w), the loss, and its parts for the log.
+        Reconstruction (b, c, h, w), the loss, and its parts for the log.
 
     References
     ----------
     Rombach et al. 2022, app. G; van den Oord 2017, eq. 3.
     """
+    own = AUTOENCODERS[config.kind].loss
+    if own:
+        return own(model, batch, generator, seen, config)
+    bare: Any = getattr(model, 'module', model)  # several processes wrap it
     x = batch['image']
     chance: dict[str, Any] = dict(generator=generator, device=x.device)
-    if config.kind != 'kl':
+    if hasattr(bare, 'quantizer'):
         recon, _, price = model(x, batch, torch.rand(config.num_embeddings, **chance))
         l1 = F.l1_loss(recon.float(), x)
         return recon, l1 + price, dict(l1=l1.detach(), vq=price.detach())
-    f = config.patch * 2 ** (len(config.channels) - 1)
-    eps = torch.randn(len(x), config.latent_channels, x.shape[2] // f, x.shape[3] // f, **chance)
+    f = bare.factor
+    eps = torch.randn(len(x), bare.latent_channels, x.shape[2] // f, x.shape[3] // f, **chance)
     recon, mu, logvar = model(x, batch, eps)
     l1, kl = F.l1_loss(recon.float(), x), kl_loss(mu.float(), logvar.float())
     weight = (
@@ -200,7 +207,10 @@ def make_discriminator(
     if config.compile:
         torch._functorch.config.donated_buffer = False
     discriminator = seeded(
-        config.seed + 1, lambda: PatchDiscriminator(covariates, config.discriminator_channels)
+        config.seed + 1,
+        lambda: PatchDiscriminator(
+            covariates, config.discriminator_channels, in_channels=config.in_channels
+        ),
     )
     config = replace(config, learning_rate=config.discriminator_learning_rate, compile=False)
     return Learner(discriminator, partial(discriminator_step, config=config), config, run)
@@ -296,11 +306,10 @@ def autoencoder_loss(
     if seen < config.adversarial_start:
         return loss, logs
     gan, features = generator_step(discriminator, batch, fakes, config)
-    last = bare.decoder.head[-1].weight
     # no scaler reaches these gradients
     scale = 1.0 if discriminator.accelerator.scaler is None else FP16_SCALE
     weight = config.adversarial_weight * adaptive_weight(
-        loss, gan, last, config.adversarial_max_weight, scale
+        loss, gan, bare.last_layer, config.adversarial_max_weight, scale
     )
     logs |= dict(gan=gan.detach(), gan_weight=weight)
     if config.feature_weight:
@@ -315,6 +324,8 @@ def train_autoencoder(
     config: AEConfig,  # Everything else
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
+    # Called as callback(learner, seen, means) with each record of the log; False ends the training
+    callback: Callable | None = None,
 ) -> ConvAutoencoder:  # The trained autoencoder
     """Train stage 1 on the train subjects with validation passes.
 
@@ -332,6 +343,9 @@ def train_autoencoder(
         Go on where a former call stopped.
     progress : bool, default True
         Show a bar.
+    callback : Callable | None, default None
+        Called as callback(learner, seen, means) with each record of the log; False ends the
+        training.
 
     Returns
     -------
@@ -342,7 +356,9 @@ def train_autoencoder(
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = autoencoder_args(config, covariates)
     model = seeded(config.seed, lambda: build_autoencoder(config.kind, args))
-    check_size(dataset, config.data.size, size_multiple(config))
+    check_conditioned('train_autoencoder', model, covariates)
+    size = size_multiple(config, model.factor)
+    check_size(dataset, config.data.size, size, config.in_channels)
     config = resolve_crop(config, dataset)
     origin = None
     if config.init_from and not is_begun(run, 'autoencoder', resume):
@@ -374,7 +390,7 @@ def train_autoencoder(
     )
     info = dict(
         kind=config.kind,
-        args=dict(args, covariates=covariates_to_dict(covariates)),
+        args=args_to_dict(args),
         size=config.data.size,
         slice_covariate=slice_covariate,
     )
@@ -385,6 +401,7 @@ def train_autoencoder(
         'autoencoder',
         state,
         progress=progress,
+        callback=callback,
         validate=lambda seen: validate_autoencoder(
             model, batch, image(seen), learner.precision, config.batch_size
         ),
@@ -570,7 +587,9 @@ def train_ldm(
     config: LDMConfig,  # Everything else
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
-) -> UNet:  # The averaged network
+    # Called as callback(learner, seen, means) with each record of the log; False ends the training
+    callback: Callable | None = None,
+) -> Denoiser:  # The averaged network
     """Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors.
 
     Parameters
@@ -585,10 +604,13 @@ def train_ldm(
         Go on where a former call stopped.
     progress : bool, default True
         Show a bar.
+    callback : Callable | None, default None
+        Called as callback(learner, seen, means) with each record of the log; False ends the
+        training.
 
     Returns
     -------
-    UNet
+    Denoiser
         The averaged network.
     """
     check_terminal_signal(config.schedule)
@@ -597,12 +619,16 @@ def train_ldm(
     config = replace(config, schedule=noise_schedule(config.schedule))
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = unet_args(config, autoencoder.latent_channels, covariates)
-    model = seeded(config.seed, lambda: UNet(**args))
+    model = seeded(config.seed, lambda: build_denoiser(config.denoiser, args))
+    if config.covariates is None:
+        covariates = tuple(model.covariates)  # all that it can be conditioned on
+    check_conditioned('train_ldm', model, covariates)
     check_stage2(run, dataset, about, autoencoder.factor * model.factor)
     begun = not config.init_from or is_begun(run, 'ldm', resume)
     origin = None if begun else adopt_unet(model, config, args, run, autoencoder)
     below = dict(autoencoder=weights_hash(autoencoder))
-    learner = Learner(model, partial(ldm_loss, config=config, covariates=covariates), config, run)
+    loss = DENOISERS[config.denoiser].loss or ldm_loss
+    learner = Learner(model, partial(loss, config=config, covariates=covariates), config, run)
     state = enter_run(
         learner, run, 'ldm', dataset, resume, covariates, trained_on=below, origin=origin
     )
@@ -615,7 +641,8 @@ def train_ldm(
     )
     answer = infer(autoencoder, learner.precision, 'decode')
     info = dict(
-        args=dict(args, covariates=covariates_to_dict(covariates)),
+        args=args_to_dict(args),
+        denoiser=config.denoiser,
         schedule=asdict(config.schedule),
         trained_on=below,
     )
@@ -633,6 +660,7 @@ def train_ldm(
         'ldm',
         state,
         progress=progress,
+        callback=callback,
         validate=lambda seen: validate_ldm(
             learner, held_out, decode, config, covariates, image(seen)
         ),

@@ -316,5 +316,5 @@ def test_one_place_chooses_the_device():
                 asks.setdefault(path.stem, []).append(node.name)
     asks['vqgan'].remove('all_gather_rows')  # of torch.distributed
     assert {k: v for k, v in asks.items() if v} == dict(
-        layers=['process_device'], loop=['train_batches']
+        devices=['process_device'], loop=['train_batches']
     )

@@ -65,7 +65,7 @@ def test_mean_slice_errors_leave_the_own_subject_out(dataset):
     i = 7
     rest = np.flatnonzero((table['slice'] == table['slice'][i]) & (table.index != i))
     want = ((images[i] - images[rest].mean(0)) ** 2).mean()
-    assert mean_slice_errors(train, train, own=True)[i] == pytest.approx(want, rel=1e-3)
+    assert mean_slice_errors(train, train, leave_one_out=True)[i] == pytest.approx(want, rel=1e-3)
 
 
 def test_every_part_of_a_run_is_attacked(model, dataset):

@@ -604,8 +604,8 @@ def candidate_moves(
 # %% ../../nbs/advanced/17_audit.ipynb #a0d10009
 def correlations(
     products: list[Tensor],  # Sums of products over the left half, and over the right half
-    ours: list[Tensor],  # Sums of squares of one map over both halves
-    theirs: list[Tensor],  # The same of the other map; all three broadcast
+    first: list[Tensor],  # Sums of squares of one map over both halves
+    second: list[Tensor],  # The same of the other map; all three broadcast
 ) -> Tensor:  # Correlation of the whole, and the larger one of both halves (2, ...)
     """Normalized correlation of two maps.
 
@@ -615,9 +615,9 @@ def correlations(
     ----------
     products : list[Tensor]
         Sums of products over the left half, and over the right half.
-    ours : list[Tensor]
+    first : list[Tensor]
         Sums of squares of one map over both halves.
-    theirs : list[Tensor]
+    second : list[Tensor]
         The same of the other map; all three broadcast.
 
     Returns
@@ -625,8 +625,8 @@ def correlations(
     Tensor
         Correlation of the whole, and the larger one of both halves (2, ...).
     """
-    whole = sum(products) / (sum(ours) * sum(theirs) + 1e-6).sqrt()
-    halves = [p / (a * b + 1e-6).sqrt() for p, a, b in zip(products, ours, theirs)]
+    whole = sum(products) / (sum(first) * sum(second) + 1e-6).sqrt()
+    halves = [p / (a * b + 1e-6).sqrt() for p, a, b in zip(products, first, second)]
     return torch.stack([whole, torch.maximum(*halves)])
 
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1000a
@@ -1616,7 +1616,7 @@ def mean_slice_errors(
     train: SliceDataset,  # Real slices of train subjects
     dataset: SliceDataset,  # Slices to score
     # Whether they are train slices, each of which is then left out of its mean
-    own: bool = False,
+    leave_one_out: bool = False,
 ) -> np.ndarray:  # Mean squared difference from the mean train slice of the position (n,)
     """What can be predicted without the weights: the baseline of every attack.
 
@@ -1628,7 +1628,7 @@ def mean_slice_errors(
         Real slices of train subjects.
     dataset : SliceDataset
         Slices to score.
-    own : bool, default False
+    leave_one_out : bool, default False
         Whether they are train slices, each of which is then left out of its mean.
 
     Returns
@@ -1646,7 +1646,7 @@ def mean_slice_errors(
             places[0] == places[0][np.abs(places[0] - k).argmin()]
         ), np.flatnonzero(places[1] == k)
         gap = (dataset.images[at] - train.images[rows].mean(0, dtype=np.float32)) / 127.5
-        if own and len(rows) > 1:
+        if leave_one_out and len(rows) > 1:
             gap *= len(rows) / (len(rows) - 1)
         out[at] = np.square(gap).mean((1, 2))
     return out

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC', 'EDITED', 'check_images', 'check_conditions', 'check_integer', 'check_sample_counts', 'check_guidance',
-           'check_steps', 'check_watched', 'required_conditions', 'prepare_conditions', 'default_conditions',
-           'in_batches', 'mix_conditions', 'image_generators', 'Codec', 'to_bytes', 'make_folder', 'new_folder',
-           'manifest_of', 'save_images', 'save_gif']
+           'check_steps', 'check_watched', 'check_noise', 'required_conditions', 'prepare_conditions',
+           'default_conditions', 'in_batches', 'mix_conditions', 'image_generators', 'Codec', 'to_bytes', 'make_folder',
+           'new_folder', 'manifest_of', 'save_images', 'save_gif']
 
 # %% ../../nbs/engineering/34_codec.ipynb #755ea6f6
 from .checks import check_choice, refuse_taken
-from .extending import Autoencoder
+from .extending import Autoencoder, Scheduler, check_protocol
 from .plotting import save_figure, show_grid
 from .covariates import Covariate, encode_covariates, read_conditions
 from ..advanced.solvers import SOLVERS
@@ -294,6 +294,36 @@ def check_watched(
         )
     return places
 
+
+def check_noise(
+    noise: Tensor,  # What arrived
+    shape: tuple[int, ...],  # Of the latents to sample (n, c, h, w)
+) -> None:  # Nothing: it raises or returns
+    """Refuse what is no starting noise of these images.
+
+    Parameters
+    ----------
+    noise : Tensor
+        What arrived.
+    shape : tuple[int, ...]
+        Of the latents to sample (n, c, h, w).
+
+    Raises
+    ------
+    TypeError
+    ValueError
+    """
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        raise TypeError(
+            f"sample: noise of type {getattr(noise, 'dtype', type(noise).__name__)}. Expected a"
+            f" float tensor. Try torch.randn{shape}."
+        )
+    if tuple(noise.shape) != shape:
+        raise ValueError(
+            f"sample: noise of shape {tuple(noise.shape)}. Expected {shape}: one for each of n="
+            f"{shape[0]} images. Try sample({len(noise)}, noise=noise), or torch.randn{shape}."
+        )
+
 # %% ../../nbs/engineering/34_codec.ipynb #eaeae39d
 def required_conditions(
     autoencoder: Autoencoder,  # With or without covariates
@@ -381,7 +411,22 @@ def prepare_conditions(
         )
     check_sample_counts(n, seed, batch_size, first)
     check_steps(options['steps'], model.schedule.num_train_timesteps)
-    check_choice('sample', 'sampler', options.get('sampler', 'ddim'), tuple(SOLVERS))
+    sampler = options.get('sampler', 'ddim')
+    if isinstance(sampler, str):
+        check_choice('sample', 'sampler', sampler, tuple(SOLVERS))
+        if options.get('eta') and sampler != 'ddim':
+            raise ValueError(
+                f"sample: eta={options['eta']} and sampler={sampler!r}. Expected eta=0: only 'ddim'"
+                " has a choice. Try sampler='ddim'."
+            )
+    else:
+        check_protocol('sample', sampler, Scheduler)
+        if options.get('start') or options.get('eta'):
+            raise ValueError(
+                f"sample: a {type(sampler).__name__} with start={options.get('start', 0)},"
+                f" eta={options.get('eta', 0.)}. Expected neither: it goes all the way, in its own"
+                f" steps. Try one of {', '.join(SOLVERS)}."
+            )
     cond = check_conditions(conditions, model.covariates, n)
     requested = [c.name for c in model.unet.covariates if c.name in cond]
     check_guidance(
@@ -568,9 +613,10 @@ class Codec(SharedModel):
         method: str,  # What of the autoencoder to call
         x: Tensor,  # Images, latents or codes
         cond: dict[str, Tensor] | None,  # Encoded covariates that are at hand
+        gradient: bool = False,  # Keep the graph
     ):  # Its answer, on the model's device
-        "Call the autoencoder in the model's precision, with the conditions that it needs."
-        call = infer(self.autoencoder, self.precision, method)
+        "Call the autoencoder in the model's precision, and with the conditions that it needs."
+        call = infer(self.autoencoder, self.precision, method, gradient)
         return call(x.to(self.device), required_conditions(self.autoencoder, cond, self.device))
 
     def _joined(
@@ -586,6 +632,7 @@ class Codec(SharedModel):
         images: Tensor,  # Images (b, 1, h, w) in [-1, 1]
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
+        gradient: bool = False,  # Keep the graph, for gradients that reach the images
     ) -> Tensor:  # Latent means (b, c, h/f, w/f), on the model's device
         """Squeeze images into latents.
 
@@ -595,20 +642,25 @@ class Codec(SharedModel):
             Images (b, 1, h, w) in [-1, 1].
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional autoencoder.
+        gradient : bool, default False
+            Keep the graph, for gradients that reach the images.
 
         Returns
         -------
         Tensor
             Latent means (b, c, h/f, w/f), on the model's device.
         """
-        return self._ask('encode', images, cond)[0].float()
+        return self._ask('encode', images, cond, gradient)[0].float()
 
     def decode(
         self,
         latents: Tensor,  # Latents (b, c, h/f, w/f)
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
-    ) -> Tensor:  # Images (b, 1, h, w), clipped to [-1, 1] as a screen would, on the CPU
+        # Where the images shall be; None: the model's
+        device: torch.device | str | None = 'cpu',
+        gradient: bool = False,  # Keep the graph, for gradients that reach the latents
+    ) -> Tensor:  # Images (b, 1, h, w), clipped to [-1, 1] as a screen would
         """Turn latents into images.
 
         Parameters
@@ -617,13 +669,18 @@ class Codec(SharedModel):
             Latents (b, c, h/f, w/f).
         cond : dict[str, Tensor] | None, default None
             Encoded covariates, for a conditional autoencoder.
+        device : torch.device | str | None, default 'cpu'
+            Where the images shall be; None: the model's.
+        gradient : bool, default False
+            Keep the graph, for gradients that reach the latents.
 
         Returns
         -------
         Tensor
-            Images (b, 1, h, w), clipped to [-1, 1] as a screen would, on the CPU.
+            Images (b, 1, h, w), clipped to [-1, 1] as a screen would.
         """
-        return self._ask('decode', latents, cond).float().clamp(-1, 1).cpu()
+        images = self._ask('decode', latents, cond, gradient).float().clamp(-1, 1)
+        return images if device is None else images.to(device)
 
     def reconstruct(
         self,

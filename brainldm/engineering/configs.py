@@ -29,12 +29,12 @@ class Limit:
     ----------
     fits : Callable[[Any], bool]
         Whether a value is allowed.
-    words : str
-        The same in words, for the message.
+    expected : str
+        The same as text, for the message.
     """
 
     fits: Callable[[Any], bool]  # Whether a value is allowed
-    words: str  # The same in words, for the message
+    expected: str  # The same as text, for the message
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0009
 T = TypeVar('T')
@@ -163,7 +163,7 @@ def matches_type(
 # %% ../../nbs/engineering/21_configs.ipynb #d19347f2
 def check_fields(
     config,  # A dataclass with limits in the types of its fields
-    where: str,  # Function or class that asks, for the message
+    caller: str,  # Function or class that calls, for the message
 ) -> None:  # Nothing: it raises or returns
     """Refuse single settings that cannot work.
 
@@ -171,8 +171,8 @@ def check_fields(
     ----------
     config
         A dataclass with limits in the types of its fields.
-    where : str
-        Function or class that asks, for the message.
+    caller : str
+        Function or class that calls, for the message.
 
     Raises
     ------
@@ -185,16 +185,18 @@ def check_fields(
         value, kind = getattr(config, f.name), bare_type(f)
         plain = isinstance(f.default, (int, float, str, tuple)) or f.default is None
         advice = f'Try {f.name}={f.default!r}.' if plain else 'Try to leave it out.'
-        words = {int: 'a whole number', float: 'a number', bool: 'True or False'}.get(kind, kind)
+        expected = {int: 'a whole number', float: 'a number', bool: 'True or False'}.get(kind, kind)
         if get_origin(kind) is Literal:
-            check_choice(where, f.name, value, get_args(kind))
+            check_choice(caller, f.name, value, get_args(kind))
         elif not matches_type(value, kind):
-            raise TypeError(f"{where}: {f.name}={value!r}. Expected {words}. {advice}")
+            raise TypeError(f"{caller}: {f.name}={value!r}. Expected {expected}. {advice}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where}: {f.name}={value}. Expected a finite number. {advice}")
+            raise ValueError(f"{caller}: {f.name}={value}. Expected a finite number. {advice}")
         for limit in rules_of(f, Limit):
             if not limit.fits(value):
-                raise ValueError(f"{where}: {f.name}={value!r}. Expected {limit.words}. {advice}")
+                raise ValueError(
+                    f"{caller}: {f.name}={value!r}. Expected {limit.expected}. {advice}"
+                )
 
 # %% ../../nbs/engineering/21_configs.ipynb #a50b1e01
 @dataclass(frozen=True)
@@ -205,14 +207,14 @@ class Needs:
     ----------
     met : Callable[[Any], Any]
         Whether a configuration has it.
-    words : str
-        The same in words, for the message.
+    expected : str
+        The same as text, for the message.
     example : str
         What to set.
     """
 
     met: Callable[[Any], Any]  # Whether a configuration has it
-    words: str  # The same in words, for the message
+    expected: str  # The same as text, for the message
     example: str  # What to set
 
 # %% ../../nbs/engineering/21_configs.ipynb #a50b1e02
@@ -235,8 +237,8 @@ def check_effect(
         idle = [need for need in rules_of(f, Needs) if value and not need.met(config)]
         if idle:
             raise ValueError(
-                f"check_config: {f.name}={value!r} would change nothing. Expected {idle[0].words}. "
-                f"Try {idle[0].example}, or leave it out."
+                f"check_config: {f.name}={value!r} would change nothing. Expected"
+                f" {idle[0].expected}. Try {idle[0].example}, or leave it out."
             )
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0021
@@ -553,7 +555,9 @@ class TrainConfig:
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0025
 NEEDS_DISCRIMINATOR = Needs(lambda c: c.adversarial, 'a discriminator', 'adversarial=True')
-NEEDS_GAUSSIAN_LATENTS = Needs(lambda c: c.kind == 'kl', 'Gaussian latents', "kind='kl'")
+NEEDS_GAUSSIAN_LATENTS = Needs(
+    lambda c: c.kind not in ('vq', 'fsq'), 'Gaussian latents', "kind='kl'"
+)
 NEEDS_TIME_TO_ACT = Needs(
     lambda c: c.adversarial_start < c.total_images,
     'a start before training ends',
@@ -607,6 +611,8 @@ class AEConfig(TrainConfig):
         A tracker that accelerate supports, such as tensorboard or wandb.
     data : DataConfig, default DataConfig()
         How images are found, cut and split.
+    in_channels : Positive[int], default 1
+        Channels of the images.
     latent_channels : Positive[int], default 8
         Channels of the latent.
     channels : LevelSizes, default (96, 128)
@@ -626,8 +632,9 @@ class AEConfig(TrainConfig):
         Weight of the KL term beside the mean absolute error.
     kl_period : Annotated[NotNegative[int], NEEDS_GAUSSIAN_LATENTS], default 0
         Images a cycle of a rising KL weight; 0 keeps it constant.
-    kind : Literal['kl', 'vq', 'fsq'], default 'kl'
-        Latents: Gaussians, codes of a codebook, or codes of rounded channels.
+    kind : str, default 'kl'
+        Latents: kl, Gaussians; vq, codes of a codebook; fsq, codes of rounded channels; or your
+        own.
     num_embeddings : Positive[int], default 1024
         (vq) Codes in the codebook; a code has latent_channels numbers.
     commitment_cost : NotNegative[float], default 0.25
@@ -665,6 +672,7 @@ class AEConfig(TrainConfig):
 
     # How images are found, cut and split
     data: DataConfig = field(default_factory=DataConfig)
+    in_channels: Positive[int] = 1  # Channels of the images
     latent_channels: Positive[int] = 8  # Channels of the latent
     channels: LevelSizes = (96, 128)  # Features at each level, largest image first
     num_res_blocks: Positive[int] = 1  # Residual blocks a level
@@ -677,8 +685,8 @@ class AEConfig(TrainConfig):
     kl_weight: NotNegative[float] = 1e-6  # Weight of the KL term beside the mean absolute error
     # Images a cycle of a rising KL weight; 0 keeps it constant
     kl_period: Annotated[NotNegative[int], NEEDS_GAUSSIAN_LATENTS] = 0
-    # Latents: Gaussians, codes of a codebook, or codes of rounded channels
-    kind: Literal['kl', 'vq', 'fsq'] = 'kl'
+    # Latents: kl, Gaussians; vq, codes of a codebook; fsq, codes of rounded channels; or your own
+    kind: str = 'kl'
     # (vq) Codes in the codebook; a code has latent_channels numbers
     num_embeddings: Positive[int] = 1024
     # (vq) Weight of the pull on the encoder towards its codes
@@ -751,6 +759,8 @@ class LDMConfig(TrainConfig):
         Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
     log_with : str | None, default None
         A tracker that accelerate supports, such as tensorboard or wandb.
+    denoiser : str, default 'unet'
+        Kind of network: unet, or your own.
     channels : LevelSizes, default (96, 160)
         Features at each level of the UNet.
     num_res_blocks : Positive[int], default 2
@@ -783,6 +793,7 @@ class LDMConfig(TrainConfig):
 
     learning_rate: Positive[float] = 1e-3  # Highest learning rate of AdamW
     batch_size: Positive[int] = 32  # Latents a step, on each process
+    denoiser: str = 'unet'  # Kind of network: unet, or your own
     channels: LevelSizes = (96, 160)  # Features at each level of the UNet
     num_res_blocks: Positive[int] = 2  # Blocks a level
     attention_levels: tuple[bool, ...] = (True, True)  # Levels with self- and cross-attention

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'DENOISERS', 'Autoencoder', 'Denoiser', 'Scheduler', 'SliceSource', 'check_protocol', 'Kind',
-           'Registry']
+           'Registry', 'use_scheduler']
 
 # %% ../../nbs/engineering/38_extending.ipynb #ext00004
 from collections.abc import Callable
@@ -23,15 +23,18 @@ class Autoencoder(Protocol):
 
     Attributes
     ----------
+    in_channels : int
+        Channels of the images.
     latent_channels : int
-        Channels of the latent.
+        Channels of the latents.
     factor : int
         Pixels along an image for one along a latent.
     covariates : tuple
         The `Covariate`s that it is conditioned on; () for none.
     """
 
-    latent_channels: int  # Channels of the latent
+    in_channels: int  # Channels of the images
+    latent_channels: int  # Channels of the latents
     factor: int  # Pixels along an image for one along a latent
     covariates: tuple  # The `Covariate`s that it is conditioned on; () for none
 
@@ -317,7 +320,8 @@ class Registry:
             For a name that another class has.
         """
         old = self.kinds.get(kind)
-        if old and getattr(old.build, '__qualname__', '') != getattr(build, '__qualname__', None):
+        # the same cell run again is welcome
+        if old and old.build.__qualname__ != build.__qualname__:
             raise ValueError(
                 f"register: the {self.part} {kind!r} is {old.build.__qualname__}. Expected a new"
                 " name. Choose another."
@@ -328,7 +332,7 @@ class Registry:
         self,
         kind: str,  # Name of a kind
     ) -> Kind:  # How it is made and trained
-        if kind not in self.kinds:
+        if not isinstance(kind, str) or kind not in self.kinds:
             raise ValueError(
                 f"{self.part}: kind={kind!r}. Expected one of {', '.join(self.kinds)}. Check the"
                 " spelling; a class of your own must be registered first, see the lesson"
@@ -394,3 +398,75 @@ class Registry:
 # kl, vq and fsq are registered where they are written; yours come here, too
 AUTOENCODERS = Registry('autoencoder')
 DENOISERS = Registry('denoiser')  # unet, and yours
+
+# %% ../../nbs/engineering/38_extending.ipynb #ext00128
+def use_scheduler(
+    scheduler: Scheduler,  # Of diffusers, or one like those
+    schedule: Any,  # `NoiseSchedule` that the network was trained on
+    num_inference_steps: int,  # Steps of the whole reverse process
+    # Source of fresh noise, for a scheduler that takes one; may be a list, one an image
+    generator: Any = None,
+) -> tuple[Callable, list[int]]:  # Step function and timesteps, as `denoise` takes them
+    """Let another library take the steps.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        Of diffusers, or one like those.
+    schedule : Any
+        `NoiseSchedule` that the network was trained on.
+    num_inference_steps : int
+        Steps of the whole reverse process.
+    generator : Any, default None
+        Source of fresh noise, for a scheduler that takes one; may be a list, one an image.
+
+    Returns
+    -------
+    tuple[Callable, list[int]]
+        Step function and timesteps, as `denoise` takes them.
+
+    Raises
+    ------
+    TypeError
+    ValueError
+        For a scheduler of another chain.
+    """
+    check_protocol('sample', scheduler, Scheduler)
+    name, about = type(scheduler).__name__, getattr(scheduler, 'config', {})
+    abar = getattr(scheduler, 'alphas_cumprod', schedule.abar)
+    same = abar.shape == schedule.abar.shape and bool(
+        (abar.double().cpu() - schedule.abar).abs().max() < 1e-3
+    )
+    if (
+        not same
+        or about.get('prediction_type', schedule.prediction_type) != schedule.prediction_type
+    ):
+        raise ValueError(
+            f"sample: {name} was made for another chain. Expected the betas and the prediction type"
+            " of this network. Try trained_betas=model.schedule.betas.numpy(),"
+            f" prediction_type={schedule.prediction_type!r}."
+        )
+    scheduler.set_timesteps(num_inference_steps)
+    times = list(scheduler.timesteps)
+    whole = [round(float(t)) for t in times]
+    if any(abs(float(t) - k) > 1e-3 for t, k in zip(times, whole)):
+        raise ValueError(
+            f"sample: {name} visits timesteps such as {float(times[1]):g}. Expected whole ones,"
+            " which the network was trained on. Try timestep_spacing='trailing', and no Karras"
+            " sigmas."
+        )
+    more = dict(generator=generator) if 'generator' in signature(scheduler.step).parameters else {}
+    left = iter([*times[1:], None])  # where each step leads
+    latents = None
+
+    def step(pred, xt, t, *_):
+        nonlocal latents
+        now = scheduler.timesteps[0] if latents is None else step.now
+        if latents is None:
+            latents = xt * getattr(scheduler, 'init_noise_sigma', 1.0)
+            scheduler.scale_model_input(latents, now)  # some count their steps here
+        latents = scheduler.step(pred, now, latents, **more).prev_sample
+        step.now = next(left)
+        return latents if step.now is None else scheduler.scale_model_input(latents, step.now)
+
+    return step, whole

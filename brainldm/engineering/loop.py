@@ -529,8 +529,8 @@ def infer(
     model: nn.Module,  # A network
     precision: str = 'no',  # 'no', 'bf16' or 'fp16'
     method: str = 'forward',  # Which of its methods to call
-    # That method: in evaluation mode, without gradient, in that precision; the mode is put back
-    # after
+    gradient: bool = False,  # Keep the graph of its computation
+    # That method: in evaluation mode, in that precision; the mode is put back after
 ) -> Callable:
     """Call a network without gradients.
 
@@ -542,19 +542,21 @@ def infer(
         'no', 'bf16' or 'fp16'.
     method : str, default 'forward'
         Which of its methods to call.
+    gradient : bool, default False
+        Keep the graph of its computation.
 
     Returns
     -------
     Callable
-        That method: in evaluation mode, without gradient, in that precision; the mode is put back
-        after.
+        That method: in evaluation mode, in that precision; the mode is put back after.
     """
 
     def call(*args, **kwargs):
         mode = model.training
         model.eval()
         try:
-            with torch.no_grad(), mixed_precision(next(model.parameters()).device, precision):
+            device = next(model.parameters()).device
+            with torch.set_grad_enabled(gradient), mixed_precision(device, precision):
                 return getattr(model, method)(*args, **kwargs)
         finally:
             model.train(mode)
@@ -720,7 +722,8 @@ def fit(
     # Images a step of all processes together; None: as many as the batch holds
     images_per_step: int | None = None,
     log_every: int = 10,  # Steps between two calls of the callbacks
-    callbacks: tuple = (),  # Each called as `cb(seen, means)` with the means since the last call
+    # Each called as `cb(seen, means)` with the means since the last call; False ends the training
+    callbacks: tuple = (),
 ) -> int:  # Images seen at the end
     """Run `step` over `batches` until `total_images` images were seen.
 
@@ -739,7 +742,8 @@ def fit(
     log_every : int, default 10
         Steps between two calls of the callbacks.
     callbacks : tuple, default ()
-        Each called as `cb(seen, means)` with the means since the last call.
+        Each called as `cb(seen, means)` with the means since the last call; False ends the
+        training.
 
     Returns
     -------
@@ -767,8 +771,8 @@ def fit(
             continue
         means, logs = mean_logs(logs), []
         check_finite(means, seen)
-        for cb in callbacks:
-            cb(seen, means)
+        if any([cb(seen, means) is False for cb in callbacks]):  # each of them is called
+            break
     return seen
 
 # %% ../../nbs/engineering/29_loop.ipynb #6d080475

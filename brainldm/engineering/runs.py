@@ -1384,6 +1384,8 @@ def stage_callbacks(
     export: Callable,  # Called as export(seen), writes the file that users load
     bar: tqdm,  # Progress bar
     stop: StopRequest,  # Whether Ctrl-C was pressed
+    # Called as callback(learner, seen, means) with each record of the log; False ends the training
+    callback: Callable | None = None,
 ) -> tuple[Callable, ...]:  # Callbacks for `fit`
     """Note, look, save, stop: on the first process; the others only stop.
 
@@ -1403,6 +1405,9 @@ def stage_callbacks(
         Progress bar.
     stop : StopRequest
         Whether Ctrl-C was pressed.
+    callback : Callable | None, default None
+        Called as callback(learner, seen, means) with each record of the log; False ends the
+        training.
 
     Returns
     -------
@@ -1437,11 +1442,15 @@ def stage_callbacks(
         Checkpoint(run / 'state' / stage).save(seen, *pack_state(learner))
 
     def obey(seen, means):
-        # no process was asked
-        if not acc.reduce(torch.tensor(float(stop.asked), device=acc.device)):
-            return
+        enough = callback is not None and callback(learner, seen, means) is False
+        wishes = torch.tensor([float(stop.asked), float(enough)], device=acc.device)
+        requested, enough = acc.reduce(wishes).tolist()  # of any process
+        if not requested and not enough:
+            return None
         if acc.is_main_process:
             save_all(seen, means)
+        if not requested:
+            return False
         raise KeyboardInterrupt(f'{stage} is saved at {seen:,} of {total:,} images.')
 
     if not acc.is_main_process:
@@ -1518,6 +1527,7 @@ def run_stage(
     validate: Callable,  # Called as validate(seen), returns numbers to log
     export: Callable,  # Called as export(seen), writes the file that users load
     progress: bool = True,  # Show a bar
+    callback: Callable | None = None,  # As of `stage_callbacks`
 ) -> None:
     """Train one stage to its end, with bar, log, validation, checkpoints, and a clean stop on Ctrl-C.
 
@@ -1539,6 +1549,8 @@ def run_stage(
         Called as export(seen), writes the file that users load.
     progress : bool, default True
         Show a bar.
+    callback : Callable | None, default None
+        As of `stage_callbacks`.
     """
     config, acc = learner.config, learner.accelerator
     if acc.is_main_process:
@@ -1563,7 +1575,7 @@ def run_stage(
     learner.model.train()
     try:
         with StopRequest() as stop:
-            callbacks = stage_callbacks(learner, run, stage, validate, export, bar, stop)
+            callbacks = stage_callbacks(learner, run, stage, validate, export, bar, stop, callback)
             fit(
                 mark_out_of_memory(learner.step),
                 batches,
@@ -1650,7 +1662,8 @@ def reduce_batch(
 
 # %% ../../nbs/engineering/30_runs.ipynb #c1a0ddf9
 def retry_on_oom(
-    train: Callable,  # A training, called as train(dataset, run, config, resume, progress)
+    # A training, called as train(dataset, run, config, resume, progress, …)
+    train: Callable,
     # The same; a full memory makes it go on with a smaller batch, or say what to try; its run is
     # free afterwards
 ) -> Callable:
@@ -1660,7 +1673,7 @@ def retry_on_oom(
     Parameters
     ----------
     train : Callable
-        A training, called as train(dataset, run, config, resume, progress).
+        A training, called as train(dataset, run, config, resume, progress, …).
 
     Returns
     -------
@@ -1670,10 +1683,10 @@ def retry_on_oom(
     """
 
     @wraps(train)
-    def call(dataset, run, config, resume=False, progress=True):
+    def call(dataset, run, config, resume=False, progress=True, *more, **named):
         while True:
             try:
-                return train(dataset, run, config, resume, progress)
+                return train(dataset, run, config, resume, progress, *more, **named)
             except StepOutOfMemory as e:
                 config, resume = reduce_batch(train.__name__, config, e), True
             except RuntimeError as e:

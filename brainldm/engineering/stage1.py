@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOAD_ERRORS', 'EVALUATOR_PATCH', 'FREE', 'mean_slices', 'evenly_spaced_rows', 'pick_covariates', 'covariates_to_dict',
-           'covariates_from_dict', 'size_multiple', 'check_size', 'autoencoder_args', 'build_autoencoder',
-           'load_autoencoder', 'validate_autoencoder', 'refuse_architecture', 'match_covariates', 'adopt_weights',
-           'is_begun', 'origin_of', 'adopt_autoencoder', 'compare_opening', 'resolve_crop', 'init_codebook_from_data']
+           'covariates_from_dict', 'check_conditioned', 'size_multiple', 'check_size', 'conv_arguments',
+           'code_arguments', 'autoencoder_args', 'build_vq', 'build_fsq', 'build_autoencoder', 'args_to_dict',
+           'args_from_dict', 'load_autoencoder', 'validate_autoencoder', 'refuse_architecture', 'match_covariates',
+           'adopt_weights', 'is_begun', 'origin_of', 'adopt_autoencoder', 'compare_opening', 'resolve_crop',
+           'init_codebook_from_data']
 
 # %% ../../nbs/engineering/31_stage1.ipynb #c2d31003
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .extending import Autoencoder
+from .extending import AUTOENCODERS, Autoencoder, check_protocol
 from .configs import AEConfig, DataConfig, TrainConfig
 from .plotting import save_figure, show_grid
 from .covariates import Covariate
@@ -168,8 +170,38 @@ LOAD_ERRORS = (
 EVALUATOR_PATCH = 4
 
 
+def check_conditioned(
+    caller: str,  # Function that calls, for the message
+    model: nn.Module,  # Autoencoder or denoiser
+    covariates: tuple[Covariate, ...],  # What it was to be conditioned on
+) -> None:  # Nothing: it raises or returns
+    """Refuse a network that takes other conditions than the configuration names.
+
+    Parameters
+    ----------
+    caller : str
+        Function that calls, for the message.
+    model : nn.Module
+        Autoencoder or denoiser.
+    covariates : tuple[Covariate, ...]
+        What it was to be conditioned on.
+
+    Raises
+    ------
+    ValueError
+    """
+    has, requested = ([c.name for c in o] for o in (model.covariates, covariates))
+    if has != requested:
+        raise ValueError(
+            f"{caller}: a {type(model).__name__} conditioned on {has or 'nothing'}, and covariates"
+            f" {requested}. Expected the same. Let its constructor take `covariates`, or choose"
+            f" covariates={tuple(has)}."
+        )
+
+
 def size_multiple(
     config: AEConfig,  # The autoencoder, and the levels of the UNet to come
+    factor: int | None = None,  # Of the autoencoder; None: that of the kinds kl, vq and fsq
 ) -> int:  # Pixels
     """What the side of the images must be a multiple of, so that every stage can be trained:
     autoencoder, UNet, evaluator.
@@ -178,21 +210,23 @@ def size_multiple(
     ----------
     config : AEConfig
         The autoencoder, and the levels of the UNet to come.
+    factor : int | None, default None
+        Of the autoencoder; None: that of the kinds kl, vq and fsq.
 
     Returns
     -------
     int
         Pixels.
     """
-    return math.lcm(
-        config.patch * 2 ** (len(config.channels) - 1 + config.unet_levels - 1), EVALUATOR_PATCH
-    )
+    factor = factor or config.patch * 2 ** (len(config.channels) - 1)
+    return math.lcm(factor * 2 ** (config.unet_levels - 1), EVALUATOR_PATCH)
 
 # %% ../../nbs/engineering/31_stage1.ipynb #7f0db9ec
 def check_size(
     dataset: SliceDataset,  # What is to be trained on
     size: int,  # Side of the images that the configuration names
     factor: int,  # The side must be a multiple of this
+    in_channels: int = 1,  # Channels that the network takes
 ) -> None:  # Nothing: it raises or returns
     """Refuse images that the network cannot take, before a run folder is made.
 
@@ -204,15 +238,23 @@ def check_size(
         Side of the images that the configuration names.
     factor : int
         The side must be a multiple of this.
+    in_channels : int, default 1
+        Channels that the network takes.
 
     Raises
     ------
     ValueError
     """
-    shape = tuple(dataset.images.shape[1:])
-    if shape != (size, size):
+    *channels, height, width = dataset.images.shape[1:]
+    if (channels or [1]) != [in_channels]:
         raise ValueError(
-            f"check_size: images of {shape[0]} x {shape[1]} pixels, and the configuration says"
+            f"check_size: images of {channels[0] if channels else 1} channels, and"
+            f" in_channels={in_channels}. Expected the same. Folders are read as one channel; a"
+            " SliceDataset made by hand may hold images (n, c, h, w)."
+        )
+    if (height, width) != (size, size):
+        raise ValueError(
+            f"check_size: images of {height} x {width} pixels, and the configuration says"
             f" size={size}. Expected the same. Open the data with the DataConfig of the run."
         )
     if size % factor:
@@ -222,32 +264,50 @@ def check_size(
         )
 
 # %% ../../nbs/engineering/31_stage1.ipynb #988bc002
-def autoencoder_args(
+def conv_arguments(
     config: AEConfig,  # The configuration
-    # Covariates that encoder and decoder are conditioned on
-    covariates: tuple[Covariate, ...] = (),
-) -> dict:  # Arguments of `build_autoencoder`, beside the kind
-    """The part of a configuration that decides the architecture.
+    covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are conditioned on
+) -> dict:  # Keywords of `AutoencoderKL`
+    """The part of a configuration that decides an autoencoder of Gaussian latents.
 
     Parameters
     ----------
     config : AEConfig
         The configuration.
     covariates : tuple[Covariate, ...], default ()
-        Covariates that encoder and decoder are conditioned on.
+        What encoder and decoder are conditioned on.
 
     Returns
     -------
     dict
-        Arguments of `build_autoencoder`, beside the kind.
+        Keywords of `AutoencoderKL`.
     """
-    names = 'channels num_res_blocks attention_levels patch'.split()
-    args = dict({o: getattr(config, o) for o in names}, covariates=covariates)
-    if config.kind == 'kl':
-        return dict(args, latent_channels=config.latent_channels)
+    names = 'in_channels latent_channels channels num_res_blocks attention_levels patch'.split()
+    return dict({k: getattr(config, k) for k in names}, covariates=covariates)
+
+
+def code_arguments(
+    config: AEConfig,  # The configuration
+    covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are conditioned on
+) -> dict:  # Keywords of `build_vq` or `build_fsq`
+    """The part of a configuration that decides an autoencoder of codes.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are conditioned on.
+
+    Returns
+    -------
+    dict
+        Keywords of `build_vq` or `build_fsq`.
+    """
+    args = conv_arguments(config, covariates)
     codebook = dict(
         num_embeddings=config.num_embeddings,
-        embedding_dim=config.latent_channels,
+        embedding_dim=args.pop('latent_channels'),
         ema=config.codebook_ema,
         commitment_cost=config.commitment_cost,
         restart_below=config.restart_below,
@@ -258,41 +318,146 @@ def autoencoder_args(
         map_side=config.data.size // (config.patch * 2 ** (len(config.channels) - 1)),
     )
 
-# %% ../../nbs/engineering/31_stage1.ipynb #67f27140
-def build_autoencoder(
-    kind: str,  # 'kl', 'vq' or 'fsq'
-    args: dict,  # As from `autoencoder_args`
-) -> ConvAutoencoder:  # With fresh weights
-    """Make an autoencoder of one of the three kinds.
+
+def autoencoder_args(
+    config: AEConfig,  # The configuration
+    covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are conditioned on
+) -> dict:  # Arguments of `build_autoencoder`, beside the kind
+    """The part of a configuration that decides the architecture.
 
     Parameters
     ----------
-    kind : str
-        'kl', 'vq' or 'fsq'.
-    args : dict
-        As from `autoencoder_args`.
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are conditioned on.
 
     Returns
     -------
-    ConvAutoencoder
-        With fresh weights.
+    dict
+        Arguments of `build_autoencoder`, beside the kind.
 
     Raises
     ------
     ValueError
         For another kind.
     """
-    if kind == 'kl':
-        return AutoencoderKL(**args)
-    quantizers = dict(vq=VectorQuantizer, fsq=FSQ)
-    if kind not in quantizers:
-        raise ValueError(
-            f"build_autoencoder: kind={kind!r}. Expected 'kl', 'vq' or 'fsq'. "
-            "Check that the file was written by this version."
-        )
-    return VQVAE(
-        quantizers[kind](**args['quantizer']), **{k: v for k, v in args.items() if k != 'quantizer'}
-    )
+    return AUTOENCODERS.arguments(config.kind, config, covariates=covariates)
+
+# %% ../../nbs/engineering/31_stage1.ipynb #67f27140
+def build_vq(
+    quantizer: dict,  # Keywords of `VectorQuantizer`
+    **args,  # Further keywords of `VQVAE`
+) -> VQVAE:  # With fresh weights
+    """An autoencoder whose codes are a learned codebook.
+
+    Parameters
+    ----------
+    quantizer : dict
+        Keywords of `VectorQuantizer`.
+    **args
+        Further keywords of `VQVAE`.
+
+    Returns
+    -------
+    VQVAE
+        With fresh weights.
+    """
+    return VQVAE(VectorQuantizer(**quantizer), **args)
+
+
+def build_fsq(
+    quantizer: dict,  # Keywords of `FSQ`
+    **args,  # Further keywords of `VQVAE`
+) -> VQVAE:  # With fresh weights
+    """An autoencoder whose codes are rounded channels.
+
+    Parameters
+    ----------
+    quantizer : dict
+        Keywords of `FSQ`.
+    **args
+        Further keywords of `VQVAE`.
+
+    Returns
+    -------
+    VQVAE
+        With fresh weights.
+    """
+    return VQVAE(FSQ(**quantizer), **args)
+
+
+AUTOENCODERS.register('kl', AutoencoderKL, conv_arguments)
+AUTOENCODERS.register('vq', build_vq, code_arguments)
+AUTOENCODERS.register('fsq', build_fsq, code_arguments)
+
+
+def build_autoencoder(
+    kind: str,  # 'kl', 'vq', 'fsq', or one that you registered
+    args: dict,  # As from `autoencoder_args`
+) -> Autoencoder:  # With fresh weights
+    """Make an autoencoder of a registered kind.
+
+    Parameters
+    ----------
+    kind : str
+        'kl', 'vq', 'fsq', or one that you registered.
+    args : dict
+        As from `autoencoder_args`.
+
+    Returns
+    -------
+    Autoencoder
+        With fresh weights.
+
+    Raises
+    ------
+    ValueError
+        For another kind, or for conditions that it does not take.
+    """
+    model = AUTOENCODERS.build(kind, args)
+    check_protocol('build_autoencoder', model, Autoencoder)
+    return model
+
+
+def args_to_dict(
+    args: dict,  # Keywords of a network, perhaps with covariates
+) -> dict:  # The same as JSON
+    """Keywords for a file's description; `args_from_dict` reads them back.
+
+    Parameters
+    ----------
+    args : dict
+        Keywords of a network, perhaps with covariates.
+
+    Returns
+    -------
+    dict
+        The same as JSON.
+    """
+    known = 'covariates' in args
+    return dict(args, covariates=covariates_to_dict(args['covariates'])) if known else dict(args)
+
+
+def args_from_dict(
+    args: dict,  # As from `args_to_dict`, perhaps read from a file
+) -> dict:  # Keywords of a network
+    """Keywords from a file's description.
+
+    Raises one of `LOAD_ERRORS` where it describes none.
+
+    Parameters
+    ----------
+    args : dict
+        As from `args_to_dict`, perhaps read from a file.
+
+    Returns
+    -------
+    dict
+        Keywords of a network.
+    """
+    known = 'covariates' in args
+    return dict(args, covariates=covariates_from_dict(args['covariates'])) if known else dict(args)
 
 # %% ../../nbs/engineering/31_stage1.ipynb #38e614a5
 def load_autoencoder(
@@ -317,9 +482,9 @@ def load_autoencoder(
     ValueError
     """
     tensors, info = load_weights(Path(run) / 'autoencoder.safetensors')
+    AUTOENCODERS[info.get('kind')]  # refuses an unknown kind in its own words
     try:
-        args = dict(info['args'], covariates=covariates_from_dict(info['args']['covariates']))
-        model, _ = build_autoencoder(info['kind'], args), info['size']
+        model, _ = build_autoencoder(info['kind'], args_from_dict(info['args'])), info['size']
     except LOAD_ERRORS as e:
         raise ValueError(
             f"load_autoencoder: the description of {run}/autoencoder.safetensors does not describe"
@@ -363,7 +528,8 @@ def validate_autoencoder(
     look, coded = infer(model, precision), hasattr(model, 'quantizer')
     recon, *codes = in_chunks(lambda x, cond: look(x, cond)[: 1 + coded], chunk)(x, batch)
     recon = recon.clamp(-1, 1).float()
-    scores = image_scores(recon, x)
+    channels = (o.flatten(0, 1).unsqueeze(1) for o in (recon, x))  # each is scored by itself
+    scores = image_scores(*channels)
     k = np.linspace(0, len(x) - 1, min(6, len(x))).round().astype(int)
     pair = torch.stack([x[k, 0], recon[k, 0]]).cpu()
     title = f"SSIM {scores['ssim'].mean():.3f} on held-out slices"
@@ -589,8 +755,9 @@ def adopt_autoencoder(
         If there is none.
     """
     source, about = load_autoencoder(locate_run(config.init_from))
+    then = {'in_channels': args.get('in_channels')} | about['args']  # 0.1 knew one channel only
     refuse_architecture(
-        dict(args, kind=config.kind), dict(about['args'], kind=about['kind']), config.init_from
+        dict(args, kind=config.kind), dict(then, kind=about['kind']), config.init_from
     )
     return origin_of(config, source, adopt_weights(model, source, config.init_from))
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'LatentDataset', 'remove_folder', 'latent_splits',
-           'unet_args', 'refuse_leak', 'note_changes', 'refuse_unfinished', 'check_stage2', 'check_latent_origin',
-           'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm', 'load_denoiser']
+           'unet_args', 'build_denoiser', 'refuse_leak', 'note_changes', 'refuse_unfinished', 'check_stage2',
+           'check_latent_origin', 'load_unet', 'adopt_unet', 'preview_conditions', 'validate_ldm', 'save_ldm',
+           'load_denoiser']
 
 # %% ../../nbs/engineering/32_stage2.ipynb #4a4780d2
 import math
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checks import check_choice
-from .extending import Autoencoder
+from .extending import DENOISERS, Autoencoder, Denoiser, check_protocol
 from .configs import DataConfig, LDMConfig
 from .plotting import save_figure, show_grid
 from .covariates import Covariate
@@ -43,6 +44,7 @@ from .sharing import locate_run
 from brainldm.engineering.stage1 import (
     LOAD_ERRORS,
     adopt_weights,
+    args_from_dict,
     check_size,
     compare_opening,
     covariates_from_dict,
@@ -325,7 +327,7 @@ def unet_args(
     config: LDMConfig,  # The configuration
     in_channels: int,  # Channels of the latents
     covariates: tuple[Covariate, ...],  # Covariates the network is conditioned on
-) -> dict:  # Arguments of `UNet`
+) -> dict:  # Arguments of `build_denoiser`, beside the kind
     """The part of a configuration that decides the architecture.
 
     Parameters
@@ -340,12 +342,41 @@ def unet_args(
     Returns
     -------
     dict
-        Arguments of `UNet`.
+        Arguments of `build_denoiser`, beside the kind.
     """
-    names = 'channels num_res_blocks attention_levels num_heads cond_channels dropout'.split()
-    return dict(
-        {o: getattr(config, o) for o in names}, in_channels=in_channels, covariates=covariates
-    )
+    given = dict(in_channels=in_channels, covariates=covariates)
+    return DENOISERS.arguments(config.denoiser, config, **given)
+
+
+DENOISERS.register('unet', UNet)
+
+
+def build_denoiser(
+    kind: str,  # 'unet', or one that you registered
+    args: dict,  # As from `unet_args`
+) -> Denoiser:  # With fresh weights
+    """Make a denoiser of a registered kind.
+
+    Parameters
+    ----------
+    kind : str
+        'unet', or one that you registered.
+    args : dict
+        As from `unet_args`.
+
+    Returns
+    -------
+    Denoiser
+        With fresh weights.
+
+    Raises
+    ------
+    ValueError
+        For another kind.
+    """
+    model = DENOISERS.build(kind, args)
+    check_protocol('build_denoiser', model, Denoiser)
+    return model
 
 # %% ../../nbs/engineering/32_stage2.ipynb #47032e5d
 def refuse_leak(
@@ -466,7 +497,7 @@ def check_stage2(
     settings = read_config(run)
     refuse_leak(settings, dataset, run)
     refuse_unfinished(settings, about['images'])
-    check_size(dataset, about['size'], 1)
+    check_size(dataset, about['size'], 1, about['args'].get('in_channels', 1))
     if about['size'] % factor:
         raise ValueError(
             f"check_stage2: size={about['size']} and a network that needs a multiple of {factor}."
@@ -508,8 +539,8 @@ def check_latent_origin(
 def load_unet(
     run: Path,  # Run folder
     # The averaged network in evaluation mode on the CPU, and the description of its file
-) -> tuple[UNet, dict]:
-    """Build the UNet of a run from its file alone.
+) -> tuple[Denoiser, dict]:
+    """Build the denoiser of a run from its file alone.
 
     Parameters
     ----------
@@ -518,7 +549,7 @@ def load_unet(
 
     Returns
     -------
-    tuple[UNet, dict]
+    tuple[Denoiser, dict]
         The averaged network in evaluation mode on the CPU, and the description of its file.
 
     Raises
@@ -527,10 +558,9 @@ def load_unet(
     ValueError
     """
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
+    DENOISERS[about.get('denoiser', 'unet')]  # refuses an unknown kind in its own words
     try:
-        unet = UNet(
-            **dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
-        )
+        unet = build_denoiser(about.get('denoiser', 'unet'), args_from_dict(about['args']))
     except LOAD_ERRORS as e:
         raise ValueError(
             f"load_unet: {run}/ldm.safetensors does not describe a denoiser ({type(e).__name__}:"
@@ -541,17 +571,17 @@ def load_unet(
 
 # %% ../../nbs/engineering/32_stage2.ipynb #a06a0e03
 def adopt_unet(
-    model: UNet,  # Fresh; filled in place
+    model: Denoiser,  # Fresh; filled in place
     config: LDMConfig,  # Says from which run
     args: dict,  # Arguments of `model`, as from `unet_args`
     run: Path,  # Run to train
     autoencoder: Autoencoder,  # Its autoencoder
 ) -> dict:  # Where the weights came from, for config.json
-    """Fill a UNet with the averaged weights of another run.
+    """Fill a denoiser with the averaged weights of another run.
 
     Parameters
     ----------
-    model : UNet
+    model : Denoiser
         Fresh; filled in place.
     config : LDMConfig
         Says from which run.
@@ -580,6 +610,7 @@ def adopt_unet(
         for o in (asdict(config.schedule), about['schedule'])
     )
     now, then = (dict(a, **s) for a, s in zip((args, about['args']), schedules))
+    now['denoiser'], then['denoiser'] = config.denoiser, about.get('denoiser', 'unet')
     refuse_architecture(now, then, config.init_from)
     check_latent_origin(run, place, autoencoder)
     return origin_of(config, source, adopt_weights(model, source, config.init_from))
@@ -739,10 +770,11 @@ def load_denoiser(
             f"BrainLDM.load: {run}/ldm.safetensors is of kind {about.get('kind')!r}. Expected"
             " 'ldm'. Check the file names."
         )
+    DENOISERS[about.get('denoiser', 'unet')]  # refuses an unknown kind in its own words
     try:
-        args = dict(about['args'], covariates=covariates_from_dict(about['args']['covariates']))
+        args = args_from_dict(about['args'])
         parts = dict(
-            unet=UNet(**args),
+            unet=build_denoiser(about.get('denoiser', 'unet'), args),
             schedule=NoiseSchedule(**about['schedule']),
             latent_mean=tensors['latent_mean'],
             latent_std=tensors['latent_std'],
