@@ -313,7 +313,7 @@ class SliceDataset(Dataset):
     ):
         if len(images) != len(manifest):
             raise ValueError(
-                f"SliceDataset: {len(images)} images and {len(manifest)} rows. Expected one row a"
+                f"SliceDataset: {len(images)} images and {len(manifest)} rows. Expected one row an"
                 " image. Check both."
             )
         self.covariates = find_covariates(manifest) if covariates is None else list(covariates)
