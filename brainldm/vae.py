@@ -215,7 +215,7 @@ def run_levels(
         Features after the last block.
     """
     for blocks in levels:
-        for block in blocks:
+        for block in blocks.children():
             x = block(x, emb) if isinstance(block, ResBlock) else block(x)
     return x
 

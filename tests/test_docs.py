@@ -133,6 +133,16 @@ def test_links_between_lessons_and_pages_lead_somewhere(path):
     assert all(number == stem for number, stem in labels)  # [34](engineering/34_codec.ipynb)
 
 
+@pytest.mark.parametrize("track", docs.TRACKS, ids=lambda t: t or "core")
+def test_each_lesson_ends_with_the_question_of_the_next(track):
+    lessons = docs.notebooks(track)
+    for path, following in zip(lessons, [*lessons[1:], None]):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        found = re.findall(r"\*\*Next, \[\d\d\]\(([^)]*)\)", text)
+        assert found == ([following.name] if following else []), path.name
+
+
 # API pages
 
 

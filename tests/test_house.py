@@ -35,6 +35,7 @@ MODULES = sorted(p for p in (ROOT / "brainldm").rglob("*.py") if p.stem[0] != "_
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
+CORE = [p for p in NOTEBOOKS if p.parent.name == "nbs"]
 
 
 def dotted(path):
@@ -145,3 +146,10 @@ def test_notebook_is_fit_to_publish(notebook):
     assert not re.search(
         r"(?<![\w.])/(home|root|tmp|Users|work)/", text
     ), "a path of somebody's machine"
+
+
+@pytest.mark.parametrize("notebook", CORE, ids=lambda p: p.stem)
+def test_a_core_lesson_is_one_sitting(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    prose = sum(c["cell_type"] == "markdown" for c in cells)
+    assert len(cells) <= 60 and 3 * prose >= len(cells)

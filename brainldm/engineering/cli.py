@@ -12,6 +12,7 @@ __all__ = ['FLAGS', 'GENERATOR_OPTIONS', 'COMMANDS', 'Phantom', 'training_faults
            'demo_configs', 'sample_condition_grid', 'Demo', 'parse', 'main']
 
 # %% ../../nbs/engineering/39_cli.ipynb #7b047058
+from typing import Any
 import dataclasses
 import json
 import os
@@ -609,7 +610,7 @@ def describe_covariates(
     """
     return ', '.join(
         f"{c.name}"
-        f" ({'|'.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'})"
+        f" ({'|'.join(map(str, c.values)) if c.values else f'{c.span[0]:g} to {c.span[1]:g}'})"
         for c in covariates
     )
 
@@ -1080,7 +1081,7 @@ def conditions_of_rows(
 
         out[c.name] = [known(v) for v in values]
         lost = [v for v, o in zip(values, out[c.name]) if o is None and v is not None]
-        span = f"{c.range[0]:g} to {c.range[1]:g}" if c.range else ', '.join(c.values or ())
+        span = f"{c.span[0]:g} to {c.span[1]:g}" if c.range else ', '.join(c.values or ())
         if lost:
             print(
                 f'Note: {c.name} of {len(lost)} row(s), such as {lost[0]}, lies outside {span}, '
@@ -1280,7 +1281,7 @@ class Volume:
     out: Path | None = None  # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self) -> int:  # Exit status
-        options = dict(
+        options: dict[str, Any] = dict(
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             sampler=self.sampler,

@@ -360,7 +360,7 @@ def required_conditions(
             f" autoencoder of this run is conditioned on it. Try sample(..., {lacking[0]}=...), or"
             " give a batch as `cond`."
         )
-    return {c.name: cond[c.name].to(device) for c in autoencoder.covariates}
+    return {c.name: (cond or {})[c.name].to(device) for c in autoencoder.covariates}
 
 # %% ../../nbs/engineering/34_codec.ipynb #5aadedc2
 def prepare_conditions(

@@ -128,7 +128,10 @@ def sample_between(
     shape = (model.autoencoder.latent_channels, *[model.size // model.autoencoder.factor] * 2)
     ends = [sample_noise(1, shape, seed, device=model.device)[0] for seed in (seed_a, seed_b)]
     return sample_batch(
-        model, slerp(*ends, torch.linspace(0, 1, n)), to_device(cond, model.device), options
+        model,
+        slerp(ends[0], ends[1], torch.linspace(0, 1, n)),
+        to_device(cond, model.device),
+        options,
     )[:, 0]
 
 # %% ../../nbs/engineering/35_explore.ipynb #e7357c37
@@ -343,7 +346,7 @@ def slider_values(
     list
         Numbers within its range.
     """
-    low, high = covariate.range
+    low, high = covariate.span
     whole = list(range(math.ceil(low), math.floor(high) + 1))
     return (
         whole

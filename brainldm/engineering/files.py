@@ -9,6 +9,8 @@ __all__ = ['ARCHIVES', 'EXPANSION', 'as_faults', 'read_gray_image', 'decode_imag
            'read_members', 'member_path', 'unpack_into', 'unpack', 'list_files', 'explain_disk', 'write_atomic']
 
 # %% ../../nbs/engineering/23_files.ipynb #7cd87a63
+from typing import Any
+from nibabel.affines import obliquity, voxel_sizes
 from collections.abc import Iterable
 import gzip, hashlib, math, os, re, shutil, stat, struct, tarfile, tempfile, zipfile, zlib
 from collections.abc import Callable, Iterator
@@ -211,7 +213,8 @@ class Grid:
         tuple
             Along x, y, z, mm; z is the spacing of axial planes.
         """
-        return tuple(float(o) for o in nib.affines.voxel_sizes(self.affine))
+        x, y, z = (float(o) for o in voxel_sizes(self.affine))
+        return x, y, z
 
     def describe(self) -> dict:  # Text by property
         """What two grids may differ in, in words that can be laid side by side.
@@ -276,7 +279,7 @@ def read_grid(
     DataFault
     """
     try:
-        img = nib.load(path)
+        img: Any = nib.load(path)
     except Exception as e:
         raise DataFault('unreadable', f'nibabel cannot open it: {e}') from e
     shape = img.shape[:3]
@@ -446,7 +449,7 @@ def load_volume(
     DataFault
     """
     grid, img = read_grid(path), nib.load(path)
-    tilt = np.rad2deg(nib.affines.obliquity(img.affine).max())
+    tilt = np.rad2deg(obliquity(img.affine).max())
     if tilt > 15:
         raise DataFault(
             'oblique',

@@ -230,7 +230,7 @@ class Conditioner(nn.Module):
         self.embed = nn.ModuleDict(
             {
                 c.name: (
-                    nn.Embedding(len(c.values), channels)
+                    nn.Embedding(len(c.levels), channels)
                     if c.kind == 'categorical'
                     else ScalarEmbedding(channels)
                 )

@@ -190,7 +190,7 @@ def plot_history(
     stage: str,  # 'autoencoder', 'ldm' or 'prior'
     # Training; what was measured on validation subjects; the discriminator's accuracy, if there
     # is one
-) -> plt.Figure:
+) -> Figure:
     """Plot the course of one training.
 
     Parameters
@@ -202,7 +202,7 @@ def plot_history(
 
     Returns
     -------
-    plt.Figure
+    Figure
         Training; what was measured on validation subjects; the discriminator's accuracy, if there
         is one.
 

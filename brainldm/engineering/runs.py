@@ -89,17 +89,22 @@ RENAMED = {  # what brainldm 0.1 wrote -> what it is called now
 
 # %% ../../nbs/engineering/30_runs.ipynb #0c1d7e02
 def translate(
-    values,  # Settings, numbers or a description, as JSON gives them
+    values: Any,  # Settings, numbers or a description, as JSON gives them
     file: str,  # Kind of file that they come from, a key of `RENAMED`
-):  # The same, each name as it is called now
+) -> Any:  # The same, each name as it is called now
     """Read a file of version 0.1 with the names of today; what is named so already stays as it is.
 
     Parameters
     ----------
-    values
+    values : Any
         Settings, numbers or a description, as JSON gives them.
     file : str
         Kind of file that they come from, a key of `RENAMED`.
+
+    Returns
+    -------
+    Any
+        The same, each name as it is called now.
     """
     if isinstance(values, list):
         return [translate(o, file) for o in values]
@@ -232,13 +237,13 @@ def fill_model(
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e23
 def weights_hash(
-    model: nn.Module,  # A network
+    model: Any,  # A network
 ) -> str:  # 32 hexadecimal digits
     """A fingerprint of weights to 16 bits, as they travel.
 
     Parameters
     ----------
-    model : nn.Module
+    model : Any
         A network.
 
     Returns
@@ -277,7 +282,7 @@ def read_info(
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e25
 def check_trained_on(
     path: Path,  # Weights of a later stage, such as RUN/ldm.safetensors
-    **below: nn.Module,  # The networks that it shall work with now, by the name of their stage
+    **below: Any,  # The networks that it shall work with now, by the name of their stage
     # Stages of which the file does not say with which weights it was trained: made by an earlier
     # version
 ) -> list[str]:
@@ -287,7 +292,7 @@ def check_trained_on(
     ----------
     path : Path
         Weights of a later stage, such as RUN/ldm.safetensors.
-    **below : nn.Module
+    **below : Any
         The networks that it shall work with now, by the name of their stage.
 
     Returns
@@ -378,7 +383,7 @@ def unpack_state(
         i, name = k.split('.', 1)
         slots.setdefault(int(i), {})[name] = v
     learner.optimizer.load_state_dict(dict(learner.optimizer.state_dict(), state=slots))
-    if info['scaler']:
+    if info['scaler'] and learner.accelerator.scaler is not None:
         learner.accelerator.scaler.load_state_dict(info['scaler'])
     learner.seen = info['seen']
     if learner.discriminator is not None:
@@ -451,13 +456,14 @@ class Checkpoint:
         ValueError
             If there are some and none can.
         """
+        last = None
         for path in reversed(self.files()):
             try:
                 return load_weights(path)
             except ValueError as e:
                 warnings.warn(f'Checkpoint: going back to an older state. {e}')
                 last = e
-        if self.files():
+        if last is not None:
             raise last
 
 # %% ../../nbs/engineering/30_runs.ipynb #b8b1d534
@@ -680,7 +686,7 @@ def read_config(
             isinstance(o.get(k), dict) for o in settings.values() for k in ('config', 'data')
         )
     except (ValueError, AttributeError, TypeError, RecursionError):
-        ours = False
+        ours, settings = False, {}
     if not ours:
         raise ValueError(
             f"read_config: {path} was not written by brainldm. "
@@ -1161,7 +1167,7 @@ def resume_stage(
             f" goes on in {machine['precision']!r}: the result will not be exactly that of one"
             " machine."
         )
-    if not same:
+    if machine and not same:
         past.append(dict(images=seen, **machine))
     if not (run / 'given' / f'{stage}.csv.gz').is_file():
         note_given(run, stage, table)

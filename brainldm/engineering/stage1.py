@@ -395,7 +395,7 @@ AUTOENCODERS.register('fsq', build_fsq, code_arguments)
 def build_autoencoder(
     kind: str,  # 'kl', 'vq', 'fsq', or one that you registered
     args: dict,  # As from `autoencoder_args`
-) -> Autoencoder:  # With fresh weights
+) -> ConvAutoencoder:  # With fresh weights
     """Make an autoencoder of a registered kind.
 
     Parameters
@@ -407,7 +407,7 @@ def build_autoencoder(
 
     Returns
     -------
-    Autoencoder
+    ConvAutoencoder
         With fresh weights.
 
     Raises
@@ -546,7 +546,7 @@ FREE = {'covariates', 'dropout', 'commitment_cost', 'restart_below'}
 def refuse_architecture(
     now: dict,  # Arguments of the network that is to be trained
     then: dict,  # Those of the network whose weights it is to start from
-    source: str,  # Where those are, for the message
+    source: str | None,  # Where those are, for the message
 ) -> None:  # Nothing: it raises or returns
     """Name the settings in which two networks differ.
 
@@ -556,7 +556,7 @@ def refuse_architecture(
         Arguments of the network that is to be trained.
     then : dict
         Those of the network whose weights it is to start from.
-    source : str
+    source : str | None
         Where those are, for the message.
 
     Raises
@@ -608,14 +608,14 @@ def match_covariates(
             notes.append(f'{c.name} starts fresh')
         elif o.kind != c.kind:
             notes.append(f'{c.name} starts fresh: it was {o.kind}, and is {c.kind}')
-        elif c.kind == 'categorical' and set(c.values) - set(o.values):
+        elif c.kind == 'categorical' and set(c.levels) - set(o.levels):
             notes.append(
-                f"{c.name}: {', '.join(str(v) for v in c.values if v not in o.values)} starts fresh"
+                f"{c.name}: {', '.join(str(v) for v in c.levels if v not in o.levels)} starts fresh"
             )
         elif c.range != o.range:
             notes.append(
-                f'{c.name}: {c.range[0]:g} to {c.range[1]:g} stand where {o.range[0]:g} to'
-                f' {o.range[1]:g} stood'
+                f'{c.name}: {c.span[0]:g} to {c.span[1]:g} stand where {o.span[0]:g} to'
+                f' {o.span[1]:g} stood'
             )
     notes += [f'{k} is not learned any more' for k in old if k not in new]
     return {k: c for k, c in old.items() if k in new and new[k].kind == c.kind}, notes
@@ -624,7 +624,7 @@ def match_covariates(
 def adopt_weights(
     model: nn.Module,  # Fresh; filled in place
     source: nn.Module,  # A trained network of the same architecture, perhaps with other covariates
-    what: str,  # Where that one is, for the message
+    what: str | None,  # Where that one is, for the message
 ) -> list[str]:  # What happened to the covariates, a phrase each
     """Copy weights, those of covariates by name.
 
@@ -634,7 +634,7 @@ def adopt_weights(
         Fresh; filled in place.
     source : nn.Module
         A trained network of the same architecture, perhaps with other covariates.
-    what : str
+    what : str | None
         Where that one is, for the message.
 
     Returns
@@ -754,7 +754,7 @@ def adopt_autoencoder(
     FileNotFoundError
         If there is none.
     """
-    source, about = load_autoencoder(locate_run(config.init_from))
+    source, about = load_autoencoder(locate_run(config.init_from or ''))
     then = {'in_channels': args.get('in_channels')} | about['args']  # 0.1 knew one channel only
     refuse_architecture(
         dict(args, kind=config.kind), dict(then, kind=about['kind']), config.init_from

@@ -9,6 +9,7 @@ __all__ = ['mean_encoder', 'cache_latents', 'encode_rows', 'latent_stats', 'Late
            'load_denoiser']
 
 # %% ../../nbs/engineering/32_stage2.ipynb #4a4780d2
+from typing import Any
 import math
 import shutil
 import warnings
@@ -56,7 +57,7 @@ from brainldm.engineering.stage1 import (
 
 # %% ../../nbs/engineering/32_stage2.ipynb #c504f576
 def mean_encoder(
-    model: Autoencoder,  # The trained autoencoder, on the device that computes
+    model: Any,  # The trained autoencoder, on the device that computes
     precision: str = 'no',  # Mixed precision to compute in
     # A batch of images and conditions in, latent means (b, c, h, w) out, float32, on the CPU
 ) -> Callable[[dict], Tensor]:
@@ -66,7 +67,7 @@ def mean_encoder(
 
     Parameters
     ----------
-    model : Autoencoder
+    model : Any
         The trained autoencoder, on the device that computes.
     precision : str, default 'no'
         Mixed precision to compute in.
@@ -316,11 +317,8 @@ def latent_splits(
         for k, o in parts.items()
     }
     mean, std = latent_stats(latents['train'])
-    return (
-        *(LatentDataset(latents[k], o.conditions, mean, std) for k, o in parts.items()),
-        mean,
-        std,
-    )
+    train, held_out = (LatentDataset(latents[k], o.conditions, mean, std) for k, o in parts.items())
+    return train, held_out, mean, std
 
 # %% ../../nbs/engineering/32_stage2.ipynb #36505830
 def unet_args(
@@ -382,7 +380,7 @@ def build_denoiser(
 def refuse_leak(
     settings: dict,  # config.json of the run
     dataset: SliceDataset,  # Data of the next stage
-    run: Path = '',  # Run folder, which records in which rows data differ
+    run: str | Path = '',  # Run folder, which records in which rows data differ
     stage: str = 'autoencoder',  # Whose data they must be
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have
@@ -394,7 +392,7 @@ def refuse_leak(
         config.json of the run.
     dataset : SliceDataset
         Data of the next stage.
-    run : Path, default ''
+    run : str | Path, default ''
         Run folder, which records in which rows data differ.
     stage : str, default 'autoencoder'
         Whose data they must be.
@@ -603,7 +601,7 @@ def adopt_unet(
     FileNotFoundError
         If there are none.
     """
-    place = locate_run(config.init_from)
+    place = locate_run(config.init_from or '')
     source, about = load_unet(place)
     schedules = (
         {f'schedule.{k}': v for k, v in o.items()}
@@ -636,7 +634,7 @@ def preview_conditions(
         Encoded conditions, row after row, and a label a row.
     """
     named = {c.name: c for c in covariates}
-    rows = list(named['diagnosis'].values) if 'diagnosis' in named else ['']
+    rows = list(named['diagnosis'].levels) if 'diagnosis' in named else ['']
     cond = {}
     if 'slice' in named:
         cond['slice'] = torch.linspace(0, 1, columns).repeat(len(rows))
