@@ -323,13 +323,13 @@ def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
         False,
         True,
     ]
-    Path("pictures").mkdir()
+    Path("images").mkdir()
     for person in ("P01", "P07", "P11", "P12"):
         for k in (30, 31):
             Image.effect_noise((64, 64), 60).save(f"images/{person}-z{k:03d}.png")  # no two alike
     exec(images, {})
-    Path("pictures/subjects.csv").write_text("subject,diagnosis\nP01,NC\nP07,AD\nP11,NC\nP12,AD\n")
-    assert main(["check", "pictures", "--size", "64"]) == 0
+    Path("images/subjects.csv").write_text("subject,diagnosis\nP01,NC\nP07,AD\nP11,NC\nP12,AD\n")
+    assert main(["check", "images", "--size", "64"]) == 0
     Path("table.csv").write_text(blocks("text")[1])
     assert read_subjects("table.csv").diagnosis.isna().tolist() == [False, False, True]
 
