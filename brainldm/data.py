@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['split_by_subject', 'assign_splits', 'find_leaks', 'list_slices', 'read_manifest', 'check_dataset', 'SliceDataset',
-           'ShuffledBatches', 'eval_batches', 'prepare_dataset', 'open_dataset']
+           'ShuffledBatches', 'eval_batches', 'prepare_dataset', 'read_source', 'open_dataset']
 
 # %% ../nbs/01_data.ipynb #2f75f52c
+from typing import Any
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,13 +19,15 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 from .engineering.checks import printable
+from .engineering.extending import SliceSource, check_protocol
 from .engineering.configs import DataConfig
-from .engineering.files import as_faults, cache_folder
+from .engineering.files import as_faults, cache_folder, foreground_side, hash_image
 from brainldm.engineering.layouts import (
     SPLITS,
     Findings,
     find_crop,
     find_dark,
+    find_duplicates,
     find_row_faults,
     inspect_files,
     note_read_changes,
@@ -38,7 +41,13 @@ from brainldm.engineering.covariates import (
     mask_levels_not_in_train,
     write_levels,
 )
-from .engineering.cache import CachedInspection, cached_images, memmap_location, one_process
+from brainldm.engineering.cache import (
+    CachedInspection,
+    cached_images,
+    memmap_location,
+    one_process,
+    prepare_image,
+)
 
 # %% ../nbs/01_data.ipynb #529b4927
 def split_by_subject(
@@ -318,7 +327,8 @@ class SliceDataset(Dataset):
             )
         self.covariates = find_covariates(manifest) if covariates is None else list(covariates)
         self.manifest = write_levels(manifest, self.covariates)
-        self.images, self.config = images, None  # `open_dataset` notes its settings
+        self.images = images
+        self.config: DataConfig | None = None  # `open_dataset` notes its settings
         self.conditions = encode_covariates(self.manifest, self.covariates)
 
     def __len__(self):
@@ -331,7 +341,8 @@ class SliceDataset(Dataset):
     def __setstate__(self, state):
         vars(self).update(state)
         if isinstance(self.images, dict):
-            self.images = np.memmap(**self.images)
+            place: dict[str, Any] = self.images
+            self.images = np.memmap(**place)
 
     def __getitems__(self, indices):
         at = np.asarray(indices, dtype=np.int64)
@@ -520,8 +531,73 @@ def prepare_dataset(
     return SliceDataset(images, manifest, covariates)
 
 # %% ../nbs/01_data.ipynb #0fcab8f1
+def read_source(
+    source: SliceSource,  # Where slices come from
+    config: DataConfig = DataConfig(),  # Settings
+) -> SliceDataset:  # Checked and prepared, in memory
+    """Read every slice of a source that is no folder.
+
+    Parameters
+    ----------
+    source : SliceSource
+        Where slices come from.
+    config : DataConfig, default DataConfig()
+        Settings.
+
+    Returns
+    -------
+    SliceDataset
+        Checked and prepared, in memory.
+
+    Raises
+    ------
+    TypeError
+        As for a folder.
+    ValueError
+        As for a folder.
+    """
+    check_protocol('open_dataset', source, SliceSource)
+    images, rows = [], []
+    for i in range(len(source)):
+        image, row = source.read(i)
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 2:
+            raise TypeError(
+                f"open_dataset: slice {i} is {getattr(image, 'dtype', type(image).__name__)} of"
+                f" shape {np.shape(image)}. Expected uint8 (h, w), one channel. Convert it in read."
+            )
+        lacking = [k for k in ('subject', 'slice') if row.get(k) is None]
+        if lacking:
+            raise ValueError(
+                f"open_dataset: slice {i} has no {', '.join(lacking)}. Expected whose it is and"
+                " where: without the subject no split keeps a patient together. Name it in read."
+            )
+        images.append(image)
+        rows.append(dict(path=f'slice {i}', plane=-1, hash=hash_image(image)) | row)
+    manifest = pd.DataFrame(rows)
+    blank = {k: None for k in ('diagnosis', 'split') if k not in manifest}
+    manifest = assign_splits(manifest.assign(**blank), config)[0].sort_index()
+    faults = pd.concat([find_leaks(manifest), find_duplicates(manifest)])
+    if len(faults):
+        path, fault, detail = faults.iloc[0][['path', 'fault', 'detail']]
+        raise ValueError(
+            f"open_dataset: {len(faults)} faults, such as {fault} of {path}: {detail}. Expected"
+            " subjects in one split each, and different images. Leave the others out of the source."
+        )
+    if config.crop == 'auto':
+        sides = manifest.assign(_side=[foreground_side(o) for o in images])
+        config = replace(config, crop=find_crop(sides, max(images[0].shape)))
+    covariates = find_covariates(manifest, config)
+    manifest, notes = mask_levels_not_in_train(write_levels(manifest, covariates), covariates)
+    for note in notes:
+        warnings.warn(note)
+    prepared = np.stack([prepare_image(o, config.size, config.crop) for o in images])
+    dataset = SliceDataset(prepared, manifest, covariates)
+    dataset.config = config
+    return dataset
+
+
 def open_dataset(
-    root: str | Path,  # Data folder, CSV manifest or archive
+    root: str | Path | SliceSource,  # Data folder, CSV manifest or archive; or a source of slices
     config: DataConfig = DataConfig(),  # Settings
     progress: bool = True,  # Show bars
     cache_dir: str | Path | None = None,  # Folder of all caches; None is the user's
@@ -531,8 +607,8 @@ def open_dataset(
 
     Parameters
     ----------
-    root : str | Path
-        Data folder, CSV manifest or archive.
+    root : str | Path | SliceSource
+        Data folder, CSV manifest or archive; or a source of slices.
     config : DataConfig, default DataConfig()
         Settings.
     progress : bool, default True
@@ -552,6 +628,8 @@ def open_dataset(
     OSError
         For a cache that cannot be written.
     """
+    if not isinstance(root, (str, Path)):
+        return read_source(root, config)
     folder = cache_folder(cache_dir)
     inspection = CachedInspection(folder)
     with one_process(folder, root, progress):

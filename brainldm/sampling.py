@@ -493,7 +493,7 @@ class Sampler(Codec):
         ----------
         Song et al. 2021, sec. 4.2 (DDIM).
         """
-        options = dict(
+        options: dict[str, Any] = dict(
             steps=steps,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
@@ -667,7 +667,7 @@ class Sampler(Codec):
         TypeError
         """
         n, given = check_images('counterfactual', images, self.size), given or {}
-        options = dict(
+        options: dict[str, Any] = dict(
             steps=steps,
             guidance_scale=guidance_scale,
             start=skipped_steps(steps, strength),
@@ -731,7 +731,7 @@ class Sampler(Codec):
                 f"interpolate: {len(a)} and {len(b)} images, n={n}. Expected one and one, and n"
                 " of 2 or more. Try a[:1], b[:1]."
             )
-        options = dict(steps=steps, start=0, refine=refine)
+        options: dict[str, Any] = dict(steps=steps, start=0, refine=refine)
         ends = prepare_conditions(self, given or {}, 2, options, 0, batch_size)
         u = torch.linspace(0, 1, n)
         between = mix_conditions(ends, u)

@@ -7,6 +7,7 @@ __all__ = ['reconstruction_loss', 'discriminator_step', 'make_discriminator', 'g
            'train_autoencoder', 'condition_dropout_mask', 'prediction_error', 'loss_weight', 'ldm_loss', 'train_ldm']
 
 # %% ../nbs/06_training.ipynb #2713a62b
+from matplotlib.figure import Figure
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial

@@ -441,7 +441,7 @@ class UNetDown(nn.Module):
             it.
         """
         x, skips = self.conv_in(x), []
-        for block in [block for level in self.levels for block in level]:
+        for block in [block for level in self.levels for block in level.children()]:
             if isinstance(block, Downsample):
                 x = block(x)
             else:
@@ -517,7 +517,7 @@ class UNetUp(nn.Module):
             Answer (b, out_channels, h, w).
         """
         skips = list(skips)
-        for block in [block for level in self.levels for block in level]:
+        for block in [block for level in self.levels for block in level.children()]:
             x = (
                 block(x)
                 if isinstance(block, Upsample)

@@ -133,6 +133,16 @@ def test_links_between_lessons_and_pages_lead_somewhere(path):
     assert all(number == stem for number, stem in labels)  # [34](engineering/34_codec.ipynb)
 
 
+@pytest.mark.parametrize("track", docs.TRACKS, ids=lambda t: t or "core")
+def test_each_lesson_ends_with_the_question_of_the_next(track):
+    lessons = docs.notebooks(track)
+    for path, following in zip(lessons, [*lessons[1:], None]):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        found = re.findall(r"\*\*Next, \[\d\d\]\(([^)]*)\)", text)
+        assert found == ([following.name] if following else []), path.name
+
+
 # API pages
 
 
@@ -313,13 +323,13 @@ def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
         False,
         True,
     ]
-    Path("pictures").mkdir()
+    Path("images").mkdir()
     for person in ("P01", "P07", "P11", "P12"):
         for k in (30, 31):
             Image.effect_noise((64, 64), 60).save(f"images/{person}-z{k:03d}.png")  # no two alike
     exec(images, {})
-    Path("pictures/subjects.csv").write_text("subject,diagnosis\nP01,NC\nP07,AD\nP11,NC\nP12,AD\n")
-    assert main(["check", "pictures", "--size", "64"]) == 0
+    Path("images/subjects.csv").write_text("subject,diagnosis\nP01,NC\nP07,AD\nP11,NC\nP12,AD\n")
+    assert main(["check", "images", "--size", "64"]) == 0
     Path("table.csv").write_text(blocks("text")[1])
     assert read_subjects("table.csv").diagnosis.isna().tolist() == [False, False, True]
 

@@ -35,3 +35,22 @@ def test_the_commands_it_names_exist():
     ).stdout
     for command in set(re.findall(r"\bbrainldm ([a-z]+)\b", README)):
         assert command in helped
+
+
+def test_the_tables_hold_every_lesson_and_names_that_exist():
+    rows = re.findall(r"^\| \[.*?\]\((nbs/.*?\.ipynb)\) \| .*? \| (.*?) \| .*? \|$", README, re.M)
+    lessons = [
+        p
+        for t in ("", "advanced/", "engineering/")
+        for p in sorted(ROOT.glob(f"nbs/{t}[0-9]*.ipynb"))
+    ]
+    assert [link for link, _ in rows] == [p.relative_to(ROOT).as_posix() for p in lessons]
+    for link, cell in rows:
+        module = ROOT / re.sub(r"\d\d_", "", link).replace("nbs/", "brainldm/").replace(
+            ".ipynb", ".py"
+        )
+        names = [n for part in re.findall(r"`([^`]*)`", cell) for n in part.split()]
+        for name in (n for n in names if n != "brainldm"):
+            assert re.search(
+                rf"^(?:def|class) {name}\b|^    def {name}\b|^{name}\b", module.read_text(), re.M
+            ), name

@@ -173,7 +173,8 @@ def subject_interval(
         return None
     pick = np.random.default_rng(seed).integers(len(by), size=(num_resamples, len(by)))
     means = by[pick, 0].sum(1) / by[pick, 1].sum(1)
-    return tuple(float(o) for o in np.quantile(means, [0.025, 0.975]))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 # %% ../../nbs/advanced/15_evaluation.ipynb #dfefa49c
 def json_safe(

@@ -11,6 +11,7 @@ __all__ = ['FEATURES', 'EVALUATOR_FRACTION', 'REAL', 'POSITIVE', 'PROPORTION', '
            'fine_detail']
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #df37c6d4
+from collections.abc import Mapping
 from typing import Any
 import math
 import warnings
@@ -251,7 +252,9 @@ def augment(
     theta = torch.eye(2, 3, device=images.device).repeat(b, 1, 1)
     theta[:, :, 2] = (torch.rand(b, 2, **chance) * 2 - 1) * 2 * shift / images.shape[-1]
     edge, sides = math.ceil(shift) + 1, images.new_tensor(images.shape[:-3:-1])  # width, height
-    grid = F.affine_grid(theta, images.shape, align_corners=False) * (sides / (sides + 2 * edge))
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False) * (
+        sides / (sides + 2 * edge)
+    )
     # MPS samples beyond no other border than zeros
     wide = F.pad(images, [edge] * 4, mode='replicate')
     moved = F.grid_sample(wide, grid, align_corners=False)
@@ -296,7 +299,7 @@ def covariate_loss(
         else:
             known, each = truth.isfinite(), 12 * (answer[:, 0] - truth.nan_to_num()).square()
         losses[c.name] = (each * known).sum() / known.sum().clamp(min=1)
-    return sum(losses.values()) / len(losses), {k: v.detach() for k, v in losses.items()}
+    return torch.stack(list(losses.values())).mean(), {k: v.detach() for k, v in losses.items()}
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #59a3d9ee
 def image_batches(
@@ -579,7 +582,7 @@ def predict_covariates(
     answers, out = [call(o.to(device)) for o in image_batches(images)], {}
     for c in net.covariates:
         a = torch.cat([o[c.name].float().cpu() for o in answers])
-        a = a.softmax(1) if c.kind == 'categorical' else c.range[0] + a * (c.range[1] - c.range[0])
+        a = a.softmax(1) if c.kind == 'categorical' else c.span[0] + a * (c.span[1] - c.span[0])
         out[c.name] = a[:, 0].numpy()
     return pd.DataFrame(out)
 
@@ -666,8 +669,8 @@ def evaluator_scores(
             out[c.name] = dict(
                 error=error.mean(), interval_95=subject_interval(error, who), baseline=middle.mean()
             )
-        elif len(c.values) == 2:
-            area, interval = subject_auc(answer, truth == c.values[0], who)
+        elif len(c.levels) == 2:
+            area, interval = subject_auc(answer, truth == c.levels[0], who)
             out[c.name] = dict(auc=area, interval_95=interval, baseline=0.5)
     return json_safe(
         {k: {m: float(v) if np.isscalar(v) else v for m, v in o.items()} for k, o in out.items()}
@@ -913,7 +916,7 @@ def leave_out_interval(
     part: float = 0.2,  # Fraction of them that is left out
     seed: int = 0,  # Of the choice
     # Range of each score that has one, as in `interval_within`
-    spans: dict[str, tuple] | None = None,
+    spans: Mapping[str, tuple] | None = None,
     # 95 % interval of each number; empty with fewer than 5 subjects
 ) -> dict[str, tuple[float, float]]:
     """How far scores move when some subjects are not there.
@@ -930,7 +933,7 @@ def leave_out_interval(
         Fraction of them that is left out.
     seed : int, default 0
         Of the choice.
-    spans : dict[str, tuple] | None, default None
+    spans : Mapping[str, tuple] | None, default None
         Range of each score that has one, as in `interval_within`.
 
     Returns
@@ -1128,7 +1131,7 @@ def excess_distance(
         return float(np.mean([(t.sum() / a.sum()).item() for t, a in pairs]))
 
     def left(pairs, labels):
-        return np.mean([jackknife_means(*o, who) for o, who in zip(pairs, labels)], axis=0)
+        return np.mean([jackknife_means(o[0], o[1], who) for o, who in zip(pairs, labels)], axis=0)
 
     def variance(o):
         return (len(o) - 1) * o.var()
@@ -1137,7 +1140,9 @@ def excess_distance(
 
     # Over all train subjects: one that a rotation lacks moves nothing there
     def spread(pairs, who):
-        found = pd.Series(jackknife_means(*pairs, who), index=pd.unique(np.asarray(who)))
+        found = pd.Series(
+            jackknife_means(pairs[0], pairs[1], who), index=pd.unique(np.asarray(who))
+        )
         return found.reindex(known).fillna((pairs[0].sum() / pairs[1].sum()).item()).to_numpy()
 
     by_train = variance(np.mean([spread(o, who) for o, who in zip(theirs, others)], axis=0))

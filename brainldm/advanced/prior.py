@@ -427,6 +427,12 @@ class CodeTransformer(nn.Module):
     vectors: Tensor
     neighbors: Tensor
 
+    vectors: Tensor
+    neighbors: Tensor
+
+    vectors: Tensor
+    neighbors: Tensor
+
     def __init__(
         self,
         num_embeddings: int,  # Codes there are, k
@@ -458,7 +464,7 @@ class CodeTransformer(nn.Module):
         self.read = nn.Linear(code_dim, embed_dim, bias=False) if code_dim else None
         self.write = nn.Linear(embed_dim, code_dim) if code_dim else None
         self.register_buffer('vectors', torch.zeros(num_embeddings + 1, code_dim))
-        self.register_buffer('neighbours', context_positions(side), persistent=False)
+        self.register_buffer('neighbors', context_positions(side), persistent=False)
 
     def forward(
         self,
@@ -536,7 +542,7 @@ class CodeTransformer(nn.Module):
         padded = torch.cat([codes, codes.new_full((b, 1), self.num_embeddings)], dim=1)
         at = slice(max(start - n, 0), m + 1)
         place = (self.rows[:, None] + self.cols).flatten(0, 1)[at]
-        near = padded[:, self.neighbours[at]]  # (b, places, 4)
+        near = padded[:, self.neighbors[at]]  # (b, places, 4)
         words = (
             self.codes(near)
             if self.read is None
@@ -1312,8 +1318,9 @@ def load_prior(
     """
     tensors, info = load_weights(Path(run) / 'prior.safetensors')
     try:
+        args: dict[str, Any] = info['args']
         model = CodeTransformer(
-            **dict(info['args'], covariates=covariates_from_dict(info['args']['covariates']))
+            **(args | dict(covariates=covariates_from_dict(args['covariates'])))
         )
     except LOAD_ERRORS:
         model = None
@@ -1358,7 +1365,7 @@ def adopt_prior(
     FileNotFoundError
         If there are none.
     """
-    place = locate_run(config.init_from)
+    place = locate_run(config.init_from or '')
     source, about = load_prior(place)
     refuse_architecture(args, about['args'], config.init_from)
     check_latent_origin(run, place, autoencoder)

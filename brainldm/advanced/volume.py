@@ -10,6 +10,7 @@ __all__ = ['neighbor_scores', 'full_range', 'check_stack', 'conditions_per_slice
            'train_volume', 'BrainVolumes', 'check_spacing', 'to_nifti', 'resolve_spacing', 'save_volumes']
 
 # %% ../../nbs/advanced/11_volume.ipynb #2abe956a
+from nibabel.nifti1 import Nifti1Extension
 from collections.abc import Sequence
 from typing import Any
 from typing_extensions import Self
@@ -133,7 +134,7 @@ def full_range(
             "sample_volume: this run is not conditioned on the slice. Expected one that is. "
             "Train it with the covariate slice."
         )
-    low, high = known['slice'].range
+    low, high = known['slice'].span
     return np.arange(round(low), round(high) + 1)
 
 # %% ../../nbs/advanced/11_volume.ipynb #e20e56ad
@@ -1288,7 +1289,7 @@ def to_nifti(
     note = json.dumps(
         dict(about, synthetic=True, not_known=lacking, note=SYNTHETIC), default=str
     ).encode()
-    image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', note))
+    image.header.extensions.append(Nifti1Extension('comment', note))
     return image
 
 # %% ../../nbs/advanced/11_volume.ipynb #07c85fbc

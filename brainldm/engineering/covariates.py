@@ -107,17 +107,39 @@ class Covariate:
         Column in the manifest and key in a batch.
     kind : str
         'categorical' or 'continuous'.
-    values : tuple | None, default None
+    values : tuple[str, ...] | None, default None
         Known levels as `level_text` writes them, in the order of their indices.
-    range : tuple | None, default None
+    range : tuple[float, float] | None, default None
         Numbers that become 0 and 1.
     """
 
     name: str  # Column in the manifest and key in a batch
     kind: str  # 'categorical' or 'continuous'
     # Known levels as `level_text` writes them, in the order of their indices
-    values: tuple | None = None
-    range: tuple | None = None  # Numbers that become 0 and 1
+    values: tuple[str, ...] | None = None
+    range: tuple[float, float] | None = None  # Numbers that become 0 and 1
+
+    @property
+    def levels(self) -> tuple[str, ...]:  # `values`; () for a number
+        """The levels of a category.
+
+        Returns
+        -------
+        tuple[str, ...]
+            `values`; () for a number.
+        """
+        return self.values or ()
+
+    @property
+    def span(self) -> tuple[float, float]:  # `range`; (0, 0) for a category
+        """The numbers that become 0 and 1.
+
+        Returns
+        -------
+        tuple[float, float]
+            `range`; (0, 0) for a category.
+        """
+        return self.range or (0.0, 0.0)
 
     def __post_init__(self):
         for name in ('values', 'range'):
@@ -128,9 +150,9 @@ class Covariate:
             isinstance(self.range, tuple) and len(self.range) == 2,
         )
         if self.kind == 'categorical':
-            ok = listed and all(isinstance(o, (str, int, float)) for o in self.values)
+            ok = listed and all(isinstance(o, (str, int, float)) for o in self.levels)
             # runs of former versions hold numbers
-            levels = tuple(map(level_text, self.values)) if ok else ()
+            levels = tuple(map(level_text, self.levels)) if ok else ()
             ok = ok and None not in levels and 0 < len(set(levels)) == len(levels)
             if ok:
                 object.__setattr__(self, 'values', levels)
@@ -138,9 +160,9 @@ class Covariate:
             ok = (
                 self.kind == 'continuous'
                 and span
-                and all(isinstance(o, (int, float)) for o in self.range)
+                and all(isinstance(o, (int, float)) for o in self.span)
             )
-            ok = ok and -math.inf < self.range[0] <= self.range[1] < math.inf
+            ok = ok and -math.inf < self.span[0] <= self.span[1] < math.inf
         if not ok:
             raise ValueError(
                 f"Covariate: {self.name} is {self.kind} with values={self.values},"
@@ -288,7 +310,7 @@ def mask_levels_not_in_train(
     """
     notes = []
     for c in (c for c in covariates if c.kind == 'categorical' and c.name in manifest):
-        unseen = manifest[c.name].notna() & ~manifest[c.name].isin(c.values)
+        unseen = manifest[c.name].notna() & ~manifest[c.name].isin(c.levels)
         for level, rows in manifest[unseen].groupby(c.name):
             who = rows.drop_duplicates('subject')
             names = [f'{s} in {split}' for s, split in zip(who.subject[:5], who.split)] + [
@@ -335,7 +357,7 @@ def describe_manifest(
         said = [f'{o} ({levels[o]})' for o in c.values or ()]
         span = (
             ', '.join(said[:20] + [f'and {len(said)-20} more'] * (len(said) > 20))
-            or f'{c.range[0]:g} to {c.range[1]:g}'
+            or f'{c.span[0]:g} to {c.span[1]:g}'
         )
         lacking = manifest.subject[manifest[c.name].isna()].nunique()
         kind = dict(categorical='category', continuous='number')[c.kind]
@@ -447,11 +469,11 @@ def encode_column(
         new = [value for value, level in zip(values, levels) if level not in index]
         if new:
             raise ValueError(
-                f"encode_column: {c.name}={new[0]!r}. Expected one of {', '.join(c.values)}. "
+                f"encode_column: {c.name}={new[0]!r}. Expected one of {', '.join(c.levels)}. "
                 "Try None for unknown."
             )
         return torch.tensor([index[level] for level in levels], dtype=torch.int64)
-    low, high = c.range
+    low, high = c.span
     numbers = [read_number(value) for value in values]
     new = [
         value
@@ -561,11 +583,11 @@ def read_value(
         return None
     if c.kind == 'categorical':
         level = level_text(value)
-        if level in c.values:
+        if level in c.levels:
             return level
-        near = [o for o in c.values if o.casefold() == level.casefold()] or c.values
+        near = [o for o in c.levels if o.casefold() == level.casefold()] or c.levels
         raise ValueError(
-            f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.values)}, the"
+            f"read_conditions: {c.name}={value!r}. Expected one of {', '.join(c.levels)}, the"
             f" levels of the training data. Try {c.name}={near[0]}, or leave it out where it is not"
             " known."
         )
@@ -573,11 +595,11 @@ def read_value(
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not c.range[0] <= number <= c.range[1]:
+    if not c.span[0] <= number <= c.span[1]:
         raise ValueError(
             f"read_conditions: {c.name}={value}. Expected"
-            f" {'a number, '*math.isnan(number)}{c.range[0]:g} to {c.range[1]:g}, the range of the"
-            f" scans this run was trained on. Try {c.name}={sum(c.range)/2:g}, or leave it out"
+            f" {'a number, '*math.isnan(number)}{c.span[0]:g} to {c.span[1]:g}, the range of the"
+            f" scans this run was trained on. Try {c.name}={sum(c.span)/2:g}, or leave it out"
             " where it is not known."
         )
     return number

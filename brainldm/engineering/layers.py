@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -230,7 +228,7 @@ class Conditioner(nn.Module):
         self.embed = nn.ModuleDict(
             {
                 c.name: (
-                    nn.Embedding(len(c.values), channels)
+                    nn.Embedding(len(c.levels), channels)
                     if c.kind == 'categorical'
                     else ScalarEmbedding(channels)
                 )

@@ -9,6 +9,7 @@ __all__ = ['AXIAL_RANGE_MM', 'FIELD_OF_VIEW_MM', 'CENTER_MM', 'GRID_MM', 'slice_
            'sample_bias_field', 'add_rician', 'make_subject', 'write_subject', 'make_cohort']
 
 # %% ../../nbs/engineering/22_phantom.ipynb #eebc27a1
+from typing import Any
 import json, math, os, tempfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -110,7 +111,8 @@ def find_ventricles(
     x, y, z = abs(x)[:, None, None], y[:, None], z
     inside = (x < 36) & (y > -62) & (y < 42) & (z > -15) & (z < 42)
     cistern = (x < 12) & (y < -20) & (z < 10) | (x < 6) & (y < -22) | (x < 3) & (y > 22)
-    labels, n = ndimage.label((csf > 0.5) & inside & ~cistern)
+    found: Any = ndimage.label((csf > 0.5) & inside & ~cistern)
+    labels, n = found
     large = 1 + np.flatnonzero(ndimage.sum_labels(labels > 0, labels, range(1, n + 1)) > 1000)
     return csf * ndimage.binary_dilation(np.isin(labels, large), iterations=2) * ~cistern
 
@@ -279,9 +281,8 @@ def atrophy_flow() -> np.ndarray:
     maps, step = load_template()[0], int(GRID_MM)
 
     def climb(name, sigma, mm):
-        v = np.stack(np.gradient(ndimage.gaussian_filter(maps[name], sigma)))[
-            :, ::step, ::step, ::step
-        ]
+        v = np.array(np.gradient(ndimage.gaussian_filter(maps[name], sigma)))
+        v = v[:, ::step, ::step, ::step]
         return mm * v / np.sqrt((v**2).sum(0)).max()
 
     return (climb('ventricle', 5.0, 1.6) + climb('sulcus', 4.0, 0.35)).astype(np.float32)
@@ -383,7 +384,9 @@ def sample_warp(
         noise = np.stack([smooth_noise(rng, flow.shape[1:], mm / GRID_MM) for _ in range(3)])
         flow = (
             flow
-            + np.float32(shape_mm * weight) * noise * np.float32([1, 1, 0.6])[:, None, None, None]
+            + np.float32(shape_mm * weight)
+            * noise
+            * np.array([1, 1, 0.6], np.float32)[:, None, None, None]
         )
     return GRID_MM * integrate(torch.from_numpy(flow / GRID_MM))
 

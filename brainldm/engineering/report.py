@@ -17,7 +17,7 @@ import html
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -59,11 +59,13 @@ from brainldm.advanced.fidelity import (
 )
 from brainldm.advanced.audit import (
     UTILITY,
+    Measure,
     as_dataset,
     audit_images,
     audit_summary,
     condition_effects,
     csf_fraction,
+    default_measures,
     diversity_scores,
     membership_inference,
     utility_scores,
@@ -103,9 +105,9 @@ def sample_by_condition(
         Grid of diagnosis by slice, and the trajectory from noise of one image a row.
     """
     known = {c.name: c for c in model.covariates}
-    rows = list(known['diagnosis'].values) if 'diagnosis' in known else [None]
+    rows = list(known['diagnosis'].levels) if 'diagnosis' in known else [None]
     numbers = (
-        np.unique(np.linspace(*known['slice'].range, columns).round()).tolist()
+        np.unique(np.linspace(*known['slice'].span, columns).round()).tolist()
         if 'slice' in known
         else None
     )
@@ -416,6 +418,8 @@ def evaluate_samples(
     more: tuple[Tensor, ...] = (),
     # Conditions that the samples were generated for (n rows); None: those of `rows`
     orders: pd.DataFrame | None = None,
+    # What shows disease and age; None: as `default_measures` says
+    effects: Sequence[Measure] | None = None,
 ) -> dict:  # All scores but the memorization audit's
     """Every measure of notebooks 10a and 10b on sets of images, each beside what real slices get.
 
@@ -439,6 +443,8 @@ def evaluate_samples(
         Further sets for the same rows, sampled from other seeds: they show the noise of sampling.
     orders : pd.DataFrame | None, default None
         Conditions that the samples were generated for (n rows); None: those of `rows`.
+    effects : Sequence[Measure] | None, default None
+        What shows disease and age; None: as `default_measures` says.
 
     Returns
     -------
@@ -459,7 +465,13 @@ def evaluate_samples(
     turns, known = reference_rotations(held_out.manifest, train.manifest, in_evaluator)
     seen, every, *ours = (image_features(net, o) for o in (held_out, train, images, *more))
     owners = train.manifest.subject.to_numpy()
-    middle = ventricle_slices(csf_fraction(train), train.manifest['slice'])
+    effects = default_measures(train.covariates) if effects is None else effects
+    numbers = {m.function: m(train) for m in effects}  # each function once
+    places = {
+        m.name: ventricle_slices(numbers[m.function], train.manifest['slice'], m.positions)
+        for m in effects
+    }
+    levels = next((m.contrast[1:] for m in effects if len(m.contrast) == 3), None)
     sets = dict(
         synthetic=(images, orders.assign(subject=range(len(orders)))),
         train=(train, train.manifest),
@@ -478,7 +490,8 @@ def evaluate_samples(
             n_reference_seen=known,
         ),
         conditioning=lambda: dict(
-            {k: condition_effects(net, *o, middle) for k, o in sets.items()}, slices=middle.tolist()
+            {k: condition_effects(net, *o, places, effects) for k, o in sets.items()},
+            slices={k: o.tolist() for k, o in places.items()},
         ),
         diversity=lambda: diversity_scores(dict(synthetic=images, **whole), held_out.manifest),
         utility=lambda: utility_scores(
@@ -487,6 +500,7 @@ def evaluate_samples(
             utility,
             net.channels,
             progress=progress,
+            levels=levels,
         ),
     )
     if utility is None:
@@ -611,7 +625,7 @@ def save_evaluation(
     shown = np.linspace(0, len(images) - 1, 24).round().astype(int)
     figures = dict(
         synthetic=show_grid(images[shown, 0], ncols=8, title='Generated, not scanned'),
-        audit=plot_audit(*near, scores['memorization']),
+        audit=plot_audit(near[0], near[1], scores['memorization']),
     )
     if pairs:
         figures['pairs'] = plot_pairs(images, train, near[0])
@@ -630,6 +644,8 @@ def evaluate(
     utility: TrainConfig | None = UTILITY,  # Training of each classifier; None: leave them out
     channels: tuple[int, ...] = (64, 96, 128),  # Of the feature network, if the run has none yet
     progress: bool = False,  # Show bars
+    # What shows disease and age; None: as `default_measures` says
+    effects: Sequence[Measure] | None = None,
     **options,  # What `sample` takes: steps, guidance_scale, temperature …
 ) -> dict:  # The scores, as in RUN/metrics.json under 'samples GENERATOR'
     """Generate, evaluate, and write RUN/metrics.json and RUN/evaluation.
@@ -654,6 +670,8 @@ def evaluate(
         Of the feature network, if the run has none yet.
     progress : bool, default False
         Show bars.
+    effects : Sequence[Measure] | None, default None
+        What shows disease and age; None: as `default_measures` says.
     **options
         What `sample` takes: steps, guidance_scale, temperature …
 
@@ -687,7 +705,9 @@ def evaluate(
     audit, *near = audit_images(
         images, train, held_out, model.reconstruct, device=model.device, progress=progress
     )
-    scores = evaluate_samples(net, images, rows, train, held_out, utility, progress, tuple(more))
+    scores = evaluate_samples(
+        net, images, rows, train, held_out, utility, progress, tuple(more), effects=effects
+    )
     scores = dict(
         split=split,
         seed=seed,
@@ -910,6 +930,8 @@ def evaluate_images(
     run: str | Path | None = None,
     # Folder for metrics.json and figures; None: the images' folder, without real slices
     out: str | Path | None = None,
+    # What shows disease and age; None: as `default_measures` says
+    effects: Sequence[Measure] | None = None,
 ) -> dict:  # The scores, as in metrics.json under 'samples images'
     """Evaluate the images of any generator as `evaluate` evaluates those of a run.
 
@@ -934,6 +956,8 @@ def evaluate_images(
         run.
     out : str | Path | None, default None
         Folder for metrics.json and figures; None: the images' folder, without real slices.
+    effects : Sequence[Measure] | None, default None
+        What shows disease and age; None: as `default_measures` says.
 
     Returns
     -------
@@ -982,6 +1006,7 @@ def evaluate_images(
         progress,
         tuple(more),
         table.iloc[sets[0]],
+        effects,
     )
     scores = dict(
         split=split,
@@ -1359,12 +1384,13 @@ def report_samples(
 
     names = dict(
         slice_error='distance from the requested slice',
-        diagnosis_effect='fluid, AD minus NC (Cohen d)',
-        age_slope='fluid, change in ten years of age',
+        diagnosis_effect='CSF fraction, AD minus NC (Cohen d)',  # these two as 0.1 wrote them
+        age_slope='CSF fraction, change over 10 of age',
         fine_detail='fine detail',
     )
     rows += fidelity_rows(scores['fidelity'])
     ours, train, held_out = (scores['conditioning'][k] for k in ('synthetic', 'train', 'held_out'))
+    names |= {k: o['label'] for k, o in ours.items() if 'label' in o}
     rows += [
         [label, cell(ours[k]), f'train {cell(train[k])}, held-out {cell(held_out[k])}', '', '']
         for k, label in names.items()
@@ -1555,7 +1581,7 @@ def report_data(
             ]
         )
     span = lambda c: (
-        ' or '.join(map(str, c.values)) if c.values else f'{c.range[0]:g} to {c.range[1]:g}'
+        ' or '.join(map(str, c.values)) if c.values else f'{c.span[0]:g} to {c.span[1]:g}'
     )
     requested = ', '.join(f'{c.name} ({span(c)})' for c in covariates)
     return dict(
@@ -1762,7 +1788,7 @@ def model_card(
     """
     module, cls = type(sampler).__module__, type(sampler).__name__
     requested = ', '.join(
-        f'{c.name}={c.values[0] if c.values else round(sum(c.range)/2)!r}'
+        f'{c.name}={c.values[0] if c.values else round(sum(c.span)/2)!r}'
         for c in sampler.covariates
     )
     head = [

@@ -264,7 +264,7 @@ def strip_parts(
     tuple
         What is left, text of each part by what it seems to be.
     """
-    first = re.match(r'[^-_./ ]*', unit)[0]
+    first = re.split(r'[-_./ ]', unit)[0]
     rest, parts = unit[len(first) :], {}
     for what, pattern in PARTS.items():
         whole = rf'[-_./ ]+({pattern})(?=$|[-_./ ])'
@@ -513,8 +513,8 @@ def wrong_cell(
         path='the path of a file',
     ).get(col, 'a whole number')
     return (
-        f"read_table: {col} '{table[col][bad].iloc[0]}'{who}, line {bad.idxmax()+2} of '{path}'."
-        f" Expected {expected}. Correct the line."
+        f"read_table: {col} '{table[col][bad].iloc[0]}'{who}, line {int(bad.index[bad][0])+2} of"
+        f" '{path}'. Expected {expected}. Correct the line."
     )
 
 # %% ../../nbs/engineering/24_tables.ipynb #55c476fb
