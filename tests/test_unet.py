@@ -345,3 +345,14 @@ def test_bad_input_is_refused(call, says):
     with pytest.raises(ValueError) as e:
         call()
     assert says in str(e.value) and 'Expected' in str(e.value)
+
+
+def test_dropout_acts_in_training_only():
+    x, t, cond = batch()
+    plain = build()
+    dropping = UNet(
+        4, (16, 24), 1, (True, True), covariates=COVARIATES, cond_channels=24, dropout=0.2
+    )
+    dropping.load_state_dict(plain.state_dict())
+    assert (dropping(x, t, cond) - plain(x, t, cond)).abs().max() > 1e-3
+    assert_close(dropping.eval()(x, t, cond), plain(x, t, cond))
