@@ -28,7 +28,9 @@ setup(
     package_data={cfg["lib_path"]: ["py.typed", "pretrained/*/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements"), "docs": lines("docs_requirements")},
+    extras_require={
+        extra: lines(f"{extra}_requirements") for extra in ("course", "dev", "docs")
+    },
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     zip_safe=False,

@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from .engineering.checks import check_choice
+from .engineering.checks import check_choice, check_installed
 from .scheduler import NoiseSchedule, add_noise
 from .unet import UNet
 from .engineering.loop import infer
@@ -190,6 +190,8 @@ def embed(
     ------
     ValueError
         For another method, one column, or as many neighbors as rows.
+    ImportError
+        For umap where umap-learn is not installed.
 
     References
     ----------
@@ -212,6 +214,7 @@ def embed(
         return v[:, :2]
     if method == 'tsne':
         return TSNE(perplexity=n_neighbors, random_state=seed).fit_transform(v)
+    check_installed('embed', 'umap')
     from umap import UMAP  # seconds: it compiles itself
 
     return UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1).fit_transform(v)

@@ -13,10 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from .engineering.checks import check_divides
 from .engineering.covariates import Covariate
@@ -843,6 +839,9 @@ def image_scores(
     ----------
     Wang et al. 2004, eq. 13, Gaussian window 11x11 with sigma 1.5, images mirrored at the border.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     if recon.shape != real.shape or real.ndim != 4 or real.shape[1] != 1:
         raise ValueError(
             f"image_scores: shapes {tuple(recon.shape)} and {tuple(real.shape)}. Expected (b, 1, h,"

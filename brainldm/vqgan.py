@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from .engineering.checks import check_divides
@@ -387,6 +386,8 @@ def start_codebook(
     ValueError
         With fewer vectors than codes.
     """
+    from sklearn.cluster import KMeans
+
     k = quantizer.num_embeddings
     if len(vectors) < k:
         raise ValueError(

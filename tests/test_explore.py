@@ -330,8 +330,8 @@ def test_written_page_names_its_run(tmp_path, name):
 
 
 def test_missing_voila_is_said(tiny_run, monkeypatch):
-    monkeypatch.setattr(explore, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="pip install voila"):
+    monkeypatch.setitem(sys.modules, "voila", None)
+    with pytest.raises(ImportError, match=r"pip install 'brainldm\[course\]'"):
         explore.explore(tiny_run[0], 0, open_browser=False)
 
 

@@ -72,3 +72,44 @@ def test_installed_wheel_generates_an_image(built, tmp_path):
     assert "usage" in run(
         sys.executable, "-m", "brainldm.engineering.cli", "--help", env=env, cwd=tmp_path
     )
+
+
+COURSE = ("IPython", "ipywidgets", "jupyterlab", "umap", "voila")  # modules of the extra `course`
+WITHOUT_COURSE = f"""
+import sys
+sys.modules.update(dict.fromkeys({COURSE!r}))                          # as if not installed
+from brainldm.engineering.cli import main
+assert main(['phantom', 'cohort', '--num-subjects', '3', '--num-slices', '1', '--size', '16']) == 0
+assert main(['check', 'cohort', '--size', '16']) == 0
+import brainldm.sampling, brainldm.training, brainldm.engineering.report
+from brainldm.analysis import embed
+try:
+    embed([[0, 1]] * 20)
+except ImportError as e:
+    print(e)
+sys.exit(main(['explore', 'nowhere']))
+"""
+
+
+def test_library_works_without_the_course(tmp_path):
+    env = dict(os.environ, BRAINLDM_CACHE=str(tmp_path / "cache"))
+    command = [sys.executable, "-c", WITHOUT_COURSE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 1, done.stdout + done.stderr
+    hint = (
+        "is not installed. Expected the packages of the extra 'course'. Try pip install"
+        " 'brainldm[course]'."
+    )
+    assert f"embed: umap {hint}" in done.stdout
+    assert f"explore: ipywidgets {hint}" in done.stderr
+
+
+def test_course_packages_are_an_extra(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("METADATA"))
+        lines = [
+            n for n in archive.read(name).decode().splitlines() if n.startswith("Requires-Dist")
+        ]
+    for package in ("ipywidgets", "jupyterlab", "umap-learn", "voila"):
+        wanted = [line for line in lines if line.split()[1].startswith(package)]
+        assert len(wanted) == 1 and 'extra == "course"' in wanted[0]

@@ -24,7 +24,7 @@ from brainldm.engineering.covariates import Covariate
 from brainldm.scheduler import NoiseSchedule, add_noise, sampling_timesteps, targets, to_x0_eps
 from brainldm.engineering.runs import load_weights
 from brainldm.sampling import BrainLDM
-from brainldm.engineering import covariates, files, layouts, tables
+from brainldm.engineering import checks, covariates, files, layouts, tables
 from brainldm import data
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -72,9 +72,9 @@ def test_manifest_comes_back(rows):
         table.to_csv(Path(folder) / "manifest.csv", index=False)
         if table.subject.isin(BLANK).any():
             with pytest.raises(ValueError, match="subject"):
-                data.list_manifest(Path(folder) / "manifest.csv")
+                layouts.list_manifest(Path(folder) / "manifest.csv")
             return
-        back = data.list_manifest(Path(folder) / "manifest.csv")[0]
+        back = layouts.list_manifest(Path(folder) / "manifest.csv")[0]
     assert (
         back[["path", "subject", "slice"]].values.tolist()
         == table[["path", "subject", "slice"]].values.tolist()
@@ -465,5 +465,5 @@ def test_numbers_come_back(low, width, shares):
 @settings(max_examples=50, **QUICK)
 @given(st.text(max_size=30))
 def test_printable(text):
-    out = files.printable(text)
+    out = checks.printable(text)
     assert out.isprintable() and (out == text or not text.isprintable())

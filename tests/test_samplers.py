@@ -5,6 +5,7 @@ import pytest, torch
 from torch.testing import assert_close
 from brainldm.advanced import solvers as V
 from brainldm import scheduler as S
+from brainldm.engineering.configs import BETA_SCHEDULES
 from test_scheduler import KINDS, NAMES, pair, rand
 
 diffusers = pytest.importorskip('diffusers')
@@ -265,7 +266,7 @@ def ddpm_std(s, schedule, ts):
 @pytest.mark.parametrize('n', [1, 5, 50, 1000])
 @pytest.mark.parametrize('sampler,eta', [('ddim', 0.0), ('ddim', 1.0), ('ddpm', 0.0)])
 @pytest.mark.parametrize('prediction_type', ['v_prediction', 'sample'])
-@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+@pytest.mark.parametrize('name', BETA_SCHEDULES)
 def test_gaussian_closed_form(name, prediction_type, sampler, eta, n):
     m, s, num = 3.0, 0.5, 10_000
     schedule = S.NoiseSchedule(beta_schedule=name, prediction_type=prediction_type)
@@ -343,7 +344,7 @@ def test_dpm_solver_beats_ddim_against_the_exact_answer(name, prediction_type, z
 
 @pytest.mark.parametrize('spacing', S.SPACINGS)
 @pytest.mark.parametrize('prediction_type,zero', KINDS)
-@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+@pytest.mark.parametrize('name', BETA_SCHEDULES)
 def test_there_and_back(name, prediction_type, zero, spacing):
     "The error of the round trip falls with the steps, by one more power with each correction."
     schedule = S.NoiseSchedule(1000, name, zero_terminal_snr=zero, prediction_type=prediction_type)
@@ -602,7 +603,7 @@ def test_the_bound_is_a_weighted_squared_error_and_tight_in_the_limit():
         assert_close((a - b).square() / (2 * sigma**2), want, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize('name', S.BETA_SCHEDULES)
+@pytest.mark.parametrize('name', BETA_SCHEDULES)
 def test_ddim_is_an_euler_step_of_the_probability_flow(name):
     schedule = S.NoiseSchedule(beta_schedule=name)
     xt, v = rand(0, 4, 2), rand(1, 4, 2)

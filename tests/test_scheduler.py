@@ -5,10 +5,11 @@ import dataclasses, json, math
 import pytest, torch
 from torch.testing import assert_close
 from brainldm import scheduler as S
+from brainldm.engineering.configs import PREDICTION_TYPES
 
 diffusers = pytest.importorskip('diffusers')
 NAMES = dict(linear='linear', scaled_linear='scaled_linear', cosine='squaredcos_cap_v2')
-KINDS = [(p, z) for p in S.PREDICTION_TYPES for z in (False, True) if not (p == 'epsilon' and z)]
+KINDS = [(p, z) for p in PREDICTION_TYPES for z in (False, True) if not (p == 'epsilon' and z)]
 
 
 def pair(cls, beta_schedule, prediction_type, zero, T=1000, spacing='trailing', **kwargs):

@@ -183,7 +183,7 @@ def test_no_path_travels(reported):
 
 def test_nothing_is_sent_when_packing_is_refused(reported, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(sharing, 'HfApi', lambda **_: calls.append('hub'))
+    monkeypatch.setattr('huggingface_hub.HfApi', lambda **_: calls.append('hub'))
     bad = tmp_path / 'bad'
     shutil.copytree(reported, bad)
     (bad / 'metrics.json').write_text(
@@ -213,11 +213,10 @@ def test_the_hub_gets_a_private_run_and_gives_it_back(reported, tmp_path, monkey
         return tmp_path / 'hub' / repo_id
 
     monkeypatch.setattr(
-        sharing,
-        'HfApi',
+        'huggingface_hub.HfApi',
         lambda token: SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder),
     )
-    monkeypatch.setattr(sharing, 'snapshot_download', download)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', download)
     assert (
         main(['share', str(reported), '--repo', 'me/brain', '--without-audit', 'a test']) == 0
         and seen['private']

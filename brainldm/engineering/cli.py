@@ -9,7 +9,7 @@ __all__ = ['FLAGS', 'GENERATOR_OPTIONS', 'COMMANDS', 'Phantom', 'training_faults
            'next_folder', 'output_folder', 'SamplingFlags', 'pick_generator', 'read_scales', 'generator_options',
            'sample_across_processes', 'Sample', 'conditions_of_rows', 'Edit', 'describe_space', 'Volume',
            'evaluate_folders', 'evaluate_config', 'evaluate_options', 'Evaluate', 'Explore', 'Report', 'Fetch', 'Share',
-           'demo_configs', 'sample_condition_grid', 'Demo', 'parse', 'main']
+           'demo_configs', 'sample_condition_grid', 'Demo', 'parse', 'use_no_display', 'main']
 
 # %% ../../nbs/engineering/39_cli.ipynb #7b047058
 from typing import Any
@@ -22,15 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-import matplotlib
-import numpy as np
-import pandas as pd
-import torch
 import tyro
-from accelerate.utils import gather_object
-from torch import Tensor
 
 from .checks import refuse_taken
 from brainldm.engineering.configs import (
@@ -45,53 +39,13 @@ from brainldm.engineering.configs import (
     TrainConfig,
     VolumeConfig,
 )
-from .files import as_faults
-from .plotting import save_figure, show_grid
-from .phantom import make_cohort
-from .layouts import Findings
-from brainldm.engineering.covariates import (
-    covariate_notes,
-    describe_manifest,
-    find_covariates,
-    read_conditions,
-    read_value,
-)
-from ..data import SliceDataset, check_dataset, open_dataset
-from .loop import process_state
-from .runs import read_config, read_metrics
-from .sharing import audit_verdicts, fetch_run, pack_run, push_run
-from .stage1 import size_multiple
-from .stage2 import note_changes, refuse_leak
-from ..training import train_autoencoder, train_ldm
-from .codec import make_folder, save_gif, save_images
-from ..sampling import BrainLDM
-from brainldm.advanced.volume import (
-    BrainVolumes,
-    check_spacing,
-    resolve_spacing,
-    sample_shared_noise,
-    save_volumes,
-    train_volume,
-)
-from .explore import explore
-from ..advanced.prior import CodeSampler, train_prior
-from brainldm.advanced.evaluation import (
-    json_safe,
-    merge_metrics,
-    reconstruction_scores,
-    show_number,
-)
-from ..advanced.audit import audit_summary
-from brainldm.engineering.report import (
-    check_targets,
-    evaluate,
-    evaluate_images,
-    image_side,
-    prior_scores,
-    report,
-    sample_by_condition,
-    trust_rows,
-)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from brainldm.data import SliceDataset
+    from brainldm.engineering.layouts import Findings
 
 # %% ../../nbs/engineering/39_cli.ipynb #fec1f560
 # Marks a config whose fields become flags without a prefix
@@ -112,12 +66,14 @@ class Phantom:
     config: Annotated[PhantomConfig, FLAGS] = field(default_factory=PhantomConfig)
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.phantom import make_cohort
+
         print(make_cohort(self.out, self.config))
         return 0
 
 # %% ../../nbs/engineering/39_cli.ipynb #0d6bca3a
 def training_faults(
-    found: Findings,  # What an inspection of the data found
+    found: 'Findings',  # What an inspection of the data found
     config: DataConfig,  # How the images are cut and split
     auto: AEConfig,  # The autoencoder that is going to be trained, and what it says of the UNet
 ) -> list[tuple[str, str]]:  # Setting and sentence of each reason why training would refuse
@@ -138,6 +94,8 @@ def training_faults(
     list[tuple[str, str]]
         Setting and sentence of each reason why training would refuse.
     """
+    from brainldm.engineering.stage1 import size_multiple
+
     out, multiple = [], size_multiple(auto)
     if config.size % multiple:
         out.append(
@@ -176,10 +134,10 @@ def training_faults(
 
 # %% ../../nbs/engineering/39_cli.ipynb #e9c5dd94
 def add_training_findings(
-    found: Findings,  # What an inspection of the data found
+    found: 'Findings',  # What an inspection of the data found
     config: DataConfig,  # How the images are cut and split, and which columns are learned
     auto: AEConfig,  # The autoencoder that is going to be trained
-) -> Findings:  # The same with the covariates, and with the faults and notes of a training
+) -> 'Findings':  # The same with the covariates, and with the faults and notes of a training
     """Say before training what it would refuse, or could not learn.
 
     Parameters
@@ -196,6 +154,10 @@ def add_training_findings(
     Findings
         The same with the covariates, and with the faults and notes of a training.
     """
+    import pandas as pd
+    from brainldm.engineering.files import as_faults
+    from brainldm.engineering.covariates import covariate_notes, describe_manifest, find_covariates
+
     if not len(found.manifest):
         return found
     # mend files first
@@ -247,6 +209,8 @@ class Check:
     preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'
 
     def run(self) -> int:  # Exit status
+        from brainldm.data import check_dataset
+
         found = add_training_findings(
             check_dataset(self.data, self.config), self.config, PRESETS[self.preset][0]
         )
@@ -280,6 +244,9 @@ class TrainAutoencoder:
     resume: bool = False  # Go on where an earlier call stopped
 
     def run(self) -> int:  # Exit status
+        from brainldm.data import open_dataset
+        from brainldm.training import train_autoencoder
+
         train_autoencoder(
             open_dataset(self.data, self.config.data), self.run_folder, self.config, self.resume
         )
@@ -309,6 +276,8 @@ def data_config(
     DataConfig
         How the run's images were found, cut and split.
     """
+    from brainldm.engineering.runs import read_config
+
     settings = read_config(run)
     try:
         known = settings['autoencoder']['config']['data']
@@ -355,7 +324,7 @@ class Stage2:
     subjects: Path | None = None
     resume: bool = False  # Go on where an earlier call stopped
 
-    def open(self) -> SliceDataset:  # All splits
+    def open(self) -> 'SliceDataset':  # All splits
         """The data, as the autoencoder saw it.
 
         Returns
@@ -363,6 +332,8 @@ class Stage2:
         SliceDataset
             All splits.
         """
+        from brainldm.data import open_dataset
+
         return open_dataset(self.data, data_config(self.run_folder, self.subjects))
 
 # %% ../../nbs/engineering/39_cli.ipynb #e0cd4a04
@@ -389,6 +360,8 @@ class TrainLDM(Stage2):
     config: Annotated[LDMConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
+        from brainldm.training import train_ldm
+
         train_ldm(self.open(), self.run_folder, self.config, self.resume)
         print(
             f'{self.run_folder/"ldm.safetensors"}\nNext: brainldm sample {self.run_folder},'
@@ -420,6 +393,8 @@ class TrainPrior(Stage2):
     config: Annotated[PriorConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
+        from brainldm.advanced.prior import train_prior
+
         train_prior(self.open(), self.run_folder, self.config, self.resume)
         print(
             f'{self.run_folder/"prior.safetensors"}\nNext: brainldm bits {self.run_folder}'
@@ -451,6 +426,8 @@ class TrainVolume(Stage2):
     config: Annotated[VolumeConfig, FLAGS]
 
     def run(self) -> int:  # Exit status
+        from brainldm.advanced.volume import train_volume
+
         train_volume(self.open(), self.run_folder, self.config, self.resume)
         print(f'{self.run_folder/"volume.safetensors"}\nNext: brainldm volume {self.run_folder}')
         return 0
@@ -486,6 +463,8 @@ def describe_scores(
     str
         A few lines to read.
     """
+    from brainldm.advanced.evaluation import show_number
+
     low, n = scores['baseline_mean_slice'], scores['n_subjects_in_training']
     lines = [
         f"{split}: {scores['n_subjects']} subjects, {scores['n_slices']} slices",
@@ -536,6 +515,10 @@ class Reconstruct:
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
+        from brainldm.data import open_dataset
+        from brainldm.sampling import BrainLDM
+        from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores
+
         model, settings = BrainLDM.load(self.run_folder), data_config(
             self.run_folder, self.subjects
         )
@@ -576,6 +559,13 @@ class Bits:
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
+        from brainldm.data import open_dataset
+        from brainldm.engineering.runs import read_config
+        from brainldm.engineering.stage2 import note_changes, refuse_leak
+        from brainldm.advanced.prior import CodeSampler
+        from brainldm.advanced.evaluation import merge_metrics, show_number
+        from brainldm.engineering.report import prior_scores
+
         dataset = open_dataset(
             self.data, data_config(self.run_folder, self.subjects), progress=not self.as_json
         )
@@ -676,6 +666,8 @@ def read_condition_flags(
     ValueError
         For a name that has a flag, and as `read_conditions` does.
     """
+    from brainldm.engineering.covariates import read_conditions
+
     requested, known = {k: v for k, v in given.items() if v is not None}, [
         c.name for c in covariates
     ]
@@ -710,6 +702,8 @@ def next_folder(
     Path
         STEM_000, or the first number not taken; new and empty.
     """
+    from brainldm.engineering.codec import make_folder
+
     for i in range(1_000_000):
         try:
             return make_folder(stem.with_name(f'{stem.name}_{i:03d}'))
@@ -906,9 +900,9 @@ def generator_options(
 # %% ../../nbs/engineering/39_cli.ipynb #e1cca9c3
 def sample_across_processes(
     # Called as sample(n, first): images, or brains, first, first+1, …
-    sample: Callable[[int, int], Tensor],
+    sample: 'Callable[[int, int], Tensor]',
     n: int,  # How many in all
-) -> Tensor | None:  # All of them (n, ...) in the first process, None in the others
+) -> 'Tensor | None':  # All of them (n, ...) in the first process, None in the others
     """Split sampling among the processes of `accelerate launch`; a single process samples all images.
 
     Parameters
@@ -923,6 +917,10 @@ def sample_across_processes(
     Tensor | None
         All of them (n, ...) in the first process, None in the others.
     """
+    import torch
+    from accelerate.utils import gather_object
+    from brainldm.engineering.loop import process_state
+
     state = process_state()
     # the first has the first image
     start, stop = (-(-n * (state.process_index + k) // state.num_processes) for k in (0, 1))
@@ -989,6 +987,15 @@ class Sample(SamplingFlags):
     out: Path | None = None  # New folder; None: RUN/samples/generated_000 and so on
 
     def run(self) -> int:  # Exit status
+        import numpy as np
+        from brainldm.engineering.loop import process_state
+        from brainldm.engineering.runs import read_metrics
+        from brainldm.engineering.sharing import audit_verdicts
+        from brainldm.engineering.codec import save_gif, save_images
+        from brainldm.sampling import BrainLDM
+        from brainldm.advanced.prior import CodeSampler
+        from brainldm.advanced.audit import audit_summary
+
         self.generator = pick_generator(self.run_folder, self.generator)
         options, frames = generator_options(self), []
         if self.out:
@@ -1046,7 +1053,7 @@ class Sample(SamplingFlags):
 
 # %% ../../nbs/engineering/39_cli.ipynb #325f6257
 def conditions_of_rows(
-    rows: pd.DataFrame,  # Rows of a manifest
+    rows: 'pd.DataFrame',  # Rows of a manifest
     covariates: tuple,  # Covariates of a model
     # A list of values by name; None where there is none, or one that the model has never seen
 ) -> dict:
@@ -1065,6 +1072,8 @@ def conditions_of_rows(
     dict
         A list of values by name; None where there is none, or one that the model has never seen.
     """
+    from brainldm.engineering.covariates import read_value
+
     out = {}
     for c in covariates:
         values = (
@@ -1135,6 +1144,13 @@ class Edit:
     out: Path | None = None  # New folder; None: RUN/samples/edited_000 and so on
 
     def run(self) -> int:  # Exit status
+        import numpy as np
+        import torch
+        from brainldm.engineering.plotting import save_figure, show_grid
+        from brainldm.data import open_dataset
+        from brainldm.engineering.codec import save_images
+        from brainldm.sampling import BrainLDM
+
         if self.n < 1 or not self.to:
             raise ValueError(
                 f"edit: n={self.n}, to={self.to}. Expected one scan or more and a change. Try --to"
@@ -1281,6 +1297,18 @@ class Volume:
     out: Path | None = None  # New folder; None: RUN/samples/brains_000 and so on
 
     def run(self) -> int:  # Exit status
+        from brainldm.advanced.audit import audit_summary
+        from brainldm.advanced.volume import (
+            BrainVolumes,
+            check_spacing,
+            resolve_spacing,
+            sample_shared_noise,
+            save_volumes,
+        )
+        from brainldm.engineering.loop import process_state
+        from brainldm.engineering.runs import read_config
+        from brainldm.sampling import BrainLDM
+
         options: dict[str, Any] = dict(
             steps=self.steps,
             guidance_scale=self.guidance_scale,
@@ -1397,6 +1425,8 @@ def evaluate_config(
     ValueError
         For a flag that would have no effect.
     """
+    from brainldm.engineering.report import image_side
+
     default, given = DataConfig(), command.config
     turned = [
         f.name
@@ -1520,6 +1550,16 @@ class Evaluate(SamplingFlags):
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
 
     def run(self) -> int:  # Exit status
+        from brainldm.data import open_dataset
+        from brainldm.advanced.evaluation import json_safe, show_number
+        from brainldm.engineering.report import (
+            check_targets,
+            evaluate,
+            evaluate_images,
+            report,
+            trust_rows,
+        )
+
         run, data = evaluate_folders(self.folders, self.images, self.out)
         options, shown = evaluate_options(self, run), not self.as_json
         options |= dict(split=self.split, progress=shown) | (
@@ -1563,6 +1603,9 @@ class Explore:
     browser: bool = True  # Open it in the browser
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.explore import explore
+        from brainldm.advanced.audit import audit_summary
+
         # a signal that ends this process ends its server, too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(audit_summary(self.run_folder))
@@ -1592,6 +1635,8 @@ class Report:
     seed: int = 0  # Their seed
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.report import report
+
         print(report(self.run_folder, self.steps, self.guidance_scale, self.seed))
         return 0
 
@@ -1617,6 +1662,8 @@ class Fetch:
     revision: str | None = None  # Branch, tag or commit on the hub; none: the newest
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.sharing import fetch_run
+
         print(fetch_run(self.source, self.run_folder, self.revision))
         return 0
 
@@ -1653,6 +1700,8 @@ class Share:
     without_audit: str | None = None
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.sharing import pack_run, push_run
+
         if (self.out is None) == (self.repo is None):
             raise ValueError(
                 f'share: out={self.out}, repo={self.repo}. Expected one of them. Try --out FOLDER,'
@@ -1722,6 +1771,10 @@ def sample_condition_grid(
     Path
         RUN/samples/grid.png.
     """
+    from brainldm.engineering.plotting import save_figure
+    from brainldm.sampling import BrainLDM
+    from brainldm.engineering.report import sample_by_condition
+
     save_figure(sample_by_condition(BrainLDM.load(run))[0], run / 'samples' / 'grid.png')
     return run / 'samples' / 'grid.png'
 
@@ -1747,6 +1800,14 @@ class Demo:
     num_subjects: int = 48  # Brains in the cohort
 
     def run(self) -> int:  # Exit status
+        from brainldm.engineering.phantom import make_cohort
+        from brainldm.data import open_dataset
+        from brainldm.training import train_autoencoder
+        from brainldm.training import train_ldm
+        from brainldm.sampling import BrainLDM
+        from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores
+        from brainldm.engineering.report import report
+
         auto, ldm = demo_configs(self.preset)
         data, run = self.out / 'phantom', self.out / 'run'
         if not (data / 'phantom.json').is_file():
@@ -1837,6 +1898,13 @@ def parse(
         description='Latent diffusion for brain MRI. Research and teaching, not for clinical use.',
     )
 
+# %% ../../nbs/engineering/39_cli.ipynb #c39a0001
+def use_no_display() -> None:
+    """Figures go to files: no command opens a window."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+
 # %% ../../nbs/engineering/39_cli.ipynb #538a5f5e
 def main(
     args: list[str] | None = None,  # Words after `brainldm`; None reads them from the terminal
@@ -1855,10 +1923,10 @@ def main(
     int
         Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C.
     """
-    matplotlib.use('Agg')
     command = None
     try:
         command = parse(sys.argv[1:] if args is None else args)
+        use_no_display()
         return command.run()
     except KeyboardInterrupt as e:
         more = (
@@ -1868,7 +1936,7 @@ def main(
         )
         print(f'\nbrainldm: stopped.{more}', file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get('BRAINLDM_DEBUG'):
             raise
         sys.stdout.flush()  # the error comes last, also in a file that holds both

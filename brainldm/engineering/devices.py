@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 # %% ../../nbs/engineering/41_devices.ipynb #fc7e1a1c
@@ -30,6 +28,9 @@ def process_device() -> str:  # 'cpu', 'cuda', 'cuda:1', 'mps'
     str
         'cpu', 'cuda', 'cuda:1', 'mps'.
     """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     # of a training, or of the host program
     if PartialState._shared_state:
         return str(PartialState().device)

@@ -22,12 +22,10 @@ import time
 import webbrowser
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -37,6 +35,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .checks import check_installed
 from .configs import BETA_SCHEDULES
 from .plotting import figure_to_png
 from .covariates import Covariate
@@ -44,6 +43,9 @@ from ..scheduler import NoiseSchedule, add_noise
 from .loop import to_device
 from .codec import SYNTHETIC, check_images, prepare_conditions, to_bytes
 from ..sampling import BrainLDM, sample_batch, sample_noise, slerp
+
+check_installed('explore', 'ipywidgets')
+import ipywidgets as widgets
 
 # %% ../../nbs/engineering/35_explore.ipynb #fd7dc3d0
 def sample_frames(
@@ -926,12 +928,10 @@ def explore(
     FileNotFoundError
     ValueError
     RuntimeError
+    ImportError
+        Without voila.
     """
-    if not find_spec('voila'):
-        raise RuntimeError(
-            "explore: voila is not installed. Expected it beside ipywidgets. Try `pip install"
-            " voila`."
-        )
+    check_installed('explore', 'voila')
     check_run(run)
     port = free_port(port)
     with tempfile.TemporaryDirectory(prefix='brainldm_') as folder:

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from einops import rearrange
 from torch import Tensor, nn
 

@@ -610,7 +610,7 @@ class Findings:
     voxel_mm : tuple | None, default None
         Side of a pixel and distance of neighboring slices, mm, before any cut; None: not known.
     covariates : tuple, default ()
-        One line for each condition to learn, as from `describe_manifest` (notebook 27).
+        One line for each condition to learn, as from `describe_manifest` (notebook 42).
     """
 
     manifest: pd.DataFrame  # The good rows, one a slice
@@ -620,7 +620,7 @@ class Findings:
     crop: int | None = None  # What `config.crop` comes to, in pixels
     # Side of a pixel and distance of neighboring slices, mm, before any cut; None: not known
     voxel_mm: tuple | None = None
-    # One line for each condition to learn, as from `describe_manifest` (notebook 27)
+    # One line for each condition to learn, as from `describe_manifest` (notebook 42)
     covariates: tuple = ()
 
     @property

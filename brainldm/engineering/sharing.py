@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor
 from typing_extensions import Self
 
@@ -451,6 +450,8 @@ def locate_run(
     FileNotFoundError
         If it is in none of them.
     """
+    from huggingface_hub import snapshot_download
+
     if (Path(source) / 'config.json').is_file():
         return Path(source)
     shelf = Path(brainldm.__file__).parent / 'pretrained'
@@ -502,6 +503,8 @@ def push_run(
     str
         Address of the commit.
     """
+    from huggingface_hub import HfApi
+
     with TemporaryDirectory() as place:
         folder, api = pack_run(run, Path(place) / 'run', half, without_audit), HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
