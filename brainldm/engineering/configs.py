@@ -19,6 +19,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from .checks import check_choice
+from .extending import AUTOENCODERS, DENOISERS
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0007
 @dataclass(frozen=True)
@@ -1005,6 +1006,10 @@ def check_config(
     ValueError
     """
     check_fields(config, 'check_config')
+    kinds = dict(kind=('kl', 'vq', 'fsq', *AUTOENCODERS.kinds), denoiser=('unet', *DENOISERS.kinds))
+    for name in (k for k in kinds if hasattr(config, k)):
+        known = tuple(dict.fromkeys(kinds[name]))
+        check_choice('check_config', name, getattr(config, name), known)
     check_effect(config)
     levels = len(getattr(config, 'channels', ())), len(getattr(config, 'attention_levels', ()))
     if levels[0] != levels[1]:
