@@ -104,7 +104,7 @@ def assign_splits(
     config: DataConfig,  # For the fractions and the seed
 ) -> tuple:  # Rows with every split filled in, notes
     """Keep the splits that were given; deal subjects where none were, and carve validate out of train
-    where it is
+    where it is missing.
 
     Parameters
     ----------
@@ -118,7 +118,6 @@ def assign_splits(
     tuple
         Rows with every split filled in, notes.
     """
-    "missing."
     given, notes = set(rows.split.dropna()), []
     if given - set(SPLITS):
         raise ValueError(

@@ -53,9 +53,8 @@ def prepare_image(
     Raises
     ------
     ValueError
-        If the crop.
+        If the crop is too large.
     """
-    "is too large."
     h, w = image.shape
     if crop == 'auto' or crop is not None and crop > max(h, w):
         raise ValueError(
