@@ -145,7 +145,7 @@ def test_two_processes_draw_what_one_draws(one_and_two, tmp_path):
             timeout=200,
             env=ENV,
         )
-        assert done.stdout.count('drawing') == (2 if options else 1)
+        assert done.stdout.count('sampling') == (2 if options else 1)
         assert done.returncode == 0 and done.stdout.count('5 synthetic images') == 1, (
             done.stdout + done.stderr
         )
@@ -159,7 +159,7 @@ PLACES = """
 import os
 from types import SimpleNamespace
 import torch
-from brainldm.engineering.layers import pick_device
+from brainldm.engineering.devices import pick_device
 from brainldm.engineering.loop import crew
 real = torch.zeros                                                             # a machine with two GPUs, as far as it is asked
 def zeros(*args, device=None, **kwargs):

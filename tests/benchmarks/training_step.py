@@ -234,6 +234,7 @@ class Answer(nn.Module):
 
     def __init__(self, net, loss, batch):
         super().__init__()
+        self.factor = net.factor  # the loss asks for it
 
         def listen(_, __, answer):
             self.answer = answer
