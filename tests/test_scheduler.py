@@ -5,7 +5,7 @@ import dataclasses, json, math
 import pytest, torch
 from torch.testing import assert_close
 from brainldm import scheduler as S
-from brainldm.engineering.configs import PREDICTION_TYPES
+from brainldm.engineering.configs import PREDICTION_TYPES, ScheduleConfig
 
 diffusers = pytest.importorskip('diffusers')
 NAMES = dict(linear='linear', scaled_linear='scaled_linear', cosine='squaredcos_cap_v2')
@@ -182,3 +182,14 @@ def test_bad_input_is_refused_by_name(call, error, says):
 def test_a_negative_step_in_a_tensor_is_not_read_from_the_end():
     with pytest.raises(IndexError):
         S.add_noise(x, x, torch.tensor([0, -1]), S.NoiseSchedule().abar)
+
+
+def test_tables_follow_from_settings():
+    settings = ScheduleConfig(50, 'linear', zero_terminal_snr=False, prediction_type='epsilon')
+    schedule = S.noise_schedule(settings)
+    assert isinstance(schedule, S.NoiseSchedule) and S.noise_schedule(schedule) is schedule
+    assert dataclasses.asdict(schedule) == dataclasses.asdict(settings)
+    assert schedule.abar.equal((1 - S.linear_betas(50)).cumprod(0))
+    S.check_terminal_signal(settings)
+    with pytest.raises(ValueError, match='of the signal is left'):
+        S.check_terminal_signal(dataclasses.replace(settings, beta_schedule='cosine'))
