@@ -386,7 +386,7 @@ def test_who_stops_is_told_how_to_go_on(words, advice, tiny_run, tmp_path, capsy
     def stopped(*_, **__):
         raise KeyboardInterrupt("autoencoder is saved at 8 of 80 images.")
 
-    monkeypatch.setattr(cli, "train_autoencoder", stopped)
+    monkeypatch.setattr("brainldm.training.train_autoencoder", stopped)
     assert main(words.format(tmp_path / "out", tiny_run[1]).split()) == 130
     assert capsys.readouterr().err.endswith(
         f"brainldm: stopped. autoencoder is saved at 8 of 80 images. {advice}\n"

@@ -291,7 +291,8 @@ def run_line(line):
 def test_the_page_about_your_data_runs(tmp_path, monkeypatch, capsys):
     "All its shell commands, in order, as a reader would type them; only numbers are smaller."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("brainldm.engineering.cli.evaluate", functools.partial(evaluate, **JUDGE))
+    short = functools.partial(evaluate, **JUDGE)
+    monkeypatch.setattr("brainldm.engineering.report.evaluate", short)
     said = []
     for block in blocks("bash"):
         for line in block.strip().splitlines():

@@ -160,14 +160,14 @@ import os
 from types import SimpleNamespace
 import torch
 from brainldm.engineering.devices import pick_device
-from brainldm.engineering.loop import crew
+from brainldm.engineering.loop import process_state
 real = torch.zeros                                                             # a machine with two GPUs, as far as it is asked
 def zeros(*args, device=None, **kwargs):
     return SimpleNamespace(device=torch.device(device)) if 'cuda' in str(device) else real(*args, device=device, **kwargs)
 torch.cuda.is_available,torch.cuda.device_count,torch.zeros = (lambda: True),(lambda: 2),zeros
 print('takes', pick_device(), flush=True)
 os.environ['ACCELERATE_USE_CPU'] = 'true'                                      # as `accelerate launch --cpu` does
-before,state,after = pick_device(),crew(),pick_device()
+before,state,after = pick_device(),process_state(),pick_device()
 print('of', state.num_processes, before, state.device.type, after, flush=True)
 """
 

@@ -234,7 +234,7 @@ class Answer(nn.Module):
 
     def __init__(self, net, loss, batch):
         super().__init__()
-        self.factor = net.factor  # the loss asks for it
+        self.sizes = {k: getattr(net, k, None) for k in ('factor', 'latent_channels', 'in_channels')}
 
         def listen(_, __, answer):
             self.answer = answer
@@ -243,6 +243,11 @@ class Answer(nn.Module):
         with torch.no_grad():
             loss(net, batch, torch.Generator(next(iter(batch.values())).device), 0)
         hook.remove()
+
+    def __getattr__(self, name):
+        "The loss asks for sizes of the network."
+        sizes = self.__dict__.get('sizes', {})
+        return sizes[name] if name in sizes else super().__getattr__(name)
 
     def forward(self, *_):
         return self.answer
