@@ -126,11 +126,11 @@ PICTURES = {  # name: bytes of the file, kind of fault
     "a header of no size": (png_header(0, 0), "unreadable"),
     "one pixel": (as_bytes(noise(1, 1, 1)), "empty"),
     "one row": (as_bytes(noise(1, 1, 32)), "size"),
-    "colour": (as_bytes(noise(1).convert("RGB")), "colour"),
-    "transparency": (as_bytes(noise(1).convert("RGBA")), "colour"),
-    "gray with transparency": (as_bytes(noise(1).convert("LA")), "colour"),
-    "a palette": (as_bytes(noise(1).convert("P")), "colour"),
-    "one bit": (as_bytes(noise(1).convert("1")), "colour"),
+    "colour": (as_bytes(noise(1).convert("RGB")), "color"),
+    "transparency": (as_bytes(noise(1).convert("RGBA")), "color"),
+    "gray with transparency": (as_bytes(noise(1).convert("LA")), "color"),
+    "a palette": (as_bytes(noise(1).convert("P")), "color"),
+    "one bit": (as_bytes(noise(1).convert("1")), "color"),
     "sixteen bits": (
         as_bytes(
             Image.fromarray(
@@ -140,7 +140,7 @@ PICTURES = {  # name: bytes of the file, kind of fault
         "16-bit",
     ),
     "floating point": (as_bytes(noise(1).convert("F"), format="tiff"), "16-bit|unreadable"),
-    "an animation": (many_frames(), "unreadable|animated|colour"),
+    "an animation": (many_frames(), "unreadable|animated|color"),
     "the image of somebody else": (as_bytes(noise(20)), "duplicate"),
 }
 

@@ -131,7 +131,7 @@ def test_both_ways_give_the_same_numbers(world, folder):
     # no real slice
     assert sorted(o.name for o in (folder / "evaluation").iterdir()) == [
         "images_audit.png",
-        "images_drawn.png",
+        "images_synthetic.png",
     ]
     assert len(check_targets(own)) == 4 and report_samples("images", own)["table"]
 
@@ -172,7 +172,7 @@ def test_command(world, folder, capsys):
 
 
 def test_sets_and_rows(world):
-    held_out = world["held"]
+    held_out = world["held_out"]
     table = held_out[["slice", "diagnosis"]].sample(frac=1, random_state=0).reset_index(drop=True)
     sets, rows = pair_images(pd.concat([table] * 3, ignore_index=True), held_out)
     assert (

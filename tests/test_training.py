@@ -412,7 +412,7 @@ def changed(config, f):
     # more of them is another matter: test_origins.py
     if f.name == 'total_images':
         return replace(config, total_images=v - 2)
-    kinds = dict(kind='vq', codebook_start='uniform', adversarial_loss='hinge')
+    kinds = dict(kind='vq', codebook_start='uniform', adversarial_loss='hinge', denoiser='another')
     if f.name in kinds:
         return replace(config, **{f.name: kinds[f.name]})
     if f.name == 'snr_gamma':

@@ -486,7 +486,10 @@ def load_autoencoder(
     ValueError
     """
     tensors, info = load_weights(Path(run) / 'autoencoder.safetensors')
-    AUTOENCODERS[info.get('kind')]  # refuses an unknown kind in its own words
+    try:
+        AUTOENCODERS[info.get('kind')]
+    except ValueError as e:
+        raise ValueError(f'load_autoencoder: {run}/autoencoder.safetensors, {e}') from None
     try:
         model, _ = build_autoencoder(info['kind'], args_from_dict(info['args'])), info['size']
     except LOAD_ERRORS as e:

@@ -234,7 +234,9 @@ class Answer(nn.Module):
 
     def __init__(self, net, loss, batch):
         super().__init__()
-        self.sizes = {k: getattr(net, k, None) for k in ('factor', 'latent_channels', 'in_channels')}
+        self.sizes = {
+            k: getattr(net, k, None) for k in ('factor', 'latent_channels', 'in_channels')
+        }
 
         def listen(_, __, answer):
             self.answer = answer
