@@ -6,9 +6,9 @@
 __all__ = ['T', 'Positive', 'NotNegative', 'Fraction', 'Probability', 'LevelSizes', 'CodeLevels', 'FIXED_KINDS', 'CROP',
            'PREDICTION_TYPES', 'BETA_SCHEDULES', 'NEEDS_DISCRIMINATOR', 'NEEDS_GAUSSIAN_LATENTS', 'NEEDS_TIME_TO_ACT',
            'NEEDS_SNR_GAMMA', 'POSITIVE_OR_NONE', 'PRESETS', 'VOLUME_PRESETS', 'PRIOR_PRESETS', 'Limit', 'between',
-           'one_of', 'bare_type', 'rules_of', 'matches_type', 'check_fields', 'Needs', 'check_effect', 'DataConfig',
-           'PhantomConfig', 'ScheduleConfig', 'TrainConfig', 'AEConfig', 'LDMConfig', 'PriorConfig', 'VolumeConfig',
-           'check_tracker', 'check_config']
+           'one_of', 'declared_type', 'bare_type', 'rules_of', 'matches_type', 'check_fields', 'Needs', 'check_effect',
+           'DataConfig', 'PhantomConfig', 'ScheduleConfig', 'TrainConfig', 'AEConfig', 'LDMConfig', 'PriorConfig',
+           'VolumeConfig', 'check_tracker', 'check_config']
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0004
 import math
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .checks import check_choice
 from .extending import AUTOENCODERS, DENOISERS
@@ -95,6 +95,30 @@ def one_of(
     return Limit(lambda v: v in names, 'one of ' + ', '.join(names))
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a000f
+def declared_type(
+    f: Field,  # A field of a configuration
+) -> Any:  # Its type, also where `from __future__ import annotations` made a text of it
+    """The type of a field.
+
+    Parameters
+    ----------
+    f : Field
+        A field of a configuration.
+
+    Returns
+    -------
+    Any
+        Its type, also where `from __future__ import annotations` made a text of it.
+
+    Raises
+    ------
+    NameError
+        For a text with names that this module does not know.
+    """
+    holder = type('Holder', (), {'__annotations__': {f.name: f.type}})
+    return get_type_hints(holder, globals(), include_extras=True)[f.name]
+
+
 def bare_type(
     f: Field,  # A field of a configuration
 ):  # Its type without limits
@@ -105,7 +129,8 @@ def bare_type(
     f : Field
         A field of a configuration.
     """
-    return get_args(f.type)[0] if get_origin(f.type) is Annotated else f.type
+    kind = declared_type(f)
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0010
 def rules_of(
@@ -126,7 +151,8 @@ def rules_of(
     list
         The rules of that kind in its type.
     """
-    found = get_args(f.type)[1:] if get_origin(f.type) is Annotated else ()
+    written = declared_type(f)
+    found = get_args(written)[1:] if get_origin(written) is Annotated else ()
     return [rule for rule in found if isinstance(rule, kind)]
 
 # %% ../../nbs/engineering/21_configs.ipynb #9edd8c7c
