@@ -33,7 +33,7 @@ def test_the_commands_it_names_exist():
         text=True,
         check=True,
     ).stdout
-    for command in set(re.findall(r"\bbrainldm ([a-z]+)\b", README)):
+    for command in set(re.findall(r"(?<!from )\bbrainldm ([a-z]+)\b", README)):
         assert command in helped
 
 
