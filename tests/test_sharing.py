@@ -272,3 +272,8 @@ def test_refusals_on_the_command_line(line, said, reported, tmp_path, monkeypatc
 def test_a_weight_too_large_for_half_is_refused():
     with pytest.raises(ValueError, match='at most 65504'):
         sharing.to_half(dict(w=torch.tensor([7e4])), 'ldm.safetensors')
+
+
+def test_a_model_that_says_not_how_it_is_loaded():
+    with pytest.raises(TypeError, match='SharedModel.load: .*Try BrainLDM'):
+        sharing.SharedModel.load_pretrained('phantom-128')

@@ -554,10 +554,10 @@ class SharedModel:
 
         Raises
         ------
-        NotImplementedError
+        TypeError
             Where a subclass does not say how.
         """
-        raise NotImplementedError(
+        raise TypeError(
             f"{cls.__name__}.load: this class does not say how a run is loaded. Expected a subclass"
             " that does. Try BrainLDM."
         )
