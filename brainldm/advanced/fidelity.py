@@ -332,8 +332,8 @@ def image_batches(
     for batch in batches:
         if batch.ndim != 4 or batch.shape[1] != 1:
             raise ValueError(
-                f"image_batches: images of shape {tuple(batch.shape)}. Expected (n, 1, h, w): scores"
-                " are defined for one channel. Try images[:, :1]."
+                f"image_batches: images of shape {tuple(batch.shape)}. Expected (n, 1, h, w):"
+                " scores are defined for one channel. Try images[:, :1]."
             )
         yield batch
 
