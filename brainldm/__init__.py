@@ -1,7 +1,7 @@
 """Latent diffusion for brain MRI: the names that most programs need, each loaded at its first use.
 
 `import brainldm` loads neither torch nor any module of the package. All other names are reached
-through the modules, as `from brainldm.scheduler import min_snr_weight`."""
+through the modules, as `from brainldm.training import loss_weight`."""
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.advanced.audit import MEASURES, Measure, default_measures
+from brainldm.advanced.audit import MEASURES, Measure, csf_fraction, default_measures
 from brainldm.data import SliceDataset, open_dataset
 from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, PhantomConfig
+from brainldm.engineering.codec import save_images
 from brainldm.engineering.covariates import Covariate
 from brainldm.engineering.extending import (
     AUTOENCODERS,
@@ -25,7 +26,7 @@ from brainldm.sampling import BrainLDM, Sampler, sample_noise
 from brainldm.scheduler import NoiseSchedule, denoise
 from brainldm.training import train_autoencoder, train_ldm
 from brainldm.unet import UNet
-from brainldm.vae import AutoencoderKL
+from brainldm.vae import AutoencoderKL, image_scores
 from brainldm.vqgan import PatchDiscriminator
 
 SLICE = Covariate('slice', 'continuous', range=(0, 5))
@@ -259,3 +260,15 @@ def test_measures():
         ('diagnosis', 'MCI', 'CN'),
     ]
     assert [m.name for m in default_measures(())] == ['age_slope']
+
+
+def test_scores_and_files_refuse_several_channels(tmp_path):
+    "What is defined for one channel does not take the first of two in silence."
+    two = torch.zeros(3, 2, 16, 16)
+    with pytest.raises(ValueError, match=r'save_images: .*\(3, 2, 16, 16\).*one channel'):
+        save_images(two, tmp_path / 'two', {}, {})
+    assert not (tmp_path / 'two').exists()
+    with pytest.raises(ValueError, match=r'image_batches: .*one channel'):
+        csf_fraction(two)
+    with pytest.raises(ValueError, match='image_scores'):
+        image_scores(two, two)

@@ -319,11 +319,23 @@ def image_batches(
     ------
     Tensor
         Images (b, 1, h, w).
+
+    Raises
+    ------
+    ValueError
+        For several channels.
     """
     if isinstance(images, Tensor):
-        yield from images.split(batch_size)
+        batches = images.split(batch_size)
     else:
-        yield from (o['image'] for o in eval_batches(images, batch_size))
+        batches = (batch['image'] for batch in eval_batches(images, batch_size))
+    for batch in batches:
+        if batch.ndim != 4 or batch.shape[1] != 1:
+            raise ValueError(
+                f"image_batches: images of shape {tuple(batch.shape)}. Expected (n, 1, h, w):"
+                " scores are defined for one channel. Try images[:, :1]."
+            )
+        yield batch
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #0cdc227d
 def image_features(

@@ -966,9 +966,16 @@ def save_images(
     ------
     FileExistsError
         Rather than overwrite.
+    ValueError
+        For several channels.
     """
     import pandas as pd
 
+    if images.ndim != 4 or images.shape[1] != 1:
+        raise ValueError(
+            f"save_images: images of shape {tuple(images.shape)}. Expected (n, 1, h, w): a file"
+            " holds one channel. Try images[:, :1]."
+        )
     table, gray, n = manifest_of(conditions, len(images)), to_bytes(images[:, 0]), len(images)
     mark, title = (SYNTHETIC, 'Synthetic images') if owners is None else (EDITED, 'Changed scans')
     if owners is not None:
