@@ -309,8 +309,8 @@ def test_the_page_about_your_data_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
-    """The table of OASIS is read as it comes, with a diagnosis; the Python block makes a manifest of
-    images with names of one's own."""
+    """The table of OASIS is read as it comes, with a diagnosis; the Python block makes a manifest
+    of images with names of one's own."""
     monkeypatch.chdir(tmp_path)
     Path("oasis_cross-sectional.csv").write_text(
         "ID,M/F,Hand,Age,Educ,SES,MMSE,CDR,eTIV,nWBV,ASF,Delay\nOAS1_0001_MR1,F,R,74,2,3,29,0,1344,0.743,1.306,N/A\n"

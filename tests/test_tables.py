@@ -659,8 +659,10 @@ def test_a_folder_and_a_table_may_write_one_diagnosis_otherwise(tmp_path):
     table['Group'] = [dict(AD='Dementia', NC='CN')[folder[o[1:]]] for o in table['Image Data ID']]
     table.to_csv(tmp_path / 'ADNI1_Complete_1Yr_1.5T_4_18_2024.csv', index=False)
     report = look(tmp_path)
-    assert report.ok and set(report.manifest.diagnosis) == {'AD', 'NC'} and '4_18_2024.csv is read' in (
-        str(report)
+    assert (
+        report.ok
+        and set(report.manifest.diagnosis) == {'AD', 'NC'}
+        and '4_18_2024.csv is read' in (str(report))
     )
     assert 'AD (Dementia in the table), NC (CN in the table)' in str(report)
 
@@ -677,7 +679,14 @@ def test_adnimerge_says_what_all_its_rows_agree_on(tmp_path):
     (tmp_path / 'ADNIMERGE.csv').write_text('\n'.join([head, *lines]))
     report = look(tmp_path)
     people = report.manifest.drop_duplicates('subject').sort_values('subject')
-    assert report.ok and people.diagnosis.fillna('?').tolist() == ['CN', '?', 'CN', 'CN', 'CN', 'CN']
+    assert report.ok and people.diagnosis.fillna('?').tolist() == [
+        'CN',
+        '?',
+        'CN',
+        'CN',
+        'CN',
+        'CN',
+    ]
     assert people.age.tolist() == [70, 71, 72, 73, 74, 75] and set(people.sex) == {'Male'}
     said = str(report)
     assert 'looks like the ADNI table' in said and 'AGE is the age at the first visit' in said

@@ -856,11 +856,15 @@ def name_rows(
             'some subjects have several rows for one slice: a column session would tell their scans'
             ' apart'
         )
-    return rows, faults, [
-        *notes,
-        *note_unused_columns(rows, config),
-        *note_unknown_covariates(rows, table),
-    ]
+    return (
+        rows,
+        faults,
+        [
+            *notes,
+            *note_unused_columns(rows, config),
+            *note_unknown_covariates(rows, table),
+        ],
+    )
 
 # %% ../../nbs/engineering/25_layouts.ipynb #ly000004
 def read_layout(

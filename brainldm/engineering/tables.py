@@ -1028,9 +1028,12 @@ def match_names(
         used += [step] * (after != before)
         before = after
     odd = next(o for o in sorted(best) if best[o] != o)
-    return best, (
-        f'names are compared {", ".join(used)}: such as {odd} in the data, {best[odd]} in the'
-        f' table ({len(best)} of {len(names)} subjects). No two names of either become one'
+    return (
+        best,
+        (
+            f'names are compared {", ".join(used)}: such as {odd} in the data, {best[odd]} in the'
+            f' table ({len(best)} of {len(names)} subjects). No two names of either become one'
+        ),
     )
 
 # %% ../../nbs/engineering/24_tables.ipynb #2084584f
@@ -1178,7 +1181,7 @@ def describe_match(
                 [
                     f"none of the {n} subjects has a row in the table of subjects"
                     f"{file_of(table)}: {names}. Expected the same names. Write them alike, or name"
-                    ' another table with --subjects'
+                    " another table with --subjects"
                 ],
             ),
             [],
@@ -1397,7 +1400,8 @@ def name_subjects(
 # %% ../../nbs/engineering/24_tables.ipynb #tab00055
 def read_names(
     path: Path,  # Table
-) -> pd.DataFrame | None:  # Its columns subject and image, as text; None where it has no subjects
+    # Its columns subject and image, as text; None where it has no subjects
+) -> pd.DataFrame | None:
     """Whom a table speaks of.
 
     Parameters
@@ -1517,12 +1521,15 @@ def find_subject_table(
             f"find_subject_table: '{root}' has several tables of its subjects: {told}. Expected"
             f" one. Name it with --subjects, such as --subjects {root / good[0]}."
         )
-    used = good or list(found)[:1]  # a table that names nobody is a fault, and its names are shown
+    # a table that names nobody is a fault, and its names are shown
+    used = good or list(found)[:1]
     left = {
         'have no column of subjects that can be read': [o for o in tables if o not in found],
         'name no subject of the data': [o for o in found if o not in used],
     }
-    notes += [f'tables not read, for they {why}: {", ".join(o[:5])}' for why, o in left.items() if o]
+    notes += [
+        f'tables not read, for they {why}: {", ".join(o[:5])}' for why, o in left.items() if o
+    ]
     return (root / used[0] if used else None), [*(f'{o} is read' for o in used), *notes]
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab0005dx
