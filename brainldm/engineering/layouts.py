@@ -708,27 +708,23 @@ def find_table(
         Path of the table of subjects or None; notes.
     """
     listed = rows is not None and 'place' in rows
-    tables = near_tables(root) if listed else []
-    if config.subjects is not None:
-        left = [o for o in tables if (root / o).resolve() != config.subjects.resolve()]
-        return config.subjects, [
-            f'{len(left)} tables not read, for {config.subjects.name} is named:'
-            f' {", ".join(left[:3])}'
-        ] * bool(left)
-    here = [root / o for o in TABLES if (root / o).is_file()]
+    tables = near_tables(root) if listed else [o for o in TABLES if (root / o).is_file()]
+    known = [root / o for o in TABLES if (root / o).is_file()]
     below = sorted(root.glob('*/participants.tsv'))
-    if not here:
-        here = below[:1] if len(below) == 1 else []
-    if not here:
-        if listed and not below:
-            return find_subject_table(root, rows)
-        return None, [
-            f'{len(below)} participants.tsv below: none is read. Name one with --subjects'
-        ] * bool(below)
-    rest = [o for o in tables if root / o not in here and '/' not in o]
-    here += [root / o for o in rest]
-    return here[0], [f'{here[0].name} is read'] * (here[0].name != TABLES[0]) + [
-        f'{o.name} is not read, for there is {here[0].name}' for o in here[1:]
+    if config.subjects is not None:
+        used = config.subjects
+    elif known or len(below) == 1:
+        used = (known or below)[0]
+    elif below:
+        return None, [f'{len(below)} participants.tsv below: none is read. Name one with --subjects']
+    else:
+        return find_subject_table(root, rows) if listed else (None, [])
+    left = [o for o in tables if (root / o).resolve() != used.resolve()]
+    told = ', '.join(left[:3]) + f' and {len(left)-3} more' * (len(left) > 3)
+    return used, [
+        *[f'{used.name} is read'] * (used != config.subjects and used.name != TABLES[0]),
+        *[f'{told} {"is" if len(left) == 1 else "are"} not read, for there is {used.name}']
+        * bool(left),
     ]
 
 # %% ../../nbs/engineering/25_layouts.ipynb #tell0001
