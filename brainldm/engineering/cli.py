@@ -711,7 +711,8 @@ def read_condition_flags(
             never = f' This run never learned {name}: {why}.' if why else ''
             raise ValueError(
                 f"brainldm: {flag} {name}={value}.{never} Expected one of"
-                f" {', '.join(known) or 'nothing'}, a covariate of the run. Check the spelling, or leave it out."
+                f" {', '.join(known) or 'nothing'}, a covariate of the run. Check the spelling, or"
+                " leave it out."
             )
         requested[name] = value
     return read_conditions({k: str(v) for k, v in requested.items()}, covariates, unlearned)

@@ -716,7 +716,9 @@ def find_table(
     elif known or len(below) == 1:
         used = (known or below)[0]
     elif below:
-        return None, [f'{len(below)} participants.tsv below: none is read. Name one with --subjects']
+        return None, [
+            f'{len(below)} participants.tsv below: none is read. Name one with --subjects'
+        ]
     else:
         return find_subject_table(root, rows) if listed else (None, [])
     left = [o for o in tables if (root / o).resolve() != used.resolve()]
