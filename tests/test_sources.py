@@ -97,8 +97,8 @@ def test_bids_raw_takes_the_first_session_of_each(tmp_path):
     ]
     assert heads.layout == "BIDS, raw" and [o.name for o in heads.tables] == ["participants.tsv"]
     notes = " ".join(heads.notes)
-    assert "1 preprocessed volumes" in notes and "with several sessions the first" in notes
-    assert "4 volumes other than T1w" in notes and "visits with several heads" in notes
+    assert "1 preprocessed volumes" in notes and "1 heads of other sessions than the first" in notes
+    assert "4 volumes other than T1w" in notes and "1 repeats of a visit" in notes
     last = find_heads(tmp_path, SourceOptions(session="last")).table
     assert last.session.tolist() == ["ses-M12", "ses-M00"]
     every = find_heads(tmp_path, SourceOptions(session="all")).table
@@ -150,6 +150,12 @@ def test_adni_tree_takes_one_scan_a_visit(tmp_path):
     assert find_heads(tmp_path, SourceOptions(session="last")).table.image[0] == "I50000"
 
 
+def test_corrections_in_a_name_of_adni_are_no_maps(tmp_path):
+    kind = "MPR__GradWarp__B1_Correction__N3__Scaled"
+    put(tmp_path, f"ADNI_002_S_0295_MR_{kind}_Br_20070217_S13408_I45108.nii")
+    assert find_heads(tmp_path).table.image[0] == "I45108"
+
+
 def test_adni_tree_of_dicom(tmp_path):
     at = "ADNI/002_S_0295/{}/2006-04-18_08_20_30.0/{}"
     put_dicom(tmp_path / at.format("MP-RAGE", "I45108"), "MP-RAGE")
@@ -175,7 +181,7 @@ def test_oasis_disc_takes_the_average_of_the_scans(tmp_path):
     assert heads.table.subject.tolist() == ["OAS1_0001", "OAS1_0002"]
     assert heads.table.session.tolist() == ["MR1", "MR1"]
     assert heads.table.path.str.contains("sbj_111").all()
-    assert "10 other files of the same visits" in " ".join(heads.notes)
+    assert "10 other files of visits whose best" in " ".join(heads.notes)
     img = read_head(tmp_path, heads.table.iloc[0], tmp_path)
     assert nib.aff2axcodes(img.affine) == ("A", "S", "L")
     np.testing.assert_array_equal(np.asanyarray(img.dataobj), VOL)
@@ -298,7 +304,7 @@ def test_visits_of_one_subject_are_sessions(tmp_path):
 
 
 def test_plain_folder(tmp_path):
-    put(tmp_path, "A-01_T1.nii.gz", "A-02_T1.nii.gz", "A-02_T2.nii.gz", "A-03_CT.nii.gz")
+    put(tmp_path, "A-01_T1.nii.gz", "A-02_T1.nii.gz", "dti_FA.nii.gz", "A-03_CT.nii.gz")
     heads = find_heads(tmp_path)
     assert heads.layout == "folder of volumes"
     assert heads.table.subject.tolist() == ["A-01", "A-02"]
@@ -307,6 +313,53 @@ def test_plain_folder(tmp_path):
     assert only.table.subject.tolist() == ["A-02"]
     with pytest.raises(ValueError, match="matches none of 4 heads"):
         find_heads(tmp_path, SourceOptions(only="*T9*"))
+
+
+def test_every_volume_is_taken_or_its_leaving_is_said(tmp_path):
+    put(tmp_path, *(f"p{k}/{o}.nii" for k in (1, 2) for o in ("T1", "T1_run-2", "T2", "seg", "x")))
+    put(tmp_path, "p3/bl/T1.nii", "p3/m12/T1.nii", "p3/m12/biasfield.nii", "p3/bl/localizer.nii")
+    heads = find_heads(tmp_path)
+    left = sum(int(o.split()[0]) for o in heads.notes)
+    assert left + len(heads.table) == 14 and len(heads.table) == 3, str(heads)
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("bert/mri/T1.mgz", "bert/mri/brainmask.mgz", "bert/mri/aseg.mgz", "bert/mri/nu.mgz"),
+        ("mri/wmp1.nii", "mri/mwp1p1.nii", "mri/wmip1.nii", "p1.nii"),
+        ("sub-1/anat/sub-1_T1w.nii.gz", "sub-1/func/sub-1_bold.nii.gz", "x/wmsub-1_T1w.nii"),
+        ("OAS1_0001_MR1_mpr-1_anon.hdr", "OAS1_0001_MR1_mpr-2_anon.hdr", "other.nii"),
+    ],
+)
+def test_every_volume_of_a_known_layout_too(tmp_path, paths):
+    heads = find_heads(put(tmp_path, *paths))
+    masks = set(heads.table["mask"].dropna()) - set(heads.table.path)
+    left = sum(int(o.split()[0]) for o in heads.notes)
+    assert left + len(heads.table) + len(masks) == len(paths), str(heads)
+
+
+def test_trees_of_loni_beside_adni(tmp_path):
+    at = "AIBL/1023/MPRAGE_ADNI_confirmed/{0}_10_10_10.0/{1}/AIBL_1023_MR_x_Br_1_S1_{1}.nii"
+    put(tmp_path, at.format("2010-01-02", "I12345"), at.format("2011-07-02", "I22345"))
+    heads = find_heads(tmp_path, SourceOptions(session="all"))
+    assert heads.layout == "download tree of LONI" and set(heads.table.subject) == {"1023"}
+    assert heads.table.session.tolist() == ["2010-01-02", "2011-07-02"]
+    assert heads.table.image.tolist() == ["I12345", "I22345"]
+
+
+def test_only_keeps_the_mask(tmp_path):
+    put(tmp_path, *(f"sub-01/anat/sub-01_desc-{o}.nii.gz" for o in ("preproc_T1w", "brain_mask")))
+    heads = find_heads(tmp_path, SourceOptions(only="*_T1w*"))
+    assert heads.table["mask"].tolist() == ["sub-01/anat/sub-01_desc-brain_mask.nii.gz"]
+
+
+def test_images_are_for_check(tmp_path):
+    (tmp_path / "a_1.png").write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match="1 files of other forms.*give the folder to `brainldm check`"
+    ):
+        find_heads(tmp_path)
 
 
 def test_the_whole_head_is_taken_before_its_brain(tmp_path):
@@ -331,7 +384,7 @@ def test_brats_label_map_is_no_head(tmp_path):
 
 def test_nothing_that_fits_is_said(tmp_path):
     put(tmp_path, "p01_CT.nii")
-    with pytest.raises(ValueError, match="no head of contrast T1.*contrast CT"):
+    with pytest.raises(ValueError, match="no head of T1w; 1 heads of contrast CT"):
         find_heads(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds nothing"):
@@ -348,7 +401,7 @@ def test_dicom_of_one_folder_a_subject_is_converted(tmp_path):
     before = sorted((o, o.stat().st_mtime_ns) for o in tmp_path.rglob("*"))
     heads = find_heads(tmp_path / "raw")
     assert told(heads) == [("p01", None, "p01/A"), ("p02", None, "p02/A")]
-    assert "DICOM that are no T1" in " ".join(heads.notes)
+    assert "DICOM that are no T1 (CT, t2_tse)" in " ".join(heads.notes)
     work = tmp_path.parent / f"{tmp_path.name}-work"
     work.mkdir()
     img = read_head(tmp_path / "raw", heads.table.iloc[0], work)
@@ -371,6 +424,13 @@ def test_dicom_series_of_one_folder_are_told_apart(tmp_path):
     (tmp_path / "work").mkdir()
     img = read_head(tmp_path, heads.table.iloc[0], tmp_path / "work")
     assert img.shape == (12, 16, 6)
+
+
+def test_dicom_without_a_folder_is_named_by_its_header(tmp_path):
+    put_dicom(tmp_path / "dicom", "t1")
+    heads = find_heads(tmp_path / "dicom")
+    assert told(heads) == [("007", None, ".")]
+    assert heads.layout == "DICOM, folder of volumes, subjects named by PatientID"
 
 
 def test_dicom_of_several_patients_in_one_folder(tmp_path):
