@@ -19,7 +19,8 @@ LAYERS = """
     engineering.devices
     engineering.files engineering.plotting engineering.phantom engineering.tables
     engineering.layouts
-    engineering.sources
+    engineering.sources engineering.prepare
+    engineering.heads engineering.cohort
     engineering.covariates engineering.cache
     data
     engineering.layers vae vqgan scheduler advanced.solvers unet
