@@ -14,14 +14,13 @@ import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from .checks import DataFault, check_installed, printable
-from .configs import POSITIVE_OR_NONE, DataConfig, check_fields
+from .configs import DataConfig, PrepareConfig, SourceOptions
 from .files import as_faults, write_atomic
 from .layouts import find_table
 from brainldm.engineering.prepare import (
@@ -32,12 +31,12 @@ from brainldm.engineering.prepare import (
     load_template,
     prepare_head,
 )
-from .sources import Heads, SourceOptions, find_heads, read_head, read_volume
+from .sources import Heads, find_heads, read_head, read_volume
 from .tables import join_subjects, match_images, read_subjects
 
 # %% auto #0
-__all__ = ['CUTS', 'HEAD_BYTES', 'PAGE', 'SOURCE_COLUMNS', 'cut_planes', 'draw_montage', 'PrepareConfig', 'name_heads',
-           'join_covariates', 'fingerprint', 'save_head', 'process_head', 'count_workers', 'process_alone', 'run_heads',
+__all__ = ['CUTS', 'HEAD_BYTES', 'PAGE', 'SOURCE_COLUMNS', 'cut_planes', 'draw_montage', 'name_heads', 'join_covariates',
+           'fingerprint', 'save_head', 'process_head', 'count_workers', 'process_job', 'run_heads',
            'write_quality_page', 'check_out', 'read_records', 'find_jobs', 'gather_quality', 'write_tables', 'Cohort',
            'prepare_cohort', 'describe_cohort']
 
@@ -102,39 +101,6 @@ def draw_montage(
     return out.getvalue()
 
 # %% ../../nbs/engineering/45_cohort.ipynb #co180009
-@dataclass(frozen=True)
-class PrepareConfig(SourceOptions):
-    """Which heads of a raw folder are prepared, and how.
-
-    Attributes
-    ----------
-    suffix : str, default 'T1w'
-        Contrast, as BIDS writes it at the end of a name.
-    session : Literal['first', 'last', 'all'], default 'first'
-        Which visits of a subject.
-    space : str | None, default None
-        Space of BIDS derivatives; None: the subject's own.
-    only : str | None, default None
-        Pattern of file names, as in a shell.
-    subjects : Path | None, default None
-        Table with one row a subject, or with a column image; None: the one in the folder.
-    workers : Annotated[int | None, POSITIVE_OR_NONE], default None
-        Heads at the same time; None: one a core, as far as the memory goes.
-    accept : tuple[str, ...], default ()
-        Heads that the gate refused and that you have looked at, by the names of quality.csv.
-    """
-
-    # Table with one row a subject, or with a column image; None: the one in the folder
-    subjects: Path | None = None
-    # Heads at the same time; None: one a core, as far as the memory goes
-    workers: Annotated[int | None, POSITIVE_OR_NONE] = None
-    # Heads that the gate refused and that you have looked at, by the names of quality.csv
-    accept: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        check_fields(self, 'PrepareConfig')
-
-
 def name_heads(
     table: pd.DataFrame,  # From `find_heads`
 ) -> pd.Series:  # What each head's files are called
@@ -200,7 +166,7 @@ def join_covariates(
         rows = rows.assign(listed=match_images(rows, table))
     rows, faults, said = join_subjects(rows, table)
     known = [o for o in rows if o in heads.table or o in table.columns]
-    return rows[known], faults, [*notes, f'covariates from {path.name}', *said]
+    return rows[known], faults, [*notes, *said]
 
 # %% ../../nbs/engineering/45_cohort.ipynb #co180012
 def fingerprint(
@@ -338,26 +304,30 @@ def count_workers(
     return max(1, min(cores or 1, room, num_heads))
 
 
-def process_alone(
+def process_job(
     job: tuple,  # Arguments of `process_head`
+    one_core: bool,  # Keep to one core, where there is a worker for each
 ) -> dict:  # Its record
-    """Prepare a head on one core, since there is a worker for each.
+    """Prepare a head in a worker.
 
     Parameters
     ----------
     job : tuple
         Arguments of `process_head`.
+    one_core : bool
+        Keep to one core, where there is a worker for each.
 
     Returns
     -------
     dict
         Its record.
     """
-    import SimpleITK as sitk
-    import torch
+    if one_core:
+        import SimpleITK as sitk
+        import torch
 
-    torch.set_num_threads(1)
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+        torch.set_num_threads(1)
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     return process_head(*job)
 
 
@@ -391,7 +361,7 @@ def run_heads(
             tqdm(total=len(jobs), desc='prepare', unit='head', disable=not progress) as bar,
         ):
             pool = Parallel(n_jobs=workers, return_as='generator_unordered')
-            for record in pool(delayed(process_alone)(o) for o in jobs):
+            for record in pool(delayed(process_job)(o, workers > 1) for o in jobs):
                 refused += bool(record['reasons'])
                 bar.set_postfix(refused=refused)
                 bar.update()
@@ -721,7 +691,13 @@ def prepare_cohort(
     jobs, changed = find_jobs(root, out, rows)
     write_atomic(out / 'prepare.json', describe_cohort(root, options).encode())
     if jobs:
-        run_heads(jobs, count_workers(config, len(jobs)), progress)
+        workers = count_workers(config, len(jobs))
+        if progress:
+            print(
+                f'{heads.layout}: {len(rows)} heads, {len(jobs)} to prepare, {workers} at the same'
+                ' time'
+            )
+        run_heads(jobs, workers, progress)
     records = {k: v for k, v in read_records(out).items() if k in set(rows.name)}
     lost = [o for o in config.accept if o not in records]
     if lost:

@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from .configs import NotNegative, Positive, between, check_fields
+from .configs import HeadsConfig
 from .files import write_atomic
 from .prepare import load_template
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PAD', 'ORIENTATIONS', 'VOXELS', 'head_around_template', 'smooth_noise', 'push_from_ventricles', 'rotation',
-           'synthetic_head', 'HeadsConfig', 'write_heads']
+           'synthetic_head', 'write_heads']
 
 # %% ../../nbs/engineering/46_heads.ipynb #hd180006
 # Voxels of 1 mm around the template: scalp, and a neck below
@@ -214,29 +213,6 @@ def synthetic_head(
 # %% ../../nbs/engineering/46_heads.ipynb #hd180011
 ORIENTATIONS = ('RAS', 'LAS', 'PSR', 'LPI', 'ASL')  # Axis orders that converters write
 VOXELS = ((1.0, 1.0, 1.0), (1.2, 1.0, 1.0), (1.0, 1.0, 1.5), (0.9, 0.9, 1.3), (1.3, 1.1, 1.1))
-
-
-@dataclass(frozen=True)
-class HeadsConfig:
-    """A small cohort of raw synthetic heads.
-
-    Attributes
-    ----------
-    num_subjects : Annotated[int, between(1, 9999)], default 12
-        Heads, half of them AD.
-    voxel_scale : Positive[float], default 1.0
-        2 makes every voxel twice as large, and the files smaller.
-    seed : NotNegative[int], default 0
-        Another seed, other subjects.
-    """
-
-    num_subjects: Annotated[int, between(1, 9999)] = 12  # Heads, half of them AD
-    # 2 makes every voxel twice as large, and the files smaller
-    voxel_scale: Positive[float] = 1.0
-    seed: NotNegative[int] = 0  # Another seed, other subjects
-
-    def __post_init__(self):
-        check_fields(self, 'HeadsConfig')
 
 
 def write_heads(
