@@ -35,7 +35,7 @@ from .sources import Heads, find_heads, read_head, read_volume
 from .tables import join_subjects, match_images, read_subjects
 
 # %% auto #0
-__all__ = ['CUTS', 'HEAD_BYTES', 'PAGE', 'SOURCE_COLUMNS', 'cut_planes', 'draw_montage', 'name_heads', 'join_covariates',
+__all__ = ['CUTS', 'HEAD_BYTES', 'PAGE', 'SOURCE_COLUMNS', 'cut_planes', 'make_montage', 'name_heads', 'join_covariates',
            'fingerprint', 'save_head', 'process_head', 'count_workers', 'process_job', 'run_heads',
            'write_quality_page', 'check_out', 'read_records', 'find_jobs', 'gather_quality', 'write_tables', 'Cohort',
            'prepare_cohort', 'describe_cohort']
@@ -77,7 +77,7 @@ def cut_planes(
     return np.concatenate(framed, axis=1)
 
 
-def draw_montage(
+def make_montage(
     volume: np.ndarray,  # Gray values (x, y, z), uint8, on the template's grid
 ) -> bytes:  # PNG: six cuts of the brain above the same cuts of the template
     """Draw a prepared brain above the template.
@@ -222,7 +222,7 @@ def save_head(
     with gzip.GzipFile(fileobj=packed, mode='wb', mtime=0, compresslevel=6) as f:
         f.write(image.to_bytes())
     write_atomic(out / 'volumes' / f'{name}.nii.gz', packed.getvalue())
-    write_atomic(out / 'montages' / f'{name}.png', draw_montage(prepared.volume))
+    write_atomic(out / 'montages' / f'{name}.png', make_montage(prepared.volume))
 
 
 def process_head(
@@ -737,12 +737,12 @@ def describe_cohort(
     str
         JSON.
     """
-    from brainldm import __version__
+    from importlib.metadata import version
 
     return json.dumps(
         dict(
             version=VERSION,
-            brainldm=__version__,
+            brainldm=version('brainldm'),
             raw=str(root.resolve()),
             options=options,
             template='MNI152 nonlinear symmetric 2009a, 1 mm (nilearn)',

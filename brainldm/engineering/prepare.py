@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PLANES', 'VERSION', 'MAX_VOXEL_MM', 'MIN_EXTENT_MM', 'FLAT_FRACTION', 'CT_AIR', 'STRIPPED', 'WHITE', 'LIMITS',
-           'MEANING', 'Template', 'load_template', 'Head', 'flat_fraction', 'refuse_head', 'canonical_head',
+           'MEANING', 'Template', 'load_template', 'Scan', 'flat_fraction', 'refuse_head', 'canonical_head',
            'load_extractor', 'network_mask', 'extract_brain', 'to_itk', 'from_itk', 'correct_bias', 'align_brain',
            'ras_matrix', 'resample_brain', 'white_mode', 'scale_white_matter', 'edge_area', 'measure_quality',
-           'judge_quality', 'Prepared', 'prepare_head']
+           'check_quality', 'Prepared', 'prepare_head']
 
 # %% ../../nbs/engineering/26_prepare.ipynb #pr180008
 PLANES = (72, 104)  # First and last+1 axial plane that a training uses: z = 0 to 31 mm
@@ -83,7 +83,7 @@ CT_AIR = -500.0  # Hounsfield units; air is -1000
 
 
 @dataclass(frozen=True)
-class Head:
+class Scan:
     """A head in one orientation, with what was done to it.
 
     Attributes
@@ -137,16 +137,16 @@ def flat_fraction(
 
 
 def refuse_head(
-    head: Head,  # In canonical orientation
+    scan: Scan,  # In canonical orientation
 ) -> None:  # Nothing: it raises DataFault or returns
     """Refuse what cannot be a T1-weighted human head.
 
     Parameters
     ----------
-    head : Head
+    scan : Scan
         In canonical orientation.
     """
-    size, extent = head.voxel_mm, head.voxel_mm * head.voxels.shape
+    size, extent = scan.voxel_mm, scan.voxel_mm * scan.voxels.shape
     shown = ' x '.join(f'{o:.3g}' for o in size)
     if size.max() > MAX_VOXEL_MM:
         raise DataFault(
@@ -160,15 +160,15 @@ def refuse_head(
             f"{' x '.join(f'{o:.0f}' for o in extent)} mm; expected {MIN_EXTENT_MM:.0f} mm or more"
             " along each axis, as a human brain needs. Check the voxel size in the header",
         )
-    if head.voxels.min() == head.voxels.max():
-        raise DataFault('empty', f'every voxel is {head.voxels.max():g}')
-    if head.voxels.min() < CT_AIR:
+    if scan.voxels.min() == scan.voxels.max():
+        raise DataFault('empty', f'every voxel is {scan.voxels.max():g}')
+    if scan.voxels.min() < CT_AIR:
         raise DataFault(
             'contrast',
-            f'values down to {head.voxels.min():.0f}, as in the Hounsfield units of a CT; expected'
+            f'values down to {scan.voxels.min():.0f}, as in the Hounsfield units of a CT; expected'
             ' a T1-weighted MR image',
         )
-    flat = flat_fraction(head.voxels)
+    flat = flat_fraction(scan.voxels)
     if flat > FLAT_FRACTION:
         raise DataFault(
             'label map',
@@ -179,7 +179,7 @@ def refuse_head(
 
 def canonical_head(
     image: nib.spatialimages.SpatialImage,  # As nibabel opens it
-) -> Head:  # Axes to the right, front and top (RAS), float32, no NaN
+) -> Scan:  # Axes to the right, front and top (RAS), float32, no NaN
     """Turn a head to the right, the front and the top, and refuse what cannot be a T1 brain.
 
     Parameters
@@ -189,7 +189,7 @@ def canonical_head(
 
     Returns
     -------
-    Head
+    Scan
         Axes to the right, front and top (RAS), float32, no NaN.
 
     Raises
@@ -215,8 +215,8 @@ def canonical_head(
     voxels, num_nan = fill_background(voxels)
     if num_nan:
         notes.append(f'{num_nan} voxels were NaN, taken as background')
-    head = Head(voxels, image.affine, notes)
-    refuse_head(head)
+    scan = Scan(voxels, image.affine, notes)
+    refuse_head(scan)
     return head
 
 # %% ../../nbs/engineering/26_prepare.ipynb #pr180014
@@ -245,13 +245,13 @@ def load_extractor() -> Any:  # deepbet's two networks on the CPU
 
 
 def network_mask(
-    head: Head,  # In canonical orientation
+    scan: Scan,  # In canonical orientation
 ) -> np.ndarray:  # Where the brain is (x, y, z), bool
     """Mark the brain by deepbet (Fisch et al. 2024, Computers in Biology and Medicine).
 
     Parameters
     ----------
-    head : Head
+    scan : Scan
         In canonical orientation.
 
     Returns
@@ -267,7 +267,7 @@ def network_mask(
     import nibabel as nib
 
     try:
-        _, mask, _ = load_extractor().run(nib.Nifti1Image(head.voxels, head.affine))
+        _, mask, _ = load_extractor().run(nib.Nifti1Image(scan.voxels, scan.affine))
     except (AssertionError, ValueError, IndexError, RuntimeError) as e:
         raise DataFault(
             'no brain',
@@ -278,17 +278,17 @@ def network_mask(
 
 
 def extract_brain(
-    head: Head,  # In canonical orientation
-    mask: Head | None = None,  # A mask that came with the head, above 0 where the brain is
+    scan: Scan,  # In canonical orientation
+    mask: Scan | None = None,  # A mask that came with the head, above 0 where the brain is
     # Where the brain is (x, y, z), bool; how that is known: 'mask', 'stripped', 'deepbet'
 ) -> tuple:
     """Mark the voxels that are brain.
 
     Parameters
     ----------
-    head : Head
+    scan : Scan
         In canonical orientation.
-    mask : Head | None, default None
+    mask : Scan | None, default None
         A mask that came with the head, above 0 where the brain is.
 
     Returns
@@ -304,18 +304,18 @@ def extract_brain(
     from scipy import ndimage
 
     if mask is not None:
-        same = mask.voxels.shape == head.voxels.shape
-        if not same or not np.allclose(mask.affine, head.affine, atol=0.01):
+        same = mask.voxels.shape == scan.voxels.shape
+        if not same or not np.allclose(mask.affine, scan.affine, atol=0.01):
             raise DataFault(
                 'mask',
-                f'a mask of {mask.voxels.shape} beside an image of {head.voxels.shape}, or of'
+                f'a mask of {mask.voxels.shape} beside an image of {scan.voxels.shape}, or of'
                 ' another place; expected one grid. Resample the mask, or take it away',
             )
         return mask.voxels > 0, 'mask'
-    found = network_mask(head)
+    found = network_mask(scan)
     if not found.any():
         raise DataFault('no brain', 'no brain was found; expected a T1-weighted human head')
-    light = head.voxels > 0.02 * np.percentile(head.voxels[found], 95)
+    light = scan.voxels > 0.02 * np.percentile(scan.voxels[found], 95)
     if (light & ~found).sum() > STRIPPED * found.sum():
         return found, 'deepbet'
     pieces, n = ndimage.label(light)
@@ -374,7 +374,7 @@ def from_itk(
 
 
 def correct_bias(
-    head: Head,  # In canonical orientation
+    scan: Scan,  # In canonical orientation
     mask: np.ndarray,  # Where the brain is
     coarse_mm: float = 4.0,  # Voxels on which the smooth field is estimated, mm
 ) -> np.ndarray:  # Intensities without the field, 0 outside of the mask
@@ -384,7 +384,7 @@ def correct_bias(
 
     Parameters
     ----------
-    head : Head
+    scan : Scan
         In canonical orientation.
     mask : np.ndarray
         Where the brain is.
@@ -396,12 +396,12 @@ def correct_bias(
     np.ndarray
         Intensities without the field, 0 outside of the mask.
     """
-    voxels = np.where(mask, np.maximum(head.voxels, 0), 0)
-    image = to_itk(voxels, head.affine)
+    voxels = np.where(mask, np.maximum(scan.voxels, 0), 0)
+    image = to_itk(voxels, scan.affine)
     import SimpleITK as sitk
 
-    shrink = [max(1, round(coarse_mm / o)) for o in head.voxel_mm]
-    inside = to_itk((voxels > 0).astype(np.uint8), head.affine)
+    shrink = [max(1, round(coarse_mm / o)) for o in scan.voxel_mm]
+    inside = to_itk((voxels > 0).astype(np.uint8), scan.affine)
     corrector = sitk.N4BiasFieldCorrectionImageFilter()
     corrector.SetMaximumNumberOfIterations([50, 50, 50])
     corrector.SetConvergenceThreshold(1e-3)
@@ -645,7 +645,7 @@ def edge_area(
 
 
 def measure_quality(
-    head: Head,  # As it came
+    scan: Scan,  # As it came
     mask: np.ndarray,  # Where the brain is in it
     matrix: np.ndarray,  # From `align_brain`
     brain: np.ndarray,  # Intensities on the template's grid, 0 outside of the brain
@@ -656,7 +656,7 @@ def measure_quality(
 
     Parameters
     ----------
-    head : Head
+    scan : Scan
         As it came.
     mask : np.ndarray
         Where the brain is in it.
@@ -681,14 +681,14 @@ def measure_quality(
     return dict(
         dice=float(2 * both.sum() / (aligned.sum() + template.mask.sum())),
         correlation=float(correlation),
-        volume_ml=float(mask.sum() * head.voxel_mm.prod() / 1000),
-        edge_cm2=edge_area(mask, head.voxel_mm),
+        volume_ml=float(mask.sum() * scan.voxel_mm.prod() / 1000),
+        edge_cm2=edge_area(mask, scan.voxel_mm),
         smallest_scale=float(scales.min()),
         largest_scale=float(scales.max()),
     )
 
 
-def judge_quality(
+def check_quality(
     measures: dict,  # From `measure_quality`
 ) -> list:  # Sentences, one for each measure outside of its limits; empty if the head is good
     """Say which measures are outside of their limits, and what that usually means.
@@ -763,33 +763,33 @@ def prepare_head(
     Raises
     ------
     DataFault
-        For what cannot be a T1 head, with the kind and the reason.
+        For what cannot be a T1 scan, with the kind and the reason.
     """
-    template, head = load_template(), canonical_head(image)
+    template, scan = load_template(), canonical_head(image)
     own = None
     if mask is not None:
         import nibabel as nib
 
         turned = nib.as_closest_canonical(mask)
-        own = Head(np.asanyarray(turned.dataobj).reshape(turned.shape[:3]), turned.affine)
-    inside, how = extract_brain(head, own)
+        own = Scan(np.asanyarray(turned.dataobj).reshape(turned.shape[:3]), turned.affine)
+    inside, how = extract_brain(scan, own)
     said = dict(
         mask='the brain mask that came with it was applied',
         stripped='it was skull-stripped already, and kept as it was',
         deepbet='brain extracted by deepbet',
     )
-    flat = correct_bias(head, inside)
-    matrix = align_brain(flat, inside, head.affine, template)
-    aligned = resample_brain(inside, head.affine, matrix, template, smooth=False) > 0.5
-    cubic = resample_brain(flat, head.affine, matrix, template)
+    flat = correct_bias(scan, inside)
+    matrix = align_brain(flat, inside, scan.affine, template)
+    aligned = resample_brain(inside, scan.affine, matrix, template, smooth=False) > 0.5
+    cubic = resample_brain(flat, scan.affine, matrix, template)
     brain = np.where(aligned, np.maximum(cubic, 0), 0)  # a cubic spline rings below 0 at edges
-    measures = measure_quality(head, inside, matrix, brain, aligned, template)
+    measures = measure_quality(scan, inside, matrix, brain, aligned, template)
     volume, clipped = scale_white_matter(brain, template.white)
     return Prepared(
         volume,
         template.affine,
         matrix,
         measures | dict(clipped=clipped),
-        judge_quality(measures),
-        [*head.notes, said[how]],
+        check_quality(measures),
+        [*scan.notes, said[how]],
     )

@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'OTHER_FORMS', 'DICOM_SUFFIX', 'DICOM_NAME', 'TABLE_NAME', 'CLASSES', 'NAMELESS', 'STRIPPED', 'LONI', 'MAPS',
            'PARTIAL', 'MP2RAGE', 'EARLY', 'FOLDER_HEADS', 'POINTERS', 'COLUMNS', 'OASIS_FILES', 'SURFER_FILES',
            'SURFER_AVERAGES', 'Heads', 'form_of', 'stem_of', 'say_left', 'list_heads', 'find_pointer', 'find_contrast',
-           'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'says_nobody', 'name_unknown',
+           'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'names_no_subject', 'name_unknown',
            'name_heads', 'name_restarts', 'name_layout', 'bids_parts', 'pick_bids', 'pick_space', 'pick_surfer',
            'pick_cat12', 'oasis_axes', 'pick_oasis', 'choose_contrast', 'natural', 'choose_visits', 'list_tables',
            'pick_heads', 'find_heads', 'explain_nothing', 'match_only', 'set_axes', 'read_analyze', 'check_image',
@@ -484,7 +484,7 @@ def bare_name(
     return text, parts
 
 
-def says_nobody(
+def names_no_subject(
     text: str,  # Name of a folder or file
 ) -> bool:  # True for T1, anat, visit1, brain
     """Tell names that speak of a scan, and not of a subject.
@@ -525,13 +525,13 @@ def name_unknown(
     ]
     stems = [re.sub(STRIPPED, '', p.split('/')[-1], flags=re.IGNORECASE) for p in places]
     while min(map(len, cut), default=0) > 1 and len({o[0] for o in cut}) == 1:
-        if all(says_nobody(o[1]) for o in cut):
+        if all(names_no_subject(o[1]) for o in cut):
             break
         cut = [o[1:] for o in cut]
     num_tops = len({o[0] for o in cut if o})
     by_folder = min(map(len, cut), default=0) > 0 and num_tops * FOLDER_HEADS >= len(places)
     number = lambda text: bool(re.search(r'\d', strip_parts(f'x/{text}')[0]))
-    by_folder = by_folder and (num_tops > 1 or all(map(says_nobody, stems)))
+    by_folder = by_folder and (num_tops > 1 or all(map(names_no_subject, stems)))
     by_folder = by_folder and (any(number(o[0]) for o in cut) or not all(map(number, stems)))
     by_stem = (
         pd.Series(['/'.join(o) for o in cut], dtype=object).groupby(pd.Series(stems)).nunique()
@@ -586,7 +586,7 @@ def name_heads(
             read.loc[i, 'kind'] = m[2]
     new = read.study.isna()
     rest = facts.rest[new].tolist()
-    if all(says_nobody(o) for path in rest for o in path.split('/')):
+    if all(names_no_subject(o) for path in rest for o in path.split('/')):
         rest = [f'{root.resolve().name}/{o}' for o in rest]
     guess = name_unknown(rest)
     folders = guess.attrs['folders']
