@@ -217,7 +217,7 @@ def canonical_head(
         notes.append(f'{num_nan} voxels were NaN, taken as background')
     scan = Scan(voxels, image.affine, notes)
     refuse_head(scan)
-    return head
+    return scan
 
 # %% ../../nbs/engineering/26_prepare.ipynb #pr180014
 # Foreground outside of the extracted brain, as a fraction of it; heads have over 0.5
