@@ -20,6 +20,7 @@ LAYERS = """
     engineering.files engineering.plotting engineering.phantom engineering.tables
     engineering.alignment
     engineering.layouts
+    engineering.sources
     engineering.covariates engineering.cache
     data
     engineering.layers vae vqgan scheduler advanced.solvers unet
