@@ -277,9 +277,7 @@ def check_dataset(
     good, faults, sizes = find_row_faults(rows)
     notes += find_dark(good)
     side = max(map(int, sizes.index[0].split(' x '))) if len(sizes) else config.size
-    good, odd, said = check_alignment(
-        good, side, listed.voxel_mm, listed.manifest.attrs['root']
-    )
+    good, odd, said = check_alignment(good, side, listed.voxel_mm, listed.manifest.attrs['root'])
     notes += said
     crop = find_crop(good, side) if config.crop == 'auto' else config.crop
     if config.crop == 'auto':

@@ -175,7 +175,9 @@ def test_foreground_outside_of_the_template_needs_no_rim(cohort, tmp_path):
     volumes = np.stack(
         [
             [
-                np.where(im > 20, im, ndimage.grey_dilation(im, 13) * (ndimage.grey_dilation(im, 13) > 0))
+                np.where(
+                    im > 20, im, ndimage.grey_dilation(im, 13) * (ndimage.grey_dilation(im, 13) > 0)
+                )
                 for im in vol
             ]
             for vol in cohort
@@ -201,9 +203,7 @@ def test_one_head_under_two_names_is_a_leak_across_splits(bench, cohort, tmp_pat
     detail = report.faults.detail[0]
     assert 'sub-10 (validate)' in detail and 'sub-00 (train)' in detail
     with pytest.raises(ValueError, match='a leak'):
-        open_dataset(
-            tmp_path / 'across', DataConfig(size=32, skip_faulty=True), progress=False
-        )
+        open_dataset(tmp_path / 'across', DataConfig(size=32, skip_faulty=True), progress=False)
     report = check(write_images(tmp_path / 'within', volumes, splits=[*splits, 'train']))
     assert report.ok
     assert any('sub-00 and sub-10' in o for o in report.notes)
@@ -215,7 +215,8 @@ def test_one_head_under_two_names_is_a_leak_across_splits(bench, cohort, tmp_pat
 def test_few_subjects(cohort, tmp_path):
     for n in (1, 2, 3):
         assert check(write_images(tmp_path / str(n), cohort[:n])).ok
-    twice = [cohort[0], cohort[0][:, ::-1][:, ::-1] // 2 * 2 + 1]  # no copy, but the same head
+    # no copy, but the same head
+    twice = [cohort[0], cohort[0][:, ::-1][:, ::-1] // 2 * 2 + 1]
     twice[1][cohort[0] == 0] = 0
     report = check(write_images(tmp_path / 'twice', twice, splits=['train', 'validate']))
     assert report.faults.fault.tolist() == ['leak']
@@ -228,8 +229,9 @@ def test_brains_without_the_common_positions_are_named(cohort, tmp_path):
     rows.to_csv(root / 'manifest.csv', index=False)
     report = check(root)
     assert report.ok
-    assert any(o.startswith('1 of 10 brains lack slice positions') and 'sub-04' in o
-               for o in report.notes)
+    assert any(
+        o.startswith('1 of 10 brains lack slice positions') and 'sub-04' in o for o in report.notes
+    )
 
 
 def test_a_cached_inspection_knows_the_copies(bench, cohort, tmp_path, monkeypatch):
@@ -250,9 +252,7 @@ def test_a_cached_inspection_knows_the_copies(bench, cohort, tmp_path, monkeypat
     inspection.keep()
     assert len(list((tmp_path / 'cache').rglob('*.json'))) == 1
     monkeypatch.setattr(cache, 'inspect_files', lambda *o: pytest.fail('inspected again'))
-    monkeypatch.setattr(
-        cache, 'inspection_key', lambda *o: (inspection.fresh[0], 0)
-    )
+    monkeypatch.setattr(cache, 'inspection_key', lambda *o: (inspection.fresh[0], 0))
     again = check_dataset(root, config, False, cache.CachedInspection(tmp_path / 'cache'))
     assert again.faults.detail.tolist() == first.faults.detail.tolist()
     assert first.faults.fault.tolist() == ['alignment']

@@ -37,8 +37,12 @@ from brainldm.engineering.files import (
 from brainldm.engineering.tables import (
     ALIASES,
     LABELS,
+    TABLE_FILE,
+    find_subject_table,
     join_subjects,
     name_subjects,
+    near_tables,
+    note_unknown_covariates,
     read_name,
     read_subjects,
     read_table,
@@ -261,6 +265,7 @@ def pick_files(
         o
         for o in files
         if o not in {*images, *TABLES, 'dataset_description.json', 'participants.json'}
+        and not (re.search(TABLE_FILE, o, re.IGNORECASE) and o.count('/') < 2)  # see `find_table`
     ]
     return used, [
         f'{len(o)} {what} ignored: {", ".join(o[:3])}'
@@ -683,9 +688,11 @@ class Findings:
 def find_table(
     root: Path,  # Data folder
     config: DataConfig,  # For `subjects`
+    # Rows with unit and place, by which a table of any other name is recognized
+    rows: pd.DataFrame | None = None,
 ) -> tuple:  # Path of the table of subjects or None; notes
     """Where the facts about subjects are: the table that was named, else subjects.csv, else
-    participants.tsv, perhaps one folder down.
+    participants.tsv, perhaps one folder down, else the one table that names subjects of the data.
 
     Parameters
     ----------
@@ -693,24 +700,34 @@ def find_table(
         Data folder.
     config : DataConfig
         For `subjects`.
+    rows : pd.DataFrame | None, default None
+        Rows with unit and place, by which a table of any other name is recognized.
 
     Returns
     -------
     tuple
         Path of the table of subjects or None; notes.
     """
-    if config.subjects is not None:
-        return config.subjects, []
-    here = [root / o for o in TABLES if (root / o).is_file()]
+    listed = rows is not None and 'place' in rows
+    tables = near_tables(root) if listed else [o for o in TABLES if (root / o).is_file()]
+    known = [root / o for o in TABLES if (root / o).is_file()]
     below = sorted(root.glob('*/participants.tsv'))
-    if not here:
-        here = below[:1] if len(below) == 1 else []
-    if not here:
+    if config.subjects is not None:
+        used = config.subjects
+    elif known or len(below) == 1:
+        used = (known or below)[0]
+    elif below:
         return None, [
             f'{len(below)} participants.tsv below: none is read. Name one with --subjects'
-        ] * bool(below)
-    return here[0], [f'{here[0].name} is read'] * (here[0].name != TABLES[0]) + [
-        f'{o.name} is not read, for there is {here[0].name}' for o in here[1:]
+        ]
+    else:
+        return find_subject_table(root, rows) if listed else (None, [])
+    left = [o for o in tables if (root / o).resolve() != used.resolve()]
+    told = ', '.join(left[:3]) + f' and {len(left)-3} more' * (len(left) > 3)
+    return used, [
+        *[f'{used.name} is read'] * (used != config.subjects and used.name != TABLES[0]),
+        *[f'{told} {"is" if len(left) == 1 else "are"} not read, for there is {used.name}']
+        * bool(left),
     ]
 
 # %% ../../nbs/engineering/25_layouts.ipynb #tell0001
@@ -838,7 +855,15 @@ def name_rows(
             'some subjects have several rows for one slice: a column session would tell their scans'
             ' apart'
         )
-    return rows, faults, notes + note_unused_columns(rows, config)
+    return (
+        rows,
+        faults,
+        [
+            *notes,
+            *note_unused_columns(rows, config),
+            *note_unknown_covariates(rows, table),
+        ],
+    )
 
 # %% ../../nbs/engineering/25_layouts.ipynb #ly000004
 def read_layout(
@@ -892,7 +917,7 @@ def read_layout(
             f"read_layout: '{root}' looks like layout {layout} and holds no scan. Expected images"
             " or volumes. Check the folder."
         )
-    table, more = find_table(root, config)
+    table, more = find_table(root, config, rows)
     rows, unclear, said = name_rows(rows, None if table is None else read_subjects(table), config)
     notes = [*notes, *more, *said]
     pairs = rows[['subject', 'diagnosis']].dropna().drop_duplicates()
@@ -900,7 +925,8 @@ def read_layout(
     if len(both):
         notes.append(f'{len(both)} subjects with two diagnoses: {", ".join(both[:5])}')
     odd, voxel_mm = check_grids(root, rows)
-    rows.attrs = dict(layout=layout, root=str(root), voxel_mm=voxel_mm)
+    about = dict(table=rows.attrs.get('table'))  # which table of subjects, and what it knew
+    rows.attrs = dict(layout=layout, root=str(root), voxel_mm=voxel_mm, **about)
     faults = pd.concat([faults, unclear, odd], ignore_index=True)
     return Findings(rows, faults, notes, voxel_mm=voxel_mm)
 

@@ -75,7 +75,9 @@ def visit_again(vol, rng):
     mm = max(vol.shape[1:]) / 208
     out = move(vol, turn(rng.uniform(-3, 3)), rng.uniform(-2, 2, 2) * mm).astype(float)
     y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in vol.shape[1:]], indexing="ij")
-    out *= (1 + rng.uniform(-0.15, 0.15)) * (1 + 0.1 * (rng.uniform(-1, 1) * y + rng.uniform(-1, 1) * x))
+    out *= (1 + rng.uniform(-0.15, 0.15)) * (
+        1 + 0.1 * (rng.uniform(-1, 1) * y + rng.uniform(-1, 1) * x)
+    )
     noisy = np.where(out > 12, out + rng.normal(0, 6, out.shape), out)
     return noisy.clip(0, 255).round().astype(np.uint8)
 
@@ -136,13 +138,22 @@ def report_damage(name, volumes):
     volumes = np.stack([to_square(v) for v in volumes])
     base, n = shrink(volumes), len(volumes)
     bad, noted, cohort, shown, _ = judge(base)
-    print(f"\n**{name}**, {n} subjects, aligned: {bad.sum()} faults, {noted.sum()} noted, cohort fault {cohort}")
+    print(
+        f"\n**{name}**, {n} subjects, aligned: {bad.sum()} faults, {noted.sum()} noted, cohort"
+        f" fault {cohort}"
+    )
     ratio = np.maximum(shown.ratio, 1 / shown.ratio)
-    print(f"length {shown.length.median():.3f} of the side; center within {shown.shift_cm.max():.2f} cm (median "
-          f"{shown.shift_cm.median():.2f}), size within {ratio.max() - 1:.1%} (median {ratio.median() - 1:.1%}), "
-          f"direction within {shown.turn.max():.1f} degrees, similarity {shown.similarity.min():.2f} "
-          f"(median {shown.similarity.median():.2f}), gain {shown.gain.max():.2f}, rim {shown.rim.min():.2f}")
-    print("\n| damage | faults | noted | of | others blamed | shift cm | ratio | turn | similarity | gain | rim |")
+    print(
+        f"length {shown.length.median():.3f} of the side; center within {shown.shift_cm.max():.2f}"
+        f" cm (median {shown.shift_cm.median():.2f}), size within {ratio.max() - 1:.1%} (median"
+        f" {ratio.median() - 1:.1%}), direction within {shown.turn.max():.1f} degrees, similarity"
+        f" {shown.similarity.min():.2f} (median {shown.similarity.median():.2f}), gain"
+        f" {shown.gain.max():.2f}, rim {shown.rim.min():.2f}"
+    )
+    print(
+        "\n| damage | faults | noted | of | others blamed | shift cm | ratio | turn | similarity |"
+        " gain | rim |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for kind, change in kinds(volumes.shape[-1] / 208).items():
         other = shrink([change(v) for v in volumes])
@@ -154,8 +165,11 @@ def report_damage(name, volumes):
             blamed += bad[~at].sum() + n * cohort
             rows.append(shown[at])
         o = pd.concat(rows)
-        print(f"| {kind} | {hit} | {note} | {n} | {blamed} | {o.shift_cm.min():.1f}+ | {o.ratio.median():.2f}"
-              f" | {o.turn.min():.0f}+ | {o.similarity.max():.2f}- | {o.gain.min():.2f}+ | {o.rim.max():.2f}- |")
+        print(
+            f"| {kind} | {hit} | {note} | {n} | {blamed} | {o.shift_cm.min():.1f}+ |"
+            f" {o.ratio.median():.2f} | {o.turn.min():.0f}+ | {o.similarity.max():.2f}- |"
+            f" {o.gain.min():.2f}+ | {o.rim.max():.2f}- |"
+        )
     return volumes, base
 
 
@@ -169,7 +183,9 @@ def report_cohorts(volumes, rng):
         "turned by 20 degrees (SD)": lambda v: move(v, turn(rng.normal(0, 20))),
         "sizes scatter by 20 %": lambda v: move(v, np.eye(2) * np.exp(rng.normal(0, 0.2))),
         "half of them front to back": lambda v: v[:, ::-1] if rng.random() < 0.5 else v,
-        "half of them half the size": lambda v: move(v, np.eye(2) / 0.5) if rng.random() < 0.5 else v,
+        "half of them half the size": lambda v: (
+            move(v, np.eye(2) / 0.5) if rng.random() < 0.5 else v
+        ),
         "skull left in all": add_skull,
     }
     print("\n| cohort | faults | what |\n|---|---|---|")
@@ -196,8 +212,11 @@ def report_pairs(name, volumes, base, rng):
     for what, o in (("correlation", brains), ("without the mean", left)):
         r = a.correlate(o, o)
         same, other = r[np.arange(n), n + np.arange(n)], r[:n, :n][upper]
-        print(f"{name}, {what}: same head {same.min():.3f} to {same.max():.3f}; {len(other)} pairs of "
-              f"different ones, median {np.median(other):.3f}, SD {other.std():.3f}, at most {other.max():.3f}")
+        print(
+            f"{name}, {what}: same head {same.min():.3f} to {same.max():.3f}; {len(other)} pairs of"
+            f" different ones, median {np.median(other):.3f}, SD {other.std():.3f}, at most"
+            f" {other.max():.3f}"
+        )
     pairs = a.find_similar_pairs(straight, np.arange(2 * n))
     true = sum(j - i == n for i, j, _ in pairs)
     print(f"{name}: {true} of {n} repeats found, {len(pairs) - true} wrong pairs")
@@ -216,12 +235,22 @@ def report_cost(volumes, subjects, rng):
     at = rng.integers(0, len(base), subjects)
     many = (base[at] + rng.normal(0, 4, (subjects, *base.shape[1:]))).clip(0, 255).astype(np.uint8)
     rows = pd.DataFrame(
-        dict(subject=f"{i}", slice=k, plane=-1, split="train", path=f"{i}_{k}", _copy=a.describe_slice(o))
-        for i, brain in enumerate(many) for k, o in enumerate(brain)
+        dict(
+            subject=f"{i}",
+            slice=k,
+            plane=-1,
+            split="train",
+            path=f"{i}_{k}",
+            _copy=a.describe_slice(o),
+        )
+        for i, brain in enumerate(many)
+        for k, o in enumerate(brain)
     )
     start = time.perf_counter()
     a.check_alignment(rows, 208)
-    print(f"\n{subjects} subjects, {len(rows)} described slices: {time.perf_counter() - start:.1f} s")
+    print(
+        f"\n{subjects} subjects, {len(rows)} described slices: {time.perf_counter() - start:.1f} s"
+    )
     with TemporaryDirectory() as tmp:
         for form, size in (("png", 128), ("nifti", 128)):
             config = PhantomConfig(num_subjects=10, num_slices=32, size=size, format=form)
@@ -230,13 +259,18 @@ def report_cost(volumes, subjects, rng):
             for i in range(8):
                 for on in (True, False):
                     layouts.find_described = find if on else lambda rows: np.zeros(len(rows), bool)
-                    data.check_alignment = check if on else lambda rows, *o: (rows, a.as_faults([]), [])
+                    data.check_alignment = (
+                        check if on else lambda rows, *o: (rows, a.as_faults([]), [])
+                    )
                     start = time.process_time()
                     data.check_dataset(root, DataConfig(), progress=False)
                     taken[on] += [time.process_time() - start] * (i > 0)
             layouts.find_described, data.check_alignment = find, check
             on, off = (np.median(taken[o]) for o in (True, False))
-            print(f"check of 10 x 32 slices, {form}: {on:.2f} s with, {off:.2f} s without, {on / off:.2f} times")
+            print(
+                f"check of 10 x 32 slices, {form}: {on:.2f} s with, {off:.2f} s without,"
+                f" {on / off:.2f} times"
+            )
 
 
 def main():
@@ -244,7 +278,9 @@ def main():
     parser.add_argument("--data", help="folder of real aligned subjects")
     parser.add_argument("--phantoms", type=int, default=40, help="synthetic subjects")
     parser.add_argument("--size", type=int, default=128, help="their pixels a side")
-    parser.add_argument("--subjects", type=int, default=2000, help="size of the cohort that is timed")
+    parser.add_argument(
+        "--subjects", type=int, default=2000, help="size of the cohort that is timed"
+    )
     o = parser.parse_args()
     rng = np.random.default_rng(0)
     sets = {"phantom": make_phantoms(o.phantoms, o.size)}
