@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from brainldm.engineering.checks import DataFault
+from brainldm.engineering.configs import SourceOptions
 from brainldm.engineering.sources import (
-    SourceOptions,
     find_contrast,
     find_heads,
     natural,

@@ -7,13 +7,14 @@ __all__ = ['FORMS', 'OTHER_FORMS', 'DICOM_SUFFIX', 'DICOM_NAME', 'TABLE_NAME', '
            'PARTIAL', 'MP2RAGE', 'EARLY', 'FOLDER_HEADS', 'POINTERS', 'COLUMNS', 'OASIS_FILES', 'SURFER_FILES',
            'SURFER_AVERAGES', 'Heads', 'form_of', 'stem_of', 'say_left', 'list_heads', 'find_pointer', 'find_contrast',
            'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'names_no_subject', 'name_unknown',
-           'name_heads', 'name_restarts', 'name_layout', 'bids_parts', 'pick_bids', 'pick_space', 'pick_surfer',
+           'identify_heads', 'name_restarts', 'name_layout', 'bids_parts', 'pick_bids', 'pick_space', 'pick_surfer',
            'pick_cat12', 'oasis_axes', 'pick_oasis', 'choose_contrast', 'natural', 'choose_visits', 'list_tables',
-           'pick_heads', 'find_heads', 'explain_nothing', 'match_only', 'set_axes', 'read_analyze', 'check_image',
-           'read_volume', 'convert_series', 'read_head']
+           'pick_heads', 'find_heads', 'refuse_heads', 'explain_nothing', 'match_only', 'set_axes', 'orient_by_name',
+           'check_image', 'read_volume', 'convert_series', 'read_head', 'read_mask']
 
 # %% ../../nbs/engineering/43_sources.ipynb #src00003
 import fnmatch
+import json
 import os
 import re
 import subprocess
@@ -47,8 +48,8 @@ TABLE_NAME = r'\.(?:csv|tsv|xlsx?)$'
 # Folders of diagnoses, in any case
 CLASSES = (
     r'ADD?|NC|CN|CU|HC|[ELSP]?MCI|SMC|SCD|FTD|PD|DLB|LBD|MS|SZ|ASD|TD|controls?|patients?|'
-    r'healthy|normal|alzheimers?|converted|'
-    r'(?:(?:non|very|mild|moderate)[ _-]*)*(?:demented|dementia)'
+    r"(?:cognitively[ _-]*)?(?:healthy|normal)|alzheimer(?:'?s)?(?:[ _-]*disease)?|converted|"
+    r'(?:(?:non?|very|mild|moderate)[ _-]*)*(?:demented|dementia|impair(?:ed|ment))'
 )
 # Folders and files whose names say nothing of a subject
 NAMELESS = (
@@ -351,7 +352,7 @@ def read_series(
     if len({o['uid'] for o in some}) > 1:
         some = [read(o) for o in paths]
     series = {o['uid']: o for o in some}
-    return sorted(series.values(), key=lambda o: (int(o['number'] or 0), o['uid']))
+    return sorted(series.values(), key=lambda o: (natural(o['number']), o['uid']))
 
 # %% ../../nbs/engineering/43_sources.ipynb #dic00002
 def list_dicom(
@@ -416,7 +417,7 @@ def read_folders(
     """Read class and split off the folders above each head.
 
     A name counts as a class only where half of its neighbors do, and as a split only beside another
-    one.
+    one. ad and AD are one class.
 
     Parameters
     ----------
@@ -442,6 +443,10 @@ def read_folders(
         known = [o for o in beside if re.fullmatch(CLASSES, o, re.IGNORECASE)]
         if 2 * len(known) >= len(beside):
             roles |= {(parent, o): 'diagnosis' for o in known}
+    spelled: dict = {}
+    for (_, name), role in sorted(roles.items()):
+        if role == 'diagnosis':
+            spelled.setdefault(name.lower(), name)
     rows = []
     for place in places:
         *parts, last = place.split('/')
@@ -451,7 +456,7 @@ def read_folders(
         rest = [o for o, r in zip(parts, mine) if not r]
         rows.append(
             (
-                said.get('diagnosis'),
+                spelled.get(said.get('diagnosis', '').lower()),
                 SPLIT_FOLDERS[split.lower()] if split else None,
                 '/'.join([*rest, last]),
             )
@@ -550,7 +555,7 @@ def name_unknown(
     return names
 
 # %% ../../nbs/engineering/43_sources.ipynb #nam00002
-def name_heads(
+def identify_heads(
     found: pd.DataFrame,  # Columns path, form, perhaps place, kind, patient, date
     root: Path,  # Folder, whose name counts where it is one subject
 ) -> tuple:  # The same with subject, session, run, image, kind, diagnosis, split; the layout
@@ -634,7 +639,7 @@ def name_restarts(
 
 
 def name_layout(
-    named: pd.DataFrame,  # From `name_heads`
+    named: pd.DataFrame,  # From `identify_heads`
     folders: bool,  # Folders name the subjects
 ) -> str:  # In words
     """Say what a folder looks like that no program has laid out.
@@ -642,7 +647,7 @@ def name_layout(
     Parameters
     ----------
     named : pd.DataFrame
-        From `name_heads`.
+        From `identify_heads`.
     folders : bool
         Folders name the subjects.
 
@@ -1096,7 +1101,7 @@ def pick_heads(
         rows = pd.concat([found[~labels & ~maps], series[~other]], ignore_index=True)
         layout = ''
     if 'subject' not in rows:
-        rows, words = name_heads(rows, root)
+        rows, words = identify_heads(rows, root)
         layout = layout or words
     rows = rows.reindex(columns=[*COLUMNS, *rows.columns.difference(COLUMNS)])
     rows, more = choose_contrast(rows.astype(dict.fromkeys(COLUMNS, object)), wanted)
@@ -1156,14 +1161,41 @@ def find_heads(
         raise ValueError(explain_nothing(root, files, options, notes))
     table = rows.reindex(columns=COLUMNS)
     table = table.astype(object).where(table.notna(), None)
-    paths = [o for col in ('path', 'mask') for o in table[col] if o]
-    why = {o: find_pointer(root / o) for o in dict.fromkeys(paths)}
-    bad = {k: v for k, v in why.items() if v}
-    lost = table.path.isin(list(bad)) | table['mask'].isin(list(bad))
-    faults = pd.concat([faults, as_faults(bad, 'pointer', bad.values())], ignore_index=True)
-    return Heads(
-        table[~lost].reset_index(drop=True), layout, notes, faults, list_tables(root, files)
-    )
+    table, bad = refuse_heads(root, table)
+    faults = pd.concat([faults, bad], ignore_index=True)
+    return Heads(table, layout, notes, faults, list_tables(root, files))
+
+
+def refuse_heads(
+    root: Path,  # Folder
+    table: pd.DataFrame,  # Heads that would be taken
+) -> tuple:  # The heads that are there, faults of the others
+    """Leave the heads whose content is not here, and those whose names do not print.
+
+    Parameters
+    ----------
+    root : Path
+        Folder.
+    table : pd.DataFrame
+        Heads that would be taken.
+
+    Returns
+    -------
+    tuple
+        The heads that are there, faults of the others.
+    """
+    why = {}
+    for row in table.itertuples():
+        halves = [row.path[:-4] + o for o in ('.img', '.IMG')] * (row.form == 'analyze')
+        parts = [row.path, *(o for o in halves if os.path.lexists(root / o)), row.mask]
+        for path in (o for o in parts if o):
+            text = find_pointer(root / path)
+            if not (path + row.subject).isprintable():
+                text = 'holds characters that do not print. Expected text. Rename it'
+            if text:
+                why[row.Index] = (path, 'name' if 'do not print' in text else 'pointer', text)
+    faults = as_faults(*(zip(*why.values()) if why else [[]]))
+    return table.drop(list(why)).reset_index(drop=True), faults
 
 
 def explain_nothing(
@@ -1276,15 +1308,21 @@ def set_axes(
     return affine
 
 
-def read_analyze(
-    path: Path,  # Header or image of a pair
+def orient_by_name(
+    img: Any,  # nibabel image whose header does not say where left is
+    path: Path,  # Its file
+    why: str,  # What the header lacks
 ) -> Any:  # nibabel image
-    """Read an Analyze pair, whose header does not say where left is.
+    """Give a file of OASIS-1 the axes that are known of it.
 
     Parameters
     ----------
+    img : Any
+        nibabel image whose header does not say where left is.
     path : Path
-        Header or image of a pair.
+        Its file.
+    why : str
+        What the header lacks.
 
     Returns
     -------
@@ -1294,30 +1332,25 @@ def read_analyze(
     Raises
     ------
     DataFault
-        For files of any study but OASIS-1.
+        For any other study.
     """
     import nibabel as nib
 
-    img: Any = nib.load(path)
     known = oasis_axes(path.name)
     if not known:
         raise DataFault(
             'orientation',
-            'Analyze, whose header does not say where left is. Expected NIfTI, or a file of an'
-            ' OASIS-1 disc. Convert it with a tool that knows the study',
+            f'{why}, so left and front are unknown. Expected a header that says it, or a file of'
+            ' OASIS-1. Convert the scan anew with a tool that knows the study',
         )
-    vol = np.asanyarray(img.dataobj)
-    vol = vol.reshape(vol.shape[:3]) if vol.size == np.prod(vol.shape[:3]) else vol
-    if vol.ndim != 3:
-        raise DataFault('shape', f'{vol.ndim}-D volume {vol.shape}. Expected 3-D')
     voxel_mm = tuple(float(o) for o in img.header.get_zooms()[:3])
-    return nib.Nifti1Image(vol, set_axes(vol.shape, voxel_mm, known[1]))
+    return nib.Nifti1Image(img.dataobj, set_axes(img.shape[:3], voxel_mm, known[1]))
 
 # %% ../../nbs/engineering/43_sources.ipynb #rea00002
 def check_image(
     img: Any,  # nibabel image
-) -> Any:  # The same as a volume (x, y, z)
-    """Take a fourth axis of length 1 off.
+) -> Any:  # NIfTI image (x, y, z) with its voxels in memory
+    """Take a fourth axis of length 1 off, and read the voxels.
 
     Parameters
     ----------
@@ -1327,12 +1360,12 @@ def check_image(
     Returns
     -------
     Any
-        The same as a volume (x, y, z).
+        NIfTI image (x, y, z) with its voxels in memory.
 
     Raises
     ------
     DataFault
-        For what is no gray volume.
+        For no gray volume.
     """
     import nibabel as nib
 
@@ -1341,17 +1374,20 @@ def check_image(
             'shape',
             f'voxels of type {img.get_data_dtype()}. Expected gray values. Save one channel',
         )
-    if len(img.shape) < 3 or np.prod(img.shape[3:]) != 1:
+    shape = tuple(int(o) for o in img.shape)
+    if len(shape) < 3 or np.prod(shape[3:]) != 1:
         raise DataFault(
             'shape',
-            f'{len(img.shape)}-D volume {img.shape}. Expected one 3-D volume. Save one frame of it,'
-            ' such as with nibabel.four_to_three',
+            f'{len(shape)}-D volume {shape}. Expected one 3-D volume. Save one frame of it, such as'
+            ' with nibabel.four_to_three',
         )
-    if len(img.shape) > 3:
-        img = nib.squeeze_image(img)
     if not np.isfinite(img.affine).all() or abs(np.linalg.det(img.affine[:3, :3])) < 1e-6:
         raise DataFault('orientation', 'affine has no volume. Expected three axes')
-    return img
+    try:
+        vol = np.asanyarray(img.dataobj).reshape(shape[:3])
+    except Exception as e:
+        raise DataFault('truncated', f'voxels cannot be read: {e}. Copy the file again') from e
+    return nib.Nifti1Image(vol, img.affine, dtype=vol.dtype)
 
 
 def read_volume(
@@ -1386,23 +1422,18 @@ def read_volume(
     if isinstance(img, nib.MGHImage):
         if not img.header['goodRASFlag']:
             raise DataFault('orientation', 'header says that its axes are unknown. Expected known')
-        return check_image(img)
-    if not isinstance(img, (nib.Nifti1Pair, nib.Nifti2Pair)):
-        return check_image(read_analyze(path))
-    img = check_image(img)
-    if not (img.header['sform_code'] or img.header['qform_code']):
-        raise DataFault(
-            'orientation',
-            'sform and qform code are 0, so left and front are unknown. Expected one of them. Set'
-            ' the affine with nibabel, or convert the scan anew',
-        )
-    return img
+    elif not isinstance(img, (nib.Nifti1Pair, nib.Nifti2Pair)):
+        why = 'Analyze, whose header does not say where left is'
+        img = orient_by_name(img, path, why)
+    elif not (img.header['sform_code'] or img.header['qform_code']):
+        img = orient_by_name(img, path, 'sform and qform code are 0')
+    return check_image(img)
 
 # %% ../../nbs/engineering/43_sources.ipynb #rea00003
 def convert_series(
     folder: Path,  # Folder of DICOM, not changed
     workdir: Path,  # Folder to write into
-    wanted: str = 'T1',  # Contrast, key of MODALITIES
+    kind: str | None = None,  # Description of the series, where the folder has several
 ) -> Path:  # NIfTI volume
     """Turn one DICOM series into NIfTI with dcm2niix.
 
@@ -1412,8 +1443,8 @@ def convert_series(
         Folder of DICOM, not changed.
     workdir : Path
         Folder to write into.
-    wanted : str, default 'T1'
-        Contrast, key of MODALITIES.
+    kind : str | None, default None
+        Description of the series, where the folder has several.
 
     Returns
     -------
@@ -1434,18 +1465,18 @@ def convert_series(
     made = sorted(out.glob('*.nii'), key=lambda o: natural(o.name))
     if not made:
         told = (done.stdout + done.stderr).strip().splitlines()[-1:]
-        raise DataFault(
-            'dicom', f'dcm2niix made nothing of it: {" ".join(told)}. Expected a volume'
-        )
-    said = {o: find_contrast(o.stem) for o in made}
-    fit = [o for o in made if said[o] == wanted] or [o for o in made if not said[o]]
-    number = lambda o: o.name.split('_')[0]
-    fit = [o for o in fit if number(o) == number(fit[0])]
-    if len(fit) != 1:
-        names = ', '.join(o.name for o in fit or made)
+        raise DataFault('dicom', f'dcm2niix made no volume of it: {" ".join(told)}. Expected one')
+
+    def says(path):
+        about = json.loads(path.with_suffix('.json').read_text())
+        return about.get('SeriesDescription') or about.get('ProtocolName')
+
+    fit = [o for o in made if says(o) == kind] or made
+    fit = [o for o in fit if o.name.split('_')[0] == fit[0].name.split('_')[0]]
+    if len(fit) > 1:
         raise DataFault(
             'dicom',
-            f'dcm2niix made {len(fit)} volumes of contrast {wanted} of one series: {names}.'
+            f'dcm2niix made {len(fit)} volumes of one series: {", ".join(o.name for o in fit)}.'
             ' Expected one. Convert it by hand, and give the NIfTI',
         )
     return fit[0]
@@ -1455,7 +1486,6 @@ def read_head(
     root: str | Path,  # Folder that `find_heads` was given
     row: Mapping,  # Row of its table
     workdir: str | Path,  # Folder for what has to be converted first
-    wanted: str = 'T1',  # Contrast, where a folder of DICOM has several
 ) -> Any:  # nibabel image (x, y, z) whose affine can be trusted
     """Read one head, of whatever form.
 
@@ -1467,8 +1497,6 @@ def read_head(
         Row of its table.
     workdir : str | Path
         Folder for what has to be converted first.
-    wanted : str, default 'T1'
-        Contrast, where a folder of DICOM has several.
 
     Returns
     -------
@@ -1482,5 +1510,30 @@ def read_head(
     """
     path = Path(root) / row['path']
     if row['form'] == 'dicom':
-        path = convert_series(path, Path(workdir), wanted)
+        path = convert_series(path, Path(workdir), row.get('kind'))
     return read_volume(path)
+
+
+def read_mask(
+    root: str | Path,  # Folder that `find_heads` was given
+    row: Mapping,  # Row of its table
+) -> Any:  # nibabel image, above 0 in the brain; None where the head comes without
+    """Read the brain mask that a program wrote beside a head.
+
+    Parameters
+    ----------
+    root : str | Path
+        Folder that `find_heads` was given.
+    row : Mapping
+        Row of its table.
+
+    Returns
+    -------
+    Any
+        nibabel image, above 0 in the brain; None where the head comes without.
+
+    Raises
+    ------
+    DataFault
+    """
+    return read_volume(Path(root) / row['mask']) if row.get('mask') else None
