@@ -416,7 +416,7 @@ def align_brain(
     affine: np.ndarray,  # (4, 4): from voxel to mm
     template: Template,  # What to align to
 ) -> np.ndarray:  # (4, 4): from a place in the template to the place in the head, mm, RAS
-    """Find the affine map (12 parameters) from the template to a brain by the correlation of both.
+    """Find the affine map (12 parameters) from the template to a brain by their correlation.
 
     Parameters
     ----------
