@@ -17,6 +17,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from PIL import Image
 from .configs import DataConfig
+from .alignment import describe_slice, find_described
 from brainldm.engineering.files import (
     cache_folder,
     decode_file,
@@ -407,9 +408,10 @@ def inspection_key(
     """
     root = Path(rows.attrs['root'])
     digest = hashlib.blake2b(str(config.to_gray).encode(), digest_size=16)
-    for part in (decode_file, inspect_files):
+    for part in (decode_file, inspect_files, describe_slice):
         digest.update(Path(inspect.getfile(part)).read_bytes())
     digest.update(pd.util.hash_pandas_object(rows[['path', 'plane']]).to_numpy().tobytes())
+    digest.update(find_described(rows).tobytes())
     last = 0.0
     for about in (os.stat(root / path) for path in rows.path.unique()):
         digest.update(

@@ -21,6 +21,7 @@ import pandas as pd
 
 from .checks import DataFault, printable
 from .configs import DataConfig
+from .alignment import describe_slice, find_described
 from brainldm.engineering.files import (
     ARCHIVES,
     as_faults,
@@ -990,8 +991,8 @@ def inspect_files(
     rows: pd.DataFrame,  # Manifest
     config: DataConfig,  # For `to_gray`
     progress: bool = True,  # Show a bar
-    # The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done
-    # to each file
+    # The rows with hash, _height, _width, _side, _bright, _copy, _blank, _fault, _detail; what was
+    # done to each file
 ) -> tuple:
     """Decode every file once and write down what is in it.
 
@@ -1007,31 +1008,34 @@ def inspect_files(
     Returns
     -------
     tuple
-        The rows with hash, _height, _width, _side, _bright, _blank, _fault, _detail; what was done
-        to each file.
+        The rows with hash, _height, _width, _side, _bright, _copy, _blank, _fault, _detail; what
+        was done to each file.
     """
     root, planes = Path(rows.attrs['root']), rows.plane.to_numpy()
+    described = find_described(rows)
 
     def look(path, at):
         try:
             images, done = decode_file(root / path, planes[at], config.to_gray)
         except DataFault as e:
-            return [('', 0, 0, 0, 0, False, e.kind, str(e))] * len(at), {}
+            return [('', 0, 0, 0, 0, '', False, e.kind, str(e))] * len(at), {}
         return [
             (
                 hash_image(o),
                 *o.shape,
                 foreground_side(o),
                 upper_intensity(o),
+                describe_slice(o) if described[i] else '',
                 o.min() == o.max(),
                 '',
                 '',
             )
-            for o in images
+            for i, o in zip(at, images)
         ], dict(done, path=path)
 
     found = map_files(look, rows, progress, 'check')
-    names = ['hash', '_height', '_width', '_side', '_bright', '_blank', '_fault', '_detail']
+    names = ['hash', '_height', '_width', '_side', '_bright', '_copy', '_blank']
+    names += ['_fault', '_detail']
     seen = pd.DataFrame([o for _, (seen, _) in found for o in seen], columns=names)
     seen = seen.astype({'_blank': bool})
     seen.index = np.concatenate([at for at, _ in found]) if found else []
