@@ -1047,9 +1047,12 @@ def match_names(
     if not used:
         return best, ''
     odd = next(o for o in best if best[o] != o)
-    return best, (
-        f'names are compared {", ".join(used)}: such as {odd} in the data, {best[odd]} in the'
-        f' table ({len(best)} of {n} subjects). No two names of either become one'
+    return (
+        best,
+        (
+            f'names are compared {", ".join(used)}: such as {odd} in the data, {best[odd]} in the'
+            f' table ({len(best)} of {n} subjects). No two names of either become one'
+        ),
     )
 
 # %% ../../nbs/engineering/24_tables.ipynb #2084584f
