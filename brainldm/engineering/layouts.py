@@ -432,7 +432,9 @@ def name_alike(
     known = rows.diagnosis.dropna()
     if not len(known):
         return rows, []
-    usual = known.groupby(known.str.casefold()).agg(lambda o: o.value_counts().index[0])
+    usual = known.groupby(known.str.casefold()).agg(
+        lambda o: min(o.unique(), key=lambda v: (-(o == v).sum(), v))
+    )
     spelled = known.str.casefold().map(usual)
     odd = dict(sorted(set(zip(known[known != spelled], spelled[known != spelled]))))
     if not odd:
