@@ -15,7 +15,7 @@ setup: $(VENV)/.ok ## Create .venv and install the package with its tools (once)
 $(VENV)/.ok: settings.ini setup.py constraints.txt
 	$(PY) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'brainldm: Python 3.10 or newer is needed; try make PY=python3.11')"
 	$(PY) -m venv $(VENV)
-	$(BIN)/pip install $$($(PY) tools/constraints.py) -e '.[course,dev,docs]'
+	$(BIN)/pip install $$($(PY) tools/constraints.py) -e '.[course,prepare,dev,docs]'
 	touch $@
 
 demo: $(VENV)/.ok ## The whole job on synthetic brains: train, score, draw, report

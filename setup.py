@@ -29,7 +29,7 @@ setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=lines("requirements"),
     extras_require={
-        extra: lines(f"{extra}_requirements") for extra in ("course", "dev", "docs")
+        extra: lines(f"{extra}_requirements") for extra in ("course", "prepare", "dev", "docs")
     },
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

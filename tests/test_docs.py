@@ -309,16 +309,15 @@ def test_the_page_about_your_data_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
-    """Its Python blocks: an OASIS table becomes a table of subjects, images with names of one's
-    own become a manifest."""
+    """The table of OASIS is read as it comes, with a diagnosis; the Python block makes a manifest
+    of images with names of one's own."""
     monkeypatch.chdir(tmp_path)
     Path("oasis_cross-sectional.csv").write_text(
         "ID,M/F,Hand,Age,Educ,SES,MMSE,CDR,eTIV,nWBV,ASF,Delay\nOAS1_0001_MR1,F,R,74,2,3,29,0,1344,0.743,1.306,N/A\n"
         "OAS1_0002_MR1,M,R,80,4,1,21,0.5,1147,0.81,1.531,N/A\nOAS1_0003_MR1,F,R,20,,,,,1100,0.8,1.6,N/A\n"
     )
-    people, images = blocks("python")
-    exec(people, {})
-    table = read_subjects("oasis_subjects.csv")
+    (images,) = blocks("python")
+    table = read_subjects("oasis_cross-sectional.csv")
     assert table.diagnosis.tolist()[:2] == ["NC", "AD"] and table.diagnosis.isna().tolist() == [
         False,
         False,

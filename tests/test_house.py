@@ -19,6 +19,7 @@ LAYERS = """
     engineering.devices
     engineering.files engineering.plotting engineering.phantom engineering.tables
     engineering.layouts
+    engineering.sources
     engineering.covariates engineering.cache
     data
     engineering.layers vae vqgan scheduler advanced.solvers unet

@@ -1,6 +1,8 @@
 """Names of the field's studies, visits and contrasts of one subject, tables of subjects and of
 images, class folders."""
 
+import io
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +22,7 @@ from test_data import (
 
 from brainldm.engineering.tables import (
     find_modality,
+    match_names,
     read_name,
     read_subjects,
     read_table,
@@ -523,17 +526,269 @@ def test_participants_of_bids_are_read(tmp_path):
 def test_a_table_that_matches_nobody_is_a_fault(tmp_path):
     make_oasis(tmp_path)
     (tmp_path / 'subjects.csv').write_text(
-        'subject,age\n' + ''.join(f'{i},{60+i}\n' for i in range(1, 9))
+        'subject,age\n' + ''.join(f'P{i},{60+i}\n' for i in range(1, 9))
     )
     report = look(tmp_path)
     assert (
         faults(report) == ['table']
         and 'none of the 10 subjects' in str(report)
-        and 'names like 1' in str(report)
+        and '(subjects.csv)' in str(report)
+        and 'names like P1' in str(report)
     )
     (tmp_path / 'subjects.csv').write_text('subject,age\n001,60\n')
     report = look(tmp_path)
-    assert report.ok and any('only 1 of 10 subjects' in o for o in report.notes)
+    assert report.ok and any(
+        'look here: only 1 of 10 subjects' in o and 'is it the right one?' in o
+        for o in report.notes
+    )
+
+
+# ---- names of subjects, written in two ways
+
+
+@pytest.mark.parametrize(
+    'mine, its, word',
+    [
+        ('sub-{:04d}', '{}', 'without sub- before them, without leading zeros'),
+        ('{:03d}', '{}', 'without leading zeros'),
+        ('P{:02d}', 'p{:02d}', 'in any case'),
+        ('sub-ADNI{0:03d}S02{0:02d}', '{0:03d}_S_02{0:02d}', 'without the name of the study'),
+        ('sub-OASIS1{:04d}', 'OAS1_{:04d}_MR1', 'without separators'),
+        ('{0:03d}_S_02{0:02d}', '2{:02d}', 'roster ID'),
+        ('IXI{:03d}-Guys-0828-T1', '{}', 'without leading zeros'),
+        ('sub-{:02d}_ses-1_T1w', '{}', 'without sub-'),
+    ],
+)
+def test_names_that_a_rule_joins(mine, its, word, tmp_path):
+    volumes(tmp_path, *[mine.format(i) for i in range(1, 7)])
+    lines = [f'{its.format(i)},{60+i}' for i in range(1, 9)]
+    (tmp_path / 'subjects.csv').write_text('\n'.join(['subject,age', *lines]))
+    report = look(tmp_path)
+    people = report.manifest.drop_duplicates('path').sort_values('path')
+    assert report.ok and people.age.tolist() == [61, 62, 63, 64, 65, 66], str(report)
+    said = [o for o in report.notes if 'names are compared' in o]
+    assert len(said) == 1 and word in said[0] and '(6 of 6 subjects)' in said[0]
+
+
+def test_the_step_that_finds_most_is_taken():
+    "Without sub- alone, 10 to 40 of 40 match: nine would be left out."
+    names = [f'sub-{i:02d}' for i in range(1, 41)]
+    found, _ = match_names(names, [str(i) for i in range(1, 401)])
+    assert found == {o: str(int(o[4:])) for o in names}
+
+
+@pytest.mark.parametrize(
+    'names, others',
+    [
+        (['01', '1', '2'], ['1', '2']),  # two of the folder would be one
+        (['001', '002'], ['1', '01', '2']),  # two of the table would be one
+        (['sub-1', 'x', 'y'], ['1', '2']),  # one in three
+        (['P1', 'P2'], ['Q1', 'Q2']),
+    ],
+)
+def test_names_that_no_rule_joins(names, others):
+    found, note = match_names(names, others)
+    assert note == '' and all(k == v for k, v in found.items())
+
+
+# ---- tables by any name, and of the studies
+
+OASIS1 = 'ID,M/F,Hand,Age,Educ,SES,MMSE,CDR,eTIV,nWBV,ASF,Delay'
+
+
+def oasis1(path, n=12, sheet=None):
+    "OASIS-1's own table: no diagnosis, and subjects called by their visit."
+    lines = [
+        f'OAS1_{i:04d}_MR1,{"FM"[i%2]},R,{60+i},2,3,29,{["0", "0.5", "", "1"][i%4]},1344,0.7,1.3,N/A'
+        for i in range(1, n + 1)
+    ]
+    text = '\n'.join([OASIS1, *lines])
+    if path.suffix == '.csv':
+        path.write_text(text)
+    else:
+        pd.read_csv(io.StringIO(text)).to_excel(path, index=False, sheet_name=sheet or 'Sheet1')
+    return path
+
+
+NAMES_OASIS1 = ['OAS1_{:04d}_MR1_mpr_n4_anon_111_t88_masked_gfc', 'OAS1_{:04d}_MR1_mpr-1_anon']
+
+
+@pytest.mark.parametrize('name', NAMES_OASIS1)
+@pytest.mark.parametrize('table', ['oasis_cross-sectional.csv', 'oasis_cross-sectional.xlsx'])
+def test_the_table_of_oasis_gives_a_diagnosis(name, table, tmp_path):
+    volumes(tmp_path, *[name.format(i) for i in range(1, 9)])
+    oasis1(tmp_path / table)
+    report = look(tmp_path)
+    people = report.manifest.drop_duplicates('subject').sort_values('subject')
+    assert report.ok and people.diagnosis.fillna('?').tolist() == list(
+        ('AD', '?', 'AD', 'NC', 'AD', '?', 'AD', 'NC')
+    )
+    said = str(report)
+    assert f'{table} is read' in said and 'looks like the OASIS table' in said
+    assert 'subject = ID without _MRn' in said and 'other files' not in said
+    assert 'diagnosis from CDR (0: NC, above 0: AD, blank: not known): NC 3, AD 6' in said
+    assert people.sex.notna().all() and people.age.tolist() == [61, 62, 63, 64, 65, 66, 67, 68]
+
+
+def test_an_own_diagnosis_goes_before_the_rating(tmp_path):
+    (tmp_path / 't.csv').write_text('ID,Group,CDR\nOAS1_0001_MR1,Converted,0.5\n')
+    table = read_subjects(tmp_path / 't.csv')
+    assert table.diagnosis.tolist() == ['Converted']
+    assert 'diagnosis is Group, and CDR is not used' in ' '.join(table.attrs['notes'])
+    (tmp_path / 't.csv').write_text('ID,CDR\nP1,0.5\n')  # of no study that says how
+    table = read_subjects(tmp_path / 't.csv')
+    assert 'diagnosis' not in table and 'No diagnosis is made of it' in table.attrs['notes'][0]
+
+
+def test_folders_go_before_a_derived_diagnosis(tmp_path):
+    for kind, numbers in (('Mild Dementia', (1, 2, 3)), ('Non Demented', (4, 5, 6))):
+        for i in numbers:
+            save(tmp_path / kind / f'OAS1_{i:04d}_MR1_mpr-1_100.png', image(i))
+    oasis1(tmp_path / 'oasis_cross-sectional.csv')
+    report = look(tmp_path)
+    assert report.ok and set(report.manifest.diagnosis) == {'Mild Dementia', 'Non Demented'}
+    assert 'diagnosis is that of the folders' in str(report)
+
+
+def test_a_folder_and_a_table_may_write_one_diagnosis_otherwise(tmp_path):
+    make_adni(tmp_path)  # folders AD and NC
+    rows = [(f'I{218000+i}', f'S{i}', 60 + i) for i in range(1, 11)]
+    report = look(tmp_path)
+    folder = report.manifest.drop_duplicates('subject').set_index('subject').diagnosis
+    table = pd.DataFrame(rows, columns=['Image Data ID', 'Subject', 'Age'])
+    table['Group'] = [dict(AD='Dementia', NC='CN')[folder[o[1:]]] for o in table['Image Data ID']]
+    table.to_csv(tmp_path / 'ADNI1_Complete_1Yr_1.5T_4_18_2024.csv', index=False)
+    report = look(tmp_path)
+    assert (
+        report.ok
+        and set(report.manifest.diagnosis) == {'AD', 'NC'}
+        and '4_18_2024.csv is read' in (str(report))
+    )
+    assert 'AD (Dementia in the table), NC (CN in the table)' in str(report)
+
+
+def test_adnimerge_says_what_all_its_rows_agree_on(tmp_path):
+    volumes(tmp_path, *[ADNI.format(i, 0, 45112 + 100 * i) for i in range(6)])
+    head = 'RID,PTID,VISCODE,SITE,EXAMDATE,DX_bl,AGE,PTGENDER,DX,IMAGEUID'
+    lines = [
+        f'{295+i},{i:03d}_S_0295,{v},2,2006-04-18,CN,{70+i},Male,{"MCI" if i==1 and v=="m12" else "CN"},'
+        f'{"" if v=="bl" else 900+i}'
+        for i in range(6)
+        for v in ('bl', 'm12')
+    ]
+    (tmp_path / 'ADNIMERGE.csv').write_text('\n'.join([head, *lines]))
+    report = look(tmp_path)
+    people = report.manifest.drop_duplicates('subject').sort_values('subject')
+    assert report.ok and people.diagnosis.fillna('?').tolist() == [
+        'CN',
+        '?',
+        'CN',
+        'CN',
+        'CN',
+        'CN',
+    ]
+    assert people.age.tolist() == [70, 71, 72, 73, 74, 75] and set(people.sex) == {'Male'}
+    said = str(report)
+    assert 'looks like the ADNI table' in said and 'AGE is the age at the first visit' in said
+    assert 'visits have other names in the table (bl, m12) than in the data (2006-04-10)' in said
+
+
+def test_visits_that_two_tables_name_alike(tmp_path):
+    volumes(tmp_path, *[f'sub-{i:02d}_ses-M{v:02d}_T1w' for i in range(1, 5) for v in (0, 12)])
+    lines = [f'sub-{i:02d},{v},{60+k}' for i in range(1, 5) for k, v in enumerate(('bl', 'm12'))]
+    (tmp_path / 'visits.csv').write_text('\n'.join(['participant_id,VISCODE,age', *lines]))
+    people = look(tmp_path).manifest.drop_duplicates(['subject', 'session'])
+    assert (people.age == people.session.map({'ses-M00': 60, 'ses-M12': 61})).all()
+
+
+def test_oasis_2_and_3(tmp_path):
+    volumes(tmp_path / '2', *[f'OAS2_{i:04d}_MR{v}/RAW/mpr-1' for i in range(4) for v in (1, 2)])
+    head = 'Subject ID,MRI ID,Group,Visit,MR Delay,M/F,Hand,Age,EDUC,SES,MMSE,CDR,eTIV,nWBV,ASF'
+    lines = [
+        f'OAS2_{i:04d},OAS2_{i:04d}_MR{v},Converted,{v},0,M,R,{80+v},14,2,27,{0.5*(v-1)},1987,0.7,0.9'
+        for i in range(4)
+        for v in (1, 2)
+    ]
+    text = '\n'.join([head, *lines])
+    pd.read_csv(io.StringIO(text)).to_excel(
+        tmp_path / '2/oasis_longitudinal_demographics.xlsx', index=False
+    )
+    report = look(tmp_path / '2')
+    assert report.ok and set(report.manifest.diagnosis) == {'Converted'}, str(report)
+    assert (report.manifest.age - 80).isin([1, 2]).all() and report.manifest.age.nunique() == 2
+    volumes(tmp_path / '3', *[f'OAS3{i:04d}_MR_d0129/x' for i in range(4)])
+    lines = [
+        f'OAS3{i:04d}_ClinicalData_d{d:04d},OAS3{i:04d},{60+d},.,{c},65.2,{x}'
+        for i in range(4)
+        for d, c, x in ((0, 0, 'Cognitively normal'), (339, 0, 'Cognitively normal'))
+    ]
+    (tmp_path / '3/ADRC_Clinical_Data.csv').write_text(
+        '\n'.join(['ADRC_ADRCCLINICALDATA ID,Subject,Age,Date,cdr,ageAtEntry,dx1', *lines])
+    )
+    report = look(tmp_path / '3')
+    assert report.ok and set(report.manifest.diagnosis) == {'Cognitively normal'}, str(report)
+
+
+def test_two_tables_of_one_data_set(tmp_path):
+    volumes(tmp_path, *[f'P{i:02d}' for i in range(6)])
+    body = 'ID,Age\n' + ''.join(f'P{i:02d},{60+i}\n' for i in range(6))
+    for name in ('ages.csv', 'clinic/more.tsv'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(body.replace(',', '\t') if name[-3:] == 'tsv' else body)
+    with pytest.raises(ValueError, match='several tables of its subjects') as e:
+        look(tmp_path)
+    assert 'ages.csv (6' in str(e.value) and 'clinic/more.tsv (6' in str(e.value)
+    report = look(tmp_path, replace(CONFIG, subjects=tmp_path / 'ages.csv'))
+    assert report.ok and report.manifest.age.notna().all()
+    assert '1 tables not read, for ages.csv is named: clinic/more.tsv' in str(report)
+    (tmp_path / 'ages.csv').rename(tmp_path / 'subjects.csv')  # called so on purpose
+    assert look(tmp_path).ok
+    (tmp_path / 'subjects.csv').write_text('day,temperature\n1,20\n')
+    with pytest.raises(ValueError, match='Expected also subject'):
+        look(tmp_path)
+
+
+def test_a_table_of_something_else_is_mentioned(tmp_path):
+    volumes(tmp_path, *[f'P{i:02d}' for i in range(6)])
+    (tmp_path / 'scanner.csv').write_text('day,temperature\n1,20\n')
+    report = look(tmp_path)
+    assert report.ok and 'no column of subjects that can be read: scanner.csv' in str(report)
+    assert 'diagnosis and age and sex of no subject known: no table of subjects is read' in (
+        str(report)
+    )
+    (tmp_path / 'other.csv').write_text('subject,age\nQ1,60\n')
+    assert faults(look(tmp_path)) == ['table'] and 'other.csv' in str(look(tmp_path))
+
+
+def test_sheets_of_a_workbook(tmp_path):
+    with pd.ExcelWriter(tmp_path / 't.xlsx') as book:
+        pd.DataFrame(dict(column=['ID'], meaning=['who'])).to_excel(book, sheet_name='legend')
+        pd.DataFrame(dict(ID=[1, 2], Age=[60, 71.5], Sex=['F', None])).to_excel(
+            book, sheet_name='people', index=False
+        )
+    table = read_subjects(tmp_path / 't.xlsx')
+    assert table.index.tolist() == ['1', '2'] and table.age.tolist() == [60, 71.5]
+    assert table.sex.isna().tolist() == [False, True]
+    assert "of 2 sheets, 'people' is read" in ' '.join(table.attrs['notes'])
+    with pd.ExcelWriter(tmp_path / 't.xlsx') as book:
+        for name in ('legend', 'a', 'b'):
+            pd.DataFrame(dict(ID=['1']) if name != 'legend' else dict(x=['1'])).to_excel(
+                book, sheet_name=name, index=False
+            )
+    with pytest.raises(ValueError, match='in the sheets a, b'):
+        read_subjects(tmp_path / 't.xlsx')
+    (tmp_path / 't.xlsx').write_text('no workbook')
+    with pytest.raises(ValueError, match='does not read as a workbook'):
+        read_subjects(tmp_path / 't.xlsx')
+
+
+def test_a_workbook_without_openpyxl(tmp_path, monkeypatch):
+    oasis1(tmp_path / 'oasis.xlsx')
+    monkeypatch.setitem(sys.modules, 'openpyxl', None)
+    with pytest.raises(ImportError, match=r"pip install 'brainldm\[prepare\]'"):
+        read_subjects(tmp_path / 'oasis.xlsx')
+    volumes(tmp_path, *[NAMES_OASIS1[0].format(i) for i in range(1, 4)])
+    assert any('openpyxl is not installed' in o for o in look(tmp_path).notes)
 
 
 # ---- class folders

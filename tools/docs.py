@@ -691,7 +691,7 @@ def main(to):
     except ImportError:
         sys.exit(
             "docs: Sphinx is not installed. Expected the docs extra. Try pip install -e"
-            " '.[course,dev,docs]'."
+            " '.[course,prepare,dev,docs]'."
         )
     shutil.rmtree(to / "html", ignore_errors=True)
     write_sources(to / "src")

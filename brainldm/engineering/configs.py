@@ -339,8 +339,8 @@ class DataConfig:
     test_fraction : Fraction[float], default 0.1
         Fraction of subjects for testing where the folders give no split at all.
     subjects : Path | None, default None
-        Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
-        in the data folder.
+        Table with one row a subject, or with a column image (CSV, TSV, .xlsx); None: the one in the
+        data folder that names its subjects.
     only : str | None, default None
         Pattern of the file names to use, such as *_T1w.nii.gz; None uses all.
     pattern : str | None, default None
@@ -377,8 +377,8 @@ class DataConfig:
     validate_fraction: Fraction[float] = 0.1
     # Fraction of subjects for testing where the folders give no split at all
     test_fraction: Fraction[float] = 0.1
-    # Table with one row a subject, or with a column image; None: subjects.csv or participants.tsv
-    # in the data folder
+    # Table with one row a subject, or with a column image (CSV, TSV, .xlsx); None: the one in the
+    # data folder that names its subjects
     subjects: Path | None = None
     # Pattern of the file names to use, such as *_T1w.nii.gz; None uses all
     only: str | None = None

@@ -46,8 +46,12 @@ from brainldm.engineering.files import (
 from brainldm.engineering.tables import (
     ALIASES,
     LABELS,
+    TABLE_FILE,
+    find_subject_table,
     join_subjects,
     name_subjects,
+    near_tables,
+    note_unknown_covariates,
     read_name,
     read_subjects,
     read_table,
@@ -402,6 +406,7 @@ def pick_files(
         o
         for o in files
         if o not in {*images, *TABLES, 'dataset_description.json', 'participants.json'}
+        and not (re.search(TABLE_FILE, o, re.IGNORECASE) and o.count('/') < 2)  # see `find_table`
     ]
     return used, [
         f'{len(o)} {what} ignored: {", ".join(o[:3])}'
@@ -1254,9 +1259,11 @@ class Findings:
 def find_table(
     root: Path,  # Data folder
     config: DataConfig,  # For `subjects`
+    # Rows with unit and place, by which a table of any other name is recognized
+    rows: pd.DataFrame | None = None,
 ) -> tuple:  # Path of the table of subjects or None; notes
     """Where the facts about subjects are: the table that was named, else subjects.csv, else
-    participants.tsv, perhaps one folder down.
+    participants.tsv, perhaps one folder down, else the one table that names subjects of the data.
 
     Parameters
     ----------
@@ -1264,22 +1271,34 @@ def find_table(
         Data folder.
     config : DataConfig
         For `subjects`.
+    rows : pd.DataFrame | None, default None
+        Rows with unit and place, by which a table of any other name is recognized.
 
     Returns
     -------
     tuple
         Path of the table of subjects or None; notes.
     """
+    listed = rows is not None and 'place' in rows
+    tables = near_tables(root) if listed else []
     if config.subjects is not None:
-        return config.subjects, []
+        left = [o for o in tables if (root / o).resolve() != config.subjects.resolve()]
+        return config.subjects, [
+            f'{len(left)} tables not read, for {config.subjects.name} is named:'
+            f' {", ".join(left[:3])}'
+        ] * bool(left)
     here = [root / o for o in TABLES if (root / o).is_file()]
     below = sorted(root.glob('*/participants.tsv'))
     if not here:
         here = below[:1] if len(below) == 1 else []
     if not here:
+        if listed and not below:
+            return find_subject_table(root, rows)
         return None, [
             f'{len(below)} participants.tsv below: none is read. Name one with --subjects'
         ] * bool(below)
+    rest = [o for o in tables if root / o not in here and '/' not in o]
+    here += [root / o for o in rest]
     return here[0], [f'{here[0].name} is read'] * (here[0].name != TABLES[0]) + [
         f'{o.name} is not read, for there is {here[0].name}' for o in here[1:]
     ]
@@ -1408,7 +1427,15 @@ def name_rows(
             'some subjects have several rows for one slice: a column session would tell their scans'
             ' apart'
         )
-    return rows, faults, notes + note_unused_columns(rows, config)
+    return (
+        rows,
+        faults,
+        [
+            *notes,
+            *note_unused_columns(rows, config),
+            *note_unknown_covariates(rows, table),
+        ],
+    )
 
 # %% ../../nbs/engineering/25_layouts.ipynb #list0001
 def list_layout(
@@ -1522,7 +1549,7 @@ def read_layout(
             f"read_layout: '{root}' looks like layout {layout} and holds no scan. Expected images"
             " or volumes. Check the folder."
         )
-    table, more = find_table(root, config)
+    table, more = find_table(root, config, rows)
     if table is not None:
         refuse_pointed_table(Path(table))
     rows, unclear, said = name_rows(rows, None if table is None else read_subjects(table), config)
@@ -1532,7 +1559,9 @@ def read_layout(
     if len(both):
         notes.append(f'{len(both)} subjects with two diagnoses: {", ".join(both[:5])}')
     odd, voxel_mm = check_grids(root, rows)
-    rows.attrs = dict(layout=layout, root=str(root), voxel_mm=voxel_mm, every_plane=every_plane)
+    # which table of subjects, and what it knew
+    about = dict(table=rows.attrs.get('table'), every_plane=every_plane)
+    rows.attrs = dict(layout=layout, root=str(root), voxel_mm=voxel_mm, **about)
     faults = pd.concat([faults, unclear, odd], ignore_index=True)
     return Findings(rows, faults, notes, voxel_mm=voxel_mm)
 
