@@ -22,6 +22,7 @@ from .engineering.checks import printable
 from .engineering.extending import SliceSource, check_protocol
 from .engineering.configs import DataConfig
 from .engineering.files import as_faults, cache_folder, foreground_side, hash_image
+from .engineering.alignment import check_alignment
 from brainldm.engineering.layouts import (
     SPLITS,
     Findings,
@@ -276,6 +277,8 @@ def check_dataset(
     good, faults, sizes = find_row_faults(rows)
     notes += find_dark(good)
     side = max(map(int, sizes.index[0].split(' x '))) if len(sizes) else config.size
+    good, odd, said = check_alignment(good, side, listed.voxel_mm, listed.manifest.attrs['root'])
+    notes += said
     crop = find_crop(good, side) if config.crop == 'auto' else config.crop
     if config.crop == 'auto':
         notes.append(
@@ -285,13 +288,13 @@ def check_dataset(
         notes.append(f'images are enlarged to {config.size}: that adds no detail')
     good = (
         good[~good.path.isin(listed.faults.path)]
-        .drop(columns=['_side', '_bright'])
+        .drop(columns=['_side', '_bright', '_copy'])
         .reset_index(drop=True)
     )
     good.attrs = dict(listed.manifest.attrs, side=crop or side)
     return Findings(
         good,
-        pd.concat([listed.faults, faults], ignore_index=True),
+        pd.concat([listed.faults, faults, odd], ignore_index=True),
         notes,
         sizes,
         crop,

@@ -15,8 +15,10 @@ from brainldm.engineering.covariates import (
     covariate_kind,
     covariate_notes,
     describe_manifest,
+    describe_unlearned,
     encode_column,
     encode_covariates,
+    explain_unlearned,
     find_covariates,
     level_text,
     mask_levels_not_in_train,
@@ -32,6 +34,9 @@ from brainldm.engineering.stage1 import (
 )
 from brainldm.engineering.codec import check_conditions
 from brainldm.advanced.fidelity import FeatureNet
+from brainldm.engineering.runs import read_config
+from brainldm.engineering.sharing import strip_settings
+from brainldm.sampling import BrainLDM
 from brainldm.engineering.cli import (
     add_training_findings,
     conditions_of_rows,
@@ -361,3 +366,80 @@ def test_check_names_a_column_that_cannot_be_learned(tmp_path, capsys):
     data = cohort(tmp_path, n=5)
     assert main(['check', str(data), '--preset', 'tiny', '--size', '32', '--columns', 'apoe']) == 1
     assert "'apoe' is not known for any train row" in capsys.readouterr().out
+
+
+# ---- what a run never learned
+
+
+@pytest.mark.parametrize(
+    'name, table, said',
+    [
+        ('diagnosis', None, 'no table of subjects was read'),
+        (
+            'diagnosis',
+            dict(file='adni.csv', matched=0, subjects=2, columns=['age']),
+            'no row of the table of subjects adni.csv matched one of the 2 subjects',
+        ),
+        (
+            'diagnosis',
+            dict(file='adni.csv', matched=2, subjects=2, columns=['age']),
+            'adni.csv, which has a row for 2 of 2 subjects, has no such column, but age',
+        ),
+        (
+            'diagnosis',
+            dict(file=None, matched=2, subjects=2, columns=['diagnosis']),
+            'leaves its column blank',
+        ),
+        ('mmse', None, 'training was not told to learn it: --columns mmse'),
+        ('apoe', None, 'no subject of the train split has a value of it'),
+    ],
+)
+def test_why_a_condition_was_never_learned(name, table, said):
+    rows = pd.DataFrame(
+        dict(
+            subject=['a', 'b'],
+            split=['train', 'test'],
+            slice=[0, 1],
+            mmse=[29, 21],
+            apoe=[None, 'e4'],
+            diagnosis=[None, None],
+        )
+    )
+    rows.attrs['table'] = table
+    learned = find_covariates(rows)
+    unlearned = json.loads(json.dumps(describe_unlearned(rows, learned)))
+    with pytest.raises(ValueError, match=f"unknown condition '{name}'. This run never") as e:
+        read_conditions({name: 'AD'}, learned, unlearned)
+    assert said in str(e.value) and 'Expected one of slice' in str(e.value)
+    with pytest.raises(ValueError, match='This run never learned') as e:
+        read_condition_flags({}, (f'{name}=AD',), learned, unlearned=unlearned)
+    assert said in str(e.value)
+    assert explain_unlearned(name, {}) == ''  # a run of an earlier version
+
+
+def test_a_run_says_why_it_never_learned_a_condition(tmp_path, capsys):
+    "Both stages say what check says, and the question is answered without the data."
+    data = cohort(tmp_path / 'data', n=8, mmse=list(range(20, 28)))
+    rows = pd.read_csv(data / 'manifest.csv').drop(columns='diagnosis')
+    rows.to_csv(data / 'manifest.csv', index=False)
+    lines = ''.join(f's{i:03d},{60+i}\n' for i in range(8))
+    (data / 'subjects.csv').write_text('subject,age\n' + lines)
+    run, flags = str(tmp_path / 'run'), ['--total-images', '8', '--warmup-images', '4']
+    flags += ['--preset', 'tiny', '--validate-every', '8', '--checkpoint-every', '8']
+    assert main(['train', 'autoencoder', str(data), '--run', run, '--size', '32', *flags]) == 0
+    first = capsys.readouterr().out
+    assert main(['train', 'ldm', str(data), '--run', run, *flags]) == 0
+    for said in (first, capsys.readouterr().out):
+        assert 'note: columns not used: mmse' in said and 'age         number' in said
+        assert 'diagnosis, sex not known of any subject: the table of subjects' in said
+    for words, why in (
+        (['--diagnosis', 'AD'], 'subjects.csv, which has a row for 8 of 8 subjects, has no such'),
+        (['--condition', 'mmse=25'], '--columns mmse'),
+    ):
+        assert main(['sample', run, '--n', '1', '--steps', '2', *words]) == 1
+        said = capsys.readouterr().err
+        assert 'This run never learned' in said and why in said and 'slice, age' in said
+    with pytest.raises(ValueError, match='subjects.csv, which has a row for 8 of 8'):
+        BrainLDM.load(run).sample(1, diagnosis='AD', steps=2)
+    shared = strip_settings(read_config(run))
+    assert 'subjects.csv' not in json.dumps(shared) and shared['ldm']['unlearned']['known']

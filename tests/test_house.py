@@ -18,6 +18,7 @@ LAYERS = """
     engineering.configs
     engineering.devices
     engineering.files engineering.plotting engineering.phantom engineering.tables
+    engineering.alignment
     engineering.layouts
     engineering.sources
     engineering.covariates engineering.cache

@@ -16,6 +16,7 @@ from brainldm.engineering.sources import (
     natural,
     oasis_axes,
     read_head,
+    read_mask,
     set_axes,
 )
 
@@ -472,6 +473,57 @@ def test_volumes_that_cannot_be_trusted(tmp_path, change, said):
     nib.save(img, tmp_path / "p01.nii")
     with pytest.raises(DataFault, match=said):
         read_head(tmp_path, dict(path="p01.nii", form="nifti"), tmp_path)
+
+
+def test_nifti_of_oasis_without_codes_has_known_axes(tmp_path):
+    name = "OAS1_0001_MR1_mpr_n4_anon_sbj_111.nii.gz"
+    img = nib.Nifti1Image(VOL, np.eye(4))
+    img.set_sform(None, 0)
+    img.set_qform(None, 0)
+    nib.save(img, tmp_path / name)
+    heads = find_heads(tmp_path)
+    img = read_head(tmp_path, heads.table.iloc[0], tmp_path)
+    assert nib.aff2axcodes(img.affine) == ("A", "S", "L")
+
+
+def test_mask_is_read_like_a_head(tmp_path):
+    put(tmp_path, "bert/mri/T1.mgz", "bert/mri/brainmask.mgz", "x/T1.nii")
+    row = find_heads(tmp_path / "bert").table.iloc[0]
+    assert read_mask(tmp_path / "bert", row).shape == SHAPE
+    assert read_mask(tmp_path / "x", find_heads(tmp_path / "x").table.iloc[0]) is None
+
+
+def test_only_space_is_taken(tmp_path):
+    base = "sub-01/anat/sub-01_space-MNI_res-{}_desc-"
+    put(
+        tmp_path,
+        *(base.format(k) + o for k in (1, 2) for o in ("preproc_T1w.nii", "brain_mask.nii")),
+    )
+    heads = find_heads(tmp_path)
+    assert heads.table.path.tolist() == [base.format(1) + "preproc_T1w.nii"]
+    assert heads.table["mask"].tolist() == [base.format(1) + "brain_mask.nii"]
+    assert "1 heads of other spaces than space MNI at res-1" in " ".join(heads.notes)
+
+
+def test_hcp_folder(tmp_path):
+    names = (
+        "T1w_acpc_dc_restore T1w_acpc_dc_restore_brain BiasField_acpc_dc ribbon T2w_acpc_dc_restore"
+    )
+    put(tmp_path, *(f"10030{k}/T1w/{o}.nii.gz" for k in (1, 2) for o in names.split()))
+    heads = find_heads(tmp_path)
+    assert heads.table.subject.tolist() == ["100301", "100302"]
+    assert heads.table.path.str.endswith("T1w_acpc_dc_restore.nii.gz").all()
+
+
+def test_names_that_do_not_print_are_faults(tmp_path):
+    put(tmp_path, "p01.nii", "p\n02.nii")
+    heads = find_heads(tmp_path)
+    assert heads.table.subject.tolist() == ["p01"] and heads.faults.fault.tolist() == ["name"]
+
+
+def test_class_in_two_spellings_is_one(tmp_path):
+    put(tmp_path, "train/AD/p1.nii", "train/NC/p2.nii", "val/ad/p3.nii", "val/nc/p4.nii")
+    assert find_heads(tmp_path).table.diagnosis.tolist() == ["AD", "NC", "AD", "NC"]
 
 
 def test_one_frame_is_squeezed(tmp_path):

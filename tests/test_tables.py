@@ -26,6 +26,7 @@ from brainldm.engineering.tables import (
     read_name,
     read_subjects,
     read_table,
+    same_level,
     suspect_names,
 )
 from brainldm.engineering.layouts import find_layout, parse_image_path
@@ -667,6 +668,11 @@ def test_a_folder_and_a_table_may_write_one_diagnosis_otherwise(tmp_path):
     assert 'AD (Dementia in the table), NC (CN in the table)' in str(report)
 
 
+def test_a_folder_may_say_a_wider_word():
+    folder, table = pd.Series(['MCI', 'MCI', 'NC', 'LMCI']), pd.Series(['LMCI', 'AD', 'nl', 'EMCI'])
+    assert same_level(folder, table).tolist() == [True, False, True, False]
+
+
 def test_adnimerge_says_what_all_its_rows_agree_on(tmp_path):
     volumes(tmp_path, *[ADNI.format(i, 0, 45112 + 100 * i) for i in range(6)])
     head = 'RID,PTID,VISCODE,SITE,EXAMDATE,DX_bl,AGE,PTGENDER,DX,IMAGEUID'
@@ -740,7 +746,7 @@ def test_two_tables_of_one_data_set(tmp_path):
     assert 'ages.csv (6' in str(e.value) and 'clinic/more.tsv (6' in str(e.value)
     report = look(tmp_path, replace(CONFIG, subjects=tmp_path / 'ages.csv'))
     assert report.ok and report.manifest.age.notna().all()
-    assert '1 tables not read, for ages.csv is named: clinic/more.tsv' in str(report)
+    assert 'clinic/more.tsv is not read, for there is ages.csv' in str(report)
     (tmp_path / 'ages.csv').rename(tmp_path / 'subjects.csv')  # called so on purpose
     assert look(tmp_path).ok
     (tmp_path / 'subjects.csv').write_text('day,temperature\n1,20\n')
@@ -753,7 +759,7 @@ def test_a_table_of_something_else_is_mentioned(tmp_path):
     (tmp_path / 'scanner.csv').write_text('day,temperature\n1,20\n')
     report = look(tmp_path)
     assert report.ok and 'no column of subjects that can be read: scanner.csv' in str(report)
-    assert 'diagnosis and age and sex of no subject known: no table of subjects is read' in (
+    assert 'diagnosis, age, sex not known of any subject: no table of subjects is read' in (
         str(report)
     )
     (tmp_path / 'other.csv').write_text('subject,age\nQ1,60\n')

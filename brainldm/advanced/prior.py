@@ -39,6 +39,7 @@ from brainldm.engineering.runs import (
     fill_model,
     is_finished,
     load_weights,
+    read_unlearned,
     retry_on_oom,
     run_stage,
     save_weights,
@@ -1713,7 +1714,10 @@ class CodeSampler(Codec):
         check_sample_counts(n, seed, batch_size, first)
         check_sampling(temperature, top_k, top_p, guidance_scale)
         cond = check_conditions(
-            dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others), self.covariates, n
+            dict(diagnosis=diagnosis, slice=slice, age=age, sex=sex, **others),
+            self.covariates,
+            n,
+            read_unlearned(self.run, 'prior'),
         )
         required_conditions(self.autoencoder, cond, 'cpu')  # refuse now, not after sampling
         if prompt is not None:

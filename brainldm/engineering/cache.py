@@ -17,6 +17,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from PIL import Image
 from .configs import DataConfig
+from .alignment import describe_slice, find_described
 from brainldm.engineering.files import (
     VOLUME,
     cache_folder,
@@ -416,9 +417,10 @@ def inspection_key(
     # images of one subject and session share a scale
     keys = [o for o in ('path', 'plane', 'subject', 'session') if o in rows]
     digest = hashlib.blake2b(str(config.to_gray).encode(), digest_size=16)
-    for part in (decode_file, inspect_files):
+    for part in (decode_file, inspect_files, describe_slice):
         digest.update(Path(inspect.getfile(part)).read_bytes())
     digest.update(pd.util.hash_pandas_object(rows[keys]).to_numpy().tobytes())
+    digest.update(find_described(rows).tobytes())
     last = 0.0
     for about in (os.stat(root / path) for path in rows.path.unique()):
         digest.update(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'GENERATOR_OPTIONS', 'COMMANDS', 'Phantom', 'training_faults', 'add_training_findings', 'Check',
-           'TrainAutoencoder', 'data_config', 'Stage2', 'TrainLDM', 'TrainPrior', 'TrainVolume', 'Train',
-           'describe_scores', 'Reconstruct', 'Bits', 'describe_covariates', 'read_pairs', 'read_condition_flags',
-           'next_folder', 'output_folder', 'SamplingFlags', 'pick_generator', 'read_scales', 'generator_options',
-           'sample_across_processes', 'Sample', 'conditions_of_rows', 'Edit', 'describe_space', 'Volume',
-           'evaluate_folders', 'evaluate_config', 'evaluate_options', 'Evaluate', 'Explore', 'Report', 'Fetch', 'Share',
-           'demo_configs', 'sample_condition_grid', 'Demo', 'parse', 'use_no_display', 'main']
+           'open_for_training', 'TrainAutoencoder', 'data_config', 'Stage2', 'TrainLDM', 'TrainPrior', 'TrainVolume',
+           'Train', 'describe_scores', 'Reconstruct', 'Bits', 'describe_covariates', 'read_pairs',
+           'read_condition_flags', 'next_folder', 'output_folder', 'SamplingFlags', 'pick_generator', 'read_scales',
+           'generator_options', 'sample_across_processes', 'Sample', 'conditions_of_rows', 'Edit', 'describe_space',
+           'Volume', 'evaluate_folders', 'evaluate_config', 'evaluate_options', 'Evaluate', 'Explore', 'Report',
+           'Fetch', 'Share', 'demo_configs', 'sample_condition_grid', 'Demo', 'parse', 'use_no_display', 'main']
 
 # %% ../../nbs/engineering/39_cli.ipynb #7b047058
 from typing import Any
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import tyro
 
-from .checks import refuse_taken
+from .checks import printable, refuse_taken
 from brainldm.engineering.configs import (
     PRESETS,
     PRIOR_PRESETS,
@@ -226,6 +226,38 @@ class Check:
             print(f'{len(found.faults)} faults written to {self.faults}')
         return 0 if found.ok else 1
 
+# %% ../../nbs/engineering/39_cli.ipynb #cli000a1
+def open_for_training(
+    data: Path,  # Folder of images or volumes, or a CSV manifest
+    config: DataConfig,  # How the images are found, cut and split
+) -> 'SliceDataset':  # All splits
+    """Open the data, and say as `brainldm check` does what will be learned, and what to look at.
+
+    Parameters
+    ----------
+    data : Path
+        Folder of images or volumes, or a CSV manifest.
+    config : DataConfig
+        How the images are found, cut and split.
+
+    Returns
+    -------
+    SliceDataset
+        All splits.
+    """
+    from brainldm.data import open_dataset
+    from brainldm.engineering.covariates import covariate_notes, describe_manifest
+    from brainldm.engineering.loop import process_state
+
+    dataset = open_dataset(data, config)
+    rows, covariates = dataset.manifest, dataset.covariates
+    if process_state().is_main_process:
+        print('covariates (train subjects):')
+        print('\n'.join(f'  {printable(o)}' for o in describe_manifest(rows, covariates)))
+        for note in covariate_notes(rows, covariates, config):
+            print(f'note: {printable(note)}')
+    return dataset
+
 # %% ../../nbs/engineering/39_cli.ipynb #d0376c95
 @dataclass
 class TrainAutoencoder:
@@ -253,12 +285,10 @@ class TrainAutoencoder:
     resume: bool = False  # Go on where an earlier call stopped
 
     def run(self) -> int:  # Exit status
-        from brainldm.data import open_dataset
         from brainldm.training import train_autoencoder
 
-        train_autoencoder(
-            open_dataset(self.data, self.config.data), self.run_folder, self.config, self.resume
-        )
+        dataset = open_for_training(self.data, self.config.data)
+        train_autoencoder(dataset, self.run_folder, self.config, self.resume)
         print(
             f'{self.run_folder/"autoencoder.safetensors"}\nNext: brainldm reconstruct'
             f' {self.run_folder} {self.data}, brainldm train ldm {self.data} --run'
@@ -341,9 +371,7 @@ class Stage2:
         SliceDataset
             All splits.
         """
-        from brainldm.data import open_dataset
-
-        return open_dataset(self.data, data_config(self.run_folder, self.subjects))
+        return open_for_training(self.data, data_config(self.run_folder, self.subjects))
 
 # %% ../../nbs/engineering/39_cli.ipynb #e0cd4a04
 @dataclass
@@ -651,6 +679,7 @@ def read_condition_flags(
     pairs: tuple[str, ...],  # Other covariates, each as name=value
     covariates: tuple,  # Covariates of the model
     flag: str = '--condition',  # Where the pairs come from, for the message
+    unlearned: dict | None = None,  # As from `read_unlearned`, to say why a name is unknown
 ) -> dict:  # Requested conditions, by name: levels as text, numbers as float
     """Join flags and conditions.
 
@@ -664,6 +693,8 @@ def read_condition_flags(
         Covariates of the model.
     flag : str, default '--condition'
         Where the pairs come from, for the message.
+    unlearned : dict | None, default None
+        As from `read_unlearned`, to say why a name is unknown.
 
     Returns
     -------
@@ -675,23 +706,25 @@ def read_condition_flags(
     ValueError
         For a name that has a flag, and as `read_conditions` does.
     """
-    from brainldm.engineering.covariates import read_conditions
+    from brainldm.engineering.covariates import explain_unlearned, read_conditions
 
-    requested, known = {k: v for k, v in given.items() if v is not None}, [
-        c.name for c in covariates
-    ]
+    requested = {k: v for k, v in given.items() if v is not None}
+    known = list(dict.fromkeys(c.name for c in covariates))
     for name, value in read_pairs(pairs).items():
         if name in given:
             raise ValueError(
                 f"brainldm: {flag} {name}={value}. Expected a flag. Try --{name} {value}."
             )
         if name not in known:
+            why = explain_unlearned(name, unlearned)
+            never = f' This run never learned {name}: {why}.' if why else ''
             raise ValueError(
-                f"brainldm: {flag} {name}={value}. Expected one of {', '.join(known) or 'nothing'},"
-                " a covariate of the run. Check the spelling, or leave it out."
+                f"brainldm: {flag} {name}={value}.{never} Expected one of"
+                f" {', '.join(known) or 'nothing'}, a covariate of the run. Check the spelling, or"
+                " leave it out."
             )
         requested[name] = value
-    return read_conditions({k: str(v) for k, v in requested.items()}, covariates)
+    return read_conditions({k: str(v) for k, v in requested.items()}, covariates, unlearned)
 
 # %% ../../nbs/engineering/39_cli.ipynb #eb3e0b9e
 def next_folder(
@@ -998,7 +1031,7 @@ class Sample(SamplingFlags):
     def run(self) -> int:  # Exit status
         import numpy as np
         from brainldm.engineering.loop import process_state
-        from brainldm.engineering.runs import read_metrics
+        from brainldm.engineering.runs import read_metrics, read_unlearned
         from brainldm.engineering.sharing import audit_verdicts
         from brainldm.engineering.codec import save_gif, save_images
         from brainldm.sampling import BrainLDM
@@ -1017,6 +1050,9 @@ class Sample(SamplingFlags):
                 *model.covariates,
                 *model.autoencoder.covariates,
                 *filter(None, [model.slice_covariate]),
+            ),
+            unlearned=read_unlearned(
+                self.run_folder, 'autoencoder' if self.generator == 'stage1' else self.generator
             ),
         )
         sample = partial(model.sample_stage1, **requested, seed=self.seed)
@@ -1158,6 +1194,7 @@ class Edit:
         from brainldm.engineering.plotting import save_figure, show_grid
         from brainldm.data import open_dataset
         from brainldm.engineering.codec import save_images
+        from brainldm.engineering.runs import read_unlearned
         from brainldm.sampling import BrainLDM
 
         if self.n < 1 or not self.to:
@@ -1179,9 +1216,9 @@ class Edit:
             dataset.manifest.iloc[at],
         )
         given = conditions_of_rows(rows, model.covariates)
-        to, options = read_condition_flags({}, self.to, model.covariates, '--to'), dict(
-            strength=self.strength, steps=self.steps, refine=self.refine
-        )
+        unlearned = read_unlearned(self.run_folder, 'ldm')
+        to = read_condition_flags({}, self.to, model.covariates, '--to', unlearned)
+        options = dict(strength=self.strength, steps=self.steps, refine=self.refine)
         same = model.counterfactual(scans, {}, given, **options)
         new = model.counterfactual(scans, to, given, guidance_scale=self.guidance_scale, **options)
         requested = {**given, **{k: [v] * len(at) for k, v in to.items()}}
@@ -1315,7 +1352,7 @@ class Volume:
             save_volumes,
         )
         from brainldm.engineering.loop import process_state
-        from brainldm.engineering.runs import read_config
+        from brainldm.engineering.runs import read_config, read_unlearned
         from brainldm.sampling import BrainLDM
 
         options: dict[str, Any] = dict(
@@ -1346,6 +1383,7 @@ class Volume:
             dict(diagnosis=self.diagnosis, age=self.age, sex=self.sex),
             self.condition,
             (*model.covariates, *model.autoencoder.covariates),
+            unlearned=read_unlearned(self.run_folder, 'ldm'),
         )
         brains = sample_across_processes(
             lambda n, first: sample(n, first=first, **requested, **options), self.n

@@ -11,6 +11,7 @@ from .plotting import save_figure, show_grid
 from .covariates import Covariate, encode_covariates, read_conditions
 from ..advanced.solvers import SOLVERS
 from .loop import infer, to_device
+from .runs import read_unlearned
 from .sharing import SharedModel
 import json
 import math
@@ -87,6 +88,7 @@ def check_conditions(
     conditions: dict,
     covariates: tuple[Covariate, ...],  # Covariates of the model
     n: int,  # Images
+    unlearned: dict | None = None,  # As from `read_unlearned`, to say why a name is unknown
 ) -> dict[str, Tensor]:  # Encoded conditions, each (n,)
     """Turn requested conditions into tensors.
 
@@ -98,6 +100,8 @@ def check_conditions(
         Covariates of the model.
     n : int
         Images.
+    unlearned : dict | None, default None
+        As from `read_unlearned`, to say why a name is unknown.
 
     Returns
     -------
@@ -109,7 +113,7 @@ def check_conditions(
     ValueError
         For a name, value or number of values that the model cannot take.
     """
-    requested = read_conditions(conditions, covariates)
+    requested = read_conditions(conditions, covariates, unlearned)
     for k, v in requested.items():
         if np.ndim(v) and len(v) != n:
             raise ValueError(
@@ -431,7 +435,8 @@ def prepare_conditions(
                 f" eta={options.get('eta', 0.)}. Expected neither: it goes all the way, in its own"
                 f" steps. Try one of {', '.join(SOLVERS)}."
             )
-    cond = check_conditions(conditions, model.covariates, n)
+    unlearned = read_unlearned(getattr(model, 'run', None), 'ldm')
+    cond = check_conditions(conditions, model.covariates, n, unlearned)
     requested = [c.name for c in model.unet.covariates if c.name in cond]
     check_guidance(
         options.get('guidance_scale', 1.0),

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['is_missing', 'is_listed', 'level_text', 'Covariate', 'covariate_kind', 'find_covariates', 'write_levels',
            'mask_levels_not_in_train', 'describe_manifest', 'covariate_notes', 'read_number', 'encode_column',
-           'refuse_unknown_names', 'encode_covariates', 'read_value', 'read_conditions']
+           'describe_unlearned', 'explain_unlearned', 'refuse_unknown_names', 'encode_covariates', 'read_value',
+           'read_conditions']
 
 # %% ../../nbs/engineering/42_covariates.ipynb #72d01547
 def is_missing(
@@ -488,12 +489,79 @@ def encode_column(
     scaled = (torch.tensor(numbers, dtype=torch.float64) - low) / ((high - low) or 1)
     return scaled.float()
 
+# %% ../../nbs/engineering/42_covariates.ipynb #cv0000a1
+def describe_unlearned(
+    manifest: pd.DataFrame,  # Rows, as a stage is given them
+    covariates: Sequence[Covariate],  # What the stage learns
+) -> dict:  # Which table of subjects was read, and which columns with values are not learned
+    """What a run writes down of the facts that it does not learn; no name of a subject is in it.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows, as a stage is given them.
+    covariates : Sequence[Covariate]
+        What the stage learns.
+
+    Returns
+    -------
+    dict
+        Which table of subjects was read, and which columns with values are not learned.
+    """
+    train = manifest[manifest.split == 'train'] if 'split' in manifest else manifest
+    fixed = ['path', 'plane', 'subject', 'session', 'split', 'hash', *(c.name for c in covariates)]
+    facts = [o for o in manifest if o not in fixed and manifest[o].notna().any()]
+    known = [o for o in facts if train[o].notna().any()]
+    return dict(
+        table=manifest.attrs.get('table'),
+        known=known,
+        outside_train=[o for o in facts if o not in known],
+    )
+
+
+def explain_unlearned(
+    name: str,  # Name of a condition that a model does not have
+    said: dict | None,  # As from `describe_unlearned`; None or empty for an earlier run
+) -> str:  # Half a sentence, or ''
+    """Why a run has not learned a condition.
+
+    Parameters
+    ----------
+    name : str
+        Name of a condition that a model does not have.
+    said : dict | None
+        As from `describe_unlearned`; None or empty for an earlier run.
+
+    Returns
+    -------
+    str
+        Half a sentence, or ''.
+    """
+    if not said:
+        return ''
+    table = said.get('table')
+    if name in said['known']:
+        told = 'covariates' if name in FIXED_KINDS else 'columns'
+        return f'the data have it, and training was not told to learn it: --{told} {name}'
+    if name in said['outside_train']:
+        return 'no subject of the train split has a value of it'
+    if not table:
+        return 'no table of subjects was read, and names and folders do not say it'
+    file = f"the table of subjects{' ' + table['file'] if table.get('file') else ''}"
+    if not table['matched']:
+        return f"no row of {file} matched one of the {table['subjects']} subjects"
+    some = f"{file}, which has a row for {table['matched']} of {table['subjects']} subjects,"
+    if name in table['columns']:
+        return f'{some} leaves its column blank for them'
+    return f"{some} has no such column, but {', '.join(table['columns'][:8]) or 'none'}"
+
 # %% ../../nbs/engineering/42_covariates.ipynb #f26503ac
 def refuse_unknown_names(
     names,  # Names of conditions
     covariates: Sequence[Covariate],  # The conditions of the model
+    unlearned: dict | None = None,  # As from `describe_unlearned`, when it was trained
 ) -> None:  # Nothing: it raises or returns
-    """Refuse a condition that the model does not have.
+    """Refuse a condition that the model does not have, and say why not.
 
     Parameters
     ----------
@@ -501,15 +569,19 @@ def refuse_unknown_names(
         Names of conditions.
     covariates : Sequence[Covariate]
         The conditions of the model.
+    unlearned : dict | None, default None
+        As from `describe_unlearned`, when it was trained.
 
     Raises
     ------
     ValueError
     """
-    known = [c.name for c in covariates]
+    known = list(dict.fromkeys(c.name for c in covariates))
     for name in (o for o in names if o not in known):
+        why = explain_unlearned(name, unlearned)
+        never = f' This run never learned it: {why}.' if why else ''
         raise ValueError(
-            f"encode_covariates: unknown condition '{name}'. Expected one of"
+            f"encode_covariates: unknown condition '{name}'.{never} Expected one of"
             f" {', '.join(known) or 'none: this model has no condition'}. Check the spelling, or"
             " leave it out."
         )
@@ -609,6 +681,7 @@ def read_conditions(
     # Requested conditions: a value, or a list of values, by covariate name; None is unknown
     conditions: dict,
     covariates: Sequence[Covariate],  # The conditions of the model
+    unlearned: dict | None = None,  # As from `describe_unlearned`, when it was trained
     # The same in the terms of the model: levels as text, numbers as float; what is None as a
     # whole is left out
 ) -> dict:
@@ -620,6 +693,8 @@ def read_conditions(
         Requested conditions: a value, or a list of values, by covariate name; None is unknown.
     covariates : Sequence[Covariate]
         The conditions of the model.
+    unlearned : dict | None, default None
+        As from `describe_unlearned`, when it was trained.
 
     Returns
     -------
@@ -635,7 +710,7 @@ def read_conditions(
     requested = {
         k: v.tolist() if hasattr(v, 'tolist') else v for k, v in conditions.items() if v is not None
     }
-    refuse_unknown_names(requested, covariates)
+    refuse_unknown_names(requested, covariates, unlearned)
     known = {c.name: c for c in covariates}
     return {
         k: [read_value(o, known[k]) for o in v] if is_listed(v) else read_value(v, known[k])

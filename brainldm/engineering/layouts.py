@@ -25,6 +25,7 @@ import pandas as pd
 
 from .checks import DataFault, printable
 from .configs import DataConfig
+from .alignment import describe_slice, find_described
 from brainldm.engineering.files import (
     ARCHIVES,
     IMAGE,
@@ -1280,27 +1281,25 @@ def find_table(
         Path of the table of subjects or None; notes.
     """
     listed = rows is not None and 'place' in rows
-    tables = near_tables(root) if listed else []
-    if config.subjects is not None:
-        left = [o for o in tables if (root / o).resolve() != config.subjects.resolve()]
-        return config.subjects, [
-            f'{len(left)} tables not read, for {config.subjects.name} is named:'
-            f' {", ".join(left[:3])}'
-        ] * bool(left)
-    here = [root / o for o in TABLES if (root / o).is_file()]
+    tables = near_tables(root) if listed else [o for o in TABLES if (root / o).is_file()]
+    known = [root / o for o in TABLES if (root / o).is_file()]
     below = sorted(root.glob('*/participants.tsv'))
-    if not here:
-        here = below[:1] if len(below) == 1 else []
-    if not here:
-        if listed and not below:
-            return find_subject_table(root, rows)
+    if config.subjects is not None:
+        used = config.subjects
+    elif known or len(below) == 1:
+        used = (known or below)[0]
+    elif below:
         return None, [
             f'{len(below)} participants.tsv below: none is read. Name one with --subjects'
-        ] * bool(below)
-    rest = [o for o in tables if root / o not in here and '/' not in o]
-    here += [root / o for o in rest]
-    return here[0], [f'{here[0].name} is read'] * (here[0].name != TABLES[0]) + [
-        f'{o.name} is not read, for there is {here[0].name}' for o in here[1:]
+        ]
+    else:
+        return find_subject_table(root, rows) if listed else (None, [])
+    left = [o for o in tables if (root / o).resolve() != used.resolve()]
+    told = ', '.join(left[:3]) + f' and {len(left)-3} more' * (len(left) > 3)
+    return used, [
+        *[f'{used.name} is read'] * (used != config.subjects and used.name != TABLES[0]),
+        *[f'{told} {"is" if len(left) == 1 else "are"} not read, for there is {used.name}']
+        * bool(left),
     ]
 
 # %% ../../nbs/engineering/25_layouts.ipynb #tell0001
@@ -1633,8 +1632,10 @@ def inspect_rows(
     config: DataConfig,  # For `to_gray`
     progress: bool = True,  # Show a bar
     white: dict | None = None,  # Value that becomes white, by path, of images of more than 8 bits
-    # What is in each row, by its index: hash, _height, _width, _side, _bright, _blank, _fault,
-    # _detail; what was done to each file
+    # Whether each row is described, to find it again in other files; None asks `find_described`
+    described: np.ndarray | None = None,
+    # What is in each row, by its index: hash, _height, _width, _side, _bright, _copy, _blank,
+    # _fault, _detail; what was done to each file
 ) -> tuple:
     """Decode every file of some rows once and write down what is in it.
 
@@ -1650,35 +1651,40 @@ def inspect_rows(
         Show a bar.
     white : dict | None, default None
         Value that becomes white, by path, of images of more than 8 bits.
+    described : np.ndarray | None, default None
+        Whether each row is described, to find it again in other files; None asks `find_described`.
 
     Returns
     -------
     tuple
-        What is in each row, by its index: hash, _height, _width, _side, _bright, _blank, _fault,
-        _detail; what was done to each file.
+        What is in each row, by its index: hash, _height, _width, _side, _bright, _copy, _blank,
+        _fault, _detail; what was done to each file.
     """
     planes, white = rows.plane.to_numpy(), white or {}
+    described = find_described(rows) if described is None else described
 
     def look(path, at):
         try:
             images, done = decode_file(root / path, planes[at], config.to_gray, white.get(path))
         except DataFault as e:
-            return [('', 0, 0, 0, 0, False, e.kind, str(e))] * len(at), {}
+            return [('', 0, 0, 0, 0, '', False, e.kind, str(e))] * len(at), {}
         return [
             (
                 hash_image(o),
                 *o.shape,
                 foreground_side(o),
                 upper_intensity(o),
+                describe_slice(o) if described[i] else '',
                 o.min() == o.max(),
                 '',
                 '',
             )
-            for o in images
+            for i, o in zip(at, images)
         ], dict(done, path=path)
 
     found = map_files(look, rows, progress, 'check')
-    names = ['hash', '_height', '_width', '_side', '_bright', '_blank', '_fault', '_detail']
+    names = ['hash', '_height', '_width', '_side', '_bright', '_copy', '_blank']
+    names += ['_fault', '_detail']
     seen = pd.DataFrame([o for _, (seen, _) in found for o in seen], columns=names)
     seen = seen.astype({'_blank': bool})
     seen.index = rows.index[np.concatenate([at for at, _ in found])] if found else []
@@ -1770,7 +1776,8 @@ def inspect_files(
         seen.loc[i, ['_fault', '_detail']] = why
     scaled = alone[alone.path.isin(white)]
     if len(scaled):
-        again, more = inspect_rows(scaled, root, config, progress, white)
+        described = find_described(rows)[rows.index.get_indexer(scaled.index)]
+        again, more = inspect_rows(scaled, root, config, progress, white, described)
         seen.loc[again.index, again.columns] = again
         done = pd.concat([done, more], ignore_index=True)
     out = rows.join(seen).assign(_white=rows.path.map(white))

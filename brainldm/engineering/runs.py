@@ -32,7 +32,7 @@ import brainldm
 from .configs import TrainConfig
 from .devices import device_name
 from .files import explain_disk, write_atomic
-from .covariates import Covariate
+from .covariates import Covariate, describe_unlearned
 from brainldm.engineering.loop import (
     Learner,
     call_every,
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['RENAMED', 'Network', 'HARMLESS', 'FOUND', 'LATER', 'LOCKED_RUNS', 'translate', 'save_weights', 'load_weights',
            'fill_model', 'weights_hash', 'read_info', 'check_trained_on', 'pack_state', 'unpack_state', 'Checkpoint',
-           'read_log', 'JsonLog', 'read_metrics', 'StopRequest', 'read_config', 'compare_configs', 'plain_text',
-           'given_table', 'describe_given', 'name_changes', 'compare_given', 'find_run', 'compare_stage',
+           'read_log', 'JsonLog', 'read_metrics', 'StopRequest', 'read_config', 'read_unlearned', 'compare_configs',
+           'plain_text', 'given_table', 'describe_given', 'name_changes', 'compare_given', 'find_run', 'compare_stage',
            'lengthen_stage', 'note_given', 'resume_stage', 'open_run', 'lock_file', 'lock_run', 'free_run', 'enter_run',
            'stage_callbacks', 'StepOutOfMemory', 'mark_out_of_memory', 'note_lengthened', 'run_stage', 'is_finished',
            'reduce_batch', 'retry_on_oom']
@@ -696,6 +696,29 @@ def read_config(
         )
     return {k: dict(o, config=translate(o['config'], 'config.json')) for k, o in settings.items()}
 
+# %% ../../nbs/engineering/30_runs.ipynb #31d86cd3
+def read_unlearned(
+    run: str | Path | None,  # Run folder; None for a model that comes from none
+    stage: str,  # 'autoencoder', 'ldm', 'prior' or 'volume'
+) -> dict:  # As from `describe_unlearned`; empty where nothing is written down
+    """What a stage of a run did not learn, and why.
+
+    Parameters
+    ----------
+    run : str | Path | None
+        Run folder; None for a model that comes from none.
+    stage : str
+        'autoencoder', 'ldm', 'prior' or 'volume'.
+
+    Returns
+    -------
+    dict
+        As from `describe_unlearned`; empty where nothing is written down.
+    """
+    if run is None or not (Path(run) / 'config.json').is_file():
+        return {}
+    return read_config(run).get(stage, {}).get('unlearned') or {}
+
 # %% ../../nbs/engineering/30_runs.ipynb #956aa477
 def compare_configs(
     old: dict,  # What config.json says of a stage
@@ -1240,6 +1263,7 @@ def open_run(
         )
         computed = [dict(images=0, **notes['computed'])] if 'computed' in notes else []
         settings[stage] = dict(new, computed=computed, train_subjects=subjects, versions=versions)
+        settings[stage]['unlearned'] = describe_unlearned(dataset.manifest, covariates)
         # first: it makes this a run folder
         write_atomic(run / 'config.json', json.dumps(settings, indent=1).encode())
         note_given(run, stage, table)

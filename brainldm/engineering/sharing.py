@@ -61,8 +61,13 @@ def strip_settings(
     def names(o):
         return o.get('train_subjects') if o['data'].get('layout') == 'phantom' else None
 
+    def unlearned(o):
+        said = o.get('unlearned') or {}
+        table = dict(said['table'], file=None) if said.get('table') else None
+        return dict(unlearned=dict(said, table=table)) if said else {}
+
     return {
-        stage: dict(o, config=bare(o), train_subjects=names(o), **source(o))
+        stage: dict(o, config=bare(o), train_subjects=names(o), **source(o), **unlearned(o))
         for stage, o in settings.items()
     }
 

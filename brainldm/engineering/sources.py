@@ -9,11 +9,12 @@ __all__ = ['FORMS', 'OTHER_FORMS', 'DICOM_SUFFIX', 'DICOM_NAME', 'TABLE_NAME', '
            'find_contrast', 'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'says_nobody',
            'name_unknown', 'name_heads', 'name_restarts', 'name_layout', 'bids_parts', 'pick_bids', 'pick_space',
            'pick_surfer', 'pick_cat12', 'oasis_axes', 'pick_oasis', 'choose_contrast', 'natural', 'choose_visits',
-           'list_tables', 'pick_heads', 'find_heads', 'explain_nothing', 'match_only', 'set_axes', 'read_analyze',
-           'check_image', 'read_volume', 'convert_series', 'read_head']
+           'list_tables', 'pick_heads', 'find_heads', 'refuse_heads', 'explain_nothing', 'match_only', 'set_axes',
+           'orient_by_name', 'check_image', 'read_volume', 'convert_series', 'read_head', 'read_mask']
 
 # %% ../../nbs/engineering/43_sources.ipynb #src00003
 import fnmatch
+import json
 import os
 import re
 import subprocess
@@ -47,8 +48,8 @@ TABLE_NAME = r'\.(?:csv|tsv|xlsx?)$'
 # Folders of diagnoses, in any case
 CLASSES = (
     r'ADD?|NC|CN|CU|HC|[ELSP]?MCI|SMC|SCD|FTD|PD|DLB|LBD|MS|SZ|ASD|TD|controls?|patients?|'
-    r'healthy|normal|alzheimers?|converted|'
-    r'(?:(?:non|very|mild|moderate)[ _-]*)*(?:demented|dementia)'
+    r"(?:cognitively[ _-]*)?(?:healthy|normal)|alzheimer(?:'?s)?(?:[ _-]*disease)?|converted|"
+    r'(?:(?:non?|very|mild|moderate)[ _-]*)*(?:demented|dementia|impair(?:ed|ment))'
 )
 # Folders and files whose names say nothing of a subject
 NAMELESS = (
@@ -370,7 +371,7 @@ def read_series(
     if len({o['uid'] for o in some}) > 1:
         some = [read(o) for o in paths]
     series = {o['uid']: o for o in some}
-    return sorted(series.values(), key=lambda o: (int(o['number'] or 0), o['uid']))
+    return sorted(series.values(), key=lambda o: (natural(o['number']), o['uid']))
 
 # %% ../../nbs/engineering/43_sources.ipynb #dic00002
 def list_dicom(
@@ -435,7 +436,7 @@ def read_folders(
     """Read class and split off the folders above each head.
 
     A name counts as a class only where half of its neighbors do, and as a split only beside another
-    one.
+    one. ad and AD are one class.
 
     Parameters
     ----------
@@ -461,6 +462,10 @@ def read_folders(
         known = [o for o in beside if re.fullmatch(CLASSES, o, re.IGNORECASE)]
         if 2 * len(known) >= len(beside):
             roles |= {(parent, o): 'diagnosis' for o in known}
+    spelled: dict = {}
+    for (_, name), role in sorted(roles.items()):
+        if role == 'diagnosis':
+            spelled.setdefault(name.lower(), name)
     rows = []
     for place in places:
         *parts, last = place.split('/')
@@ -470,7 +475,7 @@ def read_folders(
         rest = [o for o, r in zip(parts, mine) if not r]
         rows.append(
             (
-                said.get('diagnosis'),
+                spelled.get(said.get('diagnosis', '').lower()),
                 SPLIT_FOLDERS[split.lower()] if split else None,
                 '/'.join([*rest, last]),
             )
@@ -1175,14 +1180,41 @@ def find_heads(
         raise ValueError(explain_nothing(root, files, options, notes))
     table = rows.reindex(columns=COLUMNS)
     table = table.astype(object).where(table.notna(), None)
-    paths = [o for col in ('path', 'mask') for o in table[col] if o]
-    why = {o: find_pointer(root / o) for o in dict.fromkeys(paths)}
-    bad = {k: v for k, v in why.items() if v}
-    lost = table.path.isin(list(bad)) | table['mask'].isin(list(bad))
-    faults = pd.concat([faults, as_faults(bad, 'pointer', bad.values())], ignore_index=True)
-    return Heads(
-        table[~lost].reset_index(drop=True), layout, notes, faults, list_tables(root, files)
-    )
+    table, bad = refuse_heads(root, table)
+    faults = pd.concat([faults, bad], ignore_index=True)
+    return Heads(table, layout, notes, faults, list_tables(root, files))
+
+
+def refuse_heads(
+    root: Path,  # Folder
+    table: pd.DataFrame,  # Heads that would be taken
+) -> tuple:  # The heads that are there, faults of the others
+    """Leave the heads whose content is not here, and those whose names do not print.
+
+    Parameters
+    ----------
+    root : Path
+        Folder.
+    table : pd.DataFrame
+        Heads that would be taken.
+
+    Returns
+    -------
+    tuple
+        The heads that are there, faults of the others.
+    """
+    why = {}
+    for row in table.itertuples():
+        halves = [row.path[:-4] + o for o in ('.img', '.IMG')] * (row.form == 'analyze')
+        parts = [row.path, *(o for o in halves if os.path.lexists(root / o)), row.mask]
+        for path in (o for o in parts if o):
+            text = find_pointer(root / path)
+            if not (path + row.subject).isprintable():
+                text = 'holds characters that do not print. Expected text. Rename it'
+            if text:
+                why[row.Index] = (path, 'name' if 'do not print' in text else 'pointer', text)
+    faults = as_faults(*(zip(*why.values()) if why else [[]]))
+    return table.drop(list(why)).reset_index(drop=True), faults
 
 
 def explain_nothing(
@@ -1295,15 +1327,21 @@ def set_axes(
     return affine
 
 
-def read_analyze(
-    path: Path,  # Header or image of a pair
+def orient_by_name(
+    img: Any,  # nibabel image whose header does not say where left is
+    path: Path,  # Its file
+    why: str,  # What the header lacks
 ) -> Any:  # nibabel image
-    """Read an Analyze pair, whose header does not say where left is.
+    """Give a file of OASIS-1 the axes that are known of it.
 
     Parameters
     ----------
+    img : Any
+        nibabel image whose header does not say where left is.
     path : Path
-        Header or image of a pair.
+        Its file.
+    why : str
+        What the header lacks.
 
     Returns
     -------
@@ -1313,17 +1351,16 @@ def read_analyze(
     Raises
     ------
     DataFault
-        For files of any study but OASIS-1.
+        For any other study.
     """
     import nibabel as nib
 
-    img: Any = nib.load(path)
     known = oasis_axes(path.name)
     if not known:
         raise DataFault(
             'orientation',
-            'Analyze, whose header does not say where left is. Expected NIfTI, or a file of an'
-            ' OASIS-1 disc. Convert it with a tool that knows the study',
+            f'{why}, so left and front are unknown. Expected a header that says it, or a file of'
+            ' OASIS-1. Convert the scan anew with a tool that knows the study',
         )
     vol = np.asanyarray(img.dataobj)
     vol = vol.reshape(vol.shape[:3]) if vol.size == np.prod(vol.shape[:3]) else vol
@@ -1407,21 +1444,18 @@ def read_volume(
             raise DataFault('orientation', 'header says that its axes are unknown. Expected known')
         return check_image(img)
     if not isinstance(img, (nib.Nifti1Pair, nib.Nifti2Pair)):
-        return check_image(read_analyze(path))
+        why = 'Analyze, whose header does not say where left is'
+        return check_image(orient_by_name(img, path, why))
     img = check_image(img)
     if not (img.header['sform_code'] or img.header['qform_code']):
-        raise DataFault(
-            'orientation',
-            'sform and qform code are 0, so left and front are unknown. Expected one of them. Set'
-            ' the affine with nibabel, or convert the scan anew',
-        )
+        return orient_by_name(img, path, 'sform and qform code are 0')
     return img
 
 # %% ../../nbs/engineering/43_sources.ipynb #rea00003
 def convert_series(
     folder: Path,  # Folder of DICOM, not changed
     workdir: Path,  # Folder to write into
-    wanted: str = 'T1',  # Contrast, key of MODALITIES
+    kind: str | None = None,  # Description of the series, where the folder has several
 ) -> Path:  # NIfTI volume
     """Turn one DICOM series into NIfTI with dcm2niix.
 
@@ -1431,8 +1465,8 @@ def convert_series(
         Folder of DICOM, not changed.
     workdir : Path
         Folder to write into.
-    wanted : str, default 'T1'
-        Contrast, key of MODALITIES.
+    kind : str | None, default None
+        Description of the series, where the folder has several.
 
     Returns
     -------
@@ -1453,18 +1487,18 @@ def convert_series(
     made = sorted(out.glob('*.nii'), key=lambda o: natural(o.name))
     if not made:
         told = (done.stdout + done.stderr).strip().splitlines()[-1:]
-        raise DataFault(
-            'dicom', f'dcm2niix made nothing of it: {" ".join(told)}. Expected a volume'
-        )
-    said = {o: find_contrast(o.stem) for o in made}
-    fit = [o for o in made if said[o] == wanted] or [o for o in made if not said[o]]
-    number = lambda o: o.name.split('_')[0]
-    fit = [o for o in fit if number(o) == number(fit[0])]
-    if len(fit) != 1:
-        names = ', '.join(o.name for o in fit or made)
+        raise DataFault('dicom', f'dcm2niix made no volume of it: {" ".join(told)}. Expected one')
+
+    def says(path):
+        about = json.loads(path.with_suffix('.json').read_text())
+        return about.get('SeriesDescription') or about.get('ProtocolName')
+
+    fit = [o for o in made if says(o) == kind] or made
+    fit = [o for o in fit if o.name.split('_')[0] == fit[0].name.split('_')[0]]
+    if len(fit) > 1:
         raise DataFault(
             'dicom',
-            f'dcm2niix made {len(fit)} volumes of contrast {wanted} of one series: {names}.'
+            f'dcm2niix made {len(fit)} volumes of one series: {", ".join(o.name for o in fit)}.'
             ' Expected one. Convert it by hand, and give the NIfTI',
         )
     return fit[0]
@@ -1474,7 +1508,6 @@ def read_head(
     root: str | Path,  # Folder that `find_heads` was given
     row: Mapping,  # Row of its table
     workdir: str | Path,  # Folder for what has to be converted first
-    wanted: str = 'T1',  # Contrast, where a folder of DICOM has several
 ) -> Any:  # nibabel image (x, y, z) whose affine can be trusted
     """Read one head, of whatever form.
 
@@ -1486,8 +1519,6 @@ def read_head(
         Row of its table.
     workdir : str | Path
         Folder for what has to be converted first.
-    wanted : str, default 'T1'
-        Contrast, where a folder of DICOM has several.
 
     Returns
     -------
@@ -1501,5 +1532,30 @@ def read_head(
     """
     path = Path(root) / row['path']
     if row['form'] == 'dicom':
-        path = convert_series(path, Path(workdir), wanted)
+        path = convert_series(path, Path(workdir), row.get('kind'))
     return read_volume(path)
+
+
+def read_mask(
+    root: str | Path,  # Folder that `find_heads` was given
+    row: Mapping,  # Row of its table
+) -> Any:  # nibabel image, above 0 in the brain; None where the head comes without
+    """Read the brain mask that a program wrote beside a head.
+
+    Parameters
+    ----------
+    root : str | Path
+        Folder that `find_heads` was given.
+    row : Mapping
+        Row of its table.
+
+    Returns
+    -------
+    Any
+        nibabel image, above 0 in the brain; None where the head comes without.
+
+    Raises
+    ------
+    DataFault
+    """
+    return read_volume(Path(root) / row['mask']) if row.get('mask') else None

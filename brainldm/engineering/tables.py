@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'LABELS', 'MODALITIES', 'PARTS', 'ALIASES', 'GIVES_WAY', 'MISSING', 'TEXT', 'TABLE_FILE', 'OASIS_COLUMNS',
-           'RATINGS', 'RATING_VALUES', 'SAME_LEVELS', 'NAME_STEPS', 'LEAST_MATCH', 'read_name', 'find_modality',
-           'session_names', 'name_sessions', 'mixed_contrasts', 'strip_parts', 'suspect_names', 'name_columns',
-           'check_columns', 'read_workbook', 'read_cells', 'to_numbers', 'wrong_cell', 'read_table', 'recognize_study',
-           'derive_diagnosis', 'describe_columns', 'key_columns', 'read_subjects', 'match_images', 'same_level',
-           'file_of', 'simplify_names', 'match_names', 'visit_key', 'row_keys', 'steady_facts', 'fit_visits',
-           'describe_match', 'join_column', 'join_subjects', 'read_units', 'name_subjects', 'read_names',
+           'RATINGS', 'RATING_VALUES', 'SAME_LEVELS', 'WIDER', 'NAME_STEPS', 'LEAST_MATCH', 'read_name',
+           'find_modality', 'session_names', 'name_sessions', 'mixed_contrasts', 'strip_parts', 'suspect_names',
+           'name_columns', 'check_columns', 'read_workbook', 'read_cells', 'to_numbers', 'wrong_cell', 'read_table',
+           'recognize_study', 'derive_diagnosis', 'describe_columns', 'key_columns', 'read_subjects', 'match_images',
+           'same_level', 'file_of', 'simplify_names', 'match_names', 'visit_key', 'row_keys', 'steady_facts',
+           'fit_visits', 'describe_match', 'join_column', 'join_subjects', 'read_units', 'name_subjects', 'read_names',
            'count_matches', 'near_tables', 'find_subject_table', 'note_unknown_covariates']
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00004
@@ -910,18 +910,22 @@ SAME_LEVELS = (
 )
 
 
+# Diagnoses that a folder may call by a wider word
+WIDER = dict(emci='mci', lmci='mci')
+
+
 def same_level(
-    a: pd.Series,  # Diagnoses of one source
-    b: pd.Series,  # Of another
+    a: pd.Series,  # Diagnoses of folders or of a manifest
+    b: pd.Series,  # Of a table
 ) -> pd.Series:  # True where both mean one diagnosis
-    """Compare diagnoses of two sources: NC, CN and control are one.
+    """Compare diagnoses of two sources: NC, CN and control are one, and LMCI is an MCI.
 
     Parameters
     ----------
     a : pd.Series
-        Diagnoses of one source.
+        Diagnoses of folders or of a manifest.
     b : pd.Series
-        Of another.
+        Of a table.
 
     Returns
     -------
@@ -929,8 +933,9 @@ def same_level(
         True where both mean one diagnosis.
     """
     words = {o: group[0] for group in SAME_LEVELS for o in group}
-    plain = lambda o: words.get(str(o).strip().casefold(), o)
-    return a.map(plain) == b.map(plain)
+    plain = lambda o: words.get(str(o).strip().casefold(), str(o).strip().casefold())
+    mine, its = a.map(plain), b.map(plain)
+    return (mine == its) | (mine == its.map(lambda o: WIDER.get(o, o)))
 
 
 def file_of(
@@ -1556,4 +1561,4 @@ def note_unknown_covariates(
     why = 'no table of subjects is read'
     if table is not None:
         why = f'the table of subjects{file_of(table)} says nothing of them'
-    return [f'{" and ".join(lacking)} of no subject known: {why}'] * bool(lacking and len(rows))
+    return [f'{", ".join(lacking)} not known of any subject: {why}'] * bool(lacking and len(rows))
