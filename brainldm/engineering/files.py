@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ARCHIVES', 'VOLUME', 'PAGES', 'IMAGE', 'POINTER_BYTES', 'FETCH', 'EXPANSION', 'as_faults', 'select_page',
+__all__ = ['ARCHIVES', 'VOLUME', 'PAGES', 'IMAGE', 'POINTER_BYTES', 'FETCH', 'EXPANSION', 'as_faults', 'is_volume', 'select_page',
            'refuse_pointer', 'read_pixels', 'read_gray_image', 'decode_image', 'hash_image', 'foreground_side', 'Grid',
            'read_grid', 'count_planes', 'fill_background', 'find_white', 'scale_to_bytes', 'load_volume', 'axial_slice',
            'decode_file', 'map_files', 'cache_folder', 'temporary_in_cache', 'StrictHeader', 'LimitedStream',
@@ -68,6 +68,24 @@ def as_faults(
 
     kind, detail = (o if isinstance(o, str) else list(o) for o in (kind, detail))
     return pd.DataFrame(dict(path=list(paths), fault=kind, detail=detail), dtype=object)
+
+# %% ../../nbs/engineering/23_files.ipynb #isvol001
+def is_volume(
+    path: str | Path,  # File
+) -> bool:  # True for the name of a NIfTI volume
+    """Tell a volume, whose header says where left is, from an image, by its name.
+
+    Parameters
+    ----------
+    path : str | Path
+        File.
+
+    Returns
+    -------
+    bool
+        True for the name of a NIfTI volume.
+    """
+    return bool(re.search(VOLUME, str(path), re.IGNORECASE))
 
 # %% ../../nbs/engineering/23_files.ipynb #page0001
 def select_page(
@@ -453,7 +471,7 @@ def count_planes(
     ------
     DataFault
     """
-    if re.search(VOLUME, path.name, re.IGNORECASE):
+    if is_volume(path):
         return read_grid(path).shape[2]
     refuse_pointer(path)
     try:
@@ -688,7 +706,7 @@ def decode_file(
     ------
     DataFault
     """
-    if not re.search(VOLUME, path.name, re.IGNORECASE):
+    if not is_volume(path):
         read = {k: read_gray_image(path, to_gray, white, k) for k in {int(o) for o in planes}}
         done = dict(turned=any(turned for _, turned in read.values()), stack=white is not None)
         return [read[int(k)][0] for k in planes], done

@@ -37,6 +37,7 @@ from brainldm.engineering.files import (
     find_white,
     foreground_side,
     hash_image,
+    is_volume,
     list_files,
     map_files,
     read_grid,
@@ -733,7 +734,7 @@ def expand_planes(
             first, last = planes or (0, n)
             if last > n:
                 raise DataFault('planes', f'{n} planes; planes={planes} asks for more')
-            if n == 1 and not re.search(VOLUME, path, re.IGNORECASE):
+            if n == 1 and not is_volume(path):
                 raise DataFault(
                     'pages', 'a TIFF of one page; expected its slice in the name or the manifest'
                 )
