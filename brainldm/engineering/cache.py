@@ -109,8 +109,7 @@ def fingerprint(
         side=about.get('side'),
         left_known=about.get('layout') == 'phantom'
         or bool(
-            'plane' in manifest
-            and manifest.path.str.contains(VOLUME, case=False, regex=True).all()
+            'plane' in manifest and manifest.path.str.contains(VOLUME, case=False, regex=True).all()
         ),
     )
 

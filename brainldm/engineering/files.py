@@ -216,7 +216,6 @@ def read_pixels(
             f'{e}; expected a whole PNG, JPEG or TIFF',
         ) from e
 
-
 # %% ../../nbs/engineering/23_files.ipynb #pict0002
 def read_gray_image(
     path: Path,  # PNG, JPEG or TIFF
@@ -480,7 +479,6 @@ def count_planes(
     except Exception as e:
         raise DataFault('unreadable', f'{e}; expected a TIFF whose pages are slices') from e
 
-
 # %% ../../nbs/engineering/23_files.ipynb #nan00001
 def fill_background(
     vol: np.ndarray,  # Intensities (x, y, z), float, perhaps with NaN
@@ -717,7 +715,6 @@ def decode_file(
     if max(planes) >= vol.shape[2]:
         raise DataFault('planes', f'{vol.shape[2]} planes; row asks for plane {max(planes)}')
     return [axial_slice(vol, k) for k in planes], done
-
 
 # %% ../../nbs/engineering/23_files.ipynb #4465f4f9
 def map_files(

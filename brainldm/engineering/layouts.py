@@ -93,25 +93,38 @@ CLASS_FOLDER = (
     r'AD|NC|CN|HC|[EL]?MCI|SMC|SCD|FTD|PD|controls?|normals?|healthy|patients?|'
     r'(?:(?:non|mild|moderate|very[ _-]?mild)[ _-]?)?(?:demented|dementia)'
 )
-RAW = {  # Files of scanners and other programs, by suffix: what `brainldm prepare` makes volumes of
+# Files of scanners and other programs, by suffix: what `brainldm prepare` makes volumes of
+RAW = {
     'DICOM': ('.dcm', '.ima', '.dicom'),
     'FreeSurfer': ('.mgz', '.mgh'),
     'Analyze': ('.hdr', '.img'),
 }
 OTHER_FORMATS = {  # What to do with files that are neither images nor raw scans, by suffix
     'Turn them into NIfTI, for example sitk.WriteImage(sitk.ReadImage(a), b) of SimpleITK': (
-        '.nrrd', '.nhdr', '.mha', '.mhd', '.mnc', '.par', '.rec',
+        '.nrrd',
+        '.nhdr',
+        '.mha',
+        '.mhd',
+        '.mnc',
+        '.par',
+        '.rec',
     ),
-    'Arrays say neither whose they are nor where left is: save one NIfTI a subject with its affine,'
-    ' or its slices as PNG': (
-        '.npy', '.npz', '.h5', '.hdf5', '.mat', '.pkl', '.pt', '.tfrecord', '.parquet',
+    'Arrays say neither whose they are nor where left is: save one NIfTI a subject with its affine, or its slices as PNG': (
+        '.npy',
+        '.npz',
+        '.h5',
+        '.hdf5',
+        '.mat',
+        '.pkl',
+        '.pt',
+        '.tfrecord',
+        '.parquet',
     ),
     'Save them as PNG': ('.bmp', '.gif', '.webp', '.jp2'),
     'Unpack them, and give the folder': (*ARCHIVES, '.gz', '.7z', '.rar'),
 }
 PREPARED = 'prepare.json'  # What `brainldm prepare` writes beside its manifest; `planes` in it
 FAULT_LINES = 10  # Lines that are printed of one kind of fault: 16 kinds fit on two screens
-
 
 # %% ../../nbs/engineering/25_layouts.ipynb #pars0001
 def parse_image_path(
@@ -171,7 +184,6 @@ def refuse_unknown_subjects(
         " manifest.csv, if you know them."
     )
 
-
 # %% ../../nbs/engineering/25_layouts.ipynb #pars0004
 def suggest_pattern(
     path: str,  # Path of an image, from the data folder
@@ -190,7 +202,9 @@ def suggest_pattern(
     """
     folders, _, name = path.rpartition('/')
     stem, _, suffix = name.rpartition('.')
-    parts = re.fullmatch(r'(?P<subject>.*?)(?P<between>[-_. ]+[a-z]*[-_. ]*)\d+', stem, re.IGNORECASE)
+    parts = re.fullmatch(
+        r'(?P<subject>.*?)(?P<between>[-_. ]+[a-z]*[-_. ]*)\d+', stem, re.IGNORECASE
+    )
     if parts and re.search(r'\d', parts['subject']):
         return '{subject}' + parts['between'] + '{slice}.' + suffix
     number = re.fullmatch(r'(?P<before>.*?)\d+', stem)
@@ -303,14 +317,16 @@ def explain_folder(
         )
     else:
         told = [k for k, v in OTHER_FORMATS.items() if set(v) & set(suffix)]
-        advice = ''.join(f'{o}. ' for o in told[:1]) + (
-            "Try the folder above or below, or list the files in a manifest.csv with columns path,"
+        advice = (
+            ''.join(f'{o}. ' for o in told[:1])
+            + "Try the folder above or below, or list the files in a manifest.csv with columns"
+            " path,"
             " subject, slice."
         )
     return (
-        f"'{root}' holds {printable(held) or 'nothing'}{' ...' if len(counts) > 4 else ''}. Expected .nii or"
-        " .nii.gz volumes, folders of classes with names such as AD/218391_78.png,"
-        f" keras_png_slices_train, a manifest.csv or a phantom.json. {advice}"
+        f"'{root}' holds {printable(held) or 'nothing'}{' ...' if len(counts) > 4 else ''}."
+        " Expected .nii or .nii.gz volumes, folders of classes with names such as"
+        f" AD/218391_78.png, keras_png_slices_train, a manifest.csv or a phantom.json. {advice}"
     )
 
 # %% ../../nbs/engineering/25_layouts.ipynb #2313cae4
@@ -368,7 +384,6 @@ def find_layout(
     if layout:
         return layout
     raise ValueError(f'find_layout: {explain_folder(root)}')
-
 
 # %% ../../nbs/engineering/25_layouts.ipynb #pick0001
 def pick_files(
@@ -447,7 +462,9 @@ def name_alike(
     if not odd:
         return rows, []
     rows = rows.assign(diagnosis=spelled.reindex(rows.index))
-    return rows, ['classes written in two ways: ' + ', '.join(f'{k} taken for {v}' for k, v in odd.items())]
+    return rows, [
+        'classes written in two ways: ' + ', '.join(f'{k} taken for {v}' for k, v in odd.items())
+    ]
 
 # %% ../../nbs/engineering/25_layouts.ipynb #43843280
 def list_images(
@@ -532,7 +549,9 @@ def compile_pattern(
             elif field in seen:
                 text += f'(?P={field})'
             else:
-                text += rf'(?P<{field}>\d{{1,9}})' if field == 'slice' else f'(?P<{field}>[^/]+{lazy})'
+                text += (
+                    rf'(?P<{field}>\d{{1,9}})' if field == 'slice' else f'(?P<{field}>[^/]+{lazy})'
+                )
                 seen.add(field)
         out.append(re.compile(rf'(?:^|/){text}$', re.IGNORECASE))
     return tuple(out)
@@ -574,7 +593,8 @@ def match_pattern(
             [o for o, _, _ in unclear],
             'name',
             f'--pattern fits in two ways, as {path} with {field} {one[field]!r} or {two[field]!r}.'
-            " Expected one. Write more of the name into it, such as 'sub-{subject}_ses-{session}'",
+            ' Expected one. Write more of the name into it, such as'
+            ' \'sub-{subject}_ses-{session}\'',
         )
     return pd.DataFrame(rows, columns=['path', *short.groupindex], dtype=object), faults, unlike
 
@@ -597,7 +617,8 @@ def refuse_numbered_classes(
         raise ValueError(
             f"list_pattern: subject {name!r} has the diagnoses {where}, and so have most. Expected"
             " one name a subject. If every class counts its subjects from 1, rename the folders,"
-            " such as AD_001 and NC_001; if they are visits, leave {diagnosis} out of the pattern."
+            " such as AD_001 and NC_001; if they are visits, leave {diagnosis} out of the"
+            " pattern."
         )
 
 # %% ../../nbs/engineering/25_layouts.ipynb #patt0004
@@ -768,7 +789,8 @@ def name_units(
         What each volume is called; what its subject is called if no study's rule is known.
     """
     bare, unit = (
-        [re.sub(VOLUME, '', o, flags=re.IGNORECASE) for o in some] for some in (paths, whole or paths)
+        [re.sub(VOLUME, '', o, flags=re.IGNORECASE) for o in some]
+        for some in (paths, whole or paths)
     )
     names = [o.rsplit('/', 1)[-1] for o in bare]
     if len(set(names)) == len(names):
@@ -777,7 +799,6 @@ def name_units(
     return unit, [
         o[: -len(usual) - 1] if n == usual and o != usual else o for o, n in zip(bare, names)
     ]
-
 
 # %% ../../nbs/engineering/25_layouts.ipynb #31c7564e
 def list_volumes(
@@ -803,7 +824,6 @@ def list_volumes(
     units['unit'], units['subject'] = name_units(units.pop('bare').tolist(), paths)
     rows, faults = expand_planes(root, units.assign(place=units.path), config.planes)
     return rows, faults, notes + said
-
 
 # %% ../../nbs/engineering/25_layouts.ipynb #mani0001
 def refuse_pointed_table(
@@ -904,7 +924,7 @@ def read_planes(
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(
             f"read_planes: '{path}' has no planes ({type(e).__name__}: {e}). Expected"
-            ' "planes": [72, 104], first and last+1, as `brainldm prepare` writes it. Give'
+            " \"planes\": [72, 104], first and last+1, as `brainldm prepare` writes it. Give"
             " --planes, or prepare the folder again."
         ) from None
     return (int(first), int(last)), [
@@ -984,7 +1004,6 @@ def list_manifest(
     said = visits_as_subjects(rows)
     rows, faults = expand_planes(path.parent, rows, planes)
     return rows, pd.concat([said, faults], ignore_index=True), notes
-
 
 # %% ../../nbs/engineering/25_layouts.ipynb #grid1002
 def group_grids(
@@ -1163,13 +1182,18 @@ def describe_faults(
         Lines of text.
     """
     by = faults.groupby('detail', sort=False).path.agg(list)
-    by = by.reindex(sorted(by.index, key=lambda o: -len(by[o])))  # what most files share, first
+    # what most files share, first
+    by = by.reindex(sorted(by.index, key=lambda o: -len(by[o])))
     lines = []
     for detail, paths in by.items():
         few = ', '.join(paths[:3]) + ' ...' * (len(paths) > 3)
-        lines.append(f'{few}: {detail}' if len(paths) == 1 else f'{len(paths)} files, {few}: {detail}')
+        lines.append(
+            f'{few}: {detail}' if len(paths) == 1 else f'{len(paths)} files, {few}: {detail}'
+        )
     left = int(by[most:].map(len).sum())
-    more = [f'... and {left} more files: brainldm check --faults FILE.csv lists them all'] * (left > 0)
+    more = [f'... and {left} more files: brainldm check --faults FILE.csv lists them all'] * (
+        left > 0
+    )
     return [printable(o) for o in lines[:most] + more]
 
 # %% ../../nbs/engineering/25_layouts.ipynb #5220f832
@@ -1565,7 +1589,6 @@ def read_layout(
     faults = pd.concat([faults, unclear, odd], ignore_index=True)
     return Findings(rows, faults, notes, voxel_mm=voxel_mm)
 
-
 # %% ../../nbs/engineering/25_layouts.ipynb #6e46a91f
 def refuse_faults(
     report: Findings,  # What was found
@@ -1632,7 +1655,8 @@ def inspect_rows(
     root: Path,  # Folder that its paths start from
     config: DataConfig,  # For `to_gray`
     progress: bool = True,  # Show a bar
-    white: dict | None = None,  # Value that becomes white, by path, of images of more than 8 bits
+    # Value that becomes white, by path, of images of more than 8 bits
+    white: dict | None = None,
     # Whether each row is described, to find it again in other files; None asks `find_described`
     described: np.ndarray | None = None,
     # What is in each row, by its index: hash, _height, _width, _side, _bright, _copy, _blank,
@@ -1690,7 +1714,6 @@ def inspect_rows(
     seen = seen.astype({'_blank': bool})
     seen.index = rows.index[np.concatenate([at for at, _ in found])] if found else []
     return seen.sort_index(), pd.DataFrame([done for _, (_, done) in found if done])
-
 
 # %% ../../nbs/engineering/25_layouts.ipynb #deep0001
 def find_stack_whites(
@@ -1912,7 +1935,8 @@ def find_row_faults(
     flat = blank.groupby('path', sort=False).plane.agg(list)
     where = [
         f"; plane{'s' * (len(o) > 1)} {', '.join(map(str, o[:8]))}{' ...' * (len(o) > 8)}"
-        f"{f' ({len(o)} of them)' * (len(o) > 8)}" * (o[0] >= 0)
+        f"{f' ({len(o)} of them)' * (len(o) > 8)}"
+        * (o[0] >= 0)
         for o in flat
     ]
     faults = [
