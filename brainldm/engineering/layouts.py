@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SPLIT_FOLDERS', 'COLUMNS', 'TABLES', 'OASIS_IMAGE', 'IMAGE_PATH', 'NO_SUBJECT', 'CLASS_FOLDER', 'RAW',
-           'OTHER_FORMATS', 'PREPARED', 'FAULT_LINES', 'parse_image_path', 'refuse_unknown_subjects', 'suggest_pattern',
-           'find_image_layout', 'is_dicom', 'explain_folder', 'find_layout', 'pick_files', 'name_alike', 'list_images',
-           'compile_pattern', 'match_pattern', 'refuse_numbered_classes', 'list_pattern', 'read_folders',
-           'expand_planes', 'name_units', 'list_volumes', 'refuse_pointed_table', 'check_manifest', 'read_planes',
-           'visits_as_subjects', 'list_manifest', 'group_grids', 'compare_grids', 'find_voxel_mm', 'check_grids',
-           'merge_slices', 'describe_faults', 'Findings', 'find_table', 'note_unused_columns', 'note_ambiguous_numbers',
-           'name_rows', 'list_layout', 'note_raw_heads', 'read_layout', 'refuse_faults', 'upper_intensity',
-           'inspect_rows', 'find_stack_whites', 'inspect_files', 'note_read_changes', 'find_dark', 'find_duplicates',
-           'find_row_faults', 'find_crop']
+           'ARRAYS', 'OTHER_FORMATS', 'PREPARED', 'FAULT_LINES', 'parse_image_path', 'refuse_unknown_subjects',
+           'suggest_pattern', 'find_image_layout', 'is_dicom', 'explain_folder', 'find_layout', 'pick_files',
+           'name_alike', 'list_images', 'compile_pattern', 'match_pattern', 'refuse_numbered_classes', 'list_pattern',
+           'read_folders', 'expand_planes', 'name_units', 'list_volumes', 'refuse_pointed_table', 'check_manifest',
+           'read_planes', 'visits_as_subjects', 'list_manifest', 'group_grids', 'compare_grids', 'find_voxel_mm',
+           'check_grids', 'merge_slices', 'describe_faults', 'Findings', 'find_table', 'note_unused_columns',
+           'note_ambiguous_numbers', 'name_rows', 'list_layout', 'note_raw_heads', 'read_layout', 'refuse_faults',
+           'upper_intensity', 'inspect_rows', 'find_stack_whites', 'inspect_files', 'note_read_changes', 'find_dark',
+           'find_duplicates', 'find_row_faults', 'find_crop']
 
 # %% ../../nbs/engineering/25_layouts.ipynb #ly00000b
 import difflib, fnmatch, json, math, os, re
@@ -99,29 +99,17 @@ RAW = {
     'FreeSurfer': ('.mgz', '.mgh'),
     'Analyze': ('.hdr', '.img'),
 }
+ARRAYS = (
+    'Arrays say neither whose they are nor where left is: save one NIfTI a subject with its affine,'
+    ' or its slices as PNG'
+)
 OTHER_FORMATS = {  # What to do with files that are neither images nor raw scans, by suffix
-    'Turn them into NIfTI, for example sitk.WriteImage(sitk.ReadImage(a), b) of SimpleITK': (
-        '.nrrd',
-        '.nhdr',
-        '.mha',
-        '.mhd',
-        '.mnc',
-        '.par',
-        '.rec',
+    '.nrrd .nhdr .mha .mhd .mnc .par .rec': (
+        'Turn them into NIfTI, for example sitk.WriteImage(sitk.ReadImage(a), b) of SimpleITK'
     ),
-    'Arrays say neither whose they are nor where left is: save one NIfTI a subject with its affine, or its slices as PNG': (
-        '.npy',
-        '.npz',
-        '.h5',
-        '.hdf5',
-        '.mat',
-        '.pkl',
-        '.pt',
-        '.tfrecord',
-        '.parquet',
-    ),
-    'Save them as PNG': ('.bmp', '.gif', '.webp', '.jp2'),
-    'Unpack them, and give the folder': (*ARCHIVES, '.gz', '.7z', '.rar'),
+    '.npy .npz .h5 .hdf5 .mat .pkl .pt .tfrecord .parquet': ARRAYS,
+    '.bmp .gif .webp .jp2': 'Save them as PNG',
+    f'{" ".join(ARCHIVES)} .gz .7z .rar': 'Unpack them, and give the folder',
 }
 PREPARED = 'prepare.json'  # What `brainldm prepare` writes beside its manifest; `planes` in it
 FAULT_LINES = 10  # Lines that are printed of one kind of fault: 16 kinds fit on two screens
@@ -316,7 +304,7 @@ def explain_folder(
             " with columns path, subject, slice."
         )
     else:
-        told = [k for k, v in OTHER_FORMATS.items() if set(v) & set(suffix)]
+        told = [v for k, v in OTHER_FORMATS.items() if set(k.split()) & set(suffix)]
         advice = (
             ''.join(f'{o}. ' for o in told[:1])
             + "Try the folder above or below, or list the files in a manifest.csv with columns"
