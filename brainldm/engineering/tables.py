@@ -1048,7 +1048,9 @@ def match_names(
         pairs = {*found, *found.values()}
         used = ', '.join(k for k, o in changed.items() if o & pairs)
         odd = next(o for o in found if found[o] != o)
-        some = f'such as {odd} in the data, {found[odd]} in the table ({len(found)} of {n} subjects)'
+        some = (
+            f'such as {odd} in the data, {found[odd]} in the table ({len(found)} of {n} subjects)'
+        )
         if len(set(mine.values())) < n or len(back) < len(its):
             note = note or f'names are not compared {used}, {some}, for two would become one'
         elif len(found) <= LEAST_MATCH * n:
