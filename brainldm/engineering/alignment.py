@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .files import as_faults, read_grid
+from .files import as_faults, is_volume, read_grid
 
 SIDE = 48  # Pixels a side of the small copy of a slice
 STRAIGHT_SIDE = 24  # Pixels a side once a brain is centered and upright
@@ -788,7 +788,7 @@ def check_alignment(
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
-    volume = brains.planes.min() >= 0
+    volume = is_volume(brains.units.path[0])
     grid = read_grid(Path(root) / brains.units.path[0]) if volume else None
     skull, said, bad = find_unstripped(brains, grid)
     faults, notes = [skull], notes + said

@@ -1016,7 +1016,9 @@ LEAST_MATCH = 0.5
 def match_names(
     names: list,  # Subjects of the data
     others: list,  # Subjects of a table
-) -> tuple:  # Name in the table by name in the data, for those that have one; a note, or ''
+    # Name in the table by name in the data, for those that have one; what was done, or could not
+    # safely be done, or ''
+) -> tuple:
     """Find the names of one list in another: letter by letter, or simplified by the step that is safe
     and finds most.
 
@@ -1030,30 +1032,33 @@ def match_names(
     Returns
     -------
     tuple
-        Name in the table by name in the data, for those that have one; a note, or ''.
+        Name in the table by name in the data, for those that have one; what was done, or could not
+        safely be done, or ''.
     """
     mine, its = ({o: o for o in sorted(set(part))} for part in (names, others))
-    n, best, used, changed = len(mine), {o: o for o in mine if o in its}, [], {}
+    n, best, changed, note = len(mine), {o: o for o in mine if o in its}, {}, ''
     for word, step in NAME_STEPS.items() if len(best) < n else ():
         after = [{o: step(v) for o, v in part.items()} for part in (mine, its)]
         changed[word] = {o for a, b in zip((mine, its), after) for o in a if a[o] != b[o]}
         mine, its = after
         back = {v: o for o, v in its.items()}
         found = {o: back[v] for o, v in mine.items() if v in back}
-        apart = len(set(mine.values())) == n and len(back) == len(its)
-        if apart and len(found) > max(len(best), LEAST_MATCH * n):
-            best, pairs = found, {*found, *found.values()}
-            used = [k for k, o in changed.items() if o & pairs]
-    if not used:
-        return best, ''
-    odd = next(o for o in best if best[o] != o)
-    return (
-        best,
-        (
-            f'names are compared {", ".join(used)}: such as {odd} in the data, {best[odd]} in the'
-            f' table ({len(best)} of {n} subjects). No two names of either become one'
-        ),
-    )
+        if len(found) <= len(best):
+            continue
+        pairs = {*found, *found.values()}
+        used = ', '.join(k for k, o in changed.items() if o & pairs)
+        odd = next(o for o in found if found[o] != o)
+        some = (
+            f'such as {odd} in the data, {found[odd]} in the table ({len(found)} of {n} subjects)'
+        )
+        if len(set(mine.values())) < n or len(back) < len(its):
+            note = note or f'names are not compared {used}, {some}, for two would become one'
+        elif len(found) <= LEAST_MATCH * n:
+            note = note or f'names are not compared {used}, {some}: so few may be chance'
+        else:
+            best = found
+            note = f'names are compared {used}: {some}. No two names of either become one'
+    return best, note
 
 # %% ../../nbs/engineering/24_tables.ipynb #2084584f
 def visit_key(
