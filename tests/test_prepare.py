@@ -1,5 +1,5 @@
-"""A raw folder becomes a cohort: it goes on where it stopped, overwrites nothing, leaves originals as
-they are, and says of every head what became of it."""
+"""A raw folder becomes a cohort: it goes on where it stopped, overwrites nothing, leaves originals
+as they are, and says of every head what became of it."""
 
 import json
 import os

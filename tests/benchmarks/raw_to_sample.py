@@ -169,7 +169,10 @@ def put_oasis_disc(root):
         analyze = nib.AnalyzeImage(np.asarray(image.dataobj), header)
         for place in ('RAW/{}_mpr-1_anon', 'PROCESSED/MPRAGE/SUBJ_111/{}_mpr_n4_anon_sbj_111'):
             save(analyze, root / 'disc1' / name / f'{place.format(name)}.hdr')
-        save(analyze, root / 'disc1' / name / f'FSL_SEG/{name}_mpr_n4_anon_111_t88_masked_gfc_fseg.hdr')
+        save(
+            analyze,
+            root / 'disc1' / name / f'FSL_SEG/{name}_mpr_n4_anon_111_t88_masked_gfc_fseg.hdr',
+        )
     write_table(root / 'oasis_cross-sectional.csv', oasis_table())
 
 
@@ -586,7 +589,9 @@ def main():
             lines.append(f"| {' | '.join(cells)} |")
             print(f'{time.strftime("%H:%M:%S")} {lines[-1]}', flush=True)
             for o in done if not right else ():
-                print(f"$ brainldm {o['command']}\n{o['said'][-3000:]}\n[{o['status']}]", flush=True)
+                print(
+                    f"$ brainldm {o['command']}\n{o['said'][-3000:]}\n[{o['status']}]", flush=True
+                )
     head = '| row | commands | own lines | ends in | s a head | memory, GB | seconds |'
     print(f"\n{head}\n|{'---|'*7}", *lines, sep='\n')
     return 0 if good else 1
