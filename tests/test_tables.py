@@ -676,6 +676,27 @@ def test_a_folder_may_say_a_wider_word():
     assert same_level(folder, table).tolist() == [True, False, True, False]
 
 
+def test_a_table_of_images_whose_names_the_files_have_lost(tmp_path):
+    volumes(tmp_path / 'a', *[f'{i:03d}_S_0295' for i in range(6)])
+    volumes(tmp_path / 'b', *[f'{i:03d}_S_0295_S1340{v}' for i in range(6) for v in (1, 2)])
+    lines = [
+        f'I{45112+10*i+v},{i:03d}_S_0295,{"CN" if i%2 else "AD"},M,{70+i+v},m{12*v}'
+        for i in range(6)
+        for v in (0, 1)
+    ]
+    for folder in 'ab':
+        (tmp_path / folder / 'ida.csv').write_text(
+            '\n'.join(['Image Data ID,Subject,Group,Sex,Age,Visit', *lines])
+        )
+        report = look(tmp_path / folder)
+        people = report.manifest.drop_duplicates('subject').sort_values('subject')
+        assert report.ok and people.diagnosis.tolist() == ['AD', 'CN'] * 3, str(report)
+        assert report.manifest.age.isna().all() and 'no image of the table is in the data' in (
+            str(report)
+        )
+        assert 'only what all its rows agree on' in str(report)
+
+
 def test_adnimerge_says_what_all_its_rows_agree_on(tmp_path):
     volumes(tmp_path, *[ADNI.format(i, 0, 45112 + 100 * i) for i in range(6)])
     head = 'RID,PTID,VISCODE,SITE,EXAMDATE,DX_bl,AGE,PTGENDER,DX,IMAGEUID'
