@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'STRAIGHT_SIDE', 'POSITIONS', 'DESCRIBED', 'COMMON', 'FOREGROUND', 'LENGTH_CM', 'FLIPS', 'ELONGATED',
-           'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM', 'DEPTHS', 'SMALL', 'OUTSIDE',
-           'SAME', 'SAME_LEFT', 'describe_slice', 'read_descriptions', 'find_described', 'Brains', 'gather_brains',
+           'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM', 'DEPTHS', 'OUTSIDE', 'SAME',
+           'SAME_LEFT', 'describe_slice', 'read_descriptions', 'find_described', 'Brains', 'gather_brains',
            'weigh_foreground', 'measure_pose', 'straighten', 'correlate', 'compare_with', 'find_median_brain',
            'compare_brains', 'explain_pose', 'find_unaligned', 'measure_rim', 'load_brain_mask', 'measure_outside',
            'find_unstripped', 'find_similar_pairs', 'find_same_subjects', 'find_side_cm', 'check_alignment']
@@ -114,8 +114,7 @@ class Brains:
         Names of the brains that lack a position.
     """
 
-    # A row a brain: subject, session, split, path (of its first slice), slices
-    units: pd.DataFrame
+    units: pd.DataFrame  # A row a brain: subject, session, split, path (of its first slice), slices
     slices: np.ndarray  # Small copies (n, k, 48, 48), float32
     planes: np.ndarray  # Plane of each position in the first brain's volume (k,); -1 for images
     left_out: list  # Names of the brains that lack a position
@@ -306,10 +305,7 @@ def compare_with(
     inside = one > FOREGROUND * np.percentile(one, 99)
     ways = {'as it is': lambda o: o, **FLIPS}
     return pd.DataFrame(
-        {
-            k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0]
-            for k, turn in ways.items()
-        }
+        {k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0] for k, turn in ways.items()}
     )
 
 
@@ -417,19 +413,13 @@ def explain_pose(
         said.append(f'its size is {brain.ratio:.0%} of theirs')
     if brain.turn > TURN[level]:
         said.append(f'its long axis is turned by {brain.turn:.0f} degrees')
-    if (
-        usual >= SIMILAR
-        and brain.gain > GAIN[level]
-        and brain.similarity + brain.gain > SIMILARITY[1]
-    ):
+    if usual >= SIMILAR and brain.gain > GAIN[level] and brain.similarity + brain.gain > SIMILARITY[1]:
         said.append(
-            f'it fits better {brain.flip} (correlation {brain.similarity + brain.gain:.2f} instead'
-            f' of {brain.similarity:.2f})'
+            f'it fits better {brain.flip} (correlation {brain.similarity + brain.gain:.2f} instead of'
+            f' {brain.similarity:.2f})'
         )
     elif usual >= SIMILAR and brain.similarity < SIMILARITY[level]:
-        said.append(
-            f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}'
-        )
+        said.append(f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}')
     return said
 
 
@@ -499,25 +489,22 @@ def _blame_cohort(compared, bad):
         'alignment',
         f'{bad.sum()} of them do not lie like the others: half of the centers are'
         f' {compared.shift_cm.median():.1f} cm or more from the middle one (aligned brains: up to'
-        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the'
-        f' directions by {compared.turn.median():.0f} degrees or more (3)'
+        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the directions by'
+        f' {compared.turn.median():.0f} degrees or more (3)'
         + f', {flips} fit better turned around' * bool(flips)
         + '. Expected brains on one template. Align them with `brainldm prepare`; --skip-faulty'
         ' takes them as they are',
     )
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al000021
-# Doubtful, clear. 159 stripped subjects: 0.96 and more; phantoms: 0.97; heads: 0.36
-RIM = (0.8, 0.6)
+RIM = (0.8, 0.6)  # Doubtful, clear. 159 stripped subjects: 0.96 and more; phantoms: 0.97; heads: 0.36
 DEPTHS = 18  # Steps from the edge of a head to its middle, of about 4 mm
-SMALL = 5  # Pixels from edge to middle, below which a brain is too small to look
 OUTSIDE = (0.15, 0.25)  # Doubtful, clear: part of the foreground outside of the template's brain
 
 
 def measure_rim(
     slices: np.ndarray,  # Small copies (n, k, s, s)
-    # Brightness of the dark band under the rim (n,); about 1 or more without a skull
-) -> np.ndarray:
+) -> np.ndarray:  # Brightness of the dark band under the rim (n,); about 1 or more without a skull
     """Look for a dark band between the outside and the inside: bone.
 
     Parameters
@@ -540,10 +527,11 @@ def measure_rim(
         for image in brain:
             head = ndimage.binary_fill_holes(image > FOREGROUND * top)
             depth = ndimage.distance_transform_edt(np.pad(head, 1))[1:-1, 1:-1]
-            if depth.max() < SMALL:
-                continue
-            depth = np.ceil(DEPTHS * depth / depth.max())  # small brains have thin rims
+            # small brains have thin rims
+            depth = np.ceil(DEPTHS * depth / depth.max().clip(1))
             ring = [np.median(image[depth == d]) for d in range(1, 10) if (depth == d).any()]
+            if len(ring) < 9:  # too small to look into
+                continue
             rim = int(np.argmax(ring[:3]))
             dark = min(ring[rim + 1 : 7])
             bands.append(dark / max(min(ring[rim], max(ring[4:])), 1e-6))
@@ -632,8 +620,7 @@ def find_unstripped(
     said = [
         '; '.join(
             ['a bright rim outside of a dark band, as of scalp and bone'] * bool(r < RIM[0])
-            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152']
-            * bool(o > OUTSIDE[0])
+            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152'] * bool(o > OUTSIDE[0])
         )
         for r, o in zip(rim, out)
     ]
@@ -712,9 +699,8 @@ def find_same_subjects(
     subject, split, path = (units[o].to_numpy() for o in ('subject', 'split', 'path'))
     pairs = find_similar_pairs(straight, subject)
     across = [o for o in pairs if split[o[0]] != split[o[1]]]
-    within = [
-        f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if split[i] == split[j]
-    ]
+    within = [f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if
+              split[i] == split[j]]
     text = [
         f'{subject[j]} ({split[j]}) looks like the same subject as {subject[i]} ({split[i]}):'
         f' correlation {r:.3f}, different subjects reach 0.89. Give both one name in the table of'
@@ -723,8 +709,7 @@ def find_same_subjects(
     ]
     notes = [
         f'{len(within)} pairs of subjects look like one subject under two names:'
-        f' {", ".join(within[:5])}'
-        + ' ...' * (len(within) > 5)
+        f' {", ".join(within[:5])}' + ' ...' * (len(within) > 5)
     ] * bool(within)
     return as_faults([path[j] for _, j, _ in across], 'leak', text), notes
 
@@ -783,8 +768,7 @@ def check_alignment(
     n, left = len(brains.units), brains.left_out
     notes = [
         f'{len(left)} of {len(left) + n} brains lack slice positions that most have, and were not'
-        f' compared: {", ".join(left[:5])}'
-        + ' ...' * (len(left) > 5)
+        f' compared: {", ".join(left[:5])}' + ' ...' * (len(left) > 5)
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
@@ -802,8 +786,8 @@ def check_alignment(
         faults, notes, bad = [*faults, found], notes + said, bad | odd
         if len(found) and not odd.any():
             notes.append(
-                'the same subject under two names was not looked for: the brains are not aligned,'
-                ' and their correlations mean nothing'
+                'the same subject under two names was not looked for: the brains are not aligned, and'
+                ' their correlations mean nothing'
             )
         else:
             good = ~bad
