@@ -20,7 +20,8 @@ LAYERS = """
     engineering.files engineering.plotting engineering.phantom engineering.tables
     engineering.alignment
     engineering.layouts
-    engineering.sources
+    engineering.sources engineering.prepare
+    engineering.heads engineering.cohort
     engineering.covariates engineering.cache
     data
     engineering.layers vae vqgan scheduler advanced.solvers unet

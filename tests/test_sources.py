@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from brainldm.engineering.checks import DataFault
+from brainldm.engineering.configs import SourceOptions
 from brainldm.engineering.sources import (
-    SourceOptions,
     find_contrast,
     find_heads,
     natural,
@@ -484,6 +484,24 @@ def test_nifti_of_oasis_without_codes_has_known_axes(tmp_path):
     heads = find_heads(tmp_path)
     img = read_head(tmp_path, heads.table.iloc[0], tmp_path)
     assert nib.aff2axcodes(img.affine) == ("A", "S", "L")
+
+
+def test_truncated_head_is_a_fault(tmp_path):
+    for name in ("p01.nii.gz", "p02.nii", "p03.mgz"):
+        put(tmp_path, name, shape=(50, 60, 70))
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DataFault, match="cannot be read|cannot open it"):
+            read_head(tmp_path, dict(path=name, form="nifti"), tmp_path)
+
+
+def test_half_of_a_pair_may_be_a_pointer(tmp_path):
+    put(tmp_path, "OAS1_0001_MR1_mpr-1_anon.hdr")
+    (tmp_path / "OAS1_0001_MR1_mpr-1_anon.img").write_text(
+        "version https://git-lfs.github.com/spec/v1"
+    )
+    heads = find_heads(tmp_path)
+    assert not len(heads.table) and "git lfs pull" in heads.faults.detail[0]
 
 
 def test_mask_is_read_like_a_head(tmp_path):

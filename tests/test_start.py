@@ -31,6 +31,8 @@ COMMANDS = (
     '',
     'demo',
     'phantom',
+    'heads',
+    'prepare',
     'check',
     'train',
     'train autoencoder',

@@ -553,6 +553,7 @@ def test_a_table_that_matches_nobody_is_a_fault(tmp_path):
         ('sub-{:04d}', '{}', 'without sub- before them, without leading zeros'),
         ('{:03d}', '{}', 'without leading zeros'),
         ('P{:02d}', 'p{:02d}', 'in any case'),
+        ('P{:02d}', 'P{:02d}.nii.gz', 'without a suffix'),
         ('sub-ADNI{0:03d}S02{0:02d}', '{0:03d}_S_02{0:02d}', 'without the name of the study'),
         ('sub-OASIS1{:04d}', 'OAS1_{:04d}_MR1', 'without separators'),
         ('{0:03d}_S_02{0:02d}', '2{:02d}', 'roster ID'),
@@ -705,6 +706,23 @@ def test_visits_that_two_tables_name_alike(tmp_path):
     (tmp_path / 'visits.csv').write_text('\n'.join(['participant_id,VISCODE,age', *lines]))
     people = look(tmp_path).manifest.drop_duplicates(['subject', 'session'])
     assert (people.age == people.session.map({'ses-M00': 60, 'ses-M12': 61})).all()
+
+
+def test_sessions_of_bids_have_their_own_age(tmp_path):
+    volumes(tmp_path, *VISITS['BIDS'])
+    people = ''.join(f'sub-{i:02d}\t{60+i}\tF\n' for i in range(5))
+    (tmp_path / 'participants.tsv').write_text('participant_id\tage\tsex\n' + people)
+    for i in range(4):  # of the last one nothing is said, and of the fourth one session
+        lines = [f'ses-{v}\t{60+i+10*v}' for v in ((1, 2) if i < 3 else (2,))]
+        (tmp_path / f'sub-{i:02d}/sub-{i:02d}_sessions.tsv').write_text(
+            '\n'.join(['session_id\tage', *lines])
+        )
+    report = look(tmp_path)
+    ages = report.manifest.drop_duplicates(['subject', 'session'])
+    ages = ages.set_index(['subject', 'session']).age.sort_index().tolist()
+    assert report.ok and ages == [70, 80, 71, 81, 72, 82, 63, 83, 64, 64], ages
+    assert set(report.manifest.sex) == {'F'}
+    assert '4 sessions.tsv are read, which give age of 7 sessions' in str(report)
 
 
 def test_oasis_2_and_3(tmp_path):

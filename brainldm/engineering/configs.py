@@ -7,8 +7,8 @@ __all__ = ['T', 'Positive', 'NotNegative', 'Fraction', 'Probability', 'LevelSize
            'PREDICTION_TYPES', 'BETA_SCHEDULES', 'NEEDS_DISCRIMINATOR', 'NEEDS_GAUSSIAN_LATENTS', 'NEEDS_TIME_TO_ACT',
            'NEEDS_SNR_GAMMA', 'POSITIVE_OR_NONE', 'PRESETS', 'VOLUME_PRESETS', 'PRIOR_PRESETS', 'Limit', 'between',
            'one_of', 'declared_type', 'bare_type', 'rules_of', 'matches_type', 'check_fields', 'Needs', 'check_effect',
-           'DataConfig', 'PhantomConfig', 'ScheduleConfig', 'TrainConfig', 'AEConfig', 'LDMConfig', 'PriorConfig',
-           'VolumeConfig', 'check_tracker', 'check_config']
+           'DataConfig', 'PhantomConfig', 'ScheduleConfig', 'TrainConfig', 'SourceOptions', 'PrepareConfig',
+           'HeadsConfig', 'AEConfig', 'LDMConfig', 'PriorConfig', 'VolumeConfig', 'check_tracker', 'check_config']
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0004
 import math
@@ -594,6 +594,94 @@ NEEDS_SNR_GAMMA = Needs(
     lambda c: c.snr_gamma, 'snr_gamma: the offset belongs to that limit', 'snr_gamma=5'
 )
 POSITIVE_OR_NONE = Limit(lambda v: v is None or v > 0, 'a number above 0, or None')
+
+# %% ../../nbs/engineering/21_configs.ipynb #prep0002
+@dataclass(frozen=True)
+class SourceOptions:
+    """Which of the heads in a folder of raw scans are taken.
+
+    Attributes
+    ----------
+    suffix : str, default 'T1w'
+        Contrast, as BIDS writes it at the end of a name.
+    session : Literal['first', 'last', 'all'], default 'first'
+        Which visits of a subject.
+    space : str | None, default None
+        Space of BIDS derivatives; None: the subject's own.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+    """
+
+    suffix: str = 'T1w'  # Contrast, as BIDS writes it at the end of a name
+    session: Literal['first', 'last', 'all'] = 'first'  # Which visits of a subject
+    space: str | None = None  # Space of BIDS derivatives; None: the subject's own
+    only: str | None = None  # Pattern of file names, as in a shell
+
+
+@dataclass(frozen=True)
+class PrepareConfig(SourceOptions):
+    """Which heads of a raw folder are prepared, and how.
+
+    Attributes
+    ----------
+    suffix : str, default 'T1w'
+        Contrast, as BIDS writes it at the end of a name.
+    session : Literal['first', 'last', 'all'], default 'first'
+        Which visits of a subject.
+    space : str | None, default None
+        Space of BIDS derivatives; None: the subject's own.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+    subjects : Path | None, default None
+        Table with one row a subject, or with a column image; None: the one in the folder.
+    workers : Annotated[int | None, POSITIVE_OR_NONE], default None
+        Heads at the same time; None: one a core, as far as the memory goes.
+    accept : tuple[str, ...], default ()
+        Heads that the gate refused and that you have looked at, by the names of quality.csv.
+
+    Raises
+    ------
+    ValueError
+        For what cannot work.
+    """
+
+    # Table with one row a subject, or with a column image; None: the one in the folder
+    subjects: Path | None = None
+    # Heads at the same time; None: one a core, as far as the memory goes
+    workers: Annotated[int | None, POSITIVE_OR_NONE] = None
+    # Heads that the gate refused and that you have looked at, by the names of quality.csv
+    accept: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_fields(self, 'PrepareConfig')
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """A small cohort of raw synthetic heads.
+
+    Attributes
+    ----------
+    num_subjects : Annotated[int, between(1, 9999)], default 12
+        Heads, half of them AD.
+    voxel_scale : Positive[float], default 1.0
+        2 makes every voxel twice as large, and the files smaller.
+    seed : NotNegative[int], default 0
+        Another seed, other subjects.
+
+    Raises
+    ------
+    ValueError
+        For a setting that cannot work.
+    """
+
+    num_subjects: Annotated[int, between(1, 9999)] = 12  # Heads, half of them AD
+    # 2 makes every voxel twice as large, and the files smaller
+    voxel_scale: Positive[float] = 1.0
+    seed: NotNegative[int] = 0  # Another seed, other subjects
+
+    def __post_init__(self):
+        check_fields(self, 'HeadsConfig')
 
 # %% ../../nbs/engineering/21_configs.ipynb #673f6568
 @dataclass

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FORMS', 'OTHER_FORMS', 'DICOM_SUFFIX', 'DICOM_NAME', 'TABLE_NAME', 'CLASSES', 'NAMELESS', 'STRIPPED', 'LONI', 'MAPS',
            'PARTIAL', 'MP2RAGE', 'EARLY', 'FOLDER_HEADS', 'POINTERS', 'COLUMNS', 'OASIS_FILES', 'SURFER_FILES',
-           'SURFER_AVERAGES', 'SourceOptions', 'Heads', 'form_of', 'stem_of', 'say_left', 'list_heads', 'find_pointer',
-           'find_contrast', 'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'says_nobody',
-           'name_unknown', 'name_heads', 'name_restarts', 'name_layout', 'bids_parts', 'pick_bids', 'pick_space',
-           'pick_surfer', 'pick_cat12', 'oasis_axes', 'pick_oasis', 'choose_contrast', 'natural', 'choose_visits',
-           'list_tables', 'pick_heads', 'find_heads', 'refuse_heads', 'explain_nothing', 'match_only', 'set_axes',
-           'orient_by_name', 'check_image', 'read_volume', 'convert_series', 'read_head', 'read_mask']
+           'SURFER_AVERAGES', 'Heads', 'form_of', 'stem_of', 'say_left', 'list_heads', 'find_pointer', 'find_contrast',
+           'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'names_no_subject', 'name_unknown',
+           'identify_heads', 'name_restarts', 'name_layout', 'bids_parts', 'pick_bids', 'pick_space', 'pick_surfer',
+           'pick_cat12', 'oasis_axes', 'pick_oasis', 'choose_contrast', 'natural', 'choose_visits', 'list_tables',
+           'pick_heads', 'find_heads', 'refuse_heads', 'explain_nothing', 'match_only', 'set_axes', 'orient_by_name',
+           'check_image', 'read_volume', 'convert_series', 'read_head', 'read_mask']
 
 # %% ../../nbs/engineering/43_sources.ipynb #src00003
 import fnmatch
@@ -102,26 +102,7 @@ SURFER_FILES = ('T1', 'nu', 'orig', 'norm', 'brain', 'brainmask')
 SURFER_AVERAGES = r'fsaverage\d?(?:_sym)?|[lr]h\.EC_average|cvs_avg35.*|V1_average|sample-\d+.*'
 
 # %% ../../nbs/engineering/43_sources.ipynb #opt00001
-@dataclass(frozen=True)
-class SourceOptions:
-    """Which of the heads in a folder are taken.
-
-    Attributes
-    ----------
-    suffix : str, default 'T1w'
-        Contrast, as BIDS writes it at the end of a name.
-    session : Literal['first', 'last', 'all'], default 'first'
-        Which visits of a subject.
-    space : str | None, default None
-        Space of BIDS derivatives; None: the subject's own.
-    only : str | None, default None
-        Pattern of file names, as in a shell.
-    """
-
-    suffix: str = 'T1w'  # Contrast, as BIDS writes it at the end of a name
-    session: Literal['first', 'last', 'all'] = 'first'  # Which visits of a subject
-    space: str | None = None  # Space of BIDS derivatives; None: the subject's own
-    only: str | None = None  # Pattern of file names, as in a shell
+from .configs import SourceOptions
 
 # %% ../../nbs/engineering/43_sources.ipynb #hds00001
 @dataclass
@@ -508,7 +489,7 @@ def bare_name(
     return text, parts
 
 
-def says_nobody(
+def names_no_subject(
     text: str,  # Name of a folder or file
 ) -> bool:  # True for T1, anat, visit1, brain
     """Tell names that speak of a scan, and not of a subject.
@@ -549,13 +530,13 @@ def name_unknown(
     ]
     stems = [re.sub(STRIPPED, '', p.split('/')[-1], flags=re.IGNORECASE) for p in places]
     while min(map(len, cut), default=0) > 1 and len({o[0] for o in cut}) == 1:
-        if all(says_nobody(o[1]) for o in cut):
+        if all(names_no_subject(o[1]) for o in cut):
             break
         cut = [o[1:] for o in cut]
     num_tops = len({o[0] for o in cut if o})
     by_folder = min(map(len, cut), default=0) > 0 and num_tops * FOLDER_HEADS >= len(places)
     number = lambda text: bool(re.search(r'\d', strip_parts(f'x/{text}')[0]))
-    by_folder = by_folder and (num_tops > 1 or all(map(says_nobody, stems)))
+    by_folder = by_folder and (num_tops > 1 or all(map(names_no_subject, stems)))
     by_folder = by_folder and (any(number(o[0]) for o in cut) or not all(map(number, stems)))
     by_stem = (
         pd.Series(['/'.join(o) for o in cut], dtype=object).groupby(pd.Series(stems)).nunique()
@@ -574,7 +555,7 @@ def name_unknown(
     return names
 
 # %% ../../nbs/engineering/43_sources.ipynb #nam00002
-def name_heads(
+def identify_heads(
     found: pd.DataFrame,  # Columns path, form, perhaps place, kind, patient, date
     root: Path,  # Folder, whose name counts where it is one subject
 ) -> tuple:  # The same with subject, session, run, image, kind, diagnosis, split; the layout
@@ -610,7 +591,7 @@ def name_heads(
             read.loc[i, 'kind'] = m[2]
     new = read.study.isna()
     rest = facts.rest[new].tolist()
-    if all(says_nobody(o) for path in rest for o in path.split('/')):
+    if all(names_no_subject(o) for path in rest for o in path.split('/')):
         rest = [f'{root.resolve().name}/{o}' for o in rest]
     guess = name_unknown(rest)
     folders = guess.attrs['folders']
@@ -658,7 +639,7 @@ def name_restarts(
 
 
 def name_layout(
-    named: pd.DataFrame,  # From `name_heads`
+    named: pd.DataFrame,  # From `identify_heads`
     folders: bool,  # Folders name the subjects
 ) -> str:  # In words
     """Say what a folder looks like that no program has laid out.
@@ -666,7 +647,7 @@ def name_layout(
     Parameters
     ----------
     named : pd.DataFrame
-        From `name_heads`.
+        From `identify_heads`.
     folders : bool
         Folders name the subjects.
 
@@ -1120,7 +1101,7 @@ def pick_heads(
         rows = pd.concat([found[~labels & ~maps], series[~other]], ignore_index=True)
         layout = ''
     if 'subject' not in rows:
-        rows, words = name_heads(rows, root)
+        rows, words = identify_heads(rows, root)
         layout = layout or words
     rows = rows.reindex(columns=[*COLUMNS, *rows.columns.difference(COLUMNS)])
     rows, more = choose_contrast(rows.astype(dict.fromkeys(COLUMNS, object)), wanted)
@@ -1362,18 +1343,14 @@ def orient_by_name(
             f'{why}, so left and front are unknown. Expected a header that says it, or a file of'
             ' OASIS-1. Convert the scan anew with a tool that knows the study',
         )
-    vol = np.asanyarray(img.dataobj)
-    vol = vol.reshape(vol.shape[:3]) if vol.size == np.prod(vol.shape[:3]) else vol
-    if vol.ndim != 3:
-        raise DataFault('shape', f'{vol.ndim}-D volume {vol.shape}. Expected 3-D')
     voxel_mm = tuple(float(o) for o in img.header.get_zooms()[:3])
-    return nib.Nifti1Image(vol, set_axes(vol.shape, voxel_mm, known[1]))
+    return nib.Nifti1Image(img.dataobj, set_axes(img.shape[:3], voxel_mm, known[1]))
 
 # %% ../../nbs/engineering/43_sources.ipynb #rea00002
 def check_image(
     img: Any,  # nibabel image
-) -> Any:  # The same as a volume (x, y, z)
-    """Take a fourth axis of length 1 off.
+) -> Any:  # NIfTI image (x, y, z) with its voxels in memory
+    """Take a fourth axis of length 1 off, and read the voxels.
 
     Parameters
     ----------
@@ -1383,12 +1360,12 @@ def check_image(
     Returns
     -------
     Any
-        The same as a volume (x, y, z).
+        NIfTI image (x, y, z) with its voxels in memory.
 
     Raises
     ------
     DataFault
-        For what is no gray volume.
+        For no gray volume.
     """
     import nibabel as nib
 
@@ -1397,17 +1374,20 @@ def check_image(
             'shape',
             f'voxels of type {img.get_data_dtype()}. Expected gray values. Save one channel',
         )
-    if len(img.shape) < 3 or np.prod(img.shape[3:]) != 1:
+    shape = tuple(int(o) for o in img.shape)
+    if len(shape) < 3 or np.prod(shape[3:]) != 1:
         raise DataFault(
             'shape',
-            f'{len(img.shape)}-D volume {img.shape}. Expected one 3-D volume. Save one frame of it,'
-            ' such as with nibabel.four_to_three',
+            f'{len(shape)}-D volume {shape}. Expected one 3-D volume. Save one frame of it, such as'
+            ' with nibabel.four_to_three',
         )
-    if len(img.shape) > 3:
-        img = nib.squeeze_image(img)
     if not np.isfinite(img.affine).all() or abs(np.linalg.det(img.affine[:3, :3])) < 1e-6:
         raise DataFault('orientation', 'affine has no volume. Expected three axes')
-    return img
+    try:
+        vol = np.asanyarray(img.dataobj).reshape(shape[:3])
+    except Exception as e:
+        raise DataFault('truncated', f'voxels cannot be read: {e}. Copy the file again') from e
+    return nib.Nifti1Image(vol, img.affine, dtype=vol.dtype)
 
 
 def read_volume(
@@ -1442,14 +1422,12 @@ def read_volume(
     if isinstance(img, nib.MGHImage):
         if not img.header['goodRASFlag']:
             raise DataFault('orientation', 'header says that its axes are unknown. Expected known')
-        return check_image(img)
-    if not isinstance(img, (nib.Nifti1Pair, nib.Nifti2Pair)):
+    elif not isinstance(img, (nib.Nifti1Pair, nib.Nifti2Pair)):
         why = 'Analyze, whose header does not say where left is'
-        return check_image(orient_by_name(img, path, why))
-    img = check_image(img)
-    if not (img.header['sform_code'] or img.header['qform_code']):
-        return orient_by_name(img, path, 'sform and qform code are 0')
-    return img
+        img = orient_by_name(img, path, why)
+    elif not (img.header['sform_code'] or img.header['qform_code']):
+        img = orient_by_name(img, path, 'sform and qform code are 0')
+    return check_image(img)
 
 # %% ../../nbs/engineering/43_sources.ipynb #rea00003
 def convert_series(

@@ -7,8 +7,8 @@ __all__ = ['NAMES', 'LABELS', 'MODALITIES', 'PARTS', 'ALIASES', 'GIVES_WAY', 'MI
            'RATINGS', 'RATING_VALUES', 'SAME_LEVELS', 'WIDER', 'NAME_STEPS', 'LEAST_MATCH', 'read_name',
            'find_modality', 'session_names', 'name_sessions', 'mixed_contrasts', 'strip_parts', 'suspect_names',
            'name_columns', 'check_columns', 'read_workbook', 'read_cells', 'to_numbers', 'wrong_cell', 'read_table',
-           'recognize_study', 'derive_diagnosis', 'describe_columns', 'key_columns', 'read_subjects', 'match_images',
-           'same_level', 'file_of', 'simplify_names', 'match_names', 'visit_key', 'row_keys', 'steady_facts',
+           'recognize_study', 'derive_diagnosis', 'describe_columns', 'key_columns', 'add_sessions', 'read_subjects',
+           'match_images', 'same_level', 'file_of', 'match_names', 'visit_key', 'row_keys', 'steady_facts',
            'fit_visits', 'describe_match', 'join_column', 'join_subjects', 'read_units', 'name_subjects', 'read_names',
            'count_matches', 'near_tables', 'find_subject_table', 'note_unknown_covariates']
 
@@ -814,6 +814,41 @@ def key_columns(
         )
     return key
 
+# %% ../../nbs/engineering/24_tables.ipynb #tab00051b
+def add_sessions(
+    table: pd.DataFrame,  # The participants of a BIDS folder, as from `read_table`
+    folder: Path,  # That folder
+) -> tuple:  # With a row for each session that has facts of its own, below; sentences
+    """Add what BIDS says of single sessions: sub-01/sub-01_sessions.tsv, such as the age at each.
+
+    The rows of participants stay, without a session: they hold for all sessions not listed.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        The participants of a BIDS folder, as from `read_table`.
+    folder : Path
+        That folder.
+
+    Returns
+    -------
+    tuple
+        With a row for each session that has facts of its own, below; sentences.
+    """
+    files = sorted(folder.glob('sub-*/sub-*_sessions.tsv'))
+    if not files or 'session' in table:
+        return table, []
+    visits = [read_table(o, ('session',)).assign(subject=o.parent.name) for o in files]
+    below = pd.concat(visits, ignore_index=True)
+    whole = below[['subject', 'session']].merge(table, on='subject', how='left')
+    facts = below.columns.drop(['subject', 'session'])
+    for o in facts:
+        whole[o] = below[o].where(below[o].notna(), whole[o] if o in whole else np.nan)
+    out = pd.concat([table.assign(session=''), whole], ignore_index=True)
+    out.attrs = dict(table.attrs)
+    names = ', '.join(map(str, facts)) or 'nothing'
+    return out, [f'{len(files)} sessions.tsv are read, which give {names} of {len(below)} sessions']
+
 # %% ../../nbs/engineering/24_tables.ipynb #tab00051a
 def read_subjects(
     path: Path,  # Table with a column `subject`, and `image` where it has one row an image
@@ -845,8 +880,12 @@ def read_subjects(
             f"read_subjects: '{path}' has a column {taken[0]}. Expected facts about subjects. Put"
             " facts about slices in a manifest.csv."
         )
+    more = []
+    if Path(path).name.lower() == 'participants.tsv':
+        table, more = add_sessions(table, Path(path).parent)
     table, derived = derive_diagnosis(table)
-    about = dict(table.attrs, notes=[*describe_columns(table, derived), *table.attrs['notes']])
+    said = [*describe_columns(table, derived), *more, *table.attrs['notes']]
+    about = dict(table.attrs, notes=said)
     read = [read_name(o) or {} for o in table.subject]
     visits = [o.get('session') for o in read]
     if 'image' not in table and any(visits):  # names such as OAS1_0061_MR1
@@ -959,6 +998,7 @@ def file_of(
 # How names are simplified, step by step; each step takes what the one before has left
 NAME_STEPS = {
     'in any case': str.casefold,
+    'without a suffix': lambda o: re.sub(r'\.(?:nii(?:\.gz)?|mgz|img|hdr|png|jpe?g)$', '', o),
     'without sub- before them': lambda o: re.sub(r'^(?:sub|subject)[-_]', '', o),
     'without a visit behind them': lambda o: ((read_name(o) or {}).get('subject') or o).casefold(),
     'without separators': lambda o: re.sub(r'[-_. ]', '', o),
@@ -971,30 +1011,6 @@ NAME_STEPS = {
 }
 # More than this fraction of the subjects must be found by simplified names: fewer may be chance
 LEAST_MATCH = 0.5
-
-
-def simplify_names(
-    names: list,  # Names of subjects
-    steps: int,  # How many of NAME_STEPS to take
-) -> dict:  # What is left, by name
-    """Take what is said of a name otherwise than by letters and digits out of it, step by step.
-
-    Parameters
-    ----------
-    names : list
-        Names of subjects.
-    steps : int
-        How many of NAME_STEPS to take.
-
-    Returns
-    -------
-    dict
-        What is left, by name.
-    """
-    out = {o: o for o in names}
-    for step in list(NAME_STEPS.values())[:steps]:
-        out = {k: step(v) for k, v in out.items()}
-    return out
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00052b
 def match_names(
@@ -1016,28 +1032,26 @@ def match_names(
     tuple
         Name in the table by name in the data, for those that have one; a note, or ''.
     """
-    names, others = (sorted(dict.fromkeys(o)) for o in (names, others))
-    best, steps = {o: o for o in set(names) & set(others)}, 0
-    for k in range(1, len(NAME_STEPS) + 1):
-        mine, its = simplify_names(names, k), simplify_names(others, k)
+    mine, its = ({o: o for o in sorted(set(part))} for part in (names, others))
+    n, best, used, changed = len(mine), {o: o for o in mine if o in its}, [], {}
+    for word, step in NAME_STEPS.items() if len(best) < n else ():
+        after = [{o: step(v) for o, v in part.items()} for part in (mine, its)]
+        changed[word] = {o for a, b in zip((mine, its), after) for o in a if a[o] != b[o]}
+        mine, its = after
         back = {v: o for o, v in its.items()}
         found = {o: back[v] for o, v in mine.items() if v in back}
-        apart = len(set(mine.values())) == len(mine) and len(back) == len(its)
-        if apart and len(found) > max(len(best), LEAST_MATCH * len(names)):
-            best, steps = found, k
-    if not steps:
+        apart = len(set(mine.values())) == n and len(back) == len(its)
+        if apart and len(found) > max(len(best), LEAST_MATCH * n):
+            best, pairs = found, {*found, *found.values()}
+            used = [k for k, o in changed.items() if o & pairs]
+    if not used:
         return best, ''
-    used, before = [], {o: o for o in [*best, *best.values()]}
-    for j, step in enumerate(list(NAME_STEPS)[:steps], 1):
-        after = simplify_names(list(before), j)
-        used += [step] * (after != before)
-        before = after
-    odd = next(o for o in sorted(best) if best[o] != o)
+    odd = next(o for o in best if best[o] != o)
     return (
         best,
         (
             f'names are compared {", ".join(used)}: such as {odd} in the data, {best[odd]} in the'
-            f' table ({len(best)} of {len(names)} subjects). No two names of either become one'
+            f' table ({len(best)} of {n} subjects). No two names of either become one'
         ),
     )
 
@@ -1045,7 +1059,7 @@ def match_names(
 def visit_key(
     session,  # Name of a visit, in a table or in a path
 ) -> str:  # The same without ses-, case and leading zeros; bl is m0
-    """Make the names of visits comparable: ses-M00, m00 and bl are one.
+    """Make the names of visits comparable: ses-M00, m00 and bl are one; '' where none is given.
 
     Parameters
     ----------
@@ -1057,6 +1071,8 @@ def visit_key(
     str
         The same without ses-, case and leading zeros; bl is m0.
     """
+    if session is None or session != session:
+        return ''
     text = re.sub(r'^ses-', '', str(session).strip().casefold())
     text = re.sub(r'(?<!\d)0+(?=\d)', '', text)
     return 'm0' if text in ('bl', 'baseline') else text
@@ -1067,6 +1083,8 @@ def row_keys(
     table: pd.DataFrame,  # From `read_subjects`
 ) -> tuple:  # The table's key of each row, missing where it has none; sentences
     """Find the line of a table that speaks of each row, by `match_names` and `visit_key`.
+
+    A line without a session speaks of all visits that have no line of their own.
 
     Parameters
     ----------
@@ -1088,9 +1106,10 @@ def row_keys(
     if table.index.nlevels == 1:
         return names.where(names.notna(), None), said
     short = visit_key if len({(s, visit_key(v)) for s, v in table.index}) == len(table) else str
-    known = {(s, short(v)): (s, v) for s, v in table.index}
+    known = {(s, short(v)): i for i, (s, v) in enumerate(table.index)}
     visits = rows.session if 'session' in rows else pd.Series(None, index=rows.index)
-    keys = [known.get((s, short(v))) for s, v in zip(names, visits)]
+    at = [known.get((s, short(v)), known.get((s, ''))) for s, v in zip(names, visits)]
+    keys = [None if i is None else table.index[i] for i in at]
     return pd.Series(keys, index=rows.index, dtype=object), said
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00052e
@@ -1483,7 +1502,9 @@ def near_tables(
     return sorted(
         o.relative_to(root).as_posix()
         for o in near
-        if re.search(TABLE_FILE, o.name, re.IGNORECASE) and o.name[0] not in '.~'
+        if re.search(TABLE_FILE, o.name, re.IGNORECASE)
+        and o.name[0] not in '.~'
+        and not o.name.endswith('_sessions.tsv')  # see `add_sessions`
     )
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab0005cx
