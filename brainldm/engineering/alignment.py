@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'STRAIGHT_SIDE', 'POSITIONS', 'DESCRIBED', 'COMMON', 'FOREGROUND', 'LENGTH_CM', 'FLIPS', 'ELONGATED',
-           'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM', 'DEPTHS', 'OUTSIDE', 'SAME',
-           'SAME_LEFT', 'describe_slice', 'read_descriptions', 'find_described', 'Brains', 'gather_brains',
-           'weigh_foreground', 'measure_pose', 'straighten', 'correlate', 'compare_with', 'find_median_brain',
-           'compare_brains', 'explain_pose', 'find_unaligned', 'measure_rim', 'load_brain_mask', 'measure_outside',
-           'find_unstripped', 'find_similar_pairs', 'find_same_subjects', 'find_side_cm', 'check_alignment']
+           'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM', 'LOOK_AGAIN', 'HEAD_SIDE',
+           'OUTSIDE', 'SAME', 'SAME_LEFT', 'describe_slice', 'read_descriptions', 'find_described', 'Brains',
+           'gather_brains', 'find_bright', 'weigh_foreground', 'measure_pose', 'straighten', 'correlate',
+           'compare_with', 'find_median_brain', 'compare_brains', 'explain_pose', 'find_unaligned', 'measure_band',
+           'measure_rim', 'load_brain_mask', 'measure_outside', 'find_unstripped', 'find_similar_pairs',
+           'find_same_subjects', 'find_side_cm', 'check_alignment']
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al00000b
 import base64
@@ -114,8 +115,7 @@ class Brains:
         Names of the brains that lack a position.
     """
 
-    # A row a brain: subject, session, split, path (of its first slice), slices
-    units: pd.DataFrame
+    units: pd.DataFrame  # A row a brain: subject, session, split, path (of its first slice), slices
     slices: np.ndarray  # Small copies (n, k, 48, 48), float32
     planes: np.ndarray  # Plane of each position in the first brain's volume (k,); -1 for images
     left_out: list  # Names of the brains that lack a position
@@ -161,6 +161,24 @@ def gather_brains(
     )
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al00000f
+def find_bright(
+    slices: np.ndarray,  # Small copies (n, k, s, s)
+) -> np.ndarray:  # Gray values (n,), 1 or more
+    """The 99th percentile of each brain, from every fourth pixel.
+
+    Parameters
+    ----------
+    slices : np.ndarray
+        Small copies (n, k, s, s).
+
+    Returns
+    -------
+    np.ndarray
+        Gray values (n,), 1 or more.
+    """
+    return np.percentile(slices[:, :, ::2, ::2], 99, axis=(1, 2, 3)).clip(1).astype(np.float32)
+
+
 def weigh_foreground(
     slices: np.ndarray,  # Small copies (n, k, s, s)
 ) -> np.ndarray:  # Weights (n, k, s, s), 0 to 1
@@ -176,7 +194,7 @@ def weigh_foreground(
     np.ndarray
         Weights (n, k, s, s), 0 to 1.
     """
-    bright = np.percentile(slices, 99, axis=(1, 2, 3)).clip(1)[:, None, None, None]
+    bright = find_bright(slices)[:, None, None, None]
     weights = np.clip(slices / (0.3 * bright), 0, 1)
     return np.where(slices >= FOREGROUND * bright, weights, 0)
 
@@ -306,10 +324,7 @@ def compare_with(
     inside = one > FOREGROUND * np.percentile(one, 99)
     ways = {'as it is': lambda o: o, **FLIPS}
     return pd.DataFrame(
-        {
-            k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0]
-            for k, turn in ways.items()
-        }
+        {k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0] for k, turn in ways.items()}
     )
 
 
@@ -389,7 +404,7 @@ FEW = 5  # Brains from which a median says something about similarity
 
 
 def explain_pose(
-    brain: pd.Series,  # A row of `compare_brains`, with `shift_cm`
+    brain,  # A row of `compare_brains`, with `shift_cm`
     usual: float,  # Median similarity of the cohort
     level: int,  # 0: what is doubtful; 1: what is clear
 ) -> list:  # What is beyond the limits, in words
@@ -397,7 +412,7 @@ def explain_pose(
 
     Parameters
     ----------
-    brain : pd.Series
+    brain
         A row of `compare_brains`, with `shift_cm`.
     usual : float
         Median similarity of the cohort.
@@ -417,19 +432,13 @@ def explain_pose(
         said.append(f'its size is {brain.ratio:.0%} of theirs')
     if brain.turn > TURN[level]:
         said.append(f'its long axis is turned by {brain.turn:.0f} degrees')
-    if (
-        usual >= SIMILAR
-        and brain.gain > GAIN[level]
-        and brain.similarity + brain.gain > SIMILARITY[1]
-    ):
+    if usual >= SIMILAR and brain.gain > GAIN[level] and brain.similarity + brain.gain > SIMILARITY[1]:
         said.append(
-            f'it fits better {brain.flip} (correlation {brain.similarity + brain.gain:.2f} instead'
-            f' of {brain.similarity:.2f})'
+            f'it fits better {brain.flip} (correlation {brain.similarity + brain.gain:.2f} instead of'
+            f' {brain.similarity:.2f})'
         )
     elif usual >= SIMILAR and brain.similarity < SIMILARITY[level]:
-        said.append(
-            f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}'
-        )
+        said.append(f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}')
     return said
 
 
@@ -459,7 +468,7 @@ def find_unaligned(
     best = compared.similarity + compared.gain.clip(lower=0)
     usual = best.median() if n >= FEW else 0.0
     clear, doubtful = (
-        [explain_pose(brain, usual, level) for _, brain in compared.iterrows()] for level in (1, 0)
+        [explain_pose(brain, usual, level) for brain in compared.itertuples()] for level in (1, 0)
     )
     bad = np.array([bool(o) for o in clear], bool)
     doubted = np.array([bool(o) for o in doubtful], bool)
@@ -499,25 +508,59 @@ def _blame_cohort(compared, bad):
         'alignment',
         f'{bad.sum()} of them do not lie like the others: half of the centers are'
         f' {compared.shift_cm.median():.1f} cm or more from the middle one (aligned brains: up to'
-        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the'
-        f' directions by {compared.turn.median():.0f} degrees or more (3)'
+        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the directions by'
+        f' {compared.turn.median():.0f} degrees or more (3)'
         + f', {flips} fit better turned around' * bool(flips)
         + '. Expected brains on one template. Align them with `brainldm prepare`; --skip-faulty'
         ' takes them as they are',
     )
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al000021
-# Doubtful, clear. 159 stripped subjects: 0.96 and more; phantoms: 0.97; heads: 0.36
-RIM = (0.8, 0.6)
-DEPTHS = 18  # Steps from the edge of a head to its middle, of about 4 mm
+RIM = (0.85, 0.7)  # Doubtful, clear. 159 stripped subjects 0.99 and more, heads 0.2 to 0.6
+LOOK_AGAIN = 0.95  # Below it, more than one slice is looked at
+HEAD_SIDE = 44  # Pixels of the longer side of a head when its rim is measured, 4 to 5 mm each
 OUTSIDE = (0.15, 0.25)  # Doubtful, clear: part of the foreground outside of the template's brain
+
+
+def measure_band(
+    image: np.ndarray,  # Small copy of one slice (s, s)
+    dark: float,  # Gray value up to which a pixel is background
+) -> float:  # Brightness of the band under the rim, of rim or inside; inf if too small to say
+    """Walk inward from the edge of the foreground, and look for a dark band under a bright rim.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Small copy of one slice (s, s).
+    dark : float
+        Gray value up to which a pixel is background.
+
+    Returns
+    -------
+    float
+        Brightness of the band under the rim, of rim or inside; inf if too small to say.
+    """
+    from scipy import ndimage
+
+    rows, cols = (np.flatnonzero((image > dark).any(axis)) for axis in (1, 0))
+    if len(rows) < 8 or len(cols) < 8:
+        return np.inf
+    image = image[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+    h, w = (max(round(n * HEAD_SIDE / max(image.shape)), 1) for n in image.shape)
+    image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+    filled = np.pad(ndimage.binary_fill_holes(image > dark), 1)
+    depth = np.ceil(ndimage.distance_transform_edt(filled)[1:-1, 1:-1])
+    ring = [np.median(image[depth == d]) for d in range(1, 10) if (depth == d).any()]
+    if len(ring) < 9:
+        return np.inf
+    rim = int(np.argmax(ring[:3]))
+    return float(min(ring[rim + 1 : 7]) / max(min(ring[rim], max(ring[4:])), 1e-6))
 
 
 def measure_rim(
     slices: np.ndarray,  # Small copies (n, k, s, s)
-    # Brightness of the dark band under the rim (n,); about 1 or more without a skull
-) -> np.ndarray:
-    """Look for a dark band between the outside and the inside: bone.
+) -> np.ndarray:  # Brightness of the dark band under the rim (n,); about 1 or more without a skull
+    """Look for bone in the middle slice of each brain, and in two more where there may be some.
 
     Parameters
     ----------
@@ -529,25 +572,13 @@ def measure_rim(
     np.ndarray
         Brightness of the dark band under the rim (n,); about 1 or more without a skull.
     """
-    from scipy import ndimage
-
-    bright = np.percentile(slices, 99, axis=(1, 2, 3)).clip(1)
-    middle = np.unique(np.linspace(0, slices.shape[1] - 1, 5).round().astype(int)[1:-1])
-    found = []
-    for brain, top in zip(slices[:, middle], bright):
-        bands = []
-        for image in brain:
-            head = ndimage.binary_fill_holes(image > FOREGROUND * top)
-            depth = ndimage.distance_transform_edt(np.pad(head, 1))[1:-1, 1:-1]
-            # small brains have thin rims
-            depth = np.ceil(DEPTHS * depth / depth.max().clip(1))
-            ring = [np.median(image[depth == d]) for d in range(1, 10) if (depth == d).any()]
-            if len(ring) < 9:  # too small to look into
-                continue
-            rim = int(np.argmax(ring[:3]))
-            dark = min(ring[rim + 1 : 7])
-            bands.append(dark / max(min(ring[rim], max(ring[4:])), 1e-6))
-        found.append(np.median(bands) if bands else np.inf)
+    k, found = slices.shape[1], []
+    around = np.unique(np.linspace(0, k - 1, 5).round().astype(int)[1:-1])
+    for brain, bright in zip(slices, find_bright(slices)):
+        band = measure_band(brain[k // 2], FOREGROUND * bright)
+        if band < LOOK_AGAIN:
+            band = np.median([measure_band(brain[i], FOREGROUND * bright) for i in around])
+        found.append(band)
     return np.array(found)
 
 
@@ -632,8 +663,7 @@ def find_unstripped(
     said = [
         '; '.join(
             ['a bright rim outside of a dark band, as of scalp and bone'] * bool(r < RIM[0])
-            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152']
-            * bool(o > OUTSIDE[0])
+            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152'] * bool(o > OUTSIDE[0])
         )
         for r, o in zip(rim, out)
     ]
@@ -712,9 +742,8 @@ def find_same_subjects(
     subject, split, path = (units[o].to_numpy() for o in ('subject', 'split', 'path'))
     pairs = find_similar_pairs(straight, subject)
     across = [o for o in pairs if split[o[0]] != split[o[1]]]
-    within = [
-        f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if split[i] == split[j]
-    ]
+    within = [f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if
+              split[i] == split[j]]
     text = [
         f'{subject[j]} ({split[j]}) looks like the same subject as {subject[i]} ({split[i]}):'
         f' correlation {r:.3f}, different subjects reach 0.89. Give both one name in the table of'
@@ -723,8 +752,7 @@ def find_same_subjects(
     ]
     notes = [
         f'{len(within)} pairs of subjects look like one subject under two names:'
-        f' {", ".join(within[:5])}'
-        + ' ...' * (len(within) > 5)
+        f' {", ".join(within[:5])}' + ' ...' * (len(within) > 5)
     ] * bool(within)
     return as_faults([path[j] for _, j, _ in across], 'leak', text), notes
 
@@ -783,8 +811,7 @@ def check_alignment(
     n, left = len(brains.units), brains.left_out
     notes = [
         f'{len(left)} of {len(left) + n} brains lack slice positions that most have, and were not'
-        f' compared: {", ".join(left[:5])}'
-        + ' ...' * (len(left) > 5)
+        f' compared: {", ".join(left[:5])}' + ' ...' * (len(left) > 5)
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
@@ -802,8 +829,8 @@ def check_alignment(
         faults, notes, bad = [*faults, found], notes + said, bad | odd
         if len(found) and not odd.any():
             notes.append(
-                'the same subject under two names was not looked for: the brains are not aligned,'
-                ' and their correlations mean nothing'
+                'the same subject under two names was not looked for: the brains are not aligned, and'
+                ' their correlations mean nothing'
             )
         else:
             good = ~bad
