@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .files import as_faults, read_grid
+from .files import as_faults, is_volume, read_grid
 
 SIDE = 48  # Pixels a side of the small copy of a slice
 STRAIGHT_SIDE = 24  # Pixels a side once a brain is centered and upright
@@ -115,7 +115,8 @@ class Brains:
         Names of the brains that lack a position.
     """
 
-    units: pd.DataFrame  # A row a brain: subject, session, split, path (of its first slice), slices
+    # A row a brain: subject, session, split, path (of its first slice), slices
+    units: pd.DataFrame
     slices: np.ndarray  # Small copies (n, k, 48, 48), float32
     planes: np.ndarray  # Plane of each position in the first brain's volume (k,); -1 for images
     left_out: list  # Names of the brains that lack a position
@@ -324,7 +325,10 @@ def compare_with(
     inside = one > FOREGROUND * np.percentile(one, 99)
     ways = {'as it is': lambda o: o, **FLIPS}
     return pd.DataFrame(
-        {k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0] for k, turn in ways.items()}
+        {
+            k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0]
+            for k, turn in ways.items()
+        }
     )
 
 
@@ -432,13 +436,19 @@ def explain_pose(
         said.append(f'its size is {brain.ratio:.0%} of theirs')
     if brain.turn > TURN[level]:
         said.append(f'its long axis is turned by {brain.turn:.0f} degrees')
-    if usual >= SIMILAR and brain.gain > GAIN[level] and brain.similarity + brain.gain > SIMILARITY[1]:
+    if (
+        usual >= SIMILAR
+        and brain.gain > GAIN[level]
+        and brain.similarity + brain.gain > SIMILARITY[1]
+    ):
         said.append(
-            f'it fits better {brain.flip} (correlation {brain.similarity + brain.gain:.2f} instead of'
-            f' {brain.similarity:.2f})'
+            f'it fits better {brain.flip} (correlation {brain.similarity + brain.gain:.2f} instead'
+            f' of {brain.similarity:.2f})'
         )
     elif usual >= SIMILAR and brain.similarity < SIMILARITY[level]:
-        said.append(f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}')
+        said.append(
+            f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}'
+        )
     return said
 
 
@@ -508,8 +518,8 @@ def _blame_cohort(compared, bad):
         'alignment',
         f'{bad.sum()} of them do not lie like the others: half of the centers are'
         f' {compared.shift_cm.median():.1f} cm or more from the middle one (aligned brains: up to'
-        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the directions by'
-        f' {compared.turn.median():.0f} degrees or more (3)'
+        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the'
+        f' directions by {compared.turn.median():.0f} degrees or more (3)'
         + f', {flips} fit better turned around' * bool(flips)
         + '. Expected brains on one template. Align them with `brainldm prepare`; --skip-faulty'
         ' takes them as they are',
@@ -559,7 +569,8 @@ def measure_band(
 
 def measure_rim(
     slices: np.ndarray,  # Small copies (n, k, s, s)
-) -> np.ndarray:  # Brightness of the dark band under the rim (n,); about 1 or more without a skull
+    # Brightness of the dark band under the rim (n,); about 1 or more without a skull
+) -> np.ndarray:
     """Look for bone in the middle slice of each brain, and in two more where there may be some.
 
     Parameters
@@ -663,7 +674,8 @@ def find_unstripped(
     said = [
         '; '.join(
             ['a bright rim outside of a dark band, as of scalp and bone'] * bool(r < RIM[0])
-            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152'] * bool(o > OUTSIDE[0])
+            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152']
+            * bool(o > OUTSIDE[0])
         )
         for r, o in zip(rim, out)
     ]
@@ -742,8 +754,9 @@ def find_same_subjects(
     subject, split, path = (units[o].to_numpy() for o in ('subject', 'split', 'path'))
     pairs = find_similar_pairs(straight, subject)
     across = [o for o in pairs if split[o[0]] != split[o[1]]]
-    within = [f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if
-              split[i] == split[j]]
+    within = [
+        f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if split[i] == split[j]
+    ]
     text = [
         f'{subject[j]} ({split[j]}) looks like the same subject as {subject[i]} ({split[i]}):'
         f' correlation {r:.3f}, different subjects reach 0.89. Give both one name in the table of'
@@ -752,7 +765,8 @@ def find_same_subjects(
     ]
     notes = [
         f'{len(within)} pairs of subjects look like one subject under two names:'
-        f' {", ".join(within[:5])}' + ' ...' * (len(within) > 5)
+        f' {", ".join(within[:5])}'
+        + ' ...' * (len(within) > 5)
     ] * bool(within)
     return as_faults([path[j] for _, j, _ in across], 'leak', text), notes
 
@@ -811,11 +825,12 @@ def check_alignment(
     n, left = len(brains.units), brains.left_out
     notes = [
         f'{len(left)} of {len(left) + n} brains lack slice positions that most have, and were not'
-        f' compared: {", ".join(left[:5])}' + ' ...' * (len(left) > 5)
+        f' compared: {", ".join(left[:5])}'
+        + ' ...' * (len(left) > 5)
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
-    volume = brains.planes.min() >= 0
+    volume = is_volume(brains.units.path[0])
     grid = read_grid(Path(root) / brains.units.path[0]) if volume else None
     skull, said, bad = find_unstripped(brains, grid)
     faults, notes = [skull], notes + said
@@ -829,8 +844,8 @@ def check_alignment(
         faults, notes, bad = [*faults, found], notes + said, bad | odd
         if len(found) and not odd.any():
             notes.append(
-                'the same subject under two names was not looked for: the brains are not aligned, and'
-                ' their correlations mean nothing'
+                'the same subject under two names was not looked for: the brains are not aligned,'
+                ' and their correlations mean nothing'
             )
         else:
             good = ~bad
