@@ -468,7 +468,7 @@ def commands_of(row):
     out += [
         f'check {data} {row.data} --preset tiny',
         f'train autoencoder {data} --run run {row.data} {SHORT}',
-        f'train ldm {data} --run run {row.data} {SHORT}',
+        f'train ldm {data} --run run {SHORT}',  # the run knows how its data are read
         f'sample run {row.condition} --n 1',
     ]
     return [re.sub(' +', ' ', o).strip() for o in out]
