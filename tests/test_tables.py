@@ -510,8 +510,14 @@ def test_participants_of_bids_are_read(tmp_path):
             for i in range(6)
         )
     )
-    (tmp_path / 'participants.json').write_text('{}')
+    (tmp_path / 'participants.json').write_text(
+        '{"group": {"Levels": {"AD": "probable dementia", "CN": "control"}}, "sex": {"x": 1}}'
+    )
     report = look(tmp_path)
+    assert 'participants.json: diagnosis AD is probable dementia, CN is control' in str(report)
+    for broken in ('{}', '[1]', '{"group": 3}', 'no json'):
+        (tmp_path / 'participants.json').write_text(broken)
+        assert look(tmp_path).ok
     assert (
         report.ok
         and set(report.manifest.diagnosis) == {'AD', 'CN'}
@@ -610,6 +616,7 @@ def oasis1(path, n=12, sheet=None):
     if path.suffix == '.csv':
         path.write_text(text)
     else:
+        pytest.importorskip('openpyxl')
         pd.read_csv(io.StringIO(text)).to_excel(path, index=False, sheet_name=sheet or 'Sheet1')
     return path
 
@@ -749,6 +756,7 @@ def test_sessions_of_bids_have_their_own_age(tmp_path):
 
 
 def test_oasis_2_and_3(tmp_path):
+    pytest.importorskip('openpyxl')
     volumes(tmp_path / '2', *[f'OAS2_{i:04d}_MR{v}/RAW/mpr-1' for i in range(4) for v in (1, 2)])
     head = 'Subject ID,MRI ID,Group,Visit,MR Delay,M/F,Hand,Age,EDUC,SES,MMSE,CDR,eTIV,nWBV,ASF'
     lines = [
@@ -803,11 +811,15 @@ def test_a_table_of_something_else_is_mentioned(tmp_path):
     assert 'diagnosis, age, sex not known of any subject: no table of subjects is read' in (
         str(report)
     )
+    (tmp_path / 'folder.csv').mkdir()
+    (tmp_path / 'bytes.csv').write_bytes(b'\xff\xfe\x00subject')
+    assert 'bytes.csv, scanner.csv' in str(look(tmp_path))
     (tmp_path / 'other.csv').write_text('subject,age\nQ1,60\n')
     assert faults(look(tmp_path)) == ['table'] and 'other.csv' in str(look(tmp_path))
 
 
 def test_sheets_of_a_workbook(tmp_path):
+    pytest.importorskip('openpyxl')
     with pd.ExcelWriter(tmp_path / 't.xlsx') as book:
         pd.DataFrame(dict(column=['ID'], meaning=['who'])).to_excel(book, sheet_name='legend')
         pd.DataFrame(dict(ID=[1, 2], Age=[60, 71.5], Sex=['F', None])).to_excel(

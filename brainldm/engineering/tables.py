@@ -7,13 +7,14 @@ __all__ = ['NAMES', 'LABELS', 'MODALITIES', 'PARTS', 'ALIASES', 'GIVES_WAY', 'MI
            'RATINGS', 'RATING_VALUES', 'SAME_LEVELS', 'WIDER', 'NAME_STEPS', 'LEAST_MATCH', 'read_name',
            'find_modality', 'session_names', 'name_sessions', 'mixed_contrasts', 'strip_parts', 'suspect_names',
            'name_columns', 'check_columns', 'read_workbook', 'read_cells', 'to_numbers', 'wrong_cell', 'read_table',
-           'recognize_study', 'derive_diagnosis', 'describe_columns', 'key_columns', 'add_sessions', 'read_subjects',
-           'match_images', 'same_level', 'file_of', 'match_names', 'visit_key', 'row_keys', 'steady_facts',
-           'fit_visits', 'fit_images', 'describe_match', 'join_column', 'join_subjects', 'read_units', 'name_subjects',
-           'read_names', 'count_matches', 'near_tables', 'find_subject_table', 'note_unknown_covariates']
+           'recognize_study', 'derive_diagnosis', 'describe_columns', 'key_columns', 'add_sessions', 'note_levels',
+           'read_subjects', 'match_images', 'same_level', 'file_of', 'match_names', 'visit_key', 'row_keys',
+           'steady_facts', 'fit_visits', 'fit_images', 'describe_match', 'join_column', 'join_subjects', 'read_units',
+           'name_subjects', 'read_names', 'count_matches', 'near_tables', 'find_subject_table',
+           'note_unknown_covariates']
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00004
-import io, re, zipfile
+import io, json, re, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -849,6 +850,38 @@ def add_sessions(
     names = ', '.join(map(str, facts)) or 'nothing'
     return out, [f'{len(files)} sessions.tsv are read, which give {names} of {len(below)} sessions']
 
+# %% ../../nbs/engineering/24_tables.ipynb #tab00051d
+def note_levels(
+    table: pd.DataFrame,  # The participants of a BIDS folder, as from `read_table`
+    folder: Path,  # That folder
+) -> list:  # One sentence, or none
+    """Say what the codes in a column mean, as participants.json has it. The codes stay as they are.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        The participants of a BIDS folder, as from `read_table`.
+    folder : Path
+        That folder.
+
+    Returns
+    -------
+    list
+        One sentence, or none.
+    """
+    try:
+        about = json.loads((folder / 'participants.json').read_text(encoding='utf-8'))
+        called = table.attrs['called'].items()
+        levels = {k: about.get(v, {}).get('Levels') for k, v in called}
+    except (OSError, ValueError, AttributeError):
+        return []
+    said = [
+        f"{k} {', '.join(f'{a} is {b}' for a, b in list(v.items())[:6])}"
+        for k, v in levels.items()
+        if isinstance(v, dict)
+    ]
+    return [f'participants.json: {"; ".join(said)}'] * bool(said)
+
 # %% ../../nbs/engineering/24_tables.ipynb #tab00051a
 def read_subjects(
     path: Path,  # Table with a column `subject`, and `image` where it has one row an image
@@ -882,7 +915,9 @@ def read_subjects(
         )
     more = []
     if Path(path).name.lower() == 'participants.tsv':
-        table, more = add_sessions(table, Path(path).parent)
+        more = note_levels(table, Path(path).parent)
+        table, sessions = add_sessions(table, Path(path).parent)
+        more += sessions
     table, derived = derive_diagnosis(table)
     said = [*describe_columns(table, derived), *more, *table.attrs['notes']]
     about = dict(table.attrs, notes=said)
@@ -1484,7 +1519,7 @@ def read_names(
     try:
         table = read_cells(path)[0].rename(columns=lambda o: str(o).strip())
         ours = name_columns(table.columns.unique().tolist())
-    except ValueError:
+    except (ValueError, OSError):
         return None
     table = table.rename(columns=ours)
     if 'subject' not in table or not {'path', 'slice'}.isdisjoint(table):
@@ -1541,6 +1576,7 @@ def near_tables(
         o.relative_to(root).as_posix()
         for o in near
         if re.search(TABLE_FILE, o.name, re.IGNORECASE)
+        and o.is_file()
         and o.name[0] not in '.~'
         and not o.name.endswith('_sessions.tsv')  # see `add_sessions`
     )
