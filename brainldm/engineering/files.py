@@ -171,7 +171,6 @@ def refuse_pointer(
             f' Fetch all of them with {found[1]} in the folder of the data set',
         )
 
-
 # %% ../../nbs/engineering/23_files.ipynb #1b731fed
 def read_pixels(
     path: Path,  # PNG, JPEG or TIFF

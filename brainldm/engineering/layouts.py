@@ -835,7 +835,6 @@ def refuse_pointed_table(
             f" itself. Fetch all files with {found[1]} in the folder of the data set."
         )
 
-
 # %% ../../nbs/engineering/25_layouts.ipynb #mani0002
 def check_manifest(
     rows: pd.DataFrame,  # As `read_table` gives it
