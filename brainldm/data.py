@@ -269,7 +269,7 @@ def check_dataset(
     listed = list_slices(root, config)
     rows, done = inspect(listed.manifest, config, progress)
     notes = listed.notes + note_read_changes(done)
-    if listed.manifest.attrs['layout'] == 'nifti' and config.planes is None:
+    if listed.manifest.attrs.get('every_plane'):
         outside = (rows._fault == '') & rows._blank
         rows = rows[~outside]
         if outside.any():

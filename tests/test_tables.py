@@ -510,8 +510,14 @@ def test_participants_of_bids_are_read(tmp_path):
             for i in range(6)
         )
     )
-    (tmp_path / 'participants.json').write_text('{}')
+    (tmp_path / 'participants.json').write_text(
+        '{"group": {"Levels": {"AD": "probable dementia", "CN": "control"}}, "sex": {"x": 1}}'
+    )
     report = look(tmp_path)
+    assert 'participants.json: diagnosis AD is probable dementia, CN is control' in str(report)
+    for broken in ('{}', '[1]', '{"group": 3}', 'no json'):
+        (tmp_path / 'participants.json').write_text(broken)
+        assert look(tmp_path).ok
     assert (
         report.ok
         and set(report.manifest.diagnosis) == {'AD', 'CN'}
@@ -553,6 +559,7 @@ def test_a_table_that_matches_nobody_is_a_fault(tmp_path):
         ('sub-{:04d}', '{}', 'without sub- before them, without leading zeros'),
         ('{:03d}', '{}', 'without leading zeros'),
         ('P{:02d}', 'p{:02d}', 'in any case'),
+        ('P{:02d}', 'P{:02d}.nii.gz', 'without a suffix'),
         ('sub-ADNI{0:03d}S02{0:02d}', '{0:03d}_S_02{0:02d}', 'without the name of the study'),
         ('sub-OASIS1{:04d}', 'OAS1_{:04d}_MR1', 'without separators'),
         ('{0:03d}_S_02{0:02d}', '2{:02d}', 'roster ID'),
@@ -579,17 +586,19 @@ def test_the_step_that_finds_most_is_taken():
 
 
 @pytest.mark.parametrize(
-    'names, others',
+    'names, others, why',
     [
-        (['01', '1', '2'], ['1', '2']),  # two of the folder would be one
-        (['001', '002'], ['1', '01', '2']),  # two of the table would be one
-        (['sub-1', 'x', 'y'], ['1', '2']),  # one in three
-        (['P1', 'P2'], ['Q1', 'Q2']),
+        (['01', '1', '2'], ['1', '2', '03'], ''),
+        (['01', '1', '3'], ['1', '2', '03'], 'without leading zeros'),  # two of the folder
+        (['001', '002'], ['1', '01', '2'], 'for two would become one'),  # two of the table
+        (['sub-1', 'x', 'y'], ['1', '2'], '(1 of 3 subjects): so few may be chance'),
+        (['P1', 'P2'], ['Q1', 'Q2'], ''),
     ],
 )
-def test_names_that_no_rule_joins(names, others):
+def test_names_that_no_rule_joins(names, others, why):
     found, note = match_names(names, others)
-    assert note == '' and all(k == v for k, v in found.items())
+    assert all(k == v for k, v in found.items()) and why in note
+    assert note == '' or note.startswith('names are not compared')
 
 
 # ---- tables by any name, and of the studies
@@ -607,6 +616,7 @@ def oasis1(path, n=12, sheet=None):
     if path.suffix == '.csv':
         path.write_text(text)
     else:
+        pytest.importorskip('openpyxl')
         pd.read_csv(io.StringIO(text)).to_excel(path, index=False, sheet_name=sheet or 'Sheet1')
     return path
 
@@ -673,6 +683,27 @@ def test_a_folder_may_say_a_wider_word():
     assert same_level(folder, table).tolist() == [True, False, True, False]
 
 
+def test_a_table_of_images_whose_names_the_files_have_lost(tmp_path):
+    volumes(tmp_path / 'a', *[f'{i:03d}_S_0295' for i in range(6)])
+    volumes(tmp_path / 'b', *[f'{i:03d}_S_0295_S1340{v}' for i in range(6) for v in (1, 2)])
+    lines = [
+        f'I{45112+10*i+v},{i:03d}_S_0295,{"CN" if i%2 else "AD"},M,{70+i+v},m{12*v}'
+        for i in range(6)
+        for v in (0, 1)
+    ]
+    for folder in 'ab':
+        (tmp_path / folder / 'ida.csv').write_text(
+            '\n'.join(['Image Data ID,Subject,Group,Sex,Age,Visit', *lines])
+        )
+        report = look(tmp_path / folder)
+        people = report.manifest.drop_duplicates('subject').sort_values('subject')
+        assert report.ok and people.diagnosis.tolist() == ['AD', 'CN'] * 3, str(report)
+        assert report.manifest.age.isna().all() and 'no image of the table is in the data' in (
+            str(report)
+        )
+        assert 'only what all its rows agree on' in str(report)
+
+
 def test_adnimerge_says_what_all_its_rows_agree_on(tmp_path):
     volumes(tmp_path, *[ADNI.format(i, 0, 45112 + 100 * i) for i in range(6)])
     head = 'RID,PTID,VISCODE,SITE,EXAMDATE,DX_bl,AGE,PTGENDER,DX,IMAGEUID'
@@ -707,7 +738,25 @@ def test_visits_that_two_tables_name_alike(tmp_path):
     assert (people.age == people.session.map({'ses-M00': 60, 'ses-M12': 61})).all()
 
 
+def test_sessions_of_bids_have_their_own_age(tmp_path):
+    volumes(tmp_path, *VISITS['BIDS'])
+    people = ''.join(f'sub-{i:02d}\t{60+i}\tF\n' for i in range(5))
+    (tmp_path / 'participants.tsv').write_text('participant_id\tage\tsex\n' + people)
+    for i in range(4):  # of the last one nothing is said, and of the fourth one session
+        lines = [f'ses-{v}\t{60+i+10*v}' for v in ((1, 2) if i < 3 else (2,))]
+        (tmp_path / f'sub-{i:02d}/sub-{i:02d}_sessions.tsv').write_text(
+            '\n'.join(['session_id\tage', *lines])
+        )
+    report = look(tmp_path)
+    ages = report.manifest.drop_duplicates(['subject', 'session'])
+    ages = ages.set_index(['subject', 'session']).age.sort_index().tolist()
+    assert report.ok and ages == [70, 80, 71, 81, 72, 82, 63, 83, 64, 64], ages
+    assert set(report.manifest.sex) == {'F'}
+    assert '4 sessions.tsv are read, which give age of 7 sessions' in str(report)
+
+
 def test_oasis_2_and_3(tmp_path):
+    pytest.importorskip('openpyxl')
     volumes(tmp_path / '2', *[f'OAS2_{i:04d}_MR{v}/RAW/mpr-1' for i in range(4) for v in (1, 2)])
     head = 'Subject ID,MRI ID,Group,Visit,MR Delay,M/F,Hand,Age,EDUC,SES,MMSE,CDR,eTIV,nWBV,ASF'
     lines = [
@@ -762,11 +811,15 @@ def test_a_table_of_something_else_is_mentioned(tmp_path):
     assert 'diagnosis, age, sex not known of any subject: no table of subjects is read' in (
         str(report)
     )
+    (tmp_path / 'folder.csv').mkdir()
+    (tmp_path / 'bytes.csv').write_bytes(b'\xff\xfe\x00subject')
+    assert 'bytes.csv, scanner.csv' in str(look(tmp_path))
     (tmp_path / 'other.csv').write_text('subject,age\nQ1,60\n')
     assert faults(look(tmp_path)) == ['table'] and 'other.csv' in str(look(tmp_path))
 
 
 def test_sheets_of_a_workbook(tmp_path):
+    pytest.importorskip('openpyxl')
     with pd.ExcelWriter(tmp_path / 't.xlsx') as book:
         pd.DataFrame(dict(column=['ID'], meaning=['who'])).to_excel(book, sheet_name='legend')
         pd.DataFrame(dict(ID=[1, 2], Age=[60, 71.5], Sex=['F', None])).to_excel(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'STRAIGHT_SIDE', 'POSITIONS', 'DESCRIBED', 'COMMON', 'FOREGROUND', 'LENGTH_CM', 'FLIPS', 'ELONGATED',
-           'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM', 'DEPTHS', 'SMALL', 'OUTSIDE',
-           'SAME', 'SAME_LEFT', 'describe_slice', 'read_descriptions', 'find_described', 'Brains', 'gather_brains',
-           'weigh_foreground', 'measure_pose', 'straighten', 'correlate', 'compare_with', 'find_median_brain',
-           'compare_brains', 'explain_pose', 'find_unaligned', 'measure_rim', 'load_brain_mask', 'measure_outside',
-           'find_unstripped', 'find_similar_pairs', 'find_same_subjects', 'find_side_cm', 'check_alignment']
+           'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM', 'LOOK_AGAIN', 'HEAD_SIDE',
+           'OUTSIDE', 'SAME', 'SAME_LEFT', 'describe_slice', 'read_descriptions', 'find_described', 'Brains',
+           'gather_brains', 'find_bright', 'weigh_foreground', 'measure_pose', 'straighten', 'correlate',
+           'compare_with', 'find_median_brain', 'compare_brains', 'explain_pose', 'find_unaligned', 'measure_band',
+           'measure_rim', 'load_brain_mask', 'measure_outside', 'find_unstripped', 'find_similar_pairs',
+           'find_same_subjects', 'find_side_cm', 'check_alignment']
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al00000b
 import base64
@@ -22,7 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .files import as_faults, read_grid
+from .files import as_faults, is_volume, read_grid
 
 SIDE = 48  # Pixels a side of the small copy of a slice
 STRAIGHT_SIDE = 24  # Pixels a side once a brain is centered and upright
@@ -161,6 +162,24 @@ def gather_brains(
     )
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al00000f
+def find_bright(
+    slices: np.ndarray,  # Small copies (n, k, s, s)
+) -> np.ndarray:  # Gray values (n,), 1 or more
+    """The 99th percentile of each brain, from every fourth pixel.
+
+    Parameters
+    ----------
+    slices : np.ndarray
+        Small copies (n, k, s, s).
+
+    Returns
+    -------
+    np.ndarray
+        Gray values (n,), 1 or more.
+    """
+    return np.percentile(slices[:, :, ::2, ::2], 99, axis=(1, 2, 3)).clip(1).astype(np.float32)
+
+
 def weigh_foreground(
     slices: np.ndarray,  # Small copies (n, k, s, s)
 ) -> np.ndarray:  # Weights (n, k, s, s), 0 to 1
@@ -176,7 +195,7 @@ def weigh_foreground(
     np.ndarray
         Weights (n, k, s, s), 0 to 1.
     """
-    bright = np.percentile(slices, 99, axis=(1, 2, 3)).clip(1)[:, None, None, None]
+    bright = find_bright(slices)[:, None, None, None]
     weights = np.clip(slices / (0.3 * bright), 0, 1)
     return np.where(slices >= FOREGROUND * bright, weights, 0)
 
@@ -389,7 +408,7 @@ FEW = 5  # Brains from which a median says something about similarity
 
 
 def explain_pose(
-    brain: pd.Series,  # A row of `compare_brains`, with `shift_cm`
+    brain,  # A row of `compare_brains`, with `shift_cm`
     usual: float,  # Median similarity of the cohort
     level: int,  # 0: what is doubtful; 1: what is clear
 ) -> list:  # What is beyond the limits, in words
@@ -397,7 +416,7 @@ def explain_pose(
 
     Parameters
     ----------
-    brain : pd.Series
+    brain
         A row of `compare_brains`, with `shift_cm`.
     usual : float
         Median similarity of the cohort.
@@ -459,7 +478,7 @@ def find_unaligned(
     best = compared.similarity + compared.gain.clip(lower=0)
     usual = best.median() if n >= FEW else 0.0
     clear, doubtful = (
-        [explain_pose(brain, usual, level) for _, brain in compared.iterrows()] for level in (1, 0)
+        [explain_pose(brain, usual, level) for brain in compared.itertuples()] for level in (1, 0)
     )
     bad = np.array([bool(o) for o in clear], bool)
     doubted = np.array([bool(o) for o in doubtful], bool)
@@ -507,18 +526,52 @@ def _blame_cohort(compared, bad):
     )
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al000021
-# Doubtful, clear. 159 stripped subjects: 0.96 and more; phantoms: 0.97; heads: 0.36
-RIM = (0.8, 0.6)
-DEPTHS = 18  # Steps from the edge of a head to its middle, of about 4 mm
-SMALL = 5  # Pixels from edge to middle, below which a brain is too small to look
+RIM = (0.85, 0.7)  # Doubtful, clear. 159 stripped subjects 0.99 and more, heads 0.2 to 0.6
+LOOK_AGAIN = 0.95  # Below it, more than one slice is looked at
+HEAD_SIDE = 44  # Pixels of the longer side of a head when its rim is measured, 4 to 5 mm each
 OUTSIDE = (0.15, 0.25)  # Doubtful, clear: part of the foreground outside of the template's brain
+
+
+def measure_band(
+    image: np.ndarray,  # Small copy of one slice (s, s)
+    dark: float,  # Gray value up to which a pixel is background
+) -> float:  # Brightness of the band under the rim, of rim or inside; inf if too small to say
+    """Walk inward from the edge of the foreground, and look for a dark band under a bright rim.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Small copy of one slice (s, s).
+    dark : float
+        Gray value up to which a pixel is background.
+
+    Returns
+    -------
+    float
+        Brightness of the band under the rim, of rim or inside; inf if too small to say.
+    """
+    from scipy import ndimage
+
+    rows, cols = (np.flatnonzero((image > dark).any(axis)) for axis in (1, 0))
+    if len(rows) < 8 or len(cols) < 8:
+        return np.inf
+    image = image[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+    h, w = (max(round(n * HEAD_SIDE / max(image.shape)), 1) for n in image.shape)
+    image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+    filled = np.pad(ndimage.binary_fill_holes(image > dark), 1)
+    depth = np.ceil(ndimage.distance_transform_edt(filled)[1:-1, 1:-1])
+    ring = [np.median(image[depth == d]) for d in range(1, 10) if (depth == d).any()]
+    if len(ring) < 9:
+        return np.inf
+    rim = int(np.argmax(ring[:3]))
+    return float(min(ring[rim + 1 : 7]) / max(min(ring[rim], max(ring[4:])), 1e-6))
 
 
 def measure_rim(
     slices: np.ndarray,  # Small copies (n, k, s, s)
     # Brightness of the dark band under the rim (n,); about 1 or more without a skull
 ) -> np.ndarray:
-    """Look for a dark band between the outside and the inside: bone.
+    """Look for bone in the middle slice of each brain, and in two more where there may be some.
 
     Parameters
     ----------
@@ -530,24 +583,13 @@ def measure_rim(
     np.ndarray
         Brightness of the dark band under the rim (n,); about 1 or more without a skull.
     """
-    from scipy import ndimage
-
-    bright = np.percentile(slices, 99, axis=(1, 2, 3)).clip(1)
-    middle = np.unique(np.linspace(0, slices.shape[1] - 1, 5).round().astype(int)[1:-1])
-    found = []
-    for brain, top in zip(slices[:, middle], bright):
-        bands = []
-        for image in brain:
-            head = ndimage.binary_fill_holes(image > FOREGROUND * top)
-            depth = ndimage.distance_transform_edt(np.pad(head, 1))[1:-1, 1:-1]
-            if depth.max() < SMALL:
-                continue
-            depth = np.ceil(DEPTHS * depth / depth.max())  # small brains have thin rims
-            ring = [np.median(image[depth == d]) for d in range(1, 10) if (depth == d).any()]
-            rim = int(np.argmax(ring[:3]))
-            dark = min(ring[rim + 1 : 7])
-            bands.append(dark / max(min(ring[rim], max(ring[4:])), 1e-6))
-        found.append(np.median(bands) if bands else np.inf)
+    k, found = slices.shape[1], []
+    around = np.unique(np.linspace(0, k - 1, 5).round().astype(int)[1:-1])
+    for brain, bright in zip(slices, find_bright(slices)):
+        band = measure_band(brain[k // 2], FOREGROUND * bright)
+        if band < LOOK_AGAIN:
+            band = np.median([measure_band(brain[i], FOREGROUND * bright) for i in around])
+        found.append(band)
     return np.array(found)
 
 
@@ -788,7 +830,7 @@ def check_alignment(
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
-    volume = brains.planes.min() >= 0
+    volume = is_volume(brains.units.path[0])
     grid = read_grid(Path(root) / brains.units.path[0]) if volume else None
     skull, said, bad = find_unstripped(brains, grid)
     faults, notes = [skull], notes + said

@@ -19,6 +19,7 @@ from PIL import Image
 from .configs import DataConfig
 from .alignment import describe_slice, find_described
 from brainldm.engineering.files import (
+    VOLUME,
     cache_folder,
     decode_file,
     hash_image,
@@ -107,7 +108,9 @@ def fingerprint(
         voxel_mm=list(about['voxel_mm']) if about.get('voxel_mm') else None,
         side=about.get('side'),
         left_known=about.get('layout') == 'phantom'
-        or bool('plane' in manifest and (manifest.plane >= 0).all()),
+        or bool(
+            'plane' in manifest and manifest.path.str.contains(VOLUME, case=False, regex=True).all()
+        ),
     )
 
 # %% ../../nbs/engineering/27_cache.ipynb #f9a8820c
@@ -166,6 +169,7 @@ def write_images(
         For a file that changed.
     """
     planes, hashes, side = manifest.plane.to_numpy(), manifest.hash.to_numpy(), config.size
+    white = manifest._white.to_numpy() if '_white' in manifest else None
     lock = threading.Lock()  # several threads, one place to write at
     with path.open('wb') as file:  # not a memory map: a full disk would kill us
         header = dict(descr='|u1', fortran_order=False, shape=(len(manifest), side, side))
@@ -173,7 +177,9 @@ def write_images(
         start = file.tell()
 
         def prepare(name, at):
-            for i, image in zip(at, decode_file(root / name, planes[at], config.to_gray)[0]):
+            scale = None if white is None or np.isnan(white[at[0]]) else float(white[at[0]])
+            images = decode_file(root / name, planes[at], config.to_gray, scale)[0]
+            for i, image in zip(at, images):
                 if hash_image(image) != hashes[i]:
                     raise RuntimeError(
                         f"write_cache: '{name}' changed since it was checked. Expected files that"
@@ -407,10 +413,12 @@ def inspection_key(
         For a lost file.
     """
     root = Path(rows.attrs['root'])
+    # images of one subject and session share a scale
+    keys = [o for o in ('path', 'plane', 'subject', 'session') if o in rows]
     digest = hashlib.blake2b(str(config.to_gray).encode(), digest_size=16)
     for part in (decode_file, inspect_files, describe_slice):
         digest.update(Path(inspect.getfile(part)).read_bytes())
-    digest.update(pd.util.hash_pandas_object(rows[['path', 'plane']]).to_numpy().tobytes())
+    digest.update(pd.util.hash_pandas_object(rows[keys]).to_numpy().tobytes())
     digest.update(find_described(rows).tobytes())
     last = 0.0
     for about in (os.stat(root / path) for path in rows.path.unique()):

@@ -249,20 +249,29 @@ class Check:
         Folder of images or volumes, or a CSV manifest.
     preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
         What is going to be trained: its stages decide which sizes fit.
+    faults : Path | None, default None
+        New CSV file to write every fault into: path, fault, detail.
     """
 
     data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
     config: Annotated[DataConfig, FLAGS] = field(default_factory=DataConfig)
     # What is going to be trained: its stages decide which sizes fit
     preset: Literal['tiny', 'laptop', 'gpu'] = 'laptop'
+    faults: Path | None = None  # New CSV file to write every fault into: path, fault, detail
 
     def run(self) -> int:  # Exit status
         from brainldm.data import check_dataset
+
+        if self.faults is not None:
+            refuse_taken(self.faults)
 
         found = add_training_findings(
             check_dataset(self.data, self.config), self.config, PRESETS[self.preset][0]
         )
         print(found)
+        if self.faults is not None:
+            found.faults.to_csv(self.faults, index=False)
+            print(f'{len(found.faults)} faults written to {self.faults}')
         return 0 if found.ok else 1
 
 # %% ../../nbs/engineering/39_cli.ipynb #cli000a1

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['T', 'Positive', 'NotNegative', 'Fraction', 'Probability', 'LevelSizes', 'CodeLevels', 'FIXED_KINDS', 'CROP',
-           'PREDICTION_TYPES', 'BETA_SCHEDULES', 'NEEDS_DISCRIMINATOR', 'NEEDS_GAUSSIAN_LATENTS', 'NEEDS_TIME_TO_ACT',
-           'NEEDS_SNR_GAMMA', 'POSITIVE_OR_NONE', 'PRESETS', 'VOLUME_PRESETS', 'PRIOR_PRESETS', 'Limit', 'between',
-           'one_of', 'declared_type', 'bare_type', 'rules_of', 'matches_type', 'check_fields', 'Needs', 'check_effect',
-           'DataConfig', 'PhantomConfig', 'ScheduleConfig', 'TrainConfig', 'SourceOptions', 'PrepareConfig',
-           'HeadsConfig', 'AEConfig', 'LDMConfig', 'PriorConfig', 'VolumeConfig', 'check_tracker', 'check_config']
+           'PATTERN_FIELDS', 'PREDICTION_TYPES', 'BETA_SCHEDULES', 'NEEDS_DISCRIMINATOR', 'NEEDS_GAUSSIAN_LATENTS',
+           'NEEDS_TIME_TO_ACT', 'NEEDS_SNR_GAMMA', 'POSITIVE_OR_NONE', 'PRESETS', 'VOLUME_PRESETS', 'PRIOR_PRESETS',
+           'Limit', 'between', 'one_of', 'declared_type', 'bare_type', 'rules_of', 'matches_type', 'check_fields',
+           'Needs', 'check_effect', 'check_pattern', 'DataConfig', 'PhantomConfig', 'ScheduleConfig', 'TrainConfig',
+           'SourceOptions', 'PrepareConfig', 'HeadsConfig', 'AEConfig', 'LDMConfig', 'PriorConfig', 'VolumeConfig',
+           'check_tracker', 'check_config']
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0004
-import math
+import math, re
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -273,6 +274,49 @@ def check_effect(
 FIXED_KINDS = dict(slice='continuous', diagnosis='categorical', age='continuous', sex='categorical')
 CROP = Limit(lambda v: v in (None, 'auto') or 8 <= v <= 4096, "None, 'auto', or 8 to 4096 pixels")
 
+# %% ../../nbs/engineering/21_configs.ipynb #patt0001
+# What a pattern of file names may ask for
+PATTERN_FIELDS = ('subject', 'slice', 'session', 'diagnosis', 'split')
+
+
+def check_pattern(
+    pattern: str,  # How names of files are built, such as {subject}-z{slice}.png
+) -> None:  # Nothing: it raises or returns
+    """Refuse a pattern that cannot say whose slice a file is, and where in the brain it lies.
+
+    Parameters
+    ----------
+    pattern : str
+        How names of files are built, such as {subject}-z{slice}.png.
+    """
+    names = re.findall(r'\{(.*?)\}', pattern)
+    odd = [o for o in names if o not in PATTERN_FIELDS]
+    try_ = "Try '{subject}-z{slice}.png', or '{diagnosis}/{subject}/{slice}.tif'."
+    if odd or re.sub(r'\{.*?\}', '', pattern).strip('{}') != re.sub(r'\{.*?\}', '', pattern):
+        raise ValueError(
+            f"DataConfig: pattern={pattern!r} holds {{{odd[0] if odd else ''}}}. Expected"
+            f" {', '.join(f'{{{o}}}' for o in PATTERN_FIELDS)}. {try_}"
+        )
+    volume = re.search(r'\.nii(?:\.gz)?$', pattern, re.IGNORECASE)
+    pages = re.search(r'\.tiff?$', pattern, re.IGNORECASE)
+    lost = [o for o in ('subject', 'slice') if o not in names]
+    if 'subject' in lost or lost and not (volume or pages):
+        raise ValueError(
+            f"DataConfig: pattern={pattern!r} has no {' and no '.join(f'{{{o}}}' for o in lost)}."
+            f" Expected whose slice it is, and where it lies in the brain. {try_}"
+        )
+    if volume and 'slice' in names:
+        raise ValueError(
+            f"DataConfig: pattern={pattern!r} is of volumes and has {{slice}}. Expected"
+            " {subject} alone: the planes of a volume are its slices, see planes."
+        )
+    if '}{' in pattern:
+        raise ValueError(
+            f"DataConfig: pattern={pattern!r} has nothing between two fields. Expected a character"
+            " that ends the first, or nobody can tell where the second begins. Try"
+            " '{subject}-z{slice}.png', or list the files in a manifest.csv."
+        )
+
 # %% ../../nbs/engineering/21_configs.ipynb #b51f65f4
 @dataclass
 class DataConfig:
@@ -300,6 +344,9 @@ class DataConfig:
         data folder that names its subjects.
     only : str | None, default None
         Pattern of the file names to use, such as *_T1w.nii.gz; None uses all.
+    pattern : str | None, default None
+        How names are built, such as {subject}-z{slice}.png or {diagnosis}/{subject}.nii.gz, where
+        no known layout fits; also {session} and {split}, and * for any text.
     columns : tuple[str, ...], default ()
         Further columns to learn, besides slice, diagnosis, age and sex, such as apoe.
     categorical : tuple[str, ...], default ()
@@ -336,6 +383,9 @@ class DataConfig:
     subjects: Path | None = None
     # Pattern of the file names to use, such as *_T1w.nii.gz; None uses all
     only: str | None = None
+    # How names are built, such as {subject}-z{slice}.png or {diagnosis}/{subject}.nii.gz, where no
+    # known layout fits; also {session} and {split}, and * for any text
+    pattern: str | None = None
     # Further columns to learn, besides slice, diagnosis, age and sex, such as apoe
     columns: tuple[str, ...] = ()
     # Columns to learn as categories though they hold numbers, such as site or apoe
@@ -359,6 +409,8 @@ class DataConfig:
                     f"DataConfig: planes={self.planes}. Expected first and last+1, as in range()."
                     " Try planes=(60, 92)."
                 )
+        if self.pattern is not None:
+            check_pattern(self.pattern)
         if self.subjects is not None:
             self.subjects = Path(self.subjects)
         for name in ('columns', 'categorical', 'continuous'):

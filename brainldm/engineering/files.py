@@ -22,16 +22,26 @@ from tqdm import tqdm
 from .checks import DataFault
 
 ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz')  # Archives that can be given instead of a folder
+VOLUME = r'\.nii(?:\.gz)?$'  # Names of volumes, as a regular expression without case
+PAGES = r'\.tiff?$'  # Names of images that may hold several pages
+IMAGE = r'\.(?:png|jpe?g|tiff?)$'  # Names of images
+POINTER_BYTES = 1024  # A pointer is shorter: the rule of git-lfs; git-annex writes about 100
+FETCH = {  # What stands in a pointer: what left it there, how the file itself is fetched
+    b'version https://git-lfs': ('git-lfs', '`git lfs pull`'),
+    b'/annex/objects/': ('DataLad (git-annex)', '`datalad get .`'),
+}
 EXPANSION = 100  # An archive may unpack to so many times its own size (small ones to 16 MiB)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ARCHIVES', 'EXPANSION', 'as_faults', 'read_gray_image', 'decode_image', 'hash_image', 'foreground_side', 'Grid',
-           'read_grid', 'count_planes', 'fill_background', 'scale_to_bytes', 'load_volume', 'axial_slice',
-           'decode_file', 'map_files', 'cache_folder', 'temporary_in_cache', 'StrictHeader', 'LimitedStream',
-           'read_members', 'member_path', 'unpack_into', 'unpack', 'list_files', 'explain_disk', 'write_atomic']
+__all__ = ['ARCHIVES', 'VOLUME', 'PAGES', 'IMAGE', 'POINTER_BYTES', 'FETCH', 'EXPANSION', 'as_faults', 'is_volume', 'select_page',
+           'find_pointer', 'refuse_pointer', 'read_pixels', 'read_gray_image', 'decode_image', 'hash_image',
+           'foreground_side', 'Grid', 'read_grid', 'count_planes', 'fill_background', 'find_white', 'scale_to_bytes',
+           'load_volume', 'axial_slice', 'decode_file', 'map_files', 'cache_folder', 'temporary_in_cache',
+           'StrictHeader', 'LimitedStream', 'read_members', 'member_path', 'unpack_into', 'unpack', 'list_files',
+           'explain_disk', 'write_atomic']
 
 # %% ../../nbs/engineering/23_files.ipynb #0352072c
 def as_faults(
@@ -60,19 +70,190 @@ def as_faults(
     kind, detail = (o if isinstance(o, str) else list(o) for o in (kind, detail))
     return pd.DataFrame(dict(path=list(paths), fault=kind, detail=detail), dtype=object)
 
-# %% ../../nbs/engineering/23_files.ipynb #1b731fed
-def read_gray_image(
-    path: Path,  # PNG or JPEG
-    to_gray: bool = False,  # Turn color gray instead of refusing it
-) -> tuple:  # Gray values (h, w), uint8; whether an EXIF tag turned or mirrored it
-    """Read one 8-bit gray image, upright as its EXIF tag says.
+# %% ../../nbs/engineering/23_files.ipynb #isvol001
+def is_volume(
+    path: str | Path,  # File
+) -> bool:  # True for the name of a NIfTI volume
+    """Tell a volume, whose header says where left is, from an image, by its name.
+
+    Parameters
+    ----------
+    path : str | Path
+        File.
+
+    Returns
+    -------
+    bool
+        True for the name of a NIfTI volume.
+    """
+    return bool(re.search(VOLUME, str(path), re.IGNORECASE))
+
+# %% ../../nbs/engineering/23_files.ipynb #page0001
+def select_page(
+    im: Image.Image,  # Open file
+    page: int,  # Page that is wanted; -1 where the file should be one image
+) -> None:  # Nothing: the file stands at that page
+    """Go to one page of a file.
+
+    Parameters
+    ----------
+    im : Image.Image
+        Open file.
+    page : int
+        Page that is wanted; -1 where the file should be one image.
+
+    Raises
+    ------
+    DataFault
+        For a page that is not there.
+    """
+    pages = getattr(im, 'n_frames', 1)
+    if page < 0 and pages > 1:
+        stack = im.format == 'TIFF'
+        raise DataFault(
+            'pages' if stack else 'animated',
+            f'{pages} pages; expected one image. '
+            + (
+                "If they are the slices of a subject, say so with --pattern '{subject}.tif'"
+                if stack
+                else 'Save one of them'
+            ),
+        )
+    if page >= pages:
+        raise DataFault('planes', f'{pages} pages; row asks for page {page}')
+    if page >= 0:
+        im.seek(page)
+
+# %% ../../nbs/engineering/23_files.ipynb #point001
+def find_pointer(
+    path: Path,  # File that is about to be read
+) -> tuple[str, str] | None:  # Which tool left a pointer here, and how the file is fetched
+    """Tell the pointers of git-lfs, git-annex and DataLad, which lie where a file is not fetched yet.
 
     Parameters
     ----------
     path : Path
-        PNG or JPEG.
+        File that is about to be read.
+
+    Returns
+    -------
+    tuple[str, str] | None
+        Which tool left a pointer here, and how the file is fetched.
+    """
+    if path.is_symlink() and not path.exists():
+        target = os.readlink(path).replace('\\', '/').encode(errors='surrogateescape')
+        return next((v for k, v in FETCH.items() if k in target), None)
+    if path.is_file() and path.stat().st_size <= POINTER_BYTES:
+        said = path.read_bytes()
+        return next((v for k, v in FETCH.items() if said.startswith(k)), None)
+    return None
+
+
+def refuse_pointer(
+    path: Path,  # File that is about to be read
+) -> None:  # Nothing: it raises or returns
+    """Say that only a pointer lies here, and how to fetch the file.
+
+    Parameters
+    ----------
+    path : Path
+        File that is about to be read.
+
+    Raises
+    ------
+    DataFault
+    """
+    found = find_pointer(path)
+    if found:
+        raise DataFault(
+            'pointer',
+            f'a pointer of {found[0]}, and not the file, which was not fetched; expected the file.'
+            f' Fetch all of them with {found[1]} in the folder of the data set',
+        )
+
+# %% ../../nbs/engineering/23_files.ipynb #1b731fed
+def read_pixels(
+    path: Path,  # PNG, JPEG or TIFF
+    to_gray: bool = False,  # Turn color gray instead of refusing it
+    page: int = -1,  # Page of a TIFF; -1 where the file is one image
+) -> tuple:  # Gray values (h, w) as they are stored; whether a tag turned or mirrored it
+    """Read one gray image of any depth, upright as its EXIF tag says.
+
+    Parameters
+    ----------
+    path : Path
+        PNG, JPEG or TIFF.
     to_gray : bool, default False
         Turn color gray instead of refusing it.
+    page : int, default -1
+        Page of a TIFF; -1 where the file is one image.
+
+    Returns
+    -------
+    tuple
+        Gray values (h, w) as they are stored; whether a tag turned or mirrored it.
+
+    Raises
+    ------
+    DataFault
+    """
+    refuse_pointer(path)
+    if not path.is_file():
+        raise DataFault('missing', 'no such file')
+    if not path.stat().st_size:
+        raise DataFault('empty', '0 bytes')
+    try:
+        with Image.open(path, formats=('PNG', 'JPEG', 'TIFF')) as im:
+            if max(im.size) > 8192:
+                raise DataFault(
+                    'size', f'{im.height} x {im.width} pixels; expected at most 8192 a side'
+                )
+            select_page(im, page)
+            mode = im.mode
+            if mode != 'L' and not mode.startswith(('I', 'F')) and not to_gray:
+                raise DataFault(
+                    'color', f'mode {mode}; expected gray. Save it as gray or use --to-gray'
+                )
+            # tag 0x0112: how the camera was held
+            turned = im.getexif().get(0x0112, 1) in range(2, 9)
+            if turned and im.format == 'TIFF':  # Pillow 13.0 turns some of them twice
+                raise DataFault(
+                    'orientation', 'a tag that turns a TIFF; expected none. Save it upright'
+                )
+            upright = ImageOps.exif_transpose(im) if turned else im
+            gray = mode == 'L' or mode.startswith(('I', 'F'))
+            return np.asarray(upright if gray else upright.convert('L')), turned
+    except UnidentifiedImageError as e:
+        raise DataFault(
+            'unreadable', 'not a PNG, JPEG or TIFF, whatever its name says; expected one'
+        ) from e
+    except DataFault:
+        raise
+    except Exception as e:
+        raise DataFault(
+            'truncated' if 'truncated' in str(e).lower() else 'unreadable',
+            f'{e}; expected a whole PNG, JPEG or TIFF',
+        ) from e
+
+# %% ../../nbs/engineering/23_files.ipynb #pict0002
+def read_gray_image(
+    path: Path,  # PNG, JPEG or TIFF
+    to_gray: bool = False,  # Turn color gray instead of refusing it
+    white: float | None = None,  # Value that becomes white where a pixel has more than 8 bits
+    page: int = -1,  # Page of a TIFF; -1 where the file is one image
+) -> tuple:  # Gray values (h, w), uint8; whether an EXIF tag turned or mirrored it
+    """Read one gray image, upright as its EXIF tag says.
+
+    Parameters
+    ----------
+    path : Path
+        PNG, JPEG or TIFF.
+    to_gray : bool, default False
+        Turn color gray instead of refusing it.
+    white : float | None, default None
+        Value that becomes white where a pixel has more than 8 bits.
+    page : int, default -1
+        Page of a TIFF; -1 where the file is one image.
 
     Returns
     -------
@@ -83,48 +264,20 @@ def read_gray_image(
     ------
     DataFault
     """
-    if not path.is_file():
-        raise DataFault('missing', 'no such file')
-    if not path.stat().st_size:
-        raise DataFault('empty', '0 bytes')
-    try:
-        with Image.open(path, formats=('PNG', 'JPEG')) as im:
-            mode = im.mode
-            if max(im.size) > 8192:
-                raise DataFault(
-                    'size', f'{im.height} x {im.width} pixels; expected at most 8192 a side'
-                )
-            if getattr(im, 'n_frames', 1) > 1:
-                raise DataFault('animated', f'{im.n_frames} frames; expected one. Save one of them')
-            if mode.startswith(('I', 'F')):
-                raise DataFault(
-                    '16-bit',
-                    f'mode {mode}; expected 8-bit gray. Choose what becomes black and white, and'
-                    ' save it',
-                )
-            if mode != 'L' and not to_gray:
-                raise DataFault(
-                    'color', f'mode {mode}; expected 8-bit gray. Save it as gray or use --to-gray'
-                )
-            # tag 0x0112: how the camera was held
-            turned = im.getexif().get(0x0112, 1) in range(2, 9)
-            upright = ImageOps.exif_transpose(im) if turned else im
-            return np.asarray(upright if mode == 'L' else upright.convert('L')), turned
-    except UnidentifiedImageError as e:
+    image, turned = read_pixels(path, to_gray, page)
+    if image.dtype == np.uint8:
+        return image, turned
+    if white is None:
         raise DataFault(
-            'unreadable', 'not a PNG or JPEG, whatever its name says; expected one'
-        ) from e
-    except DataFault:
-        raise
-    except Exception as e:
-        raise DataFault(
-            'truncated' if 'truncated' in str(e).lower() else 'unreadable',
-            f'{e}; expected a whole PNG or JPEG',
-        ) from e
+            '16-bit',
+            f'pixels of type {image.dtype.name}; expected 8-bit gray, or a whole stack of a subject'
+            ' with one scale. Choose what becomes black and white, and save it',
+        )
+    return np.clip(image / white * 255, 0, 255).round().astype(np.uint8), turned
 
 # %% ../../nbs/engineering/23_files.ipynb #pict0001
 def decode_image(
-    path: Path,  # PNG or JPEG
+    path: Path,  # PNG, JPEG or TIFF
     to_gray: bool = False,  # Turn color gray instead of refusing it
 ) -> np.ndarray:  # Gray values (h, w), uint8
     """Read one 8-bit gray image.
@@ -132,7 +285,7 @@ def decode_image(
     Parameters
     ----------
     path : Path
-        PNG or JPEG.
+        PNG, JPEG or TIFF.
     to_gray : bool, default False
         Turn color gray instead of refusing it.
 
@@ -286,6 +439,7 @@ def read_grid(
     """
     import nibabel as nib
 
+    refuse_pointer(path)
     try:
         img: Any = nib.load(path)
     except Exception as e:
@@ -317,14 +471,14 @@ def read_grid(
 
 # %% ../../nbs/engineering/23_files.ipynb #grid0002
 def count_planes(
-    path: Path,  # NIfTI volume
+    path: Path,  # NIfTI volume, or TIFF whose pages are slices
 ) -> int:  # Axial planes in it
-    """Read off the header how many axial planes a volume has.
+    """Read off the header how many planes a file has.
 
     Parameters
     ----------
     path : Path
-        NIfTI volume.
+        NIfTI volume, or TIFF whose pages are slices.
 
     Returns
     -------
@@ -335,7 +489,14 @@ def count_planes(
     ------
     DataFault
     """
-    return read_grid(path).shape[2]
+    if is_volume(path):
+        return read_grid(path).shape[2]
+    refuse_pointer(path)
+    try:
+        with Image.open(path, formats=('TIFF',)) as im:
+            return im.n_frames
+    except Exception as e:
+        raise DataFault('unreadable', f'{e}; expected a TIFF whose pages are slices') from e
 
 # %% ../../nbs/engineering/23_files.ipynb #nan00001
 def fill_background(
@@ -384,6 +545,45 @@ def fill_background(
         )
     return np.where(nan, 0, vol), int(nan.sum())
 
+# %% ../../nbs/engineering/23_files.ipynb #white001
+def find_white(
+    values: np.ndarray,  # Intensities of a volume or a stack, float, any shape, background 0
+    # Intensity that becomes white; dict of `clipped`, fraction of values above 0 beyond it, and
+    # `negative`, depth of what will be set to 0 as a fraction of the bright end
+) -> tuple:
+    """The 99.9th percentile of the values above 0.
+
+    Parameters
+    ----------
+    values : np.ndarray
+        Intensities of a volume or a stack, float, any shape, background 0.
+
+    Returns
+    -------
+    tuple
+        Intensity that becomes white; dict of `clipped`, fraction of values above 0 beyond it, and
+        `negative`, depth of what will be set to 0 as a fraction of the bright end.
+
+    Raises
+    ------
+    DataFault
+        For what has no black.
+    """
+    light = values[values > 0]
+    if not len(light):
+        raise DataFault('negative', 'no intensity above 0')
+    bright, low = np.percentile(light, 99), max(0.0, -float(values.min()))
+    below = -values[values < 0].sum(dtype=np.float64)
+    if low > 0.02 * bright and below > 0.01 * light.sum(dtype=np.float64):
+        raise DataFault(
+            'negative',
+            f'{(values<0).mean():.0%} of the voxels are below 0, down to {-low:.4g} where the'
+            f' bright end is {bright:.4g}; expected a background of 0. Save it before it is'
+            ' normalized to mean 0',
+        )
+    top = float(np.percentile(light, 99.9))
+    return top, dict(clipped=float((light > top).mean()), negative=float(low / bright))
+
 # %% ../../nbs/engineering/23_files.ipynb #bac553c7
 def scale_to_bytes(
     vol: np.ndarray,  # Intensities (x, y, z), background 0
@@ -419,20 +619,8 @@ def scale_to_bytes(
     vol, num_nan = fill_background(vol)
     if not vol.any():
         raise DataFault('empty', 'every voxel is 0')
-    light = vol[vol > 0]
-    if not len(light):
-        raise DataFault('negative', 'no intensity above 0')
-    bright, low = np.percentile(light, 99), max(0.0, -float(vol.min()))
-    below = -vol[vol < 0].sum(dtype=np.float64)
-    if low > 0.02 * bright and below > 0.01 * light.sum(dtype=np.float64):
-        raise DataFault(
-            'negative',
-            f'{(vol<0).mean():.0%} of the voxels are below 0, down to {-low:.4g} where the bright'
-            f' end is {bright:.4g}; expected a background of 0. Save it before it is normalized to'
-            ' mean 0',
-        )
-    top = np.percentile(light, 99.9)
-    done = dict(clipped=float((light > top).mean()), nan=num_nan, negative=float(low / bright))
+    top, done = find_white(vol)
+    done |= dict(nan=num_nan)
     return np.clip(vol / top * 255, 0, 255).round().astype(np.uint8), done
 
 # %% ../../nbs/engineering/23_files.ipynb #f9203487
@@ -506,10 +694,11 @@ def axial_slice(
 # %% ../../nbs/engineering/23_files.ipynb #89ece140
 def decode_file(
     path: Path,  # Image or volume
-    planes,  # Plane of each row that uses the file; -1 for an image
+    planes,  # Plane of each row that uses the file, page of a TIFF; -1 for an image
     to_gray: bool = False,  # Turn color gray instead of refusing it
+    white: float | None = None,  # Value that becomes white in images of more than 8 bits
     # List of images (h, w) uint8, one a row; dict of what was done: as `scale_to_bytes`, or
-    # `turned` by EXIF
+    # `turned` by EXIF and `stack` where a scale was used
 ) -> tuple:
     """Decode every row of one file.
 
@@ -518,23 +707,27 @@ def decode_file(
     path : Path
         Image or volume.
     planes
-        Plane of each row that uses the file; -1 for an image.
+        Plane of each row that uses the file, page of a TIFF; -1 for an image.
     to_gray : bool, default False
         Turn color gray instead of refusing it.
+    white : float | None, default None
+        Value that becomes white in images of more than 8 bits.
 
     Returns
     -------
     tuple
         List of images (h, w) uint8, one a row; dict of what was done: as `scale_to_bytes`, or
-        `turned` by EXIF.
+        `turned` by EXIF and `stack` where a scale was used.
 
     Raises
     ------
     DataFault
     """
-    if not path.name.lower().endswith(('.nii', '.nii.gz')):
-        image, turned = read_gray_image(path, to_gray)
-        return [image] * len(planes), dict(turned=turned)
+    if not is_volume(path):
+        read = {k: read_gray_image(path, to_gray, white, k) for k in {int(o) for o in planes}}
+        done = dict(turned=any(turned for _, turned in read.values()), stack=white is not None)
+        return [read[int(k)][0] for k in planes], done
+    refuse_pointer(path)
     if not path.is_file():
         raise DataFault('missing', 'no such file')
     vol, done = load_volume(path)

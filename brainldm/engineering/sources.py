@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'OTHER_FORMS', 'DICOM_SUFFIX', 'DICOM_NAME', 'TABLE_NAME', 'CLASSES', 'NAMELESS', 'STRIPPED', 'LONI', 'MAPS',
-           'PARTIAL', 'MP2RAGE', 'EARLY', 'FOLDER_HEADS', 'POINTERS', 'COLUMNS', 'OASIS_FILES', 'SURFER_FILES',
-           'SURFER_AVERAGES', 'Heads', 'form_of', 'stem_of', 'say_left', 'list_heads', 'find_pointer', 'find_contrast',
-           'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'names_no_subject', 'name_unknown',
+           'PARTIAL', 'MP2RAGE', 'EARLY', 'FOLDER_HEADS', 'COLUMNS', 'OASIS_FILES', 'SURFER_FILES', 'SURFER_AVERAGES',
+           'SourceOptions', 'Heads', 'form_of', 'stem_of', 'say_left', 'list_heads', 'find_pointer', 'find_contrast',
+           'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'says_nobody', 'name_unknown',
            'identify_heads', 'name_restarts', 'name_layout', 'bids_parts', 'pick_bids', 'pick_space', 'pick_surfer',
            'pick_cat12', 'oasis_axes', 'pick_oasis', 'choose_contrast', 'natural', 'choose_visits', 'list_tables',
            'pick_heads', 'find_heads', 'refuse_heads', 'explain_nothing', 'match_only', 'set_axes', 'orient_by_name',
@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from .checks import DataFault, check_choice, check_installed, printable
-from .files import as_faults, list_files
+from .files import as_faults, list_files, refuse_pointer
 from .layouts import SPLIT_FOLDERS
 from .tables import LABELS, PARTS, find_modality, read_name, strip_parts
 
@@ -66,16 +66,12 @@ MAPS = (
     r'[zt]stat\d*|v?cope\d*)(?:[^a-z0-9][^/]*)?$'
 )
 # Series that are no whole head, by their descriptions
-PARTIAL = r'localizer|locali[sz]er|scout|survey|calibration|field.?map|hippo|phantom|screen ?save'
+PARTIAL = r'^no MR: |locali[sz]er|scout|survey|calibration|field.?map|hippo|phantom|screen ?save'
 # T1 in descriptions written as one word
 MP2RAGE = r'mp-?2?rage|t1[a-z]*|spgr|bravo|tfl3d|ir-?fspgr'
 EARLY = r'(?:ses-)?(?:bl|baseline|screening|sc|pre)'  # Visits that come before number 1
 # Rows for one folder above which it is a group of subjects, not one: visits of one are few
 FOLDER_HEADS = 6
-POINTERS = (  # How the place of content that is elsewhere begins
-    b'version https://git-lfs.github.com/spec/',
-    b'/annex/objects/',
-)
 COLUMNS = [
     'subject',
     'session',
@@ -102,7 +98,26 @@ SURFER_FILES = ('T1', 'nu', 'orig', 'norm', 'brain', 'brainmask')
 SURFER_AVERAGES = r'fsaverage\d?(?:_sym)?|[lr]h\.EC_average|cvs_avg35.*|V1_average|sample-\d+.*'
 
 # %% ../../nbs/engineering/43_sources.ipynb #opt00001
-from .configs import SourceOptions
+@dataclass(frozen=True)
+class SourceOptions:
+    """Which of the heads in a folder are taken.
+
+    Attributes
+    ----------
+    suffix : str, default 'T1w'
+        Contrast, as BIDS writes it at the end of a name.
+    session : Literal['first', 'last', 'all'], default 'first'
+        Which visits of a subject.
+    space : str | None, default None
+        Space of BIDS derivatives; None: the subject's own.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+    """
+
+    suffix: str = 'T1w'  # Contrast, as BIDS writes it at the end of a name
+    session: Literal['first', 'last', 'all'] = 'first'  # Which visits of a subject
+    space: str | None = None  # Space of BIDS derivatives; None: the subject's own
+    only: str | None = None  # Pattern of file names, as in a shell
 
 # %% ../../nbs/engineering/43_sources.ipynb #hds00001
 @dataclass
@@ -235,7 +250,7 @@ def list_heads(
 def find_pointer(
     path: Path,  # File
 ) -> str:  # Why its content is not here, and what to do; '' where it is
-    """Find files whose content was never fetched: links of DataLad and pointers of Git LFS.
+    """Say of a file that was never fetched, is not there or is empty, how to get it.
 
     Parameters
     ----------
@@ -247,21 +262,15 @@ def find_pointer(
     str
         Why its content is not here, and what to do; '' where it is.
     """
-    if path.is_symlink() and not path.exists():
-        annex = 'annex' in os.readlink(path)
-        remedy = 'datalad get .' if annex else 'Copy the file it leads to'
-        return f'a link whose content is not here. Expected the scan. Try `{remedy}`'
+    try:
+        refuse_pointer(path)
+    except DataFault as e:
+        return str(e)
     if not path.exists():
-        return 'no such file. Expected the scan. Copy it again'
-    if not path.is_file() or path.stat().st_size > 1024:
-        return ''
-    with path.open('rb') as f:
-        start = f.read(64)
-    if start.startswith(POINTERS[0]):
-        return 'a pointer of Git LFS. Expected the scan. Try `git lfs pull`'
-    if start.startswith(POINTERS[1]):
-        return 'a pointer of git-annex. Expected the scan. Try `datalad get .`'
-    return '' if start else '0 bytes. Expected the scan. Fetch it again'
+        what = 'a link that leads nowhere' if path.is_symlink() else 'no such file'
+        return f'{what}. Expected the scan. Copy it again'
+    empty = path.is_file() and not path.stat().st_size
+    return '0 bytes. Expected the scan. Copy it again' if empty else ''
 
 # %% ../../nbs/engineering/43_sources.ipynb #con00001
 def find_contrast(
@@ -398,7 +407,9 @@ def list_dicom(
             faults.append((folder or '.', 'subject', detail))
             continue
         said = [o['description'] or o['protocol'] for o in series]
-        kinds = [o if s['modality'] == 'MR' else s['modality'] for o, s in zip(said, series)]
+        kinds = [
+            o if s['modality'] == 'MR' else f"no MR: {s['modality']}" for o, s in zip(said, series)
+        ]
         fit = [find_contrast(o) == wanted for o in kinds]
         best = fit.index(True) if any(fit) else 0
         if len(series) > 1:
@@ -489,7 +500,7 @@ def bare_name(
     return text, parts
 
 
-def names_no_subject(
+def says_nobody(
     text: str,  # Name of a folder or file
 ) -> bool:  # True for T1, anat, visit1, brain
     """Tell names that speak of a scan, and not of a subject.
@@ -530,13 +541,13 @@ def name_unknown(
     ]
     stems = [re.sub(STRIPPED, '', p.split('/')[-1], flags=re.IGNORECASE) for p in places]
     while min(map(len, cut), default=0) > 1 and len({o[0] for o in cut}) == 1:
-        if all(names_no_subject(o[1]) for o in cut):
+        if all(says_nobody(o[1]) for o in cut):
             break
         cut = [o[1:] for o in cut]
     num_tops = len({o[0] for o in cut if o})
     by_folder = min(map(len, cut), default=0) > 0 and num_tops * FOLDER_HEADS >= len(places)
     number = lambda text: bool(re.search(r'\d', strip_parts(f'x/{text}')[0]))
-    by_folder = by_folder and (num_tops > 1 or all(map(names_no_subject, stems)))
+    by_folder = by_folder and (num_tops > 1 or all(map(says_nobody, stems)))
     by_folder = by_folder and (any(number(o[0]) for o in cut) or not all(map(number, stems)))
     by_stem = (
         pd.Series(['/'.join(o) for o in cut], dtype=object).groupby(pd.Series(stems)).nunique()
@@ -591,7 +602,7 @@ def identify_heads(
             read.loc[i, 'kind'] = m[2]
     new = read.study.isna()
     rest = facts.rest[new].tolist()
-    if all(names_no_subject(o) for path in rest for o in path.split('/')):
+    if all(says_nobody(o) for path in rest for o in path.split('/')):
         rest = [f'{root.resolve().name}/{o}' for o in rest]
     guess = name_unknown(rest)
     folders = guess.attrs['folders']
@@ -1469,15 +1480,23 @@ def convert_series(
 
     def says(path):
         about = json.loads(path.with_suffix('.json').read_text())
-        return about.get('SeriesDescription') or about.get('ProtocolName')
+        return plain(about.get('SeriesDescription') or about.get('ProtocolName'))
 
-    fit = [o for o in made if says(o) == kind] or made
-    fit = [o for o in fit if o.name.split('_')[0] == fit[0].name.split('_')[0]]
-    if len(fit) > 1:
+    plain = lambda text: re.sub(r'[^a-z0-9]', '', str(text or '').lower())
+    series = {o: o.name.split('_')[0] for o in made}
+    several = len(set(series.values())) > 1
+    fit = [o for o in made if not several or says(o) == plain(kind)]
+    fit = [o for o in fit if series[o] == series[fit[0]]]
+    if any('_Eq' in o.name for o in fit):  # dcm2niix fills the gaps of a second volume
         raise DataFault(
             'dicom',
-            f'dcm2niix made {len(fit)} volumes of one series: {", ".join(o.name for o in fit)}.'
-            ' Expected one. Convert it by hand, and give the NIfTI',
+            'slices are missing or at uneven distances. Expected all. Copy the series again',
+        )
+    if len(fit) != 1:
+        raise DataFault(
+            'dicom',
+            f"dcm2niix made {', '.join(o.name for o in made)}; {len(fit)} of them are"
+            f" {kind or 'it'}. Expected one volume. Convert it by hand, and give the NIfTI",
         )
     return fit[0]
 

@@ -7,13 +7,14 @@ __all__ = ['NAMES', 'LABELS', 'MODALITIES', 'PARTS', 'ALIASES', 'GIVES_WAY', 'MI
            'RATINGS', 'RATING_VALUES', 'SAME_LEVELS', 'WIDER', 'NAME_STEPS', 'LEAST_MATCH', 'read_name',
            'find_modality', 'session_names', 'name_sessions', 'mixed_contrasts', 'strip_parts', 'suspect_names',
            'name_columns', 'check_columns', 'read_workbook', 'read_cells', 'to_numbers', 'wrong_cell', 'read_table',
-           'recognize_study', 'derive_diagnosis', 'describe_columns', 'key_columns', 'read_subjects', 'match_images',
-           'same_level', 'file_of', 'simplify_names', 'match_names', 'visit_key', 'row_keys', 'steady_facts',
-           'fit_visits', 'describe_match', 'join_column', 'join_subjects', 'read_units', 'name_subjects', 'read_names',
-           'count_matches', 'near_tables', 'find_subject_table', 'note_unknown_covariates']
+           'recognize_study', 'derive_diagnosis', 'describe_columns', 'key_columns', 'add_sessions', 'note_levels',
+           'read_subjects', 'match_images', 'same_level', 'file_of', 'match_names', 'visit_key', 'row_keys',
+           'steady_facts', 'fit_visits', 'fit_images', 'describe_match', 'join_column', 'join_subjects', 'read_units',
+           'name_subjects', 'read_names', 'count_matches', 'near_tables', 'find_subject_table',
+           'note_unknown_covariates']
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00004
-import io, re, zipfile
+import io, json, re, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ NAMES = {
     ),
     'adni': dict(
         subject=r'(?<!\d)(\d{3}_S_\d{4,5})(?!\d)',
-        session=r'/(\d{4}-\d\d-\d\d)[^/]*/|_(S\d{3,})_',
+        session=r'/(\d{4}-\d\d-\d\d)[^/]*/|_(S\d{3,})(?=_|$)',
         image=r'[_/](I\d{3,})(?![a-z0-9])',
         kind=r'\d{3}_S_\d+_([a-z][^/]*?)_(?:(?:br|raw)_)*\d{5,}',
     ),
@@ -814,6 +815,73 @@ def key_columns(
         )
     return key
 
+# %% ../../nbs/engineering/24_tables.ipynb #tab00051b
+def add_sessions(
+    table: pd.DataFrame,  # The participants of a BIDS folder, as from `read_table`
+    folder: Path,  # That folder
+) -> tuple:  # With a row for each session that has facts of its own, below; sentences
+    """Add what BIDS says of single sessions: sub-01/sub-01_sessions.tsv, such as the age at each.
+
+    The rows of participants stay, without a session: they hold for all sessions not listed.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        The participants of a BIDS folder, as from `read_table`.
+    folder : Path
+        That folder.
+
+    Returns
+    -------
+    tuple
+        With a row for each session that has facts of its own, below; sentences.
+    """
+    files = sorted(folder.glob('sub-*/sub-*_sessions.tsv'))
+    if not files or 'session' in table:
+        return table, []
+    visits = [read_table(o, ('session',)).assign(subject=o.parent.name) for o in files]
+    below = pd.concat(visits, ignore_index=True)
+    whole = below[['subject', 'session']].merge(table, on='subject', how='left')
+    facts = below.columns.drop(['subject', 'session'])
+    for o in facts:
+        whole[o] = below[o].where(below[o].notna(), whole[o] if o in whole else np.nan)
+    out = pd.concat([table.assign(session=''), whole], ignore_index=True)
+    out.attrs = dict(table.attrs)
+    names = ', '.join(map(str, facts)) or 'nothing'
+    return out, [f'{len(files)} sessions.tsv are read, which give {names} of {len(below)} sessions']
+
+# %% ../../nbs/engineering/24_tables.ipynb #tab00051d
+def note_levels(
+    table: pd.DataFrame,  # The participants of a BIDS folder, as from `read_table`
+    folder: Path,  # That folder
+) -> list:  # One sentence, or none
+    """Say what the codes in a column mean, as participants.json has it. The codes stay as they are.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        The participants of a BIDS folder, as from `read_table`.
+    folder : Path
+        That folder.
+
+    Returns
+    -------
+    list
+        One sentence, or none.
+    """
+    try:
+        about = json.loads((folder / 'participants.json').read_text(encoding='utf-8'))
+        called = table.attrs['called'].items()
+        levels = {k: about.get(v, {}).get('Levels') for k, v in called}
+    except (OSError, ValueError, AttributeError):
+        return []
+    said = [
+        f"{k} {', '.join(f'{a} is {b}' for a, b in list(v.items())[:6])}"
+        for k, v in levels.items()
+        if isinstance(v, dict)
+    ]
+    return [f'participants.json: {"; ".join(said)}'] * bool(said)
+
 # %% ../../nbs/engineering/24_tables.ipynb #tab00051a
 def read_subjects(
     path: Path,  # Table with a column `subject`, and `image` where it has one row an image
@@ -845,8 +913,14 @@ def read_subjects(
             f"read_subjects: '{path}' has a column {taken[0]}. Expected facts about subjects. Put"
             " facts about slices in a manifest.csv."
         )
+    more = []
+    if Path(path).name.lower() == 'participants.tsv':
+        more = note_levels(table, Path(path).parent)
+        table, sessions = add_sessions(table, Path(path).parent)
+        more += sessions
     table, derived = derive_diagnosis(table)
-    about = dict(table.attrs, notes=[*describe_columns(table, derived), *table.attrs['notes']])
+    said = [*describe_columns(table, derived), *more, *table.attrs['notes']]
+    about = dict(table.attrs, notes=said)
     read = [read_name(o) or {} for o in table.subject]
     visits = [o.get('session') for o in read]
     if 'image' not in table and any(visits):  # names such as OAS1_0061_MR1
@@ -959,6 +1033,7 @@ def file_of(
 # How names are simplified, step by step; each step takes what the one before has left
 NAME_STEPS = {
     'in any case': str.casefold,
+    'without a suffix': lambda o: re.sub(r'\.(?:nii(?:\.gz)?|mgz|img|hdr|png|jpe?g)$', '', o),
     'without sub- before them': lambda o: re.sub(r'^(?:sub|subject)[-_]', '', o),
     'without a visit behind them': lambda o: ((read_name(o) or {}).get('subject') or o).casefold(),
     'without separators': lambda o: re.sub(r'[-_. ]', '', o),
@@ -972,35 +1047,13 @@ NAME_STEPS = {
 # More than this fraction of the subjects must be found by simplified names: fewer may be chance
 LEAST_MATCH = 0.5
 
-
-def simplify_names(
-    names: list,  # Names of subjects
-    steps: int,  # How many of NAME_STEPS to take
-) -> dict:  # What is left, by name
-    """Take what is said of a name otherwise than by letters and digits out of it, step by step.
-
-    Parameters
-    ----------
-    names : list
-        Names of subjects.
-    steps : int
-        How many of NAME_STEPS to take.
-
-    Returns
-    -------
-    dict
-        What is left, by name.
-    """
-    out = {o: o for o in names}
-    for step in list(NAME_STEPS.values())[:steps]:
-        out = {k: step(v) for k, v in out.items()}
-    return out
-
 # %% ../../nbs/engineering/24_tables.ipynb #tab00052b
 def match_names(
     names: list,  # Subjects of the data
     others: list,  # Subjects of a table
-) -> tuple:  # Name in the table by name in the data, for those that have one; a note, or ''
+    # Name in the table by name in the data, for those that have one; what was done, or could not
+    # safely be done, or ''
+) -> tuple:
     """Find the names of one list in another: letter by letter, or simplified by the step that is safe
     and finds most.
 
@@ -1014,38 +1067,39 @@ def match_names(
     Returns
     -------
     tuple
-        Name in the table by name in the data, for those that have one; a note, or ''.
+        Name in the table by name in the data, for those that have one; what was done, or could not
+        safely be done, or ''.
     """
-    names, others = (sorted(dict.fromkeys(o)) for o in (names, others))
-    best, steps = {o: o for o in set(names) & set(others)}, 0
-    for k in range(1, len(NAME_STEPS) + 1):
-        mine, its = simplify_names(names, k), simplify_names(others, k)
+    mine, its = ({o: o for o in sorted(set(part))} for part in (names, others))
+    n, best, changed, note = len(mine), {o: o for o in mine if o in its}, {}, ''
+    for word, step in NAME_STEPS.items() if len(best) < n else ():
+        after = [{o: step(v) for o, v in part.items()} for part in (mine, its)]
+        changed[word] = {o for a, b in zip((mine, its), after) for o in a if a[o] != b[o]}
+        mine, its = after
         back = {v: o for o, v in its.items()}
         found = {o: back[v] for o, v in mine.items() if v in back}
-        apart = len(set(mine.values())) == len(mine) and len(back) == len(its)
-        if apart and len(found) > max(len(best), LEAST_MATCH * len(names)):
-            best, steps = found, k
-    if not steps:
-        return best, ''
-    used, before = [], {o: o for o in [*best, *best.values()]}
-    for j, step in enumerate(list(NAME_STEPS)[:steps], 1):
-        after = simplify_names(list(before), j)
-        used += [step] * (after != before)
-        before = after
-    odd = next(o for o in sorted(best) if best[o] != o)
-    return (
-        best,
-        (
-            f'names are compared {", ".join(used)}: such as {odd} in the data, {best[odd]} in the'
-            f' table ({len(best)} of {len(names)} subjects). No two names of either become one'
-        ),
-    )
+        if len(found) <= len(best):
+            continue
+        pairs = {*found, *found.values()}
+        used = ', '.join(k for k, o in changed.items() if o & pairs)
+        odd = next(o for o in found if found[o] != o)
+        some = (
+            f'such as {odd} in the data, {found[odd]} in the table ({len(found)} of {n} subjects)'
+        )
+        if len(set(mine.values())) < n or len(back) < len(its):
+            note = note or f'names are not compared {used}, {some}, for two would become one'
+        elif len(found) <= LEAST_MATCH * n:
+            note = note or f'names are not compared {used}, {some}: so few may be chance'
+        else:
+            best = found
+            note = f'names are compared {used}: {some}. No two names of either become one'
+    return best, note
 
 # %% ../../nbs/engineering/24_tables.ipynb #2084584f
 def visit_key(
     session,  # Name of a visit, in a table or in a path
 ) -> str:  # The same without ses-, case and leading zeros; bl is m0
-    """Make the names of visits comparable: ses-M00, m00 and bl are one.
+    """Make the names of visits comparable: ses-M00, m00 and bl are one; '' where none is given.
 
     Parameters
     ----------
@@ -1057,6 +1111,8 @@ def visit_key(
     str
         The same without ses-, case and leading zeros; bl is m0.
     """
+    if session is None or session != session:
+        return ''
     text = re.sub(r'^ses-', '', str(session).strip().casefold())
     text = re.sub(r'(?<!\d)0+(?=\d)', '', text)
     return 'm0' if text in ('bl', 'baseline') else text
@@ -1067,6 +1123,8 @@ def row_keys(
     table: pd.DataFrame,  # From `read_subjects`
 ) -> tuple:  # The table's key of each row, missing where it has none; sentences
     """Find the line of a table that speaks of each row, by `match_names` and `visit_key`.
+
+    A line without a session speaks of all visits that have no line of their own.
 
     Parameters
     ----------
@@ -1088,9 +1146,10 @@ def row_keys(
     if table.index.nlevels == 1:
         return names.where(names.notna(), None), said
     short = visit_key if len({(s, visit_key(v)) for s, v in table.index}) == len(table) else str
-    known = {(s, short(v)): (s, v) for s, v in table.index}
+    known = {(s, short(v)): i for i, (s, v) in enumerate(table.index)}
     visits = rows.session if 'session' in rows else pd.Series(None, index=rows.index)
-    keys = [known.get((s, short(v))) for s, v in zip(names, visits)]
+    at = [known.get((s, short(v)), known.get((s, ''))) for s, v in zip(names, visits)]
+    keys = [None if i is None else table.index[i] for i in at]
     return pd.Series(keys, index=rows.index, dtype=object), said
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00052e
@@ -1149,6 +1208,38 @@ def fit_visits(
         f'visits have other names in the table ({some(its)}) than in the data ({some(mine)}): of'
         ' each subject only what all its rows agree on is used, and the rest is not known'
     ]
+
+# %% ../../nbs/engineering/24_tables.ipynb #tab00052g
+def fit_images(
+    rows: pd.DataFrame,  # Rows with subject, and listed where a table of images has them
+    table: pd.DataFrame,  # From `read_subjects`
+) -> tuple:  # The table, by subject (and session) where no image of it is in the data; sentences
+    """Read a table of images as one of subjects, where the files have lost the names of the images:
+    002_S_0295.nii.gz instead of I45112.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject, and listed where a table of images has them.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        The table, by subject (and session) where no image of it is in the data; sentences.
+    """
+    if table.index.name != 'image' or rows.listed.notna().any():
+        return table, []
+    visits = table.assign(session=table.session if 'session' in table else '')
+    plain = visits.reset_index(drop=True).set_index(['subject', 'session'])
+    subjects = plain.index.get_level_values(0).unique().tolist()
+    if not match_names(rows.subject.unique().tolist(), subjects)[0]:
+        return table, []
+    said = 'no image of the table is in the data: it is read as a table of subjects'
+    if 'session' in table and plain.index.is_unique:
+        return plain, [said]
+    return steady_facts(plain), [f'{said}, of each of whom only what all rows agree on is used']
 
 # %% ../../nbs/engineering/24_tables.ipynb #join0001
 def describe_match(
@@ -1282,10 +1373,11 @@ def join_subjects(
     ValueError
         Where two sources disagree.
     """
+    table, lost = fit_images(rows, table)
     table, visits = fit_visits(rows, table)
     key, said = row_keys(rows, table)
     faults, notes = describe_match(rows, key.notna(), table)
-    notes = [*table.attrs.get('notes', []), *visits, *said, *notes]
+    notes = [*table.attrs.get('notes', []), *lost, *visits, *said, *notes]
     facts = table.columns.drop(['subject', 'session'], errors='ignore')
     about = dict(
         file=table.attrs.get('file'),
@@ -1427,7 +1519,7 @@ def read_names(
     try:
         table = read_cells(path)[0].rename(columns=lambda o: str(o).strip())
         ours = name_columns(table.columns.unique().tolist())
-    except ValueError:
+    except (ValueError, OSError):
         return None
     table = table.rename(columns=ours)
     if 'subject' not in table or not {'path', 'slice'}.isdisjoint(table):
@@ -1483,7 +1575,10 @@ def near_tables(
     return sorted(
         o.relative_to(root).as_posix()
         for o in near
-        if re.search(TABLE_FILE, o.name, re.IGNORECASE) and o.name[0] not in '.~'
+        if re.search(TABLE_FILE, o.name, re.IGNORECASE)
+        and o.is_file()
+        and o.name[0] not in '.~'
+        and not o.name.endswith('_sessions.tsv')  # see `add_sessions`
     )
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab0005cx

@@ -129,7 +129,7 @@ def judge(slices):
     cohort = len(faults) > 0 and not bad.any()
     shown = compared.assign(shift_cm=compared["shift"] * side_cm, rim=rim, length=pose.length)
     usual = (compared.similarity + compared.gain.clip(lower=0)).median()
-    noted = [bool(a.explain_pose(o, usual, 0)) for _, o in shown.iterrows()]
+    noted = [bool(a.explain_pose(o, usual, 0)) for o in shown.itertuples()]
     return bad | (rim < a.RIM[1]), np.array(noted) | (rim < a.RIM[0]), cohort, shown, faults
 
 
@@ -246,10 +246,10 @@ def report_cost(volumes, subjects, rng):
         for i, brain in enumerate(many)
         for k, o in enumerate(brain)
     )
-    start = time.perf_counter()
+    start = time.process_time()
     a.check_alignment(rows, 208)
     print(
-        f"\n{subjects} subjects, {len(rows)} described slices: {time.perf_counter() - start:.1f} s"
+        f"\n{subjects} subjects, {len(rows)} described slices: {time.process_time() - start:.1f} s"
     )
     with TemporaryDirectory() as tmp:
         for form, size in (("png", 128), ("nifti", 128)):
