@@ -48,7 +48,8 @@ def brain_top(voxels, affine):
 def hounsfield(voxels):
     "A head as a CT shows it: bone bright, brain of one gray, air at -1000."
     light = voxels / np.percentile(voxels[voxels > 0], 99)
-    return np.where(light < 0.03, -1000, np.where(light < 0.3, 900, 35)).astype(np.float32)
+    units = np.where(light < 0.03, -1000, np.where(light < 0.3, 900, 35))
+    return (units + np.random.default_rng(0).normal(0, 15, voxels.shape)).astype(np.float32)
 
 
 def label_map(voxels):
