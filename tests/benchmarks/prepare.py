@@ -111,7 +111,9 @@ def main():
     parser.add_argument("--voxel-scale", type=float, default=1.0, help="2: coarse and fast")
     parser.add_argument("--seed", type=int, default=0, help="other subjects")
     parser.add_argument("--kinds", nargs="*", default=list(DAMAGE), help="kinds of damage")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="for prepare.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmarks"), help="for prepare.json"
+    )
     config = parser.parse_args()
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -142,7 +144,9 @@ def main():
             broken.append(try_head(DAMAGE[kind](voxels, turned.affine))[2])
         hits = sum(bool(o) for o in broken)
         by = sorted({reason.split(";")[0].split(":")[0] for o in broken for reason in o})
-        shown = ", ".join(dict.fromkeys(o.split(" ")[0] if o.split(" ")[0] in LIMITS else o for o in by))
+        shown = ", ".join(
+            dict.fromkeys(o.split(" ")[0] if o.split(" ")[0] in LIMITS else o for o in by)
+        )
         print(f"| {kind} | {hits} of {len(broken)} | {shown} |", flush=True)
         rows.append(dict(damage=kind, refused=hits, of=len(broken), by=shown))
         misses += [kind] * (hits < len(broken))
