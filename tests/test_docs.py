@@ -23,7 +23,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from PIL import Image
 
 from brainldm.engineering.configs import TrainConfig
 from brainldm.engineering.tables import read_subjects
@@ -255,7 +254,7 @@ def blocks(language):
 
 
 SHORT = {
-    "phantom practice": "--num-slices 14 --size 64",
+    "phantom forty": "--num-slices 14 --size 64",
     "train autoencoder": (
         "--total-images 64 --batch-size 8 --channels 16 --attention-levels False --validate-every"
         " 1000000"
@@ -302,6 +301,14 @@ def test_the_page_about_your_data_runs(tmp_path, monkeypatch, capsys):
     faulty = next(out for line, status, out in said if "not yet" in line)
     for line in (o for o in blocks("text")[-1].splitlines() if o):
         assert line in faulty, line
+    prepared = [(status, out) for line, status, out in said if line.startswith("brainldm prepare")]
+    assert [status for status, _ in prepared] == [0, 1, 0]
+    (refused,) = (o for o in blocks("text") if o.startswith("refused: "))
+    assert refused.strip() in prepared[1][1]
+    assert Path("prepared/quality.html").is_file() and "4 good" in prepared[2][1]
+    tree = next(o for o in blocks("text") if o.startswith("prepared/"))
+    for name in re.findall(r"^  ([\w./-]+)", tree, re.M):
+        assert Path("prepared", name).exists(), name
     healthy = [status for line, status, _ in said if line == "brainldm check scans"]
     assert healthy == [0]
     assert len(list(Path("runs/mine/samples/generated_000").glob("*.png"))) >= 4
@@ -309,28 +316,20 @@ def test_the_page_about_your_data_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tables_of_your_data_are_read(tmp_path, monkeypatch):
-    """The table of OASIS is read as it comes, with a diagnosis; the Python block makes a manifest
-    of images with names of one's own."""
+    "The table of OASIS is read as it comes, with a diagnosis, and so is the one on the page."
     monkeypatch.chdir(tmp_path)
     Path("oasis_cross-sectional.csv").write_text(
         "ID,M/F,Hand,Age,Educ,SES,MMSE,CDR,eTIV,nWBV,ASF,Delay\nOAS1_0001_MR1,F,R,74,2,3,29,0,1344,0.743,1.306,N/A\n"
         "OAS1_0002_MR1,M,R,80,4,1,21,0.5,1147,0.81,1.531,N/A\nOAS1_0003_MR1,F,R,20,,,,,1100,0.8,1.6,N/A\n"
     )
-    (images,) = blocks("python")
     table = read_subjects("oasis_cross-sectional.csv")
     assert table.diagnosis.tolist()[:2] == ["NC", "AD"] and table.diagnosis.isna().tolist() == [
         False,
         False,
         True,
     ]
-    Path("images").mkdir()
-    for person in ("P01", "P07", "P11", "P12"):
-        for k in (30, 31):
-            Image.effect_noise((64, 64), 60).save(f"images/{person}-z{k:03d}.png")  # no two alike
-    exec(images, {})
-    Path("images/subjects.csv").write_text("subject,diagnosis\nP01,NC\nP07,AD\nP11,NC\nP12,AD\n")
-    assert main(["check", "images", "--size", "64"]) == 0
-    Path("table.csv").write_text(blocks("text")[1])
+    (mine,) = (o for o in blocks("text") if o.startswith("subject,"))
+    Path("table.csv").write_text(mine)
     assert read_subjects("table.csv").diagnosis.isna().tolist() == [False, False, True]
 
 
@@ -355,8 +354,8 @@ def test_every_fault_has_its_remedy():
         for line in rows.strip().splitlines()
         for k in re.findall(r"`([\w -]+)`", line.split("|")[1])
     }
-    # those are chosen by conditions in `find_duplicates`, `name_subjects`
-    assert named == kinds | {"duplicate", "two volumes", "contrast"}
+    # those are chosen by conditions in `find_duplicates`, `name_subjects`, `select_page`
+    assert named == kinds | {"duplicate", "two volumes", "animated"}
 
 
 # The built site

@@ -1,6 +1,7 @@
 """A raw folder becomes a cohort: it goes on where it stopped, overwrites nothing, leaves originals
 as they are, and says of every head what became of it."""
 
+import importlib
 import json
 import os
 import signal
@@ -223,6 +224,19 @@ def test_a_worker_that_is_killed_says_so(tmp_path, monkeypatch):
     raw, out = put(tmp_path / "raw", ("P01", GOOD), ("P02", GOOD)), tmp_path / "out"
     with pytest.raises(RuntimeError, match="a worker was killed, with 2 at work.*fewer --workers"):
         prepare_cohort(raw, out, PrepareConfig(workers=2), progress=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the trial forks")
+@pytest.mark.parametrize("name", ["four_classes", "lfs", "datalad", "png_classes", "stacks"])
+def test_the_trial_of_layouts_ends_as_it_should(name, tmp_path, monkeypatch):
+    "The quick rows of `tests/benchmarks/raw_to_sample.py`: images, and what is refused."
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    trial = importlib.import_module("raw_to_sample")
+    row = trial.ROWS[name]
+    done, memory = trial.run_row(row, tmp_path)
+    ends, right = trial.judge(row, done, tmp_path)
+    assert right, (ends, done[-1]["said"])
+    assert len(done) == (1 if row.refused else 4) and memory > 0
 
 
 @pytest.mark.skipif(

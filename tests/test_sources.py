@@ -402,7 +402,7 @@ def test_dicom_of_one_folder_a_subject_is_converted(tmp_path):
     before = sorted((o, o.stat().st_mtime_ns) for o in tmp_path.rglob("*"))
     heads = find_heads(tmp_path / "raw")
     assert told(heads) == [("p01", None, "p01/A"), ("p02", None, "p02/A")]
-    assert "DICOM that are no T1 (CT, t2_tse)" in " ".join(heads.notes)
+    assert "DICOM that are no T1 (no MR: CT, t2_tse)" in " ".join(heads.notes)
     work = tmp_path.parent / f"{tmp_path.name}-work"
     work.mkdir()
     img = read_head(tmp_path / "raw", heads.table.iloc[0], work)
@@ -432,6 +432,49 @@ def test_dicom_without_a_folder_is_named_by_its_header(tmp_path):
     heads = find_heads(tmp_path / "dicom")
     assert told(heads) == [("007", None, ".")]
     assert heads.layout == "DICOM, folder of volumes, subjects named by PatientID"
+
+
+def test_dicom_below_classes_takes_the_series_of_each_visit(tmp_path):
+    for c, p in (("AD", "p1"), ("NC", "p2")):
+        put_dicom(tmp_path / c / p / "SE1", "Localizer", patient=p, number=1)
+        put_dicom(tmp_path / c / p / "SE2", "Sag 3D", patient=p, number=2)
+        put_dicom(tmp_path / c / p / "SE3", "MPRAGE", patient=p, number=3)
+        put_dicom(tmp_path / c / p / "SE4", "report", patient=p, number=4, modality="SR")
+    heads = find_heads(tmp_path)
+    assert [o[::2] for o in told(heads)] == [("p1", "AD/p1/SE3"), ("p2", "NC/p2/SE3")]
+    assert heads.table.diagnosis.tolist() == ["AD", "NC"]
+
+
+def test_series_with_a_gap_is_a_fault(tmp_path):
+    put_dicom(tmp_path / "p1", "t1", num=10)
+    for k in (3, 4):
+        (tmp_path / f"p1/IM000{k}.dcm").unlink()
+    (tmp_path / "work").mkdir()
+    with pytest.raises(DataFault, match="slices are missing"):
+        read_head(tmp_path, dict(path="p1", form="dicom", kind="t1"), tmp_path / "work")
+    (tmp_path / "p2").mkdir()
+    with pytest.raises(DataFault, match="dcm2niix made no volume"):
+        read_head(tmp_path, dict(path="p2", form="dicom", kind="t1"), tmp_path / "work")
+
+
+def test_series_that_is_not_among_several_is_a_fault(tmp_path):
+    put_dicom(tmp_path / "p1", "t1", number=1)
+    for file in (tmp_path / "p1").iterdir():
+        file.rename(file.with_name("b" + file.name))
+    put_dicom(tmp_path / "p1", "t2", number=2)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(DataFault, match="1_t1.nii, 2_t2.nii; 0 of them are mprage"):
+        read_head(tmp_path, dict(path="p1", form="dicom", kind="mprage"), tmp_path / "work")
+
+
+def test_upper_case_suffixes(tmp_path):
+    put(tmp_path, "p1.nii.gz", "p2.nii")
+    (tmp_path / "p1.nii.gz").rename(tmp_path / "p1.NII.GZ")
+    (tmp_path / "p2.nii").rename(tmp_path / "p2.NII")
+    heads = find_heads(tmp_path)
+    assert heads.table.subject.tolist() == ["p1", "p2"]
+    for _, row in heads.table.iterrows():
+        assert read_head(tmp_path, row, tmp_path).shape == SHAPE
 
 
 def test_dicom_of_several_patients_in_one_folder(tmp_path):

@@ -66,7 +66,7 @@ MAPS = (
     r'[zt]stat\d*|v?cope\d*)(?:[^a-z0-9][^/]*)?$'
 )
 # Series that are no whole head, by their descriptions
-PARTIAL = r'localizer|locali[sz]er|scout|survey|calibration|field.?map|hippo|phantom|screen ?save'
+PARTIAL = r'^no MR: |locali[sz]er|scout|survey|calibration|field.?map|hippo|phantom|screen ?save'
 # T1 in descriptions written as one word
 MP2RAGE = r'mp-?2?rage|t1[a-z]*|spgr|bravo|tfl3d|ir-?fspgr'
 EARLY = r'(?:ses-)?(?:bl|baseline|screening|sc|pre)'  # Visits that come before number 1
@@ -407,7 +407,9 @@ def list_dicom(
             faults.append((folder or '.', 'subject', detail))
             continue
         said = [o['description'] or o['protocol'] for o in series]
-        kinds = [o if s['modality'] == 'MR' else s['modality'] for o, s in zip(said, series)]
+        kinds = [
+            o if s['modality'] == 'MR' else f"no MR: {s['modality']}" for o, s in zip(said, series)
+        ]
         fit = [find_contrast(o) == wanted for o in kinds]
         best = fit.index(True) if any(fit) else 0
         if len(series) > 1:
@@ -1478,15 +1480,23 @@ def convert_series(
 
     def says(path):
         about = json.loads(path.with_suffix('.json').read_text())
-        return about.get('SeriesDescription') or about.get('ProtocolName')
+        return plain(about.get('SeriesDescription') or about.get('ProtocolName'))
 
-    fit = [o for o in made if says(o) == kind] or made
-    fit = [o for o in fit if o.name.split('_')[0] == fit[0].name.split('_')[0]]
-    if len(fit) > 1:
+    plain = lambda text: re.sub(r'[^a-z0-9]', '', str(text or '').lower())
+    series = {o: o.name.split('_')[0] for o in made}
+    several = len(set(series.values())) > 1
+    fit = [o for o in made if not several or says(o) == plain(kind)]
+    fit = [o for o in fit if series[o] == series[fit[0]]]
+    if any('_Eq' in o.name for o in fit):  # dcm2niix fills the gaps of a second volume
         raise DataFault(
             'dicom',
-            f'dcm2niix made {len(fit)} volumes of one series: {", ".join(o.name for o in fit)}.'
-            ' Expected one. Convert it by hand, and give the NIfTI',
+            'slices are missing or at uneven distances. Expected all. Copy the series again',
+        )
+    if len(fit) != 1:
+        raise DataFault(
+            'dicom',
+            f"dcm2niix made {', '.join(o.name for o in made)}; {len(fit)} of them are"
+            f" {kind or 'it'}. Expected one volume. Convert it by hand, and give the NIfTI",
         )
     return fit[0]
 
