@@ -296,10 +296,7 @@ def report_cost(volumes, subjects, rng):
                     taken[on] += [time.process_time() - start] * (i > 0)
             layouts.find_described, data.check_alignment = find, check
             on, off = (np.median(taken[o]) for o in (True, False))
-            print(
-                f"check of {name}: {on:.2f} s with, {off:.2f} s without,"
-                f" {on / off:.2f} times"
-            )
+            print(f"check of {name}: {on:.2f} s with, {off:.2f} s without, {on / off:.2f} times")
 
 
 def main():
