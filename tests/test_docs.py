@@ -307,7 +307,7 @@ def test_the_page_about_your_data_runs(tmp_path, monkeypatch, capsys):
     assert refused.strip() in prepared[1][1]
     assert Path("prepared/quality.html").is_file() and "4 good" in prepared[2][1]
     tree = next(o for o in blocks("text") if o.startswith("prepared/"))
-    for name in re.findall(r"^  ([\w./]+)", tree, re.M):
+    for name in re.findall(r"^  ([\w./-]+)", tree, re.M):
         assert Path("prepared", name).exists(), name
     healthy = [status for line, status, _ in said if line == "brainldm check scans"]
     assert healthy == [0]

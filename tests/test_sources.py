@@ -16,7 +16,7 @@ from brainldm.engineering.sources import (
     natural,
     oasis_axes,
     read_head,
-    read_mask,
+    read_volume,
     set_axes,
 )
 
@@ -90,13 +90,12 @@ def test_bids_raw_takes_the_first_session_of_each(tmp_path):
     put(tmp_path, "sub-02/ses-M00/anat/sub-02_ses-M00_run-2_T1w.nii.gz")
     put(tmp_path, "sub-02/ses-M00/dwi/sub-02_ses-M00_dwi.nii.gz")
     put(tmp_path, "derivatives/fmriprep/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz")
-    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t70\n")
     heads = find_heads(tmp_path)
     assert told(heads) == [
         ("sub-01", "ses-M00", anat.format("01", "M00") + "_T1w.nii.gz"),
         ("sub-02", "ses-M00", anat.format("02", "M00") + "_T1w.nii.gz"),
     ]
-    assert heads.layout == "BIDS, raw" and [o.name for o in heads.tables] == ["participants.tsv"]
+    assert heads.layout == "BIDS, raw"
     notes = " ".join(heads.notes)
     assert "1 preprocessed volumes" in notes and "1 heads of other sessions than the first" in notes
     assert "4 volumes other than T1w" in notes and "1 repeats of a visit" in notes
@@ -140,12 +139,10 @@ def test_adni_tree_takes_one_scan_a_visit(tmp_path):
     )
     for kind, day, image in rows:
         put(tmp_path, ADNI.format(kind, day, image, kind, image))
-    (tmp_path / "ADNI1_1_02_2020.csv").write_text("Image Data ID,Subject\nI45108,002_S_0295\n")
     heads = find_heads(tmp_path)
     row = heads.table.iloc[0]
     assert len(heads.table) == 1 and heads.layout == "ADNI download tree"
     assert (row.subject, row.session, row.image) == ("002_S_0295", "2006-04-18", "I45108")
-    assert [o.name for o in heads.tables] == ["ADNI1_1_02_2020.csv"]
     notes = " ".join(heads.notes)
     assert "label maps" in notes and "contrast T2" in notes and "no whole head" in notes
     assert find_heads(tmp_path, SourceOptions(session="last")).table.image[0] == "I50000"
@@ -402,7 +399,7 @@ def test_dicom_of_one_folder_a_subject_is_converted(tmp_path):
     before = sorted((o, o.stat().st_mtime_ns) for o in tmp_path.rglob("*"))
     heads = find_heads(tmp_path / "raw")
     assert told(heads) == [("p01", None, "p01/A"), ("p02", None, "p02/A")]
-    assert "DICOM that are no T1 (CT, t2_tse)" in " ".join(heads.notes)
+    assert "DICOM that are no T1 (no MR: CT, t2_tse)" in " ".join(heads.notes)
     work = tmp_path.parent / f"{tmp_path.name}-work"
     work.mkdir()
     img = read_head(tmp_path / "raw", heads.table.iloc[0], work)
@@ -432,6 +429,49 @@ def test_dicom_without_a_folder_is_named_by_its_header(tmp_path):
     heads = find_heads(tmp_path / "dicom")
     assert told(heads) == [("007", None, ".")]
     assert heads.layout == "DICOM, folder of volumes, subjects named by PatientID"
+
+
+def test_dicom_below_classes_takes_the_series_of_each_visit(tmp_path):
+    for c, p in (("AD", "p1"), ("NC", "p2")):
+        put_dicom(tmp_path / c / p / "SE1", "Localizer", patient=p, number=1)
+        put_dicom(tmp_path / c / p / "SE2", "Sag 3D", patient=p, number=2)
+        put_dicom(tmp_path / c / p / "SE3", "MPRAGE", patient=p, number=3)
+        put_dicom(tmp_path / c / p / "SE4", "report", patient=p, number=4, modality="SR")
+    heads = find_heads(tmp_path)
+    assert [o[::2] for o in told(heads)] == [("p1", "AD/p1/SE3"), ("p2", "NC/p2/SE3")]
+    assert heads.table.diagnosis.tolist() == ["AD", "NC"]
+
+
+def test_series_with_a_gap_is_a_fault(tmp_path):
+    put_dicom(tmp_path / "p1", "t1", num=10)
+    for k in (3, 4):
+        (tmp_path / f"p1/IM000{k}.dcm").unlink()
+    (tmp_path / "work").mkdir()
+    with pytest.raises(DataFault, match="slices are missing"):
+        read_head(tmp_path, dict(path="p1", form="dicom", kind="t1"), tmp_path / "work")
+    (tmp_path / "p2").mkdir()
+    with pytest.raises(DataFault, match="dcm2niix made no volume"):
+        read_head(tmp_path, dict(path="p2", form="dicom", kind="t1"), tmp_path / "work")
+
+
+def test_series_that_is_not_among_several_is_a_fault(tmp_path):
+    put_dicom(tmp_path / "p1", "t1", number=1)
+    for file in (tmp_path / "p1").iterdir():
+        file.rename(file.with_name("b" + file.name))
+    put_dicom(tmp_path / "p1", "t2", number=2)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(DataFault, match="1_t1.nii, 2_t2.nii; 0 of them are mprage"):
+        read_head(tmp_path, dict(path="p1", form="dicom", kind="mprage"), tmp_path / "work")
+
+
+def test_upper_case_suffixes(tmp_path):
+    put(tmp_path, "p1.nii.gz", "p2.nii")
+    (tmp_path / "p1.nii.gz").rename(tmp_path / "p1.NII.GZ")
+    (tmp_path / "p2.nii").rename(tmp_path / "p2.NII")
+    heads = find_heads(tmp_path)
+    assert heads.table.subject.tolist() == ["p1", "p2"]
+    for _, row in heads.table.iterrows():
+        assert read_head(tmp_path, row, tmp_path).shape == SHAPE
 
 
 def test_dicom_of_several_patients_in_one_folder(tmp_path):
@@ -505,10 +545,9 @@ def test_half_of_a_pair_may_be_a_pointer(tmp_path):
 
 
 def test_mask_is_read_like_a_head(tmp_path):
-    put(tmp_path, "bert/mri/T1.mgz", "bert/mri/brainmask.mgz", "x/T1.nii")
-    row = find_heads(tmp_path / "bert").table.iloc[0]
-    assert read_mask(tmp_path / "bert", row).shape == SHAPE
-    assert read_mask(tmp_path / "x", find_heads(tmp_path / "x").table.iloc[0]) is None
+    put(tmp_path, "mri/T1.mgz", "mri/brainmask.mgz")
+    row = find_heads(tmp_path).table.iloc[0]
+    assert read_volume(tmp_path / row["mask"]).shape == SHAPE
 
 
 def test_only_space_is_taken(tmp_path):

@@ -28,7 +28,7 @@ IMAGE = r'\.(?:png|jpe?g|tiff?)$'  # Names of images
 POINTER_BYTES = 1024  # A pointer is shorter: the rule of git-lfs; git-annex writes about 100
 FETCH = {  # What stands in a pointer: what left it there, how the file itself is fetched
     b'version https://git-lfs': ('git-lfs', '`git lfs pull`'),
-    b'annex/objects/': ('DataLad (git-annex)', '`datalad get .`'),
+    b'/annex/objects/': ('DataLad (git-annex)', '`datalad get .`'),
 }
 EXPANSION = 100  # An archive may unpack to so many times its own size (small ones to 16 MiB)
 
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ARCHIVES', 'VOLUME', 'PAGES', 'IMAGE', 'POINTER_BYTES', 'FETCH', 'EXPANSION', 'as_faults', 'is_volume', 'select_page',
-           'refuse_pointer', 'read_pixels', 'read_gray_image', 'decode_image', 'hash_image', 'foreground_side', 'Grid',
-           'read_grid', 'count_planes', 'fill_background', 'find_white', 'scale_to_bytes', 'load_volume', 'axial_slice',
-           'decode_file', 'map_files', 'cache_folder', 'temporary_in_cache', 'StrictHeader', 'LimitedStream',
-           'read_members', 'member_path', 'unpack_into', 'unpack', 'list_files', 'explain_disk', 'write_atomic']
+           'find_pointer', 'refuse_pointer', 'read_pixels', 'read_gray_image', 'decode_image', 'hash_image',
+           'foreground_side', 'Grid', 'read_grid', 'count_planes', 'fill_background', 'find_white', 'scale_to_bytes',
+           'load_volume', 'axial_slice', 'decode_file', 'map_files', 'cache_folder', 'temporary_in_cache',
+           'StrictHeader', 'LimitedStream', 'read_members', 'member_path', 'unpack_into', 'unpack', 'list_files',
+           'explain_disk', 'write_atomic']
 
 # %% ../../nbs/engineering/23_files.ipynb #0352072c
 def as_faults(
@@ -124,10 +125,34 @@ def select_page(
         im.seek(page)
 
 # %% ../../nbs/engineering/23_files.ipynb #point001
+def find_pointer(
+    path: Path,  # File that is about to be read
+) -> tuple[str, str] | None:  # Which tool left a pointer here, and how the file is fetched
+    """Tell the pointers of git-lfs, git-annex and DataLad, which lie where a file is not fetched yet.
+
+    Parameters
+    ----------
+    path : Path
+        File that is about to be read.
+
+    Returns
+    -------
+    tuple[str, str] | None
+        Which tool left a pointer here, and how the file is fetched.
+    """
+    if path.is_symlink() and not path.exists():
+        target = os.readlink(path).replace('\\', '/').encode(errors='surrogateescape')
+        return next((v for k, v in FETCH.items() if k in target), None)
+    if path.is_file() and path.stat().st_size <= POINTER_BYTES:
+        said = path.read_bytes()
+        return next((v for k, v in FETCH.items() if said.startswith(k)), None)
+    return None
+
+
 def refuse_pointer(
     path: Path,  # File that is about to be read
 ) -> None:  # Nothing: it raises or returns
-    """Say that only a pointer of git-lfs, git-annex or DataLad lies here, and how to fetch the file.
+    """Say that only a pointer lies here, and how to fetch the file.
 
     Parameters
     ----------
@@ -138,19 +163,13 @@ def refuse_pointer(
     ------
     DataFault
     """
-    if path.is_symlink() and not path.exists():
-        said = os.readlink(path).replace('\\', '/').encode(errors='surrogateescape')
-    elif path.is_file() and path.stat().st_size <= POINTER_BYTES:
-        said = path.read_bytes()
-    else:
-        return
-    for mark, (tool, remedy) in FETCH.items():
-        if mark in said:
-            raise DataFault(
-                'pointer',
-                f'a pointer of {tool}, and not the file, which was not fetched; expected the file.'
-                f' Fetch all of them with {remedy} in the folder of the data set',
-            )
+    found = find_pointer(path)
+    if found:
+        raise DataFault(
+            'pointer',
+            f'a pointer of {found[0]}, and not the file, which was not fetched; expected the file.'
+            f' Fetch all of them with {found[1]} in the folder of the data set',
+        )
 
 # %% ../../nbs/engineering/23_files.ipynb #1b731fed
 def read_pixels(

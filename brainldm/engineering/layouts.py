@@ -6,13 +6,13 @@
 __all__ = ['SPLITS', 'SPLIT_FOLDERS', 'COLUMNS', 'TABLES', 'OASIS_IMAGE', 'IMAGE_PATH', 'NO_SUBJECT', 'CLASS_FOLDER', 'RAW',
            'ARRAYS', 'OTHER_FORMATS', 'PREPARED', 'FAULT_LINES', 'parse_image_path', 'refuse_unknown_subjects',
            'suggest_pattern', 'find_image_layout', 'is_dicom', 'explain_folder', 'find_layout', 'pick_files',
-           'name_alike', 'list_images', 'compile_pattern', 'match_pattern', 'refuse_numbered_classes', 'list_pattern',
-           'read_folders', 'expand_planes', 'name_units', 'list_volumes', 'refuse_pointed_table', 'check_manifest',
-           'read_planes', 'visits_as_subjects', 'list_manifest', 'group_grids', 'compare_grids', 'find_voxel_mm',
-           'check_grids', 'merge_slices', 'describe_faults', 'Findings', 'find_table', 'note_unused_columns',
-           'note_ambiguous_numbers', 'name_rows', 'list_layout', 'note_raw_heads', 'read_layout', 'refuse_faults',
-           'upper_intensity', 'inspect_rows', 'find_stack_whites', 'inspect_files', 'note_read_changes', 'find_dark',
-           'find_duplicates', 'find_row_faults', 'find_crop']
+           'unify_classes', 'list_images', 'compile_pattern', 'match_pattern', 'refuse_numbered_classes',
+           'list_pattern', 'read_folders', 'expand_planes', 'name_units', 'list_volumes', 'refuse_pointed_table',
+           'check_manifest', 'read_planes', 'visits_as_subjects', 'list_manifest', 'group_grids', 'compare_grids',
+           'find_voxel_mm', 'check_grids', 'merge_slices', 'describe_faults', 'Findings', 'find_table',
+           'note_unused_columns', 'note_ambiguous_numbers', 'name_rows', 'list_layout', 'note_raw_heads', 'read_layout',
+           'refuse_faults', 'upper_intensity', 'inspect_rows', 'find_stack_whites', 'inspect_files',
+           'note_read_changes', 'find_dark', 'find_duplicates', 'find_row_faults', 'find_crop']
 
 # %% ../../nbs/engineering/25_layouts.ipynb #ly00000b
 import difflib, fnmatch, json, math, os, re
@@ -34,6 +34,7 @@ from brainldm.engineering.files import (
     as_faults,
     count_planes,
     decode_file,
+    find_pointer,
     find_white,
     foreground_side,
     hash_image,
@@ -42,7 +43,6 @@ from brainldm.engineering.files import (
     map_files,
     read_grid,
     read_pixels,
-    refuse_pointer,
     unpack,
 )
 from brainldm.engineering.tables import (
@@ -424,7 +424,7 @@ def pick_files(
     ]
 
 # %% ../../nbs/engineering/25_layouts.ipynb #clas0001
-def name_alike(
+def unify_classes(
     rows: pd.DataFrame,  # Rows with diagnosis
 ) -> tuple:  # Rows in which a diagnosis is written in one way, notes
     """Folders AD, ad and Ad are one class: take the spelling that most rows have.
@@ -506,7 +506,7 @@ def list_images(
         f'does not parse; expected a name like {expected}, or --pattern for names of another kind',
     )
     rows = rows[~lost].assign(slice=lambda o: o.slice.astype(int), subject=lambda o: o.unit)
-    rows, said = name_alike(rows)
+    rows, said = unify_classes(rows)
     return rows, faults, notes + said
 
 # %% ../../nbs/engineering/25_layouts.ipynb #patt0001
@@ -654,7 +654,7 @@ def list_pattern(
         rows = rows.assign(split=split)[split.notna()]
     if 'diagnosis' in rows:
         refuse_numbered_classes(rows)
-        rows, said = name_alike(rows)
+        rows, said = unify_classes(rows)
         notes = notes + said
     if 'slice' in rows:
         rows = rows.assign(slice=rows.slice.astype(int), plane=-1)
@@ -697,7 +697,7 @@ def read_folders(
             ' others do not: the folders are not taken for splits'
         )
         out = out.assign(split=None)
-    out, said = name_alike(out)
+    out, said = unify_classes(out)
     same = out[out.duplicated(['bare', 'split'], keep=False) & out.diagnosis.notna()]
     if same.diagnosis.nunique() > 1:  # counted anew in every class: the class belongs to the name
         first = same[same.bare == same.bare.iloc[0]].path
@@ -828,10 +828,12 @@ def refuse_pointed_table(
     ------
     ValueError
     """
-    try:
-        refuse_pointer(path)
-    except DataFault as e:
-        raise ValueError(f"read_table: '{path}' is {e}.") from None
+    found = find_pointer(path)
+    if found:
+        raise ValueError(
+            f"read_table: '{path}' is a pointer of {found[0]}, not fetched yet. Expected the table"
+            f" itself. Fetch all files with {found[1]} in the folder of the data set."
+        )
 
 # %% ../../nbs/engineering/25_layouts.ipynb #mani0002
 def check_manifest(
