@@ -150,6 +150,8 @@ def test_the_command_takes_a_pattern_and_proposes_one(tmp_path, capsys):
         ('P07-z031.png', '{subject}-z{slice}.png'),
         ('a/P07_031.jpg', '{subject}_{slice}.jpg'),
         ('P07/031.png', '{subject}/{slice}.png'),
+        ('x/AD/P07/031.tif', '{diagnosis}/{subject}/{slice}.tif'),
+        ('Train/MCI/P07-031.tif', '{split}/{diagnosis}/{subject}-{slice}.tif'),
         ('P07/axial031.png', '{subject}/axial{slice}.png'),
         ('scan.png', '{subject}-z{slice}.png'),
     ],

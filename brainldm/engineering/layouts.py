@@ -188,17 +188,23 @@ def suggest_pattern(
     str
         Such as '{subject}-z{slice}.png'.
     """
-    folders, _, name = path.rpartition('/')
+    *folders, name = path.split('/')
     stem, _, suffix = name.rpartition('.')
-    parts = re.fullmatch(
-        r'(?P<subject>.*?)(?P<between>[-_. ]+[a-z]*[-_. ]*)\d+', stem, re.IGNORECASE
-    )
-    if parts and re.search(r'\d', parts['subject']):
-        return '{subject}' + parts['between'] + '{slice}.' + suffix
-    number = re.fullmatch(r'(?P<before>.*?)\d+', stem)
-    if number and folders:
-        return '{subject}/' + number['before'] + '{slice}.' + suffix
-    return '{subject}-z{slice}.' + (suffix if parts or number else 'png')
+    parts = re.fullmatch(r'(.*?)([-_. ]+[a-z]*[-_. ]*)\d+', stem, re.IGNORECASE)
+    number = re.fullmatch(r'(.*?)\d+', stem)
+    if parts and re.search(r'\d', parts[1]):
+        pattern = '{subject}' + parts[2] + '{slice}.' + suffix
+    elif number and folders:
+        folders.pop()
+        pattern = '{subject}/' + number[1] + '{slice}.' + suffix
+    else:
+        return '{subject}-z{slice}.' + (suffix if number else 'png')
+    for field, known in (('diagnosis', CLASS_FOLDER), ('split', '|'.join(SPLIT_FOLDERS))):
+        if folders and re.fullmatch(known, folders[-1], re.IGNORECASE):
+            folders.pop()
+            pattern = f'{{{field}}}/{pattern}'
+    return pattern
+
 
 # %% ../../nbs/engineering/25_layouts.ipynb #pars0006
 def find_image_layout(
