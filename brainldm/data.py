@@ -22,7 +22,7 @@ from .engineering.checks import printable
 from .engineering.extending import SliceSource, check_protocol
 from .engineering.configs import DataConfig
 from .engineering.files import as_faults, cache_folder, foreground_side, hash_image
-from .engineering.alignment import check_alignment
+from .engineering.alignment import check_alignment, describe_slice
 from brainldm.engineering.layouts import (
     SPLITS,
     Findings,
@@ -579,6 +579,11 @@ def read_source(
     blank = {k: None for k in ('diagnosis', 'split') if k not in manifest}
     manifest = assign_splits(manifest.assign(**blank), config)[0].sort_index()
     faults = pd.concat([find_leaks(manifest), find_duplicates(manifest)])
+    said = []
+    if len({o.shape for o in images}) == 1:
+        copies = manifest.assign(_copy=[describe_slice(o) for o in images])
+        _, odd, said = check_alignment(copies, max(images[0].shape))
+        faults = pd.concat([faults, odd])
     if len(faults):
         path, fault, detail = faults.iloc[0][['path', 'fault', 'detail']]
         raise ValueError(
@@ -590,7 +595,7 @@ def read_source(
         config = replace(config, crop=find_crop(sides, max(images[0].shape)))
     covariates = find_covariates(manifest, config)
     manifest, notes = mask_levels_not_in_train(write_levels(manifest, covariates), covariates)
-    for note in notes:
+    for note in [*said, *notes]:
         warnings.warn(note)
     prepared = np.stack([prepare_image(o, config.size, config.crop) for o in images])
     dataset = SliceDataset(prepared, manifest, covariates)

@@ -317,3 +317,39 @@ def test_a_folder_of_real_subjects(tmp_path):
     assert '024' in report.faults.detail[0] and '000' in report.faults.detail[0]
     assert not any('brain' in o for o in report.notes)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize('write', [write_images, write_volumes])
+def test_a_brain_at_another_level_is_named(write, tmp_path):
+    "Ten millimeters too high: a subject whose planes were counted from elsewhere."
+    config = PhantomConfig(num_subjects=8, num_slices=16, size=64, seed=5)  # 2 mm apart
+    tall = np.stack([make_subject(config, i).vol for i in range(8)])
+    volumes = tall[:, 5:].copy()
+    volumes[3] = tall[3, :-5]
+    report = check(write(tmp_path, volumes))
+    said = [*report.faults.detail, *report.notes]
+    assert any('sub-03' in o and 'slices too high' in o for o in said)
+
+
+def test_an_affine_that_claims_mni_and_is_wrong_is_noted(cohort, tmp_path):
+    affine = np.diag([3.25, 3.25, 6.2, 1])
+    affine[:3, 3] = (500, 0, 0)
+    report = check(write_volumes(tmp_path, cohort, affine))
+    assert any('headers say MNI152' in o and 'affine may be wrong' in o for o in report.notes)
+
+
+def test_a_source_in_memory_is_compared_too(bench, cohort):
+    rng = np.random.default_rng(0)
+    volumes = np.concatenate([cohort, [bench.visit_again(cohort[0], rng)]])
+
+    class Source:
+        def __len__(self):
+            return 6 * len(volumes)
+
+        def read(self, i):
+            return volumes[i // 6, i % 6], dict(
+                subject=f'{i // 6}', slice=i % 6, split='train' if i < 60 else 'validate'
+            )
+
+    with pytest.raises(ValueError, match='leak.*looks like the same subject as 0'):
+        open_dataset(Source(), DATA, progress=False)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'STRAIGHT_SIDE', 'POSITIONS', 'DESCRIBED', 'COMMON', 'FOREGROUND', 'LENGTH_CM', 'FLIPS', 'ELONGATED',
-           'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM', 'LOOK_AGAIN', 'HEAD_SIDE',
-           'OUTSIDE', 'SAME', 'SAME_LEFT', 'describe_slice', 'read_descriptions', 'find_described', 'Brains',
-           'gather_brains', 'find_bright', 'weigh_foreground', 'measure_pose', 'straighten', 'correlate',
-           'compare_with', 'find_median_brain', 'compare_brains', 'explain_pose', 'find_unaligned', 'measure_band',
-           'measure_rim', 'load_brain_mask', 'measure_outside', 'find_unstripped', 'find_similar_pairs',
-           'find_same_subjects', 'find_side_cm', 'check_alignment']
+           'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'RISE', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM', 'LOOK_AGAIN',
+           'HEAD_SIDE', 'OUTSIDE', 'SAME', 'SAME_LEFT', 'describe_slice', 'read_descriptions', 'find_described',
+           'Brains', 'gather_brains', 'find_bright', 'weigh_foreground', 'measure_pose', 'straighten', 'correlate',
+           'compare_with', 'find_median_brain', 'find_levels', 'compare_brains', 'explain_pose', 'find_unaligned',
+           'measure_band', 'measure_rim', 'load_brain_mask', 'measure_outside', 'find_unstripped', 'find_similar_pairs',
+           'find_same_subjects', 'note_wrong_affine', 'find_side_cm', 'check_alignment']
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al00000b
 import base64
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .files import as_faults, is_volume, read_grid
+from .files import as_faults, read_grid
 
 SIDE = 48  # Pixels a side of the small copy of a slice
 STRAIGHT_SIDE = 24  # Pixels a side once a brain is centered and upright
@@ -109,6 +109,8 @@ class Brains:
         A row a brain: subject, session, split, path (of its first slice), slices.
     slices : np.ndarray
         Small copies (n, k, 48, 48), float32.
+    positions : np.ndarray
+        Slice numbers (k,).
     planes : np.ndarray
         Plane of each position in the first brain's volume (k,); -1 for images.
     left_out : list
@@ -118,6 +120,7 @@ class Brains:
     # A row a brain: subject, session, split, path (of its first slice), slices
     units: pd.DataFrame
     slices: np.ndarray  # Small copies (n, k, 48, 48), float32
+    positions: np.ndarray  # Slice numbers (k,)
     planes: np.ndarray  # Plane of each position in the first brain's volume (k,); -1 for images
     left_out: list  # Names of the brains that lack a position
 
@@ -157,6 +160,7 @@ def gather_brains(
     return Brains(
         units.loc[order].reset_index(),
         slices.reshape(len(order), max(len(common), 1), SIDE, SIDE) if len(order) else slices,
+        common,
         described.plane.to_numpy()[: len(common)],
         left_out,
     )
@@ -353,14 +357,48 @@ def find_median_brain(
     return np.median(straight[(fits.idxmax(axis=1) == 'as it is').to_numpy()], 0)
 
 
+def find_levels(
+    straight: np.ndarray,  # Brains (n, k, s, s), from `straighten`
+    one: np.ndarray,  # The brain that all are compared with (k, s, s)
+    positions: np.ndarray,  # Slice numbers (k,)
+) -> tuple:  # Slices by which each brain lies too high (n,), how much better it fits there (n,)
+    """Slide the slices of each brain along those of one, and see where they fit best.
+
+    Parameters
+    ----------
+    straight : np.ndarray
+        Brains (n, k, s, s), from `straighten`.
+    one : np.ndarray
+        The brain that all are compared with (k, s, s).
+    positions : np.ndarray
+        Slice numbers (k,).
+
+    Returns
+    -------
+    tuple
+        Slices by which each brain lies too high (n,), how much better it fits there (n,).
+    """
+    inside = one > FOREGROUND * np.percentile(one, 99)
+    k, fits = len(one), {}
+    for step in range(-(k // 2), k // 2 + 1) if k > 3 else [0]:
+        its, ours = slice(max(0, step), k + min(0, step)), slice(max(0, -step), k - max(0, step))
+        where = inside[ours]
+        fits[step] = correlate(straight[:, its][:, where], one[ours][where][None])[:, 0]
+    fits = pd.DataFrame(fits)
+    apart = np.median(np.diff(positions)) if k > 1 else 0
+    return fits.idxmax(axis=1).to_numpy() * apart, (fits.max(axis=1) - fits[0]).to_numpy()
+
+
 def compare_brains(
     straight: np.ndarray,  # Brains (n, k, s, s), from `straighten`
     pose: pd.DataFrame,  # From `measure_pose`
-) -> pd.DataFrame:  # A row a brain: shift, ratio, turn, similarity, flip, gain
+    positions: np.ndarray,  # Slice numbers (k,)
+) -> pd.DataFrame:  # A row a brain: shift, ratio, turn, similarity, flip, gain, level, rise
     """Say how each brain differs from its cohort.
 
     `shift` in sides of the image, `ratio` of sizes, `turn` in degrees; `flip`: the orientation that
-    fits better, by `gain` in correlation, '' if none does.
+    fits better, by `gain` in correlation, '' if none does; `level`: slices by which it lies too
+    high, where it fits better by `rise`.
 
     Parameters
     ----------
@@ -368,14 +406,18 @@ def compare_brains(
         Brains (n, k, s, s), from `straighten`.
     pose : pd.DataFrame
         From `measure_pose`.
+    positions : np.ndarray
+        Slice numbers (k,).
 
     Returns
     -------
     pd.DataFrame
-        A row a brain: shift, ratio, turn, similarity, flip, gain.
+        A row a brain: shift, ratio, turn, similarity, flip, gain, level, rise.
     """
     y, x, size = pose.y.median(), pose.x.median(), pose['size'].median()
-    fits = compare_with(straight, find_median_brain(straight))
+    one = find_median_brain(straight)
+    fits = compare_with(straight, one)
+    level, rise = find_levels(straight, one, positions)
     others = fits.drop(columns='as it is')
     gain = others.max(axis=1) - fits['as it is']
     double = np.deg2rad(2 * pose.angle)  # an axis has no head: 180 degrees are none
@@ -389,6 +431,8 @@ def compare_brains(
             similarity=fits['as it is'],
             flip=others.idxmax(axis=1).where(gain > 0, ''),
             gain=gain,
+            level=level,
+            rise=rise,
         )
     )
 
@@ -402,6 +446,7 @@ SHIFT_CM = (0.8, 1.2)  # 0.21, 0.55; shifted by 3 cm, partly out of the image: 1
 RATIO = (1.14, 1.25)  # 1.03, 1.05, either way; brains of half the size: 1.9
 TURN = (20, 30)  # 1.6, 12.1 degrees; another axis order: 77
 GAIN = (0.0, 0.08)  # -0.23, -0.13; front to back, upside down: 0.12
+RISE = (0.1, 0.15)  # 0.02, 0.09; 8 mm too high or too low: about 0.2
 SIMILARITY = (0.55, 0.45)  # from 0.64, 0.64; another axis order or half the size: below 0.45
 SIMILAR = 0.7  # Median similarity from which a single brain can stand out: 0.86, 0.83
 FEW = 5  # Brains from which a median says something about similarity
@@ -436,16 +481,20 @@ def explain_pose(
         said.append(f'its size is {brain.ratio:.0%} of theirs')
     if brain.turn > TURN[level]:
         said.append(f'its long axis is turned by {brain.turn:.0f} degrees')
-    if (
-        usual >= SIMILAR
-        and brain.gain > GAIN[level]
-        and brain.similarity + brain.gain > SIMILARITY[1]
-    ):
+    if usual < SIMILAR:
+        return said
+    best = brain.similarity + max(brain.gain, brain.rise)
+    if brain.gain > max(GAIN[level], brain.rise) and best > SIMILARITY[1]:
         said.append(
-            f'it fits better {brain.flip} (correlation {brain.similarity + brain.gain:.2f} instead'
-            f' of {brain.similarity:.2f})'
+            f'it fits better {brain.flip} (correlation {best:.2f} instead of'
+            f' {brain.similarity:.2f})'
         )
-    elif usual >= SIMILAR and brain.similarity < SIMILARITY[level]:
+    elif brain.rise > max(RISE[level], brain.gain):
+        said.append(
+            f'it lies {abs(brain.level):.0f} slices too {"high" if brain.level > 0 else "low"}'
+            f' (correlation {best:.2f} instead of {brain.similarity:.2f})'
+        )
+    elif brain.similarity < SIMILARITY[level]:
         said.append(
             f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}'
         )
@@ -474,8 +523,8 @@ def find_unaligned(
         Faults of kind 'alignment', notes, which brains are faulty (n,).
     """
     n, compared = len(units), compared.assign(shift_cm=compared['shift'] * side_cm)
-    # in the orientation that fits best: half of a cohort may lie back to front
-    best = compared.similarity + compared.gain.clip(lower=0)
+    # where it fits best: half of a cohort may lie back to front
+    best = compared.similarity + compared[['gain', 'rise']].max(axis=1).clip(lower=0)
     usual = best.median() if n >= FEW else 0.0
     clear, doubtful = (
         [explain_pose(brain, usual, level) for brain in compared.itertuples()] for level in (1, 0)
@@ -512,7 +561,9 @@ def find_unaligned(
 def _blame_cohort(compared, bad):
     "One fault for all brains: how far they scatter, beside aligned ones."
     off = np.maximum(compared.ratio, 1 / compared.ratio.clip(1e-6)) - 1
-    flips = int((compared.gain > GAIN[1]).sum())
+    flips, levels = (
+        (compared[o] > limit[1]).sum() for o, limit in (('gain', GAIN), ('rise', RISE))
+    )
     return as_faults(
         [f'{len(bad)} brains'],
         'alignment',
@@ -521,6 +572,7 @@ def _blame_cohort(compared, bad):
         f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the'
         f' directions by {compared.turn.median():.0f} degrees or more (3)'
         + f', {flips} fit better turned around' * bool(flips)
+        + f', {levels} lie too high or too low' * bool(levels)
         + '. Expected brains on one template. Align them with `brainldm prepare`; --skip-faulty'
         ' takes them as they are',
     )
@@ -651,7 +703,7 @@ def measure_outside(
 
 def find_unstripped(
     brains: Brains,  # What was gathered
-    grid=None,  # `Grid` of volumes, None for images
+    outside: np.ndarray,  # From `measure_outside`, NaN where that is not known
 ) -> tuple:  # Faults of kind 'skull', notes, which brains are faulty (n,)
     """Name the brains that look as if skull and scalp were still there.
 
@@ -659,16 +711,15 @@ def find_unstripped(
     ----------
     brains : Brains
         What was gathered.
-    grid : default None
-        `Grid` of volumes, None for images.
+    outside : np.ndarray
+        From `measure_outside`, NaN where that is not known.
 
     Returns
     -------
     tuple
         Faults of kind 'skull', notes, which brains are faulty (n,).
     """
-    rim = measure_rim(brains.slices)
-    out = np.full(len(rim), np.nan) if grid is None else measure_outside(brains, grid)
+    rim, out = measure_rim(brains.slices), outside
     bad = (rim < RIM[1]) | (out > OUTSIDE[1])
     maybe = ~bad & ((rim < RIM[0]) | (out > OUTSIDE[0]))
     said = [
@@ -771,6 +822,35 @@ def find_same_subjects(
     return as_faults([path[j] for _, j, _ in across], 'leak', text), notes
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al000027
+def note_wrong_affine(
+    path: Path,  # A volume
+    outside: np.ndarray,  # From `measure_outside`
+) -> list:  # Sentences
+    """Say so if a header names MNI space, and hardly any brain lies where the template's brain is.
+
+    Parameters
+    ----------
+    path : Path
+        A volume.
+    outside : np.ndarray
+        From `measure_outside`.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
+    import nibabel as nib
+
+    lost = np.isnan(outside)
+    if int(nib.load(path).header['sform_code']) != 4 or 2 * lost.sum() <= len(lost):
+        return []
+    return [
+        f'{lost.sum()} of {len(lost)} brains do not lie where their headers place them: the headers'
+        ' say MNI152, and the brain of that template is elsewhere. The affine may be wrong'
+    ]
+
+
 def find_side_cm(
     pose: pd.DataFrame,  # From `measure_pose`
     side: int,  # Longer side of the images, pixels
@@ -830,14 +910,18 @@ def check_alignment(
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
-    volume = is_volume(brains.units.path[0])
-    grid = read_grid(Path(root) / brains.units.path[0]) if volume else None
-    skull, said, bad = find_unstripped(brains, grid)
+    volume = brains.planes.min() >= 0
+    outside = np.full(n, np.nan)
+    if volume:
+        path = Path(root) / brains.units.path[0]
+        outside = measure_outside(brains, read_grid(path))
+        notes += note_wrong_affine(path, outside)
+    skull, said, bad = find_unstripped(brains, outside)
     faults, notes = [skull], notes + said
     if n > 1:
         pose = measure_pose(brains.slices)
         straight = straighten(brains.slices, pose)
-        compared = compare_brains(straight, pose)
+        compared = compare_brains(straight, pose, brains.positions)
         found, said, odd = find_unaligned(
             brains.units, compared, find_side_cm(pose, side, voxel_mm)
         )

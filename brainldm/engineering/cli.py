@@ -116,7 +116,8 @@ class Prepare:
 
         found = prepare_cohort(self.raw, self.out, self.config)
         print(found)
-        print(f'Next: brainldm check {self.out}')
+        if (found.quality.status != 'refused').any():
+            print(f'Next: brainldm check {self.out}')
         return 0 if found.ok else 1
 
 # %% ../../nbs/engineering/39_cli.ipynb #0d6bca3a

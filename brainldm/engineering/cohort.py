@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .checks import DataFault, check_installed, printable
 from .configs import DataConfig, PrepareConfig, SourceOptions
 from .files import as_faults, write_atomic
-from .layouts import find_table
+from .layouts import describe_faults, find_table
 from brainldm.engineering.prepare import (
     LIMITS,
     PLANES,
@@ -642,13 +642,15 @@ class Cohort:
         shown = ', '.join(
             f'{counts[o]} {o}' for o in ('good', 'accepted', 'refused') if o in counts
         )
-        out = [f'{self.layout}: {len(self.quality)} heads: {shown}']
+        out = [f'{self.layout or "no head"}: {len(self.quality)} heads{": " * bool(shown)}{shown}']
         out += [f'note: {printable(o)}' for o in self.notes]
-        lines = self.faults.fault + ': ' + self.faults.path + ': ' + self.faults.detail
-        out += [f'fault: {printable(o)}' for o in lines]
+        for kind, part in self.faults.groupby('fault'):
+            out += [f'fault: {kind} ({len(part)})', *(f'  {o}' for o in describe_faults(part))]
         bad = self.quality[self.quality.status == 'refused']
         out += [f'refused: {o.name}: {printable(o.reasons)}' for o in bad.itertuples(index=False)]
-        return '\n'.join([*out, f'Look at {self.out / "quality.html"}, the doubtful heads first.'])
+        if len(self.quality):
+            out.append(f'Look at {self.out / "quality.html"}, the doubtful heads first.')
+        return '\n'.join(out)
 
 
 def prepare_cohort(
