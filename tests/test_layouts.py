@@ -128,6 +128,15 @@ def test_a_pattern_of_volumes(tmp_path):
     assert set(report.manifest.slice) == {1, 2, 3} and report.voxel_mm == (2, 2)
 
 
+def test_any_table_that_names_subjects_of_a_pattern_is_read(tmp_path):
+    make_stacks(tmp_path, 'P0{i}-z{k}.png')
+    table = pd.DataFrame(dict(ID=[f'P0{i}' for i in range(5)], Group='AD', Age=range(60, 65)))
+    table.to_csv(tmp_path / 'demographics.csv', index=False)
+    report = look(tmp_path, by_pattern('{subject}-z{slice}.png'))
+    assert report.ok and set(report.manifest.diagnosis) == {'AD'}, str(report)
+    assert report.manifest.drop_duplicates('subject').age.sum() == 310
+
+
 def test_a_manifest_and_a_pattern_are_refused_together(tmp_path):
     make_stacks(tmp_path, 'P0{i}-z{k}.png')
     (tmp_path / 'manifest.csv').write_text('path,subject,slice\nP00-z0.png,1,0\n')

@@ -1569,7 +1569,9 @@ def read_layout(
             f"read_layout: '{root}' looks like layout {layout} and holds no scan. Expected images"
             " or volumes. Check the folder."
         )
-    table, more = find_table(root, config, rows)
+    # by a pattern the subject is known; any table that names it may be the one
+    named = rows.assign(unit=rows.subject, place=rows.subject) if layout == 'pattern' else rows
+    table, more = find_table(root, config, named)
     if table is not None:
         refuse_pointed_table(Path(table))
     rows, unclear, said = name_rows(rows, None if table is None else read_subjects(table), config)
