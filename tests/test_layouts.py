@@ -293,6 +293,7 @@ def test_volumes_in_split_and_class_folders(tmp_path, names):
     assert report.ok and set(report.manifest.split) == {'train', 'validate', 'test'}, str(report)
     assert set(report.manifest.subject) == {f'P{i}' for i in range(12)}
     assert set(report.manifest.diagnosis) == {'AD', 'NC'}
+    assert any('nc taken for NC' in o for o in report.notes)
     # one subject in two folders of splits is not two subjects
     make_volume(tmp_path / f'{names[1]}/AD/P0/brain.nii.gz', other_head(50))
     assert not look(tmp_path).ok
@@ -304,6 +305,16 @@ def test_other_folders_are_no_classes(tmp_path):
         make_volume(tmp_path / path, other_head(i))
     report = look(tmp_path)
     assert report.ok and report.manifest.diagnosis.isna().all(), str(report)
+
+
+def test_folders_that_may_be_classes_are_named(tmp_path):
+    for i in range(6):
+        make_volume(tmp_path / f'Group{i % 2}/P{i}.nii.gz', other_head(i))
+    report = look(tmp_path)
+    assert report.manifest.diagnosis.isna().all()
+    assert any('Group0, Group1 are not taken for a diagnosis' in o for o in report.notes)
+    config = by_pattern('{diagnosis}/{subject}.nii.gz')
+    assert set(look(tmp_path, config).manifest.diagnosis) == {'Group0', 'Group1'}
 
 
 def test_volumes_counted_anew_in_every_class(tmp_path):
