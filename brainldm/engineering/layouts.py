@@ -205,7 +205,6 @@ def suggest_pattern(
             pattern = f'{{{field}}}/{pattern}'
     return pattern
 
-
 # %% ../../nbs/engineering/25_layouts.ipynb #pars0006
 def find_image_layout(
     root: Path,  # Folder
@@ -687,7 +686,9 @@ def note_other_folders(
     list
         Sentences.
     """
-    parts = pd.DataFrame([o.split('/') for o in paths if o.count('/') == 1], columns=['top', 'name'])
+    parts = pd.DataFrame(
+        [o.split('/') for o in paths if o.count('/') == 1], columns=['top', 'name']
+    )
     begins = [name.startswith(top) for top, name in zip(parts.top, parts.name)]
     if len(parts) < len(paths) or not len(parts) or any(begins) or parts.name.duplicated().any():
         return []
