@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'OTHER_FORMS', 'DICOM_SUFFIX', 'DICOM_NAME', 'CLASSES', 'NAMELESS', 'STRIPPED', 'LONI', 'MAPS', 'PARTIAL',
            'MP2RAGE', 'EARLY', 'FOLDER_HEADS', 'COLUMNS', 'OASIS_FILES', 'SURFER_FILES', 'SURFER_AVERAGES',
            'SourceOptions', 'Heads', 'form_of', 'stem_of', 'say_left', 'list_heads', 'find_pointer', 'find_contrast',
-           'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'says_nobody', 'name_unknown',
+           'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'is_nameless', 'name_unknown',
            'identify_heads', 'name_restarts', 'name_layout', 'bids_parts', 'pick_bids', 'pick_space', 'pick_surfer',
            'pick_cat12', 'oasis_axes', 'pick_oasis', 'choose_contrast', 'natural', 'choose_visits', 'pick_heads',
            'find_heads', 'refuse_heads', 'explain_nothing', 'match_only', 'set_axes', 'orient_by_name', 'check_image',
@@ -496,7 +496,7 @@ def bare_name(
     return text, parts
 
 
-def says_nobody(
+def is_nameless(
     text: str,  # Name of a folder or file
 ) -> bool:  # True for T1, anat, visit1, brain
     """Tell names that speak of a scan, and not of a subject.
@@ -537,13 +537,13 @@ def name_unknown(
     ]
     stems = [re.sub(STRIPPED, '', p.split('/')[-1], flags=re.IGNORECASE) for p in places]
     while min(map(len, cut), default=0) > 1 and len({o[0] for o in cut}) == 1:
-        if all(says_nobody(o[1]) for o in cut):
+        if all(is_nameless(o[1]) for o in cut):
             break
         cut = [o[1:] for o in cut]
     num_tops = len({o[0] for o in cut if o})
     by_folder = min(map(len, cut), default=0) > 0 and num_tops * FOLDER_HEADS >= len(places)
     number = lambda text: bool(re.search(r'\d', strip_parts(f'x/{text}')[0]))
-    by_folder = by_folder and (num_tops > 1 or all(map(says_nobody, stems)))
+    by_folder = by_folder and (num_tops > 1 or all(map(is_nameless, stems)))
     by_folder = by_folder and (any(number(o[0]) for o in cut) or not all(map(number, stems)))
     by_stem = (
         pd.Series(['/'.join(o) for o in cut], dtype=object).groupby(pd.Series(stems)).nunique()
@@ -598,7 +598,7 @@ def identify_heads(
             read.loc[i, 'kind'] = m[2]
     new = read.study.isna()
     rest = facts.rest[new].tolist()
-    if all(says_nobody(o) for path in rest for o in path.split('/')):
+    if all(is_nameless(o) for path in rest for o in path.split('/')):
         rest = [f'{root.resolve().name}/{o}' for o in rest]
     guess = name_unknown(rest)
     folders = guess.attrs['folders']
@@ -935,7 +935,7 @@ def pick_oasis(
     if not ranks:
         return None
     rows = found[found.path.isin(list(ranks))].assign(rank=lambda o: o.path.map(ranks))
-    visit = rows.path.map(lambda o: re.search(r'OAS1_\d{4}_MR\d', o)[0])
+    visit = rows.path.str.extract(r'(OAS1_\d{4}_MR\d)')[0]
     best = rows['rank'] == rows['rank'].groupby(visit).transform('min')
     masked = rows.path.str.contains('_masked_')
     rows = rows.assign(mask=rows.path.where(masked, None), kind='T1')
@@ -1013,7 +1013,7 @@ def choose_visits(
     repeat = rows.kind.fillna('').str.contains('repeat|-R(?:_|$)', case=False, regex=True)
     repeat |= rows.path.map(stem_of).str.contains(STRIPPED, case=False, regex=True)
     # a contrast in the folder says less than one in the name of the file
-    own = rows.path.map(lambda o: stem_of(o).rsplit('/', 1)[-1]).map(find_contrast)
+    own = pd.Series([find_contrast(stem_of(o).rsplit('/', 1)[-1]) for o in rows.path], rows.index)
     repeat = repeat.astype(int) + 2 * (own.isna() & (rows.form != 'dicom'))
     rank = rows['rank'].fillna(0).astype(int) if 'rank' in rows else pd.Series(0, rows.index)
     keys = [
@@ -1028,7 +1028,7 @@ def choose_visits(
     left = {'repeats of a visit whose first head is taken': rows.path[twice].tolist()}
     rows = rows[~twice]
     if which != 'all':
-        other = rows.subject.duplicated(keep=which)
+        other = rows.subject.duplicated(keep='first' if which == 'first' else 'last')
         text = f'heads of other sessions than the {which} of a subject (--session all takes all)'
         left[text] = rows.path[other].tolist()
         rows = rows[~other]
@@ -1166,17 +1166,17 @@ def refuse_heads(
         The heads that are there, faults of the others.
     """
     why = {}
-    for row in table.itertuples():
-        halves = [row.path[:-4] + o for o in ('.img', '.IMG')] * (row.form == 'analyze')
-        parts = [row.path, *(o for o in halves if os.path.lexists(root / o)), row.mask]
+    for row in table.to_dict('records'):
+        halves = [row['path'][:-4] + o for o in ('.img', '.IMG') if row['form'] == 'analyze']
+        parts = [row['path'], *(o for o in halves if os.path.lexists(root / o)), row['mask']]
         for path in (o for o in parts if o):
             text = find_pointer(root / path)
-            if not (path + row.subject).isprintable():
+            if not (path + row['subject']).isprintable():
                 text = 'holds characters that do not print. Expected text. Rename it'
             if text:
-                why[row.Index] = (path, 'name' if 'do not print' in text else 'pointer', text)
+                why[row['path']] = (path, 'name' if 'do not print' in text else 'pointer', text)
     faults = as_faults(*(zip(*why.values()) if why else [[]]))
-    return table.drop(list(why)).reset_index(drop=True), faults
+    return table[~table.path.isin(list(why))].reset_index(drop=True), faults
 
 
 def explain_nothing(
