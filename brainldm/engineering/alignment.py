@@ -420,7 +420,8 @@ def compare_brains(
     level, rise = find_levels(straight, one, positions)
     others = fits.drop(columns='as it is')
     gain = others.max(axis=1) - fits['as it is']
-    if not gain[gain <= 0].median() < ORIENTED:  # nothing in these images says which end is the front
+    # nothing in these images says which end is the front
+    if not gain[gain <= 0].median() < ORIENTED:
         gain = gain.clip(upper=0)
     double = np.deg2rad(2 * pose.angle)  # an axis has no head: 180 degrees are none
     usual = np.arctan2(np.sin(double).median(), np.cos(double).median())
