@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .files import as_faults, read_grid
+from .files import as_faults, is_volume, read_grid
 
 SIDE = 48  # Pixels a side of the small copy of a slice
 STRAIGHT_SIDE = 24  # Pixels a side once a brain is centered and upright
@@ -916,7 +916,7 @@ def check_alignment(
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
-    volume = brains.planes.min() >= 0
+    volume = is_volume(brains.units.path[0])  # a page of a TIFF has a plane, too
     outside = np.full(n, np.nan)
     if volume:
         path = Path(root) / brains.units.path[0]
