@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -424,7 +425,7 @@ def compare_brains(
     if not gain[gain <= 0].median() < ORIENTED:
         gain = gain.clip(upper=0)
     double = np.deg2rad(2 * pose.angle)  # an axis has no head: 180 degrees are none
-    usual = np.arctan2(np.sin(double).median(), np.cos(double).median())
+    usual = np.arctan2(np.median(np.sin(double)), np.median(np.cos(double)))
     turn = np.rad2deg(np.abs(np.angle(np.exp(1j * (double - usual))))) / 2
     return pd.DataFrame(
         dict(
@@ -616,8 +617,8 @@ def measure_band(
     image = image[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
     h, w = (max(round(n * HEAD_SIDE / max(image.shape)), 1) for n in image.shape)
     image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
-    filled = np.pad(ndimage.binary_fill_holes(image > dark), 1)
-    depth = np.ceil(ndimage.distance_transform_edt(filled)[1:-1, 1:-1])
+    filled = np.pad(np.asarray(ndimage.binary_fill_holes(image > dark)), 1)
+    depth = np.ceil(np.asarray(ndimage.distance_transform_edt(filled))[1:-1, 1:-1])
     ring = [np.median(image[depth == d]) for d in range(1, 10) if (depth == d).any()]
     if len(ring) < 9:
         return np.inf
@@ -663,7 +664,7 @@ def load_brain_mask() -> tuple:  # Brain (x, y, z), bool; its affine
     import nibabel as nib
 
     name = 'mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz'
-    image = nib.load(str(package_files('nilearn') / 'datasets' / 'data' / name))
+    image: Any = nib.load(str(package_files('nilearn') / 'datasets' / 'data' / name))
     return np.asanyarray(image.dataobj) > 0, image.affine
 
 
@@ -698,9 +699,9 @@ def measure_outside(
     known = np.all([(0 <= o) & (o < n) for o, n in zip((x, y, z), mask.shape)], 0)
     x, y, z = (np.clip(o, 0, n - 1) for o, n in zip((x, y, z), mask.shape))
     brain = known & mask[x, y, z]  # (k, s, s)
-    near = np.stack([ndimage.binary_dilation(o) for o in brain])  # 4 mm of grace
+    near = np.array([ndimage.binary_dilation(o) for o in brain], bool)  # 4 mm of grace
     head = weigh_foreground(brains.slices) > 0.5
-    head = np.stack([[ndimage.binary_fill_holes(o) for o in one] for one in head])
+    head = np.array([[ndimage.binary_fill_holes(o) for o in one] for one in head], bool)
     area, total = head.sum((1, 2, 3)), max(brain.sum(), 1)
     covered = (head & brain).sum((1, 2, 3)) / total
     out = (head & ~near).sum((1, 2, 3)) / np.maximum(area, 1)
@@ -849,7 +850,8 @@ def note_wrong_affine(
     import nibabel as nib
 
     lost = np.isnan(outside)
-    if int(nib.load(path).header['sform_code']) != 4 or 2 * lost.sum() <= len(lost):
+    header: Any = nib.load(path).header
+    if int(header['sform_code']) != 4 or 2 * lost.sum() <= len(lost):
         return []
     return [
         f'{lost.sum()} of {len(lost)} brains do not lie where their headers place them: the headers'

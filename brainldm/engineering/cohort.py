@@ -14,6 +14,7 @@ import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -360,7 +361,7 @@ def run_heads(
             parallel_config(backend='loky', inner_max_num_threads=1),
             tqdm(total=len(jobs), desc='prepare', unit='head', disable=not progress) as bar,
         ):
-            pool = Parallel(n_jobs=workers, return_as='generator_unordered')
+            pool: Any = Parallel(n_jobs=workers, return_as='generator_unordered')
             for record in pool(delayed(process_job)(o, workers > 1) for o in jobs):
                 refused += bool(record['reasons'])
                 bar.set_postfix(refused=refused)

@@ -45,8 +45,8 @@ def head_around_template() -> tuple:  # Intensities (x, y, z), 1 for white matte
     affine = template.affine.copy()
     affine[:3, 3] -= [before for before, _ in PAD]
     # distances are smooth: half the resolution is enough
-    half = 2 * ndimage.distance_transform_edt(~mask[::2, ::2, ::2])
-    away = ndimage.zoom(half, np.divide(mask.shape, half.shape), order=1).astype(np.float32)
+    half = 2 * np.asarray(ndimage.distance_transform_edt(~mask[::2, ::2, ::2]))
+    away = np.asarray(ndimage.zoom(half, np.divide(mask.shape, half.shape), order=1), np.float32)
     x, y, z = (
         o + affine[i, 3] for i, o in enumerate(np.ogrid[tuple(slice(n) for n in mask.shape)])
     )
@@ -208,7 +208,7 @@ def synthetic_head(
     turn = orientations.ornt_transform(
         orientations.io_orientation(scanner), orientations.axcodes2ornt(axes)
     )
-    return image.as_reoriented(turn)
+    return image.as_reoriented(turn)  # pyright: ignore[reportArgumentType]: nibabel says tuples
 
 # %% ../../nbs/engineering/46_heads.ipynb #hd180011
 ORIENTATIONS = ('RAS', 'LAS', 'PSR', 'LPI', 'ASL')  # Axis orders that converters write
@@ -255,9 +255,10 @@ def write_heads(
         name, diagnosis = f'sub-{i+1:04d}', ('NC', 'AD')[i % 2]
         age, sex = int(rng.integers(60, 90)), 'FM'[int(rng.integers(2))]
         tilt, shift = tuple(rng.normal(0, 6, 3)), tuple(rng.normal(0, 6, 3))
+        x, y, z = VOXELS[i % len(VOXELS)]
         image = synthetic_head(
             int(rng.integers(2**31)),
-            tuple(config.voxel_scale * o for o in VOXELS[i % len(VOXELS)]),
+            (config.voxel_scale * x, config.voxel_scale * y, config.voxel_scale * z),
             ORIENTATIONS[i % len(ORIENTATIONS)],
             tilt,
             shift,

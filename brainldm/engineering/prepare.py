@@ -16,8 +16,8 @@ from .checks import DataFault, check_installed
 from .files import fill_background
 
 if TYPE_CHECKING:
-    import nibabel as nib
     import SimpleITK as sitk
+    from nibabel.spatialimages import SpatialImage
 
 # %% auto #0
 __all__ = ['PLANES', 'VERSION', 'MAX_VOXEL_MM', 'MIN_EXTENT_MM', 'FLAT_FRACTION', 'CT_AIR', 'STRIPPED', 'WHITE', 'LIMITS',
@@ -178,13 +178,13 @@ def refuse_head(
 
 
 def canonical_head(
-    image: nib.spatialimages.SpatialImage,  # As nibabel opens it
+    image: SpatialImage,  # As nibabel opens it
 ) -> Scan:  # Axes to the right, front and top (RAS), float32, no NaN
     """Turn a head to the right, the front and the top, and refuse what cannot be a T1 brain.
 
     Parameters
     ----------
-    image : nib.spatialimages.SpatialImage
+    image : SpatialImage
         As nibabel opens it.
 
     Returns
@@ -205,7 +205,8 @@ def canonical_head(
         raise DataFault(
             'shape', f'a volume of shape {shape}; expected one of three axes. Save one frame of it'
         )
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6:
+    affine = np.asarray(image.affine, float)
+    if affine.shape != (4, 4) or not abs(np.linalg.det(affine[:3, :3])) > 1e-6:
         raise DataFault('orientation', 'an affine without volume; expected three axes in mm')
     image = nib.as_closest_canonical(image)
     voxels = np.asanyarray(image.dataobj).reshape(image.shape[:3]).astype(np.float32)
@@ -215,7 +216,7 @@ def canonical_head(
     voxels, num_nan = fill_background(voxels)
     if num_nan:
         notes.append(f'{num_nan} voxels were NaN, taken as background')
-    scan = Scan(voxels, image.affine, notes)
+    scan = Scan(voxels, np.asarray(image.affine, float), notes)
     refuse_head(scan)
     return scan
 
@@ -318,9 +319,9 @@ def extract_brain(
     light = scan.voxels > 0.02 * np.percentile(scan.voxels[found], 95)
     if (light & ~found).sum() > STRIPPED * found.sum():
         return found, 'deepbet'
-    pieces, n = ndimage.label(light)
-    largest = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1 if n else light
-    return ndimage.binary_fill_holes(largest), 'stripped'
+    labels, _ = ndimage.label(light)  # pyright: ignore[reportGeneralTypeIssues]
+    largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
+    return np.asarray(ndimage.binary_fill_holes(largest)), 'stripped'
 
 # %% ../../nbs/engineering/26_prepare.ipynb #pr180017
 def to_itk(
@@ -743,16 +744,16 @@ class Prepared:
 
 def prepare_head(
     # As nibabel opens it, with an affine that can be trusted
-    image: nib.spatialimages.SpatialImage,
-    mask: nib.spatialimages.SpatialImage | None = None,  # A brain mask that came with it
+    image: SpatialImage,
+    mask: SpatialImage | None = None,  # A brain mask that came with it
 ) -> Prepared:  # The brain on the grid of the template, and what was measured
     """Turn a raw T1 head into an aligned, bias-corrected, skull-stripped, scaled volume of 1 mm.
 
     Parameters
     ----------
-    image : nib.spatialimages.SpatialImage
+    image : SpatialImage
         As nibabel opens it, with an affine that can be trusted.
-    mask : nib.spatialimages.SpatialImage | None, default None
+    mask : SpatialImage | None, default None
         A brain mask that came with it.
 
     Returns

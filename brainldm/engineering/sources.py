@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'OTHER_FORMS', 'DICOM_SUFFIX', 'DICOM_NAME', 'CLASSES', 'NAMELESS', 'STRIPPED', 'LONI', 'MAPS', 'PARTIAL',
-           'MP2RAGE', 'EARLY', 'FOLDER_HEADS', 'COLUMNS', 'OASIS_FILES', 'SURFER_FILES', 'SURFER_AVERAGES',
-           'SourceOptions', 'Heads', 'form_of', 'stem_of', 'say_left', 'list_heads', 'find_pointer', 'find_contrast',
-           'is_dicom', 'read_series', 'list_dicom', 'read_folders', 'bare_name', 'is_nameless', 'name_unknown',
-           'identify_heads', 'name_restarts', 'name_layout', 'bids_parts', 'pick_bids', 'pick_space', 'pick_surfer',
-           'pick_cat12', 'oasis_axes', 'pick_oasis', 'choose_contrast', 'natural', 'choose_visits', 'pick_heads',
-           'find_heads', 'refuse_heads', 'explain_nothing', 'match_only', 'set_axes', 'orient_by_name', 'check_image',
-           'read_volume', 'convert_series', 'read_head']
+           'MP2RAGE', 'EARLY', 'FOLDER_HEADS', 'COLUMNS', 'OASIS_FILES', 'SURFER_FILES', 'SURFER_AVERAGES', 'Heads',
+           'form_of', 'stem_of', 'say_left', 'list_heads', 'find_pointer', 'find_contrast', 'is_dicom', 'read_series',
+           'list_dicom', 'read_folders', 'bare_name', 'is_nameless', 'name_unknown', 'identify_heads', 'name_restarts',
+           'name_layout', 'bids_parts', 'pick_bids', 'pick_space', 'pick_surfer', 'pick_cat12', 'oasis_axes',
+           'pick_oasis', 'choose_contrast', 'natural', 'choose_visits', 'pick_heads', 'find_heads', 'refuse_heads',
+           'explain_nothing', 'match_only', 'set_axes', 'orient_by_name', 'check_image', 'read_volume',
+           'convert_series', 'read_head']
 
 # %% ../../nbs/engineering/43_sources.ipynb #src00003
 import fnmatch
@@ -97,26 +97,7 @@ SURFER_FILES = ('T1', 'nu', 'orig', 'norm', 'brain', 'brainmask')
 SURFER_AVERAGES = r'fsaverage\d?(?:_sym)?|[lr]h\.EC_average|cvs_avg35.*|V1_average|sample-\d+.*'
 
 # %% ../../nbs/engineering/43_sources.ipynb #opt00001
-@dataclass(frozen=True)
-class SourceOptions:
-    """Which of the heads in a folder are taken.
-
-    Attributes
-    ----------
-    suffix : str, default 'T1w'
-        Contrast, as BIDS writes it at the end of a name.
-    session : Literal['first', 'last', 'all'], default 'first'
-        Which visits of a subject.
-    space : str | None, default None
-        Space of BIDS derivatives; None: the subject's own.
-    only : str | None, default None
-        Pattern of file names, as in a shell.
-    """
-
-    suffix: str = 'T1w'  # Contrast, as BIDS writes it at the end of a name
-    session: Literal['first', 'last', 'all'] = 'first'  # Which visits of a subject
-    space: str | None = None  # Space of BIDS derivatives; None: the subject's own
-    only: str | None = None  # Pattern of file names, as in a shell
+from .configs import SourceOptions
 
 # %% ../../nbs/engineering/43_sources.ipynb #hds00001
 @dataclass
