@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SIDE', 'STRAIGHT_SIDE', 'POSITIONS', 'DESCRIBED', 'COMMON', 'FOREGROUND', 'LENGTH_CM', 'FLIPS', 'ELONGATED',
            'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'RISE', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM', 'LOOK_AGAIN',
-           'HEAD_SIDE', 'OUTSIDE', 'SAME', 'SAME_LEFT', 'describe_slice', 'read_descriptions', 'find_described',
-           'Brains', 'gather_brains', 'find_bright', 'weigh_foreground', 'measure_pose', 'straighten', 'correlate',
-           'compare_with', 'find_median_brain', 'find_levels', 'compare_brains', 'explain_pose', 'find_unaligned',
-           'measure_band', 'measure_rim', 'load_brain_mask', 'measure_outside', 'find_unstripped', 'find_similar_pairs',
-           'find_same_subjects', 'note_wrong_affine', 'find_side_cm', 'check_alignment']
+           'LEAST_SIDE', 'HEAD_SIDE', 'OUTSIDE', 'SAME', 'SAME_LEFT', 'describe_slice', 'read_descriptions',
+           'find_described', 'Brains', 'gather_brains', 'find_bright', 'weigh_foreground', 'measure_pose', 'straighten',
+           'correlate', 'compare_with', 'find_median_brain', 'find_levels', 'compare_brains', 'explain_pose',
+           'find_unaligned', 'fill_holes', 'measure_band', 'measure_rim', 'load_brain_mask', 'measure_outside',
+           'find_unstripped', 'find_similar_pairs', 'find_same_subjects', 'look_at_template', 'find_side_cm',
+           'check_alignment']
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al00000b
 import base64
@@ -23,6 +24,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from .checks import DataFault
 from .files import as_faults, read_grid
 
 SIDE = 48  # Pixels a side of the small copy of a slice
@@ -117,8 +119,7 @@ class Brains:
         Names of the brains that lack a position.
     """
 
-    # A row a brain: subject, session, split, path (of its first slice), slices
-    units: pd.DataFrame
+    units: pd.DataFrame  # A row a brain: subject, session, split, path (of its first slice), slices
     slices: np.ndarray  # Small copies (n, k, 48, 48), float32
     positions: np.ndarray  # Slice numbers (k,)
     planes: np.ndarray  # Plane of each position in the first brain's volume (k,); -1 for images
@@ -329,10 +330,7 @@ def compare_with(
     inside = one > FOREGROUND * np.percentile(one, 99)
     ways = {'as it is': lambda o: o, **FLIPS}
     return pd.DataFrame(
-        {
-            k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0]
-            for k, turn in ways.items()
-        }
+        {k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0] for k, turn in ways.items()}
     )
 
 
@@ -420,8 +418,8 @@ def compare_brains(
     level, rise = find_levels(straight, one, positions)
     others = fits.drop(columns='as it is')
     gain = others.max(axis=1) - fits['as it is']
-    double = np.deg2rad(2 * pose.angle)  # an axis has no head: 180 degrees are none
-    usual = np.arctan2(np.sin(double).median(), np.cos(double).median())
+    double = np.deg2rad(2 * pose.angle.to_numpy())  # an axis has no head: 180 degrees are none
+    usual = np.arctan2(np.median(np.sin(double)), np.median(np.cos(double)))
     turn = np.rad2deg(np.abs(np.angle(np.exp(1j * (double - usual))))) / 2
     return pd.DataFrame(
         dict(
@@ -495,9 +493,7 @@ def explain_pose(
             f' (correlation {best:.2f} instead of {brain.similarity:.2f})'
         )
     elif brain.similarity < SIMILARITY[level]:
-        said.append(
-            f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}'
-        )
+        said.append(f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}')
     return said
 
 
@@ -561,16 +557,14 @@ def find_unaligned(
 def _blame_cohort(compared, bad):
     "One fault for all brains: how far they scatter, beside aligned ones."
     off = np.maximum(compared.ratio, 1 / compared.ratio.clip(1e-6)) - 1
-    flips, levels = (
-        (compared[o] > limit[1]).sum() for o, limit in (('gain', GAIN), ('rise', RISE))
-    )
+    flips, levels = ((compared[o] > limit[1]).sum() for o, limit in (('gain', GAIN), ('rise', RISE)))
     return as_faults(
         [f'{len(bad)} brains'],
         'alignment',
         f'{bad.sum()} of them do not lie like the others: half of the centers are'
         f' {compared.shift_cm.median():.1f} cm or more from the middle one (aligned brains: up to'
-        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the'
-        f' directions by {compared.turn.median():.0f} degrees or more (3)'
+        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the directions by'
+        f' {compared.turn.median():.0f} degrees or more (3)'
         + f', {flips} fit better turned around' * bool(flips)
         + f', {levels} lie too high or too low' * bool(levels)
         + '. Expected brains on one template. Align them with `brainldm prepare`; --skip-faulty'
@@ -580,8 +574,29 @@ def _blame_cohort(compared, bad):
 # %% ../../nbs/engineering/44_alignment.ipynb #al000021
 RIM = (0.85, 0.7)  # Doubtful, clear. 159 stripped subjects 0.99 and more, heads 0.2 to 0.6
 LOOK_AGAIN = 0.95  # Below it, more than one slice is looked at
+LEAST_SIDE = 32  # Pixels of an image, below which bone would be thinner than one
 HEAD_SIDE = 44  # Pixels of the longer side of a head when its rim is measured, 4 to 5 mm each
 OUTSIDE = (0.15, 0.25)  # Doubtful, clear: part of the foreground outside of the template's brain
+
+
+def fill_holes(
+    mask: np.ndarray,  # bool (s, s)
+) -> np.ndarray:  # bool (s, s)
+    """What is enclosed by foreground is foreground.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        bool (s, s).
+
+    Returns
+    -------
+    np.ndarray
+        bool (s, s).
+    """
+    from scipy import ndimage
+
+    return np.asarray(ndimage.binary_fill_holes(mask), bool)
 
 
 def measure_band(
@@ -610,8 +625,8 @@ def measure_band(
     image = image[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
     h, w = (max(round(n * HEAD_SIDE / max(image.shape)), 1) for n in image.shape)
     image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
-    filled = np.pad(ndimage.binary_fill_holes(image > dark), 1)
-    depth = np.ceil(ndimage.distance_transform_edt(filled)[1:-1, 1:-1])
+    filled = np.pad(fill_holes(image > dark), 1)
+    depth = np.ceil(np.asarray(ndimage.distance_transform_edt(filled))[1:-1, 1:-1])
     ring = [np.median(image[depth == d]) for d in range(1, 10) if (depth == d).any()]
     if len(ring) < 9:
         return np.inf
@@ -621,8 +636,7 @@ def measure_band(
 
 def measure_rim(
     slices: np.ndarray,  # Small copies (n, k, s, s)
-    # Brightness of the dark band under the rim (n,); about 1 or more without a skull
-) -> np.ndarray:
+) -> np.ndarray:  # Brightness of the dark band under the rim (n,); about 1 or more without a skull
     """Look for bone in the middle slice of each brain, and in two more where there may be some.
 
     Parameters
@@ -657,7 +671,8 @@ def load_brain_mask() -> tuple:  # Brain (x, y, z), bool; its affine
     import nibabel as nib
 
     name = 'mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz'
-    image = nib.load(str(package_files('nilearn') / 'datasets' / 'data' / name))
+    path = package_files('nilearn') / 'datasets' / 'data' / name
+    image = nib.Nifti1Image.load(str(path))
     return np.asanyarray(image.dataobj) > 0, image.affine
 
 
@@ -692,9 +707,9 @@ def measure_outside(
     known = np.all([(0 <= o) & (o < n) for o, n in zip((x, y, z), mask.shape)], 0)
     x, y, z = (np.clip(o, 0, n - 1) for o, n in zip((x, y, z), mask.shape))
     brain = known & mask[x, y, z]  # (k, s, s)
-    near = np.stack([ndimage.binary_dilation(o) for o in brain])  # 4 mm of grace
+    near = np.stack([np.asarray(ndimage.binary_dilation(o), bool) for o in brain])  # 4 mm of grace
     head = weigh_foreground(brains.slices) > 0.5
-    head = np.stack([[ndimage.binary_fill_holes(o) for o in one] for one in head])
+    head = np.stack([np.stack([fill_holes(o) for o in one]) for one in head])
     area, total = head.sum((1, 2, 3)), max(brain.sum(), 1)
     covered = (head & brain).sum((1, 2, 3)) / total
     out = (head & ~near).sum((1, 2, 3)) / np.maximum(area, 1)
@@ -703,7 +718,8 @@ def measure_outside(
 
 def find_unstripped(
     brains: Brains,  # What was gathered
-    outside: np.ndarray,  # From `measure_outside`, NaN where that is not known
+    out: np.ndarray,  # From `measure_outside`, NaN where that is not known
+    side: int,  # Longer side of the images, pixels
 ) -> tuple:  # Faults of kind 'skull', notes, which brains are faulty (n,)
     """Name the brains that look as if skull and scalp were still there.
 
@@ -711,22 +727,23 @@ def find_unstripped(
     ----------
     brains : Brains
         What was gathered.
-    outside : np.ndarray
+    out : np.ndarray
         From `measure_outside`, NaN where that is not known.
+    side : int
+        Longer side of the images, pixels.
 
     Returns
     -------
     tuple
         Faults of kind 'skull', notes, which brains are faulty (n,).
     """
-    rim, out = measure_rim(brains.slices), outside
+    rim = measure_rim(brains.slices) if side >= LEAST_SIDE else np.full(len(out), np.inf)
     bad = (rim < RIM[1]) | (out > OUTSIDE[1])
     maybe = ~bad & ((rim < RIM[0]) | (out > OUTSIDE[0]))
     said = [
         '; '.join(
             ['a bright rim outside of a dark band, as of scalp and bone'] * bool(r < RIM[0])
-            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152']
-            * bool(o > OUTSIDE[0])
+            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152'] * bool(o > OUTSIDE[0])
         )
         for r, o in zip(rim, out)
     ]
@@ -805,9 +822,8 @@ def find_same_subjects(
     subject, split, path = (units[o].to_numpy() for o in ('subject', 'split', 'path'))
     pairs = find_similar_pairs(straight, subject)
     across = [o for o in pairs if split[o[0]] != split[o[1]]]
-    within = [
-        f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if split[i] == split[j]
-    ]
+    within = [f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if
+              split[i] == split[j]]
     text = [
         f'{subject[j]} ({split[j]}) looks like the same subject as {subject[i]} ({split[i]}):'
         f' correlation {r:.3f}, different subjects reach 0.89. Give both one name in the table of'
@@ -816,38 +832,46 @@ def find_same_subjects(
     ]
     notes = [
         f'{len(within)} pairs of subjects look like one subject under two names:'
-        f' {", ".join(within[:5])}'
-        + ' ...' * (len(within) > 5)
+        f' {", ".join(within[:5])}' + ' ...' * (len(within) > 5)
     ] * bool(within)
     return as_faults([path[j] for _, j, _ in across], 'leak', text), notes
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al000027
-def note_wrong_affine(
-    path: Path,  # A volume
-    outside: np.ndarray,  # From `measure_outside`
-) -> list:  # Sentences
-    """Say so if a header names MNI space, and hardly any brain lies where the template's brain is.
+def look_at_template(
+    brains: Brains,  # What was gathered
+    root: Path,  # Where paths start
+) -> tuple:  # What `measure_outside` says, NaN where nothing is known (n,); notes
+    """Lay volumes on the template as their headers say, and say so if headers name MNI space wrongly.
 
     Parameters
     ----------
-    path : Path
-        A volume.
-    outside : np.ndarray
-        From `measure_outside`.
+    brains : Brains
+        What was gathered.
+    root : Path
+        Where paths start.
 
     Returns
     -------
-    list
-        Sentences.
+    tuple
+        What `measure_outside` says, NaN where nothing is known (n,); notes.
     """
     import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
 
-    lost = np.isnan(outside)
-    if int(nib.load(path).header['sform_code']) != 4 or 2 * lost.sum() <= len(lost):
-        return []
-    return [
-        f'{lost.sum()} of {len(lost)} brains do not lie where their headers place them: the headers'
-        ' say MNI152, and the brain of that template is elsewhere. The affine may be wrong'
+    path, n = root / brains.units.path[0], len(brains.units)
+    if brains.planes.min() < 0:
+        return np.full(n, np.nan), []
+    try:
+        grid, header = read_grid(path), nib.Nifti1Image.load(path).header
+    except (DataFault, ImageFileError):  # pages of a file without affine
+        return np.full(n, np.nan), []
+    outside = measure_outside(brains, grid)
+    lost = int(np.isnan(outside).sum())
+    if int(header['sform_code']) != 4 or 2 * lost <= n:
+        return outside, []
+    return outside, [
+        f'{lost} of {n} brains do not lie where their headers place them: the headers say MNI152,'
+        ' and the brain of that template is elsewhere. The affine may be wrong'
     ]
 
 
@@ -905,18 +929,13 @@ def check_alignment(
     n, left = len(brains.units), brains.left_out
     notes = [
         f'{len(left)} of {len(left) + n} brains lack slice positions that most have, and were not'
-        f' compared: {", ".join(left[:5])}'
-        + ' ...' * (len(left) > 5)
+        f' compared: {", ".join(left[:5])}' + ' ...' * (len(left) > 5)
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
-    volume = brains.planes.min() >= 0
-    outside = np.full(n, np.nan)
-    if volume:
-        path = Path(root) / brains.units.path[0]
-        outside = measure_outside(brains, read_grid(path))
-        notes += note_wrong_affine(path, outside)
-    skull, said, bad = find_unstripped(brains, outside)
+    outside, said = look_at_template(brains, Path(root))
+    notes += said
+    skull, said, bad = find_unstripped(brains, outside, side)
     faults, notes = [skull], notes + said
     if n > 1:
         pose = measure_pose(brains.slices)
@@ -928,8 +947,8 @@ def check_alignment(
         faults, notes, bad = [*faults, found], notes + said, bad | odd
         if len(found) and not odd.any():
             notes.append(
-                'the same subject under two names was not looked for: the brains are not aligned,'
-                ' and their correlations mean nothing'
+                'the same subject under two names was not looked for: the brains are not aligned, and'
+                ' their correlations mean nothing'
             )
         else:
             good = ~bad
