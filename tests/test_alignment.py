@@ -133,6 +133,17 @@ def test_left_for_right_cannot_be_seen(cohort, tmp_path):
     assert check(write_images(tmp_path, volumes)).ok
 
 
+def test_images_without_a_front_are_not_turned_around(tmp_path):
+    "Ellipses with waves in them: nothing says which end is the front, so no flip is claimed."
+    x, y = np.meshgrid(np.linspace(-1, 1, 64), np.linspace(-1, 1, 64))
+    shell = np.clip(1 - (x / 0.7) ** 2 - (y / 0.85) ** 2, 0, None) ** 0.5
+    waves = [1 + 0.2 * np.sin(9 * x + i) + 0.2 * np.cos(7 * y + i) for i in range(6)]
+    volumes = [np.stack([(180 * shell * o).astype(np.uint8)] * 3) for o in waves]
+    for volume, noise in zip(volumes, np.random.default_rng(0).integers(0, 9, (6, 3, 64, 64))):
+        volume[:] = np.where(volume > 0, volume + noise, 0)
+    assert 'alignment' not in set(check(write_images(tmp_path, volumes)).faults.fault)
+
+
 @pytest.mark.parametrize('way', ['scattered', 'half front to back', 'sizes', 'turned'])
 def test_a_cohort_without_alignment_is_one_fault(way, bench, cohort, tmp_path):
     rng = np.random.default_rng(1)

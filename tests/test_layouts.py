@@ -128,6 +128,15 @@ def test_a_pattern_of_volumes(tmp_path):
     assert set(report.manifest.slice) == {1, 2, 3} and report.voxel_mm == (2, 2)
 
 
+def test_any_table_that_names_subjects_of_a_pattern_is_read(tmp_path):
+    make_stacks(tmp_path, 'P0{i}-z{k}.png')
+    table = pd.DataFrame(dict(ID=[f'P0{i}' for i in range(5)], Group='AD', Age=range(60, 65)))
+    table.to_csv(tmp_path / 'demographics.csv', index=False)
+    report = look(tmp_path, by_pattern('{subject}-z{slice}.png'))
+    assert report.ok and set(report.manifest.diagnosis) == {'AD'}, str(report)
+    assert report.manifest.drop_duplicates('subject').age.sum() == 310
+
+
 def test_a_manifest_and_a_pattern_are_refused_together(tmp_path):
     make_stacks(tmp_path, 'P0{i}-z{k}.png')
     (tmp_path / 'manifest.csv').write_text('path,subject,slice\nP00-z0.png,1,0\n')
@@ -150,6 +159,8 @@ def test_the_command_takes_a_pattern_and_proposes_one(tmp_path, capsys):
         ('P07-z031.png', '{subject}-z{slice}.png'),
         ('a/P07_031.jpg', '{subject}_{slice}.jpg'),
         ('P07/031.png', '{subject}/{slice}.png'),
+        ('x/AD/P07/031.tif', '{diagnosis}/{subject}/{slice}.tif'),
+        ('Train/MCI/P07-031.tif', '{split}/{diagnosis}/{subject}-{slice}.tif'),
         ('P07/axial031.png', '{subject}/axial{slice}.png'),
         ('scan.png', '{subject}-z{slice}.png'),
     ],
@@ -282,6 +293,7 @@ def test_volumes_in_split_and_class_folders(tmp_path, names):
     assert report.ok and set(report.manifest.split) == {'train', 'validate', 'test'}, str(report)
     assert set(report.manifest.subject) == {f'P{i}' for i in range(12)}
     assert set(report.manifest.diagnosis) == {'AD', 'NC'}
+    assert any('nc taken for NC' in o for o in report.notes)
     # one subject in two folders of splits is not two subjects
     make_volume(tmp_path / f'{names[1]}/AD/P0/brain.nii.gz', other_head(50))
     assert not look(tmp_path).ok
@@ -293,6 +305,16 @@ def test_other_folders_are_no_classes(tmp_path):
         make_volume(tmp_path / path, other_head(i))
     report = look(tmp_path)
     assert report.ok and report.manifest.diagnosis.isna().all(), str(report)
+
+
+def test_folders_that_may_be_classes_are_named(tmp_path):
+    for i in range(6):
+        make_volume(tmp_path / f'Group{i % 2}/P{i}.nii.gz', other_head(i))
+    report = look(tmp_path)
+    assert report.manifest.diagnosis.isna().all()
+    assert any('Group0, Group1 are not taken for a diagnosis' in o for o in report.notes)
+    config = by_pattern('{diagnosis}/{subject}.nii.gz')
+    assert set(look(tmp_path, config).manifest.diagnosis) == {'Group0', 'Group1'}
 
 
 def test_volumes_counted_anew_in_every_class(tmp_path):

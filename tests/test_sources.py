@@ -16,7 +16,7 @@ from brainldm.engineering.sources import (
     natural,
     oasis_axes,
     read_head,
-    read_mask,
+    read_volume,
     set_axes,
 )
 
@@ -90,13 +90,12 @@ def test_bids_raw_takes_the_first_session_of_each(tmp_path):
     put(tmp_path, "sub-02/ses-M00/anat/sub-02_ses-M00_run-2_T1w.nii.gz")
     put(tmp_path, "sub-02/ses-M00/dwi/sub-02_ses-M00_dwi.nii.gz")
     put(tmp_path, "derivatives/fmriprep/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz")
-    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t70\n")
     heads = find_heads(tmp_path)
     assert told(heads) == [
         ("sub-01", "ses-M00", anat.format("01", "M00") + "_T1w.nii.gz"),
         ("sub-02", "ses-M00", anat.format("02", "M00") + "_T1w.nii.gz"),
     ]
-    assert heads.layout == "BIDS, raw" and [o.name for o in heads.tables] == ["participants.tsv"]
+    assert heads.layout == "BIDS, raw"
     notes = " ".join(heads.notes)
     assert "1 preprocessed volumes" in notes and "1 heads of other sessions than the first" in notes
     assert "4 volumes other than T1w" in notes and "1 repeats of a visit" in notes
@@ -140,12 +139,10 @@ def test_adni_tree_takes_one_scan_a_visit(tmp_path):
     )
     for kind, day, image in rows:
         put(tmp_path, ADNI.format(kind, day, image, kind, image))
-    (tmp_path / "ADNI1_1_02_2020.csv").write_text("Image Data ID,Subject\nI45108,002_S_0295\n")
     heads = find_heads(tmp_path)
     row = heads.table.iloc[0]
     assert len(heads.table) == 1 and heads.layout == "ADNI download tree"
     assert (row.subject, row.session, row.image) == ("002_S_0295", "2006-04-18", "I45108")
-    assert [o.name for o in heads.tables] == ["ADNI1_1_02_2020.csv"]
     notes = " ".join(heads.notes)
     assert "label maps" in notes and "contrast T2" in notes and "no whole head" in notes
     assert find_heads(tmp_path, SourceOptions(session="last")).table.image[0] == "I50000"
@@ -548,10 +545,9 @@ def test_half_of_a_pair_may_be_a_pointer(tmp_path):
 
 
 def test_mask_is_read_like_a_head(tmp_path):
-    put(tmp_path, "bert/mri/T1.mgz", "bert/mri/brainmask.mgz", "x/T1.nii")
-    row = find_heads(tmp_path / "bert").table.iloc[0]
-    assert read_mask(tmp_path / "bert", row).shape == SHAPE
-    assert read_mask(tmp_path / "x", find_heads(tmp_path / "x").table.iloc[0]) is None
+    put(tmp_path, "mri/T1.mgz", "mri/brainmask.mgz")
+    row = find_heads(tmp_path).table.iloc[0]
+    assert read_volume(tmp_path / row["mask"]).shape == SHAPE
 
 
 def test_only_space_is_taken(tmp_path):

@@ -7,12 +7,12 @@ __all__ = ['SPLITS', 'SPLIT_FOLDERS', 'COLUMNS', 'TABLES', 'OASIS_IMAGE', 'IMAGE
            'ARRAYS', 'OTHER_FORMATS', 'PREPARED', 'FAULT_LINES', 'parse_image_path', 'refuse_unknown_subjects',
            'suggest_pattern', 'find_image_layout', 'is_dicom', 'explain_folder', 'find_layout', 'pick_files',
            'unify_classes', 'list_images', 'compile_pattern', 'match_pattern', 'refuse_numbered_classes',
-           'list_pattern', 'read_folders', 'expand_planes', 'name_units', 'list_volumes', 'refuse_pointed_table',
-           'check_manifest', 'read_planes', 'visits_as_subjects', 'list_manifest', 'group_grids', 'compare_grids',
-           'find_voxel_mm', 'check_grids', 'merge_slices', 'describe_faults', 'Findings', 'find_table',
-           'note_unused_columns', 'note_ambiguous_numbers', 'name_rows', 'list_layout', 'note_raw_heads', 'read_layout',
-           'refuse_faults', 'upper_intensity', 'inspect_rows', 'find_stack_whites', 'inspect_files',
-           'note_read_changes', 'find_dark', 'find_duplicates', 'find_row_faults', 'find_crop']
+           'list_pattern', 'note_other_folders', 'read_folders', 'expand_planes', 'name_units', 'list_volumes',
+           'refuse_pointed_table', 'check_manifest', 'read_planes', 'visits_as_subjects', 'list_manifest',
+           'group_grids', 'compare_grids', 'find_voxel_mm', 'check_grids', 'merge_slices', 'describe_faults',
+           'Findings', 'find_table', 'note_unused_columns', 'note_ambiguous_numbers', 'name_rows', 'list_layout',
+           'note_raw_heads', 'read_layout', 'refuse_faults', 'upper_intensity', 'inspect_rows', 'find_stack_whites',
+           'inspect_files', 'note_read_changes', 'find_dark', 'find_duplicates', 'find_row_faults', 'find_crop']
 
 # %% ../../nbs/engineering/25_layouts.ipynb #ly00000b
 import difflib, fnmatch, json, math, os, re
@@ -188,17 +188,22 @@ def suggest_pattern(
     str
         Such as '{subject}-z{slice}.png'.
     """
-    folders, _, name = path.rpartition('/')
+    *folders, name = path.split('/')
     stem, _, suffix = name.rpartition('.')
-    parts = re.fullmatch(
-        r'(?P<subject>.*?)(?P<between>[-_. ]+[a-z]*[-_. ]*)\d+', stem, re.IGNORECASE
-    )
-    if parts and re.search(r'\d', parts['subject']):
-        return '{subject}' + parts['between'] + '{slice}.' + suffix
-    number = re.fullmatch(r'(?P<before>.*?)\d+', stem)
-    if number and folders:
-        return '{subject}/' + number['before'] + '{slice}.' + suffix
-    return '{subject}-z{slice}.' + (suffix if parts or number else 'png')
+    parts = re.fullmatch(r'(.*?)([-_. ]+[a-z]*[-_. ]*)\d+', stem, re.IGNORECASE)
+    number = re.fullmatch(r'(.*?)\d+', stem)
+    if parts and re.search(r'\d', parts[1]):
+        pattern = '{subject}' + parts[2] + '{slice}.' + suffix
+    elif number and folders:
+        folders.pop()
+        pattern = '{subject}/' + number[1] + '{slice}.' + suffix
+    else:
+        return '{subject}-z{slice}.' + (suffix if number else 'png')
+    for field, known in (('diagnosis', CLASS_FOLDER), ('split', '|'.join(SPLIT_FOLDERS))):
+        if folders and re.fullmatch(known, folders[-1], re.IGNORECASE):
+            folders.pop()
+            pattern = f'{{{field}}}/{pattern}'
+    return pattern
 
 # %% ../../nbs/engineering/25_layouts.ipynb #pars0006
 def find_image_layout(
@@ -665,6 +670,36 @@ def list_pattern(
         faults = pd.concat([faults, visits_as_subjects(rows)], ignore_index=True)
     return rows, faults, notes
 
+# %% ../../nbs/engineering/25_layouts.ipynb #fold000a
+def note_other_folders(
+    paths: list,  # Paths of volumes, without folders that are known
+) -> list:  # Sentences
+    """Name folders that may be classes: each holds several volumes of names of their own.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes, without folders that are known.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
+    parts = pd.DataFrame(
+        [o.split('/') for o in paths if o.count('/') == 1], columns=['top', 'name']
+    )
+    begins = [name.startswith(top) for top, name in zip(parts.top, parts.name)]
+    if len(parts) < len(paths) or not len(parts) or any(begins) or parts.name.duplicated().any():
+        return []
+    sizes = parts.top.value_counts().sort_index()
+    if len(sizes) < 2 or sizes.min() < 2 or any(read_name(o + '/') for o in sizes.index):
+        return []
+    return [
+        f"folders {', '.join(sizes.index[:3])}{' ...' * (len(sizes) > 3)} are not taken for a"
+        " diagnosis; if they are, say so with --pattern '{diagnosis}/{subject}.nii.gz'"
+    ]
+
 # %% ../../nbs/engineering/25_layouts.ipynb #fold0001
 def read_folders(
     paths: list,  # Paths of volumes, from the data folder
@@ -698,6 +733,7 @@ def read_folders(
         )
         out = out.assign(split=None)
     out, said = unify_classes(out)
+    notes += said
     same = out[out.duplicated(['bare', 'split'], keep=False) & out.diagnosis.notna()]
     if same.diagnosis.nunique() > 1:  # counted anew in every class: the class belongs to the name
         first = same[same.bare == same.bare.iloc[0]].path
@@ -709,9 +745,10 @@ def read_folders(
     if out.diagnosis.notna().any():
         counts = ', '.join(f'{k} ({v})' for k, v in out.diagnosis.value_counts().items())
         lost = out.diagnosis.isna().sum()
-        said = [f'diagnosis of volumes read off their folders: {counts}']
-        said += [f'{lost} volumes lie in no folder of a class'] * bool(lost)
-        notes += said
+        notes.append(f'diagnosis of volumes read off their folders: {counts}')
+        notes += [f'{lost} volumes lie in no folder of a class'] * bool(lost)
+    else:
+        notes += note_other_folders(out.bare.tolist())
     return out.drop(columns='kept'), notes
 
 # %% ../../nbs/engineering/25_layouts.ipynb #expa0001
@@ -1563,7 +1600,9 @@ def read_layout(
             f"read_layout: '{root}' looks like layout {layout} and holds no scan. Expected images"
             " or volumes. Check the folder."
         )
-    table, more = find_table(root, config, rows)
+    # by a pattern the subject is known; any table that names it may be the one
+    named = rows.assign(unit=rows.subject, place=rows.subject) if layout == 'pattern' else rows
+    table, more = find_table(root, config, named)
     if table is not None:
         refuse_pointed_table(Path(table))
     rows, unclear, said = name_rows(rows, None if table is None else read_subjects(table), config)

@@ -731,7 +731,7 @@ def derive_diagnosis(
     counts = found.value_counts()
     told = ', '.join(f'{k} {counts.get(k, 0)}' for k in ('NC', 'AD'))
     out = table.assign(diagnosis=found.where(found.notna(), None))
-    out.attrs = dict(table.attrs, derived=name)
+    out.attrs = {**table.attrs, 'derived': name}
     return out, [
         f'diagnosis from {name} (0: NC, above 0: AD, blank: not known): {told}, not known'
         f' {int(found.isna().sum())}'
@@ -1009,7 +1009,7 @@ def same_level(
     words = {o: group[0] for group in SAME_LEVELS for o in group}
     plain = lambda o: words.get(str(o).strip().casefold(), str(o).strip().casefold())
     mine, its = a.map(plain), b.map(plain)
-    return (mine == its) | (mine == its.map(lambda o: WIDER.get(o, o)))
+    return (mine == its) | (mine == its.map(lambda o: WIDER.get(str(o), o)))
 
 
 def file_of(
