@@ -119,7 +119,8 @@ class Brains:
         Names of the brains that lack a position.
     """
 
-    units: pd.DataFrame  # A row a brain: subject, session, split, path (of its first slice), slices
+    # A row a brain: subject, session, split, path (of its first slice), slices
+    units: pd.DataFrame
     slices: np.ndarray  # Small copies (n, k, 48, 48), float32
     positions: np.ndarray  # Slice numbers (k,)
     planes: np.ndarray  # Plane of each position in the first brain's volume (k,); -1 for images
@@ -330,7 +331,10 @@ def compare_with(
     inside = one > FOREGROUND * np.percentile(one, 99)
     ways = {'as it is': lambda o: o, **FLIPS}
     return pd.DataFrame(
-        {k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0] for k, turn in ways.items()}
+        {
+            k: correlate(turn(straight)[:, inside], one[inside][None])[:, 0]
+            for k, turn in ways.items()
+        }
     )
 
 
@@ -499,7 +503,9 @@ def explain_pose(
             f' (correlation {best:.2f} instead of {brain.similarity:.2f})'
         )
     elif brain.similarity < SIMILARITY[level]:
-        said.append(f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}')
+        said.append(
+            f'its correlation with their mean is {brain.similarity:.2f}, theirs {usual:.2f}'
+        )
     return said
 
 
@@ -563,14 +569,16 @@ def find_unaligned(
 def _blame_cohort(compared, bad):
     "One fault for all brains: how far they scatter, beside aligned ones."
     off = np.maximum(compared.ratio, 1 / compared.ratio.clip(1e-6)) - 1
-    flips, levels = ((compared[o] > limit[1]).sum() for o, limit in (('gain', GAIN), ('rise', RISE)))
+    flips, levels = (
+        (compared[o] > limit[1]).sum() for o, limit in (('gain', GAIN), ('rise', RISE))
+    )
     return as_faults(
         [f'{len(bad)} brains'],
         'alignment',
         f'{bad.sum()} of them do not lie like the others: half of the centers are'
         f' {compared.shift_cm.median():.1f} cm or more from the middle one (aligned brains: up to'
-        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the directions by'
-        f' {compared.turn.median():.0f} degrees or more (3)'
+        f' 0.2), half of the sizes differ by {off.median():.0%} or more (2 %), half of the'
+        f' directions by {compared.turn.median():.0f} degrees or more (3)'
         + f', {flips} fit better turned around' * bool(flips)
         + f', {levels} lie too high or too low' * bool(levels)
         + '. Expected brains on one template. Align them with `brainldm prepare`; --skip-faulty'
@@ -642,7 +650,8 @@ def measure_band(
 
 def measure_rim(
     slices: np.ndarray,  # Small copies (n, k, s, s)
-) -> np.ndarray:  # Brightness of the dark band under the rim (n,); about 1 or more without a skull
+    # Brightness of the dark band under the rim (n,); about 1 or more without a skull
+) -> np.ndarray:
     """Look for bone in the middle slice of each brain, and in two more where there may be some.
 
     Parameters
@@ -713,7 +722,8 @@ def measure_outside(
     known = np.all([(0 <= o) & (o < n) for o, n in zip((x, y, z), mask.shape)], 0)
     x, y, z = (np.clip(o, 0, n - 1) for o, n in zip((x, y, z), mask.shape))
     brain = known & mask[x, y, z]  # (k, s, s)
-    near = np.stack([np.asarray(ndimage.binary_dilation(o), bool) for o in brain])  # 4 mm of grace
+    # 4 mm of grace
+    near = np.stack([np.asarray(ndimage.binary_dilation(o), bool) for o in brain])
     head = weigh_foreground(brains.slices) > 0.5
     head = np.stack([np.stack([fill_holes(o) for o in one]) for one in head])
     area, total = head.sum((1, 2, 3)), max(brain.sum(), 1)
@@ -749,7 +759,8 @@ def find_unstripped(
     said = [
         '; '.join(
             ['a bright rim outside of a dark band, as of scalp and bone'] * bool(r < RIM[0])
-            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152'] * bool(o > OUTSIDE[0])
+            + [f'{o:.0%} of the foreground lies outside of the brain of MNI152']
+            * bool(o > OUTSIDE[0])
         )
         for r, o in zip(rim, out)
     ]
@@ -828,8 +839,9 @@ def find_same_subjects(
     subject, split, path = (units[o].to_numpy() for o in ('subject', 'split', 'path'))
     pairs = find_similar_pairs(straight, subject)
     across = [o for o in pairs if split[o[0]] != split[o[1]]]
-    within = [f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if
-              split[i] == split[j]]
+    within = [
+        f'{subject[i]} and {subject[j]} ({r:.3f})' for i, j, r in pairs if split[i] == split[j]
+    ]
     text = [
         f'{subject[j]} ({split[j]}) looks like the same subject as {subject[i]} ({split[i]}):'
         f' correlation {r:.3f}, different subjects reach 0.89. Give both one name in the table of'
@@ -838,7 +850,8 @@ def find_same_subjects(
     ]
     notes = [
         f'{len(within)} pairs of subjects look like one subject under two names:'
-        f' {", ".join(within[:5])}' + ' ...' * (len(within) > 5)
+        f' {", ".join(within[:5])}'
+        + ' ...' * (len(within) > 5)
     ] * bool(within)
     return as_faults([path[j] for _, j, _ in across], 'leak', text), notes
 
@@ -935,7 +948,8 @@ def check_alignment(
     n, left = len(brains.units), brains.left_out
     notes = [
         f'{len(left)} of {len(left) + n} brains lack slice positions that most have, and were not'
-        f' compared: {", ".join(left[:5])}' + ' ...' * (len(left) > 5)
+        f' compared: {", ".join(left[:5])}'
+        + ' ...' * (len(left) > 5)
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
@@ -953,8 +967,8 @@ def check_alignment(
         faults, notes, bad = [*faults, found], notes + said, bad | odd
         if len(found) and not odd.any():
             notes.append(
-                'the same subject under two names was not looked for: the brains are not aligned, and'
-                ' their correlations mean nothing'
+                'the same subject under two names was not looked for: the brains are not aligned,'
+                ' and their correlations mean nothing'
             )
         else:
             good = ~bad
