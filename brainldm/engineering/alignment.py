@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SIDE', 'STRAIGHT_SIDE', 'POSITIONS', 'DESCRIBED', 'COMMON', 'FOREGROUND', 'LENGTH_CM', 'FLIPS', 'ORIENTED',
            'ELONGATED', 'SHIFT_CM', 'RATIO', 'TURN', 'GAIN', 'RISE', 'SIMILARITY', 'SIMILAR', 'FEW', 'RIM',
-           'LOOK_AGAIN', 'HEAD_SIDE', 'OUTSIDE', 'SAME', 'SAME_LEFT', 'describe_slice', 'read_descriptions',
-           'find_described', 'Brains', 'gather_brains', 'find_bright', 'weigh_foreground', 'measure_pose', 'straighten',
-           'correlate', 'compare_with', 'find_median_brain', 'find_levels', 'compare_brains', 'explain_pose',
-           'find_unaligned', 'measure_band', 'measure_rim', 'load_brain_mask', 'measure_outside', 'find_unstripped',
-           'find_similar_pairs', 'find_same_subjects', 'note_wrong_affine', 'find_side_cm', 'check_alignment']
+           'LOOK_AGAIN', 'LEAST_SIDE', 'HEAD_SIDE', 'OUTSIDE', 'SAME', 'SAME_LEFT', 'describe_slice',
+           'read_descriptions', 'find_described', 'Brains', 'gather_brains', 'find_bright', 'weigh_foreground',
+           'measure_pose', 'straighten', 'correlate', 'compare_with', 'find_median_brain', 'find_levels',
+           'compare_brains', 'explain_pose', 'find_unaligned', 'fill_holes', 'measure_band', 'measure_rim',
+           'load_brain_mask', 'measure_outside', 'find_unstripped', 'find_similar_pairs', 'find_same_subjects',
+           'look_at_template', 'find_side_cm', 'check_alignment']
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al00000b
 import base64
@@ -18,12 +19,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from .checks import DataFault
 from .files import as_faults, is_volume, read_grid
 
 SIDE = 48  # Pixels a side of the small copy of a slice
@@ -424,7 +425,7 @@ def compare_brains(
     # nothing in these images says which end is the front
     if not gain[gain <= 0].median() < ORIENTED:
         gain = gain.clip(upper=0)
-    double = np.deg2rad(2 * pose.angle)  # an axis has no head: 180 degrees are none
+    double = np.deg2rad(2 * pose.angle.to_numpy())  # an axis has no head: 180 degrees are none
     usual = np.arctan2(np.median(np.sin(double)), np.median(np.cos(double)))
     turn = np.rad2deg(np.abs(np.angle(np.exp(1j * (double - usual))))) / 2
     return pd.DataFrame(
@@ -587,8 +588,29 @@ def _blame_cohort(compared, bad):
 # %% ../../nbs/engineering/44_alignment.ipynb #al000021
 RIM = (0.85, 0.7)  # Doubtful, clear. 159 stripped subjects 0.99 and more, heads 0.2 to 0.6
 LOOK_AGAIN = 0.95  # Below it, more than one slice is looked at
+LEAST_SIDE = 32  # Pixels of an image, below which bone would be thinner than one
 HEAD_SIDE = 44  # Pixels of the longer side of a head when its rim is measured, 4 to 5 mm each
 OUTSIDE = (0.15, 0.25)  # Doubtful, clear: part of the foreground outside of the template's brain
+
+
+def fill_holes(
+    mask: np.ndarray,  # bool (s, s)
+) -> np.ndarray:  # bool (s, s)
+    """What is enclosed by foreground is foreground.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        bool (s, s).
+
+    Returns
+    -------
+    np.ndarray
+        bool (s, s).
+    """
+    from scipy import ndimage
+
+    return np.asarray(ndimage.binary_fill_holes(mask), bool)
 
 
 def measure_band(
@@ -617,7 +639,7 @@ def measure_band(
     image = image[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
     h, w = (max(round(n * HEAD_SIDE / max(image.shape)), 1) for n in image.shape)
     image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
-    filled = np.pad(np.asarray(ndimage.binary_fill_holes(image > dark)), 1)
+    filled = np.pad(fill_holes(image > dark), 1)
     depth = np.ceil(np.asarray(ndimage.distance_transform_edt(filled))[1:-1, 1:-1])
     ring = [np.median(image[depth == d]) for d in range(1, 10) if (depth == d).any()]
     if len(ring) < 9:
@@ -664,7 +686,8 @@ def load_brain_mask() -> tuple:  # Brain (x, y, z), bool; its affine
     import nibabel as nib
 
     name = 'mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz'
-    image: Any = nib.load(str(package_files('nilearn') / 'datasets' / 'data' / name))
+    path = package_files('nilearn') / 'datasets' / 'data' / name
+    image = nib.Nifti1Image.load(str(path))
     return np.asanyarray(image.dataobj) > 0, image.affine
 
 
@@ -699,9 +722,10 @@ def measure_outside(
     known = np.all([(0 <= o) & (o < n) for o, n in zip((x, y, z), mask.shape)], 0)
     x, y, z = (np.clip(o, 0, n - 1) for o, n in zip((x, y, z), mask.shape))
     brain = known & mask[x, y, z]  # (k, s, s)
-    near = np.array([ndimage.binary_dilation(o) for o in brain], bool)  # 4 mm of grace
+    # 4 mm of grace
+    near = np.stack([np.asarray(ndimage.binary_dilation(o), bool) for o in brain])
     head = weigh_foreground(brains.slices) > 0.5
-    head = np.array([[ndimage.binary_fill_holes(o) for o in one] for one in head], bool)
+    head = np.stack([np.stack([fill_holes(o) for o in one]) for one in head])
     area, total = head.sum((1, 2, 3)), max(brain.sum(), 1)
     covered = (head & brain).sum((1, 2, 3)) / total
     out = (head & ~near).sum((1, 2, 3)) / np.maximum(area, 1)
@@ -710,7 +734,8 @@ def measure_outside(
 
 def find_unstripped(
     brains: Brains,  # What was gathered
-    outside: np.ndarray,  # From `measure_outside`, NaN where that is not known
+    out: np.ndarray,  # From `measure_outside`, NaN where that is not known
+    side: int,  # Longer side of the images, pixels
 ) -> tuple:  # Faults of kind 'skull', notes, which brains are faulty (n,)
     """Name the brains that look as if skull and scalp were still there.
 
@@ -718,15 +743,17 @@ def find_unstripped(
     ----------
     brains : Brains
         What was gathered.
-    outside : np.ndarray
+    out : np.ndarray
         From `measure_outside`, NaN where that is not known.
+    side : int
+        Longer side of the images, pixels.
 
     Returns
     -------
     tuple
         Faults of kind 'skull', notes, which brains are faulty (n,).
     """
-    rim, out = measure_rim(brains.slices), outside
+    rim = measure_rim(brains.slices) if side >= LEAST_SIDE else np.full(len(out), np.inf)
     bad = (rim < RIM[1]) | (out > OUTSIDE[1])
     maybe = ~bad & ((rim < RIM[0]) | (out > OUTSIDE[0]))
     said = [
@@ -829,33 +856,41 @@ def find_same_subjects(
     return as_faults([path[j] for _, j, _ in across], 'leak', text), notes
 
 # %% ../../nbs/engineering/44_alignment.ipynb #al000027
-def note_wrong_affine(
-    path: Path,  # A volume
-    outside: np.ndarray,  # From `measure_outside`
-) -> list:  # Sentences
-    """Say so if a header names MNI space, and hardly any brain lies where the template's brain is.
+def look_at_template(
+    brains: Brains,  # What was gathered
+    root: Path,  # Where paths start
+) -> tuple:  # What `measure_outside` says, NaN where nothing is known (n,); notes
+    """Lay volumes on the template as their headers say, and say so if headers name MNI space wrongly.
 
     Parameters
     ----------
-    path : Path
-        A volume.
-    outside : np.ndarray
-        From `measure_outside`.
+    brains : Brains
+        What was gathered.
+    root : Path
+        Where paths start.
 
     Returns
     -------
-    list
-        Sentences.
+    tuple
+        What `measure_outside` says, NaN where nothing is known (n,); notes.
     """
     import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
 
-    lost = np.isnan(outside)
-    header: Any = nib.load(path).header
-    if int(header['sform_code']) != 4 or 2 * lost.sum() <= len(lost):
-        return []
-    return [
-        f'{lost.sum()} of {len(lost)} brains do not lie where their headers place them: the headers'
-        ' say MNI152, and the brain of that template is elsewhere. The affine may be wrong'
+    path, n = root / brains.units.path[0], len(brains.units)
+    if not is_volume(brains.units.path[0]):  # a page of a TIFF has a plane, too
+        return np.full(n, np.nan), []
+    try:
+        grid, header = read_grid(path), nib.Nifti1Image.load(path).header
+    except (DataFault, ImageFileError):  # no NIfTI
+        return np.full(n, np.nan), []
+    outside = measure_outside(brains, grid)
+    lost = int(np.isnan(outside).sum())
+    if int(header['sform_code']) != 4 or 2 * lost <= n:
+        return outside, []
+    return outside, [
+        f'{lost} of {n} brains do not lie where their headers place them: the headers say MNI152,'
+        ' and the brain of that template is elsewhere. The affine may be wrong'
     ]
 
 
@@ -918,13 +953,9 @@ def check_alignment(
     ] * bool(left)
     if not n:
         return rows, as_faults([]), notes
-    volume = is_volume(brains.units.path[0])  # a page of a TIFF has a plane, too
-    outside = np.full(n, np.nan)
-    if volume:
-        path = Path(root) / brains.units.path[0]
-        outside = measure_outside(brains, read_grid(path))
-        notes += note_wrong_affine(path, outside)
-    skull, said, bad = find_unstripped(brains, outside)
+    outside, said = look_at_template(brains, Path(root))
+    notes += said
+    skull, said, bad = find_unstripped(brains, outside, side)
     faults, notes = [skull], notes + said
     if n > 1:
         pose = measure_pose(brains.slices)
