@@ -212,6 +212,22 @@ def test_visits_have_names_of_their_own(tmp_path, prepared):
     assert manifest.path.is_unique and all((out / o).is_file() for o in manifest.path)
 
 
+def test_brats_needs_no_word_of_its_user(tmp_path, prepared):
+    "One contrast of four, no label map, and the table that calls its subjects Brats20ID."
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    names = [f"BraTS20_Training_{i:03d}" for i in (1, 2)]
+    for kind in ("t1", "t1ce", "t2", "flair", "seg"):
+        put(raw, *((f"{o}/{o}_{kind}", GOOD) for o in names))
+    survival = "Brats20ID,Age,Survival_days\nBraTS20_Training_001,60.5,9\n"
+    (raw / "survival_info.csv").write_text(survival)
+    found = prepare_cohort(raw, out, ONE, progress=False)
+    assert found.ok and [Path(o).name for o in found.quality.path] == [
+        f"{o}_t1.nii.gz" for o in names
+    ]
+    subjects = pd.read_csv(out / "subjects.csv")
+    assert subjects.age.tolist()[0] == 60.5 and subjects.age.isna().tolist() == [False, True]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 here")
 def test_a_worker_that_is_killed_says_so(tmp_path, monkeypatch):
     def killed(job, one_core):

@@ -82,7 +82,7 @@ PARTS = {  # what a part of an unknown name seems to be
     'image': r'[is]\d{4,}|(?:img|image)[-_ ]?\d+',
 }
 # our column: what other tables call it, compared without case, with _ for blanks and -. Headings
-# of ADNI (IDA collections, ADNIMERGE), OASIS-1 to 3, BIDS, IXI and FreeSurfer's asegstats2table
+# of ADNI (IDA collections, ADNIMERGE), OASIS-1 to 3, BIDS, IXI, BraTS and asegstats2table
 ALIASES = {
     'subject': (
         'participant_id',
@@ -96,6 +96,11 @@ ALIASES = {
         'oasis_id',
         'ixi_id',
         'measure:volume',
+        'brats17id',
+        'brats18id',
+        'brats19id',
+        'brats20id',
+        'brats21id',
         'id',
         'rid',
     ),

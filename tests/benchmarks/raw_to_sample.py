@@ -429,9 +429,7 @@ ROWS = dict(
     brats=Row(
         'BraTS (label map never an image)',
         put_brats,
-        '--subjects RAW/survival_info.csv',
         condition='--age 75',
-        own=1,
     ),
     stacks=Row(
         'PNG stacks',
