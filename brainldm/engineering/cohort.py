@@ -36,8 +36,8 @@ from .sources import Heads, find_heads, read_head, read_volume
 from .tables import join_subjects, match_images, read_subjects
 
 # %% auto #0
-__all__ = ['CUTS', 'HEAD_BYTES', 'PAGE', 'SOURCE_COLUMNS', 'cut_planes', 'make_montage', 'name_heads', 'join_covariates',
-           'fingerprint', 'save_head', 'process_head', 'count_workers', 'process_job', 'run_heads',
+__all__ = ['CUTS', 'HEAD_BYTES', 'PAGE', 'PERSONAL', 'SOURCE_COLUMNS', 'cut_planes', 'make_montage', 'name_heads',
+           'join_covariates', 'fingerprint', 'save_head', 'process_head', 'count_workers', 'process_job', 'run_heads',
            'write_quality_page', 'check_out', 'read_records', 'find_jobs', 'gather_quality', 'write_tables', 'Cohort',
            'prepare_cohort', 'describe_cohort']
 
@@ -525,6 +525,8 @@ def find_jobs(
     return jobs, changed
 
 
+# Columns of a table of subjects that belong into no other table: days, and names of people
+PERSONAL = r'date|birth|dob$|(?:first|last|patient|full|sur)[ _]?name'
 SOURCE_COLUMNS = ('subject', 'session', 'path', 'form', 'mask', 'image', 'kind')
 
 
@@ -595,6 +597,7 @@ def write_tables(
     manifest = manifest[['path', *keys, *['split'] * bool(used.split.notna().any())]]
     about = {*Heads.__annotations__, *SOURCE_COLUMNS, 'run', 'split', 'name', 'unit', 'place'}
     facts = [o for o in used if o not in about and used[o].notna().any()]
+    facts = [o for o in facts if not re.search(PERSONAL, o, re.IGNORECASE)]
     for name, table in (
         ('manifest.csv', manifest),
         ('subjects.csv', used[[*keys, *facts]]),
@@ -700,6 +703,8 @@ def prepare_cohort(
                 f'{heads.layout}: {len(rows)} heads, {len(jobs)} to prepare, {workers} at the same'
                 ' time'
             )
+            for o in unmatched.itertuples(index=False):  # now, and not after hours of work
+                print(f'fault: {o.fault}: {printable(o.detail)}. Heads are prepared all the same')
         run_heads(jobs, workers, progress)
     records = {k: v for k, v in read_records(out).items() if k in set(rows.name)}
     lost = [o for o in config.accept if o not in records]
@@ -709,6 +714,8 @@ def prepare_cohort(
             f" {out / 'quality.csv'}. Check the spelling."
         )
     quality = gather_quality(records, config.accept)
+    dropped = [o for o in rows if re.search(PERSONAL, o, re.IGNORECASE)]
+    notes += [f'columns left out of subjects.csv: {", ".join(dropped)}'] * bool(dropped)
     used = write_tables(out, rows, quality)
     if changed:
         notes.append(

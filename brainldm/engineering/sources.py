@@ -736,6 +736,7 @@ def pick_bids(
         for k, v in use.items()
     ]
     told = {o for paths in left.values() for o in paths} | set(use)
+    told |= {o['mask'] for o in rows if o['mask']}
     labels = [k for k in parts if k not in told and re.search(LABELS, k, re.IGNORECASE)]
     left['masks and label maps'] = labels
     rest = [k for k in parts if k not in told and k not in set(labels)]
