@@ -1657,7 +1657,7 @@ def refuse_faults(
             " or more. Check the folder."
         )
     if len(shown):
-        print('\n'.join([f'left out {len(shown)} faulty files:', *every]))
+        print('\n'.join([f'skip_faulty: {len(shown)} faults; faulty files are left out:', *every]))
 
 # %% ../../nbs/engineering/25_layouts.ipynb #brig0001
 def upper_intensity(
