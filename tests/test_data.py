@@ -398,9 +398,10 @@ def test_fault(tmp_path, options, kind, capsys):
     ds = open_dataset(
         root, DataConfig(size=32, skip_faulty=True), progress=False, cache_dir=tmp_path / 'cache'
     )
-    assert f'{len(report.faults)} faults; faulty files are left out' in capsys.readouterr().out and len(
-        ds
-    ) == 30 - len(report.faults)
+    assert (
+        f'{len(report.faults)} faults; faulty files are left out' in capsys.readouterr().out
+        and len(ds) == 30 - len(report.faults)
+    )
     assert before == {o: o.read_bytes() for o in root.rglob('*.png')}
 
 
