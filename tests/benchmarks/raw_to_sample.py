@@ -39,6 +39,7 @@ NUM_SUBJECTS = 4  # Heads of a row: two trained on, one to validate on, one to t
 SCALE = 2.4  # Voxels of the heads, mm: a fifteenth of the voxels of a scan
 NUM_PHANTOMS, NUM_SLICES = 6, 6  # Of the rows of images
 SHORT = '--preset tiny --total-images 32'  # As short as a training can be
+COMMAND = re.compile(r'(?:train )?\w+')  # The command without its words
 
 
 # The subjects
@@ -550,7 +551,7 @@ def main():
             total = sum(o['seconds'] for o in done)
             cells = [
                 row.title,
-                ', '.join(o['command'].split(' --')[0].split(' run')[0] for o in done),
+                ', '.join(' '.join(COMMAND.match(o['command'])[0].split()) for o in done),
                 str(row.own),
                 ends + '' * right + ' **wrong**' * (not right),
                 f"{done[0]['seconds']/heads:.0f}" if heads else '',
