@@ -132,7 +132,10 @@ def main():
     taken = [o["seconds"] for o in rows]
     passed = sum(not o["reasons"] for o in rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\n{passed} of {len(rows)} good heads pass; {statistics.median(taken):.1f} CPU seconds a head")
+    print(
+        f"\n{passed} of {len(rows)} good heads pass; {statistics.median(taken):.1f} CPU seconds a"
+        " head"
+    )
     print(f"(median of {len(rows)}, one thread); peak memory {peak:.1f} GiB\n")
     print("| damage | refused | by |\n|---|---|---|")
     misses = []
