@@ -670,7 +670,7 @@ def edge_area(
     for axis in range(3):
         face = float(np.prod(np.delete(voxel_mm, axis)))
         areas += [mask.take(end, axis).sum() * face for end in (0, -1)]
-    return max(areas) / 100
+    return float(max(areas)) / 100
 
 
 def measure_quality(
