@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PLANES', 'VERSION', 'MAX_VOXEL_MM', 'MIN_EXTENT_MM', 'FLAT_FRACTION', 'CT_AIR', 'STRIPPED', 'WHITE', 'LIMITS',
            'MEANING', 'Template', 'load_template', 'Scan', 'flat_fraction', 'refuse_head', 'canonical_head',
-           'load_extractor', 'network_mask', 'extract_brain', 'to_itk', 'from_itk', 'correct_bias', 'align_brain',
-           'ras_matrix', 'resample_brain', 'white_mode', 'scale_white_matter', 'edge_area', 'measure_quality',
-           'check_quality', 'Prepared', 'prepare_head']
+           'load_extractor', 'network_mask', 'extract_brain', 'to_itk', 'from_itk', 'correct_bias', 'coarsen',
+           'align_brain', 'ras_matrix', 'resample_brain', 'white_mode', 'scale_white_matter', 'edge_area',
+           'measure_quality', 'check_quality', 'Prepared', 'prepare_head']
 
 # %% ../../nbs/engineering/26_prepare.ipynb #pr180008
 PLANES = (72, 104)  # First and last+1 axial plane that a training uses: z = 0 to 31 mm
@@ -321,7 +321,7 @@ def extract_brain(
         return found, 'deepbet'
     labels, _ = ndimage.label(light)  # pyright: ignore[reportGeneralTypeIssues]
     largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
-    return np.asarray(ndimage.binary_fill_holes(largest)), 'stripped'
+    return np.asarray(ndimage.binary_fill_holes(largest | found)), 'stripped'
 
 # %% ../../nbs/engineering/26_prepare.ipynb #pr180017
 def to_itk(
@@ -406,11 +406,39 @@ def correct_bias(
     corrector = sitk.N4BiasFieldCorrectionImageFilter()
     corrector.SetMaximumNumberOfIterations([50, 50, 50])
     corrector.SetConvergenceThreshold(1e-3)
-    corrector.Execute(sitk.Shrink(image, shrink), sitk.Shrink(inside, shrink))
-    field_itk = sitk.Exp(corrector.GetLogBiasFieldAsImage(image))
+    coarse = sitk.Shrink(image, shrink)
+    corrector.Execute(coarse, sitk.Shrink(inside, shrink))
+    fine = sitk.ResampleImageFilter()  # smooth: linear between coarse voxels
+    fine.SetReferenceImage(image)
+    fine.UseNearestNeighborExtrapolatorOn()
+    field_itk = sitk.Exp(fine.Execute(corrector.GetLogBiasFieldAsImage(coarse)))
     return voxels / np.maximum(from_itk(field_itk).astype(np.float32), 1e-6)
 
 # %% ../../nbs/engineering/26_prepare.ipynb #pr180020
+def coarsen(
+    image: sitk.Image,  # A volume
+    voxel_mm: float = 2.0,  # Largest voxel, mm
+) -> sitk.Image:  # The same with voxels of 1 to 2 mm, smoothed for it
+    """Make a volume as coarse as an alignment at 4 mm needs it.
+
+    Parameters
+    ----------
+    image : sitk.Image
+        A volume.
+    voxel_mm : float, default 2.0
+        Largest voxel, mm.
+
+    Returns
+    -------
+    sitk.Image
+        The same with voxels of 1 to 2 mm, smoothed for it.
+    """
+    import SimpleITK as sitk
+
+    shrink = [max(1, int(voxel_mm / o + 0.01)) for o in image.GetSpacing()]
+    return sitk.Shrink(sitk.SmoothingRecursiveGaussian(image, voxel_mm / 2), shrink)
+
+
 def align_brain(
     brain: np.ndarray,  # Intensities (x, y, z), 0 outside of the brain
     mask: np.ndarray,  # Where the brain is
@@ -435,10 +463,10 @@ def align_brain(
     np.ndarray
         (4, 4): from a place in the template to the place in the head, mm, RAS.
     """
-    moving = to_itk(brain.astype(np.float32), affine)
+    moving = coarsen(to_itk(brain.astype(np.float32), affine))
     import SimpleITK as sitk
 
-    fixed = to_itk(template.image, template.affine)
+    fixed = coarsen(to_itk(template.image, template.affine))
     fixed_mask = to_itk(template.mask.astype(np.float32), template.affine)
     moving_mask = to_itk(mask.astype(np.float32), affine)
     start = sitk.CenteredTransformInitializer(
@@ -452,7 +480,7 @@ def align_brain(
     method.SetMetricAsCorrelation()
     method.SetMetricSamplingStrategy(method.NONE)  # every voxel: no random number is drawn
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetShrinkFactorsPerLevel([8, 4])
+    method.SetShrinkFactorsPerLevel([4, 2])  # of 2 mm
     method.SetSmoothingSigmasPerLevel([4, 2])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetOptimizerAsRegularStepGradientDescent(
