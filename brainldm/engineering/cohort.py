@@ -274,7 +274,7 @@ def process_head(
     return record
 
 # %% ../../nbs/engineering/45_cohort.ipynb #co180015
-HEAD_BYTES = 2.5 * 2**30  # Memory of one worker at its peak, measured with heads of 1 mm: 2.0 GB
+HEAD_BYTES = 3 * 2**30  # Memory of one worker at its peak: 2.0 GB for heads of 1 mm, 2.8 for 0.5 mm
 
 
 def count_workers(
@@ -369,7 +369,7 @@ def run_heads(
     except BrokenProcessPool as e:
         raise RuntimeError(
             f"prepare_cohort: a worker was killed, with {workers} at work. Expected about"
-            f" {HEAD_BYTES/2**30:.1f} GB of memory for each. Heads that are done stay done: run the"
+            f" {HEAD_BYTES/2**30:.0f} GB of memory for each. Heads that are done stay done: run the"
             " same command again with fewer --workers."
         ) from e
 
