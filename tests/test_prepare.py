@@ -4,6 +4,7 @@ as they are, and says of every head what became of it."""
 import importlib
 import json
 import os
+import shutil
 import signal
 import warnings
 from importlib.util import find_spec
@@ -138,11 +139,71 @@ def test_a_source_that_changed_is_named_and_left(tmp_path, prepared):
     put(raw, ("P02", DOUBTFUL))
     os.utime(raw / "P02.nii.gz", (1, 1))
     found = prepare_cohort(raw, out, ONE, progress=False)
-    note = next(o for o in found.notes if "source has changed" in o)
-    assert "P02" in note and "P01" not in note and snapshot(out / "volumes") == kept
+    bad = found.quality[found.quality.status == "refused"]
+    assert bad.name.tolist() == ["P02"] and "has changed since" in bad.reasons.iloc[0]
+    assert snapshot(out / "volumes") == kept and not found.ok
+    assert pd.read_csv(out / "manifest.csv").subject.tolist() == ["P01"]
     (out / "records" / "P02.json").unlink()  # what the note says
     found = prepare_cohort(raw, out, ONE, progress=False)
-    assert not [o for o in found.notes if "changed" in o] and not found.ok
+    assert not found.quality.reasons.str.contains("changed").any() and not found.ok
+
+
+def test_another_visit_under_the_same_name_is_left_out(tmp_path, prepared):
+    """The volume of one visit is never joined to the row of another."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for visit in ("ses-1", "ses-2"):
+        put(raw, (f"sub-01/{visit}/anat/sub-01_{visit}_T1w", GOOD))
+    prepare_cohort(raw, out, ONE, progress=False)
+    last = PrepareConfig(workers=1, session="last")
+    found = prepare_cohort(raw, out, last, progress=False)
+    assert not found.ok and "sub-01_ses-2_T1w.nii.gz now" in found.quality.reasons.iloc[0]
+    assert not len(pd.read_csv(out / "manifest.csv"))
+
+
+def test_one_head_that_fails_does_not_stop_the_others(tmp_path, prepared, monkeypatch):
+    raw, out = put(tmp_path / "raw", *THREE), tmp_path / "out"
+    whole = cohort.prepare_head
+
+    def failing(image, mask=None):
+        if int(np.asanyarray(image.dataobj).flat[0]) == NO_HEAD:
+            raise RuntimeError("Total Mass of the image was zero")
+        return whole(image, mask)
+
+    monkeypatch.setattr(cohort, "prepare_head", failing)
+    found = prepare_cohort(raw, out, ONE, progress=False)
+    reasons = found.quality.set_index("name").reasons
+    assert "failed: RuntimeError: Total Mass" in reasons["P03"] and len(found.quality) == 3
+
+
+def test_a_repaired_file_is_tried_again_and_a_moved_folder_is_the_same(tmp_path, prepared):
+    raw, out = put(tmp_path / "raw", *THREE), tmp_path / "out"
+    assert not prepare_cohort(raw, out, ONE, progress=False).ok
+    put(raw, ("P03", GOOD))  # fetched again
+    found = prepare_cohort(raw, out, ONE, progress=False)
+    status = found.quality.set_index("name").status
+    assert status["P03"] == "good" and len(prepared) == 4
+    moved = shutil.copytree(raw, tmp_path / "moved", copy_function=shutil.copyfile)
+    found = prepare_cohort(moved, out, ONE, progress=False)
+    assert len(prepared) == 4 and any("RAW was at" in o for o in found.notes)
+    assert found.quality.set_index("name").status["P01"] == "good"
+
+
+def test_what_was_accepted_stays_accepted(tmp_path, prepared):
+    raw, out = put(tmp_path / "raw", *THREE[:2]), tmp_path / "out"
+    prepare_cohort(raw, out, ONE, progress=False)
+    assert prepare_cohort(raw, out, PrepareConfig(workers=1, accept=("P02",)), progress=False).ok
+    assert prepare_cohort(raw, out, ONE, progress=False).ok
+    (raw / "P02.nii.gz").unlink()
+    found = prepare_cohort(raw, out, ONE, progress=False)
+    assert any("RAW has no more" in o and "P02" in o for o in found.notes)
+
+
+def test_two_calls_at_once(tmp_path, prepared):
+    raw, out = put(tmp_path / "raw", ("P01", GOOD)), tmp_path / "out"
+    out.mkdir()
+    with cohort.one_at_a_time(out):
+        with pytest.raises(ValueError, match="another call is at work"):
+            prepare_cohort(raw, out, ONE, progress=False)
 
 
 def test_a_new_head_joins_the_others(tmp_path, prepared):
@@ -158,7 +219,7 @@ def test_a_new_head_joins_the_others(tmp_path, prepared):
 
 
 def test_nothing_of_somebody_else_is_written_over(tmp_path, prepared):
-    raw, other = put(tmp_path / "raw", ("P01", GOOD)), put(tmp_path / "other", ("P01", GOOD))
+    raw, other = put(tmp_path / "raw", ("P01", GOOD)), put(tmp_path / "other", ("P01", DOUBTFUL))
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.tex").write_text("mine")

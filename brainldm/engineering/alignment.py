@@ -537,6 +537,8 @@ def find_unaligned(
     clear, doubtful = (
         [explain_pose(brain, usual, level) for brain in compared.itertuples()] for level in (1, 0)
     )
+    if n < FEW:  # nothing says which of so few is the usual one
+        clear = [[] for _ in clear]
     bad = np.array([bool(o) for o in clear], bool)
     doubted = np.array([bool(o) for o in doubtful], bool)
     if 3 * bad.sum() > n or n >= FEW and 4 * doubted.sum() > n:

@@ -5,6 +5,7 @@
 # %% ../../nbs/engineering/45_cohort.ipynb #co180003
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import json
@@ -12,6 +13,7 @@ import os
 import re
 import tempfile
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,10 @@ from .tables import join_subjects, match_images, read_subjects
 
 # %% auto #0
 __all__ = ['CUTS', 'HEAD_BYTES', 'PAGE', 'PERSONAL', 'SOURCE_COLUMNS', 'cut_planes', 'make_montage', 'name_heads',
-           'join_covariates', 'fingerprint', 'save_head', 'process_head', 'count_workers', 'process_job', 'run_heads',
-           'write_quality_page', 'check_out', 'read_records', 'find_jobs', 'gather_quality', 'write_tables', 'Cohort',
-           'prepare_cohort', 'describe_cohort']
+           'join_covariates', 'source_files', 'fingerprint', 'hash_source', 'save_head', 'process_head',
+           'count_workers', 'process_job', 'run_heads', 'write_quality_page', 'check_out', 'note_other_raw',
+           'read_records', 'find_jobs', 'gather_quality', 'write_tables', 'Cohort', 'prepare_cohort', 'check_accepted',
+           'one_at_a_time', 'run_jobs', 'describe_cohort']
 
 # %% ../../nbs/engineering/45_cohort.ipynb #co180006
 CUTS = (
@@ -170,11 +173,34 @@ def join_covariates(
     return rows[known], faults, [*notes, *said]
 
 # %% ../../nbs/engineering/45_cohort.ipynb #co180012
+def source_files(
+    root: Path,  # The raw folder
+    row: dict,  # Row of `Heads.table`
+) -> list:  # Paths: the volume or the DICOM files, and the mask
+    """The files that one head is read from.
+
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    row : dict
+        Row of `Heads.table`.
+
+    Returns
+    -------
+    list
+        Paths: the volume or the DICOM files, and the mask.
+    """
+    paths = [root / o for o in (row['path'], row['mask']) if o]
+    found = [f for o in paths for f in (sorted(o.iterdir()) if o.is_dir() else [o])]
+    return [o for o in found if o.is_file()]
+
+
 def fingerprint(
     root: Path,  # The raw folder
     row: dict,  # Row of `Heads.table`
-) -> str:  # Text that changes when a file of the head does
-    """Size and time of the files of one head.
+) -> str:  # Text that changes when a file of the head is written
+    """Size and time of the files of one head: enough to see that nothing happened.
 
     Parameters
     ----------
@@ -186,12 +212,34 @@ def fingerprint(
     Returns
     -------
     str
-        Text that changes when a file of the head does.
+        Text that changes when a file of the head is written.
     """
-    paths = [root / o for o in (row['path'], row['mask']) if o]
-    files = [f for o in paths for f in (sorted(o.iterdir()) if o.is_dir() else [o])]
-    about = [(o.name, o.stat().st_size, o.stat().st_mtime_ns) for o in files if o.is_file()]
+    about = [(o.name, o.stat().st_size, o.stat().st_mtime_ns) for o in source_files(root, row)]
     return json.dumps([VERSION, about])
+
+
+def hash_source(
+    root: Path,  # The raw folder
+    row: dict,  # Row of `Heads.table`
+) -> str:  # 32 hex digits
+    """Name the files of one head by what is in them, so that a copy of the folder is the same.
+
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    row : dict
+        Row of `Heads.table`.
+
+    Returns
+    -------
+    str
+        32 hex digits.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in source_files(root, row):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def save_head(
@@ -256,6 +304,7 @@ def process_head(
         Where a file cannot be written.
     """
     record = dict(name=name, path=row['path'], source=fingerprint(root, row))
+    record |= dict(content=hash_source(root, row), measures={}, notes=[])
     try:
         with tempfile.TemporaryDirectory(prefix='brainldm-') as work:
             image = read_head(root, row, Path(work))
@@ -269,12 +318,17 @@ def process_head(
             notes=prepared.notes,
         )
     except DataFault as e:
-        record |= dict(measures={}, reasons=[f'{e.kind}: {e}'], notes=[])
+        record |= dict(reasons=[f'{e.kind}: {e}'])
+    except OSError:  # of the disk, and not of this head
+        raise
+    except Exception as e:  # a library gave up: the other heads go on
+        record |= dict(reasons=[f'failed: {type(e).__name__}: {str(e).strip()[:300]}'])
     write_atomic(out / 'records' / f'{name}.json', json.dumps(record, indent=1).encode())
     return record
 
 # %% ../../nbs/engineering/45_cohort.ipynb #co180015
-HEAD_BYTES = 3 * 2**30  # Memory of one worker at its peak: 2.0 GB for heads of 1 mm, 2.8 for 0.5 mm
+# Memory of one worker at its peak: 2.0 GB for heads of 1 mm, 2.8 for 0.5 mm
+HEAD_BYTES = 3 * 2**30
 
 
 def count_workers(
@@ -402,7 +456,9 @@ def write_quality_page(
             f'<img loading="lazy" src="{html.escape(picture)}" alt="cuts of'
             f' {html.escape(o["name"])}">'
         )
-        numbers = ', '.join(f'{k} {o[k]:.3g}' for k in LIMITS if pd.notna(o.get(k)))
+        numbers = ', '.join(
+            f'{k} {o[k]:.{0 if o[k] > 99 else 2}f}' for k in LIMITS if pd.notna(o.get(k))
+        )
         why = ''.join(
             f'<p class="why">{html.escape(t)}</p>' for t in o['reasons'].split(' | ') if t
         )
@@ -433,7 +489,7 @@ img { width: 100%; background: #000; } .why { color: #b00020; margin: .2rem 0; }
 <h1>Prepared heads</h1>
 <p>SUMMARY</p>
 <p>Each strip shows a brain above the same cuts of the template, the doubtful ones first: refused,
-then by falling correlation. Left and right cannot be told from the images; only the headers know
+then by rising correlation. Left and right cannot be told from the images; only the headers know
 them. <b>This page shows scans: it is as private as they are.</b></p>
 ROWS
 </body></html>
@@ -443,8 +499,8 @@ ROWS
 def check_out(
     root: Path,  # The raw folder
     out: Path,  # Folder of the cohort, new or started before
-) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse to mix two cohorts, or to write among files of somebody else.
+) -> dict:  # What OUT/prepare.json says; empty for a new folder
+    """Refuse to write among files of somebody else, or into the raw folder.
 
     Parameters
     ----------
@@ -452,26 +508,69 @@ def check_out(
         The raw folder.
     out : Path
         Folder of the cohort, new or started before.
+
+    Returns
+    -------
+    dict
+        What OUT/prepare.json says; empty for a new folder.
     """
     about = out / 'prepare.json'
-    if about.is_file():
-        said = json.loads(about.read_text())
-        if said['raw'] != str(root.resolve()) or said['version'] != VERSION:
-            raise ValueError(
-                f"prepare_cohort: '{out}' was prepared from {said['raw']} (version"
-                f" {said['version']}). Expected the cohort of {root.resolve()} (version {VERSION}),"
-                " or a new folder. Try another name."
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(
-            f"prepare_cohort: '{out}' is not empty and holds no prepare.json. Expected a new"
-            " folder, or one that this command has started. Try another name."
-        )
+    said = json.loads(about.read_text()) if about.is_file() else {}
     if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
         raise ValueError(
             f"prepare_cohort: '{out}' lies inside of the raw folder. Expected a place beside it, so"
             " that originals stay as they are. Try another folder."
         )
+    if said and said['version'] != VERSION:
+        raise ValueError(
+            f"prepare_cohort: '{out}' was prepared by another version (version {said['version']})."
+            f" Expected version {VERSION}, or a new folder. Try another name."
+        )
+    if not said and out.exists() and any(o.name[0] != '.' for o in out.iterdir()):
+        raise ValueError(
+            f"prepare_cohort: '{out}' is not empty and holds no prepare.json. Expected a new"
+            " folder, or one that this command has started. Try another name."
+        )
+    return said
+
+
+def note_other_raw(
+    root: Path,  # The raw folder
+    said: dict,  # From `check_out`
+    known: set,  # Names of heads that are done
+    same: set,  # Those of them that RAW still has, from the same files
+) -> list:  # Sentences
+    """Say what became of the raw folder since an earlier call.
+
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    said : dict
+        From `check_out`.
+    known : set
+        Names of heads that are done.
+    same : set
+        Those of them that RAW still has, from the same files.
+
+    Returns
+    -------
+    list
+        Sentences.
+
+    Raises
+    ------
+    ValueError
+        Where it is another folder altogether.
+    """
+    if not said or said['raw'] == str(root.resolve()):
+        return []
+    if known and not same:
+        raise ValueError(
+            f"prepare_cohort: OUT was prepared from {said['raw']}, and no head of it is in {root}."
+            " Expected the same heads, or a new folder for OUT. Try another name."
+        )
+    return [f'RAW was at {said["raw"]} before']
 
 
 def read_records(
@@ -497,9 +596,9 @@ def find_jobs(
     root: Path,  # The raw folder
     out: Path,  # Folder of the cohort
     rows: pd.DataFrame,  # Heads with `name`
-    # Arguments of `process_head` for those to do; names of those whose source has changed
-) -> tuple:
-    """Which heads are left to do: a head is done when its record exists.
+) -> tuple:  # Arguments of `process_head` for those to do; why others do not count, by name
+    """Which heads are left to do: a head is done when its record exists, and was made of these files.
+    One of which nothing could be made is tried again when its files have changed.
 
     Parameters
     ----------
@@ -513,15 +612,26 @@ def find_jobs(
     Returns
     -------
     tuple
-        Arguments of `process_head` for those to do; names of those whose source has changed.
+        Arguments of `process_head` for those to do; why others do not count, by name.
     """
-    records, jobs, changed = read_records(out), [], []
+    records, jobs, changed = read_records(out), [], {}
     for row in rows.astype(object).where(rows.notna(), None).to_dict('records'):
-        known = records.get(row['name'])
-        if known is None:
-            jobs.append((root, out, row['name'], {k: row[k] for k in SOURCE_COLUMNS}))
-        elif known['source'] != fingerprint(root, row):
-            changed.append(row['name'])
+        name, known = row['name'], records.get(row['name'])
+        same = known is not None and (
+            known['path'] == row['path']
+            and (
+                known['source'] == fingerprint(root, row)
+                or known['content'] == hash_source(root, row)
+            )
+        )
+        if known is None or not (same or known['measures']):
+            jobs.append((root, out, name, {k: row[k] for k in SOURCE_COLUMNS}))
+        elif not same:
+            what = 'has changed since' if known['path'] == row['path'] else f'is {row["path"]} now'
+            changed[name] = (
+                f'its volume was made from {known["path"]}, and the source {what}. Remove'
+                f' {out / "records" / name}.json to prepare it anew'
+            )
     return jobs, changed
 
 
@@ -533,6 +643,7 @@ SOURCE_COLUMNS = ('subject', 'session', 'path', 'form', 'mask', 'image', 'kind')
 def gather_quality(
     records: dict,  # From `read_records`
     accept: tuple,  # Names that were accepted after a look
+    changed: dict | None = None,  # Why a head does not count whatever its record says, by name
 ) -> pd.DataFrame:  # One row a head, the doubtful ones first
     """Put the records into one table: refused heads first, then by rising correlation.
 
@@ -542,6 +653,8 @@ def gather_quality(
         From `read_records`.
     accept : tuple
         Names that were accepted after a look.
+    changed : dict | None, default None
+        Why a head does not count whatever its record says, by name.
 
     Returns
     -------
@@ -551,6 +664,8 @@ def gather_quality(
     rows = []
     for name, o in records.items():
         status = 'good' if not o['reasons'] else 'accepted' if name in accept else 'refused'
+        if changed and name in changed:
+            status, o = 'refused', o | dict(reasons=[changed[name], *o['reasons']])
         if status == 'accepted' and not o['measures']:
             raise ValueError(
                 f"prepare_cohort: accept {name!r}, of which there is no volume"
@@ -689,49 +804,121 @@ def prepare_cohort(
         For a folder that holds something else.
     """
     root, out = Path(raw), Path(out)
-    check_out(root, out)
+    said = check_out(root, out)
     options = {o.name: getattr(config, o.name) for o in fields(SourceOptions)}
     heads = find_heads(root, SourceOptions(**options))
     rows, unmatched, notes = join_covariates(heads, root, config.subjects)
     rows = rows.assign(name=name_heads(rows))
-    jobs, changed = find_jobs(root, out, rows)
-    write_atomic(out / 'prepare.json', describe_cohort(root, options).encode())
-    if jobs:
-        workers = count_workers(config, len(jobs))
-        if progress:
-            print(
-                f'{heads.layout}: {len(rows)} heads, {len(jobs)} to prepare, {workers} at the same'
-                ' time'
-            )
-            for o in unmatched.itertuples(index=False):  # now, and not after hours of work
-                print(f'fault: {o.fault}: {printable(o.detail)}. Heads are prepared all the same')
-        run_heads(jobs, workers, progress)
-    records = {k: v for k, v in read_records(out).items() if k in set(rows.name)}
-    lost = [o for o in config.accept if o not in records]
-    if lost:
-        raise ValueError(
-            f"prepare_cohort: accept {lost[0]!r}, and there is no such head. Expected names of"
-            f" {out / 'quality.csv'}. Check the spelling."
-        )
-    quality = gather_quality(records, config.accept)
+    check_accepted(config.accept, rows.name)
+    out.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(out):
+        jobs, changed = find_jobs(root, out, rows)
+        done = set(read_records(out))
+        same = done & set(rows.name) - set(changed) - {name for _, _, name, _ in jobs}
+        notes = [*heads.notes, *notes, *note_other_raw(root, said, done, same)]
+        accepted = set(said.get('accepted', ()))
+        write_atomic(out / 'prepare.json', describe_cohort(root, options, accepted).encode())
+        if jobs:
+            run_jobs(jobs, heads, unmatched, config, progress)
+        records = read_records(out)
+        lost = sorted(set(records) - set(rows.name))
+        accepted |= set(config.accept)
+        mine = {k: v for k, v in records.items() if k in set(rows.name)}
+        quality = gather_quality(mine, tuple(accepted), changed)
+        write_atomic(out / 'prepare.json', describe_cohort(root, options, accepted).encode())
+        used = write_tables(out, rows, quality)
+        write_quality_page(out, quality, f'{len(used)} of {len(quality)} heads are used.')
     dropped = [o for o in rows if re.search(PERSONAL, o, re.IGNORECASE)]
     notes += [f'columns left out of subjects.csv: {", ".join(dropped)}'] * bool(dropped)
-    used = write_tables(out, rows, quality)
-    if changed:
-        notes.append(
-            f'{len(changed)} heads whose source has changed since, and which are as they were:'
-            f' {", ".join(changed[:3])}. Remove their files in {out / "records"} to prepare them'
-            ' anew'
-        )
+    notes += [
+        f'{len(lost)} heads in {out} that RAW has no more, and which are not used:'
+        f' {", ".join(lost[:3])}. If they have to go, delete their files in volumes, montages and'
+        ' records'
+    ] * bool(lost)
     faults = pd.concat([heads.faults, unmatched], ignore_index=True)
-    found = Cohort(out, heads.layout, quality, [*heads.notes, *notes], faults)
-    write_quality_page(out, quality, f'{len(used)} of {len(quality)} heads are used.')
-    return found
+    return Cohort(out, heads.layout, quality, notes, faults)
+
+
+def check_accepted(
+    accept: tuple,  # Names that the user gives
+    names: pd.Series,  # Of the heads
+) -> None:  # Nothing: it raises ValueError or returns
+    """Refuse a name that no head has, before hours of work.
+
+    Parameters
+    ----------
+    accept : tuple
+        Names that the user gives.
+    names : pd.Series
+        Of the heads.
+    """
+    for name in set(accept) - set(names):
+        raise ValueError(
+            f"prepare_cohort: accept {name!r}, and there is no such head. Expected names of"
+            " quality.csv. Check the spelling."
+        )
+
+
+@contextmanager
+def one_at_a_time(
+    out: Path,  # Folder of the cohort
+):  # A context in which no other call writes into the folder
+    """Keep a second call out of a folder as long as the first one works in it.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the cohort.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(out / '.lock', timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"prepare_cohort: another call is at work in '{out}'. Expected one at a time. Wait"
+            " for it, or stop it."
+        ) from None
+
+
+def run_jobs(
+    jobs: list,  # From `find_jobs`
+    heads: Heads,  # From `find_heads`
+    unmatched: pd.DataFrame,  # Faults of the table
+    config: PrepareConfig,  # For `workers`
+    progress: bool,  # Show a bar, and what is known before the work begins
+) -> None:
+    """Say what is going to be done, and do it.
+
+    Parameters
+    ----------
+    jobs : list
+        From `find_jobs`.
+    heads : Heads
+        From `find_heads`.
+    unmatched : pd.DataFrame
+        Faults of the table.
+    config : PrepareConfig
+        For `workers`.
+    progress : bool
+        Show a bar, and what is known before the work begins.
+    """
+    workers = count_workers(config, len(jobs))
+    if progress:
+        print(
+            f'{heads.layout}: {len(heads.table)} heads, {len(jobs)} to prepare, {workers} at the'
+            ' same time'
+        )
+        for o in unmatched.to_dict('records'):  # now, and not after hours of work
+            print(f'fault: {o["fault"]}: {printable(o["detail"])}. Heads are prepared all the same')
+    run_heads(jobs, workers, progress)
 
 
 def describe_cohort(
     root: Path,  # The raw folder
     options: dict,  # How heads were chosen
+    accepted: set,  # Names of heads that were accepted after a look
 ) -> str:  # JSON
     """What a later step has to know: the grid, and the planes that a training uses.
 
@@ -741,6 +928,8 @@ def describe_cohort(
         The raw folder.
     options : dict
         How heads were chosen.
+    accepted : set
+        Names of heads that were accepted after a look.
 
     Returns
     -------
@@ -755,6 +944,7 @@ def describe_cohort(
             brainldm=version('brainldm'),
             raw=str(root.resolve()),
             options=options,
+            accepted=sorted(accepted),
             template='MNI152 nonlinear symmetric 2009a, 1 mm (nilearn)',
             planes=list(PLANES),
         ),

@@ -1146,7 +1146,8 @@ def explain_disk(
     return OSError(
         e.errno,
         f"{e.strerror or e} while writing {path}. Expected room on the disk and permission to"
-        " write. What was there before is whole: make room, then go on with --resume.",
+        " write. What was there before is whole: make room, then run the command again (a"
+        " training: with --resume).",
     )
 
 # %% ../../nbs/engineering/23_files.ipynb #d89acc97

@@ -312,6 +312,8 @@ def extract_brain(
                 f'a mask of {mask.voxels.shape} beside an image of {scan.voxels.shape}, or of'
                 ' another place; expected one grid. Resample the mask, or take it away',
             )
+        if not (mask.voxels > 0).any():
+            raise DataFault('mask', 'a brain mask that is 0 everywhere; expected a brain in it')
         return mask.voxels > 0, 'mask'
     found = network_mask(scan)
     if not found.any():
@@ -436,7 +438,7 @@ def coarsen(
     import SimpleITK as sitk
 
     shrink = [max(1, int(voxel_mm / o + 0.01)) for o in image.GetSpacing()]
-    return sitk.Shrink(sitk.SmoothingRecursiveGaussian(image, voxel_mm / 2), shrink)
+    return sitk.Shrink(sitk.SmoothingRecursiveGaussian(image, [voxel_mm / 2] * 3), shrink)
 
 
 def align_brain(
