@@ -32,7 +32,32 @@ def bootstrap(
     rng: np.random.Generator,  # Random number generator
     num_resamples: int = 500,  # Resamples
 ) -> tuple[float, float]:  # 95 % interval
-    "How far a score moves with other subjects. Source: Davison & Hinkley 1997, sec. 3.8."
+    """How far a score moves with other subjects.
+
+    Parameters
+    ----------
+    score
+        Called as score(predicted, target).
+    predicted : np.ndarray
+        Predictions (n,).
+    target : np.ndarray
+        Truth (n,).
+    groups : np.ndarray
+        Number of the subject of each row (n,), 0 and up.
+    rng : np.random.Generator
+        Random number generator.
+    num_resamples : int, default 500
+        Resamples.
+
+    Returns
+    -------
+    tuple[float, float]
+        95 % interval.
+
+    References
+    ----------
+    Davison & Hinkley 1997, sec. 3.8.
+    """
     rows = [np.flatnonzero(groups == i) for i in range(groups.max() + 1)]
     picks = (
         np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
@@ -47,7 +72,24 @@ def auc(
     predicted: np.ndarray,  # Scores (n,)
     target: np.ndarray,  # 0 or 1 (n,)
 ) -> float:  # Probability that a 1 scores above a 0; NaN without both
-    "Area under the ROC curve by ranks. Source: Mann & Whitney 1947."
+    """Area under the ROC curve by ranks.
+
+    Parameters
+    ----------
+    predicted : np.ndarray
+        Scores (n,).
+    target : np.ndarray
+        0 or 1 (n,).
+
+    Returns
+    -------
+    float
+        Probability that a 1 scores above a 0; NaN without both.
+
+    References
+    ----------
+    Mann & Whitney 1947.
+    """
     ones = target == 1
     n1, n0 = ones.sum(), (~ones).sum()
     return (
@@ -61,7 +103,20 @@ def r2(
     predicted: np.ndarray,  # Predictions (n,)
     target: np.ndarray,  # Numbers (n,)
 ) -> float:  # Fraction of variance explained: 1 perfect, 0 no better than the mean
-    "Coefficient of determination."
+    """Coefficient of determination.
+
+    Parameters
+    ----------
+    predicted : np.ndarray
+        Predictions (n,).
+    target : np.ndarray
+        Numbers (n,).
+
+    Returns
+    -------
+    float
+        Fraction of variance explained: 1 perfect, 0 no better than the mean.
+    """
     return float(1 - ((predicted - target) ** 2).sum() / ((target - target.mean()) ** 2).sum())
 
 # %% ../nbs/08_analysis.ipynb #5979d364
@@ -69,7 +124,24 @@ def check_vectors(
     caller: str,  # Function that calls, for the message
     vectors,  # What arrived: array or tensor
 ) -> np.ndarray:  # The same as (n, d) float64
-    "Refuse what is no table of finite numbers. Raises ValueError."
+    """Refuse what is no table of finite numbers.
+
+    Parameters
+    ----------
+    caller : str
+        Function that calls, for the message.
+    vectors
+        What arrived: array or tensor.
+
+    Returns
+    -------
+    np.ndarray
+        The same as (n, d) float64.
+
+    Raises
+    ------
+    ValueError
+    """
     v = (
         vectors.detach().float().cpu().numpy()
         if isinstance(vectors, Tensor)
@@ -96,10 +168,35 @@ def embed(
     # Neighbors that each point is kept together with; t-SNE's perplexity
     n_neighbors: int = 15,
 ) -> np.ndarray:  # Points of the map (n, 2)
-    """Put rows on a map. Source: McInnes et al. 2018; van der Maaten & Hinton 2008.
+    """Put rows on a map.
 
-    Raises ValueError for another method, one column, or as many neighbors as rows; ImportError for
-    umap where umap-learn is not installed."""
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    method : str, default 'umap'
+        'umap', 'tsne' or 'pca'.
+    seed : int, default 0
+        Another seed, another map.
+    n_neighbors : int, default 15
+        Neighbors that each point is kept together with; t-SNE's perplexity.
+
+    Returns
+    -------
+    np.ndarray
+        Points of the map (n, 2).
+
+    Raises
+    ------
+    ValueError
+        For another method, one column, or as many neighbors as rows.
+    ImportError
+        For umap where umap-learn is not installed.
+
+    References
+    ----------
+    McInnes et al. 2018; van der Maaten & Hinton 2008.
+    """
     v = check_vectors('embed', vectors)
     check_choice('embed', 'method', method, ('umap', 'tsne', 'pca'))
     if v.shape[1] < 2:
@@ -129,7 +226,19 @@ def plot_points(
     values: pd.Series,  # What to color by (n,); missing is gray
     name: str,  # Title of the panel
 ) -> None:
-    "One panel of a map: a color scale for numbers, a legend for up to ten categories."
+    """One panel of a map: a color scale for numbers, a legend for up to ten categories.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where to plot.
+    points : np.ndarray
+        Points (n, 2).
+    values : pd.Series
+        What to color by (n,); missing is gray.
+    name : str
+        Title of the panel.
+    """
     values, known = values.reset_index(drop=True), values.notna().to_numpy()
     ax.scatter(*points[~known].T, s=6, c='lightgrey')
     if pd.api.types.is_numeric_dtype(values):
@@ -158,7 +267,27 @@ def plot_embedding(
 ) -> Figure:  # One panel a column
     """Plot one map several times, each time colored by something else.
 
-    Raises ValueError for rows or columns that lack."""
+    Parameters
+    ----------
+    points : np.ndarray
+        Points of a map (n, 2), from `embed`.
+    table : pd.DataFrame
+        What is known of each point, such as a manifest (n rows).
+    names : tuple[str, ...], default ('slice', 'diagnosis', 'age', 'subject')
+        Columns to color by, a panel each.
+    title : str, default ''
+        The sentence a reader should check against the image.
+
+    Returns
+    -------
+    Figure
+        One panel a column.
+
+    Raises
+    ------
+    ValueError
+        For rows or columns that lack.
+    """
     if len(points) != len(table):
         raise ValueError(
             f"plot_embedding: {len(points)} points and {len(table)} rows. Expected one row a point."
@@ -193,7 +322,37 @@ def bottleneck_features(
     precision: str = 'no',  # Mixed precision to compute in
     batch_size: int = 64,  # Latents at a time
 ) -> Tensor:  # The deepest layer, averaged over its places (n, channels), on the CPU
-    "What a denoiser makes of noised latents. Raises ValueError for a step outside the schedule."
+    """What a denoiser makes of noised latents.
+
+    Parameters
+    ----------
+    unet : UNet
+        Trained denoiser.
+    latents : Tensor
+        Standardized latents (n, c, h, w).
+    schedule : NoiseSchedule
+        The chain that it was trained on.
+    t : int
+        Timestep, whose noise is added.
+    cond : dict[str, Tensor] | None, default None
+        Conditions, each (n,); None: nothing.
+    seed : int, default 0
+        Of the noise; the same in every call.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Latents at a time.
+
+    Returns
+    -------
+    Tensor
+        The deepest layer, averaged over its places (n, channels), on the CPU.
+
+    Raises
+    ------
+    ValueError
+        For a step outside the schedule.
+    """
     if t not in range(schedule.num_train_timesteps):
         raise ValueError(
             f"bottleneck_features: t={t!r}. Expected a whole number from 0 to"

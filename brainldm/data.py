@@ -59,7 +59,22 @@ def split_by_subject(
 ) -> pd.DataFrame:  # The rows, with a new column `split`
     """Assign whole subjects to splits, the same mix of diagnoses in each.
 
-    The order of the rows does not matter."""
+    The order of the rows does not matter.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows with subject and diagnosis.
+    fractions : dict
+        Fraction of the subjects by split, such as dict(validate=.1, test=.1); the rest is train.
+    seed : int, default 0
+        Another seed, another split.
+
+    Returns
+    -------
+    pd.DataFrame
+        The rows, with a new column `split`.
+    """
     subjects = manifest.drop_duplicates('subject')[['subject', 'diagnosis']].fillna(
         {'diagnosis': ''}
     )
@@ -89,8 +104,21 @@ def assign_splits(
     rows: pd.DataFrame,  # Rows with subject, diagnosis and split, missing where none was given
     config: DataConfig,  # For the fractions and the seed
 ) -> tuple:  # Rows with every split filled in, notes
-    """Keep the splits that were given; deal subjects where none were, and carve validate out of
-    train where it is missing."""
+    """Keep the splits that were given; deal subjects where none were, and carve validate out of train
+    where it is missing.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject, diagnosis and split, missing where none was given.
+    config : DataConfig
+        For the fractions and the seed.
+
+    Returns
+    -------
+    tuple
+        Rows with every split filled in, notes.
+    """
     given, notes = set(rows.split.dropna()), []
     if given - set(SPLITS):
         raise ValueError(
@@ -126,7 +154,18 @@ def assign_splits(
 def find_leaks(
     rows: pd.DataFrame,  # Rows with subject and split
 ) -> pd.DataFrame:  # Faults of kind 'leak'
-    "Find every row of a subject that sits in two splits."
+    """Find every row of a subject that sits in two splits.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject and split.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'leak'.
+    """
     pairs = rows[['subject', 'split']].dropna().drop_duplicates()
     both = (
         pairs[pairs.subject.duplicated(keep=False)]
@@ -143,7 +182,25 @@ def list_slices(
     root: str | Path,  # Data folder, CSV manifest or archive
     config: DataConfig,  # Planes, seed and table of subjects
 ) -> Findings:  # Rows that parse, faults of names, headers and splits; no pixel is read
-    "List every slice with its subject, split and covariates. Raises ValueError if there is none."
+    """List every slice with its subject, split and covariates.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig
+        Planes, seed and table of subjects.
+
+    Returns
+    -------
+    Findings
+        Rows that parse, faults of names, headers and splits; no pixel is read.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
     listed = read_layout(root, config)
     leaks = find_leaks(listed.manifest)  # before any subject is moved
     rows, notes = assign_splits(listed.manifest, config)
@@ -162,7 +219,23 @@ def read_manifest(
 ) -> pd.DataFrame:  # One row a slice: path, plane, subject, slice, diagnosis, split, covariates
     """List every slice without reading a pixel.
 
-    Raises ValueError at the first fault of a name, a header or a split."""
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig, default DataConfig()
+        Planes, seed and table of subjects.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row a slice: path, plane, subject, slice, diagnosis, split, covariates.
+
+    Raises
+    ------
+    ValueError
+        At the first fault of a name, a header or a split.
+    """
     report = list_slices(root, config)
     refuse_faults(report, config.skip_faulty)
     return report.manifest
@@ -175,7 +248,24 @@ def check_dataset(
     # How the files are looked at; `open_dataset` does it once for all processes
     inspect: Callable = inspect_files,
 ) -> Findings:  # Good rows (with a `hash` of the pixels), faults, notes, sizes
-    "Look at every file of a data set and write down all that is wrong with it. Nothing is changed."
+    """Look at every file of a data set and write down all that is wrong with it. Nothing is changed.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig, default DataConfig()
+        Settings.
+    progress : bool, default True
+        Show a bar with the time left.
+    inspect : Callable, default inspect_files
+        How the files are looked at; `open_dataset` does it once for all processes.
+
+    Returns
+    -------
+    Findings
+        Good rows (with a `hash` of the pixels), faults, notes, sizes.
+    """
     listed = list_slices(root, config)
     rows, done = inspect(listed.manifest, config, progress)
     notes = listed.notes + note_read_changes(done)
@@ -213,7 +303,17 @@ def check_dataset(
 
 # %% ../nbs/01_data.ipynb #d7cd01ef
 class SliceDataset(Dataset):
-    """Prepared images with their manifest and conditions; several rows come as one batch."""
+    """Prepared images with their manifest and conditions; several rows come as one batch.
+
+    Parameters
+    ----------
+    images : np.ndarray
+        Images (n, h, w) or (n, c, h, w), uint8, often a memmap.
+    manifest : pd.DataFrame
+        One row an image, in the same order.
+    covariates : Sequence[Covariate] | None, default None
+        Conditions; None finds them in the manifest.
+    """
 
     def __init__(
         self,
@@ -259,7 +359,23 @@ class SliceDataset(Dataset):
         self,
         split: str,  # 'train', 'validate' or 'test'
     ) -> 'SliceDataset':  # As a view where the rows lie together
-        "The rows of one split. Raises ValueError if there is none."
+        """The rows of one split.
+
+        Parameters
+        ----------
+        split : str
+            'train', 'validate' or 'test'.
+
+        Returns
+        -------
+        SliceDataset
+            As a view where the rows lie together.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
         at = np.flatnonzero(self.manifest.split == split)
         if not len(at):
             raise ValueError(
@@ -274,7 +390,19 @@ class SliceDataset(Dataset):
 # %% ../nbs/01_data.ipynb #b6a126a8
 class ShuffledBatches:
     """Endless batches of indices: epoch after epoch without a gap, and batch k is known without
-    computing the ones before."""
+    computing the ones before.
+
+    Parameters
+    ----------
+    n : int
+        Rows to sample from.
+    batch_size : int
+        Indices in a batch.
+    seed : int
+        Another seed, another order.
+    start : int, default 0
+        First batch; a resumed run gives the number of batches already seen.
+    """
 
     def __init__(
         self,
@@ -300,7 +428,18 @@ class ShuffledBatches:
         self,
         epoch: int,  # Number of the epoch, from 0
     ) -> np.ndarray:  # Rows (n,)
-        "The permutation of one epoch; the last one is remembered."
+        """The permutation of one epoch; the last one is remembered.
+
+        Parameters
+        ----------
+        epoch : int
+            Number of the epoch, from 0.
+
+        Returns
+        -------
+        np.ndarray
+            Rows (n,).
+        """
         if self._epoch[0] != epoch:
             self._epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
         return self._epoch[1]
@@ -309,7 +448,18 @@ class ShuffledBatches:
         self,
         k: int,  # Number of the batch, from 0
     ) -> list[int]:  # Rows
-        "The indices of one batch."
+        """The indices of one batch.
+
+        Parameters
+        ----------
+        k : int
+            Number of the batch, from 0.
+
+        Returns
+        -------
+        list[int]
+            Rows.
+        """
         at = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
         return [
             int(i)
@@ -328,7 +478,15 @@ def eval_batches(
     dataset: SliceDataset,  # Rows to go through
     batch_size: int,  # Images in a batch; the last may be smaller
 ):  # Batches in the order of the manifest
-    "Every row once, in order."
+    """Every row once, in order.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Rows to go through.
+    batch_size : int
+        Images in a batch; the last may be smaller.
+    """
     for i in range(0, len(dataset), batch_size):
         yield dataset.__getitems__(range(i, min(i + batch_size, len(dataset))))
 
@@ -342,7 +500,26 @@ def prepare_dataset(
     progress: bool = True,  # Show a bar
 ) -> SliceDataset:  # Images read from the disk as they are needed
     """Prepare every image once, and encode what the model is conditioned on; warns of levels that
-    train lacks."""
+    train lacks.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        `check_dataset(...).manifest`: good rows with the hash of their pixels.
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig
+        Size, crop, to_gray; columns to condition on.
+    cache_dir : str | Path | None, default None
+        Folder of all caches; None is the user's.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    SliceDataset
+        Images read from the disk as they are needed.
+    """
     if 'hash' not in manifest or not len(manifest):
         raise ValueError(
             f"prepare_dataset: {len(manifest)} rows with columns {', '.join(manifest)}. Expected"
@@ -362,7 +539,25 @@ def read_source(
 ) -> SliceDataset:  # Checked and prepared, in memory
     """Read every slice of a source that is no folder.
 
-    Raises TypeError or ValueError, as for a folder."""
+    Parameters
+    ----------
+    source : SliceSource
+        Where slices come from.
+    config : DataConfig, default DataConfig()
+        Settings.
+
+    Returns
+    -------
+    SliceDataset
+        Checked and prepared, in memory.
+
+    Raises
+    ------
+    TypeError
+        As for a folder.
+    ValueError
+        As for a folder.
+    """
     check_protocol('open_dataset', source, SliceSource)
     images, rows = [], []
     for i in range(len(source)):
@@ -417,7 +612,29 @@ def open_dataset(
     """Check, refuse, prepare, once for all processes. Prints what it left out with
     `config.skip_faulty`.
 
-    Raises ValueError for faulty data, OSError for a cache that cannot be written."""
+    Parameters
+    ----------
+    root : str | Path | SliceSource
+        Data folder, CSV manifest or archive; or a source of slices.
+    config : DataConfig, default DataConfig()
+        Settings.
+    progress : bool, default True
+        Show bars.
+    cache_dir : str | Path | None, default None
+        Folder of all caches; None is the user's.
+
+    Returns
+    -------
+    SliceDataset
+        Checked and prepared; `.subset('train')` is what a model trains on.
+
+    Raises
+    ------
+    ValueError
+        For faulty data.
+    OSError
+        For a cache that cannot be written.
+    """
     if not isinstance(root, (str, Path)):
         return read_source(root, config)
     folder = cache_folder(cache_dir)

@@ -49,8 +49,27 @@ def sample_noise(
     start: int = 0,  # Number of the first image
     device: torch.device | str = 'cpu',  # Where the noise shall be
 ) -> Tensor:  # Standard normal noise (n, c, h, w)
-    """Noise for images start, start+1, …: image i depends on seed and i alone, not on the size of
-    the batch."""
+    """Noise for images start, start+1, …: image i depends on seed and i alone, not on the size of the
+    batch.
+
+    Parameters
+    ----------
+    n : int
+        Images.
+    shape : tuple[int, ...]
+        Shape of one latent (c, h, w).
+    seed : int
+        Seed of all images, 0 or more.
+    start : int, default 0
+        Number of the first image.
+    device : torch.device | str, default 'cpu'
+        Where the noise shall be.
+
+    Returns
+    -------
+    Tensor
+        Standard normal noise (n, c, h, w).
+    """
     own = [
         np.random.default_rng((seed, start + i)).standard_normal(shape, dtype=np.float32)
         for i in range(n)
@@ -61,7 +80,18 @@ def sample_noise(
 def standard_deviation(
     x: Tensor,  # Batch (b, ...)
 ) -> Tensor:  # Standard deviation of each row (b, 1, ...)
-    "How far the numbers of each row lie apart."
+    """How far the numbers of each row lie apart.
+
+    Parameters
+    ----------
+    x : Tensor
+        Batch (b, ...).
+
+    Returns
+    -------
+    Tensor
+        Standard deviation of each row (b, 1, ...).
+    """
     return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 # %% ../nbs/07_sampling.ipynb #8a4105ed
@@ -76,8 +106,32 @@ def guide(
     # Fraction of the way to the standard deviation of the conditional answer, 0 to 1
     rescale: float = 0.0,
 ) -> Callable:  # A function (xt, t) -> prediction, for `denoise`
-    """Classifier-free guidance: extrapolate from the unconditional through the conditional
-    prediction. Source: Ho & Salimans 2022, eq. 6."""
+    """Classifier-free guidance: extrapolate from the unconditional through the conditional prediction.
+
+    Parameters
+    ----------
+    unet : Callable
+        Called as unet(xt, t, cond, drop).
+    cond : dict[str, Tensor]
+        Encoded conditions of the network, each (b,).
+    names : list[str]
+        Covariates of the network, one a token.
+    guidance_scale : float | dict[str, float], default 1.0
+        1: as the data say; 0: unconditional; above 1: exaggerate. Or one a covariate.
+    interval : tuple[float, float], default (0.0, math.inf)
+        Timesteps t at which to guide: from (included) and to (not).
+    rescale : float, default 0.0
+        Fraction of the way to the standard deviation of the conditional answer, 0 to 1.
+
+    Returns
+    -------
+    Callable
+        A function (xt, t) -> prediction, for `denoise`.
+
+    References
+    ----------
+    Ho & Salimans 2022, eq. 6.
+    """
     # None: all of them
     scales = guidance_scale if isinstance(guidance_scale, dict) else {None: guidance_scale}
     scales = {k: w for k, w in scales.items() if w != 1 and names}
@@ -116,7 +170,23 @@ def conditional_denoiser(
     # gradient, to keep the graph
     options: dict,
 ) -> Callable:  # A function (xt, t) -> prediction
-    "The denoiser under conditions and guidance, as `denoise` and `invert` want it."
+    """The denoiser under conditions and guidance, as `denoise` and `invert` want it.
+
+    Parameters
+    ----------
+    model : Sampler
+        Codec with a denoiser.
+    cond : dict[str, Tensor]
+        Encoded conditions, each (b,), on the model's device.
+    options : dict
+        guidance_scale, guidance_interval and guidance_rescale, where they are not 1, all and none;
+        gradient, to keep the graph.
+
+    Returns
+    -------
+    Callable
+        A function (xt, t) -> prediction.
+    """
     names, T = [c.name for c in model.unet.covariates], model.schedule.num_train_timesteps
     heard = {k: v for k, v in cond.items() if k in names}
     start, stop = options.get('guidance_interval', (0.0, 1.0))
@@ -150,7 +220,39 @@ def sample_latents(
 ) -> Tensor:  # Standardized latents (b, c, h, w), on the model's device
     """Denoise with guidance.
 
-    Raises RuntimeError if a number is not finite."""
+    Parameters
+    ----------
+    model : Sampler
+        Codec with a denoiser.
+    noise : Tensor
+        Standard normal noise (b, c, h, w), or latents at the noise of step `start`, on the model's
+        device.
+    cond : dict[str, Tensor]
+        Encoded conditions, each (b,), on the model's device.
+    options : dict
+        steps, and where they are not the usual: sampler, eta, start, on_step, gradient and what
+        `conditional_denoiser` takes.
+    seed : int, default 0
+        Of fresh noise, if the sampler needs some.
+    callback : Callable | None, default None
+        Called as callback(i, t, images) with the clean images expected at step i; False: stop.
+    tick : Callable, default lambda n: None
+        Called with the number of images after each network call.
+    first : int, default 0
+        Number of the first image; with `seed` it names the fresh noise of each.
+    watched : list[int] | None, default None
+        Places in the batch of the images that `callback` is shown; None: all of them.
+
+    Returns
+    -------
+    Tensor
+        Standardized latents (b, c, h, w), on the model's device.
+
+    Raises
+    ------
+    RuntimeError
+        If a number is not finite.
+    """
     at = slice(None) if watched is None else watched
     on_step, gradient = options.get('on_step'), options.get('gradient', False)
     generators = image_generators(len(noise), seed, first)
@@ -199,12 +301,58 @@ def sample_batch(
     seed: int = 0,  # Of fresh noise, if the sampler needs some
     **more,  # Further arguments of `sample_latents`
 ) -> Tensor:  # New images (b, 1, size, size) in [-1, 1], on the CPU
-    "Denoise with guidance, undo the standardization, decode."
+    """Denoise with guidance, undo the standardization, decode.
+
+    Parameters
+    ----------
+    model : Sampler
+        Codec with a denoiser.
+    noise : Tensor
+        As of `sample_latents`.
+    cond : dict[str, Tensor]
+        Encoded conditions, each (b,), on the model's device.
+    options : dict
+        As of `sample_latents`.
+    seed : int, default 0
+        Of fresh noise, if the sampler needs some.
+    **more
+        Further arguments of `sample_latents`.
+
+    Returns
+    -------
+    Tensor
+        New images (b, 1, size, size) in [-1, 1], on the CPU.
+    """
     return model.decode_standard(sample_latents(model, noise, cond, options, seed, **more), cond)
 
 # %% ../nbs/07_sampling.ipynb #b69e8eb3
 class Sampler(Codec):
-    "A codec with a denoiser: samples new images under the requested conditions."
+    """A codec with a denoiser: samples new images under the requested conditions.
+
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its images, pixels.
+    unet : UNet | None, default None
+        Trained denoiser; None: reconstruct only.
+    schedule : NoiseSchedule | None, default None
+        The chain that the denoiser was trained on.
+    latent_mean : Tensor | None, default None
+        Mean of each latent channel over the train slices (1, c, 1, 1).
+    latent_std : Tensor | None, default None
+        Standard deviation, same shape.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are sampled.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
 
     def __init__(
         self,
@@ -228,7 +376,13 @@ class Sampler(Codec):
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
         """What `sample` can be conditioned on: the denoiser's covariates, then those of the
-        autoencoder alone."""
+        autoencoder alone.
+
+        Returns
+        -------
+        tuple[Covariate, ...]
+            Names, kinds, values and ranges.
+        """
         return () if self.unet is None else self._joined(self.unet.covariates)
 
     def sample(
@@ -270,8 +424,75 @@ class Sampler(Codec):
     ) -> Tensor:
         """Sample images with the requested conditions; what is not named is left open.
 
-        Source: Song et al. 2021, sec. 4.2 (DDIM). Raises ValueError or TypeError for what the run
-        cannot serve."""
+        Parameters
+        ----------
+        n : int, default 1
+            Images to sample.
+        diagnosis : str | list[str] | None, default None
+            One for all or one each; None leaves it open.
+        slice : float | list[float] | None, default None
+            Slice number, as in the training data.
+        age : float | list[float] | None, default None
+            Years.
+        sex : str | list[str] | None, default None
+            As written in the training data.
+        steps : int, default 30
+            Network calls, 1 to T.
+        guidance_scale : float | dict[str, float], default 1.0
+            1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate.
+        guidance_interval : tuple[float, float], default (0.0, 1.0)
+            Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
+        guidance_rescale : float, default 0.0
+            Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+        seed : int, default 0
+            Same seed, same machine: same images.
+        sampler : str | Scheduler, default 'ddim'
+            'ddim', 'ddpm' or 'dpmpp', or a `Scheduler` as of diffusers, made for this schedule.
+        eta : float, default 0.0
+            Fresh noise in 'ddim', 0 to 1.
+        batch_size : int, default 32
+            Images at a time.
+        first : int, default 0
+            Number of the first image: a long sampling run may be split.
+        progress : bool, default False
+            Show a bar.
+        callback : Callable | None, default None
+            Called in each batch as callback(i, t, images) with the images expected at step i;
+            False: stop here, and take them.
+        watched : Iterable[int] | None, default None
+            Which images `callback` is shown, by place from 0; None: all. Others are decoded once.
+        on_step : Callable | None, default None
+            Called in each batch as on_step(i, t, xt, x0) with noised and expected clean latents,
+            standardized. It may return a tensor, which takes the place of x0, or False: stop here.
+        noise : Tensor | None, default None
+            Standard normal noise (n, c, h, w); None: that of `seed`.
+        output : Literal['image', 'latent'], default 'image'
+            'latent': as `decode` takes them.
+        device : torch.device | str | None, default 'cpu'
+            Of the answer; None: the model's.
+        dtype : torch.dtype, default torch.float32
+            Of the answer.
+        gradient : bool, default False
+            Keep the graph of all steps: gradients reach `noise`.
+        **others : Any
+            Any other covariate of the run, by name.
+
+        Returns
+        -------
+        Tensor
+            New images (n, 1, size, size) in [-1, 1], or latents (n, c, h, w).
+
+        Raises
+        ------
+        ValueError
+            For what the run cannot serve.
+        TypeError
+            For what the run cannot serve.
+
+        References
+        ----------
+        Song et al. 2021, sec. 4.2 (DDIM).
+        """
         options: dict[str, Any] = dict(
             steps=steps,
             guidance_scale=guidance_scale,
@@ -336,7 +557,40 @@ class Sampler(Codec):
     ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
         """Generate the images anew from partly noised latents.
 
-        Source: Meng et al. 2022, alg. 1. Raises ValueError or TypeError."""
+        Parameters
+        ----------
+        images : Tensor
+            Images to start from (n, 1, size, size) in [-1, 1].
+        strength : float, default 0.6
+            Fraction of the trajectory to do: near 0 they stay as they are, at 1 nothing of them is
+            left.
+        steps : int, default 30
+            Steps of the whole trajectory; strength*steps network calls.
+        guidance_scale : float | dict[str, float], default 1.0
+            As in `sample`.
+        seed : int, default 0
+            Of the noise that is added.
+        sampler : str, default 'ddim'
+            'ddim', 'ddpm' or 'dpmpp'.
+        batch_size : int, default 32
+            Images at a time.
+        **conditions : Any
+            What the new images shall be: diagnosis, slice, age, sex, …
+
+        Returns
+        -------
+        Tensor
+            New images (n, 1, size, size) in [-1, 1], on the CPU.
+
+        Raises
+        ------
+        ValueError
+        TypeError
+
+        References
+        ----------
+        Meng et al. 2022, alg. 1.
+        """
         n = check_images('image_to_image', images, self.size)
         options: dict[str, Any] = dict(
             steps=steps,
@@ -382,7 +636,36 @@ class Sampler(Codec):
     ) -> Tensor:
         """Invert each image to its noise, then sample under changed conditions.
 
-        Raises ValueError or TypeError."""
+        Parameters
+        ----------
+        images : Tensor
+            Images to edit (n, 1, size, size) in [-1, 1].
+        to : dict
+            What shall be otherwise: a value or n values by covariate name, as diagnosis='AD'; {} is
+            the round trip.
+        given : dict | None, default None
+            What is known of the images, in the same form; stays as it is where `to` says nothing.
+        strength : float, default 1.0
+            Fraction of the trajectory to undo: below 1 the coarse shape is kept.
+        steps : int, default 50
+            Steps of the whole trajectory, each way.
+        guidance_scale : float | dict[str, float], default 1.0
+            As in `sample`, on the way back.
+        refine : int, default 1
+            Corrections of each step on the way to the noise, see `invert`.
+        batch_size : int, default 32
+            Images at a time.
+
+        Returns
+        -------
+        Tensor
+            The same brains under changed conditions (n, 1, size, size) in [-1, 1], on the CPU.
+
+        Raises
+        ------
+        ValueError
+        TypeError
+        """
         n, given = check_images('counterfactual', images, self.size), given or {}
         options: dict[str, Any] = dict(
             steps=steps,
@@ -414,7 +697,34 @@ class Sampler(Codec):
     ) -> Tensor:
         """Brains between two brains: a great circle between their noises.
 
-        Raises ValueError or TypeError."""
+        Parameters
+        ----------
+        a : Tensor
+            One image (1, 1, size, size) in [-1, 1].
+        b : Tensor
+            Another.
+        n : int, default 8
+            Images, both ends included; 2 or more.
+        given : dict | None, default None
+            What is known of them: a value, or two, by covariate name.
+        steps : int, default 50
+            Steps of the trajectory, each way.
+        refine : int, default 1
+            Corrections of each step on the way to the noise, see `invert`.
+        batch_size : int, default 32
+            Images at a time.
+
+        Returns
+        -------
+        Tensor
+            Images from the round trip of `a` to that of `b` (n, 1, size, size) in [-1, 1], on the
+            CPU.
+
+        Raises
+        ------
+        ValueError
+        TypeError
+        """
         check_sample_counts(n, 0, batch_size)
         if [check_images('interpolate', o, self.size) for o in (a, b)] != [1, 1] or n < 2:
             raise ValueError(
@@ -443,7 +753,24 @@ class Sampler(Codec):
         device: torch.device | str | None = 'cpu',
         gradient: bool = False,  # Keep the graph
     ) -> Tensor:  # Images (b, 1, size, size) in [-1, 1]
-        "Undo the standardization, then decode."
+        """Undo the standardization, then decode.
+
+        Parameters
+        ----------
+        z : Tensor
+            Standardized latents (b, c, h, w), as the denoiser makes them.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+        device : torch.device | str | None, default 'cpu'
+            Where the images shall be; None: the model's.
+        gradient : bool, default False
+            Keep the graph.
+
+        Returns
+        -------
+        Tensor
+            Images (b, 1, size, size) in [-1, 1].
+        """
         return self.decode(z * self.latent_std + self.latent_mean, cond, device, gradient)
 
     def encode_standard(
@@ -452,12 +779,50 @@ class Sampler(Codec):
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Standardized latents (b, c, h, w), as the denoiser takes them
-        "Encode, then standardize."
+        """Encode, then standardize.
+
+        Parameters
+        ----------
+        images : Tensor
+            Images (b, 1, size, size) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            Standardized latents (b, c, h, w), as the denoiser takes them.
+        """
         return (self.encode(images, cond) - self.latent_mean) / self.latent_std
 
 # %% ../nbs/07_sampling.ipynb #310e18a0
 class BrainLDM(Sampler):
-    "A trained run, ready to use: encode, decode and reconstruct images, and sample new ones."
+    """A trained run, ready to use: encode, decode and reconstruct images, and sample new ones.
+
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its images, pixels.
+    unet : UNet | None, default None
+        Trained denoiser; None: reconstruct only.
+    schedule : NoiseSchedule | None, default None
+        The chain that the denoiser was trained on.
+    latent_mean : Tensor | None, default None
+        Mean of each latent channel over the train slices (1, c, 1, 1).
+    latent_std : Tensor | None, default None
+        Standard deviation, same shape.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are sampled.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
 
     @classmethod
     def load(
@@ -469,8 +834,29 @@ class BrainLDM(Sampler):
     ) -> Self:  # Ready to use
         """Load a run.
 
-        Raises FileNotFoundError without an autoencoder, ValueError on files that do not
-        fit."""
+        Parameters
+        ----------
+        run : str | Path
+            Run folder, from `brainldm train`.
+        device : str | None, default None
+            Where to compute; None: a GPU if there is one.
+        precision : str, default 'auto'
+            'auto', 'no', 'bf16' or 'fp16'.
+        weights : str, default 'ema'
+            'ema': the average of the weights, or 'raw': the last ones.
+
+        Returns
+        -------
+        Self
+            Ready to use.
+
+        Raises
+        ------
+        FileNotFoundError
+            Without an autoencoder.
+        ValueError
+            On files that do not fit.
+        """
         place = pick_device(device)
         read_config(run)  # refuses what is no run folder
         autoencoder, about = load_autoencoder(run)
@@ -497,7 +883,25 @@ def skipped_steps(
     steps: int,  # Steps of the whole trajectory
     strength: float,  # Fraction of it to do, above 0 to 1
 ) -> int:  # Steps to leave out at the noisy end, as diffusers counts them
-    "Step at which a trajectory of some strength starts. Raises ValueError if no step is left."
+    """Step at which a trajectory of some strength starts.
+
+    Parameters
+    ----------
+    steps : int
+        Steps of the whole trajectory.
+    strength : float
+        Fraction of it to do, above 0 to 1.
+
+    Returns
+    -------
+    int
+        Steps to leave out at the noisy end, as diffusers counts them.
+
+    Raises
+    ------
+    ValueError
+        If no step is left.
+    """
     if not 0 < strength <= 1 or int(steps * strength) == 0:
         raise ValueError(
             f"skipped_steps: strength={strength} of steps={steps}. Expected above 0 to 1, and one"
@@ -517,7 +921,26 @@ def find_noise(
 ) -> Tensor:
     """Encode the images and invert the trajectory, without guidance.
 
-    Source: Song et al. 2021, sec. 4.3."""
+    Parameters
+    ----------
+    model : Sampler
+        Codec with a denoiser.
+    images : Tensor
+        Images (b, 1, size, size) in [-1, 1].
+    cond : dict[str, Tensor]
+        Encoded conditions, what is known of them, each (b,), on the model's device.
+    options : dict
+        steps, start, refine.
+
+    Returns
+    -------
+    Tensor
+        Latents at the noise of step `start` (b, c, h, w), from which DDIM leads back to the images.
+
+    References
+    ----------
+    Song et al. 2021, sec. 4.3.
+    """
     z = model.encode_standard(images, cond)
     with mixed_precision(model.device, model.precision):
         return invert(
@@ -535,7 +958,26 @@ def slerp(
     b: Tensor,  # Another
     u: Tensor,  # Fraction of the way from a to b (n,)
 ) -> Tensor:  # Points on the great circle between them (n, c, h, w)
-    "Spherical interpolation. Source: Shoemake 1985."
+    """Spherical interpolation.
+
+    Parameters
+    ----------
+    a : Tensor
+        One point (c, h, w).
+    b : Tensor
+        Another.
+    u : Tensor
+        Fraction of the way from a to b (n,).
+
+    Returns
+    -------
+    Tensor
+        Points on the great circle between them (n, c, h, w).
+
+    References
+    ----------
+    Shoemake 1985.
+    """
     # rounding can pass 1
     angle = torch.arccos(((a * b).sum() / a.norm() / b.norm()).clamp(-1, 1))
     u = u.to(a).view(-1, *[1] * a.ndim)

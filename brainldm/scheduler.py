@@ -29,7 +29,26 @@ def linear_betas(
     beta_start: float = 1e-4,  # Noise variance added by the first step
     beta_end: float = 0.02,  # Noise variance added by the last step
 ) -> Tensor:  # Noise variances (T,), float64
-    "Variances on a straight line. Source: Ho et al. 2020, sec. 4."
+    """Variances on a straight line.
+
+    Parameters
+    ----------
+    num_train_timesteps : int
+        Steps T of the chain.
+    beta_start : float, default 0.0001
+        Noise variance added by the first step.
+    beta_end : float, default 0.02
+        Noise variance added by the last step.
+
+    Returns
+    -------
+    Tensor
+        Noise variances (T,), float64.
+
+    References
+    ----------
+    Ho et al. 2020, sec. 4.
+    """
     return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
 
 
@@ -38,14 +57,48 @@ def scaled_linear_betas(
     beta_start: float = 0.00085,  # Noise variance added by the first step
     beta_end: float = 0.012,  # Noise variance added by the last step
 ) -> Tensor:  # Noise variances (T,), float64
-    "Variances whose square roots lie on a straight line. Source: the code of Rombach et al. 2022."
+    """Variances whose square roots lie on a straight line.
+
+    Parameters
+    ----------
+    num_train_timesteps : int
+        Steps T of the chain.
+    beta_start : float, default 0.00085
+        Noise variance added by the first step.
+    beta_end : float, default 0.012
+        Noise variance added by the last step.
+
+    Returns
+    -------
+    Tensor
+        Noise variances (T,), float64.
+
+    References
+    ----------
+    The code of Rombach et al. 2022.
+    """
     return linear_betas(num_train_timesteps, beta_start**0.5, beta_end**0.5) ** 2
 
 # %% ../nbs/04_scheduler.ipynb #6d1bcdb9
 def cosine_betas(
     num_train_timesteps: int,  # Steps T of the chain
 ) -> Tensor:  # Noise variances (T,), float64, none above 0.999
-    "Variances that make `abar` fall like a squared cosine. Source: Nichol & Dhariwal 2021, eq. 17."
+    """Variances that make `abar` fall like a squared cosine.
+
+    Parameters
+    ----------
+    num_train_timesteps : int
+        Steps T of the chain.
+
+    Returns
+    -------
+    Tensor
+        Noise variances (T,), float64, none above 0.999.
+
+    References
+    ----------
+    Nichol & Dhariwal 2021, eq. 17.
+    """
     u = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
     abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
@@ -56,7 +109,20 @@ def flow_betas(
 ) -> Tensor:  # Noise variances (T,), float64, none above 0.999
     """Variances that lead from image to noise on a straight line, once its length is divided out.
 
-    Source: Liu et al. 2023, eq. 1."""
+    Parameters
+    ----------
+    num_train_timesteps : int
+        Steps T of the chain.
+
+    Returns
+    -------
+    Tensor
+        Noise variances (T,), float64, none above 0.999.
+
+    References
+    ----------
+    Liu et al. 2023, eq. 1.
+    """
     s = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
     abar = (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
     return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
@@ -67,7 +133,20 @@ def rescale_zero_terminal_snr(
 ) -> Tensor:  # Noise variances (T,); the last is exactly 1
     """Shift and stretch `abar.sqrt()` so that it ends at 0 and its first value stays.
 
-    Source: Lin et al. 2024, alg. 1."""
+    Parameters
+    ----------
+    betas : Tensor
+        Noise variances (T,), T at least 2.
+
+    Returns
+    -------
+    Tensor
+        Noise variances (T,); the last is exactly 1.
+
+    References
+    ----------
+    Lin et al. 2024, alg. 1.
+    """
     root = (1 - betas).cumprod(0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     abar = root**2
@@ -78,11 +157,33 @@ def rescale_zero_terminal_snr(
 class NoiseSchedule(ScheduleConfig):
     """How much noise each of T steps carries, and what the network predicts.
 
-    The settings of a `ScheduleConfig` (notebook 21), with the tables that follow from them."""
+    The settings of a `ScheduleConfig` (notebook 21), with the tables that follow from them.
+
+    Attributes
+    ----------
+    num_train_timesteps : Annotated[int, Limit(lambda v: v >= 2, '2 or more')], default 1000
+        Steps T of the chain.
+    beta_schedule : Annotated[str, one_of(*BETA_SCHEDULES)], default 'cosine'
+        'linear', 'scaled_linear', 'cosine' or 'flow'.
+    beta_start : float, default 0.0001
+        First noise variance of the linear two; the others have no use for it.
+    beta_end : float, default 0.02
+        Last noise variance of the linear two; the others have no use for it.
+    zero_terminal_snr : bool, default True
+        End at exactly no signal.
+    prediction_type : Annotated[str, one_of(*PREDICTION_TYPES)], default 'v_prediction'
+        'epsilon', 'v_prediction' or 'sample'.
+    """
 
     @cached_property
     def betas(self) -> Tensor:  # Noise variances (T,), float64
-        "Noise variance that each step adds."
+        """Noise variance that each step adds.
+
+        Returns
+        -------
+        Tensor
+            Noise variances (T,), float64.
+        """
         make = dict(
             linear=linear_betas,
             scaled_linear=scaled_linear_betas,
@@ -95,26 +196,59 @@ class NoiseSchedule(ScheduleConfig):
 
     @cached_property
     def abar(self) -> Tensor:  # Signal variances (T,), float64, decreasing
-        "Fraction of the signal's variance left after each step."
+        """Fraction of the signal's variance left after each step.
+
+        Returns
+        -------
+        Tensor
+            Signal variances (T,), float64, decreasing.
+        """
         return (1 - self.betas).cumprod(0)
 
     @cached_property
     def snr(self) -> Tensor:  # Signal-to-noise ratios (T,), float64
-        "Variance of the signal over variance of the noise at each step."
+        """Variance of the signal over variance of the noise at each step.
+
+        Returns
+        -------
+        Tensor
+            Signal-to-noise ratios (T,), float64.
+        """
         return self.abar / (1 - self.abar)
 
 # %% ../nbs/04_scheduler.ipynb #c04a0001
 def noise_schedule(
     config: ScheduleConfig,  # Settings of a schedule, as a configuration holds them
 ) -> NoiseSchedule:  # The same settings with their tables
-    "The schedule that a configuration describes."
+    """The schedule that a configuration describes.
+
+    Parameters
+    ----------
+    config : ScheduleConfig
+        Settings of a schedule, as a configuration holds them.
+
+    Returns
+    -------
+    NoiseSchedule
+        The same settings with their tables.
+    """
     return config if isinstance(config, NoiseSchedule) else NoiseSchedule(**asdict(config))
 
 # %% ../nbs/04_scheduler.ipynb #c04a0002
 def check_terminal_signal(
     schedule: ScheduleConfig,  # What a network is going to be trained on
 ) -> None:  # Nothing: it raises or returns
-    "Refuse the noise as target where sampling would divide by nothing. Raises ValueError."
+    """Refuse the noise as target where sampling would divide by nothing.
+
+    Parameters
+    ----------
+    schedule : ScheduleConfig
+        What a network is going to be trained on.
+
+    Raises
+    ------
+    ValueError
+    """
     if schedule.prediction_type != 'epsilon':
         return
     signal = noise_schedule(schedule).abar[-1].sqrt()
@@ -133,7 +267,27 @@ def at_timesteps(
 ) -> Tensor | float:  # A number for an integer `t`, else (b, 1, ...)
     """Look up `values` at `t`, ready to multiply `x`.
 
-    Raises TypeError for integers in `x`, ValueError for a bad `t`."""
+    Parameters
+    ----------
+    values : Tensor
+        One number a step (T,).
+    t : Tensor | int
+        One step for the whole batch, or one a sample (b,), int64, in [0, T).
+    x : Tensor
+        Batch (b, ...) that the numbers will multiply; sets dtype and device.
+
+    Returns
+    -------
+    Tensor | float
+        A number for an integer `t`, else (b, 1, ...).
+
+    Raises
+    ------
+    TypeError
+        For integers in `x`.
+    ValueError
+        For a bad `t`.
+    """
     if not x.is_floating_point():
         raise TypeError(
             f"at_timesteps: a batch of {x.dtype}. Expected floating point. Scale the images first."
@@ -159,7 +313,28 @@ def add_noise(
     t: Tensor | int,  # Timesteps (b,), int64 in [0, T), or one for all
     abar: Tensor,  # Signal variance left at each step (T,), decreasing in [0, 1)
 ) -> Tensor:  # Noised latents (b, c, *s)
-    "Jump from `x0` to step `t` at once. Source: Ho et al. 2020, eq. 4."
+    """Jump from `x0` to step `t` at once.
+
+    Parameters
+    ----------
+    x0 : Tensor
+        Clean latents (b, c, *s), unit variance.
+    eps : Tensor
+        Standard normal noise, same shape as `x0`.
+    t : Tensor | int
+        Timesteps (b,), int64 in [0, T), or one for all.
+    abar : Tensor
+        Signal variance left at each step (T,), decreasing in [0, 1).
+
+    Returns
+    -------
+    Tensor
+        Noised latents (b, c, *s).
+
+    References
+    ----------
+    Ho et al. 2020, eq. 4.
+    """
     return at_timesteps(abar.sqrt(), t, x0) * x0 + at_timesteps((1 - abar).sqrt(), t, x0) * eps
 
 # %% ../nbs/04_scheduler.ipynb #3b5eeb40
@@ -170,7 +345,30 @@ def targets(
     abar: Tensor,  # Signal variance left at each step (T,)
     prediction_type: str,  # 'epsilon', 'v_prediction' or 'sample'
 ) -> Tensor:  # What the network should have said (b, c, *s)
-    "The answer that training compares with. Source: Salimans & Ho 2022, app. D."
+    """The answer that training compares with.
+
+    Parameters
+    ----------
+    x0 : Tensor
+        Clean latents (b, c, *s).
+    eps : Tensor
+        The noise that was mixed in, same shape.
+    t : Tensor | int
+        Timesteps (b,), or one for all.
+    abar : Tensor
+        Signal variance left at each step (T,).
+    prediction_type : str
+        'epsilon', 'v_prediction' or 'sample'.
+
+    Returns
+    -------
+    Tensor
+        What the network should have said (b, c, *s).
+
+    References
+    ----------
+    Salimans & Ho 2022, app. D.
+    """
     check_choice('targets', 'prediction_type', prediction_type, PREDICTION_TYPES)
     if prediction_type == 'epsilon':
         return eps
@@ -189,7 +387,32 @@ def to_x0_eps(
 ) -> tuple[Tensor, Tensor]:
     """The image and the noise that `pred` implies.
 
-    Source: Salimans & Ho 2022, app. D. Raises ValueError."""
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said (b, c, *s), any dtype.
+    xt : Tensor
+        Noised latents it was shown (b, c, *s).
+    t : Tensor | int
+        Timesteps (b,), or one for all.
+    abar : Tensor
+        Signal variance left at each step (T,).
+    prediction_type : str
+        'epsilon', 'v_prediction' or 'sample'.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Estimates of the clean latents and of the noise, in the dtype of `xt`.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Salimans & Ho 2022, app. D.
+    """
     check_choice('to_x0_eps', 'prediction_type', prediction_type, PREDICTION_TYPES)
     pred, root, rest = (
         pred.to(xt),
@@ -217,7 +440,31 @@ def sampling_timesteps(
 ) -> list:  # Timesteps, whole numbers, from noisy to clean
     """Steps to visit when sampling.
 
-    Source: Lin et al. 2024, table 2, as in diffusers. Raises ValueError, TypeError."""
+    Parameters
+    ----------
+    num_inference_steps : int
+        Network calls, 1 to `num_train_timesteps`.
+    num_train_timesteps : int
+        Steps T of the chain.
+    spacing : str, default 'trailing'
+        'trailing' starts at T-1; 'leading' ends at 0; 'linspace' does both.
+    start : int, default 0
+        Steps to leave out at the noisy end, for latents that are only half noise.
+
+    Returns
+    -------
+    list
+        Timesteps, whole numbers, from noisy to clean.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+
+    References
+    ----------
+    Lin et al. 2024, table 2, as in diffusers.
+    """
     check_choice('sampling_timesteps', 'spacing', spacing, SPACINGS)
     # two ends need two steps
     n, T, least = num_inference_steps, num_train_timesteps, 1 + (spacing == 'linspace')
@@ -249,7 +496,26 @@ def step_abar(
     t_prev: int,  # Step to go to, below `t`; -1 is clean data
     schedule: NoiseSchedule,  # The chain they belong to
 ) -> tuple[float, float]:  # Signal variance at `t` and at `t_prev`
-    "The two signal variances that a sampling step goes between. Raises ValueError."
+    """The two signal variances that a sampling step goes between.
+
+    Parameters
+    ----------
+    t : int
+        Step the latents are at.
+    t_prev : int
+        Step to go to, below `t`; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain they belong to.
+
+    Returns
+    -------
+    tuple[float, float]
+        Signal variance at `t` and at `t_prev`.
+
+    Raises
+    ------
+    ValueError
+    """
     if not -1 <= t_prev < t < schedule.num_train_timesteps:
         raise ValueError(
             f"step_abar: from t={t} to t_prev={t_prev}. Expected -1 <= t_prev < t <"
@@ -268,7 +534,30 @@ def ddpm_step(
 ) -> Tensor:  # Latents at `t_prev`
     """Sample from the posterior of x_prev given xt and the estimated x0.
 
-    Source: Ho et al. 2020, eq. 6-7."""
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said at `t` (b, c, *s).
+    xt : Tensor
+        Latents at `t` (b, c, *s).
+    t : int
+        Timestep of `xt`.
+    t_prev : int
+        Timestep to go to; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+    noise : Tensor
+        Fresh standard normal noise, same shape.
+
+    Returns
+    -------
+    Tensor
+        Latents at `t_prev`.
+
+    References
+    ----------
+    Ho et al. 2020, eq. 6-7.
+    """
     a, a_prev = step_abar(t, t_prev, schedule)
     x0, _ = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
     alpha = a / a_prev  # signal kept between t_prev and t
@@ -286,7 +575,28 @@ def min_snr_weight(
 ) -> Tensor:  # Weights (b,), float32
     """Weight for the squared error so that, measured on x0, it is min(SNR+offset, gamma).
 
-    Source: Hang et al. 2023, sec. 3.4."""
+    Parameters
+    ----------
+    t : Tensor
+        Timesteps (b,), int64.
+    abar : Tensor
+        Signal variance left at each step (T,).
+    prediction_type : str
+        What the squared error is measured on.
+    gamma : float, default 5.0
+        Largest weight, in units of SNR.
+    offset : float, default 0.0
+        Added to the SNR first: 0 as in the paper; with 1, steps of pure noise count, too.
+
+    Returns
+    -------
+    Tensor
+        Weights (b,), float32.
+
+    References
+    ----------
+    Hang et al. 2023, sec. 3.4.
+    """
     check_choice('min_snr_weight', 'prediction_type', prediction_type, PREDICTION_TYPES)
     snr = abar / (1 - abar)
     # of the answer's error, on x0
@@ -300,7 +610,24 @@ def flow_weight(
     abar: Tensor,  # Signal variance left at each step (T,)
 ) -> Tensor:  # Weights (b,), float32, 1 to 2
     """Weight for the squared error of `v_prediction` that makes it the error of a straight path's
-    velocity. Source: Esser et al. 2024, sec. 2."""
+    velocity.
+
+    Parameters
+    ----------
+    t : Tensor
+        Timesteps (b,), int64.
+    abar : Tensor
+        Signal variance left at each step (T,).
+
+    Returns
+    -------
+    Tensor
+        Weights (b,), float32, 1 to 2.
+
+    References
+    ----------
+    Esser et al. 2024, sec. 2.
+    """
     return (
         (abar.sqrt() + (1 - abar).sqrt())
         .square()
@@ -323,7 +650,36 @@ def ddim_step(
 ) -> Tensor:  # Latents at `t_prev`
     """Mix the estimated x0 and noise again at `t_prev`.
 
-    Source: Song et al. 2021, eq. 12, 16. Raises ValueError."""
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said at `t` (b, c, *s).
+    xt : Tensor
+        Latents at `t` (b, c, *s).
+    t : int
+        Timestep of `xt`.
+    t_prev : int
+        Timestep to go to; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+    eta : float, default 0.0
+        Fraction of fresh noise: 0 none, 1 as much as `ddpm_step`.
+    noise : Tensor | None, default None
+        Fresh standard normal noise, same shape; needed if `eta` is not 0.
+
+    Returns
+    -------
+    Tensor
+        Latents at `t_prev`.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Song et al. 2021, eq. 12, 16.
+    """
     if not 0 <= eta <= 1:
         raise ValueError(f"ddim_step: eta={eta}. Expected 0 to 1. Try eta=0 (no fresh noise).")
     if eta and noise is None:
@@ -346,7 +702,24 @@ def fresh_noise(
 ) -> Tensor:  # Standard normal noise, same shape, dtype and device
     """Noise for one step.
 
-    With one generator an image, no image depends on the others. Raises ValueError."""
+    With one generator an image, no image depends on the others.
+
+    Parameters
+    ----------
+    x : Tensor
+        Latents (b, c, *s) of one step; say shape, dtype and device.
+    generator : torch.Generator | list[torch.Generator] | None, default None
+        One for the batch, or one an image; None: torch's own.
+
+    Returns
+    -------
+    Tensor
+        Standard normal noise, same shape, dtype and device.
+
+    Raises
+    ------
+    ValueError
+    """
     if not isinstance(generator, (list, tuple)):
         home = generator.device if generator else x.device  # one CPU seed serves every device
         return torch.randn(x.shape, generator=generator, device=home, dtype=x.dtype).to(x.device)
@@ -367,7 +740,24 @@ def pick_step(
 ) -> Callable:  # Called as step(pred, xt, t, t_prev, schedule, before)
     """The step function that a sampler means; one with a name samples its own noise.
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    sampler : str | Callable
+        'ddim', 'ddpm', or a step function.
+    eta : float
+        Fraction of fresh noise in 'ddim'.
+    generator : torch.Generator | list[torch.Generator] | None
+        Source of the fresh noise.
+
+    Returns
+    -------
+    Callable
+        Called as step(pred, xt, t, t_prev, schedule, before).
+
+    Raises
+    ------
+    ValueError
+    """
     name = getattr(sampler, '__name__', sampler)
     if eta and sampler != 'ddim':
         raise ValueError(
@@ -393,7 +783,24 @@ def replaced_prediction(
     t: int,  # Their timestep
     schedule: NoiseSchedule,  # The chain and its prediction type
 ) -> Tensor:  # Prediction that says `x0`
-    "What a network must predict at `xt` to mean these clean latents."
+    """What a network must predict at `xt` to mean these clean latents.
+
+    Parameters
+    ----------
+    x0 : Tensor
+        Clean latents to aim at (b, c, *s).
+    xt : Tensor
+        Noised latents, same shape.
+    t : int
+        Their timestep.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+
+    Returns
+    -------
+    Tensor
+        Prediction that says `x0`.
+    """
     eps = to_x0_eps(x0, xt, t, schedule.abar, 'sample')[1]
     return targets(x0, eps, t, schedule.abar, schedule.prediction_type)
 
@@ -419,7 +826,45 @@ def denoise(
     start: int = 0,  # Steps to leave out at the noisy end
     gradient: bool = False,  # Keep the graph of all steps
 ) -> Tensor:  # Samples (b, c, *s), never clipped
-    "Run the reverse process from noise to data, one network call a step. Raises ValueError."
+    """Run the reverse process from noise to data, one network call a step.
+
+    Parameters
+    ----------
+    model_fn : Callable
+        Called as model_fn(xt, t), t (b,) int64; predicts what `prediction_type` says.
+    x : Tensor
+        Standard normal noise (b, c, *s), or latents at the noise of step number `start`.
+    schedule : NoiseSchedule
+        The chain the network was trained on.
+    num_inference_steps : int
+        Steps of the whole reverse process, 1 to T.
+    sampler : str | Callable, default 'ddim'
+        'ddim', 'ddpm', or a step function such as `dpmpp_2m_step` of `brainldm.advanced.solvers`,
+        called as step(pred, xt, t, t_prev, schedule, before); before: the x0 and the t of one step
+        ago, or None.
+    eta : float, default 0.0
+        Fraction of fresh noise in 'ddim'.
+    generator : torch.Generator | list[torch.Generator] | None, default None
+        Source of the fresh noise, see `fresh_noise`.
+    spacing : str | list[int], default 'trailing'
+        Which steps to visit, see `sampling_timesteps`; or the timesteps themselves, noisy to clean.
+    callback : Callable | None, default None
+        Called as callback(i, t, xt, x0_hat) before each step; i from 0. It may return a tensor,
+        which takes the place of x0_hat, or False: stop here, x0_hat is the sample.
+    start : int, default 0
+        Steps to leave out at the noisy end.
+    gradient : bool, default False
+        Keep the graph of all steps.
+
+    Returns
+    -------
+    Tensor
+        Samples (b, c, *s), never clipped.
+
+    Raises
+    ------
+    ValueError
+    """
     step = pick_step(sampler, eta, generator)
     if isinstance(spacing, str):
         spacing = sampling_timesteps(

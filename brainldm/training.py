@@ -93,7 +93,28 @@ def reconstruction_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Mean absolute error plus the loss of the latent.
 
-    Source: Rombach et al. 2022, app. G; van den Oord 2017, eq. 3."""
+    Parameters
+    ----------
+    model : nn.Module
+        An autoencoder of config.kind.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of the latent's noise, on the batch's device.
+    seen : int
+        Images seen so far, for a cyclical KL weight.
+    config : AEConfig
+        Weights of the terms.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, dict[str, Tensor]]
+        Reconstruction (b, c, h, w), the loss, and its parts for the log.
+
+    References
+    ----------
+    Rombach et al. 2022, app. G; van den Oord 2017, eq. 3.
+    """
     own = AUTOENCODERS[config.kind].loss
     if own:
         return own(model, batch, generator, seen, config)
@@ -126,7 +147,28 @@ def discriminator_step(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and what to log
     """One step of the discriminator: tell scans from decoded images.
 
-    Source: as of `discriminator_loss`."""
+    Parameters
+    ----------
+    model : nn.Module
+        A PatchDiscriminator.
+    batch : dict[str, Tensor]
+        'real' (b, 1, h, w), 'fake' (b or 2b, 1, h, w), encoded covariates (b,).
+    generator : torch.Generator
+        Not used: nothing here is random.
+    seen : int
+        Images seen so far; nothing here depends on it.
+    config : AEConfig
+        Loss of the discriminator.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and what to log.
+
+    References
+    ----------
+    As of `discriminator_loss`.
+    """
     real, fake = batch['real'], batch['fake']
     times = 1 + len(fake) // len(real)
     cond = {k: v.repeat(times) for k, v in batch.items() if k not in ('real', 'fake')}
@@ -144,7 +186,22 @@ def make_discriminator(
     covariates: tuple[Covariate, ...],  # Covariates of autoencoder and discriminator
     run: Path | None = None,  # Run folder
 ) -> Learner | None:  # A training of its own; None without a discriminator
-    "The second network of an adversarial training."
+    """The second network of an adversarial training.
+
+    Parameters
+    ----------
+    config : AEConfig
+        Sizes and rates.
+    covariates : tuple[Covariate, ...]
+        Covariates of autoencoder and discriminator.
+    run : Path | None, default None
+        Run folder.
+
+    Returns
+    -------
+    Learner | None
+        A training of its own; None without a discriminator.
+    """
     if not config.adversarial:
         return None
     # the weight asks a graph for gradients twice
@@ -167,7 +224,24 @@ def generator_step(
     config: AEConfig,  # Weights
     # Loss of being recognized, and loss of looking different to the discriminator, scalars
 ) -> tuple[Tensor, Tensor]:
-    "The generator loss and the feature loss of the autoencoder."
+    """The generator loss and the feature loss of the autoencoder.
+
+    Parameters
+    ----------
+    discriminator : Learner
+        Its network is used, and not changed.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    fakes : list[Tensor]
+        Reconstructions (b, 1, h, w), and perhaps decoded random latents.
+    config : AEConfig
+        Weights.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Loss of being recognized, and loss of looking different to the discriminator, scalars.
+    """
     # no gradient reaches the discriminator itself
     frozen = {k: v.detach() for k, v in discriminator.raw.named_parameters()}
     judge = lambda x: torch.func.functional_call(discriminator.raw, frozen, (x, batch))
@@ -195,7 +269,30 @@ def autoencoder_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """The loss of stage 1: reconstruction, and the generator loss once it counts.
 
-    Source: Esser et al. 2021, eq. 5-7."""
+    Parameters
+    ----------
+    model : nn.Module
+        An autoencoder of config.kind.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of noise, on the batch's device.
+    seen : int
+        Images seen before this update of the weights.
+    config : AEConfig
+        Weights of the terms.
+    discriminator : Learner | None, default None
+        The discriminator, which takes its step here before it is used.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Esser et al. 2021, eq. 5-7.
+    """
     recon, loss, logs = reconstruction_loss(model, batch, generator, seen, config)
     if discriminator is None or seen < config.adversarial_start - config.discriminator_warmup:
         return loss, logs
@@ -233,7 +330,29 @@ def train_autoencoder(
 ) -> ConvAutoencoder:  # The trained autoencoder
     """Train stage 1 on the train subjects with validation passes.
 
-    Writes RUN/autoencoder.safetensors."""
+    Writes RUN/autoencoder.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Checked data with its splits.
+    run : Path
+        Run folder, made if it is not there.
+    config : AEConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+    callback : Callable | None, default None
+        Called as callback(learner, seen, means) with each record of the log; False ends the
+        training.
+
+    Returns
+    -------
+    ConvAutoencoder
+        The trained autoencoder.
+    """
     run, train, held_out = Path(run), dataset.subset('train'), dataset.subset('validate')
     covariates = pick_covariates(dataset.covariates, config.covariates)
     args = autoencoder_args(config, covariates)
@@ -303,7 +422,28 @@ def condition_dropout_mask(
 ) -> Tensor:  # True where a token is hidden (b, covariates)
     """Hide conditions at random, to learn to work with and without.
 
-    Source: Ho & Salimans 2022, alg. 1."""
+    Parameters
+    ----------
+    n : int
+        Rows b.
+    covariates : int
+        Covariates.
+    one : float
+        Probability of hiding each by itself.
+    all : float
+        Probability of hiding all of a row.
+    generator : torch.Generator
+        Random number generator; its device is used.
+
+    Returns
+    -------
+    Tensor
+        True where a token is hidden (b, covariates).
+
+    References
+    ----------
+    Ho & Salimans 2022, alg. 1.
+    """
     u = torch.rand(n, covariates + 1, generator=generator, device=generator.device)
     return (u[:, 1:] < one) | (u[:, :1] < all)
 
@@ -317,7 +457,34 @@ def prediction_error(
     schedule: NoiseSchedule,  # The noise, and what the network predicts
     covariates: tuple[Covariate, ...],  # The covariates of the network, in order
 ) -> Tensor:  # Mean squared error of each row (b,)
-    "How far the prediction is from its target. Source: Ho et al. 2020, eq. 14."
+    """How far the prediction is from its target.
+
+    Parameters
+    ----------
+    model : Callable[..., Tensor]
+        A UNet.
+    batch : dict[str, Tensor]
+        'latent' (b, c, h, w) and encoded covariates, each (b,).
+    t : Tensor
+        Timesteps (b,).
+    eps : Tensor
+        Standard normal noise, shape of the latents.
+    drop : Tensor
+        True where a covariate is hidden (b, n).
+    schedule : NoiseSchedule
+        The noise, and what the network predicts.
+    covariates : tuple[Covariate, ...]
+        The covariates of the network, in order.
+
+    Returns
+    -------
+    Tensor
+        Mean squared error of each row (b,).
+
+    References
+    ----------
+    Ho et al. 2020, eq. 14.
+    """
     x0 = batch['latent']
     pred = model(
         add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop
@@ -339,7 +506,27 @@ def loss_weight(
 ) -> Tensor:  # Weights of the squared errors (b,), float32
     """How much the error at each step counts.
 
-    Source: Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2."""
+    Parameters
+    ----------
+    t : Tensor
+        Timesteps (b,).
+    schedule : NoiseSchedule
+        The noise, and what the network predicts.
+    gamma : float | None, default None
+        Limit of min-SNR weighting; None: every step counts the same, on a straight path by its
+        velocity.
+    offset : float, default 0.0
+        Added to the SNR below that limit.
+
+    Returns
+    -------
+    Tensor
+        Weights of the squared errors (b,), float32.
+
+    References
+    ----------
+    Hang et al. 2023, eq. 6; Esser et al. 2024, sec. 2.
+    """
     if gamma:
         return min_snr_weight(t, schedule.abar, schedule.prediction_type, gamma, offset)
     straight = schedule.beta_schedule == 'flow' and schedule.prediction_type == 'v_prediction'
@@ -356,7 +543,30 @@ def ldm_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """Weighted squared error of the prediction at random times.
 
-    Source: Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6."""
+    Parameters
+    ----------
+    model : Callable[..., Tensor]
+        A UNet.
+    batch : dict[str, Tensor]
+        'latent' and encoded covariates.
+    generator : torch.Generator
+        Source of times, noise and hiding, on the batch's device.
+    seen : int
+        Images seen so far; nothing here depends on it.
+    config : LDMConfig
+        Schedule, weights, probabilities.
+    covariates : tuple[Covariate, ...]
+        The covariates of the network, in order.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 6.
+    """
     x0, schedule = batch['latent'], noise_schedule(config.schedule)
     t = torch.randint(
         schedule.num_train_timesteps, (len(x0),), generator=generator, device=x0.device
@@ -381,7 +591,29 @@ def train_ldm(
     # Called as callback(learner, seen, means) with each record of the log; False ends the training
     callback: Callable | None = None,
 ) -> Denoiser:  # The averaged network
-    "Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors."
+    """Train the diffusion model on the latents of the train subjects. Writes RUN/ldm.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        The data that the autoencoder was trained on.
+    run : Path
+        Run folder with a trained autoencoder.
+    config : LDMConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+    callback : Callable | None, default None
+        Called as callback(learner, seen, means) with each record of the log; False ends the
+        training.
+
+    Returns
+    -------
+    Denoiser
+        The averaged network.
+    """
     check_terminal_signal(config.schedule)
     run, (autoencoder, about) = Path(run), load_autoencoder(run)
     # its tables are made once, not at each step

@@ -23,8 +23,23 @@ def check_condition_tensors(
     batch_size: int,  # b
     names: list[str],  # Covariates of the network
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse covariates that the network was not built for, and values or a `drop` of another
-    shape. Raises ValueError."""
+    """Refuse covariates that the network was not built for, and values or a `drop` of another shape.
+
+    Parameters
+    ----------
+    cond : dict[str, Tensor] | None
+        Encoded covariates by name.
+    drop : Tensor | None
+        Tokens to drop.
+    batch_size : int
+        b.
+    names : list[str]
+        Covariates of the network.
+
+    Raises
+    ------
+    ValueError
+    """
     unknown = [k for k in cond or {} if k not in names]
     if unknown:
         raise ValueError(
@@ -52,7 +67,27 @@ def check_unet(
     norm_num_groups: int,  # Groups in each GroupNorm
     dropout: float,  # Fraction of the features that training leaves out
 ) -> None:  # Nothing: it raises ValueError or returns
-    "Refuse a UNet that cannot be built. Raises ValueError."
+    """Refuse a UNet that cannot be built.
+
+    Parameters
+    ----------
+    channels : tuple[int, ...]
+        Features at each level.
+    attention_levels : tuple[bool, ...]
+        Levels with attention.
+    num_res_blocks : int
+        Blocks a level.
+    num_heads : int
+        Attention heads.
+    norm_num_groups : int
+        Groups in each GroupNorm.
+    dropout : float
+        Fraction of the features that training leaves out.
+
+    Raises
+    ------
+    ValueError
+    """
     if not channels or len(channels) != len(attention_levels):
         raise ValueError(
             f"UNet: channels={tuple(channels)}, attention_levels={tuple(attention_levels)}. "
@@ -77,7 +112,23 @@ def check_input(
     in_channels: int,  # Channels expected
     factor: int,  # What height and width must be multiples of
 ) -> None:  # Nothing: it raises ValueError or returns
-    "Refuse a batch that the network cannot take. Raises ValueError."
+    """Refuse a batch that the network cannot take.
+
+    Parameters
+    ----------
+    x : Tensor
+        Noised latents (b, in_channels, h, w).
+    t : Tensor
+        Timesteps (b,).
+    in_channels : int
+        Channels expected.
+    factor : int
+        What height and width must be multiples of.
+
+    Raises
+    ------
+    ValueError
+    """
     if x.ndim != 4 or x.shape[1] != in_channels or x.shape[2] % factor or x.shape[3] % factor:
         raise ValueError(
             f"UNet: x of shape {tuple(x.shape)}. Expected (b, {in_channels}, h, w) with h and w"
@@ -97,7 +148,29 @@ def timestep_embedding(
 ) -> Tensor:  # Cosines, then sines (b, channels), float32
     """Sinusoidal embedding of the timestep.
 
-    Source: Vaswani et al. 2017, sec. 3.5. Raises ValueError for odd `channels`."""
+    Parameters
+    ----------
+    t : Tensor
+        Timesteps (b,), whole or not.
+    channels : int
+        Length of the embedding, even.
+    max_period : float, default 10000.0
+        The slowest hand turns about 1/max_period radians a step.
+
+    Returns
+    -------
+    Tensor
+        Cosines, then sines (b, channels), float32.
+
+    Raises
+    ------
+    ValueError
+        For odd `channels`.
+
+    References
+    ----------
+    Vaswani et al. 2017, sec. 3.5.
+    """
     check_divides('timestep_embedding', 2, channels=channels)
     half = channels // 2
     freqs = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device))
@@ -107,7 +180,19 @@ def timestep_embedding(
 # %% ../nbs/05_unet.ipynb #b4645e88
 class ConditionEmbedding(nn.Module):
     """Time and covariates as one embedding for every block, and the covariates as tokens for
-    cross-attention."""
+    cross-attention.
+
+    Parameters
+    ----------
+    channels : int
+        Length of the sinusoidal embedding of time.
+    emb_channels : int
+        Length of the embedding that comes out.
+    covariates : tuple[Covariate, ...]
+        Covariates, in the order of `drop`; may be empty.
+    cond_channels : int
+        Length of a covariate token.
+    """
 
     def __init__(
         self,
@@ -133,6 +218,24 @@ class ConditionEmbedding(nn.Module):
         drop: Tensor | None,  # True where a token is to be dropped (b, n)
         # Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None
     ) -> tuple[Tensor, Tensor | None]:
+        """Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w), for their dtype and number.
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor] | None
+            Encoded covariates by name, each (b,).
+        drop : Tensor | None
+            True where a token is to be dropped (b, n).
+
+        Returns
+        -------
+        tuple[Tensor, Tensor | None]
+            Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None.
+        """
         check_condition_tensors(cond, drop, len(x), self.names)
         emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
         if self.conditioner is None or self.proj is None:
@@ -143,7 +246,27 @@ class ConditionEmbedding(nn.Module):
 # %% ../nbs/05_unet.ipynb #e8da17b8
 class UNetBlock(nn.Module):
     """A residual block conditioned on the time; then, if there is attention, pixels attend to each
-    other and to the covariates."""
+    other and to the covariates.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels in.
+    out_channels : int
+        Channels out.
+    emb_channels : int
+        Length of the embedding of time and covariates.
+    attention : bool
+        Whether pixels attend.
+    context_channels : int | None
+        Length of a covariate token; None if there are no covariates.
+    num_heads : int
+        Attention heads.
+    norm_num_groups : int
+        Groups in each GroupNorm.
+    dropout : float, default 0.0
+        Fraction of the features that training leaves out.
+    """
 
     def __init__(
         self,
@@ -174,6 +297,22 @@ class UNetBlock(nn.Module):
         emb: Tensor,  # Embedding of time and covariates (b, emb_channels)
         tokens: Tensor | None,  # Covariate tokens (b, n, context_channels)
     ) -> Tensor:  # Features (b, out_channels, h, w)
+        """Features (b, out_channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w).
+        emb : Tensor
+            Embedding of time and covariates (b, emb_channels).
+        tokens : Tensor | None
+            Covariate tokens (b, n, context_channels).
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, h, w).
+        """
         x = self.res(x, emb)
         if self.self_attn is not None:
             x = self.self_attn(x)
@@ -186,7 +325,24 @@ def down_level(
     num_res_blocks: int,  # Blocks
     **kwargs,  # Other arguments of each `UNetBlock`
 ) -> nn.ModuleList:  # Downsample (but for the first level), then the blocks
-    "One level on the way down."
+    """One level on the way down.
+
+    Parameters
+    ----------
+    channels : tuple[int, ...]
+        Features at each level.
+    i : int
+        Which level, 0 is the largest.
+    num_res_blocks : int
+        Blocks.
+    **kwargs
+        Other arguments of each `UNetBlock`.
+
+    Returns
+    -------
+    nn.ModuleList
+        Downsample (but for the first level), then the blocks.
+    """
     blocks = [UNetBlock(channels[i], channels[i], **kwargs) for _ in range(num_res_blocks)]
     return nn.ModuleList(([Downsample(channels[i - 1], channels[i])] if i else []) + blocks)
 
@@ -198,7 +354,24 @@ def up_level(
     **kwargs,  # Other arguments of each `UNetBlock`
     # Upsample (but for the deepest level), then blocks with room for a skip each
 ) -> nn.ModuleList:
-    "One level on the way up."
+    """One level on the way up.
+
+    Parameters
+    ----------
+    channels : tuple[int, ...]
+        Features at each level.
+    i : int
+        Which level, 0 is the largest.
+    num_res_blocks : int
+        Blocks.
+    **kwargs
+        Other arguments of each `UNetBlock`.
+
+    Returns
+    -------
+    nn.ModuleList
+        Upsample (but for the deepest level), then blocks with room for a skip each.
+    """
     blocks = [UNetBlock(2 * channels[i], channels[i], **kwargs) for _ in range(num_res_blocks)]
     return nn.ModuleList(
         ([Upsample(channels[i + 1], channels[i])] if i + 1 < len(channels) else []) + blocks
@@ -208,7 +381,23 @@ def up_level(
 class UNetDown(nn.Module):
     """The left arm of the U and its bottom.
 
-    Source: Ronneberger et al. 2015, fig. 1; Ho et al. 2020, app. B."""
+    Parameters
+    ----------
+    in_channels : int
+        Channels of the latents.
+    channels : tuple[int, ...]
+        Features at each level.
+    num_res_blocks : int
+        Blocks a level.
+    attention_levels : tuple[bool, ...]
+        Levels with attention.
+    **kwargs
+        Other arguments of each `UNetBlock`.
+
+    References
+    ----------
+    Ronneberger et al. 2015, fig. 1; Ho et al. 2020, app. B.
+    """
 
     def __init__(
         self,
@@ -236,6 +425,21 @@ class UNetDown(nn.Module):
         # Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
         # it
     ) -> tuple[Tensor, list]:
+        """Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before it.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, in_channels, h, w).
+        *conditioning
+            Embedding (b, emb_channels) and tokens (b, n, cond_channels).
+
+        Returns
+        -------
+        tuple[Tensor, list]
+            Bottleneck (b, channels[-1], h/factor, w/factor), and the output of every block before
+            it.
+        """
         x, skips = self.conv_in(x), []
         for block in [block for level in self.levels for block in level.children()]:
             if isinstance(block, Downsample):
@@ -248,7 +452,25 @@ class UNetDown(nn.Module):
 
 # %% ../nbs/05_unet.ipynb #4f26bb14
 class UNetUp(nn.Module):
-    "The right arm of the U; its last layer starts at 0. Source: as for `UNetDown`."
+    """The right arm of the U; its last layer starts at 0.
+
+    Parameters
+    ----------
+    out_channels : int
+        Channels of the latents.
+    channels : tuple[int, ...]
+        Features at each level, largest first, as in `UNetDown`.
+    num_res_blocks : int
+        Blocks a level.
+    attention_levels : tuple[bool, ...]
+        Levels with attention.
+    **kwargs
+        Other arguments of each `UNetBlock`.
+
+    References
+    ----------
+    As for `UNetDown`.
+    """
 
     def __init__(
         self,
@@ -278,6 +500,22 @@ class UNetUp(nn.Module):
         skips: list,  # Outputs of the blocks on the way down
         *conditioning,  # Embedding (b, emb_channels) and tokens (b, n, cond_channels)
     ) -> Tensor:  # Answer (b, out_channels, h, w)
+        """Answer (b, out_channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Bottleneck (b, channels[-1], h/factor, w/factor).
+        skips : list
+            Outputs of the blocks on the way down.
+        *conditioning
+            Embedding (b, emb_channels) and tokens (b, n, cond_channels).
+
+        Returns
+        -------
+        Tensor
+            Answer (b, out_channels, h, w).
+        """
         skips = list(skips)
         for block in [block for level in self.levels for block in level.children()]:
             x = (
@@ -292,8 +530,36 @@ class UNet(nn.Module):
     """A network that receives noised latents, the time and named covariates, and predicts what the
     schedule defines.
 
-    Source: Ho et al. 2020, app. B; Rombach et al. 2022, sec. 3.3. Raises ValueError for sizes
-    that do not fit."""
+    Parameters
+    ----------
+    in_channels : int
+        Channels of the latents.
+    channels : tuple[int, ...], default (96, 160)
+        Features at each level; each next level has half the size.
+    num_res_blocks : int, default 2
+        Blocks a level, on the way down and again on the way up.
+    attention_levels : tuple[bool, ...], default (True, True)
+        Levels with self- and cross-attention.
+    num_heads : int, default 4
+        Attention heads.
+    covariates : tuple[Covariate, ...], default ()
+        Covariates the network is conditioned on, in the order of `drop`.
+    cond_channels : int, default 128
+        Length of a covariate token.
+    norm_num_groups : int, default 8
+        Groups in each GroupNorm.
+    dropout : float, default 0.0
+        Fraction of each block's features that training leaves out.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not fit.
+
+    References
+    ----------
+    Ho et al. 2020, app. B; Rombach et al. 2022, sec. 3.3.
+    """
 
     def __init__(
         self,
@@ -339,7 +605,12 @@ class UNet(nn.Module):
         drop: Tensor | None = None,
     ) -> Tensor:
         """Features at the bottom of the U (b, channels[-1], h/factor, w/factor); arguments as in
-        `forward`."""
+        `forward`.
+
+        Returns
+        -------
+        Tensor
+        """
         check_input(x, t, self.in_channels, self.factor)
         return self.down(x, *self.told(x, t, cond, drop))[0]
 
@@ -351,6 +622,24 @@ class UNet(nn.Module):
         cond: dict[str, Tensor] | None = None,
         drop: Tensor | None = None,  # True where a token is to be dropped (b, n)
     ) -> Tensor:  # Estimate of noise, v or clean latents (b, in_channels, h, w)
+        """Estimate of noise, v or clean latents (b, in_channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, in_channels, h, w), h and w multiples of `factor`.
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates by name, each (b,): index or -1, number or NaN, or absent.
+        drop : Tensor | None, default None
+            True where a token is to be dropped (b, n).
+
+        Returns
+        -------
+        Tensor
+            Estimate of noise, v or clean latents (b, in_channels, h, w).
+        """
         check_input(x, t, self.in_channels, self.factor)
         conditioning = self.told(x, t, cond, drop)
         return self.up(*self.down(x, *conditioning), *conditioning)

@@ -28,9 +28,29 @@ from brainldm.engineering.layers import (
 class ResBlock(nn.Module):
     """Two convolutions around a skip path, scaled and shifted by an embedding when one is given.
 
-    Source: He et al. 2016, fig. 2; adaptive group norm from Dhariwal & Nichol 2021, sec. 3;
-    dropout: Srivastava et al. 2014. Raises ValueError if the channels do not divide into
-    groups."""
+    Parameters
+    ----------
+    in_channels : int
+        Channels in, a multiple of `norm_num_groups`.
+    out_channels : int
+        Channels out, a multiple of `norm_num_groups`.
+    emb_channels : int | None, default None
+        Length of the embedding; None where nothing conditions the block.
+    norm_num_groups : int, default 8
+        Groups in each GroupNorm.
+    dropout : float, default 0.0
+        Fraction of the features before the second convolution that training leaves out.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not divide into groups.
+
+    References
+    ----------
+    He et al. 2016, fig. 2; adaptive group norm from Dhariwal & Nichol 2021, sec. 3; dropout:
+    Srivastava et al. 2014.
+    """
 
     def __init__(
         self,
@@ -67,6 +87,20 @@ class ResBlock(nn.Module):
         x: Tensor,  # Features (b, in_channels, h, w)
         emb: Tensor | None = None,  # Embedding of time and conditions (b, emb_channels)
     ) -> Tensor:  # Features (b, out_channels, h, w)
+        """Features (b, out_channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w).
+        emb : Tensor | None, default None
+            Embedding of time and conditions (b, emb_channels).
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, h, w).
+        """
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # (b, out_channels, h, w)
         if self.emb_proj is not None:
             if emb is None:
@@ -79,7 +113,15 @@ class ResBlock(nn.Module):
 
 # %% ../nbs/02_vae.ipynb #4d34dbf6
 class Downsample(nn.Module):
-    "Halve position and width with a strided convolution."
+    """Halve position and width with a strided convolution.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels in.
+    out_channels : int
+        Channels out.
+    """
 
     def __init__(
         self,
@@ -93,12 +135,32 @@ class Downsample(nn.Module):
         self,
         x: Tensor,  # Features (b, in_channels, h, w), h and w even
     ) -> Tensor:  # Features (b, out_channels, h/2, w/2)
+        """Features (b, out_channels, h/2, w/2).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w), h and w even.
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, h/2, w/2).
+        """
         return self.conv(x)
 
 
 #| export
 class Upsample(nn.Module):
-    "Double position and width: each pixel is repeated, then a convolution smooths the blocks away."
+    """Double position and width: each pixel is repeated, then a convolution smooths the blocks away.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels in.
+    out_channels : int
+        Channels out.
+    """
 
     def __init__(
         self,
@@ -112,6 +174,18 @@ class Upsample(nn.Module):
         self,
         x: Tensor,  # Features (b, in_channels, h, w)
     ) -> Tensor:  # Features (b, out_channels, 2h, 2w)
+        """Features (b, out_channels, 2h, 2w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, in_channels, h, w).
+
+        Returns
+        -------
+        Tensor
+            Features (b, out_channels, 2h, 2w).
+        """
         return self.conv(F.interpolate(x, scale_factor=2.0, mode='nearest'))
 
 # %% ../nbs/02_vae.ipynb #42417f8d
@@ -120,7 +194,22 @@ def run_levels(
     x: Tensor,  # Features (b, c, h, w)
     emb: Tensor | None,  # Embedding of the condition (b, emb_channels)
 ) -> Tensor:  # Features after the last block
-    "Run the blocks in order; only a `ResBlock` is conditioned the condition."
+    """Run the blocks in order; only a `ResBlock` is conditioned the condition.
+
+    Parameters
+    ----------
+    levels : nn.ModuleList
+        Lists of blocks.
+    x : Tensor
+        Features (b, c, h, w).
+    emb : Tensor | None
+        Embedding of the condition (b, emb_channels).
+
+    Returns
+    -------
+    Tensor
+        Features after the last block.
+    """
     for blocks in levels:
         for block in blocks.children():
             x = block(x, emb) if isinstance(block, ResBlock) else block(x)
@@ -130,9 +219,33 @@ def run_levels(
 class Encoder(nn.Module):
     """Fold, convolve and halve a slice down to a small map of features.
 
-    Source: Esser et al. 2021, table 7, with a pixel-unshuffle stem (Shi et al. 2016) instead of
-    full-size layers. Raises ValueError if the tuples are not equally long, or channels do not
-    divide into groups."""
+    Parameters
+    ----------
+    in_channels : int, default 1
+        Channels of the image.
+    out_channels : int, default 16
+        Channels of the map; a KL-VAE needs two a latent channel.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Features at each level; each next level has half the size.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False, True)
+        Levels with self-attention.
+    patch : int, default 2
+        Side of the pixel blocks that the stem folds into channels.
+    emb_channels : int | None, default None
+        Length of the condition's embedding; None for none.
+
+    Raises
+    ------
+    ValueError
+        If the tuples are not equally long, or channels do not divide into groups.
+
+    References
+    ----------
+    Esser et al. 2021, table 7, with a pixel-unshuffle stem (Shi et al. 2016) instead of full-size
+    layers.
+    """
 
     def __init__(
         self,
@@ -164,6 +277,20 @@ class Encoder(nn.Module):
         x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         emb: Tensor | None = None,  # Embedding of the condition (b, emb_channels)
     ) -> Tensor:  # Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1)
+        """Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1).
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        emb : Tensor | None, default None
+            Embedding of the condition (b, emb_channels).
+
+        Returns
+        -------
+        Tensor
+            Map (b, out_channels, h/f, w/f), f = patch * 2**(levels-1).
+        """
         x = self.stem(F.pixel_unshuffle(x, self.patch))
         return self.head(run_levels(self.levels, x, emb))
 
@@ -171,7 +298,27 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The encoder's mirror: convolve, double, and unfold the channels back into pixels.
 
-    Source: as for `Encoder`."""
+    Parameters
+    ----------
+    in_channels : int, default 8
+        Channels of the latent.
+    out_channels : int, default 1
+        Channels of the image.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Features at each level, largest image first, as in the encoder.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False, True)
+        Levels with self-attention.
+    patch : int, default 2
+        Side of the pixel blocks that the last layer unfolds.
+    emb_channels : int | None, default None
+        Length of the condition's embedding; None for none.
+
+    References
+    ----------
+    As for `Encoder`.
+    """
 
     def __init__(
         self,
@@ -203,6 +350,20 @@ class Decoder(nn.Module):
         z: Tensor,  # Latents (b, in_channels, h, w)
         emb: Tensor | None = None,  # Embedding of the condition (b, emb_channels)
     ) -> Tensor:  # Images (b, out_channels, h*f, w*f), not clipped
+        """Images (b, out_channels, h*f, w*f), not clipped.
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents (b, in_channels, h, w).
+        emb : Tensor | None, default None
+            Embedding of the condition (b, emb_channels).
+
+        Returns
+        -------
+        Tensor
+            Images (b, out_channels, h*f, w*f), not clipped.
+        """
         return F.pixel_shuffle(self.head(run_levels(self.levels, self.stem(z), emb)), self.patch)
 
 # %% ../nbs/02_vae.ipynb #a266ffab
@@ -212,7 +373,26 @@ def reparameterize(
     eps: Tensor,  # Standard normal noise, same shape
     # Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits
 ) -> Tensor:
-    "A sample that gradients can pass through. Source: Kingma & Welling 2014, sec. 2.4."
+    """A sample that gradients can pass through.
+
+    Parameters
+    ----------
+    mu : Tensor
+        Means (b, c, h, w).
+    logvar : Tensor
+        Log-variances, same shape.
+    eps : Tensor
+        Standard normal noise, same shape.
+
+    Returns
+    -------
+    Tensor
+        Samples of N(mu, exp(logvar)), same shape, in float32 where the inputs have 16 bits.
+
+    References
+    ----------
+    Kingma & Welling 2014, sec. 2.4.
+    """
     mu, logvar = at_least_float32(mu), at_least_float32(logvar)
     return mu + (logvar / 2).exp() * eps
 
@@ -223,7 +403,22 @@ def kl_loss(
 ) -> Tensor:  # Mean over all latents of KL(N(mu, exp(logvar)) || N(0, 1)), nats, a scalar
     """How far the posterior is from a standard normal, in float32 or more.
 
-    Source: Kingma & Welling 2014, appendix B."""
+    Parameters
+    ----------
+    mu : Tensor
+        Means (b, c, h, w).
+    logvar : Tensor
+        Log-variances, same shape.
+
+    Returns
+    -------
+    Tensor
+        Mean over all latents of KL(N(mu, exp(logvar)) || N(0, 1)), nats, a scalar.
+
+    References
+    ----------
+    Kingma & Welling 2014, appendix B.
+    """
     mu, logvar = at_least_float32(mu), at_least_float32(logvar)
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
 
@@ -236,7 +431,30 @@ def cyclical_weight(
 ) -> float:  # Weight in [0, max_weight]
     """A weight which rises from 0, stays, and starts again.
 
-    Source: Fu et al. 2019, eq. 6. Raises ValueError."""
+    Parameters
+    ----------
+    seen : int
+        Images seen so far.
+    period : int
+        Images a cycle.
+    max_weight : float
+        Weight at the top.
+    ramp : float, default 0.5
+        Fraction of a cycle that is spent rising, in (0, 1].
+
+    Returns
+    -------
+    float
+        Weight in [0, max_weight].
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Fu et al. 2019, eq. 6.
+    """
     if period < 1 or not 0 < ramp <= 1:
         raise ValueError(
             f"cyclical_weight: period={period}, ramp={ramp}. Expected period >= 1 and ramp in (0,"
@@ -249,7 +467,32 @@ class ConvAutoencoder(nn.Module):
     """An encoder, a decoder, and the covariates that both are conditioned: what every kind of
     autoencoder here shares.
 
-    Raises ValueError on an image of another shape."""
+    Parameters
+    ----------
+    latent_channels : int
+        Channels of the latent, which the decoder reads.
+    code_channels : int
+        Channels that the encoder writes.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Features at each level.
+    num_res_blocks : int, default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False, True)
+        Levels with self-attention.
+    patch : int, default 2
+        Side of the pixel blocks folded by the stem.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are conditioned, if anything.
+    cond_channels : int, default 64
+        Length of the condition's embedding.
+    in_channels : int, default 1
+        Channels of the images.
+
+    Raises
+    ------
+    ValueError
+        On an image of another shape.
+    """
 
     def __init__(
         self,
@@ -282,12 +525,24 @@ class ConvAutoencoder(nn.Module):
     @property
     # What encoder and decoder are conditioned, in order
     def covariates(self) -> tuple[Covariate, ...]:
-        "The covariates that this autoencoder is conditioned on."
+        """The covariates that this autoencoder is conditioned on.
+
+        Returns
+        -------
+        tuple[Covariate, ...]
+            What encoder and decoder are conditioned, in order.
+        """
         return self.conditioner.covariates if self.conditioner else ()
 
     @property
     def last_layer(self) -> nn.Parameter:  # Weights (out, in, 3, 3)
-        "Weights of the decoder's last layer, where reconstruction and discriminator are balanced."
+        """Weights of the decoder's last layer, where reconstruction and discriminator are balanced.
+
+        Returns
+        -------
+        nn.Parameter
+            Weights (out, in, 3, 3).
+        """
         return self.decoder.head[-1].get_parameter('weight')
 
     def embed(
@@ -297,7 +552,20 @@ class ConvAutoencoder(nn.Module):
         batch_size: int,  # b
         # Mean of the condition tokens (b, cond_channels), or None in an unconditional model
     ) -> Tensor | None:
-        "The embedding of the covariates for the residual blocks."
+        """The embedding of the covariates for the residual blocks.
+
+        Parameters
+        ----------
+        cond : dict[str, Tensor] | None
+            Encoded covariates by name, each (b,); others than the model's are not looked at.
+        batch_size : int
+            b.
+
+        Returns
+        -------
+        Tensor | None
+            Mean of the condition tokens (b, cond_channels), or None in an unconditional model.
+        """
         if self.conditioner is None:
             return None
         known = {c.name: cond[c.name] for c in self.covariates if cond and c.name in cond}
@@ -308,7 +576,25 @@ class ConvAutoencoder(nn.Module):
         x: Tensor,  # Images (b, in_channels, h, w) in [-1, 1]
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
     ) -> Tensor:  # What the encoder says (b, code_channels, h/f, w/f)
-        "Run the encoder. Raises ValueError on an image of another shape."
+        """Run the encoder.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            What the encoder says (b, code_channels, h/f, w/f).
+
+        Raises
+        ------
+        ValueError
+            On an image of another shape.
+        """
         if (
             x.ndim != 4
             or x.shape[1] != self.in_channels
@@ -326,7 +612,20 @@ class ConvAutoencoder(nn.Module):
         z: Tensor,  # Latents (b, latent_channels, h, w)
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
     ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
-        "Turn latents into images."
+        """Turn latents into images.
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents (b, latent_channels, h, w).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
+        """
         return self.decoder(z, self.embed(cond, len(z)))
 
 # %% ../nbs/02_vae.ipynb #040596bd
@@ -334,8 +633,24 @@ class AutoencoderKL(ConvAutoencoder):
     """A variational autoencoder: a slice becomes a Gaussian over latents, and a latent becomes a
     slice.
 
-    Source: Kingma & Welling 2014; Rombach et al. 2022, sec. 3.1. Raises ValueError on an image
-    of another shape."""
+    Parameters
+    ----------
+    latent_channels : int, default 8
+        Channels of the latent.
+    *args
+        As of `ConvAutoencoder`, from `channels` on.
+    **kwargs
+        As of `ConvAutoencoder`.
+
+    Raises
+    ------
+    ValueError
+        On an image of another shape.
+
+    References
+    ----------
+    Kingma & Welling 2014; Rombach et al. 2022, sec. 3.1.
+    """
 
     def __init__(
         self,
@@ -353,7 +668,23 @@ class AutoencoderKL(ConvAutoencoder):
     ) -> tuple[Tensor, Tensor]:
         """Turn images into Gaussians over latents.
 
-        Raises ValueError on an image of another shape."""
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            Mean and log-variance (limited, see `LimitLogvar`), each (b, latent_channels, h/f, w/f).
+
+        Raises
+        ------
+        ValueError
+            On an image of another shape.
+        """
         mu, logvar = self.squeeze(x, cond).chunk(2, dim=1)
         return mu, LimitLogvar.apply(logvar)
 
@@ -365,6 +696,22 @@ class AutoencoderKL(ConvAutoencoder):
         eps: Tensor | None = None,
         # Reconstruction (b, in_channels, h, w), mean and log-variance of the latents
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (b, in_channels, h, w), mean and log-variance of the latents.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+        eps : Tensor | None, default None
+            Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Reconstruction (b, in_channels, h, w), mean and log-variance of the latents.
+        """
         mu, logvar = self.encode(x, cond)
         z = mu if eps is None else reparameterize(mu, logvar, eps)
         return self.decode(z, cond), mu, logvar
@@ -377,7 +724,24 @@ class AutoencoderKL(ConvAutoencoder):
         # Not looked at: the prior does not depend on conditions
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Samples of N(0, 1) (n, latent_channels, side, side)
-        "Sample latents from the prior that the KL term pulls towards."
+        """Sample latents from the prior that the KL term pulls towards.
+
+        Parameters
+        ----------
+        n : int
+            How many.
+        side : int
+            Height and width of a latent.
+        generator : torch.Generator
+            Random number generator; its device is used.
+        cond : dict[str, Tensor] | None, default None
+            Not looked at: the prior does not depend on conditions.
+
+        Returns
+        -------
+        Tensor
+            Samples of N(0, 1) (n, latent_channels, side, side).
+        """
         return torch.randn(
             n, self.latent_channels, side, side, generator=generator, device=generator.device
         )
@@ -388,7 +752,24 @@ def laplacian_variance(
     brain: Tensor,  # True inside the brain, same shape
     # Variance of the Laplacian where all eight neighbors are brain, too (b,); NaN without brain
 ) -> Tensor:
-    "How much fine detail an image has. Source: Pech-Pacheco et al. 2000, eq. 7."
+    """How much fine detail an image has.
+
+    Parameters
+    ----------
+    gray : Tensor
+        Images (b, 1, h, w).
+    brain : Tensor
+        True inside the brain, same shape.
+
+    Returns
+    -------
+    Tensor
+        Variance of the Laplacian where all eight neighbors are brain, too (b,); NaN without brain.
+
+    References
+    ----------
+    Pech-Pacheco et al. 2000, eq. 7.
+    """
     kernel = gray.new_tensor([[0, -0.25, 0], [-0.25, 1, -0.25], [0, -0.25, 0]]).view(1, 1, 3, 3)
     air = F.pad((~brain).to(gray), [1] * 4, value=1.0)  # outside the image is no brain
     edges = (
@@ -407,7 +788,23 @@ def sharpness(
     # Variance of the Laplacian inside the brain, reconstruction over original (b,); NaN without
     # brain
 ) -> Tensor:
-    "How much of the fine detail is left: below 1 is blurred, above 1 is noisy."
+    """How much of the fine detail is left: below 1 is blurred, above 1 is noisy.
+
+    Parameters
+    ----------
+    recon : Tensor
+        Reconstructions (b, 1, h, w).
+    real : Tensor
+        Originals, same shape and range.
+    brain : Tensor
+        True inside the brain of the original, same shape.
+
+    Returns
+    -------
+    Tensor
+        Variance of the Laplacian inside the brain, reconstruction over original (b,); NaN without
+        brain.
+    """
     return laplacian_variance(recon, brain) / laplacian_variance(real, brain)
 
 # %% ../nbs/02_vae.ipynb #6c7b7e49
@@ -417,11 +814,31 @@ def image_scores(
     # ssim, ssim_brain, psnr (dB), sharpness of each image, each (b,); NaN where there is no
     # brain
 ) -> dict[str, Tensor]:
-    """Score reconstructions on [0, 1], over the whole image and over its brain (pixels of the
-    original above 0.1).
+    """Score reconstructions on [0, 1], over the whole image and over its brain (pixels of the original
+    above 0.1).
 
-    Source: Wang et al. 2004, eq. 13, Gaussian window 11x11 with sigma 1.5, images mirrored at
-    the border. Raises ValueError on unequal shapes."""
+    Parameters
+    ----------
+    recon : Tensor
+        Reconstructions (b, 1, h, w) in [-1, 1].
+    real : Tensor
+        Originals, same shape and range.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        ssim, ssim_brain, psnr (dB), sharpness of each image, each (b,); NaN where there is no
+        brain.
+
+    Raises
+    ------
+    ValueError
+        On unequal shapes.
+
+    References
+    ----------
+    Wang et al. 2004, eq. 13, Gaussian window 11x11 with sigma 1.5, images mirrored at the border.
+    """
     from torchmetrics.functional.image import peak_signal_noise_ratio
     from torchmetrics.functional.image import structural_similarity_index_measure
 

@@ -30,7 +30,22 @@ def nearest_codes(
 ) -> tuple[Tensor, Tensor]:
     """Which code is nearest to each vector, in float32 also under autocast.
 
-    Source: van den Oord et al. 2017, eq. 1."""
+    Parameters
+    ----------
+    vectors : Tensor
+        Vectors (n, d).
+    codebook : Tensor
+        Codes (k, d).
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Index of the nearest code (n,), int64, and its squared distance (n,).
+
+    References
+    ----------
+    Van den Oord et al. 2017, eq. 1.
+    """
     vectors, codebook = vectors.float(), codebook.float()
     # distances in bf16 confuse neighbors
     with torch.autocast(vectors.device.type, enabled=False):
@@ -48,7 +63,24 @@ def straight_through(
     z: Tensor,  # What the encoder said
     zq: Tensor,  # The same, rounded to codes
 ) -> Tensor:  # The value of `zq`, with the gradient of `z`
-    "Round on the way forward, pretend not to on the way back. Source: Bengio et al. 2013, sec. 4."
+    """Round on the way forward, pretend not to on the way back.
+
+    Parameters
+    ----------
+    z : Tensor
+        What the encoder said.
+    zq : Tensor
+        The same, rounded to codes.
+
+    Returns
+    -------
+    Tensor
+        The value of `zq`, with the gradient of `z`.
+
+    References
+    ----------
+    Bengio et al. 2013, sec. 4.
+    """
     return z + (zq - z).detach()
 
 # %% ../nbs/03_vqgan.ipynb #46013f81
@@ -56,7 +88,20 @@ def count_codes(
     indices: Tensor,  # Codes, any shape, int64
     num_embeddings: int,  # Codes there are, k
 ) -> Tensor:  # How often each occurs (k,), float32
-    "Count codes without asking the device for an answer, as `bincount` would."
+    """Count codes without asking the device for an answer, as `bincount` would.
+
+    Parameters
+    ----------
+    indices : Tensor
+        Codes, any shape, int64.
+    num_embeddings : int
+        Codes there are, k.
+
+    Returns
+    -------
+    Tensor
+        How often each occurs (k,), float32.
+    """
     flat = indices.flatten()
     counts = torch.zeros(num_embeddings, device=flat.device)
     return counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
@@ -68,7 +113,25 @@ def code_scores(
 ) -> dict[str, float]:
     """How much of a codebook is in use.
 
-    Source: entropy, Shannon 1948. Raises ValueError if nothing was counted."""
+    Parameters
+    ----------
+    counts : Tensor
+        How often each code was used (k,).
+
+    Returns
+    -------
+    dict[str, float]
+        codebook_usage: fraction of codes used; perplexity: equally used codes of this entropy.
+
+    Raises
+    ------
+    ValueError
+        If nothing was counted.
+
+    References
+    ----------
+    Entropy, Shannon 1948.
+    """
     if not counts.sum() > 0:
         raise ValueError(
             f"code_scores: {len(counts)} codes, none used. Expected counts of at least "
@@ -88,7 +151,22 @@ def smooth_counts(
 ) -> Tensor:  # Nearly the same numbers, none of them 0, with the same sum (k,)
     """Keep an unused code from dividing by zero.
 
-    Source: van den Oord et al. 2017, code (Laplace smoothing)."""
+    Parameters
+    ----------
+    counts : Tensor
+        Running number of vectors of each code (k,).
+    eps : float, default 1e-05
+        Added to each.
+
+    Returns
+    -------
+    Tensor
+        Nearly the same numbers, none of them 0, with the same sum (k,).
+
+    References
+    ----------
+    Van den Oord et al. 2017, code (Laplace smoothing).
+    """
     total = counts.sum()
     return (counts + eps) / (total + len(counts) * eps) * total
 
@@ -96,8 +174,30 @@ def smooth_counts(
 class VectorQuantizer(nn.Module):
     """A codebook: each vector of a map is replaced by the nearest code.
 
-    Source: van den Oord et al. 2017, eq. 1-3, and app. A.1 for the moving average. Raises
-    ValueError on other maps."""
+    Parameters
+    ----------
+    num_embeddings : int, default 1024
+        Codes k.
+    embedding_dim : int, default 8
+        Length d of a code.
+    commitment_cost : float, default 0.25
+        Weight of the pull on the encoder towards its code.
+    ema : bool, default True
+        Codes follow the mean of their vectors; False: codes learn by gradient.
+    decay : float, default 0.99
+        Fraction of the old statistics kept each step, in [0, 1).
+    restart_below : float, default 0.1
+        Codes used less than this fraction of an equal share start anew; 0: never.
+
+    Raises
+    ------
+    ValueError
+        On other maps.
+
+    References
+    ----------
+    Van den Oord et al. 2017, eq. 1-3, and app. A.1 for the moving average.
+    """
 
     codebook: Tensor
     cluster_size: Tensor
@@ -136,14 +236,41 @@ class VectorQuantizer(nn.Module):
         self,
         z: Tensor,  # Map of vectors (b, d, h, w), as the encoder says them
     ) -> Tensor:  # (b, d, h, w), float32
-        "The map that is compared to codes: here the same."
+        """The map that is compared to codes: here the same.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w), as the encoder says them.
+
+        Returns
+        -------
+        Tensor
+            (b, d, h, w), float32.
+        """
         return z.float()
 
     def nearest(
         self,
         z: Tensor,  # Map of vectors (b, d, h, w)
     ) -> Tensor:  # Its index (b, h, w), int64
-        "The nearest code at each place. Raises ValueError on a map of another shape."
+        """The nearest code at each place.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w).
+
+        Returns
+        -------
+        Tensor
+            Its index (b, h, w), int64.
+
+        Raises
+        ------
+        ValueError
+            On a map of another shape.
+        """
         if z.ndim != 4 or z.shape[1] != self.embedding_dim:
             raise ValueError(
                 f"VectorQuantizer: a map of shape {tuple(z.shape)}. Expected (b,"
@@ -156,7 +283,18 @@ class VectorQuantizer(nn.Module):
         self,
         indices: Tensor,  # Codes (b, h, w), int64
     ) -> Tensor:  # Their vectors (b, d, h, w), float32
-        "Turn codes into vectors."
+        """Turn codes into vectors.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Codes (b, h, w), int64.
+
+        Returns
+        -------
+        Tensor
+            Their vectors (b, d, h, w), float32.
+        """
         return rearrange(F.embedding(indices, self.codebook.float()), 'b h w d -> b d h w')
 
     def forward(
@@ -166,6 +304,20 @@ class VectorQuantizer(nn.Module):
         u: Tensor | None = None,
         # Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w).
+        u : Tensor | None, default None
+            Uniform numbers in [0, 1) (k,), for the restart of dead codes; None: no restart.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Quantised map (b, d, h, w) float32, codes (b, h, w), loss of codes and encoder.
+        """
         z = self.bound(z)
         indices = self.nearest(z)
         zq = self.lookup(indices)
@@ -187,7 +339,19 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         """Let the codes follow the vectors of all processes.
 
-        Source: van den Oord et al. 2017, app. A.1."""
+        Parameters
+        ----------
+        vectors : Tensor
+            What the encoder said (n, d), float32.
+        indices : Tensor
+            Their codes (n,).
+        u : Tensor | None, default None
+            Uniform numbers in [0, 1) (k,), for the restart; None: no restart.
+
+        References
+        ----------
+        Van den Oord et al. 2017, app. A.1.
+        """
         vectors, indices = all_gather_rows(vectors), all_gather_rows(indices)
         self.cluster_size.lerp_(count_codes(indices, self.num_embeddings), 1 - self.decay)
         self.cluster_sum.lerp_(
@@ -208,7 +372,20 @@ def start_codebook(
 ) -> None:
     """Put the codes where the encoder's vectors are, by k-means.
 
-    Raises ValueError with fewer vectors than codes."""
+    Parameters
+    ----------
+    quantizer : VectorQuantizer
+        Its codes are replaced.
+    vectors : Tensor
+        What the encoder says about some images (n, d), n at least the number of codes.
+    seed : int, default 0
+        Of the clustering.
+
+    Raises
+    ------
+    ValueError
+        With fewer vectors than codes.
+    """
     from sklearn.cluster import KMeans
 
     k = quantizer.num_embeddings
@@ -232,11 +409,22 @@ def restart_dead_codes(
     vectors: Tensor,  # What the encoder said (n, d)
     u: Tensor,  # Uniform numbers in [0, 1) (k,)
 ) -> None:
-    """Move codes that are hardly used to where the codebook fits worst, with an equal fraction of
-    use to begin with.
+    """Move codes that are hardly used to where the codebook fits worst, with an equal fraction of use
+    to begin with.
 
-    Source: Zeghidour et al. 2022, sec. III-C; chosen by squared distance as in Arthur &
-    Vassilvitskii 2007."""
+    Parameters
+    ----------
+    quantizer : VectorQuantizer
+        Its dead codes are replaced, with their running statistics.
+    vectors : Tensor
+        What the encoder said (n, d).
+    u : Tensor
+        Uniform numbers in [0, 1) (k,).
+
+    References
+    ----------
+    Zeghidour et al. 2022, sec. III-C; chosen by squared distance as in Arthur & Vassilvitskii 2007.
+    """
     size, total = quantizer.cluster_size, quantizer.cluster_size.sum()
     share = total / len(size)
     dead = (size < quantizer.restart_below * share)[:, None]  # (k, 1)
@@ -250,8 +438,20 @@ def restart_dead_codes(
 class FSQ(nn.Module):
     """Codes without a codebook: each channel is squashed and rounded to a few levels.
 
-    Source: Mentzer et al. 2024, sec. 3.1 and listing. Raises ValueError on other maps or fewer
-    than three levels."""
+    Parameters
+    ----------
+    levels : tuple[int, ...], default (8, 5, 5, 5)
+        Levels of each channel, at least 3; their product is the number of codes.
+
+    Raises
+    ------
+    ValueError
+        On other maps or fewer than three levels.
+
+    References
+    ----------
+    Mentzer et al. 2024, sec. 3.1 and listing.
+    """
 
     sizes: Tensor
     basis: Tensor
@@ -276,7 +476,23 @@ class FSQ(nn.Module):
         self,
         z: Tensor,  # Map of vectors (b, d, h, w), as the encoder says them
     ) -> Tensor:  # In about [-1, 1], not yet rounded (b, d, h, w), float32
-        "Squash each channel. Raises ValueError on a map of another shape."
+        """Squash each channel.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w), as the encoder says them.
+
+        Returns
+        -------
+        Tensor
+            In about [-1, 1], not yet rounded (b, d, h, w), float32.
+
+        Raises
+        ------
+        ValueError
+            On a map of another shape.
+        """
         if z.ndim != 4 or z.shape[1] != self.embedding_dim:
             raise ValueError(
                 f"FSQ: a map of shape {tuple(z.shape)}. Expected (b, {self.embedding_dim}, h, w). "
@@ -290,7 +506,18 @@ class FSQ(nn.Module):
         self,
         z: Tensor,  # Map of squashed vectors (b, d, h, w)
     ) -> Tensor:  # Its number (b, h, w), int64
-        "Round to the nearest code at each place."
+        """Round to the nearest code at each place.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of squashed vectors (b, d, h, w).
+
+        Returns
+        -------
+        Tensor
+            Its number (b, h, w), int64.
+        """
         half = self.sizes // 2
         digits = (z.float() * half).round().long() + half  # 0 to L-1, once cut off
         return (digits.clamp(min=0).minimum(self.sizes - 1) * self.basis).sum(1)
@@ -299,7 +526,18 @@ class FSQ(nn.Module):
         self,
         indices: Tensor,  # Codes (b, h, w), int64
     ) -> Tensor:  # Their vectors (b, d, h, w), float32, in [-1, 1]
-        "Turn codes into vectors."
+        """Turn codes into vectors.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Codes (b, h, w), int64.
+
+        Returns
+        -------
+        Tensor
+            Their vectors (b, d, h, w), float32, in [-1, 1].
+        """
         half = self.sizes // 2
         return ((indices[:, None] // self.basis) % self.sizes - half) / half.float()
 
@@ -309,14 +547,40 @@ class FSQ(nn.Module):
         u: Tensor | None = None,  # Not looked at: no code can die
         # Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0.
+
+        Parameters
+        ----------
+        z : Tensor
+            Map of vectors (b, d, h, w), as the encoder says them.
+        u : Tensor | None, default None
+            Not looked at: no code can die.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Quantised map (b, d, h, w) float32 in [-1, 1], codes (b, h, w), a loss of 0.
+        """
         z = self.bound(z)
         indices = self.nearest(z)
         return straight_through(z, self.lookup(indices)), indices, z.new_zeros(())
 
 # %% ../nbs/03_vqgan.ipynb #7c707969
 class CodeHistogram(nn.Module):
-    """How often each code occurs at each place of the map, by slice position: a running count
-    of what training saw."""
+    """How often each code occurs at each place of the map, by slice position: a running count of what
+    training saw.
+
+    Parameters
+    ----------
+    num_embeddings : int
+        Codes k.
+    side : int, default 16
+        Height and width of the map.
+    bins : int, default 8
+        Stretches of slice positions that share their counts.
+    decay : float, default 0.998
+        Fraction of a stretch's old counts that is kept when it is seen again.
+    """
 
     counts: Tensor
 
@@ -338,7 +602,18 @@ class CodeHistogram(nn.Module):
         position: Tensor,  # Slice positions (b,) in [0, 1], or NaN
     ) -> Tensor:  # Their bin (b,), int64
         """Which stretch of the brain each slice lies in; the last bin is for those of unknown
-        position."""
+        position.
+
+        Parameters
+        ----------
+        position : Tensor
+            Slice positions (b,) in [0, 1], or NaN.
+
+        Returns
+        -------
+        Tensor
+            Their bin (b,), int64.
+        """
         known = (position.nan_to_num() * self.bins).long().clamp(0, self.bins - 1)
         return torch.where(position.isnan(), self.bins, known)
 
@@ -348,7 +623,20 @@ class CodeHistogram(nn.Module):
         indices: Tensor,  # Codes (b, side, side)
         position: Tensor,  # Slice positions (b,) in [0, 1], or NaN
     ) -> None:
-        "Count the codes of a batch. Raises ValueError on maps of another size."
+        """Count the codes of a batch.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Codes (b, side, side).
+        position : Tensor
+            Slice positions (b,) in [0, 1], or NaN.
+
+        Raises
+        ------
+        ValueError
+            On maps of another size.
+        """
         if indices.shape[1:] != self.counts.shape[1:3]:
             raise ValueError(
                 f"CodeHistogram: codes of shape {tuple(indices.shape)}. Expected maps of"
@@ -367,7 +655,20 @@ class CodeHistogram(nn.Module):
         position: Tensor,  # Slice positions (b,) in [0, 1]; NaN: of any position
         generator: torch.Generator,  # Random number generator; its device is used
     ) -> Tensor:  # Codes (b, side, side)
-        "Sample code maps, each position by itself."
+        """Sample code maps, each position by itself.
+
+        Parameters
+        ----------
+        position : Tensor
+            Slice positions (b,) in [0, 1]; NaN: of any position.
+        generator : torch.Generator
+            Random number generator; its device is used.
+
+        Returns
+        -------
+        Tensor
+            Codes (b, side, side).
+        """
         counts = self.counts[self.stretch(position)]  # (b, side, side, k)
         counts = torch.where(position.isnan().view(-1, 1, 1, 1), self.counts.sum(0), counts)
         # never seen: every code is equally likely
@@ -384,8 +685,26 @@ class CodeHistogram(nn.Module):
 class VQVAE(ConvAutoencoder):
     """An autoencoder whose latent is a map of codes: a slice becomes a sequence of codes.
 
-    Source: van den Oord et al. 2017, sec. 3; Esser et al. 2021, sec. 3.1.
-    Raises ValueError on an image or a map of another shape."""
+    Parameters
+    ----------
+    quantizer : VectorQuantizer | FSQ
+        What turns vectors into codes.
+    map_side : int, default 16
+        Height and width of the code map of the images trained on.
+    *args
+        As of `ConvAutoencoder`, from `channels` on.
+    **kwargs
+        As of `ConvAutoencoder`.
+
+    Raises
+    ------
+    ValueError
+        On an image or a map of another shape.
+
+    References
+    ----------
+    Van den Oord et al. 2017, sec. 3; Esser et al. 2021, sec. 3.1.
+    """
 
     def __init__(
         self,
@@ -407,7 +726,25 @@ class VQVAE(ConvAutoencoder):
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
         # Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f)
     ) -> tuple[Tensor, Tensor]:
-        "Turn images into codes. Raises ValueError on an image of another shape."
+        """Turn images into codes.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            Latents before they are rounded (b, d, h/f, w/f), and their codes (b, h/f, w/f).
+
+        Raises
+        ------
+        ValueError
+            On an image of another shape.
+        """
         z = self.quantizer.bound(self.squeeze(x, cond))
         return z, self.quantizer.nearest(z)
 
@@ -416,7 +753,20 @@ class VQVAE(ConvAutoencoder):
         indices: Tensor,  # Codes (b, h, w), int64
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
     ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
-        "Turn codes into images."
+        """Turn codes into images.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Codes (b, h, w), int64.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
+        """
         return super().decode(self.quantizer.lookup(indices), cond)
 
     def decode(
@@ -424,7 +774,20 @@ class VQVAE(ConvAutoencoder):
         z: Tensor,  # Latents (b, d, h, w), rounded to codes first
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
     ) -> Tensor:  # Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped
-        "Round latents to codes, and turn those into images."
+        """Round latents to codes, and turn those into images.
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents (b, d, h, w), rounded to codes first.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional model.
+
+        Returns
+        -------
+        Tensor
+            Images (b, in_channels, h*f, w*f), about [-1, 1], not clipped.
+        """
         return self.decode_codes(self.quantizer.nearest(z), cond)
 
     def forward(
@@ -435,6 +798,22 @@ class VQVAE(ConvAutoencoder):
         u: Tensor | None = None,  # Uniform numbers in [0, 1) (k,), for the restart of dead codes
         # Reconstruction (b, in_channels, h, w), codes (b, h/f, w/f), loss of the quantiser
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (b, in_channels, h, w), codes (b, h/f, w/f), loss of the quantiser.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates; 'slice' is also what the histogram counts by.
+        u : Tensor | None, default None
+            Uniform numbers in [0, 1) (k,), for the restart of dead codes.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            Reconstruction (b, in_channels, h, w), codes (b, h/f, w/f), loss of the quantiser.
+        """
         zq, indices, loss = self.quantizer(self.squeeze(x, cond), u)
         if self.training:
             self.histogram.update(
@@ -452,7 +831,27 @@ class VQVAE(ConvAutoencoder):
     ) -> Tensor:  # Latents (n, d, side, side)
         """Sample each code by itself, as often as it occurred there in training.
 
-        Raises ValueError for another side."""
+        Parameters
+        ----------
+        n : int
+            How many.
+        side : int
+            Height and width of a latent, which must be the map's.
+        generator : torch.Generator
+            Random number generator; its device is used.
+        cond : dict[str, Tensor] | None, default None
+            'slice' (n,) says at which slice position; without it, any.
+
+        Returns
+        -------
+        Tensor
+            Latents (n, d, side, side).
+
+        Raises
+        ------
+        ValueError
+            For another side.
+        """
         if side != (own := self.histogram.counts.shape[1]):
             raise ValueError(
                 f"VQVAE.random_latents: side={side}. Expected {own}, the side of the maps trained"
@@ -466,8 +865,27 @@ class PatchDiscriminator(nn.Module):
     """A discriminator that evaluates patches: one logit for each, above 0 for real, given the
     covariates of the slice.
 
-    Source: Isola et al. 2017, sec. 3.2.2 (patches); Miyato & Koyama 2018, eq. 4 (projection of
-    the condition). Raises ValueError if the channels do not divide into 8 groups."""
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...], default ()
+        Covariates it is conditioned on.
+    channels : tuple[int, ...], default (32, 64, 128)
+        Features after each halving.
+    cond_channels : int, default 64
+        Length of a condition token.
+    in_channels : int, default 1
+        Channels of the images.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not divide into 8 groups.
+
+    References
+    ----------
+    Isola et al. 2017, sec. 3.2.2 (patches); Miyato & Koyama 2018, eq. 4 (projection of the
+    condition).
+    """
 
     def __init__(
         self,
@@ -497,6 +915,20 @@ class PatchDiscriminator(nn.Module):
         cond: dict[str, Tensor] | None = None,
         # Logits of the patches (b, 1, h/8, w/8), and the features of each level
     ) -> tuple[Tensor, list[Tensor]]:
+        """Logits of the patches (b, 1, h/8, w/8), and the features of each level.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates; others than its own are not looked at.
+
+        Returns
+        -------
+        tuple[Tensor, list[Tensor]]
+            Logits of the patches (b, 1, h/8, w/8), and the features of each level.
+        """
         features = []
         for level in self.levels:
             features.append(x := level(x))
@@ -521,7 +953,24 @@ def discriminator_loss(
 ) -> Tensor:
     """What the discriminator wants to be small.
 
-    Source: Lim & Ye 2017, sec. 3 (hinge); Goodfellow et al. 2014, eq. 1."""
+    Parameters
+    ----------
+    real : Tensor
+        Logits of real patches.
+    fake : Tensor
+        Logits of generated patches.
+    kind : str, default 'hinge'
+        'hinge' or 'nonsaturating'.
+
+    Returns
+    -------
+    Tensor
+        Scalar: half for the real ones, half for the fake ones, however many there are of each.
+
+    References
+    ----------
+    Lim & Ye 2017, sec. 3 (hinge); Goodfellow et al. 2014, eq. 1.
+    """
     if kind == 'hinge':
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
     if kind == 'nonsaturating':
@@ -537,7 +986,22 @@ def generator_loss(
 ) -> Tensor:  # Scalar
     """What the autoencoder wants to be small: to be taken for real.
 
-    Source: as of `discriminator_loss`."""
+    Parameters
+    ----------
+    fake : Tensor
+        Logits of generated patches.
+    kind : str, default 'hinge'
+        'hinge' or 'nonsaturating'.
+
+    Returns
+    -------
+    Tensor
+        Scalar.
+
+    References
+    ----------
+    As of `discriminator_loss`.
+    """
     if kind == 'hinge':
         return -fake.mean()
     if kind == 'nonsaturating':
@@ -553,7 +1017,21 @@ def discriminator_accuracy(
     # Fraction of patches classified rightly, half the weight on each kind; 0.5 is guessing, 1 is
     # certainty
 ) -> Tensor:
-    "How well the discriminator distinguish patches."
+    """How well the discriminator distinguish patches.
+
+    Parameters
+    ----------
+    real : Tensor
+        Logits of real patches.
+    fake : Tensor
+        Logits of generated patches.
+
+    Returns
+    -------
+    Tensor
+        Fraction of patches classified rightly, half the weight on each kind; 0.5 is guessing, 1 is
+        certainty.
+    """
     return ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
 
 # %% ../nbs/03_vqgan.ipynb #dd59f4ce
@@ -563,7 +1041,22 @@ def feature_loss(
 ) -> Tensor:  # Scalar: mean over the levels of the relative mean absolute difference
     """Compare images by what the discriminator sees in them.
 
-    Source: Larsen et al. 2016, eq. 7; Wang et al. 2018, eq. 4."""
+    Parameters
+    ----------
+    real : list[Tensor]
+        The discriminator's features of the originals, level by level.
+    fake : list[Tensor]
+        Its features of the reconstructions.
+
+    Returns
+    -------
+    Tensor
+        Scalar: mean over the levels of the relative mean absolute difference.
+
+    References
+    ----------
+    Larsen et al. 2016, eq. 7; Wang et al. 2018, eq. 4.
+    """
     gaps = [
         F.l1_loss(f.float(), r.detach().float()) / r.detach().float().abs().mean()
         for r, f in zip(real, fake)
@@ -585,7 +1078,28 @@ def adaptive_weight(
 ) -> Tensor:  # Weight of the generator's loss, a scalar without a graph
     """Let discriminator and reconstruction pull equally at the last layer.
 
-    Source: Esser et al. 2021, eq. 7."""
+    Parameters
+    ----------
+    rec : Tensor
+        Loss of the reconstruction, a scalar with a graph.
+    gan : Tensor
+        Loss of the generator, a scalar with a graph.
+    last : Tensor
+        Weight of the decoder's last layer.
+    max_weight : float, default 10000.0
+        The weight is clamped to [0, max_weight].
+    scale : float, default 1.0
+        Factor on both losses while gradients are taken, and out of them again: above 1 for fp16.
+
+    Returns
+    -------
+    Tensor
+        Weight of the generator's loss, a scalar without a graph.
+
+    References
+    ----------
+    Esser et al. 2021, eq. 7.
+    """
 
     def pull(loss):
         return (

@@ -64,7 +64,22 @@ def csf_fraction(
     outline: float = 0.1,
 ) -> np.ndarray:  # Fraction of fluid in the brain (n,); NaN where there is no brain
     """How much of a brain is cerebrospinal fluid (CSF): ventricles and sulci, as far as the outline
-    encloses them."""
+    encloses them.
+
+    Parameters
+    ----------
+    images : Tensor | SliceDataset
+        Skull-stripped images (n, 1, h, w) in [-1, 1].
+    dark : float, default 0.25
+        Gray, 0 to 1, below which a pixel inside the brain is fluid.
+    outline : float, default 0.1
+        Gray above which a pixel belongs to the brain; the holes inside do as well.
+
+    Returns
+    -------
+    np.ndarray
+        Fraction of fluid in the brain (n,); NaN where there is no brain.
+    """
     out = []
     for part in image_batches(images):
         gray = (part[:, 0].float().cpu().numpy() + 1) / 2
@@ -80,7 +95,22 @@ def ventricle_slices(
     # Fraction of the positions to choose; of the 32 of OASIS it takes 16 to 27
     part: float = 0.375,
 ) -> np.ndarray:  # Slice numbers, rising
-    "The slice positions with most fluid: the level of the lateral ventricles."
+    """The slice positions with most fluid: the level of the lateral ventricles.
+
+    Parameters
+    ----------
+    fraction : np.ndarray | pd.Series
+        `csf_fraction` of train slices (n,).
+    slices : np.ndarray | pd.Series
+        Their slice numbers (n,).
+    part : float, default 0.375
+        Fraction of the positions to choose; of the 32 of OASIS it takes 16 to 27.
+
+    Returns
+    -------
+    np.ndarray
+        Slice numbers, rising.
+    """
     means = (
         pd.Series(np.asarray(fraction))
         .groupby(np.asarray(slices))
@@ -95,7 +125,20 @@ def remove_group_means(
     *groups: np.ndarray,  # What each slice belongs to, each (n,)
     # The numbers minus the mean of their group (n,); NaN where the group is not known
 ) -> np.ndarray:
-    "What is left when everything that the groups explain is taken away."
+    """What is left when everything that the groups explain is taken away.
+
+    Parameters
+    ----------
+    values : np.ndarray
+        A number a slice (n,).
+    *groups : np.ndarray
+        What each slice belongs to, each (n,).
+
+    Returns
+    -------
+    np.ndarray
+        The numbers minus the mean of their group (n,); NaN where the group is not known.
+    """
     values = pd.Series(np.asarray(values, float))
     return (values - values.groupby([np.asarray(o) for o in groups]).transform('mean')).to_numpy()
 
@@ -109,7 +152,29 @@ def diagnosis_effect(
     # one is
     # absent
 ) -> float:
-    "How much more fluid there is in disease, position by position. Source: Cohen 1988, eq. 2.5.1."
+    """How much more fluid there is in disease, position by position.
+
+    Parameters
+    ----------
+    fraction : np.ndarray | pd.Series
+        `csf_fraction` of each slice (n,).
+    diagnosis : np.ndarray
+        Diagnosis of each (n,).
+    slices : np.ndarray
+        Slice number of each (n,).
+    groups : tuple[str, str], default ('AD', 'NC')
+        Who is compared with whom.
+
+    Returns
+    -------
+    float
+        Cohen's d: difference of the means in units of the standard deviation within a group; NaN if
+        one is absent.
+
+    References
+    ----------
+    Cohen 1988, eq. 2.5.1.
+    """
     left, diagnosis = remove_group_means(fraction, slices), np.asarray(diagnosis)
     a, b = (o[np.isfinite(o)] for o in (left[diagnosis == g] for g in groups))
     if min(len(a), len(b)) < 2:
@@ -123,7 +188,22 @@ def age_slope(
     age: np.ndarray,  # Years (n,)
     *groups: np.ndarray,  # Slice number and diagnosis of each (n,)
 ) -> float:  # Change of the fraction in ten years; NaN if no two ages of a group differ
-    "Slope of fluid over age among slices of the same groups."
+    """Slope of fluid over age among slices of the same groups.
+
+    Parameters
+    ----------
+    fraction : np.ndarray | pd.Series
+        `csf_fraction` of each slice (n,).
+    age : np.ndarray
+        Years (n,).
+    *groups : np.ndarray
+        Slice number and diagnosis of each (n,).
+
+    Returns
+    -------
+    float
+        Change of the fraction in ten years; NaN if no two ages of a group differ.
+    """
     y, x = (remove_group_means(o, *groups) for o in (fraction, age))
     known = np.isfinite(x * y)
     return (
@@ -135,7 +215,24 @@ def age_slope(
 # %% ../../nbs/advanced/17_audit.ipynb #5d934189
 @dataclass(frozen=True)
 class Measure:
-    "A number read off images, and what it is compared over: where disease, or age, shows."
+    """A number read off images, and what it is compared over: where disease, or age, shows.
+
+    Attributes
+    ----------
+    name : str
+        Key of the result in metrics.json.
+    function : Callable
+        Images (b, 1, h, w) in [-1, 1] to numbers (b,); NaN where there is none.
+    unit : str
+        What the numbers are, for tables.
+    contrast : tuple[str, ...]
+        (covariate, level, other level): Cohen's d of the first minus the second; (covariate,):
+        slope.
+    per : float, default 1.0
+        Of a slope: the change for so much of the covariate.
+    positions : float, default 0.375
+        Fraction of the slice positions to look at, those where the numbers are largest; 1: all.
+    """
 
     name: str  # Key of the result in metrics.json
     function: Callable  # Images (b, 1, h, w) in [-1, 1] to numbers (b,); NaN where there is none
@@ -150,12 +247,29 @@ class Measure:
         self,
         images: Tensor | SliceDataset,  # Images (n, 1, h, w)
     ) -> np.ndarray:  # Numbers (n,)
-        "Measure every image."
+        """Measure every image.
+
+        Parameters
+        ----------
+        images : Tensor | SliceDataset
+            Images (n, 1, h, w).
+
+        Returns
+        -------
+        np.ndarray
+            Numbers (n,).
+        """
         return np.concatenate([np.asarray(self.function(o)) for o in image_batches(images)])
 
     @property
     def label(self) -> str:  # Such as 'CSF fraction, AD minus NC (Cohen d)'
-        "What is compared, in words."
+        """What is compared, in words.
+
+        Returns
+        -------
+        str
+            Such as 'CSF fraction, AD minus NC (Cohen d)'.
+        """
         covariate, *levels = self.contrast
         return f'{self.unit}, ' + (
             f'{levels[0]} minus {levels[1]} (Cohen d)'
@@ -168,7 +282,20 @@ class Measure:
         values: np.ndarray,  # Numbers of slices (n,)
         table: pd.DataFrame,  # Their rows: slice, the covariate, and diagnosis where known
     ) -> float:  # Difference or slope; NaN where it cannot be known
-        "Compare slices of the same position."
+        """Compare slices of the same position.
+
+        Parameters
+        ----------
+        values : np.ndarray
+            Numbers of slices (n,).
+        table : pd.DataFrame
+            Their rows: slice, the covariate, and diagnosis where known.
+
+        Returns
+        -------
+        float
+            Difference or slope; NaN where it cannot be known.
+        """
         (covariate, *levels), slices = self.contrast, table['slice'].to_numpy()
         if levels:
             return diagnosis_effect(values, table[covariate].to_numpy(), slices, tuple(levels))
@@ -184,7 +311,18 @@ AGE = Measure('age_slope', csf_fraction, 'CSF fraction', ('age',), per=10)
 def default_measures(
     covariates: Sequence[Covariate],  # Of the data
 ) -> tuple[Measure, ...]:  # Fluid in each diagnosis minus the controls, and over age
-    "What is measured if nobody says otherwise. Without a known name the last level is the control."
+    """What is measured if nobody says otherwise. Without a known name the last level is the control.
+
+    Parameters
+    ----------
+    covariates : Sequence[Covariate]
+        Of the data.
+
+    Returns
+    -------
+    tuple[Measure, ...]
+        Fluid in each diagnosis minus the controls, and over age.
+    """
     levels = next((c.values or () for c in covariates if c.name == 'diagnosis'), ())
     control = next((o for o in CONTROLS if o in levels), levels[-1] if levels else None)
     others = [o for o in levels if o != control]
@@ -211,7 +349,26 @@ def condition_effects(
     measures: Sequence[Measure] = MEASURES,
     # slice_error, fine_detail and each measure by its name: value, interval_95, label
 ) -> dict[str, dict]:
-    "What images say about position, disease and age, and how much detail they have."
+    """What images say about position, disease and age, and how much detail they have.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained to read slices.
+    images : Tensor | SliceDataset
+        Images (n, 1, h, w).
+    table : pd.DataFrame
+        What they should show: slice; diagnosis, age where known; and subject.
+    middle : np.ndarray | dict[str, np.ndarray]
+        Slice numbers at which to measure; or those of each measure, by its name.
+    measures : Sequence[Measure], default MEASURES
+        What to compare; those of absent covariates are left out.
+
+    Returns
+    -------
+    dict[str, dict]
+        slice_error, fine_detail and each measure by its name: value, interval_95, label.
+    """
     detail, slices = fine_detail(images), table['slice'].to_numpy(float)
     error = np.abs(predict_covariates(net, images)['slice'].to_numpy() - slices)
     used = {m.name: m for m in measures if m.contrast[0] in table}
@@ -246,7 +403,26 @@ def same_condition_pairs(
 ) -> np.ndarray:  # Positions of the two rows of each pair (m, 2)
     """Pairs of rows with the same slice and diagnosis, of different subjects.
 
-    Raises ValueError if there are none."""
+    Parameters
+    ----------
+    table : pd.DataFrame
+        Rows with slice, and diagnosis and subject where known: two visits of one subject make no
+        pair.
+    most : int, default 500
+        Pairs to keep at most.
+    seed : int, default 0
+        Of the choice.
+
+    Returns
+    -------
+    np.ndarray
+        Positions of the two rows of each pair (m, 2).
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
     names = [o for o in ('slice', 'diagnosis') if o in table]
     cells = table[names].astype(object).fillna('').groupby(names).ngroup().to_numpy()
     who = pd.factorize(table.subject)[0] if 'subject' in table else np.arange(len(table))
@@ -265,7 +441,22 @@ def pair_similarity(
 ) -> np.ndarray:  # MS-SSIM of each pair (m,), 1 for equal images
     """Similarity at as many scales as the size allows.
 
-    Source: Wang et al. 2003, eq. 7, with the weights of sec. 3.2."""
+    Parameters
+    ----------
+    images : Tensor
+        Images (n, 1, h, w) in [-1, 1].
+    pairs : np.ndarray
+        Positions of two images each (m, 2).
+
+    Returns
+    -------
+    np.ndarray
+        MS-SSIM of each pair (m,), 1 for equal images.
+
+    References
+    ----------
+    Wang et al. 2003, eq. 7, with the weights of sec. 3.2.
+    """
     side, weights = min(images.shape[-2:]), (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
     scales = min(5, int(math.log2(side / 16)) + 1)  # the last must hold 11 pixels
     betas = tuple(o / sum(weights[:scales]) for o in weights[:scales])
@@ -285,7 +476,22 @@ def diversity_scores(
     table: pd.DataFrame,  # Their conditions: slice, diagnosis where known; and subject
     most: int = 500,  # Pairs to compare
 ) -> dict[str, dict]:  # By set: ms_ssim, interval_95, n_pairs
-    "How similar images with the same conditions are; the same pairs of rows in each set."
+    """How similar images with the same conditions are; the same pairs of rows in each set.
+
+    Parameters
+    ----------
+    sets : dict[str, Tensor]
+        Sets of images, each (n, 1, h, w), row for row with the same conditions.
+    table : pd.DataFrame
+        Their conditions: slice, diagnosis where known; and subject.
+    most : int, default 500
+        Pairs to compare.
+
+    Returns
+    -------
+    dict[str, dict]
+        By set: ms_ssim, interval_95, n_pairs.
+    """
     pairs, out = same_condition_pairs(table, most), {}
     for name, images in sets.items():
         values = pair_similarity(images, pairs)
@@ -305,7 +511,22 @@ def as_dataset(
     table: pd.DataFrame,  # Rows with whose conditions they were generated
     covariates: Sequence[Covariate],  # Covariates to learn
 ) -> SliceDataset:  # Rows of a train split
-    "Let generated images stand where scanned ones stood."
+    """Let generated images stand where scanned ones stood.
+
+    Parameters
+    ----------
+    images : Tensor
+        Generated images (n, 1, h, w) in [-1, 1].
+    table : pd.DataFrame
+        Rows with whose conditions they were generated.
+    covariates : Sequence[Covariate]
+        Covariates to learn.
+
+    Returns
+    -------
+    SliceDataset
+        Rows of a train split.
+    """
     return SliceDataset(
         to_bytes(images[:, 0]), table.reset_index(drop=True).assign(split='train'), covariates
     )
@@ -324,7 +545,37 @@ def utility_scores(
 ) -> dict[str, dict]:
     """How well a diagnosis is learned from each.
 
-    Source: Esteban et al. 2017, sec. 4.2. Raises ValueError without one."""
+    Parameters
+    ----------
+    sources : dict[str, SliceDataset]
+        What to learn from: rows of a train split.
+    held_out : SliceDataset
+        Real slices of held-out subjects.
+    config : TrainConfig, default UTILITY
+        Length and rates of each training.
+    channels : tuple[int, ...], default (64, 96, 128)
+        As in `FeatureNet`.
+    seeds : int, default 3
+        Trainings from each source.
+    progress : bool, default False
+        Show a bar.
+    levels : tuple[str, str] | None, default None
+        The two diagnoses to tell apart; None: those of the data, if there are two.
+
+    Returns
+    -------
+    dict[str, dict]
+        By source: auc, the mean over seeds; auc_by_seed; interval_95 over subjects.
+
+    Raises
+    ------
+    ValueError
+        Without one.
+
+    References
+    ----------
+    Esteban et al. 2017, sec. 4.2.
+    """
     of = [c for c in held_out.covariates if c.name == 'diagnosis']
     values = [v for c in of for v in c.values or () if levels is None or v in levels]
     found = [replace(of[0], values=tuple(values))] if len(values) == 2 else []
@@ -359,7 +610,20 @@ def smooth(
     images: Tensor,  # Images (..., h, w)
     sigma: float,  # Standard deviation of the Gaussian, pixels
 ) -> Tensor:  # The same, blurred; 0 beyond the edge
-    "Blur with a Gaussian, as a product with a banded matrix on either side."
+    """Blur with a Gaussian, as a product with a banded matrix on either side.
+
+    Parameters
+    ----------
+    images : Tensor
+        Images (..., h, w).
+    sigma : float
+        Standard deviation of the Gaussian, pixels.
+
+    Returns
+    -------
+    Tensor
+        The same, blurred; 0 beyond the edge.
+    """
 
     def band(n):  # (n, n)
         at = torch.arange(n).to(images)
@@ -380,8 +644,19 @@ def folding_maps(
     # Maps (n, SIDE, SIDE), on the same device: folds and ventricles, about 0 on average, 0
     # outside the brain
 ) -> Tensor:
-    """The pattern of sulci and gyri: a band of spatial frequencies, divided by its own local
-    contrast."""
+    """The pattern of sulci and gyri: a band of spatial frequencies, divided by its own local contrast.
+
+    Parameters
+    ----------
+    images : Tensor
+        Skull-stripped images (n, 1, h, w) in [-1, 1].
+
+    Returns
+    -------
+    Tensor
+        Maps (n, SIDE, SIDE), on the same device: folds and ventricles, about 0 on average, 0
+        outside the brain.
+    """
     x = images.float()
     if x.shape[-1] != FRAME:
         x = F.interpolate(x, (FRAME, FRAME), mode='bilinear', antialias=True)
@@ -400,7 +675,21 @@ def transform_maps(
     # (n, 5)
     moves: Tensor,
 ) -> Tensor:  # Maps (n, h, w), sampled between pixels; 0 where nothing was
-    "Shift, turn, rescale and mirror, each map in its own way."
+    """Shift, turn, rescale and mirror, each map in its own way.
+
+    Parameters
+    ----------
+    maps : Tensor
+        Maps (n, h, w).
+    moves : Tensor
+        Shift along x and y in halves of a side, turn in radians, scale, and -1 to mirror, 1 not to
+        (n, 5).
+
+    Returns
+    -------
+    Tensor
+        Maps (n, h, w), sampled between pixels; 0 where nothing was.
+    """
     x, y, turn, scale, flip = moves.to(maps).unbind(-1)
     c, s = torch.cos(turn) * scale, torch.sin(turn) * scale
     theta = torch.stack([c * flip, -s, x, s * flip, c, y], -1).view(-1, 2, 3)
@@ -415,8 +704,25 @@ def candidate_moves(
     scale: float = 0.05,  # Largest change of scale
     # As for `transform_maps` (m, 5): shifts, turns and scales, each as it is and mirrored
 ) -> Tensor:
-    """Moves of which one is near enough to every move looked for that `refine_moves` finds the
-    rest of the way."""
+    """Moves of which one is near enough to every move looked for that `refine_moves` finds the rest of
+    the way.
+
+    Parameters
+    ----------
+    size : int
+        Side of the images, pixels.
+    shift : float, default 3.0
+        Largest shift looked for, pixels of the images.
+    turn : float, default 5.0
+        Largest turn, degrees.
+    scale : float, default 0.05
+        Largest change of scale.
+
+    Returns
+    -------
+    Tensor
+        As for `transform_maps` (m, 5): shifts, turns and scales, each as it is and mirrored.
+    """
     far = max(shift * FRAME / size - 1, 0)  # one pixel of the frame is near enough
     at = (torch.linspace(-far, far, 2 * math.ceil(far / 2) + 1) * 2 / FRAME).tolist()
     parts = (-1.0, -0.5, 0.5, 1.0)
@@ -435,7 +741,22 @@ def correlations(
 ) -> Tensor:  # Correlation of the whole, and the larger one of both halves (2, ...)
     """Normalized correlation of two maps.
 
-    A scan of which one half was copied keeps one half's correlation."""
+    A scan of which one half was copied keeps one half's correlation.
+
+    Parameters
+    ----------
+    products : list[Tensor]
+        Sums of products over the left half, and over the right half.
+    first : list[Tensor]
+        Sums of squares of one map over both halves.
+    second : list[Tensor]
+        The same of the other map; all three broadcast.
+
+    Returns
+    -------
+    Tensor
+        Correlation of the whole, and the larger one of both halves (2, ...).
+    """
     whole = sum(products) / (sum(first) * sum(second) + 1e-6).sqrt()
     halves = [p / (a * b + 1e-6).sqrt() for p, a, b in zip(products, first, second)]
     return torch.stack([whole, torch.maximum(*halves)])
@@ -443,7 +764,15 @@ def correlations(
 # %% ../../nbs/advanced/17_audit.ipynb #a0d1000a
 class CopySearch:
     """Maps of all train slices, less the mean map of their slice position: what is left is the
-    subject's own."""
+    subject's own.
+
+    Parameters
+    ----------
+    train : SliceDataset
+        Real slices of train subjects.
+    device : torch.device | str, default 'cpu'
+        Where to compute.
+    """
 
     def __init__(
         self,
@@ -475,7 +804,20 @@ class CopySearch:
         warped: Tensor,  # Maps (m, SIDE*SIDE)
         place: int,  # Number of the slice position
     ) -> Tensor:  # Correlations (2, m, train slices there)
-        "Every map with every train slice of one position."
+        """Every map with every train slice of one position.
+
+        Parameters
+        ----------
+        warped : Tensor
+            Maps (m, SIDE*SIDE).
+        place : int
+            Number of the slice position.
+
+        Returns
+        -------
+        Tensor
+            Correlations (2, m, train slices there).
+        """
         rows, mean = self.rows[place], self.means[place]
         ours, theirs = [(warped - mean)[:, o] for o in self.halves], [o[rows] for o in self.own]
         products = [a @ b.T for a, b in zip(ours, theirs)]
@@ -491,7 +833,22 @@ class CopySearch:
         rows: Tensor,  # A train row for each (b,)
         moves: Tensor,  # A move for each (b, 5)
     ) -> Tensor:  # Correlations (2, b)
-        "Each map, moved, with one train slice."
+        """Each map, moved, with one train slice.
+
+        Parameters
+        ----------
+        maps : Tensor
+            Maps (b, SIDE, SIDE).
+        rows : Tensor
+            A train row for each (b,).
+        moves : Tensor
+            A move for each (b, 5).
+
+        Returns
+        -------
+        Tensor
+            Correlations (2, b).
+        """
         own = transform_maps(maps, moves).flatten(1) - self.means[self.place[rows]]
         ours, theirs = [own[:, o] for o in self.halves], [o[rows] for o in self.own]
         products = [(a * b).sum(1) for a, b in zip(ours, theirs)]
@@ -503,7 +860,18 @@ class CopySearch:
         self,
         maps: Tensor,  # Maps (n, SIDE, SIDE)
     ) -> Tensor:  # Number of the slice position whose mean map is most similar (n,)
-        "Where a slice seems to be, whatever its label says, and however it was moved."
+        """Where a slice seems to be, whatever its label says, and however it was moved.
+
+        Parameters
+        ----------
+        maps : Tensor
+            Maps (n, SIDE, SIDE).
+
+        Returns
+        -------
+        Tensor
+            Number of the slice position whose mean map is most similar (n,).
+        """
         means = F.normalize(self.means)
         found = [
             F.normalize(transform_maps(maps, o.expand(len(maps), -1)).flatten(1)) @ means.T
@@ -520,7 +888,24 @@ def best_moves(
     subjects: Tensor | None = None,
     # Correlation, train row, and number of the move, each for whole and half (2, b)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "Try every move against every train slice nearby, as products of matrices."
+    """Try every move against every train slice nearby, as products of matrices.
+
+    Parameters
+    ----------
+    search : CopySearch
+        Train slices.
+    maps : Tensor
+        Maps of one slice position (b, SIDE, SIDE).
+    places : Iterable[int]
+        Numbers of the slice positions to look at.
+    subjects : Tensor | None, default None
+        Train subjects not to look at, one a map, as numbers (b,); None: none.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        Correlation, train row, and number of the move, each for whole and half (2, b).
+    """
     b = len(maps)
     # (moves*b, SIDE*SIDE)
     warped = torch.cat([transform_maps(maps, o.expand(b, -1)).flatten(1) for o in search.moves])
@@ -555,7 +940,28 @@ def refine_moves(
     best: Tensor,  # Its correlation (b,)
     column: int,  # 0: of the whole; 1: of the better half
 ) -> Tensor:  # The highest correlation found (b,)
-    "Improve the move of each pair, one axis after the other."
+    """Improve the move of each pair, one axis after the other.
+
+    Parameters
+    ----------
+    search : CopySearch
+        Train slices.
+    maps : Tensor
+        Maps (b, SIDE, SIDE).
+    rows : Tensor
+        The train row of each (b,).
+    moves : Tensor
+        The move to start from (b, 5).
+    best : Tensor
+        Its correlation (b,).
+    column : int
+        0: of the whole; 1: of the better half.
+
+    Returns
+    -------
+    Tensor
+        The highest correlation found (b,).
+    """
     for (axis, step), sign in itertools.product(REFINE, (-1, 1)):
         trial = moves.clone()
         trial[:, axis] += sign * step
@@ -574,8 +980,28 @@ def nearest_copies(
     batch_size: int = 64,  # Images at a time
     # whole, half: correlation with the most similar train slice; whole_row, half_row: which it is
 ) -> pd.DataFrame:
-    """The most similar train slice, moved or mirrored: 1 is a copy, 0 has nothing in common but
-    its position."""
+    """The most similar train slice, moved or mirrored: 1 is a copy, 0 has nothing in common but its
+    position.
+
+    Parameters
+    ----------
+    search : CopySearch
+        Train slices.
+    images : Tensor | SliceDataset
+        Images to look up (n, 1, h, w) in [-1, 1].
+    subjects : np.ndarray | None, default None
+        Train subjects of the images (n,), who are not compared with themselves; None: others.
+    window : int, default 2
+        Slice positions to look at on either side.
+    batch_size : int, default 64
+        Images at a time.
+
+    Returns
+    -------
+    pd.DataFrame
+        whole, half: correlation with the most similar train slice; whole_row, half_row: which it
+        is.
+    """
     device, last = search.means.device, len(search.rows) - 1
     maps = torch.cat([folding_maps(o.to(device)) for o in image_batches(images, batch_size)])
     place = torch.cat([search.positions(o) for o in maps.split(batch_size)])
@@ -616,9 +1042,29 @@ def extreme_threshold(
     """Extreme-value rule: a Gumbel distribution, fitted to the maximum of each subject, gives its
     1-alpha/n quantile.
 
-    On Fisher's scale, atanh, where correlations are not bounded; the Gumbel's width is taken at
-    its upper 90 % bound. Conservative: one sample gets the quantile of a subject's maximum.
-    Source: Coles 2001, sec. 3.1 and 3.3."""
+    On Fisher's scale, atanh, where correlations are not bounded; the Gumbel's width is taken at its
+    upper 90 % bound. Conservative: one sample gets the quantile of a subject's maximum.
+
+    Parameters
+    ----------
+    values : np.ndarray
+        Correlations of slices of subjects who cannot be copies (m,).
+    subjects : np.ndarray
+        Whose each slice is (m,).
+    n : int
+        Samples to evaluate.
+    alpha : float
+        Probability of a false alarm among all of them.
+
+    Returns
+    -------
+    float
+        Correlation above which a sample is a copy; 1 or nearly so with too few subjects.
+
+    References
+    ----------
+    Coles 2001, sec. 3.1 and 3.3.
+    """
     maxima = (
         pd.Series(np.arctanh(np.clip(values, -0.9999, 0.9999)))
         .groupby(np.asarray(subjects))
@@ -648,8 +1094,31 @@ def excess_p_values(
     """Sample as many groups from the reference as there are samples, whole subjects at a time: no
     slice counts as independent.
 
-    To the reference is added one subject, not seen so far, all of whose slices are near (the
-    rule of succession)."""
+    To the reference is added one subject, not seen so far, all of whose slices are near (the rule
+    of succession).
+
+    Parameters
+    ----------
+    near : np.ndarray
+        Reference slices above the level, True or False (m,).
+    owners : np.ndarray
+        Train subject that each resembles, as numbers (m,).
+    subjects : np.ndarray
+        Whose each reference slice is, as numbers (m,).
+    groups : np.ndarray
+        Which samples belong together, as numbers (n,): slices of one subject, or each its own.
+    found : tuple[int, int]
+        Samples above the level; the most of them that resemble one train subject.
+    num_resamples : int, default 2000
+        Sets of subjects to sample.
+    seed : int, default 0
+        Of the resampling.
+
+    Returns
+    -------
+    tuple[float, float]
+        How often so many above the level, and so many of one train subject, arise by chance.
+    """
     near, owners = np.append(near, True), np.append(owners, np.max(owners) + 1)
     subjects = np.append(subjects, np.max(subjects) + 1)
     order, rng = np.argsort(subjects, kind='stable'), np.random.default_rng(seed)
@@ -685,7 +1154,27 @@ def audit_statistics(
     # together
 ) -> dict:
     """Count copies, and samples that are nearer to training than 99 of 100 reference slices, with
-    p-values by subject."""
+    p-values by subject.
+
+    Parameters
+    ----------
+    samples : pd.DataFrame
+        As from `nearest_copies`, of the samples.
+    reference : pd.DataFrame
+        The same of slices that cannot be copies, with their `subject`.
+    owners : np.ndarray
+        Train subject of each train row.
+    groups : np.ndarray | None, default None
+        Which samples belong to one subject (n,); None: each is its own.
+    alpha : float, default 0.01
+        Probability of a false alarm, all rules together.
+
+    Returns
+    -------
+    dict
+        Of whole and half: copies, threshold, near, level, p_value, p_subject, highest; and of both
+        together.
+    """
     n, who = len(samples), pd.factorize(reference.subject)[0]
     groups = np.arange(n) if groups is None else pd.factorize(np.asarray(groups))[0]
     codes, copied, out = pd.factorize(np.asarray(owners))[0], np.zeros(n, bool), {}
@@ -736,9 +1225,25 @@ def memorization_audit(
     """Does a generator hand out its training scans?
 
     failed: a copy, or significantly many samples near to training or near to one train subject.
-    unclear: power was not measured, or some kind of copy would be missed, or there are more
-    near samples than allowed. passed: none of these, and each kind of copy would have been
-    caught."""
+    unclear: power was not measured, or some kind of copy would be missed, or there are more near
+    samples than allowed. passed: none of these, and each kind of copy would have been caught.
+
+    Parameters
+    ----------
+    statistics : dict
+        As from `audit_statistics`.
+    power : dict | None, default None
+        As from `audit_power`, measured on the same data; None: not measured.
+    allowed : float, default 0.02
+        Fraction of samples that may be near to training.
+    enough : float, default 0.95
+        Fraction of trials in which each kind of copy must have been caught.
+
+    Returns
+    -------
+    dict
+        The statistics with power, near, allowed, verdict and reason.
+    """
     s, parts = statistics, [statistics[k] for k in ('whole', 'half')]
     # four tests share half of alpha
     worse, alpha = max(parts, key=lambda o: o['near']), s['alpha'] / 8
@@ -808,8 +1313,25 @@ def plant_copies(
     others: Tensor,  # Slices of other subjects at the same positions, for 'one half'
     generator: torch.Generator,  # Source of randomness, on the CPU
 ) -> Tensor:  # Copies (n, 1, h, w) in [-1, 1]
-    """Disguise slices: up to 3 pixels, 5 degrees, 5 % of scale; blur of 1/85 of the side; noise of
-    10 % at 128 pixels, contrast of 30 %."""
+    """Disguise slices: up to 3 pixels, 5 degrees, 5 % of scale; blur of 1/85 of the side; noise of 10
+    % at 128 pixels, contrast of 30 %.
+
+    Parameters
+    ----------
+    kind : str
+        One of `KINDS`.
+    images : Tensor
+        Slices to copy (n, 1, h, w) in [-1, 1].
+    others : Tensor
+        Slices of other subjects at the same positions, for 'one half'.
+    generator : torch.Generator
+        Source of randomness, on the CPU.
+
+    Returns
+    -------
+    Tensor
+        Copies (n, 1, h, w) in [-1, 1].
+    """
     n, size = len(images), images.shape[-1]
     chance = (torch.rand((n, 5), generator=generator) * 2 - 1).to(images)
     # moved in all ways, each a little less
@@ -863,8 +1385,31 @@ def audit_power(
     """How often does the audit fail a set with copies in it, and how often one without?
 
     In a trial half of the held-out subjects stand for the samples of a generator that copies
-    nothing; the other half and the train subjects are the reference. Intervals: Clopper &
-    Pearson 1934."""
+    nothing; the other half and the train subjects are the reference. Intervals: Clopper & Pearson
+    1934.
+
+    Parameters
+    ----------
+    copies : dict[str, pd.DataFrame]
+        By kind: as from `nearest_copies`, of planted copies.
+    held_out : pd.DataFrame
+        The same of held-out subjects' slices, with their `subject`.
+    others : pd.DataFrame
+        The same of train subjects' slices, each against the others', with their `subject`.
+    owners : np.ndarray
+        Train subject of each train row.
+    trials : int, default 100
+        Trials of each kind.
+    fraction : float, default 0.05
+        Fraction of the samples that is replaced by copies, one at least.
+    seed : int, default 0
+        Of the trials.
+
+    Returns
+    -------
+    dict[str, dict]
+        By kind: caught, trials, interval_95; 'none', without copies: failed, trials, interval_95.
+    """
     rng, caught = np.random.default_rng(seed), dict.fromkeys(('none', *copies), 0)
     names = held_out.subject.unique()
     for _ in range(trials):
@@ -910,8 +1455,25 @@ def reconstruct_rows(
     # Other images instead of these rows' (n, 1, h, w); None: their own
     images: Tensor | None = None,
 ) -> Tensor:  # Images (n, 1, h, w), as sharp as what a generator decodes
-    """Pass slices through a run's autoencoder, so that samples are compared with what is as
-    blurred as they are."""
+    """Pass slices through a run's autoencoder, so that samples are compared with what is as blurred as
+    they are.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Real slices.
+    rows : np.ndarray
+        Which of them.
+    rebuild : Callable | None
+        Called with images and their batch, as `Codec.reconstruct`; None: they stay as they are.
+    images : Tensor | None, default None
+        Other images instead of these rows' (n, 1, h, w); None: their own.
+
+    Returns
+    -------
+    Tensor
+        Images (n, 1, h, w), as sharp as what a generator decodes.
+    """
     out = []
     for at in np.array_split(np.arange(len(rows)), max(1, math.ceil(len(rows) / 32))):
         batch = dataset.__getitems__(rows[at])
@@ -930,7 +1492,30 @@ def planted_copies(
     progress: bool = False,  # Show a bar
 ) -> dict[str, pd.DataFrame]:  # By kind: as from `nearest_copies`
     """Copies of every kind, of train slices chosen at random, as the generator of this run would
-    decode them."""
+    decode them.
+
+    Parameters
+    ----------
+    search : CopySearch
+        Of the train slices.
+    train : SliceDataset
+        Real slices of train subjects.
+    held_out : SliceDataset
+        Real slices of held-out subjects.
+    rebuild : Callable | None, default None
+        As for `reconstruct_rows`.
+    number : int, default 60
+        Copies of each kind.
+    seed : int, default 0
+        Of the choice.
+    progress : bool, default False
+        Show a bar.
+
+    Returns
+    -------
+    dict[str, pd.DataFrame]
+        By kind: as from `nearest_copies`.
+    """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     rows = rng.permutation(len(train))[:number]
     partners = rng.integers(len(held_out), size=len(rows))
@@ -954,7 +1539,20 @@ def reference_rows(
     subjects: np.ndarray | pd.Series,  # Whose each row is (n,)
     most: int = 1_300,  # Rows in all, about
 ) -> np.ndarray:  # Rows, rising: as many of each subject, spread over the subject's slices
-    "Some slices of every subject: what an extreme-value rule needs is many subjects."
+    """Some slices of every subject: what an extreme-value rule needs is many subjects.
+
+    Parameters
+    ----------
+    subjects : np.ndarray | pd.Series
+        Whose each row is (n,).
+    most : int, default 1300
+        Rows in all, about.
+
+    Returns
+    -------
+    np.ndarray
+        Rows, rising: as many of each subject, spread over the subject's slices.
+    """
     each = max(1, most // pd.Series(subjects).nunique())
     rows = [
         at[
@@ -981,8 +1579,33 @@ def audit_images(
     progress: bool = False,  # Show bars
     # As from `memorization_audit`; `nearest_copies` of samples, and of the reference
 ) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
-    """The whole audit: look samples up, measure on these very data which copies would be found,
-    and evaluate."""
+    """The whole audit: look samples up, measure on these very data which copies would be found, and
+    evaluate.
+
+    Parameters
+    ----------
+    images : Tensor
+        Samples (n, 1, h, w) in [-1, 1].
+    train : SliceDataset
+        Real slices of train subjects.
+    held_out : SliceDataset
+        Real slices of held-out subjects.
+    rebuild : Callable | None, default None
+        The generator's autoencoder, as `Codec.reconstruct`; None: samples are as sharp as scans.
+    trials : int, default 100
+        Trials of the power.
+    seed : int, default 0
+        Of copies and trials.
+    device : torch.device | str, default 'cpu'
+        Where to compute.
+    progress : bool, default False
+        Show bars.
+
+    Returns
+    -------
+    tuple[dict, pd.DataFrame, pd.DataFrame]
+        As from `memorization_audit`; `nearest_copies` of samples, and of the reference.
+    """
     search = CopySearch(train, device)
     owners, rows = train.manifest.subject.astype(str).to_numpy(), reference_rows(
         train.manifest.subject
@@ -1012,7 +1635,30 @@ def denoising_errors(
     seed: int = 0,  # Of the noise, which is the same for every slice
     batch_size: int = 64,  # Slices at a time
 ) -> np.ndarray:  # Mean squared error of each slice at each time (n, times)
-    "Denoising errors of slices. Source: Matsumoto et al. 2023; Carlini et al. 2023, sec. 5."
+    """Denoising errors of slices.
+
+    Parameters
+    ----------
+    model
+        A `Sampler` with a trained denoiser.
+    dataset : SliceDataset
+        Real slices.
+    parts : tuple[float, ...], default (0.1, 0.3, 0.5, 0.7)
+        Timesteps at which to measure, as fractions of the chain.
+    seed : int, default 0
+        Of the noise, which is the same for every slice.
+    batch_size : int, default 64
+        Slices at a time.
+
+    Returns
+    -------
+    np.ndarray
+        Mean squared error of each slice at each time (n, times).
+
+    References
+    ----------
+    Matsumoto et al. 2023; Carlini et al. 2023, sec. 5.
+    """
     call, T = infer(model.unet, model.precision), model.schedule.num_train_timesteps
     noise, out = None, []
     for batch in eval_batches(dataset, batch_size):
@@ -1052,7 +1698,27 @@ def attack_auc(
 ) -> dict:
     """Membership inference by subject, beside its control.
 
-    Each column of errors counts relative to its mean."""
+    Each column of errors counts relative to its mean.
+
+    Parameters
+    ----------
+    errors : np.ndarray
+        Errors of each slice, smaller where a network was trained on it (n,) or (n, m).
+    member : np.ndarray
+        Whether the slice was trained on (n,).
+    subjects : np.ndarray
+        Whose it is (n,).
+    splits : int, default 100
+        Random halves of the members for the control.
+    seed : int, default 0
+        Of the splits.
+
+    Returns
+    -------
+    dict
+        auc, interval_95 over subjects; control, control_interval_95 over splits; excess, n_members,
+        n_others.
+    """
     errors = np.asarray(errors, float).reshape(len(member), -1)
     score, member, who = (
         -(errors / errors.mean(0)).mean(1),
@@ -1086,7 +1752,22 @@ def mean_slice_errors(
 ) -> np.ndarray:  # Mean squared difference from the mean train slice of the position (n,)
     """What can be predicted without the weights: the baseline of every attack.
 
-    Members and others may differ by themselves."""
+    Members and others may differ by themselves.
+
+    Parameters
+    ----------
+    train : SliceDataset
+        Real slices of train subjects.
+    dataset : SliceDataset
+        Slices to score.
+    leave_one_out : bool, default False
+        Whether they are train slices, each of which is then left out of its mean.
+
+    Returns
+    -------
+    np.ndarray
+        Mean squared difference from the mean train slice of the position (n,).
+    """
     places = [
         o.manifest['slice'].to_numpy() if 'slice' in o.manifest else np.zeros(len(o))
         for o in (train, dataset)
@@ -1109,8 +1790,25 @@ def membership_inference(
     held_out: SliceDataset,  # Real slices of held-out subjects: not members
     most: int = 1_300,  # Slices of members to use, about; as many of each held-out subject
 ) -> dict[str, dict]:  # By attack: as from `attack_auc`
-    """Membership inference: do the errors of a run's autoencoder and generator show which subjects
-    it was trained on? Beside a baseline without either."""
+    """Membership inference: do the errors of a run's autoencoder and generator show which subjects it
+    was trained on? Beside a baseline without either.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`, or a `CodeSampler`: whose weights are attacked.
+    train : SliceDataset
+        Real slices of train subjects: members.
+    held_out : SliceDataset
+        Real slices of held-out subjects: not members.
+    most : int, default 1300
+        Slices of members to use, about; as many of each held-out subject.
+
+    Returns
+    -------
+    dict[str, dict]
+        By attack: as from `attack_auc`.
+    """
     rows = [reference_rows(train.manifest.subject, most)]
     rows.append(
         reference_rows(
@@ -1165,7 +1863,20 @@ def audit_summary(
     run: str | Path,  # Run folder
     generator: str = 'ldm',  # Who drew: 'ldm', 'prior' or 'stage1'
 ) -> str:  # One line for a terminal or a caption
-    "What the memorization audit of a run said."
+    """What the memorization audit of a run said.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    generator : str, default 'ldm'
+        Who drew: 'ldm', 'prior' or 'stage1'.
+
+    Returns
+    -------
+    str
+        One line for a terminal or a caption.
+    """
     metrics = read_metrics(run)
     if audit_verdicts(metrics, run).get(generator, 'not audited') == 'not audited':
         return (

@@ -34,7 +34,20 @@ def mean_slice_baseline(
     slices: np.ndarray | pd.Series,  # Slice numbers (b,)
 ) -> Tensor:  # Predictions (b, 1, h, w) in [-1, 1]
     """Predict the train mean of each slice position, of the nearest one if it was never seen: the
-    baseline of every score."""
+    baseline of every score.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder, which keeps the mean train image of each slice position.
+    slices : np.ndarray | pd.Series
+        Slice numbers (b,).
+
+    Returns
+    -------
+    Tensor
+        Predictions (b, 1, h, w) in [-1, 1].
+    """
     tensors, about = load_weights(Path(run) / 'train_mean.safetensors')
     if 'means' not in tensors or len(about.get('slices', ())) != len(tensors['means']):
         raise ValueError(
@@ -49,7 +62,20 @@ def count_new_positions(
     run: str | Path,  # Run folder
     slices: np.ndarray | pd.Series,  # Slice numbers (b,)
 ) -> int:  # How many of them have no mean of their own
-    "Count slices at positions that training never saw: their baseline is that of a neighbor."
+    """Count slices at positions that training never saw: their baseline is that of a neighbor.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    slices : np.ndarray | pd.Series
+        Slice numbers (b,).
+
+    Returns
+    -------
+    int
+        How many of them have no mean of their own.
+    """
     return int(
         (~np.isin(slices, load_weights(Path(run) / 'train_mean.safetensors')[1]['slices'])).sum()
     )
@@ -66,7 +92,30 @@ def score_slices(
 ) -> pd.DataFrame:
     """Score every reconstruction beside its baseline.
 
-    Raises ValueError if the images have another size than the model's."""
+    Parameters
+    ----------
+    model : BrainLDM
+        A run with an autoencoder.
+    dataset : SliceDataset
+        The split to score.
+    run : str | Path
+        Its folder, for the baseline.
+    batch_size : int, default 32
+        Images at a time.
+    progress : bool, default False
+        Show a bar.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row a slice: subject, slice, ssim, ssim_brain, psnr, sharpness, and baseline_* of the
+        baseline.
+
+    Raises
+    ------
+    ValueError
+        If the images have another size than the model's.
+    """
     if dataset.images.shape[1] != model.size:
         raise ValueError(
             f"score_slices: images of {dataset.images.shape[1]} pixels, a model for {model.size}."
@@ -94,7 +143,26 @@ def subject_interval(
 ) -> tuple[float, float] | None:  # 95 % interval of the mean; None with fewer than 3 subjects
     """Bootstrap over subjects: slices of one brain are not independent.
 
-    Source: Davison & Hinkley 1997, sec. 3.8."""
+    Parameters
+    ----------
+    values : np.ndarray | pd.Series
+        One number a slice; missing ones are left out.
+    subjects : np.ndarray | pd.Series
+        Whose slice it is.
+    seed : int, default 0
+        Of the resampling.
+    num_resamples : int, default 1000
+        Resamples.
+
+    Returns
+    -------
+    tuple[float, float] | None
+        95 % interval of the mean; None with fewer than 3 subjects.
+
+    References
+    ----------
+    Davison & Hinkley 1997, sec. 3.8.
+    """
     by = (
         pd.Series(np.asarray(values, dtype=float))
         .groupby(np.asarray(subjects))
@@ -112,7 +180,18 @@ def subject_interval(
 def json_safe(
     values: Any,  # Numbers in dicts, lists and tuples
 ) -> Any:  # The same; a float that is NaN or infinite is None
-    "What JSON can hold."
+    """What JSON can hold.
+
+    Parameters
+    ----------
+    values : Any
+        Numbers in dicts, lists and tuples.
+
+    Returns
+    -------
+    Any
+        The same; a float that is NaN or infinite is None.
+    """
     if isinstance(values, dict):
         return {k: json_safe(v) for k, v in values.items()}
     if isinstance(values, (list, tuple)):
@@ -124,7 +203,20 @@ def show_number(
     value: float | None,  # A number, or None where there is none
     digits: int = 3,  # After the point; of a number below 0.1, so many that count
 ) -> str:  # Text for a reader
-    "A number, or n/a."
+    """A number, or n/a.
+
+    Parameters
+    ----------
+    value : float | None
+        A number, or None where there is none.
+    digits : int, default 3
+        After the point; of a number below 0.1, so many that count.
+
+    Returns
+    -------
+    str
+        Text for a reader.
+    """
     if value is None or not math.isfinite(value):
         return 'n/a'
     return f'{value:.{digits}f}' if value == 0 or abs(value) >= 0.1 else f'{value:#.{digits}g}'
@@ -135,7 +227,22 @@ def codebook_scores(
     dataset: SliceDataset,  # The split to encode
     batch_size: int = 32,  # Images at a time
 ) -> dict:  # codebook_usage, perplexity, num_embeddings; empty for an autoencoder without codes
-    "How much of a codebook the slices of a split use."
+    """How much of a codebook the slices of a split use.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        A run with an autoencoder.
+    dataset : SliceDataset
+        The split to encode.
+    batch_size : int, default 32
+        Images at a time.
+
+    Returns
+    -------
+    dict
+        codebook_usage, perplexity, num_embeddings; empty for an autoencoder without codes.
+    """
     quantizer, counts = getattr(model.autoencoder, 'quantizer', None), 0
     if quantizer is None:
         return {}
@@ -155,7 +262,25 @@ def reconstruction_scores(
 ) -> dict:
     """How much of held-out brains survives the squeeze, beside the mean slice.
 
-    None where a number does not exist."""
+    None where a number does not exist.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        A run with an autoencoder.
+    dataset : SliceDataset
+        The split to score.
+    run : str | Path
+        Its folder, for the baseline.
+    progress : bool, default False
+        Show a bar.
+
+    Returns
+    -------
+    dict
+        ssim, ssim_brain, psnr, sharpness, interval_95, baseline_mean_slice, counts; codebook_usage,
+        perplexity if any.
+    """
     # in the words of the run
     dataset = SliceDataset(dataset.images, dataset.manifest, model.autoencoder.covariates)
     table = score_slices(model, dataset, run, progress=progress)
@@ -182,8 +307,21 @@ def lock_metrics(
     run: str | Path,  # Run folder, made if it is not there
     seconds: float = 60.0,  # How long to wait for another process
 ) -> Iterator[None]:  # A context in which no other process changes RUN/metrics.json
-    """Between reading a file and writing it anew another process may write, and what it wrote
-    would be lost: lock first."""
+    """Between reading a file and writing it anew another process may write, and what it wrote would be
+    lost: lock first.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder, made if it is not there.
+    seconds : float, default 60.0
+        How long to wait for another process.
+
+    Yields
+    ------
+    None
+        A context in which no other process changes RUN/metrics.json.
+    """
     Path(run).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(run) / '.metrics.lock', timeout=seconds)
     try:
@@ -209,8 +347,21 @@ def merge_metrics(
     name: str,  # What was measured
     values: dict,  # The numbers
 ) -> None:
-    """Put numbers into RUN/metrics.json beside those that are there, also while other processes do
-    so. Raises RuntimeError."""
+    """Put numbers into RUN/metrics.json beside those that are there, also while other processes do so.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    name : str
+        What was measured.
+    values : dict
+        The numbers.
+
+    Raises
+    ------
+    RuntimeError
+    """
     with lock_metrics(run):
         metrics = {**read_metrics(run), name: json_safe(values)}
         write_atomic(

@@ -32,7 +32,27 @@ def codebook_usage(
 ) -> tuple[Tensor, Tensor]:
     """Usage of a codebook: how often is each code used, and for which pixels?
 
-    Raises TypeError for a model without codes."""
+    Parameters
+    ----------
+    model : VQVAE
+        Trained autoencoder with codes, from `kind` 'vq' or 'fsq'.
+    dataset : SliceDataset
+        Slices to write.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Images at a time.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        How often each code occurs (k,), and its mean patch (k, f, f), NaN if it never does.
+
+    Raises
+    ------
+    TypeError
+        For a model without codes.
+    """
     if not isinstance(model, VQVAE):
         raise TypeError(
             f"codebook_usage: a {type(model).__name__}, which has no codes. Expected a VQVAE. "
@@ -55,7 +75,18 @@ def codebook_usage(
 def plot_codebook_usage(
     usage: dict[str, Tensor],  # Counts (k,) by name, from `codebook_usage`
 ) -> Figure:  # Fractions, most used code first
-    "Plot how evenly codebooks are used, with usage and perplexity in the legend."
+    """Plot how evenly codebooks are used, with usage and perplexity in the legend.
+
+    Parameters
+    ----------
+    usage : dict[str, Tensor]
+        Counts (k,) by name, from `codebook_usage`.
+
+    Returns
+    -------
+    Figure
+        Fractions, most used code first.
+    """
     fig, ax = plt.subplots(figsize=(6, 2.6), layout='constrained')
     for i, (name, counts) in enumerate(usage.items()):
         o = code_scores(counts)
@@ -85,7 +116,24 @@ def flat_codes(
     side: int = 8,  # Height and width of the map filled with one code
     cond: dict[str, Tensor] | None = None,  # Encoded covariates (n,), for a conditional model
 ) -> Tensor:  # Images (n, 1, side*f, side*f), clipped to [-1, 1], on the CPU
-    "What the decoder makes of one code repeated everywhere."
+    """What the decoder makes of one code repeated everywhere.
+
+    Parameters
+    ----------
+    model : VQVAE
+        Trained autoencoder with codes.
+    codes : Tensor
+        Codes to sample (n,), int64.
+    side : int, default 8
+        Height and width of the map filled with one code.
+    cond : dict[str, Tensor] | None, default None
+        Encoded covariates (n,), for a conditional model.
+
+    Returns
+    -------
+    Tensor
+        Images (n, 1, side*f, side*f), clipped to [-1, 1], on the CPU.
+    """
     device = next(model.parameters()).device
     maps = codes.to(device).view(-1, 1, 1).expand(-1, side, side)
     return (
@@ -104,7 +152,27 @@ def subject_slice_table(
 ) -> np.ndarray:  # The same rows as (subjects, positions, d)
     """Sort rows by subject and slice position.
 
-    Raises ValueError unless every subject has every position once."""
+    Parameters
+    ----------
+    caller : str
+        Function that calls, for the message.
+    vectors
+        A row a slice (n, d).
+    subjects
+        Whose slice it is (n,).
+    slices
+        At which slice position (n,).
+
+    Returns
+    -------
+    np.ndarray
+        The same rows as (subjects, positions, d).
+
+    Raises
+    ------
+    ValueError
+        Unless every subject has every position once.
+    """
     v = check_vectors(caller, vectors)
     (s, names), (k, positions) = (
         pd.factorize(np.asarray(o), sort=True) for o in (subjects, slices)
@@ -130,7 +198,24 @@ def variance_fractions(
 ) -> dict[str, float]:
     """Fractions of the variance by subject, by slice position, and the rest.
 
-    Source: Fisher 1925 (analysis of variance, two ways)."""
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    subjects
+        Whose slice it is (n,).
+    slices
+        At which slice position (n,).
+
+    Returns
+    -------
+    dict[str, float]
+        Fractions: subject, slice, rest; and baseline_subject, baseline_slice, those of pure noise.
+
+    References
+    ----------
+    Fisher 1925 (analysis of variance, two ways).
+    """
     v = subject_slice_table('variance_fractions', vectors, subjects, slices)
     s, j, _ = v.shape
     v = v - v.mean((0, 1))
@@ -152,7 +237,23 @@ def subject_retrieval(
     # diagonal; by
     # chance 1/subjects
 ) -> np.ndarray:
-    "Find the same subject at another slice position by the nearest vector."
+    """Find the same subject at another slice position by the nearest vector.
+
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    subjects
+        Whose slice it is (n,).
+    slices
+        At which slice position (n,).
+
+    Returns
+    -------
+    np.ndarray
+        Fraction of subjects found from slice position a (row) at position b (column); NaN on the
+        diagonal; by chance 1/subjects.
+    """
     v = subject_slice_table('subject_retrieval', vectors, subjects, slices)
     v = v - v.mean(0)
     s, j, _ = v.shape
@@ -175,7 +276,29 @@ def decode_conditioned(
 ) -> Tensor:  # Images (n, m, 1, h, w): each latent decoded under each value
     """Decode the same latents under other conditions.
 
-    Raises ValueError if the autoencoder is not conditioned on `name`."""
+    Parameters
+    ----------
+    codec : Codec
+        With an autoencoder that is conditioned on covariates.
+    latents : Tensor
+        Latents (n, c, h, w).
+    name : str
+        The covariate to change.
+    values : Tensor
+        Its values, encoded (m,): positions in [0, 1], or indices.
+    cond : dict[str, Tensor] | None, default None
+        The other covariates that the autoencoder is conditioned on, each (n,).
+
+    Returns
+    -------
+    Tensor
+        Images (n, m, 1, h, w): each latent decoded under each value.
+
+    Raises
+    ------
+    ValueError
+        If the autoencoder is not conditioned on `name`.
+    """
     known = [c.name for c in codec.autoencoder.covariates]
     if name not in known:
         raise ValueError(
@@ -196,7 +319,27 @@ def swap_effects(
 ) -> dict[str, float]:
     """Which decides, the latent or the condition of the decoder?
 
-    Least squares. Raises ValueError if either never changes."""
+    Least squares.
+
+    Parameters
+    ----------
+    read : np.ndarray
+        What a reader said of each decoded image (n, m).
+    latent_values : np.ndarray
+        Value of the slice that the latent came from (n,).
+    condition_values : np.ndarray
+        Value that the decoder was conditioned on (m,).
+
+    Returns
+    -------
+    dict[str, float]
+        latent: a, condition: b; 1 and 0 if the latent decides, 0 and 1 if the condition does.
+
+    Raises
+    ------
+    ValueError
+        If either never changes.
+    """
     read, latent_values, condition_values = (
         np.asarray(o, float) for o in (read, latent_values, condition_values)
     )

@@ -59,7 +59,27 @@ def match_rows(
 ) -> np.ndarray:  # For each row of `held_out` the position of a row in `pool`, none twice
     """Find each held-out slice a row of the same position and diagnosis.
 
-    Raises ValueError if there are too few."""
+    Parameters
+    ----------
+    held_out : pd.DataFrame
+        Manifest rows of held-out subjects.
+    pool : pd.DataFrame
+        Manifest rows to choose from.
+    seed : int, default 0
+        Of the choice.
+    rotation : int, default 0
+        Which part of the pool: another rotation takes other rows, as long as there are any.
+
+    Returns
+    -------
+    np.ndarray
+        For each row of `held_out` the position of a row in `pool`, none twice.
+
+    Raises
+    ------
+    ValueError
+        If there are too few.
+    """
     names = [o for o in ('slice', 'diagnosis') if o in held_out and o in pool]
     cells = [
         table[names].astype(object).fillna('').groupby(names).indices for table in (held_out, pool)
@@ -78,10 +98,27 @@ def match_rows(
 
 # %% ../../nbs/advanced/16_fidelity.ipynb #19ed0202
 class FeatureNet(nn.Module):
-    """A small network that reads covariates off an image; what it computes just before is the
-    image's features.
+    """A small network that reads covariates off an image; what it computes just before is the image's
+    features.
 
-    Raises ValueError without a covariate to learn from."""
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        What it learns to read.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Channels of each level, the finest first; the last: features.
+    patch : int, default 4
+        Side of the pixel blocks that are folded into channels first.
+    norm_num_groups : int, default 8
+        Groups in each GroupNorm.
+    fraction : float, default 1.0
+        Part of the train subjects that it is trained on, see `evaluator_rows`.
+
+    Raises
+    ------
+    ValueError
+        Without a covariate to learn from.
+    """
 
     mean: Tensor
     std: Tensor
@@ -130,14 +167,36 @@ class FeatureNet(nn.Module):
         self,
         images: Tensor,  # Images (b, 1, h, w) in [-1, 1]
     ) -> Tensor:  # Mean of each channel over all places (b, num_features)
-        "What the network sees, wherever it is."
+        """What the network sees, wherever it is.
+
+        Parameters
+        ----------
+        images : Tensor
+            Images (b, 1, h, w) in [-1, 1].
+
+        Returns
+        -------
+        Tensor
+            Mean of each channel over all places (b, num_features).
+        """
         return self.body(images).mean((2, 3))
 
     def features(
         self,
         images: Tensor,  # Images (b, 1, h, w) in [-1, 1]
     ) -> Tensor:  # Features (b, num_features), of mean 0 and deviation 1 over the train slices
-        "Describe images, each feature in units of its standard deviation."
+        """Describe images, each feature in units of its standard deviation.
+
+        Parameters
+        ----------
+        images : Tensor
+            Images (b, 1, h, w) in [-1, 1].
+
+        Returns
+        -------
+        Tensor
+            Features (b, num_features), of mean 0 and deviation 1 over the train slices.
+        """
         return (self.pool(images).float() - self.mean) / self.std
 
     def forward(
@@ -145,6 +204,18 @@ class FeatureNet(nn.Module):
         images: Tensor,  # Images (b, 1, h, w) in [-1, 1]
         # By covariate: logits (b, values) of a category, or an encoded number (b, 1)
     ) -> dict[str, Tensor]:
+        """By covariate: logits (b, values) of a category, or an encoded number (b, 1).
+
+        Parameters
+        ----------
+        images : Tensor
+            Images (b, 1, h, w) in [-1, 1].
+
+        Returns
+        -------
+        dict[str, Tensor]
+            By covariate: logits (b, values) of a category, or an encoded number (b, 1).
+        """
         h = self.pool(images)
         return {name: head(h) for name, head in self.heads.items()}
 
@@ -156,7 +227,26 @@ def augment(
     contrast: float = 0.1,  # Largest change of all gray values, as a fraction
     noise: float = 0.1,  # Largest standard deviation of added noise
 ) -> Tensor:  # The same brains, seen a little differently
-    "Shift, brighten or darken, and add noise: what a feature should not depend on."
+    """Shift, brighten or darken, and add noise: what a feature should not depend on.
+
+    Parameters
+    ----------
+    images : Tensor
+        Images (b, 1, h, w) in [-1, 1].
+    generator : torch.Generator
+        Random number generator, on their device.
+    shift : float, default 3.0
+        Farthest shift, pixels.
+    contrast : float, default 0.1
+        Largest change of all gray values, as a fraction.
+    noise : float, default 0.1
+        Largest standard deviation of added noise.
+
+    Returns
+    -------
+    Tensor
+        The same brains, seen a little differently.
+    """
     b = len(images)
     chance: dict[str, Any] = dict(generator=generator, device=images.device)
     theta = torch.eye(2, 3, device=images.device).repeat(b, 1, 1)
@@ -180,8 +270,27 @@ def covariate_loss(
     seen: int,  # Images seen so far; nothing here depends on it
     covariates: tuple[Covariate, ...],  # What the network reads
 ) -> tuple[Tensor, dict[str, Tensor]]:  # Mean over the covariates, and each for the log
-    """Cross-entropy of categories, squared error of numbers over a uniform number's variance; gaps
-    are left out."""
+    """Cross-entropy of categories, squared error of numbers over a uniform number's variance; gaps are
+    left out.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A `FeatureNet`.
+    batch : dict[str, Tensor]
+        'image' and encoded covariates.
+    generator : torch.Generator
+        Source of the augmentation, on the batch's device.
+    seen : int
+        Images seen so far; nothing here depends on it.
+    covariates : tuple[Covariate, ...]
+        What the network reads.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        Mean over the covariates, and each for the log.
+    """
     answers, losses = model(augment(batch['image'], generator)), {}
     for c in covariates:
         truth, answer = batch[c.name], answers[c.name].float()
@@ -197,7 +306,25 @@ def image_batches(
     images: Tensor | SliceDataset,  # Images (n, 1, h, w) in [-1, 1], or rows that hold them
     batch_size: int = 64,  # Images at a time
 ) -> Iterator[Tensor]:  # Images (b, 1, h, w)
-    "Generated or scanned images, a few at a time. Raises ValueError for several channels."
+    """Generated or scanned images, a few at a time.
+
+    Parameters
+    ----------
+    images : Tensor | SliceDataset
+        Images (n, 1, h, w) in [-1, 1], or rows that hold them.
+    batch_size : int, default 64
+        Images at a time.
+
+    Yields
+    ------
+    Tensor
+        Images (b, 1, h, w).
+
+    Raises
+    ------
+    ValueError
+        For several channels.
+    """
     if isinstance(images, Tensor):
         batches = images.split(batch_size)
     else:
@@ -215,7 +342,20 @@ def image_features(
     net: FeatureNet,  # Trained
     images: Tensor | SliceDataset,  # Images (n, 1, h, w) in [-1, 1], or rows that hold them
 ) -> Tensor:  # Features (n, d), float64, on the CPU
-    "The features of each image."
+    """The features of each image.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained.
+    images : Tensor | SliceDataset
+        Images (n, 1, h, w) in [-1, 1], or rows that hold them.
+
+    Returns
+    -------
+    Tensor
+        Features (n, d), float64, on the CPU.
+    """
     call, device = infer(net, method='features'), next(net.parameters()).device
     return torch.cat([call(o.to(device)).cpu() for o in image_batches(images)]).double()
 
@@ -229,7 +369,27 @@ def train_feature_net(
 ) -> FeatureNet:  # In evaluation mode
     """Train the network by whose features images are compared.
 
-    Raises ValueError for rows of another split."""
+    Parameters
+    ----------
+    train : SliceDataset
+        Slices of train subjects; or generated ones instead, as in `utility_scores`.
+    config : TrainConfig, default FEATURES
+        Length, rates, seed.
+    channels : tuple[int, ...], default (64, 96, 128)
+        As in `FeatureNet`.
+    progress : bool, default False
+        Show a bar.
+
+    Returns
+    -------
+    FeatureNet
+        In evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        For rows of another split.
+    """
     others = sorted(set(train.manifest.split) - {'train'})
     if others:
         raise ValueError(
@@ -270,7 +430,21 @@ def evaluator_rows(
 ) -> np.ndarray:
     """Split train subjects into those that train the feature network and those that it never sees.
 
-    The same each time."""
+    The same each time.
+
+    Parameters
+    ----------
+    train : pd.DataFrame
+        Manifest rows of train subjects.
+    fraction : float, default EVALUATOR_FRACTION
+        Part of the subjects of each diagnosis.
+
+    Returns
+    -------
+    np.ndarray
+        True where the feature network learns from the row's subject (n,); the others serve as
+        reference.
+    """
     first = train.drop_duplicates('subject').sort_values('subject')
     kinds = (
         first.diagnosis.astype(object).fillna('')
@@ -288,7 +462,20 @@ def pick_rows(
     dataset: SliceDataset,  # Any rows
     chosen: np.ndarray,  # True or False a row (n,), or positions
 ) -> SliceDataset:  # The chosen rows alone
-    "Some rows of a data set."
+    """Some rows of a data set.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Any rows.
+    chosen : np.ndarray
+        True or False a row (n,), or positions.
+
+    Returns
+    -------
+    SliceDataset
+        The chosen rows alone.
+    """
     at = np.flatnonzero(chosen) if np.asarray(chosen).dtype == bool else np.asarray(chosen)
     return SliceDataset(
         dataset.images[at], dataset.manifest.iloc[at].reset_index(drop=True), dataset.covariates
@@ -307,7 +494,31 @@ def feature_net(
 ) -> FeatureNet:
     """Read FOLDER/feature_net.safetensors, or train it on half of the train subjects.
 
-    Raises ValueError for other data."""
+    Parameters
+    ----------
+    run : str | Path
+        Folder that keeps it: a run folder, or any other.
+    dataset : SliceDataset
+        All splits of the data.
+    config : TrainConfig, default FEATURES
+        As in `train_feature_net`.
+    channels : tuple[int, ...], default (64, 96, 128)
+        As in `FeatureNet`.
+    progress : bool, default False
+        Show a bar.
+    fraction : float, default EVALUATOR_FRACTION
+        Fraction of the train subjects that it is trained on; the others can be the reference.
+
+    Returns
+    -------
+    FeatureNet
+        On the CPU, in evaluation mode; `fraction` says which train subjects it has seen.
+
+    Raises
+    ------
+    ValueError
+        For other data.
+    """
     path = Path(run) / 'feature_net.safetensors'
     given, _ = describe_given(dataset, tuple(dataset.covariates), ('slice', 'subject'))
     data = dict(data=given['hash'], size=dataset.images.shape[1], columns=given['columns'])
@@ -364,7 +575,21 @@ def predict_covariates(
     # One row an image: numbers in their own units; of a category the probability of its first
     # value
 ) -> pd.DataFrame:
-    "What the network reads off each image."
+    """What the network reads off each image.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained.
+    images : Tensor | SliceDataset
+        Images (n, 1, h, w) in [-1, 1], or rows that hold them.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row an image: numbers in their own units; of a category the probability of its first
+        value.
+    """
     call, device = infer(net), next(net.parameters()).device
     answers, out = [call(o.to(device)) for o in image_batches(images)], {}
     for c in net.covariates:
@@ -387,7 +612,30 @@ def subject_auc(
 ) -> tuple[float, tuple[float, float] | None]:
     """A score a subject, the mean of the slices; the fraction of pairs in the right order.
 
-    Source: Hanley & McNeil 1982."""
+    Parameters
+    ----------
+    scores : np.ndarray
+        Numbers a slice, larger where the answer is more likely yes (n,), or of several evaluators
+        (n, m).
+    positive : np.ndarray | pd.Series
+        The truth, True or False a slice (n,).
+    subjects : np.ndarray | pd.Series
+        Whose slice it is (n,).
+    seed : int, default 0
+        Of the resampling.
+    num_resamples : int, default 500
+        Resamples.
+
+    Returns
+    -------
+    tuple[float, tuple[float, float] | None]
+        Area under the ROC curve over subjects, mean of the evaluators; 95 % interval, if resamples
+        hold both groups.
+
+    References
+    ----------
+    Hanley & McNeil 1982.
+    """
     table = np.column_stack([np.asarray(positive, float), np.asarray(scores, float)])
     people = pd.DataFrame(table).groupby(np.asarray(subjects)).mean().to_numpy()
     truth, scores = people[:, 0] > 0.5, people[:, 1:]
@@ -407,7 +655,20 @@ def evaluator_scores(
     net: FeatureNet,  # Trained
     dataset: SliceDataset,  # Real slices of held-out subjects
 ) -> dict:  # Of each number error, of two categories auc, with interval_95 and baseline
-    "How well the evaluator predicts covariates of held-out subjects, beside a constant prediction."
+    """How well the evaluator predicts covariates of held-out subjects, beside a constant prediction.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained.
+    dataset : SliceDataset
+        Real slices of held-out subjects.
+
+    Returns
+    -------
+    dict
+        Of each number error, of two categories auc, with interval_95 and baseline.
+    """
     found, table, out = predict_covariates(net, dataset), dataset.manifest, {}
     for c in net.covariates:
         known = table[c.name].notna().to_numpy()
@@ -434,7 +695,22 @@ def frechet_distance(
 ) -> float:  # Squared distance, 0 or more
     """Distance of the two Gaussians that have the features' means and covariances.
 
-    Source: Heusel et al. 2017, eq. 6."""
+    Parameters
+    ----------
+    real : Tensor
+        Features (n, d).
+    other : Tensor
+        Features (m, d).
+
+    Returns
+    -------
+    float
+        Squared distance, 0 or more.
+
+    References
+    ----------
+    Heusel et al. 2017, eq. 6.
+    """
     # the features are there already
     identity = nn.Identity()
     identity.num_features = real.shape[1]
@@ -455,7 +731,24 @@ def kernel_terms(
 ) -> tuple[Tensor, Tensor]:
     """Kernels of each two rows: within both sets, minus across.
 
-    They count if all their subjects differ."""
+    They count if all their subjects differ.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features of real slices (n, d).
+    other : Tensor
+        Features of as many others (n, d), row for row with the same conditions.
+    subjects : np.ndarray | None, default None
+        Subject of each real row (n,); None: each row has its own.
+    others : np.ndarray | None, default None
+        Subject of each other row (n,); None: each row has its own.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        What each two rows add to the distance (n, n), 0 where they do not count; which do (n, n).
+    """
     if len(real) != len(other):
         raise ValueError(
             f"kernel_terms: {len(real)} real and {len(other)} other rows. Expected as many, row for"
@@ -491,8 +784,30 @@ def kernel_distance(
     """Squared maximum mean discrepancy with a cubic kernel, over pairs of different subjects,
     unbiased.
 
-    Source: Bińkowski et al. 2018, sec. 3; the paired form is Gretton et al. 2012, lemma 6.
-    Raises ValueError."""
+    Parameters
+    ----------
+    real : Tensor
+        Features of real slices (n, d).
+    other : Tensor
+        Features of as many others (n, d), row for row with the same conditions.
+    subjects : np.ndarray | None, default None
+        Subject of each real row (n,); None: each row has its own.
+    others : np.ndarray | None, default None
+        Subject of each other row (n,); None: each row has its own.
+
+    Returns
+    -------
+    float
+        Squared distance; 0 on average for two samples of one distribution, so it may fall below.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Bińkowski et al. 2018, sec. 3; the paired form is Gretton et al. 2012, lemma 6.
+    """
     terms, apart = kernel_terms(real, other, subjects, others)
     return (terms.sum() / apart.sum()).item()
 
@@ -507,7 +822,28 @@ def coverage_scores(
 ) -> dict[str, float]:  # precision, recall, density, coverage
     """Which points lie in which balls.
 
-    Source: Kynkäänniemi et al. 2019, eq. 1, 2; Naeem et al. 2020, eq. 3, 4."""
+    Parameters
+    ----------
+    real : Tensor
+        Features (n, d).
+    other : Tensor
+        Features (m, d).
+    subjects : np.ndarray | None, default None
+        Subject of each real row (n,), no neighbors of each other; None: each has its own.
+    others : np.ndarray | None, default None
+        Subject of each other row (m,), likewise.
+    neighbors : int, default 5
+        k: a ball reaches to the k-th nearest neighbor of its center.
+
+    Returns
+    -------
+    dict[str, float]
+        precision, recall, density, coverage.
+
+    References
+    ----------
+    Kynkäänniemi et al. 2019, eq. 1, 2; Naeem et al. 2020, eq. 3, 4.
+    """
 
     def radius(points, labels):  # Distance of the k-th nearest point of another subject (n,)
         who = torch.as_tensor(
@@ -545,9 +881,29 @@ def interval_within(
 ) -> tuple[float, float]:  # 95 % interval, inside the range
     """An interval that keeps to the range of its score, without clipping.
 
-    A proportion gets Wilson's score interval for the number of independent trials that its
-    standard error stands for (Korn & Graubard 1998), a number of 0 or more an interval on the
-    scale of its logarithm."""
+    A proportion gets Wilson's score interval for the number of independent trials that its standard
+    error stands for (Korn & Graubard 1998), a number of 0 or more an interval on the scale of its
+    logarithm.
+
+    Parameters
+    ----------
+    value : float
+        A score.
+    error : float
+        Its standard error.
+    span : tuple[float, float], default (-math.inf, math.inf)
+        Range of the score: (0, 1) of a proportion, (0, inf) of a distance.
+    n : int, default 1
+        Independent units behind it, such as subjects: what is left to go by at the very end of the
+        range.
+    quantile : float, default 1.96
+        Standard errors to each side.
+
+    Returns
+    -------
+    tuple[float, float]
+        95 % interval, inside the range.
+    """
     low, high = span
     if not math.isfinite(low):
         return value - quantile * error, value + quantile * error
@@ -577,7 +933,30 @@ def leave_out_interval(
 ) -> dict[str, tuple[float, float]]:
     """How far scores move when some subjects are not there.
 
-    Source: Shao & Wu 1989, sec. 3; Student's t."""
+    Parameters
+    ----------
+    score : Callable
+        Called with positions (m,), gives a dict of numbers.
+    subjects : np.ndarray | pd.Series
+        Subject of each row (n,).
+    num_resamples : int, default 100
+        Times that subjects are left out.
+    part : float, default 0.2
+        Fraction of them that is left out.
+    seed : int, default 0
+        Of the choice.
+    spans : Mapping[str, tuple] | None, default None
+        Range of each score that has one, as in `interval_within`.
+
+    Returns
+    -------
+    dict[str, tuple[float, float]]
+        95 % interval of each number; empty with fewer than 5 subjects.
+
+    References
+    ----------
+    Shao & Wu 1989, sec. 3; Student's t.
+    """
     who, rng = pd.factorize(np.asarray(subjects))[0], np.random.default_rng(seed)
     people = who.max() + 1
     if people < 5:
@@ -610,7 +989,24 @@ def set_scores(
     # Subject of each other row (n,); None: each row has its own
     others: np.ndarray | None = None,
 ) -> dict[str, float]:  # frechet, kid, precision, recall, density, coverage
-    "All distances of two sets of features."
+    """All distances of two sets of features.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features of real slices (n, d).
+    other : Tensor
+        Features of as many others (n, d), row for row with the same conditions.
+    subjects : np.ndarray | None, default None
+        Subject of each real row (n,); None: each row has its own.
+    others : np.ndarray | None, default None
+        Subject of each other row (n,); None: each row has its own.
+
+    Returns
+    -------
+    dict[str, float]
+        frechet, kid, precision, recall, density, coverage.
+    """
     return dict(
         frechet=frechet_distance(real, other),
         kid=kernel_distance(real, other, subjects, others),
@@ -628,7 +1024,29 @@ def fidelity_scores(
 ) -> dict:  # frechet, kid, precision, recall, density, coverage, n, interval_95
     """How near two sets are.
 
-    Raises ValueError below 50 images; warns where the Fréchet distance is unsteady."""
+    Parameters
+    ----------
+    real : Tensor
+        Features of real slices (n, d).
+    other : Tensor
+        Features of as many others (n, d), row for row with the same conditions.
+    subjects : np.ndarray
+        Subject of each real row (n,).
+    num_resamples : int, default 100
+        Times that subjects are left out.
+    others : np.ndarray | None, default None
+        Subject of each other row (n,); None: each has its own, as images sampled one by one.
+
+    Returns
+    -------
+    dict
+        frechet, kid, precision, recall, density, coverage, n, interval_95.
+
+    Raises
+    ------
+    ValueError
+        Below 50 images; warns where the Fréchet distance is unsteady.
+    """
     n, d = real.shape
     if n != len(other) or n < 50:
         raise ValueError(
@@ -659,7 +1077,22 @@ def jackknife_means(
     apart: Tensor,  # Which of them count (n, n)
     labels: np.ndarray,  # What each row belongs to (n,)
 ) -> np.ndarray:  # The distance without each label in turn (labels,)
-    "Leave one subject out at a time: the jackknife of a mean over pairs, in closed form."
+    """Leave one subject out at a time: the jackknife of a mean over pairs, in closed form.
+
+    Parameters
+    ----------
+    terms : Tensor
+        As from `kernel_terms` (n, n).
+    apart : Tensor
+        Which of them count (n, n).
+    labels : np.ndarray
+        What each row belongs to (n,).
+
+    Returns
+    -------
+    np.ndarray
+        The distance without each label in turn (labels,).
+    """
     codes = torch.as_tensor(pd.factorize(np.asarray(labels))[0], device=terms.device)
     member = torch.nn.functional.one_hot(codes).to(terms)  # (n, labels)
 
@@ -682,7 +1115,27 @@ def excess_distance(
     """KID(synthetic, held-out) minus KID(train, held-out): 0 for a perfect generator.
 
     Variance by a jackknife over held-out subjects, plus what train subjects add to that of rows
-    (Cameron, Gelbach & Miller 2011, eq. 2.11). Every row of all sets has the same conditions."""
+    (Cameron, Gelbach & Miller 2011, eq. 2.11). Every row of all sets has the same conditions.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features of held-out slices (n, d).
+    sets : list[Tensor]
+        Features of synthetic sets, one a sampling seed, each (n, d).
+    references : list[Tensor]
+        Features of real slices of train subjects, one a rotation, each (n, d).
+    subjects : np.ndarray
+        Subject of each held-out row (n,).
+    others : list[np.ndarray]
+        Subject of each row of each reference (n,).
+
+    Returns
+    -------
+    dict
+        kid, interval_95, by_seed (kid and interval_95 of each set), synthetic and reference: their
+        own mean distances.
+    """
     theirs = [kernel_terms(real, o, subjects, who) for o, who in zip(references, others)]
     ours = [kernel_terms(real, o, subjects) for o in sets]
 
@@ -731,11 +1184,27 @@ def reference_rotations(
     rotations: int = 5,  # Sets to make
     # For each rotation the train row beside each held-out row; subjects the network has seen
 ) -> tuple[list[np.ndarray], int]:
-    """Which real slices of train subjects stand beside held-out ones as the real-vs-real
-    reference.
+    """Which real slices of train subjects stand beside held-out ones as the real-vs-real reference.
 
     They are of subjects that the feature network has not seen, if those are enough for each
-    position and diagnosis."""
+    position and diagnosis.
+
+    Parameters
+    ----------
+    held_out : pd.DataFrame
+        Manifest rows of held-out subjects.
+    train : pd.DataFrame
+        Manifest rows of train subjects.
+    in_evaluator : np.ndarray
+        True where the feature network has learned from the row's subject, as from `evaluator_rows`.
+    rotations : int, default 5
+        Sets to make.
+
+    Returns
+    -------
+    tuple[list[np.ndarray], int]
+        For each rotation the train row beside each held-out row; subjects the network has seen.
+    """
     names = [o for o in ('slice', 'diagnosis') if o in held_out and o in train]
 
     def count(table):
@@ -761,7 +1230,34 @@ def compare_with_reference(
     num_resamples: int = 100,  # Times that subjects are left out
     # synthetic (the first set), by_seed, reference (mean of its rotations), by_rotation, excess
 ) -> dict:
-    "All scores of synthetic sets beside those of real ones. Raises ValueError below 50 images."
+    """All scores of synthetic sets beside those of real ones.
+
+    Parameters
+    ----------
+    real : Tensor
+        Features of held-out slices (n, d).
+    sets : list[Tensor]
+        Features of synthetic sets, one a sampling seed, each (n, d), row for row with the same
+        conditions.
+    references : list[Tensor]
+        Features of real slices of train subjects, one a rotation, each (n, d), likewise.
+    subjects : np.ndarray
+        Subject of each held-out row (n,).
+    others : list[np.ndarray]
+        Subject of each row of each reference (n,).
+    num_resamples : int, default 100
+        Times that subjects are left out.
+
+    Returns
+    -------
+    dict
+        synthetic (the first set), by_seed, reference (mean of its rotations), by_rotation, excess.
+
+    Raises
+    ------
+    ValueError
+        Below 50 images.
+    """
     turns = [set_scores(real, o, subjects, who) for o, who in zip(references, others)]
     return dict(
         synthetic=fidelity_scores(real, sets[0], subjects, num_resamples),
@@ -777,6 +1273,19 @@ def fine_detail(
     outline: float = 0.1,  # Gray, 0 to 1, above which a pixel is brain
     # Variance of the Laplacian of gray values inside the brain (n,); NaN without brain
 ) -> np.ndarray:
-    "How much detail an image has (notebook 02): low is blurred, high is noisy."
+    """How much detail an image has (notebook 02): low is blurred, high is noisy.
+
+    Parameters
+    ----------
+    images : Tensor | SliceDataset
+        Images (n, 1, h, w) in [-1, 1].
+    outline : float, default 0.1
+        Gray, 0 to 1, above which a pixel is brain.
+
+    Returns
+    -------
+    np.ndarray
+        Variance of the Laplacian of gray values inside the brain (n,); NaN without brain.
+    """
     grays = ((part.cpu().double() + 1) / 2 for part in image_batches(images))
     return np.concatenate([laplacian_variance(o, o > outline).cpu().numpy() for o in grays])

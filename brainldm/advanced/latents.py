@@ -19,7 +19,20 @@ def nearest(
     vectors: np.ndarray,  # Rows (n, d)
     k: int,  # Neighbors
 ) -> np.ndarray:  # Numbers of the k nearest other rows (n, k)
-    "The nearest rows of each row."
+    """The nearest rows of each row.
+
+    Parameters
+    ----------
+    vectors : np.ndarray
+        Rows (n, d).
+    k : int
+        Neighbors.
+
+    Returns
+    -------
+    np.ndarray
+        Numbers of the k nearest other rows (n, k).
+    """
     return NearestNeighbors(n_neighbors=k).fit(vectors).kneighbors(return_distance=False)
 
 # %% ../../nbs/advanced/18_latents.ipynb #f517c2bf
@@ -28,7 +41,22 @@ def neighborhood_preservation(
     points,  # Their points on the map (n, 2)
     n_neighbors: int = 15,  # Neighbors to compare
 ) -> float:  # Fraction of neighbors that stayed neighbors; by chance n_neighbors/(n-1)
-    "How well a map preserves which points are near each other."
+    """How well a map preserves which points are near each other.
+
+    Parameters
+    ----------
+    vectors
+        Rows before the map (n, d).
+    points
+        Their points on the map (n, 2).
+    n_neighbors : int, default 15
+        Neighbors to compare.
+
+    Returns
+    -------
+    float
+        Fraction of neighbors that stayed neighbors; by chance n_neighbors/(n-1).
+    """
     a, b = (
         nearest(check_vectors('neighborhood_preservation', o), n_neighbors)
         for o in (vectors, points)
@@ -44,7 +72,26 @@ def fold_predictions(
 ) -> np.ndarray:  # Predictions (n, m), each by a probe that saw none of its fold
     """Ridge regression with cross-validation, all targets at once.
 
-    Source: Hoerl & Kennard 1970; the dual form."""
+    Parameters
+    ----------
+    vectors : np.ndarray
+        Rows (n, d).
+    targets : np.ndarray
+        What to predict (n, m): m questions at the cost of one.
+    folds : np.ndarray
+        Fold of each row (n,).
+    penalty : float, default 1.0
+        Ridge penalty, in units of the mean squared length of a row.
+
+    Returns
+    -------
+    np.ndarray
+        Predictions (n, m), each by a probe that saw none of its fold.
+
+    References
+    ----------
+    Hoerl & Kennard 1970; the dual form.
+    """
     predicted = np.empty(targets.shape)
     for fold in np.unique(folds):
         seen = folds != fold
@@ -64,7 +111,24 @@ def assign_folds(
     folds: int,  # Number of folds
     rng: np.random.Generator,  # Breaks ties
 ) -> np.ndarray:  # Fold of each row (n,); a subject is never in two
-    "Split subjects into folds, the same mixture of targets in each."
+    """Split subjects into folds, the same mixture of targets in each.
+
+    Parameters
+    ----------
+    target : np.ndarray
+        What will be predicted (n,).
+    groups : np.ndarray
+        Whose row it is (n,).
+    folds : int
+        Number of folds.
+    rng : np.random.Generator
+        Breaks ties.
+
+    Returns
+    -------
+    np.ndarray
+        Fold of each row (n,); a subject is never in two.
+    """
     who, at = np.unique(groups, return_inverse=True)
     means = np.bincount(at, target) / np.bincount(at)
     order = np.lexsort((rng.random(len(who)), means))
@@ -77,8 +141,25 @@ def shuffle_target(
     folds: np.ndarray,  # Fold of each row (n,)
     rng: np.random.Generator,  # Random number generator
 ) -> np.ndarray:  # The same values, dealt anew (n,)
-    """Swap a fact about subjects between subjects of a fold, and a fact about slices between
-    slices of a subject."""
+    """Swap a fact about subjects between subjects of a fold, and a fact about slices between slices of
+    a subject.
+
+    Parameters
+    ----------
+    target : np.ndarray
+        The target (n,).
+    groups : np.ndarray
+        Whose row it is (n,).
+    folds : np.ndarray
+        Fold of each row (n,).
+    rng : np.random.Generator
+        Random number generator.
+
+    Returns
+    -------
+    np.ndarray
+        The same values, dealt anew (n,).
+    """
     who, first, at = np.unique(groups, return_index=True, return_inverse=True)
     out = target.copy()
     if (target == target[first][at]).all():  # the same in all rows of a subject
@@ -99,7 +180,29 @@ def check_probe(
     # vectors (n, d), target (n,) as numbers, number of the subject (n,), whether there are two
     # classes
 ) -> tuple:
-    "Refuse a question that a probe cannot answer. Raises ValueError."
+    """Refuse a question that a probe cannot answer.
+
+    Parameters
+    ----------
+    vectors
+        Rows (n, d).
+    target
+        What to predict (n,).
+    groups
+        Whose row it is (n,).
+    folds : int
+        Number of folds.
+
+    Returns
+    -------
+    tuple
+        vectors (n, d), target (n,) as numbers, number of the subject (n,), whether there are two
+        classes.
+
+    Raises
+    ------
+    ValueError
+    """
     v, who = check_vectors('probe', vectors), pd.factorize(np.asarray(groups), sort=True)[0]
     y = pd.Series(target.cpu().numpy() if isinstance(target, Tensor) else np.asarray(target))
     if not len(v) == len(y) == len(who):
@@ -147,7 +250,38 @@ def probe(
 ) -> dict:
     """How well a linear probe of the vectors predicts a target of held-out subjects.
 
-    Source: Alain & Bengio 2017; baseline as in Ojala & Garriga 2010. Raises ValueError."""
+    Parameters
+    ----------
+    vectors
+        A row a slice (n, d).
+    target
+        The target (n,): two categories, or numbers; a category is scored for the alphabetically
+        second.
+    groups
+        Whose slice it is (n,): subjects, never rows.
+    folds : int, default 5
+        Parts into which subjects are split.
+    seed : int, default 0
+        Of dealing, shuffling and resampling.
+    shuffles : int, default 100
+        Shuffled targets for the baseline.
+    penalty : float, default 1.0
+        Of the ridge, see `fold_predictions`.
+
+    Returns
+    -------
+    dict
+        metric ('AUC' or 'R2'), score, interval_95, baseline and baseline_95 (shuffled),
+        num_subjects.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Alain & Bengio 2017; baseline as in Ojala & Garriga 2010.
+    """
     v, y, who, two = check_probe(vectors, target, groups, folds)
     rng = np.random.default_rng(seed)
     fold = assign_folds(y, who, folds, rng)
@@ -172,7 +306,18 @@ def probe(
 def describe_probe(
     result: dict,  # As from `probe`
 ) -> str:  # One line
-    "A score with its interval, its baseline and the number of subjects."
+    """A score with its interval, its baseline and the number of subjects.
+
+    Parameters
+    ----------
+    result : dict
+        As from `probe`.
+
+    Returns
+    -------
+    str
+        One line.
+    """
     r = result
     between = lambda o: f'[{o[0]:.2f}, {o[1]:.2f}]'
     return (

@@ -84,7 +84,26 @@ def backoff_probability(
 ) -> Tensor:  # Probability of the code, never 0
     """Back off from a histogram with few counts to a coarser one.
 
-    Source: MacKay & Peto 1995, eq. 18."""
+    Parameters
+    ----------
+    hits : Tensor
+        How often a histogram has a code.
+    total : Tensor
+        How many codes it has.
+    coarser : Tensor | float
+        Probability of the code under a coarser histogram.
+    strength : float
+        Counts that the coarser estimate is worth, above 0.
+
+    Returns
+    -------
+    Tensor
+        Probability of the code, never 0.
+
+    References
+    ----------
+    MacKay & Peto 1995, eq. 18.
+    """
     return (hits + strength * coarser) / (total + strength)
 
 # %% ../../nbs/advanced/12_prior.ipynb #8464ee85
@@ -96,7 +115,26 @@ def histogram_lookup(
     num_embeddings: int,  # Codes there are, k
     # How often its histogram has the code, and how many codes it has, each (m, places), float64
 ) -> tuple[Tensor, Tensor]:
-    "Look held-out codes up in histograms of train codes."
+    """Look held-out codes up in histograms of train codes.
+
+    Parameters
+    ----------
+    train : Tensor
+        Codes to count (n, places).
+    here : Tensor
+        Number of the histogram of each (n, places).
+    held_out : Tensor
+        Codes to look up (m, places).
+    there : Tensor
+        Number of the histogram of each (m, places).
+    num_embeddings : int
+        Codes there are, k.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        How often its histogram has the code, and how many codes it has, each (m, places), float64.
+    """
     size = int(max(here.max(), there.max())) + 1
     counts = torch.bincount(
         (here * num_embeddings + train).flatten(), minlength=size * num_embeddings
@@ -110,7 +148,20 @@ def code_cells(
     places: int,  # Codes in a map
     # Number of each code's histogram (n, places): of all; by place; by place and slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "Three ways to sort codes into histograms."
+    """Three ways to sort codes into histograms.
+
+    Parameters
+    ----------
+    slices : Tensor
+        Number of each map's slice position (n,), from 0.
+    places : int
+        Codes in a map.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        Number of each code's histogram (n, places): of all; by place; by place and slice.
+    """
     place = torch.arange(places).expand(len(slices), -1)
     return torch.zeros_like(place), place, place + places * slices[:, None]
 
@@ -126,7 +177,28 @@ def code_baselines(
 ) -> dict[str, Tensor]:
     """Bits per code of held-out subjects without a network.
 
-    The strength of the back-off is chosen on train alone."""
+    The strength of the back-off is chosen on train alone.
+
+    Parameters
+    ----------
+    train : Tensor
+        Code maps of the train slices (n, h, w).
+    train_slices : Tensor
+        Their slice numbers (n,), int64.
+    train_subjects : list
+        Their subjects, n names.
+    held_out : Tensor
+        Code maps of other subjects (m, h, w).
+    held_out_slices : Tensor
+        Their slice numbers (m,), int64.
+    num_embeddings : int
+        Codes there are.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Mean bits per code of each held map (m,): uniform, histogram, place, place_slice.
+    """
     train, held_out = train.flatten(1), held_out.flatten(1)
     names = sorted(set(train_subjects))
     if len(names) < 2:
@@ -162,7 +234,19 @@ def context_positions(
     # Numbers of the positions just before, and above, above left, above right (side*side, 4); -1:
     # none
 ) -> Tensor:
-    "The nearest positions before each one in raster order: its context."
+    """The nearest positions before each one in raster order: its context.
+
+    Parameters
+    ----------
+    side : int
+        Height and width of the map.
+
+    Returns
+    -------
+    Tensor
+        Numbers of the positions just before, and above, above left, above right (side*side, 4); -1:
+        none.
+    """
     i, j = torch.meshgrid(torch.arange(side), torch.arange(side), indexing='ij')
     near = [torch.arange(side**2).view(side, side) - 1]
     for dj in (0, -1, 1):
@@ -172,10 +256,21 @@ def context_positions(
 
 # %% ../../nbs/advanced/12_prior.ipynb #5fca6332
 class TransformerBlock(nn.Module):
-    """Attention to what came before, then a small network at each place, each added to what was
-    there.
+    """Attention to what came before, then a small network at each place, each added to what was there.
 
-    Source: Vaswani et al. 2017, sec. 3; norms first as in Radford et al. 2019, sec. 2.3."""
+    Parameters
+    ----------
+    embed_dim : int
+        Length of a vector, a multiple of `num_heads`.
+    num_heads : int
+        Attention heads.
+    dropout : float, default 0.0
+        Fraction of what attention and network add that training leaves out.
+
+    References
+    ----------
+    Vaswani et al. 2017, sec. 3; norms first as in Radford et al. 2019, sec. 2.3.
+    """
 
     def __init__(
         self,
@@ -209,6 +304,22 @@ class TransformerBlock(nn.Module):
         cache: Tensor | None = None,
         start: int = 0,  # Places before x whose keys and values are in the cache
     ) -> Tensor:  # Vectors (b, t, embed_dim)
+        """Vectors (b, t, embed_dim).
+
+        Parameters
+        ----------
+        x : Tensor
+            Vectors (b, t, embed_dim): the whole sequence from its start, or the newest one alone.
+        cache : Tensor | None, default None
+            Keys and values (2, b, heads, places, c), filled in from `start` on.
+        start : int, default 0
+            Places before x whose keys and values are in the cache.
+
+        Returns
+        -------
+        Tensor
+            Vectors (b, t, embed_dim).
+        """
         q, k, v = rearrange(
             self.qkv(self.norm1(x)), 'b t (qkv n c) -> qkv b n t c', qkv=3, n=self.num_heads
         )
@@ -226,7 +337,21 @@ def check_codes(
     codes: Tensor,  # Should be the first codes of some maps (b, m), int64
     side: int,  # Height and width of the map
 ) -> None:  # Nothing: it raises or returns
-    "Refuse what no map begins with. Raises ValueError, or TypeError for numbers that are no codes."
+    """Refuse what no map begins with.
+
+    Parameters
+    ----------
+    codes : Tensor
+        Should be the first codes of some maps (b, m), int64.
+    side : int
+        Height and width of the map.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For numbers that are no codes.
+    """
     if codes.dtype != torch.int64:
         raise TypeError(
             f"CodeTransformer: codes of {codes.dtype}. Expected torch.int64. Give what VQVAE.encode"
@@ -245,8 +370,21 @@ def check_start(
     newest: int,  # Number of the newest place
     cache: Tensor | None,  # The cache
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse to go on from a cache that lacks more than the newest place: attention would look
-    ahead. Raises ValueError."""
+    """Refuse to go on from a cache that lacks more than the newest place: attention would look ahead.
+
+    Parameters
+    ----------
+    start : int
+        Places said to be in the cache.
+    newest : int
+        Number of the newest place.
+    cache : Tensor | None
+        The cache.
+
+    Raises
+    ------
+    ValueError
+    """
     if start not in (0, newest) or start and cache is None:
         raise ValueError(
             f"CodeTransformer: start={start} {'without' if cache is None else 'with'} a cache."
@@ -258,8 +396,34 @@ def check_start(
 class CodeTransformer(nn.Module):
     """Predicts each code of a map from the covariates and the codes before it, row by row.
 
-    Source: van den Oord et al. 2016 (raster order); Esser et al. 2021, sec. 3.2. Raises
-    ValueError on other codes."""
+    Parameters
+    ----------
+    num_embeddings : int
+        Codes there are, k.
+    side : int, default 16
+        Height and width of the map.
+    covariates : tuple[Covariate, ...], default ()
+        Covariates it is conditioned on: one token each, before the first code.
+    embed_dim : int, default 128
+        Length of a vector, a multiple of `num_heads`.
+    num_layers : int, default 4
+        Blocks.
+    num_heads : int, default 4
+        Attention heads.
+    code_dim : int, default 0
+        Length of a code's vector in the autoencoder; 0: not known. Else fill `vectors`.
+    dropout : float, default 0.0
+        Fraction of the vectors, and of what each layer adds, that training leaves out.
+
+    Raises
+    ------
+    ValueError
+        On other codes.
+
+    References
+    ----------
+    Van den Oord et al. 2016 (raster order); Esser et al. 2021, sec. 3.2.
+    """
 
     vectors: Tensor
     neighbors: Tensor
@@ -314,6 +478,28 @@ class CodeTransformer(nn.Module):
         # Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone
         # (b, 1, k)
     ) -> Tensor:
+        """Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone (b,
+        1, k).
+
+        Parameters
+        ----------
+        codes : Tensor
+            The first m codes of each map (b, m), int64, m less than side*side.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates by name, each (b,).
+        drop : Tensor | None, default None
+            True where a covariate is hidden (b, n).
+        cache : Tensor | None, default None
+            As of `new_cache`; holds the first `start` places, and all of them afterwards.
+        start : int, default 0
+            Places of the sequence that are in the cache: 0, or all but the newest.
+
+        Returns
+        -------
+        Tensor
+            Logits of the codes 0 to m (b, m+1, k); with a cache and start above 0, of code m alone
+            (b, 1, k).
+        """
         check_codes(codes, self.side)
         check_start(start, len(self.covariates) + codes.shape[1], cache)
         x = self.dropout(self.embed(codes, cond or {}, drop, start))
@@ -334,7 +520,24 @@ class CodeTransformer(nn.Module):
         start: int,  # First place of the sequence that is wanted
         # A vector for each covariate, known code and the next one (b, n+m+1-start, embed_dim)
     ) -> Tensor:
-        "What the blocks get: a vector is made of the place and the four codes before it."
+        """What the blocks get: a vector is made of the place and the four codes before it.
+
+        Parameters
+        ----------
+        codes : Tensor
+            Codes known so far (b, m), int64.
+        cond : dict[str, Tensor]
+            Encoded covariates.
+        drop : Tensor | None
+            True where a covariate is hidden (b, n).
+        start : int
+            First place of the sequence that is wanted.
+
+        Returns
+        -------
+        Tensor
+            A vector for each covariate, known code and the next one (b, n+m+1-start, embed_dim).
+        """
         n, (b, m) = len(self.covariates), codes.shape
         # neighbor -1 is here
         padded = torch.cat([codes, codes.new_full((b, 1), self.num_embeddings)], dim=1)
@@ -353,7 +556,18 @@ class CodeTransformer(nn.Module):
         self,
         batch_size: int,  # Maps sampled at a time
     ) -> Tensor:  # Room for keys and values (layers, 2, b, heads, places, c)
-        "An empty memory, in the precision that attention computes in."
+        """An empty memory, in the precision that attention computes in.
+
+        Parameters
+        ----------
+        batch_size : int
+            Maps sampled at a time.
+
+        Returns
+        -------
+        Tensor
+            Room for keys and values (layers, 2, b, heads, places, c).
+        """
         w, places = self.head.weight, len(self.covariates) + self.side**2
         low = torch.is_autocast_enabled(w.device.type)
         return torch.empty(
@@ -384,7 +598,36 @@ class CodeTransformer(nn.Module):
     ) -> Tensor:  # Code maps (b, side, side)
         """Write maps of codes, one code after the other.
 
-        Source: Ho & Salimans 2022, eq. 6, on logits (guidance)."""
+        Parameters
+        ----------
+        u : Tensor
+            Uniform numbers in [0, 1), one a code (b, side*side), on the self's device.
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, each (b,).
+        temperature : float, default 1.0
+            Below 1: bolder; above 1: more random.
+        top_k : int | None, default None
+            Choose among so many codes only.
+        top_p : float, default 1.0
+            Choose among the codes that hold this fraction of the probability.
+        guidance_scale : float, default 1.0
+            1: conditional; 0: unconditional; above 1: exaggerate the conditions.
+        prompt : Tensor | None, default None
+            The first rows, already known (b, rows, side), int64.
+        cached : bool, default True
+            Remember keys and values; False computes all of them anew for each code.
+        tick : default lambda n: None
+            Called with the number of maps after each code.
+
+        Returns
+        -------
+        Tensor
+            Code maps (b, side, side).
+
+        References
+        ----------
+        Ho & Salimans 2022, eq. 6, on logits (guidance).
+        """
         check_sampling(temperature, top_k, top_p, guidance_scale)
         b, side, n = len(u), self.side, len(self.covariates)
         if u.shape != (b, side**2):
@@ -417,7 +660,26 @@ def corrupt_tokens(
 ) -> Tensor:  # The same codes, some of them replaced by random ones
     """Replace codes at random, so that the network does not rely on every code before.
 
-    Source: Bengio et al. 2015; Esser et al. 2021, code (pkeep)."""
+    Parameters
+    ----------
+    codes : Tensor
+        Codes, any shape.
+    fraction : float
+        Fraction to replace.
+    num_embeddings : int
+        Codes there are.
+    generator : torch.Generator
+        Random number generator; its device is used.
+
+    Returns
+    -------
+    Tensor
+        The same codes, some of them replaced by random ones.
+
+    References
+    ----------
+    Bengio et al. 2015; Esser et al. 2021, code (pkeep).
+    """
     if not fraction:
         return codes
     chance: dict[str, Any] = dict(generator=generator, device=codes.device)
@@ -436,7 +698,32 @@ def prior_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and bits per code for the log
     """Cross-entropy of each code given those before it.
 
-    Source: van den Oord et al. 2016, eq. 1; bits: Shannon 1948."""
+    Parameters
+    ----------
+    model : nn.Module
+        A CodeTransformer.
+    batch : dict[str, Tensor]
+        'latent': codes (b, h, w), and encoded covariates.
+    generator : torch.Generator
+        Source of hiding and replacing, on the batch's device.
+    seen : int
+        Code maps seen so far; nothing here depends on it.
+    config : PriorConfig
+        Sizes and rates.
+    covariates : tuple[Covariate, ...]
+        The covariates of the network, in order.
+    num_embeddings : int
+        Codes there are.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and bits per code for the log.
+
+    References
+    ----------
+    Van den Oord et al. 2016, eq. 1; bits: Shannon 1948.
+    """
     codes = batch['latent'].flatten(1)
     drop = condition_dropout_mask(
         len(codes), len(covariates), config.covariate_dropout, config.condition_dropout, generator
@@ -458,7 +745,26 @@ def code_bits(
     precision: str = 'no',  # Mixed precision to compute in
     batch_size: int = 32,  # Maps at a time
 ) -> Tensor:  # Mean bits per code of each map (n,), on the CPU
-    "Cost of each code map under the prior."
+    """Cost of each code map under the prior.
+
+    Parameters
+    ----------
+    prior : CodeTransformer
+        The prior, on the device that computes.
+    codes : Tensor
+        Code maps (n, h, w).
+    cond : dict[str, Tensor]
+        Encoded covariates, each (n,); others than the prior's are not looked at.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 32
+        Maps at a time.
+
+    Returns
+    -------
+    Tensor
+        Mean bits per code of each map (n,), on the CPU.
+    """
     device, bits = next(prior.parameters()).device, []
     answer = in_chunks(infer(prior, precision), batch_size)
     for i in range(0, len(codes), batch_size):
@@ -478,7 +784,19 @@ def code_vectors(
     # The vector of each code, each channel standardized, and a 0 for what is outside the map
     # (k+1, d)
 ) -> Tensor:
-    "What the codes mean to the decoder: codes with near vectors decode to similar patches."
+    """What the codes mean to the decoder: codes with near vectors decode to similar patches.
+
+    Parameters
+    ----------
+    autoencoder : VQVAE
+        Whose codes they are.
+
+    Returns
+    -------
+    Tensor
+        The vector of each code, each channel standardized, and a 0 for what is outside the map
+        (k+1, d).
+    """
     k = autoencoder.quantizer.num_embeddings
     at = torch.arange(k, device=next(autoencoder.parameters()).device).view(1, 1, k)
     vectors = rearrange(autoencoder.quantizer.lookup(at).detach(), '1 d 1 k -> k d')
@@ -487,7 +805,13 @@ def code_vectors(
 # %% ../../nbs/advanced/12_prior.ipynb #b7298243
 class BestWeights(nn.Module):
     """The weights that were best so far, with their score: part of a training's state, so that a
-    resumed one remembers."""
+    resumed one remembers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to remember.
+    """
 
     bits: Tensor
     images: Tensor
@@ -507,7 +831,17 @@ class BestWeights(nn.Module):
         bits: float,  # Its bits per code on held-out subjects
         images: int,  # Code maps it has seen
     ) -> None:
-        "Remember this network if none was better."
+        """Remember this network if none was better.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network now.
+        bits : float
+            Its bits per code on held-out subjects.
+        images : int
+            Code maps it has seen.
+        """
         if bits >= self.bits:
             return
         self.module.load_state_dict(model.state_dict())
@@ -525,7 +859,26 @@ def code_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """What the next code may be.
 
-    Source: Fan et al. 2018 (top-k); Holtzman et al. 2020, sec. 3.1 (top-p)."""
+    Parameters
+    ----------
+    logits : Tensor
+        Logits of the next code (b, k).
+    temperature : float, default 1.0
+        Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        Keep only so many of the most probable codes.
+    top_p : float, default 1.0
+        Of these, keep the fewest that together hold this fraction of the probability.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Probabilities, greatest first, 0 where not allowed (b, k); which codes these are (b, k).
+
+    References
+    ----------
+    Fan et al. 2018 (top-k); Holtzman et al. 2020, sec. 3.1 (top-p).
+    """
     probabilities, order = (
         (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     )
@@ -544,7 +897,22 @@ def pick_codes(
     order: Tensor,  # As from `code_probabilities` (b, k)
     u: Tensor,  # Uniform numbers in [0, 1) (b,): 0 picks the most probable code
 ) -> Tensor:  # A code for each row (b,)
-    "Throw a dart at the line on which every allowed code has a stretch as long as its probability."
+    """Throw a dart at the line on which every allowed code has a stretch as long as its probability.
+
+    Parameters
+    ----------
+    probabilities : Tensor
+        As from `code_probabilities` (b, k).
+    order : Tensor
+        As from `code_probabilities` (b, k).
+    u : Tensor
+        Uniform numbers in [0, 1) (b,): 0 picks the most probable code.
+
+    Returns
+    -------
+    Tensor
+        A code for each row (b,).
+    """
     last = (probabilities > 0).sum(-1, keepdim=True) - 1
     # rounding can overshoot
     rank = (
@@ -563,7 +931,23 @@ def check_sampling(
 ) -> None:  # Nothing: it raises or returns
     """Refuse what codes cannot be sampled with.
 
-    Raises ValueError, or TypeError for something that is no number."""
+    Parameters
+    ----------
+    temperature : float
+        Of the codes.
+    top_k : int | None
+        Codes to choose from.
+    top_p : float
+        Fraction of the probability to choose from.
+    guidance_scale : float, default 1.0
+        Strength of the conditions.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For something that is no number.
+    """
     for name, v in dict(
         temperature=temperature, top_p=top_p, guidance_scale=guidance_scale
     ).items():
@@ -600,8 +984,29 @@ def next_logits(
     cache: Tensor | None,  # As from `new_cache`, with room for 2b maps if guidance_scale is not 1
     start: int,  # Places in the cache
 ) -> Tensor:  # Logits of the next code (b, k), float32
-    """Logits of the next code, with and without the covariates, extrapolated from the second
-    through the first."""
+    """Logits of the next code, with and without the covariates, extrapolated from the second through
+    the first.
+
+    Parameters
+    ----------
+    prior : CodeTransformer
+        The prior.
+    codes : Tensor
+        Codes sampled so far (b, m).
+    cond : dict[str, Tensor]
+        Encoded covariates, each (b,).
+    guidance_scale : float
+        1: conditional; 0: unconditional; above 1: exaggerate the conditions.
+    cache : Tensor | None
+        As from `new_cache`, with room for 2b maps if guidance_scale is not 1.
+    start : int
+        Places in the cache.
+
+    Returns
+    -------
+    Tensor
+        Logits of the next code (b, k), float32.
+    """
     if guidance_scale == 1:
         return prior(codes, cond, cache=cache, start=start)[:, -1].float()
     n = len(prior.covariates)
@@ -625,7 +1030,26 @@ def check_prompt(
 ) -> Tensor:  # The same in raster order (b, rows*side)
     """Refuse what is not the beginning of n maps.
 
-    Raises ValueError, or TypeError for numbers that are no codes."""
+    Parameters
+    ----------
+    prompt : Tensor
+        Should be the first rows of some maps (b, rows, side).
+    n : int
+        Maps to write.
+    prior : CodeTransformer
+        Who goes on.
+
+    Returns
+    -------
+    Tensor
+        The same in raster order (b, rows*side).
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For numbers that are no codes.
+    """
     side = prior.side
     if (
         prompt.ndim != 3
@@ -651,7 +1075,25 @@ def code_encoder(
     precision: str = 'no',  # Mixed precision to compute in
     # A batch of images and conditions in, codes (b, h, w) out, int64, on the CPU
 ) -> Callable[[dict], Tensor]:
-    "What the prior sees of a slice. Raises TypeError for an autoencoder without codes."
+    """What the prior sees of a slice.
+
+    Parameters
+    ----------
+    model : VQVAE
+        The trained autoencoder, on the device that computes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+
+    Returns
+    -------
+    Callable[[dict], Tensor]
+        A batch of images and conditions in, codes (b, h, w) out, int64, on the CPU.
+
+    Raises
+    ------
+    TypeError
+        For an autoencoder without codes.
+    """
     if not isinstance(model, VQVAE):
         raise TypeError(
             f"cache_codes: a {type(model).__name__}, whose latents are no codes. Expected a VQVAE. "
@@ -671,7 +1113,29 @@ def cache_codes(
 ) -> Tensor:  # Codes (n, h, w), int64, on the CPU
     """Write every slice as codes, once, in memory.
 
-    Raises TypeError for an autoencoder without codes."""
+    Parameters
+    ----------
+    model : VQVAE
+        The trained autoencoder.
+    dataset : SliceDataset
+        Rows to encode.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Images at a time.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        Codes (n, h, w), int64, on the CPU.
+
+    Raises
+    ------
+    TypeError
+        For an autoencoder without codes.
+    """
     encode, total = code_encoder(model, precision), math.ceil(len(dataset) / batch_size)
     batches = tqdm(
         eval_batches(dataset, batch_size), total=total, desc='codes', disable=not progress
@@ -687,7 +1151,27 @@ def prior_args(
 ) -> dict:  # Arguments of `CodeTransformer`
     """The part of a configuration that decides the architecture.
 
-    Raises ValueError for an autoencoder without codes."""
+    Parameters
+    ----------
+    config : PriorConfig
+        The configuration.
+    autoencoder : VQVAE
+        Whose codes are to be learned.
+    size : int
+        Side of its images.
+    covariates : tuple[Covariate, ...]
+        Covariates the network is conditioned on.
+
+    Returns
+    -------
+    dict
+        Arguments of `CodeTransformer`.
+
+    Raises
+    ------
+    ValueError
+        For an autoencoder without codes.
+    """
     if not isinstance(autoencoder, VQVAE):
         raise ValueError(
             f"train_prior: the autoencoder of this run is a {type(autoencoder).__name__}, whose"
@@ -711,7 +1195,22 @@ def preview_codes(
     # Codes (n, side, side), their conditions, and a label a row
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
     """Sample a few code maps: a row for each diagnosis, slices rising from left to right, the same
-    random numbers in each row."""
+    random numbers in each row.
+
+    Parameters
+    ----------
+    prior : CodeTransformer
+        The averaged network.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 32
+        Maps at a time.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor], list[str]]
+        Codes (n, side, side), their conditions, and a label a row.
+    """
     device = next(prior.parameters()).device
     cond, rows = preview_conditions(prior.covariates)
     columns, cond = len(next(iter(cond.values()))) // len(rows) if cond else 6, to_device(
@@ -732,8 +1231,25 @@ def validate_prior(
     path: Path,  # Where the image goes
     # val_bits of the averaged network now; best_bits, and the code maps seen when that was
 ) -> dict[str, float]:
-    """Validation pass of the prior: bits per code of held-out subjects, and generated images for
-    the eye."""
+    """Validation pass of the prior: bits per code of held-out subjects, and generated images for the
+    eye.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far; the best weights are in learner.ema.best.
+    held_out : LatentDataset
+        Codes of validation subjects.
+    decode
+        Codes and conditions to images.
+    path : Path
+        Where the image goes.
+
+    Returns
+    -------
+    dict[str, float]
+        val_bits of the averaged network now; best_bits, and the code maps seen when that was.
+    """
     prior, best, part = learner.ema.module, learner.ema.best, evenly_spaced_rows(held_out, 256)
     chunk = learner.config.batch_size  # what fits beside a training
     bits = code_bits(prior, part['latent'], part, learner.precision, chunk).mean().item()
@@ -758,7 +1274,17 @@ def save_prior(
     learner: Learner,  # The training so far
     info: dict,  # Architecture and covariates
 ) -> None:
-    "Write the weights that were best on held-out subjects, and say how good and how old they are."
+    """Write the weights that were best on held-out subjects, and say how good and how old they are.
+
+    Parameters
+    ----------
+    path : Path
+        RUN/prior.safetensors.
+    learner : Learner
+        The training so far.
+    info : dict
+        Architecture and covariates.
+    """
     best = learner.ema.best
     measured = bool(best.bits.isfinite())  # False before the first validation pass
     images, bits = (best.images.item(), best.bits.item()) if measured else (learner.seen, None)
@@ -774,7 +1300,23 @@ def load_prior(
     run: str | Path,  # Run folder
     # The network in evaluation mode on the CPU, and its description
 ) -> tuple[CodeTransformer, dict]:
-    "Build the prior of a run from its file alone. Raises FileNotFoundError or ValueError."
+    """Build the prior of a run from its file alone.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[CodeTransformer, dict]
+        The network in evaluation mode on the CPU, and its description.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     tensors, info = load_weights(Path(run) / 'prior.safetensors')
     try:
         args: dict[str, Any] = info['args']
@@ -800,7 +1342,30 @@ def adopt_prior(
 ) -> dict:  # Where the weights came from, for config.json
     """Fill a prior with the weights of another run.
 
-    Raises ValueError, or FileNotFoundError if there are none."""
+    Parameters
+    ----------
+    model : CodeTransformer
+        Fresh; filled in place, besides the vectors of the codes.
+    config : PriorConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `prior_args`.
+    run : Path
+        Run to train.
+    autoencoder : VQVAE
+        Its autoencoder.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there are none.
+    """
     place = locate_run(config.init_from or '')
     source, about = load_prior(place)
     refuse_architecture(args, about['args'], config.init_from)
@@ -816,7 +1381,26 @@ def train_prior(
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
 ) -> CodeTransformer:  # With the weights that were best on validation subjects
-    "Train a transformer on the codes of the train subjects. Writes RUN/prior.safetensors."
+    """Train a transformer on the codes of the train subjects. Writes RUN/prior.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        The data that the autoencoder was trained on.
+    run : Path
+        Run folder with a trained VQVAE.
+    config : PriorConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    CodeTransformer
+        With the weights that were best on validation subjects.
+    """
     run, (autoencoder, about) = Path(run), load_autoencoder(run)
     check_config(config)
     covariates = pick_covariates(dataset.covariates, config.covariates)
@@ -885,7 +1469,26 @@ def sample_uniform(
     device: torch.device | str = 'cpu',  # Where the numbers shall be
 ) -> Tensor:  # Uniform numbers in [0, 1) (n, places), float32
     """Random numbers for images start, start+1, …: image i depends on seed and i alone, not on the
-    size of the batch."""
+    size of the batch.
+
+    Parameters
+    ----------
+    n : int
+        Images.
+    places : int
+        Codes in an image.
+    seed : int
+        Seed of all images, 0 or more.
+    start : int, default 0
+        Number of the first image.
+    device : torch.device | str, default 'cpu'
+        Where the numbers shall be.
+
+    Returns
+    -------
+    Tensor
+        Uniform numbers in [0, 1) (n, places), float32.
+    """
     own = [
         np.random.default_rng((seed, start + i)).random(places, dtype=np.float32) for i in range(n)
     ]
@@ -893,8 +1496,27 @@ def sample_uniform(
 
 # %% ../../nbs/advanced/12_prior.ipynb #9fff6320
 class CodeSampler(Codec):
-    """A trained VQVAE with its prior: samples new images under requested conditions, or
-    completes a begun one."""
+    """A trained VQVAE with its prior: samples new images under requested conditions, or completes a
+    begun one.
+
+    Parameters
+    ----------
+    autoencoder : VQVAE
+        Trained autoencoder.
+    size : int
+        Side of its images, pixels.
+    prior : CodeTransformer
+        Trained prior of its codes.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are sampled.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
 
     def __init__(
         self,
@@ -928,8 +1550,27 @@ class CodeSampler(Codec):
     ) -> Self:  # Ready to use
         """Load a run.
 
-        Raises FileNotFoundError without autoencoder or prior, ValueError on files that
-        do not fit."""
+        Parameters
+        ----------
+        run : str | Path
+            Run folder, from `brainldm train autoencoder --kind vq` and `brainldm train prior`.
+        device : str | None, default None
+            Where to compute; None: a GPU if there is one.
+        precision : str, default 'auto'
+            'auto', 'no', 'bf16' or 'fp16'.
+
+        Returns
+        -------
+        Self
+            Ready to use.
+
+        Raises
+        ------
+        FileNotFoundError
+            Without autoencoder or prior.
+        ValueError
+            On files that do not fit.
+        """
         place = pick_device(device)
         autoencoder, about = load_autoencoder(run)
         prior, _ = load_prior(run)
@@ -949,8 +1590,14 @@ class CodeSampler(Codec):
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:  # Names, kinds, values and ranges
-        """What `sample` can be conditioned on: the prior's covariates, then those of the
-        autoencoder alone."""
+        """What `sample` can be conditioned on: the prior's covariates, then those of the autoencoder
+        alone.
+
+        Returns
+        -------
+        tuple[Covariate, ...]
+            Names, kinds, values and ranges.
+        """
         return self._joined(self.prior.covariates)
 
     def codes(
@@ -959,7 +1606,20 @@ class CodeSampler(Codec):
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Codes (b, side, side), on the model's device
-        "Encode images as codes."
+        """Encode images as codes.
+
+        Parameters
+        ----------
+        images : Tensor
+            Images (b, 1, size, size) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            Codes (b, side, side), on the model's device.
+        """
         return self._ask('encode', images, cond)[1]
 
     def decode_codes(
@@ -968,7 +1628,20 @@ class CodeSampler(Codec):
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # Images (b, 1, size, size), clipped to [-1, 1] as a screen would, on the CPU
-        "Turn codes into images."
+        """Turn codes into images.
+
+        Parameters
+        ----------
+        codes : Tensor
+            Codes (b, side, side).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            Images (b, 1, size, size), clipped to [-1, 1] as a screen would, on the CPU.
+        """
         return self._ask('decode_codes', codes, cond).float().clamp(-1, 1).cpu()
 
     def sample(
@@ -993,7 +1666,51 @@ class CodeSampler(Codec):
     ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
         """Sample codes under the requested conditions, and decode them.
 
-        Raises ValueError or TypeError for what cannot be."""
+        Parameters
+        ----------
+        n : int, default 1
+            Images to sample.
+        diagnosis : str | list[str] | None, default None
+            One for all or one each; None leaves it open.
+        slice : float | list[float] | None, default None
+            Slice number, as in the training data.
+        age : float | list[float] | None, default None
+            Years.
+        sex : str | list[str] | None, default None
+            As written in the training data.
+        temperature : float, default 1.0
+            Below 1: bolder about probable codes; above 1: more random.
+        top_k : int | None, default None
+            Choose among so many codes only.
+        top_p : float, default 1.0
+            Choose among the codes that hold this fraction of the probability.
+        guidance_scale : float, default 1.0
+            1 follows the data, above 1 exaggerates the conditions, 0 ignores them.
+        seed : int, default 0
+            Same seed, same machine: same images.
+        prompt : Tensor | None, default None
+            First rows of codes that are known already (n, rows, side), as from `CodeSampler.codes`.
+        batch_size : int, default 32
+            Images at a time.
+        first : int, default 0
+            Number of the first image: a long sampling run may be split.
+        progress : bool, default False
+            Show a bar.
+        **others : Any
+            Any other covariate of the run, by name.
+
+        Returns
+        -------
+        Tensor
+            New images (n, 1, size, size) in [-1, 1], on the CPU.
+
+        Raises
+        ------
+        ValueError
+            For what cannot be.
+        TypeError
+            For what cannot be.
+        """
         check_sample_counts(n, seed, batch_size, first)
         check_sampling(temperature, top_k, top_p, guidance_scale)
         cond = check_conditions(
@@ -1030,7 +1747,24 @@ def code_costs(
     progress: bool = False,  # Show bars
     # Mean bits per code of each slice (n,): prior, and the baselines of `code_baselines`
 ) -> dict[str, Tensor]:
-    "Bits per code of slices under the prior, and under histograms of the train slices."
+    """Bits per code of slices under the prior, and under histograms of the train slices.
+
+    Parameters
+    ----------
+    model : CodeSampler
+        A run with a trained prior.
+    dataset : SliceDataset
+        All splits of the data it was trained on.
+    split : str, default 'test'
+        Whose slices to measure; the validation subjects have chosen the weights.
+    progress : bool, default False
+        Show bars.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Mean bits per code of each slice (n,): prior, and the baselines of `code_baselines`.
+    """
     # in the words of the run
     dataset = SliceDataset(dataset.images, dataset.manifest, model.covariates)
     parts = [dataset.subset(o) for o in ('train', split)]

@@ -32,7 +32,34 @@ def dpmpp_2m_step(
 ) -> Tensor:  # Latents at `t_prev`
     """A DDIM step with the x0 that the last two estimates foretell.
 
-    Source: Lu et al. 2022, alg. 2. Raises ValueError."""
+    Parameters
+    ----------
+    pred : Tensor
+        What the network said at `t` (b, c, *s).
+    xt : Tensor
+        Latents at `t` (b, c, *s).
+    t : int
+        Timestep of `xt`.
+    t_prev : int
+        Timestep to go to; -1 is clean data.
+    schedule : NoiseSchedule
+        The chain and its prediction type.
+    before : tuple[Tensor, int] | None, default None
+        The x0 estimated one step ago and its timestep; None at the first step.
+
+    Returns
+    -------
+    Tensor
+        Latents at `t_prev`.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Lu et al. 2022, alg. 2.
+    """
     a, a_prev = step_abar(t, t_prev, schedule)
     x0, _ = to_x0_eps(pred, xt, t, schedule.abar, schedule.prediction_type)
     if before and t_prev >= 0:
@@ -61,7 +88,38 @@ def invert(
     start: int = 0,  # As in `denoise`: end at the noise of this step; 0 is the noisiest
     refine: int = 0,  # Corrections of each step; network calls are (1 + refine) a step
 ) -> Tensor:  # Latents from which `denoise` by DDIM comes back to `x0`, nearly
-    "Invert: run DDIM from data to noise. Source: Song et al. 2021, sec. 4.3. Raises ValueError."
+    """Invert: run DDIM from data to noise.
+
+    Parameters
+    ----------
+    model_fn : Callable
+        The function that `denoise` will be given.
+    x0 : Tensor
+        Clean images or latents (b, c, *s).
+    schedule : NoiseSchedule
+        The chain the network was trained on.
+    num_inference_steps : int
+        Steps of the whole trajectory, 1 to T.
+    spacing : str, default 'trailing'
+        As in `denoise`.
+    start : int, default 0
+        As in `denoise`: end at the noise of this step; 0 is the noisiest.
+    refine : int, default 0
+        Corrections of each step; network calls are (1 + refine) a step.
+
+    Returns
+    -------
+    Tensor
+        Latents from which `denoise` by DDIM comes back to `x0`, nearly.
+
+    Raises
+    ------
+    ValueError
+
+    References
+    ----------
+    Song et al. 2021, sec. 4.3.
+    """
     if refine < 0:
         raise ValueError(f"invert: refine={refine}. Expected 0 or more. Try refine=2.")
 

@@ -89,7 +89,18 @@ def neighbor_scores(
     # Each (n,): ssim of neighboring slices; roughness, the mean size of second differences
 ) -> dict[str, Tensor]:
     """How similar neighboring slices are, and how much they jump: what distinguishes a volume from
-    independent slices."""
+    independent slices.
+
+    Parameters
+    ----------
+    volumes : Tensor
+        Brains (n, s, h, w) in [-1, 1].
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Each (n,): ssim of neighboring slices; roughness, the mean size of second differences.
+    """
     n = len(volumes)
     below, above = (o.flatten(0, 1)[:, None] for o in (volumes[:, :-1], volumes[:, 1:]))
     ssim = image_scores(below, above)['ssim'].unflatten(0, (n, -1)).mean(1)
@@ -102,7 +113,21 @@ def full_range(
 ) -> np.ndarray:  # Slice numbers
     """Every whole slice number of the training data.
 
-    Raises ValueError if slices are unknown to the model."""
+    Parameters
+    ----------
+    covariates : Sequence[Covariate]
+        Covariates of a model, slice among them.
+
+    Returns
+    -------
+    np.ndarray
+        Slice numbers.
+
+    Raises
+    ------
+    ValueError
+        If slices are unknown to the model.
+    """
     known = {c.name: c for c in covariates}
     if 'slice' not in known:
         raise ValueError(
@@ -116,7 +141,22 @@ def full_range(
 def check_stack(
     slices,  # Requested slice numbers
 ) -> list[float]:  # The same as numbers
-    "Refuse slices that are no stack. Raises ValueError."
+    """Refuse slices that are no stack.
+
+    Parameters
+    ----------
+    slices
+        Requested slice numbers.
+
+    Returns
+    -------
+    list[float]
+        The same as numbers.
+
+    Raises
+    ------
+    ValueError
+    """
     k = np.asarray(slices, dtype=float)
     steps = np.diff(k)
     if k.ndim != 1 or len(k) < 2 or not (steps == 1).all():
@@ -134,7 +174,25 @@ def conditions_per_slice(
 ) -> dict:  # One value a slice, brain after brain
     """Turn conditions of brains into conditions of slices.
 
-    Raises ValueError for another number of values, or a slice."""
+    Parameters
+    ----------
+    conditions : dict
+        One value for all brains, or one each, by covariate name; None is unknown.
+    n : int
+        Brains.
+    slices : list[float]
+        Slice numbers of each.
+
+    Returns
+    -------
+    dict
+        One value a slice, brain after brain.
+
+    Raises
+    ------
+    ValueError
+        For another number of values, or a slice.
+    """
     if conditions.get('slice') is not None:
         raise ValueError(
             f"sample_volume: slice={conditions['slice']}. Expected slices=..., a whole stack. "
@@ -164,7 +222,32 @@ def prepare_brain_conditions(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Check the requested brains before anything is computed.
 
-    Raises ValueError, TypeError or FileNotFoundError."""
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    n : int
+        Brains.
+    requested : dict
+        Conditions of each brain by name.
+    slices
+        Slice numbers; None: every whole number of the training data.
+    options : dict
+        steps, sampler, guidance_scale.
+    seed : int
+        Seed.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], list[float]]
+        Encoded conditions, each (n*depth,), and the slice numbers.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    FileNotFoundError
+    """
     # raises, and says what to do
     if model.unet is None:
         prepare_conditions(model, {}, n, options, seed, 1)
@@ -189,7 +272,26 @@ def volume_noise(
     seed: int,  # Seed; brain i depends on seed and i alone
     start: int = 0,  # Number of the first brain
 ) -> Tensor:  # Standard normal noise (n, depth, c, h, w), on the model's device
-    "Noise for whole brains."
+    """Noise for whole brains.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    n : int
+        Brains.
+    depth : int
+        Slices of each.
+    seed : int
+        Seed; brain i depends on seed and i alone.
+    start : int, default 0
+        Number of the first brain.
+
+    Returns
+    -------
+    Tensor
+        Standard normal noise (n, depth, c, h, w), on the model's device.
+    """
     side = model.size // model.autoencoder.factor
     return sample_noise(
         n, (depth, model.autoencoder.latent_channels, side, side), seed, start, model.device
@@ -205,7 +307,25 @@ def correlate_noise(
 ) -> Tensor:
     """Noise that changes slowly along the stack.
 
-    Source: an autoregression; compare Ge et al. 2023, sec. 4.1."""
+    Parameters
+    ----------
+    noise : Tensor
+        Standard normal noise, brain after brain (b*depth, ...).
+    depth : int
+        Slices of a brain.
+    correlation : float
+        Of neighboring slices, 0 to 1; 0: independent, 1: one field for all.
+
+    Returns
+    -------
+    Tensor
+        Noise of the same shape, each slice standard normal, slices i and j correlated by
+        correlation**|i-j|.
+
+    References
+    ----------
+    An autoregression; compare Ge et al. 2023, sec. 4.1.
+    """
     own = (1 - correlation**2) ** 0.5
     rows = noise.unflatten(0, (-1, depth)).unbind(1)
     out = [rows[0]]
@@ -227,8 +347,40 @@ def sample_shared_noise(
     first: int = 0,  # Number of the first brain: a long sampling run may be split
     **conditions: Any,  # diagnosis, age, sex, …: one value, or one a brain
 ) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
-    """Sample the slices of a brain one by one from noise that they share: all that a 2-D model can
-    do. Raises ValueError."""
+    """Sample the slices of a brain one by one from noise that they share: all that a 2-D model can do.
+
+    Parameters
+    ----------
+    model : Sampler
+        A run with a trained denoiser.
+    n : int, default 1
+        Brains to sample.
+    noise_correlation : float, default 1.0
+        Of neighboring slices, 0 to 1; 1: one field of noise for all slices.
+    slices : default None
+        Slice numbers, rising by 1; None: every whole number of the training data.
+    steps : int, default 30
+        Network calls a slice.
+    guidance_scale : float | dict[str, float], default 1.0
+        As in `sample`.
+    seed : int, default 0
+        Same seed, same machine: same brains.
+    sampler : str, default 'ddim'
+        'ddim' or 'dpmpp'.
+    first : int, default 0
+        Number of the first brain: a long sampling run may be split.
+    **conditions : Any
+        diagnosis, age, sex, …: one value, or one a brain.
+
+    Returns
+    -------
+    Tensor
+        Brains (n, s, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+    """
     if not 0 <= noise_correlation <= 1:
         raise ValueError(
             f"sample_shared_noise: noise_correlation={noise_correlation}. Expected 0 to 1. Try 1."
@@ -250,15 +402,36 @@ def stack_neighbors(
     above: Tensor,  # Of the slice above, same shape
     known: Tensor,  # Whether there is one below, and one above (b, 2), bool
 ) -> Tensor:  # (b, 2*(c+1), h, w): both with a channel of ones, or zeros where there is none
-    "Put the neighbors of each slice into channels."
+    """Put the neighbors of each slice into channels.
+
+    Parameters
+    ----------
+    below : Tensor
+        Clean latents of the slice below (b, c, h, w); anything where there is none.
+    above : Tensor
+        Of the slice above, same shape.
+    known : Tensor
+        Whether there is one below, and one above (b, 2), bool.
+
+    Returns
+    -------
+    Tensor
+        (b, 2*(c+1), h, w): both with a channel of ones, or zeros where there is none.
+    """
     known = known.to(below)[..., None, None, None]  # (b, 2, 1, 1, 1)
     both = torch.stack([below, above], 1)
     return (torch.cat([both, torch.ones_like(both[:, :, :1])], 2) * known).flatten(1, 2)
 
 # %% ../../nbs/advanced/11_volume.ipynb #c07144da
 class NeighborConv(nn.Module):
-    """The first layer of a denoiser, and beside it a layer that reads the neighbors; that one
-    starts at 0."""
+    """The first layer of a denoiser, and beside it a layer that reads the neighbors; that one starts
+    at 0.
+
+    Parameters
+    ----------
+    conv_in : nn.Conv2d
+        First layer of the 2-D network.
+    """
 
     def __init__(
         self,
@@ -274,15 +447,33 @@ class NeighborConv(nn.Module):
         self,
         x: Tensor,  # Noised latents (b, c, h, w), then the neighbors (b, 2*(c+1), h, w)
     ) -> Tensor:  # Features (b, channels, h, w)
+        """Features (b, channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w), then the neighbors (b, 2*(c+1), h, w).
+
+        Returns
+        -------
+        Tensor
+            Features (b, channels, h, w).
+        """
         return self.own(x[:, : self.c]) + self.neighbours(x[:, self.c :])
 
 # %% ../../nbs/advanced/11_volume.ipynb #6a9a9e45
 class NeighborUNet(nn.Module):
-    """A trained 2-D denoiser that learns to use the clean neighbors of its slice; it begins as it
-    was.
+    """A trained 2-D denoiser that learns to use the clean neighbors of its slice; it begins as it was.
 
-    Source: Ho et al. 2022 (cascades), sec. 2, condition by concatenation; Harvey et al. 2022,
-    sec. 3."""
+    Parameters
+    ----------
+    unet : UNet
+        Trained; a copy of it is kept.
+
+    References
+    ----------
+    Ho et al. 2022 (cascades), sec. 2, condition by concatenation; Harvey et al. 2022, sec. 3.
+    """
 
     def __init__(
         self,
@@ -302,6 +493,26 @@ class NeighborUNet(nn.Module):
         # From `stack_neighbors`, for all rows or in turn; None: nothing is known
         neighbors: Tensor | None = None,
     ) -> Tensor:  # Answer, same shape as `x`
+        """Answer, same shape as `x`.
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w).
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates by name, each (b,).
+        drop : Tensor | None, default None
+            True where a token is to be dropped (b, n).
+        neighbors : Tensor | None, default None
+            From `stack_neighbors`, for all rows or in turn; None: nothing is known.
+
+        Returns
+        -------
+        Tensor
+            Answer, same shape as `x`.
+        """
         if neighbors is None:
             neighbors = x.new_zeros(1, 2 * (x.shape[1] + 1), *x.shape[2:])
         told = self.unet.told(x, t, cond, drop)
@@ -314,7 +525,19 @@ def find_neighbors(
     # Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is
     # none
 ) -> np.ndarray:
-    "Who lies next to whom: the same subject and session, one slice lower and one higher."
+    """Who lies next to whom: the same subject and session, one slice lower and one higher.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows with subject and slice.
+
+    Returns
+    -------
+    np.ndarray
+        Row numbers of the slice below and the slice above of each row (n, 2); -1 where there is
+        none.
+    """
     # one visit of a subject
     scan = (
         manifest[['subject', *['session'] * ('session' in manifest)]].astype(str).agg(tuple, axis=1)
@@ -326,7 +549,15 @@ def find_neighbors(
 
 # %% ../../nbs/advanced/11_volume.ipynb #e0f26340
 class NeighborDataset(torch.utils.data.Dataset):
-    "Latents with those of their neighbors."
+    """Latents with those of their neighbors.
+
+    Parameters
+    ----------
+    slices : LatentDataset
+        Standardized latents with their conditions.
+    neighbors : np.ndarray
+        As from `find_neighbors`.
+    """
 
     def __init__(
         self,
@@ -355,7 +586,31 @@ def neighbor_splits(
     acc: Accelerator,  # Whose processes share the work
     progress: bool = True,  # Show bars
 ) -> list[NeighborDataset]:  # Train and validate
-    "Encode every slice once, and find its neighbors. Raises ValueError if no slice has any."
+    """Encode every slice once, and find its neighbors.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        The run so far.
+    dataset : SliceDataset
+        All splits.
+    folder : Path
+        Where the latents are kept while they are needed.
+    acc : Accelerator
+        Whose processes share the work.
+    progress : bool, default True
+        Show bars.
+
+    Returns
+    -------
+    list[NeighborDataset]
+        Train and validate.
+
+    Raises
+    ------
+    ValueError
+        If no slice has any.
+    """
     encode, stats, out = (
         mean_encoder(model.autoencoder, acc.mixed_precision),
         (model.latent_mean.cpu(), model.latent_std.cpu()),
@@ -387,7 +642,32 @@ def volume_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # The loss, and its parts for the log
     """The error of stage 2, given neighbors a little noised and often hidden.
 
-    Source: Ho et al. 2022, sec. 4."""
+    Parameters
+    ----------
+    model : Callable[..., Tensor]
+        A NeighborUNet.
+    batch : dict[str, Tensor]
+        'latent', 'below', 'above' (b, c, h, w), 'known' (b, 2), and encoded covariates.
+    generator : torch.Generator
+        Source of times, noise and hiding, on the batch's device.
+    seen : int
+        Latents seen so far; nothing here depends on it.
+    config : VolumeConfig
+        Noise and probabilities.
+    schedule : NoiseSchedule
+        The chain that the 2-D model was trained on.
+    covariates : tuple[Covariate, ...]
+        The covariates of the network, in order.
+
+    Returns
+    -------
+    tuple[Tensor, dict[str, Tensor]]
+        The loss, and its parts for the log.
+
+    References
+    ----------
+    Ho et al. 2022, sec. 4.
+    """
     x0 = batch['latent']
     chance: dict[str, Any] = dict(generator=generator, device=x0.device)
     t = torch.randint(schedule.num_train_timesteps, (len(x0),), **chance)
@@ -410,7 +690,20 @@ def generation_order(
     given: tuple[int, ...] = (),  # Positions that are given
 ) -> list[list[int]]:  # Rounds: the slice positions to sample together
     """From what is known to what lies next to it, round after round; with nothing known, from the
-    middle outwards."""
+    middle outwards.
+
+    Parameters
+    ----------
+    depth : int
+        Slices of a brain.
+    given : tuple[int, ...], default ()
+        Positions that are given.
+
+    Returns
+    -------
+    list[list[int]]
+        Rounds: the slice positions to sample together.
+    """
     start = given or (depth // 2,)
     # steps to the nearest start
     far = np.abs(np.arange(depth)[:, None] - np.array(start)).min(1)
@@ -423,7 +716,22 @@ def neighbors_of(
     generated: list[bool],  # Which positions hold one
     places: list[int],  # Slice positions to sample now
 ) -> Tensor:  # As from `stack_neighbors`, brain after brain (n*len(places), 2*(c+1), h, w)
-    "The neighbors of some slice positions of each brain."
+    """The neighbors of some slice positions of each brain.
+
+    Parameters
+    ----------
+    z : Tensor
+        Clean latents so far (n, depth, c, h, w).
+    generated : list[bool]
+        Which positions hold one.
+    places : list[int]
+        Slice positions to sample now.
+
+    Returns
+    -------
+    Tensor
+        As from `stack_neighbors`, brain after brain (n*len(places), 2*(c+1), h, w).
+    """
     inside = [[0 <= k + o < len(generated) and generated[k + o] for o in (-1, 1)] for k in places]
     sides = [[min(max(k + o, 0), len(generated) - 1) for k in places] for o in (-1, 1)]
     below, above = (z[:, o].flatten(0, 1) for o in sides)
@@ -438,7 +746,28 @@ def sample_brains(
     given: dict[int, Tensor],  # Clean latents (n, c, h, w) of positions that are given
     tick: Callable = lambda n: None,  # Called with the number of slices after each network call
 ) -> Tensor:  # Clean latents (n, depth, c, h, w)
-    "Denoise slice after slice, each conditioned on its neighbors."
+    """Denoise slice after slice, each conditioned on its neighbors.
+
+    Parameters
+    ----------
+    model
+        A `BrainVolumes`.
+    noise : Tensor
+        Standard normal noise (n, depth, c, h, w).
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n*depth,), brain after brain.
+    options : dict
+        steps, sampler, guidance_scale.
+    given : dict[int, Tensor]
+        Clean latents (n, c, h, w) of positions that are given.
+    tick : Callable, default lambda n: None
+        Called with the number of slices after each network call.
+
+    Returns
+    -------
+    Tensor
+        Clean latents (n, depth, c, h, w).
+    """
     z, generated = torch.zeros_like(noise), [k in given for k in range(noise.shape[1])]
     for k, latent in given.items():
         z[:, k] = latent
@@ -477,7 +806,31 @@ def encode_given(
 ) -> dict[int, Tensor]:  # Standardized latents (n, c, h, w) by place in the stack
     """Turn slices that exist into latents.
 
-    Raises ValueError for another number or place, TypeError for no images."""
+    Parameters
+    ----------
+    model
+        A `BrainVolumes`.
+    given : dict[float, Tensor]
+        Images (n, 1, size, size) by slice number.
+    slices : list[float]
+        Slice numbers of the stack.
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n*depth,), brain after brain.
+    n : int
+        Brains.
+
+    Returns
+    -------
+    dict[int, Tensor]
+        Standardized latents (n, c, h, w) by place in the stack.
+
+    Raises
+    ------
+    ValueError
+        For another number or place.
+    TypeError
+        For no images.
+    """
     out = {}
     for number, images in given.items():
         if number not in slices or check_images('sample_volume', images, model.size) != n:
@@ -494,7 +847,20 @@ def split_brains(
     cond: dict[str, Tensor],  # Encoded conditions, each (n*depth,), brain after brain
     depth: int,  # Slices of a brain
 ) -> list[dict[str, Tensor]]:  # Of each brain, each (depth,)
-    "Cut conditions into brains."
+    """Cut conditions into brains.
+
+    Parameters
+    ----------
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n*depth,), brain after brain.
+    depth : int
+        Slices of a brain.
+
+    Returns
+    -------
+    list[dict[str, Tensor]]
+        Of each brain, each (depth,).
+    """
     n = len(next(iter(cond.values()))) // depth
     return [{k: v[i * depth : (i + 1) * depth] for k, v in cond.items()} for i in range(n)]
 
@@ -519,7 +885,49 @@ def sample_volume(
 ) -> Tensor:  # Brains (n, s, size, size) in [-1, 1], on the CPU
     """Generate whole brains, or what is missing of some: each slice follows its neighbors.
 
-    Raises ValueError or TypeError."""
+    Parameters
+    ----------
+    model
+        A `BrainVolumes`.
+    n : int, default 1
+        Brains to sample.
+    diagnosis : str | list[str] | None, default None
+        One for all or one each; None leaves it open.
+    age : float | list[float] | None, default None
+        Years.
+    sex : str | list[str] | None, default None
+        As written in the training data.
+    slices : default None
+        Slice numbers, rising by 1; None: every whole number of the training data.
+    given : dict[float, Tensor] | None, default None
+        Slices that exist, by slice number: images (n, 1, size, size) in [-1, 1].
+    steps : int, default 20
+        Network calls a slice.
+    guidance_scale : float | dict[str, float], default 1.0
+        As in `sample`.
+    seed : int, default 0
+        Same seed, same machine: same brains.
+    sampler : str, default 'ddim'
+        'ddim' or 'dpmpp'.
+    batch_size : int, default 8
+        Brains at a time.
+    first : int, default 0
+        Number of the first brain: a long sampling run may be split.
+    progress : bool, default False
+        Show a bar.
+    **others : Any
+        Any other covariate of the run, by name.
+
+    Returns
+    -------
+    Tensor
+        Brains (n, s, size, size) in [-1, 1], on the CPU.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    """
     check_sample_counts(n, seed, batch_size, first)
     options = dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
     requested = dict(diagnosis=diagnosis, age=age, sex=sex, **others)
@@ -554,8 +962,28 @@ def validate_volume(
     # val_mse; val_mse_without_neighbors, without neighbors; val_ssim, val_roughness of generated
     # brains
 ) -> dict[str, float]:
-    """Validation pass with whole brains: error on held-out subjects with and without neighbors,
-    and two generated brains."""
+    """Validation pass with whole brains: error on held-out subjects with and without neighbors, and
+    two generated brains.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far.
+    held_out : NeighborDataset
+        Latents of validation subjects.
+    model
+        A `BrainLDM`, of which the denoiser is replaced.
+    config : VolumeConfig
+        Noise and preview.
+    path : Path
+        Where the image goes.
+
+    Returns
+    -------
+    dict[str, float]
+        val_mse; val_mse_without_neighbors, without neighbors; val_ssim, val_roughness of generated
+        brains.
+    """
     model = copy(model)
     model.unet = unet = learner.ema.module
     device = learner.accelerator.device
@@ -591,7 +1019,19 @@ def check_volume(
 ) -> None:  # Nothing: it raises or returns
     """Refuse what no stack can be learned from.
 
-    Raises ValueError, or FileNotFoundError without a diffusion model."""
+    Parameters
+    ----------
+    model : BrainLDM
+        The run so far.
+    run : Path
+        Its folder.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        Without a diffusion model.
+    """
     if model.unet is None:
         raise FileNotFoundError(
             f"train_volume: {run} has no ldm.safetensors. Expected a trained diffusion model. "
@@ -608,7 +1048,26 @@ def train_volume(
     resume: bool = False,  # Go on where a former call stopped
     progress: bool = True,  # Show a bar
 ) -> NeighborUNet:  # The averaged network
-    "Train the denoiser of a run to follow neighboring slices. Writes RUN/volume.safetensors."
+    """Train the denoiser of a run to follow neighboring slices. Writes RUN/volume.safetensors.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        The data that the run was trained on.
+    run : Path
+        Run folder with a trained autoencoder and ldm.
+    config : VolumeConfig
+        Everything else.
+    resume : bool, default False
+        Go on where a former call stopped.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    NeighborUNet
+        The averaged network.
+    """
     run = Path(run)
     model = BrainLDM.load(run, str(process_state().device))
     check_volume(model, run)
@@ -669,7 +1128,32 @@ def train_volume(
 # %% ../../nbs/advanced/11_volume.ipynb #53525685
 class BrainVolumes(BrainLDM):
     """A trained run whose slices follow their neighbors: `sample_volume` generates whole brains, or
-    what is missing of one."""
+    what is missing of one.
+
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its images, pixels.
+    unet : UNet | None, default None
+        Trained denoiser; None: reconstruct only.
+    schedule : NoiseSchedule | None, default None
+        The chain that the denoiser was trained on.
+    latent_mean : Tensor | None, default None
+        Mean of each latent channel over the train slices (1, c, 1, 1).
+    latent_std : Tensor | None, default None
+        Standard deviation, same shape.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are sampled.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
 
     @classmethod
     def load(
@@ -681,8 +1165,29 @@ class BrainVolumes(BrainLDM):
     ) -> Self:  # Ready to use
         """Load a run.
 
-        Raises FileNotFoundError without volume.safetensors, ValueError on files that do
-        not fit."""
+        Parameters
+        ----------
+        run : str | Path
+            Run folder, from `brainldm train volume`.
+        device : str | None, default None
+            Where to compute; None: a GPU if there is one.
+        precision : str, default 'auto'
+            'auto', 'no', 'bf16' or 'fp16'.
+        weights : str, default 'ema'
+            Of the 2-D denoiser, as of `BrainLDM.load`.
+
+        Returns
+        -------
+        Self
+            Ready to use.
+
+        Raises
+        ------
+        FileNotFoundError
+            Without volume.safetensors.
+        ValueError
+            On files that do not fit.
+        """
         model = super().load(run, device, precision, weights)
         tensors, about = load_weights(Path(run) / 'volume.safetensors')
         check_trained_on(Path(run) / 'volume.safetensors', autoencoder=model.autoencoder)
@@ -710,7 +1215,17 @@ def check_spacing(
     # Size of a pixel and distance of slices, mm; None: not known
     spacing: tuple[float, float] | None,
 ) -> None:  # Nothing: it raises or returns
-    "Refuse sizes that are none. Raises ValueError."
+    """Refuse sizes that are none.
+
+    Parameters
+    ----------
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+
+    Raises
+    ------
+    ValueError
+    """
     if spacing is not None and (len(spacing) != 2 or not all(0 < o < np.inf for o in spacing)):
         raise ValueError(
             f"to_nifti: spacing={spacing}. Expected two sizes above 0, of a pixel and of a slice,"
@@ -731,8 +1246,32 @@ def to_nifti(
 ) -> nib.Nifti1Image:  # uint8 (x, y, z), RAS+, the middle of the grid at 0, marked as synthetic
     """A generated brain as a volume that viewers lay the right way round.
 
-    Without a spacing, or where left is not known, both form codes are 0: the file claims no
-    place in space. Raises ValueError for a spacing that is none."""
+    Without a spacing, or where left is not known, both form codes are 0: the file claims no place
+    in space.
+
+    Parameters
+    ----------
+    volume : Tensor
+        One brain (s, h, w) in [-1, 1]; rows from front to back, columns from left to right, slices
+        upwards.
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+    about : dict
+        Requested conditions, for the record.
+    left_known : bool, default True
+        Whether columns are known to run from the subject's left to the right; False: the file says
+        nothing.
+
+    Returns
+    -------
+    nib.Nifti1Image
+        uint8 (x, y, z), RAS+, the middle of the grid at 0, marked as synthetic.
+
+    Raises
+    ------
+    ValueError
+        For a spacing that is none.
+    """
     check_spacing(spacing)
     data = np.ascontiguousarray(rearrange(to_bytes(volume)[:, ::-1], 'z y x -> x y z'))
     image = nib.Nifti1Image(data, None)
@@ -762,7 +1301,23 @@ def resolve_spacing(
 ) -> tuple[float, float] | None:
     """How large a pixel of a generated image is.
 
-    Raises ValueError for a size that the run contradicts, or cannot use."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    voxel_mm : tuple[float, float] | None, default None
+        Size of a pixel and distance of slices of the training data, mm, where its files do not say.
+
+    Returns
+    -------
+    tuple[float, float] | None
+        The same after cropping and resizing; None: nothing says how large a voxel is.
+
+    Raises
+    ------
+    ValueError
+        For a size that the run contradicts, or cannot use.
+    """
     check_spacing(voxel_mm)
     stage = read_config(run).get('autoencoder', {})
     cut, data = stage.get('config', {}).get('data', {}), stage.get('data', {})
@@ -799,7 +1354,32 @@ def save_volumes(
 ) -> Path:
     """Save generated brains as NIfTI, marked as synthetic, with a film.
 
-    Raises FileExistsError rather than overwrite."""
+    Parameters
+    ----------
+    volumes : Tensor
+        Generated brains (n, s, h, w) in [-1, 1].
+    folder : str | Path
+        New folder.
+    conditions : dict
+        Requested conditions: a value, or one a brain, by covariate name.
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+    about : dict
+        Seed, steps and the like, for the record.
+    left_known : bool, default True
+        Whether columns are known to run from the subject's left to the right.
+
+    Returns
+    -------
+    Path
+        The folder: brain_0000.nii.gz …, planes.png, scroll.gif, and subjects.csv; `brainldm check`
+        reads it where size and left are known.
+
+    Raises
+    ------
+    FileExistsError
+        Rather than overwrite.
+    """
     n, requested = len(volumes), {k: v for k, v in conditions.items() if v is not None}
     table = pd.DataFrame(
         {k: list(v) if np.ndim(v) else [v] * n for k, v in requested.items()}, index=range(n)

@@ -39,7 +39,18 @@ LENGTH_CM = 17.5  # Front to back at MNI z = 0 to 31 mm (OASIS 17.3), for images
 def describe_slice(
     image: np.ndarray,  # Image (h, w), uint8
 ) -> str:  # Its copy of 48 x 48 pixels, compressed, as text
-    "Shrink a slice, padded to a square, to a small copy that a table can hold."
+    """Shrink a slice, padded to a square, to a small copy that a table can hold.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Image (h, w), uint8.
+
+    Returns
+    -------
+    str
+        Its copy of 48 x 48 pixels, compressed, as text.
+    """
     h, w = image.shape
     side = max(h, w)
     square = np.zeros((side, side), np.uint8)
@@ -52,7 +63,18 @@ def describe_slice(
 def read_descriptions(
     texts: list,  # From `describe_slice`
 ) -> np.ndarray:  # Small copies (n, 48, 48), uint8
-    "Turn descriptions back into pixels."
+    """Turn descriptions back into pixels.
+
+    Parameters
+    ----------
+    texts : list
+        From `describe_slice`.
+
+    Returns
+    -------
+    np.ndarray
+        Small copies (n, 48, 48), uint8.
+    """
     pixels = b''.join(zlib.decompress(base64.b64decode(o)) for o in texts)
     return np.frombuffer(pixels, np.uint8).reshape(-1, SIDE, SIDE)
 
@@ -60,7 +82,18 @@ def read_descriptions(
 def find_described(
     rows: pd.DataFrame,  # Manifest: subject, slice
 ) -> np.ndarray:  # Which rows are described (n,)
-    "Choose up to 12 slice positions that nearly all subjects have, from low to high."
+    """Choose up to 12 slice positions that nearly all subjects have, from low to high.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Manifest: subject, slice.
+
+    Returns
+    -------
+    np.ndarray
+        Which rows are described (n,).
+    """
     counts = rows.groupby('slice').subject.nunique()
     common = counts[counts >= COMMON * counts.max()].index.to_numpy()
     at = np.linspace(0.1, 0.9, DESCRIBED) * (len(common) - 1)
@@ -70,7 +103,21 @@ def find_described(
 # %% ../../nbs/engineering/44_alignment.ipynb #al00000e
 @dataclass
 class Brains:
-    "Small copies of the slices of n brains at k common positions."
+    """Small copies of the slices of n brains at k common positions.
+
+    Attributes
+    ----------
+    units : pd.DataFrame
+        A row a brain: subject, session, split, path (of its first slice), slices.
+    slices : np.ndarray
+        Small copies (n, k, 48, 48), float32.
+    positions : np.ndarray
+        Slice numbers (k,).
+    planes : np.ndarray
+        Plane of each position in the first brain's volume (k,); -1 for images.
+    left_out : list
+        Names of the brains that lack a position.
+    """
 
     # A row a brain: subject, session, split, path (of its first slice), slices
     units: pd.DataFrame
@@ -83,7 +130,18 @@ class Brains:
 def gather_brains(
     rows: pd.DataFrame,  # Good rows with subject, slice, plane, split, path and `_copy`
 ) -> Brains:  # What can be compared
-    "Put the small copies of each brain together, at positions that nearly all brains have."
+    """Put the small copies of each brain together, at positions that nearly all brains have.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with subject, slice, plane, split, path and `_copy`.
+
+    Returns
+    -------
+    Brains
+        What can be compared.
+    """
     session = rows['session'].fillna('') if 'session' in rows else ''
     rows = rows.assign(session=session)
     by = ['subject', 'session']
@@ -113,14 +171,36 @@ def gather_brains(
 def find_bright(
     slices: np.ndarray,  # Small copies (n, k, s, s)
 ) -> np.ndarray:  # Gray values (n,), 1 or more
-    "The 99th percentile of each brain, from every fourth pixel."
+    """The 99th percentile of each brain, from every fourth pixel.
+
+    Parameters
+    ----------
+    slices : np.ndarray
+        Small copies (n, k, s, s).
+
+    Returns
+    -------
+    np.ndarray
+        Gray values (n,), 1 or more.
+    """
     return np.percentile(slices[:, :, ::2, ::2], 99, axis=(1, 2, 3)).clip(1).astype(np.float32)
 
 
 def weigh_foreground(
     slices: np.ndarray,  # Small copies (n, k, s, s)
 ) -> np.ndarray:  # Weights (n, k, s, s), 0 to 1
-    "How surely each pixel belongs to the brain or head: 0 in the dark, 1 from 30 % of the bright."
+    """How surely each pixel belongs to the brain or head: 0 in the dark, 1 from 30 % of the bright.
+
+    Parameters
+    ----------
+    slices : np.ndarray
+        Small copies (n, k, s, s).
+
+    Returns
+    -------
+    np.ndarray
+        Weights (n, k, s, s), 0 to 1.
+    """
     bright = find_bright(slices)[:, None, None, None]
     weights = np.clip(slices / (0.3 * bright), 0, 1)
     return np.where(slices >= FOREGROUND * bright, weights, 0)
@@ -131,7 +211,18 @@ def measure_pose(
 ) -> pd.DataFrame:  # A row a brain: y, x, size, angle, length, elongation
     """Center, size and direction of each brain, in fractions of the side of the image and degrees.
 
-    `size` is the square root of the mean area; `length` that of the long axis of the ellipse."""
+    `size` is the square root of the mean area; `length` that of the long axis of the ellipse.
+
+    Parameters
+    ----------
+    slices : np.ndarray
+        Small copies (n, k, s, s).
+
+    Returns
+    -------
+    pd.DataFrame
+        A row a brain: y, x, size, angle, length, elongation.
+    """
     n, side = len(slices), slices.shape[-1]
     w = weigh_foreground(slices).sum(1)  # (n, s, s)
     y, x = np.mgrid[:side, :side] - (side - 1) / 2.0
@@ -158,7 +249,20 @@ def straighten(
     slices: np.ndarray,  # Small copies (n, k, s, s)
     pose: pd.DataFrame,  # From `measure_pose`
 ) -> np.ndarray:  # Brains in the middle, long axis upright (n, k, 24, 24), float32
-    "Read each brain around its center and along its long axis, between pixels where needed."
+    """Read each brain around its center and along its long axis, between pixels where needed.
+
+    Parameters
+    ----------
+    slices : np.ndarray
+        Small copies (n, k, s, s).
+    pose : pd.DataFrame
+        From `measure_pose`.
+
+    Returns
+    -------
+    np.ndarray
+        Brains in the middle, long axis upright (n, k, 24, 24), float32.
+    """
     n, k, side, _ = slices.shape
     grid = (np.arange(STRAIGHT_SIDE) - (STRAIGHT_SIDE - 1) / 2) * 0.95 * side / STRAIGHT_SIDE
     gy, gx = np.meshgrid(grid, grid, indexing='ij')
@@ -180,7 +284,20 @@ def correlate(
     a: np.ndarray,  # Vectors (n, d)
     b: np.ndarray,  # Vectors (m, d)
 ) -> np.ndarray:  # Correlations (n, m), 0 for a constant vector
-    "Correlate each of `a` with each of `b`: one product of matrices."
+    """Correlate each of `a` with each of `b`: one product of matrices.
+
+    Parameters
+    ----------
+    a : np.ndarray
+        Vectors (n, d).
+    b : np.ndarray
+        Vectors (m, d).
+
+    Returns
+    -------
+    np.ndarray
+        Correlations (n, m), 0 for a constant vector.
+    """
     a, b = (o - o.mean(1, keepdims=True) for o in (a, b))
     a, b = (o / np.linalg.norm(o, axis=1, keepdims=True).clip(1e-6) for o in (a, b))
     return a @ b.T
@@ -197,7 +314,20 @@ def compare_with(
     straight: np.ndarray,  # Brains (n, k, s, s), from `straighten`
     one: np.ndarray,  # The brain that all are compared with (k, s, s)
 ) -> pd.DataFrame:  # A row a brain: correlation 'as it is' and in each orientation of `FLIPS`
-    "Correlate every brain in every orientation with one, inside of that one."
+    """Correlate every brain in every orientation with one, inside of that one.
+
+    Parameters
+    ----------
+    straight : np.ndarray
+        Brains (n, k, s, s), from `straighten`.
+    one : np.ndarray
+        The brain that all are compared with (k, s, s).
+
+    Returns
+    -------
+    pd.DataFrame
+        A row a brain: correlation 'as it is' and in each orientation of `FLIPS`.
+    """
     inside = one > FOREGROUND * np.percentile(one, 99)
     ways = {'as it is': lambda o: o, **FLIPS}
     return pd.DataFrame(
@@ -211,7 +341,18 @@ def compare_with(
 def find_median_brain(
     straight: np.ndarray,  # Brains (n, k, s, s), from `straighten`
 ) -> np.ndarray:  # (k, s, s)
-    "The median of the brains that lie like the most typical one of them."
+    """The median of the brains that lie like the most typical one of them.
+
+    Parameters
+    ----------
+    straight : np.ndarray
+        Brains (n, k, s, s), from `straighten`.
+
+    Returns
+    -------
+    np.ndarray
+        (k, s, s).
+    """
     flat = straight.reshape(len(straight), -1)
     typical = straight[correlate(flat, flat.mean(0)[None]).argmax()]
     fits = compare_with(straight, typical)
@@ -223,7 +364,22 @@ def find_levels(
     one: np.ndarray,  # The brain that all are compared with (k, s, s)
     positions: np.ndarray,  # Slice numbers (k,)
 ) -> tuple:  # Slices by which each brain lies too high (n,), how much better it fits there (n,)
-    "Slide the slices of each brain along those of one, and see where they fit best."
+    """Slide the slices of each brain along those of one, and see where they fit best.
+
+    Parameters
+    ----------
+    straight : np.ndarray
+        Brains (n, k, s, s), from `straighten`.
+    one : np.ndarray
+        The brain that all are compared with (k, s, s).
+    positions : np.ndarray
+        Slice numbers (k,).
+
+    Returns
+    -------
+    tuple
+        Slices by which each brain lies too high (n,), how much better it fits there (n,).
+    """
     inside = one > FOREGROUND * np.percentile(one, 99)
     k, fits = len(one), {}
     for step in range(-(k // 2), k // 2 + 1) if k > 3 else [0]:
@@ -244,7 +400,22 @@ def compare_brains(
 
     `shift` in sides of the image, `ratio` of sizes, `turn` in degrees; `flip`: the orientation that
     fits better, by `gain` in correlation, '' if none does; `level`: slices by which it lies too
-    high, where it fits better by `rise`."""
+    high, where it fits better by `rise`.
+
+    Parameters
+    ----------
+    straight : np.ndarray
+        Brains (n, k, s, s), from `straighten`.
+    pose : pd.DataFrame
+        From `measure_pose`.
+    positions : np.ndarray
+        Slice numbers (k,).
+
+    Returns
+    -------
+    pd.DataFrame
+        A row a brain: shift, ratio, turn, similarity, flip, gain, level, rise.
+    """
     y, x, size = pose.y.median(), pose.x.median(), pose['size'].median()
     one = find_median_brain(straight)
     fits = compare_with(straight, one)
@@ -294,7 +465,22 @@ def explain_pose(
     usual: float,  # Median similarity of the cohort
     level: int,  # 0: what is doubtful; 1: what is clear
 ) -> list:  # What is beyond the limits, in words
-    "Say in which ways a brain does not lie like its cohort."
+    """Say in which ways a brain does not lie like its cohort.
+
+    Parameters
+    ----------
+    brain
+        A row of `compare_brains`, with `shift_cm`.
+    usual : float
+        Median similarity of the cohort.
+    level : int
+        0: what is doubtful; 1: what is clear.
+
+    Returns
+    -------
+    list
+        What is beyond the limits, in words.
+    """
     ratio = max(brain.ratio, 1 / max(brain.ratio, 1e-6))
     said = []
     if brain.shift_cm > SHIFT_CM[level]:
@@ -328,7 +514,22 @@ def find_unaligned(
     compared: pd.DataFrame,  # From `compare_brains`
     side_cm: float,  # Side of the image, cm
 ) -> tuple:  # Faults of kind 'alignment', notes, which brains are faulty (n,)
-    "Name the brains that do not lie like the others, or say that none of them do."
+    """Name the brains that do not lie like the others, or say that none of them do.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        Brains: subject, path, slices.
+    compared : pd.DataFrame
+        From `compare_brains`.
+    side_cm : float
+        Side of the image, cm.
+
+    Returns
+    -------
+    tuple
+        Faults of kind 'alignment', notes, which brains are faulty (n,).
+    """
     n, compared = len(units), compared.assign(shift_cm=compared['shift'] * side_cm)
     # where it fits best: half of a cohort may lie back to front
     best = compared.similarity + compared[['gain', 'rise']].max(axis=1).clip(lower=0)
@@ -397,7 +598,18 @@ OUTSIDE = (0.15, 0.25)  # Doubtful, clear: part of the foreground outside of the
 def fill_holes(
     mask: np.ndarray,  # bool (s, s)
 ) -> np.ndarray:  # bool (s, s)
-    "What is enclosed by foreground is foreground."
+    """What is enclosed by foreground is foreground.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        bool (s, s).
+
+    Returns
+    -------
+    np.ndarray
+        bool (s, s).
+    """
     from scipy import ndimage
 
     return np.asarray(ndimage.binary_fill_holes(mask), bool)
@@ -407,7 +619,20 @@ def measure_band(
     image: np.ndarray,  # Small copy of one slice (s, s)
     dark: float,  # Gray value up to which a pixel is background
 ) -> float:  # Brightness of the band under the rim, of rim or inside; inf if too small to say
-    "Walk inward from the edge of the foreground, and look for a dark band under a bright rim."
+    """Walk inward from the edge of the foreground, and look for a dark band under a bright rim.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Small copy of one slice (s, s).
+    dark : float
+        Gray value up to which a pixel is background.
+
+    Returns
+    -------
+    float
+        Brightness of the band under the rim, of rim or inside; inf if too small to say.
+    """
     from scipy import ndimage
 
     rows, cols = (np.flatnonzero((image > dark).any(axis)) for axis in (1, 0))
@@ -429,7 +654,18 @@ def measure_rim(
     slices: np.ndarray,  # Small copies (n, k, s, s)
     # Brightness of the dark band under the rim (n,); about 1 or more without a skull
 ) -> np.ndarray:
-    "Look for bone in the middle slice of each brain, and in two more where there may be some."
+    """Look for bone in the middle slice of each brain, and in two more where there may be some.
+
+    Parameters
+    ----------
+    slices : np.ndarray
+        Small copies (n, k, s, s).
+
+    Returns
+    -------
+    np.ndarray
+        Brightness of the dark band under the rim (n,); about 1 or more without a skull.
+    """
     k, found = slices.shape[1], []
     around = np.unique(np.linspace(0, k - 1, 5).round().astype(int)[1:-1])
     for brain, bright in zip(slices, find_bright(slices)):
@@ -442,7 +678,13 @@ def measure_rim(
 
 @lru_cache
 def load_brain_mask() -> tuple:  # Brain (x, y, z), bool; its affine
-    "The brain of the MNI152 template that comes with nilearn, read without the rest of nilearn."
+    """The brain of the MNI152 template that comes with nilearn, read without the rest of nilearn.
+
+    Returns
+    -------
+    tuple
+        Brain (x, y, z), bool; its affine.
+    """
     import nibabel as nib
 
     name = 'mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz'
@@ -455,7 +697,20 @@ def measure_outside(
     brains: Brains,  # Brains from volumes
     grid,  # `Grid` that the volumes share
 ) -> np.ndarray:  # Part of the foreground outside of the template (n,); NaN if it is not there
-    "How much foreground lies outside of the template's brain, for brains that cover that brain."
+    """How much foreground lies outside of the template's brain, for brains that cover that brain.
+
+    Parameters
+    ----------
+    brains : Brains
+        Brains from volumes.
+    grid
+        `Grid` that the volumes share.
+
+    Returns
+    -------
+    np.ndarray
+        Part of the foreground outside of the template (n,); NaN if it is not there.
+    """
     from scipy import ndimage
 
     mask, affine = load_brain_mask()
@@ -484,7 +739,22 @@ def find_unstripped(
     out: np.ndarray,  # From `measure_outside`, NaN where that is not known
     side: int,  # Longer side of the images, pixels
 ) -> tuple:  # Faults of kind 'skull', notes, which brains are faulty (n,)
-    "Name the brains that look as if skull and scalp were still there."
+    """Name the brains that look as if skull and scalp were still there.
+
+    Parameters
+    ----------
+    brains : Brains
+        What was gathered.
+    out : np.ndarray
+        From `measure_outside`, NaN where that is not known.
+    side : int
+        Longer side of the images, pixels.
+
+    Returns
+    -------
+    tuple
+        Faults of kind 'skull', notes, which brains are faulty (n,).
+    """
     rim = measure_rim(brains.slices) if side >= LEAST_SIDE else np.full(len(out), np.inf)
     bad = (rim < RIM[1]) | (out > OUTSIDE[1])
     maybe = ~bad & ((rim < RIM[0]) | (out > OUTSIDE[0]))
@@ -519,7 +789,20 @@ def find_similar_pairs(
     straight: np.ndarray,  # Brains (n, k, s, s), from `straighten`
     subjects: np.ndarray,  # Subject of each (n,)
 ) -> list:  # (i, j, correlation), i < j, most similar first
-    "Pairs of brains of different subjects that look like one subject."
+    """Pairs of brains of different subjects that look like one subject.
+
+    Parameters
+    ----------
+    straight : np.ndarray
+        Brains (n, k, s, s), from `straighten`.
+    subjects : np.ndarray
+        Subject of each (n,).
+
+    Returns
+    -------
+    list
+        (i, j, correlation), i < j, most similar first.
+    """
     middle = np.median(straight, 0)
     inside = middle > FOREGROUND * np.percentile(middle, 99)
     brains = straight[:, inside]
@@ -541,7 +824,20 @@ def find_same_subjects(
     units: pd.DataFrame,  # Brains: subject, split, path
     straight: np.ndarray,  # Brains (n, k, s, s), from `straighten`
 ) -> tuple:  # Faults of kind 'leak', notes
-    "Name pairs of subjects that look like one: a leak across splits, a note within one."
+    """Name pairs of subjects that look like one: a leak across splits, a note within one.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        Brains: subject, split, path.
+    straight : np.ndarray
+        Brains (n, k, s, s), from `straighten`.
+
+    Returns
+    -------
+    tuple
+        Faults of kind 'leak', notes.
+    """
     subject, split, path = (units[o].to_numpy() for o in ('subject', 'split', 'path'))
     pairs = find_similar_pairs(straight, subject)
     across = [o for o in pairs if split[o[0]] != split[o[1]]]
@@ -566,8 +862,20 @@ def look_at_template(
     brains: Brains,  # What was gathered
     root: Path,  # Where paths start
 ) -> tuple:  # What `measure_outside` says, NaN where nothing is known (n,); notes
-    """Lay volumes on the template as their headers say, and say so if headers name MNI space
-    wrongly."""
+    """Lay volumes on the template as their headers say, and say so if headers name MNI space wrongly.
+
+    Parameters
+    ----------
+    brains : Brains
+        What was gathered.
+    root : Path
+        Where paths start.
+
+    Returns
+    -------
+    tuple
+        What `measure_outside` says, NaN where nothing is known (n,); notes.
+    """
     import nibabel as nib
     from nibabel.filebasedimages import ImageFileError
 
@@ -593,7 +901,22 @@ def find_side_cm(
     side: int,  # Longer side of the images, pixels
     voxel_mm: tuple | None,  # Side of a pixel and distance of slices, mm; None: not known
 ) -> float:  # Side of the image, cm
-    "How large an image is: by its voxels, or, without a size, by the usual length of a brain."
+    """How large an image is: by its voxels, or, without a size, by the usual length of a brain.
+
+    Parameters
+    ----------
+    pose : pd.DataFrame
+        From `measure_pose`.
+    side : int
+        Longer side of the images, pixels.
+    voxel_mm : tuple | None
+        Side of a pixel and distance of slices, mm; None: not known.
+
+    Returns
+    -------
+    float
+        Side of the image, cm.
+    """
     if voxel_mm:
         return side * voxel_mm[0] / 10
     return LENGTH_CM / max(pose.length.median(), 1e-6)
@@ -605,7 +928,24 @@ def check_alignment(
     voxel_mm: tuple | None = None,  # Side of a pixel and distance of slices, mm
     root: str | Path = '.',  # Where paths of volumes start
 ) -> tuple:  # The rows without those of faulty brains, faults, notes
-    "Look for brains that lie elsewhere, have a skull, or are one subject under two names."
+    """Look for brains that lie elsewhere, have a skull, or are one subject under two names.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with `_copy`, `_height` and `_width` of equal size.
+    side : int
+        Longer side of the images, pixels.
+    voxel_mm : tuple | None, default None
+        Side of a pixel and distance of slices, mm.
+    root : str | Path, default '.'
+        Where paths of volumes start.
+
+    Returns
+    -------
+    tuple
+        The rows without those of faulty brains, faults, notes.
+    """
     brains = gather_brains(rows)
     n, left = len(brains.units), brains.left_out
     notes = [

@@ -38,7 +38,25 @@ def prepare_image(
 ) -> np.ndarray:  # Image (size, size), uint8
     """Crop or pad to a square and resize: bicubic, antialiased, in float, then rounded.
 
-    Raises ValueError if the crop is too large."""
+    Parameters
+    ----------
+    image : np.ndarray
+        Image (h, w), uint8.
+    size : int
+        Side of the square that comes out.
+    crop : int | None, default None
+        Central square to keep, a shorter side is padded with zeros; None keeps all.
+
+    Returns
+    -------
+    np.ndarray
+        Image (size, size), uint8.
+
+    Raises
+    ------
+    ValueError
+        If the crop is too large.
+    """
     h, w = image.shape
     if crop == 'auto' or crop is not None and crop > max(h, w):
         raise ValueError(
@@ -65,9 +83,21 @@ def fingerprint(
 ) -> dict:
     """Sum up a data set so that a run can say exactly what it was trained on.
 
-    `voxel_mm`: side of a pixel and distance of slices in the files, mm, or None; `side`: pixels
-    of a file that become one side of an image; `left_known`: whether left is known, as it is of
-    volumes and of the phantom."""
+    `voxel_mm`: side of a pixel and distance of slices in the files, mm, or None; `side`: pixels of
+    a file that become one side of an image; `left_known`: whether left is known, as it is of
+    volumes and of the phantom.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows, with the column `hash`.
+
+    Returns
+    -------
+    dict
+        hash of rows and pixels; layout, subjects and slices by split; voxel_mm, side and
+        left_known.
+    """
     text = manifest.to_csv(index=False, lineterminator='\n')
     by, about = manifest.groupby('split'), manifest.attrs
     return dict(
@@ -87,7 +117,18 @@ def fingerprint(
 def cache_is_complete(
     folder: Path,  # One cache
 ) -> bool:  # True if its bytes are those that were written
-    "Check a cache against the digest that was written last."
+    """Check a cache against the digest that was written last.
+
+    Parameters
+    ----------
+    folder : Path
+        One cache.
+
+    Returns
+    -------
+    bool
+        True if its bytes are those that were written.
+    """
     try:
         images = np.load(folder / 'images.npy', mmap_mode='r', allow_pickle=False)
         return (
@@ -107,7 +148,26 @@ def write_images(
 ) -> None:
     """Prepare every image into one file.
 
-    Raises OSError on a full disk, RuntimeError for a file that changed."""
+    Parameters
+    ----------
+    path : Path
+        File to write, .npy.
+    manifest : pd.DataFrame
+        Checked rows, with the column `hash`.
+    root : Path
+        Data folder.
+    config : DataConfig
+        Size, crop, to_gray.
+    progress : bool, default True
+        Show a bar.
+
+    Raises
+    ------
+    OSError
+        On a full disk.
+    RuntimeError
+        For a file that changed.
+    """
     planes, hashes, side = manifest.plane.to_numpy(), manifest.hash.to_numpy(), config.size
     white = manifest._white.to_numpy() if '_white' in manifest else None
     lock = threading.Lock()  # several threads, one place to write at
@@ -138,7 +198,22 @@ def explain_full_disk(
     folder: Path,  # Folder of all caches
     need: int,  # Bytes that the cache needs
 ) -> OSError:  # The same, or a full disk in words
-    "Say what to do about a full disk."
+    """Say what to do about a full disk.
+
+    Parameters
+    ----------
+    error : OSError
+        What was raised while a cache was written.
+    folder : Path
+        Folder of all caches.
+    need : int
+        Bytes that the cache needs.
+
+    Returns
+    -------
+    OSError
+        The same, or a full disk in words.
+    """
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return error
     full = OSError(
@@ -157,8 +232,22 @@ def write_cache(
     config: DataConfig,  # Size, crop, to_gray
     progress: bool = True,  # Show a bar
 ) -> None:
-    """Prepare every image into a new folder and rename it when it is whole, so that no process
-    finds half a cache."""
+    """Prepare every image into a new folder and rename it when it is whole, so that no process finds
+    half a cache.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the cache goes.
+    manifest : pd.DataFrame
+        Checked rows.
+    root : Path
+        Data folder.
+    config : DataConfig
+        Size, crop, to_gray.
+    progress : bool, default True
+        Show a bar.
+    """
     tmp = temporary_in_cache(folder.parent, f'.{folder.name}-')
     need = len(manifest) * config.size**2
     try:
@@ -194,8 +283,28 @@ def cached_images(
     # Images (n, size, size), uint8, in the order of the rows, read from the disk as they are
     # needed
 ) -> np.ndarray:
-    """Prepare every image once; the same rows, pixels and settings find it again, and a damaged
-    cache is made anew."""
+    """Prepare every image once; the same rows, pixels and settings find it again, and a damaged cache
+    is made anew.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        `check_dataset(...).manifest`: good rows with the hash of their pixels.
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig
+        Size, crop, to_gray.
+    cache_dir : str | Path | None, default None
+        Folder of all caches; None is the user's.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    np.ndarray
+        Images (n, size, size), uint8, in the order of the rows, read from the disk as they are
+        needed.
+    """
     root = unpack(root)
     root = root.parent if root.is_file() else root
     settings = f"1 {config.size} {config.crop} {config.to_gray} {fingerprint(manifest)['hash']}"
@@ -210,7 +319,18 @@ def memmap_location(
     images: np.ndarray,  # Images (n, h, w), perhaps a part of a memory map
     # Arguments of np.memmap that give the same bytes again; None where they lie in no file
 ) -> dict | None:
-    "Find the file behind a memory map, or behind a run of its rows."
+    """Find the file behind a memory map, or behind a run of its rows.
+
+    Parameters
+    ----------
+    images : np.ndarray
+        Images (n, h, w), perhaps a part of a memory map.
+
+    Returns
+    -------
+    dict | None
+        Arguments of np.memmap that give the same bytes again; None where they lie in no file.
+    """
     root = images
     while isinstance(root.base, np.ndarray):
         root = root.base
@@ -228,7 +348,22 @@ def one_process(
     root: str | Path,  # Data that is going to be opened
     progress: bool = True,  # Say when there is something to wait for
 ) -> Iterator[None]:  # While it lasts, other processes that open the same data wait
-    "Let one process at a time prepare a data set. Where nothing can be locked, all go ahead."
+    """Let one process at a time prepare a data set. Where nothing can be locked, all go ahead.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of all caches.
+    root : str | Path
+        Data that is going to be opened.
+    progress : bool, default True
+        Say when there is something to wait for.
+
+    Yields
+    ------
+    None
+        While it lasts, other processes that open the same data wait.
+    """
     name = hashlib.blake2b(
         str(Path(root).resolve()).encode(errors='surrogateescape'), digest_size=16
     ).hexdigest()
@@ -260,7 +395,23 @@ def inspection_key(
 ) -> tuple[str, float]:
     """Key of an inspection: the files as the system describes them, and the code that inspects.
 
-    Raises OSError for a lost file."""
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Manifest, with its root in `attrs`.
+    config : DataConfig
+        For `to_gray`.
+
+    Returns
+    -------
+    tuple[str, float]
+        Name for what an inspection of these files finds; time of the last change of any of them, s.
+
+    Raises
+    ------
+    OSError
+        For a lost file.
+    """
     root = Path(rows.attrs['root'])
     # images of one subject and session share a scale
     keys = [o for o in ('path', 'plane', 'subject', 'session') if o in rows]
@@ -279,7 +430,13 @@ def inspection_key(
 
 # %% ../../nbs/engineering/27_cache.ipynb #c0e250e2
 class CachedInspection:
-    "An inspection of the files of a data set, or what another process has just found in them."
+    """An inspection of the files of a data set, or what another process has just found in them.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of all caches.
+    """
 
     def __init__(
         self,
@@ -293,6 +450,22 @@ class CachedInspection:
         config: DataConfig,  # For `to_gray`
         progress: bool = True,  # Show a bar
     ) -> tuple:  # What `inspect_files` gives
+        """What `inspect_files` gives.
+
+        Parameters
+        ----------
+        rows : pd.DataFrame
+            Manifest.
+        config : DataConfig
+            For `to_gray`.
+        progress : bool, default True
+            Show a bar.
+
+        Returns
+        -------
+        tuple
+            What `inspect_files` gives.
+        """
         start = time.time()
         try:
             key, last = inspection_key(rows, config)
@@ -312,8 +485,9 @@ class CachedInspection:
         return found, done
 
     def keep(self) -> None:
-        """Leave a fresh inspection to the processes that come next, once the data has turned out
-        to be good."""
+        """Leave a fresh inspection to the processes that come next, once the data has turned out to be
+        good.
+        """
         if not self.fresh:
             return
         key, seen = self.fresh

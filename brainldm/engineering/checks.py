@@ -17,7 +17,23 @@ def check_choice(
     value: str,  # What arrived
     known: Iterable[str],  # What is accepted
 ) -> None:  # Nothing: it raises ValueError or returns
-    "Refuse a `value` that is not one of `known`. Raises ValueError."
+    """Refuse a `value` that is not one of `known`.
+
+    Parameters
+    ----------
+    caller : str
+        Function that calls, for the message.
+    name : str
+        Argument it was given.
+    value : str
+        What arrived.
+    known : Iterable[str]
+        What is accepted.
+
+    Raises
+    ------
+    ValueError
+    """
     if value not in known:
         raise ValueError(
             f"{caller}: {name}={value!r}. Expected one of {', '.join(known)}. Check the spelling."
@@ -29,7 +45,21 @@ def check_divides(
     divisor: int,  # What every value must be a multiple of
     **values: int,  # The values to check, by argument name
 ) -> None:  # Nothing: it raises ValueError or returns
-    "Refuse values which are not positive multiples of `divisor`. Raises ValueError."
+    """Refuse values which are not positive multiples of `divisor`.
+
+    Parameters
+    ----------
+    caller : str
+        Name of the function or class that calls, for the message.
+    divisor : int
+        What every value must be a multiple of.
+    **values : int
+        The values to check, by argument name.
+
+    Raises
+    ------
+    ValueError
+    """
     for name, n in values.items():
         if n < 1 or n % divisor:
             raise ValueError(
@@ -39,8 +69,16 @@ def check_divides(
 
 # %% ../../nbs/engineering/20_checks.ipynb #ec4a49b0
 class DataFault(ValueError):
-    """One file that cannot be used: `kind` is a word to group by, the message says what is wrong
-    with it."""
+    """One file that cannot be used: `kind` is a word to group by, the message says what is wrong with
+    it.
+
+    Parameters
+    ----------
+    kind : str
+        One word, such as 'truncated'.
+    detail : str
+        What arrived and what was expected.
+    """
 
     def __init__(
         self,
@@ -54,14 +92,40 @@ class DataFault(ValueError):
 def printable(
     text: str,  # Anything, such as the name of a file
 ) -> str:  # The same on one line
-    "Spell out what would not show, or would move the cursor."
+    """Spell out what would not show, or would move the cursor.
+
+    Parameters
+    ----------
+    text : str
+        Anything, such as the name of a file.
+
+    Returns
+    -------
+    str
+        The same on one line.
+    """
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 # %% ../../nbs/engineering/20_checks.ipynb #5cb840e5
 def refuse_taken(
     folder: str | Path,  # Folder that must not hold anything yet
 ) -> Path:  # The same
-    "Say at once, before any work, that a result would have no place. Raises FileExistsError."
+    """Say at once, before any work, that a result would have no place.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Folder that must not hold anything yet.
+
+    Returns
+    -------
+    Path
+        The same.
+
+    Raises
+    ------
+    FileExistsError
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
@@ -76,7 +140,21 @@ def check_installed(
     package: str,  # Module to look for
     extra: str = 'course',  # Extra of brainldm that brings it
 ) -> None:  # Nothing: it raises or returns
-    "Refuse to go on without a package of an extra. Raises ImportError."
+    """Refuse to go on without a package of an extra.
+
+    Parameters
+    ----------
+    caller : str
+        Function that calls, for the message.
+    package : str
+        Module to look for.
+    extra : str, default 'course'
+        Extra of brainldm that brings it.
+
+    Raises
+    ------
+    ImportError
+    """
     if find_spec(package) is None:
         raise ImportError(
             f"{caller}: {package} is not installed. Expected the packages of the extra {extra!r}. "

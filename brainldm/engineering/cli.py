@@ -56,7 +56,13 @@ FLAGS = tyro.conf.arg(name='', prefix_name=False, help='')
 # %% ../../nbs/engineering/39_cli.ipynb #df944266
 @dataclass
 class Phantom:
-    "Make a cohort of synthetic brains to try everything on."
+    """Make a cohort of synthetic brains to try everything on.
+
+    Attributes
+    ----------
+    out : tyro.conf.Positional[Path]
+        New folder for the cohort.
+    """
 
     out: tyro.conf.Positional[Path]  # New folder for the cohort
     config: Annotated[PhantomConfig, FLAGS] = field(default_factory=PhantomConfig)
@@ -70,8 +76,13 @@ class Phantom:
 # %% ../../nbs/engineering/39_cli.ipynb #prepcli2
 @dataclass
 class Heads:
-    """Make raw synthetic heads, with skull and neck, tilted and in any axis order, to try prepare
-    on."""
+    """Make raw synthetic heads, with skull and neck, tilted and in any axis order, to try prepare on.
+
+    Attributes
+    ----------
+    out : tyro.conf.Positional[Path]
+        New folder, in BIDS layout.
+    """
 
     out: tyro.conf.Positional[Path]  # New folder, in BIDS layout
     config: Annotated[HeadsConfig, FLAGS] = field(default_factory=HeadsConfig)
@@ -85,8 +96,16 @@ class Heads:
 
 @dataclass
 class Prepare:
-    """Turn raw T1 heads of any layout into aligned, skull-stripped volumes, a manifest and a page
-    to look at. Run again, it goes on where it stopped. Exit status 1 if a head is left out."""
+    """Turn raw T1 heads of any layout into aligned, skull-stripped volumes, a manifest and a page to
+    look at. Run again, it goes on where it stopped. Exit status 1 if a head is left out.
+
+    Attributes
+    ----------
+    raw : tyro.conf.Positional[Path]
+        Folder of raw heads; nothing in it is changed.
+    out : tyro.conf.Positional[Path]
+        New folder, or one that an earlier call began.
+    """
 
     raw: tyro.conf.Positional[Path]  # Folder of raw heads; nothing in it is changed
     out: tyro.conf.Positional[Path]  # New folder, or one that an earlier call began
@@ -108,7 +127,22 @@ def training_faults(
     auto: AEConfig,  # The autoencoder that is going to be trained, and what it says of the UNet
 ) -> list[tuple[str, str]]:  # Setting and sentence of each reason why training would refuse
     """Check what every stage of a training needs: a size that divides, subjects to train and to
-    validate on."""
+    validate on.
+
+    Parameters
+    ----------
+    found : Findings
+        What an inspection of the data found.
+    config : DataConfig
+        How the images are cut and split.
+    auto : AEConfig
+        The autoencoder that is going to be trained, and what it says of the UNet.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        Setting and sentence of each reason why training would refuse.
+    """
     from brainldm.engineering.stage1 import size_multiple
 
     out, multiple = [], size_multiple(auto)
@@ -153,7 +187,22 @@ def add_training_findings(
     config: DataConfig,  # How the images are cut and split, and which columns are learned
     auto: AEConfig,  # The autoencoder that is going to be trained
 ) -> 'Findings':  # The same with the covariates, and with the faults and notes of a training
-    "Say before training what it would refuse, or could not learn."
+    """Say before training what it would refuse, or could not learn.
+
+    Parameters
+    ----------
+    found : Findings
+        What an inspection of the data found.
+    config : DataConfig
+        How the images are cut and split, and which columns are learned.
+    auto : AEConfig
+        The autoencoder that is going to be trained.
+
+    Returns
+    -------
+    Findings
+        The same with the covariates, and with the faults and notes of a training.
+    """
     import pandas as pd
     from brainldm.engineering.files import as_faults
     from brainldm.engineering.covariates import covariate_notes, describe_manifest, find_covariates
@@ -190,10 +239,20 @@ def add_training_findings(
 # %% ../../nbs/engineering/39_cli.ipynb #e9fee902
 @dataclass
 class Check:
-    """Look at a data folder: layout, subjects, splits, covariates, and every fault that training
-    would meet.
+    """Look at a data folder: layout, subjects, splits, covariates, and every fault that training would
+    meet.
 
-    Exit status 1 if there are faults."""
+    Exit status 1 if there are faults.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        Folder of images or volumes, or a CSV manifest.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        What is going to be trained: its stages decide which sizes fit.
+    faults : Path | None, default None
+        New CSV file to write every fault into: path, fault, detail.
+    """
 
     data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
     config: Annotated[DataConfig, FLAGS] = field(default_factory=DataConfig)
@@ -221,7 +280,20 @@ def open_for_training(
     data: Path,  # Folder of images or volumes, or a CSV manifest
     config: DataConfig,  # How the images are found, cut and split
 ) -> 'SliceDataset':  # All splits
-    "Open the data, and say as `brainldm check` does what will be learned, and what to look at."
+    """Open the data, and say as `brainldm check` does what will be learned, and what to look at.
+
+    Parameters
+    ----------
+    data : Path
+        Folder of images or volumes, or a CSV manifest.
+    config : DataConfig
+        How the images are found, cut and split.
+
+    Returns
+    -------
+    SliceDataset
+        All splits.
+    """
     from brainldm.data import open_dataset
     from brainldm.engineering.covariates import covariate_notes, describe_manifest
     from brainldm.engineering.loop import process_state
@@ -240,7 +312,19 @@ def open_for_training(
 class TrainAutoencoder:
     """Stage 1: squeeze slices into latents and back.
 
-    Presets: --preset tiny, laptop or gpu; the flags below change single values."""
+    Presets: --preset tiny, laptop or gpu; the flags below change single values.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        Folder of images or volumes, or a CSV manifest.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder to make.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
     config: Annotated[AEConfig, FLAGS]
@@ -266,7 +350,20 @@ def data_config(
     run: Path,  # Run folder
     subjects: Path | None = None,  # Table of subjects, instead of the one of the run
 ) -> DataConfig:  # How the run's images were found, cut and split
-    "Read the data settings of a run, so that later steps see the data as training did."
+    """Read the data settings of a run, so that later steps see the data as training did.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    subjects : Path | None, default None
+        Table of subjects, instead of the one of the run.
+
+    Returns
+    -------
+    DataConfig
+        How the run's images were found, cut and split.
+    """
     from brainldm.engineering.runs import read_config
 
     settings = read_config(run)
@@ -289,8 +386,22 @@ def data_config(
 # %% ../../nbs/engineering/39_cli.ipynb #cfb07590
 @dataclass
 class Stage2:
-    """What every second stage takes: the data of the autoencoder, its run folder, and settings of
-    its own."""
+    """What every second stage takes: the data of the autoencoder, its run folder, and settings of its
+    own.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     data: tyro.conf.Positional[Path]  # The data that the autoencoder was trained on
     config: Annotated[TrainConfig, FLAGS]
@@ -302,7 +413,13 @@ class Stage2:
     resume: bool = False  # Go on where an earlier call stopped
 
     def open(self) -> 'SliceDataset':  # All splits
-        "The data, as the autoencoder saw it."
+        """The data, as the autoencoder saw it.
+
+        Returns
+        -------
+        SliceDataset
+            All splits.
+        """
         return open_for_training(self.data, data_config(self.run_folder, self.subjects))
 
 # %% ../../nbs/engineering/39_cli.ipynb #e0cd4a04
@@ -310,7 +427,21 @@ class Stage2:
 class TrainLDM(Stage2):
     """Stage 2: learn to sample latents, given diagnosis, slice and other covariates.
 
-    Needs the autoencoder of the same run folder."""
+    Needs the autoencoder of the same run folder.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     config: Annotated[LDMConfig, FLAGS]
 
@@ -329,7 +460,21 @@ class TrainLDM(Stage2):
 class TrainPrior(Stage2):
     """The other stage 2: a transformer that samples the codes of a VQ-VAE.
 
-    Needs an autoencoder of --kind vq or fsq."""
+    Needs an autoencoder of --kind vq or fsq.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     config: Annotated[PriorConfig, FLAGS]
 
@@ -348,7 +493,21 @@ class TrainPrior(Stage2):
 class TrainVolume(Stage2):
     """After ldm: train each slice to follow its neighbors, for whole brains.
 
-    Needs the diffusion model of the same run folder."""
+    Needs the diffusion model of the same run folder.
+
+    Attributes
+    ----------
+    data : tyro.conf.Positional[Path]
+        The data that the autoencoder was trained on.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/brain')
+        Run folder with the autoencoder.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Where the defaults below come from.
+    subjects : Path | None, default None
+        Table with one row a subject, if the autoencoder was trained with one.
+    resume : bool, default False
+        Go on where an earlier call stopped.
+    """
 
     config: Annotated[VolumeConfig, FLAGS]
 
@@ -362,8 +521,9 @@ class TrainVolume(Stage2):
 # %% ../../nbs/engineering/39_cli.ipynb #d32c54e9
 @dataclass
 class Train:
-    """Train stage 1 (autoencoder), a stage 2 (ldm: diffusion model; prior: transformer over
-    codes), or whole brains (volume)."""
+    """Train stage 1 (autoencoder), a stage 2 (ldm: diffusion model; prior: transformer over codes), or
+    whole brains (volume).
+    """
 
     stage: Union[TrainAutoencoder, TrainLDM, TrainPrior, TrainVolume]
 
@@ -375,7 +535,20 @@ def describe_scores(
     scores: dict,  # As from `reconstruction_scores`
     split: str,  # Whose they are
 ) -> str:  # A few lines to read
-    "Scores beside their baseline, for a terminal."
+    """Scores beside their baseline, for a terminal.
+
+    Parameters
+    ----------
+    scores : dict
+        As from `reconstruction_scores`.
+    split : str
+        Whose they are.
+
+    Returns
+    -------
+    str
+        A few lines to read.
+    """
     from brainldm.advanced.evaluation import show_number
 
     low, n = scores['baseline_mean_slice'], scores['n_subjects_in_training']
@@ -404,7 +577,21 @@ def describe_scores(
 class Reconstruct:
     """Score reconstructions of one split beside the baseline of predicting the mean slice.
 
-    Also written to RUN/metrics.json."""
+    Also written to RUN/metrics.json.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    data : tyro.conf.Positional[Path]
+        Folder of images or volumes, or a CSV manifest.
+    split : Literal['train', 'validate', 'test'], default 'test'
+        Which subjects.
+    subjects : Path | None, default None
+        Table with one row a subject; None: the one of the run.
+    as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
+        Print one JSON object and nothing else.
+    """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
     data: tyro.conf.Positional[Path]  # Folder of images or volumes, or a CSV manifest
@@ -432,7 +619,21 @@ class Reconstruct:
 class Bits:
     """Bits per code of a split under the prior, beside uniform codes and histograms.
 
-    Also written to RUN/metrics.json."""
+    Also written to RUN/metrics.json.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder with a trained prior.
+    data : tyro.conf.Positional[Path]
+        The data that it was trained on.
+    split : Literal['train', 'validate', 'test'], default 'test'
+        Whose slices; the validation subjects have chosen the weights.
+    subjects : Path | None, default None
+        Table with one row a subject; None: the one of the run.
+    as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
+        Print one JSON object and nothing else.
+    """
 
     # Run folder with a trained prior
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
@@ -471,7 +672,18 @@ class Bits:
 def describe_covariates(
     covariates: tuple,  # Covariates of a model
 ) -> str:  # One phrase each
-    "The covariates that can be requested, in words."
+    """The covariates that can be requested, in words.
+
+    Parameters
+    ----------
+    covariates : tuple
+        Covariates of a model.
+
+    Returns
+    -------
+    str
+        One phrase each.
+    """
     return ', '.join(
         f"{c.name}"
         f" ({'|'.join(map(str, c.values)) if c.values else f'{c.span[0]:g} to {c.span[1]:g}'})"
@@ -483,7 +695,23 @@ def read_pairs(
     pairs: tuple[str, ...],  # Texts of the form name=value
     # Values by name, as they were written: what a value means, its covariate decides
 ) -> dict[str, str]:
-    "Read name=value. Raises ValueError for anything else, or for a name that comes twice."
+    """Read name=value.
+
+    Parameters
+    ----------
+    pairs : tuple[str, ...]
+        Texts of the form name=value.
+
+    Returns
+    -------
+    dict[str, str]
+        Values by name, as they were written: what a value means, its covariate decides.
+
+    Raises
+    ------
+    ValueError
+        For anything else, or for a name that comes twice.
+    """
     out = {}
     for pair in pairs:
         name, sign, value = pair.partition('=')
@@ -504,7 +732,29 @@ def read_condition_flags(
 ) -> dict:  # Requested conditions, by name: levels as text, numbers as float
     """Join flags and conditions.
 
-    Raises ValueError for a name that has a flag, and as `read_conditions` does."""
+    Parameters
+    ----------
+    given : dict
+        Covariates that have a flag of their own, None where it was not given.
+    pairs : tuple[str, ...]
+        Other covariates, each as name=value.
+    covariates : tuple
+        Covariates of the model.
+    flag : str, default '--condition'
+        Where the pairs come from, for the message.
+    unlearned : dict | None, default None
+        As from `read_unlearned`, to say why a name is unknown.
+
+    Returns
+    -------
+    dict
+        Requested conditions, by name: levels as text, numbers as float.
+
+    Raises
+    ------
+    ValueError
+        For a name that has a flag, and as `read_conditions` does.
+    """
     from brainldm.engineering.covariates import explain_unlearned, read_conditions
 
     requested = {k: v for k, v in given.items() if v is not None}
@@ -531,7 +781,18 @@ def next_folder(
 ) -> Path:  # STEM_000, or the first number not taken; new and empty
     """Make the next folder of a row.
 
-    Two commands at once get two: the system makes a folder for one of them."""
+    Two commands at once get two: the system makes a folder for one of them.
+
+    Parameters
+    ----------
+    stem : Path
+        What the name begins with.
+
+    Returns
+    -------
+    Path
+        STEM_000, or the first number not taken; new and empty.
+    """
     from brainldm.engineering.codec import make_folder
 
     for i in range(1_000_000):
@@ -551,14 +812,56 @@ def output_folder(
 ) -> Path:  # Where the result goes
     """The requested folder, or a new one of a row: called when there is something to save.
 
-    So a command that is refused or stopped leaves no empty folder behind. Raises FileExistsError.
+    So a command that is refused or stopped leaves no empty folder behind.
+
+    Parameters
+    ----------
+    out : Path | None
+        Requested folder.
+    stem : Path
+        What a name of our own begins with.
+
+    Returns
+    -------
+    Path
+        Where the result goes.
+
+    Raises
+    ------
+    FileExistsError
     """
     return refuse_taken(out) if out else next_folder(stem)
 
 # %% ../../nbs/engineering/39_cli.ipynb #03e10b78
 @dataclass(kw_only=True)
 class SamplingFlags:
-    "Which generator samples, and its settings."
+    """Which generator samples, and its settings.
+
+    Attributes
+    ----------
+    generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
+    guidance_scale : float, default 1.0
+        (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
+    scale : tuple[str, ...], default ()
+        (ldm) Instead, a scale for single covariates, each as name=number.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+    steps : int, default 30
+        (ldm) Denoising steps.
+    sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
+        (ldm) ddim, dpmpp: few steps; ddpm: ancestral.
+    temperature : float, default 1.0
+        (prior) Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        (prior) Choose among so many codes only.
+    top_p : float, default 1.0
+        (prior) Choose among the codes that hold this fraction of the probability.
+    seed : int, default 0
+        Same seed, same machine: same images.
+    """
 
     # Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has
     generator: Literal['auto', 'ldm', 'prior', 'stage1'] = 'auto'
@@ -585,7 +888,20 @@ def pick_generator(
     run: Path,  # Run folder
     requested: str,  # 'ldm', 'prior', 'stage1', or 'auto' to leave it to the run
 ) -> str:  # Generator to use
-    "The diffusion model, or the prior of a run that has nothing else."
+    """The diffusion model, or the prior of a run that has nothing else.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    requested : str
+        'ldm', 'prior', 'stage1', or 'auto' to leave it to the run.
+
+    Returns
+    -------
+    str
+        Generator to use.
+    """
     if requested != 'auto':
         return requested
     has = {k: (Path(run) / f'{k}.safetensors').is_file() for k in ('ldm', 'prior')}
@@ -603,7 +919,23 @@ GENERATOR_OPTIONS = dict(
 def read_scales(
     pairs: tuple[str, ...],  # Texts of the form name=number
 ) -> dict[str, float]:  # Guidance scale by covariate
-    "Read a scale for each covariate. Raises ValueError for what is no number."
+    """Read a scale for each covariate.
+
+    Parameters
+    ----------
+    pairs : tuple[str, ...]
+        Texts of the form name=number.
+
+    Returns
+    -------
+    dict[str, float]
+        Guidance scale by covariate.
+
+    Raises
+    ------
+    ValueError
+        For what is no number.
+    """
     out = {}
     for name, value in read_pairs(pairs).items():
         try:
@@ -618,7 +950,23 @@ def read_scales(
 def generator_options(
     command,  # A `SamplingFlags`
 ) -> dict:  # The knobs of its generator, by name
-    "Take the options of the generator. Raises ValueError for an option without effect."
+    """Take the options of the generator.
+
+    Parameters
+    ----------
+    command
+        A `SamplingFlags`.
+
+    Returns
+    -------
+    dict
+        The knobs of its generator, by name.
+
+    Raises
+    ------
+    ValueError
+        For an option without effect.
+    """
     default = {f.name: f.default for f in dataclasses.fields(command)}
     vain = [
         k
@@ -646,8 +994,20 @@ def sample_across_processes(
     sample: 'Callable[[int, int], Tensor]',
     n: int,  # How many in all
 ) -> 'Tensor | None':  # All of them (n, ...) in the first process, None in the others
-    """Split sampling among the processes of `accelerate launch`; a single process samples all
-    images."""
+    """Split sampling among the processes of `accelerate launch`; a single process samples all images.
+
+    Parameters
+    ----------
+    sample : Callable[[int, int], Tensor]
+        Called as sample(n, first): images, or brains, first, first+1, …
+    n : int
+        How many in all.
+
+    Returns
+    -------
+    Tensor | None
+        All of them (n, ...) in the first process, None in the others.
+    """
     import torch
     from accelerate.utils import gather_object
     from brainldm.engineering.loop import process_state
@@ -664,7 +1024,49 @@ def sample_across_processes(
 class Sample(SamplingFlags):
     """Generate new slices.
 
-    Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film."""
+    Saved as PNG files marked as synthetic, with a manifest, a grid and a denoising film.
+
+    Attributes
+    ----------
+    generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
+    guidance_scale : float, default 1.0
+        (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
+    scale : tuple[str, ...], default ()
+        (ldm) Instead, a scale for single covariates, each as name=number.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+    steps : int, default 30
+        (ldm) Denoising steps.
+    sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
+        (ldm) ddim, dpmpp: few steps; ddpm: ancestral.
+    temperature : float, default 1.0
+        (prior) Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        (prior) Choose among so many codes only.
+    top_p : float, default 1.0
+        (prior) Choose among the codes that hold this fraction of the probability.
+    seed : int, default 0
+        Same seed, same machine: same images.
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    n : int, default 8
+        Images.
+    diagnosis : str | None, default None
+        AD or NC, or whatever the data calls it; leave out: open.
+    slice : float | None, default None
+        Slice number as in the training data.
+    age : float | None, default None
+        Years.
+    sex : str | None, default None
+        As written in the training data.
+    condition : tuple[str, ...], default ()
+        Other covariates, each as name=value.
+    out : Path | None, default None
+        New folder; None: RUN/samples/generated_000 and so on.
+    """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
     n: int = 8  # Images
@@ -749,8 +1151,21 @@ def conditions_of_rows(
     covariates: tuple,  # Covariates of a model
     # A list of values by name; None where there is none, or one that the model has never seen
 ) -> dict:
-    """What the data says of some subjects, as far as a model can understand it; what it cannot is
-    said aloud."""
+    """What the data says of some subjects, as far as a model can understand it; what it cannot is said
+    aloud.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows of a manifest.
+    covariates : tuple
+        Covariates of a model.
+
+    Returns
+    -------
+    dict
+        A list of values by name; None where there is none, or one that the model has never seen.
+    """
     from brainldm.engineering.covariates import read_value
 
     out = {}
@@ -782,7 +1197,33 @@ def conditions_of_rows(
 class Edit:
     """Show scans under changed conditions: the same subjects with another diagnosis, age or sex.
 
-    The result is as private as the scans."""
+    The result is as private as the scans.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    data : tyro.conf.Positional[Path]
+        The data that it was trained on.
+    to : tuple[str, ...]
+        What shall be otherwise, each as name=value: diagnosis=AD age=80.
+    split : Literal['train', 'validate', 'test'], default 'test'
+        Whose scans.
+    n : int, default 8
+        Scans, spread over the split.
+    strength : float, default 1.0
+        Fraction of the trajectory to undo: below 1 the coarse shape is kept.
+    steps : int, default 50
+        Steps of the whole trajectory, each way.
+    refine : int, default 1
+        Corrections of each step on the way to the noise.
+    guidance_scale : float, default 1.0
+        Above 1 exaggerates the change.
+    subjects : Path | None, default None
+        Table with one row a subject; None: the one of the run.
+    out : Path | None, default None
+        New folder; None: RUN/samples/edited_000 and so on.
+    """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
     data: tyro.conf.Positional[Path]  # The data that it was trained on
@@ -856,7 +1297,20 @@ def describe_space(
     spacing: tuple[float, float] | None,
     left_known: bool,  # Whether left is known
 ) -> str:  # One line or two
-    "What a generated volume claims about space, and how to state what it does not know."
+    """What a generated volume claims about space, and how to state what it does not know.
+
+    Parameters
+    ----------
+    spacing : tuple[float, float] | None
+        Size of a pixel and distance of slices, mm; None: not known.
+    left_known : bool
+        Whether left is known.
+
+    Returns
+    -------
+    str
+        One line or two.
+    """
     said = (
         'voxels of {0:g} x {0:g} x {1:g} mm'.format(*spacing)
         if spacing
@@ -878,7 +1332,42 @@ def describe_space(
 class Volume:
     """Generate whole brains.
 
-    Saved as NIfTI marked as synthetic, with a film through the slices and three cuts."""
+    Saved as NIfTI marked as synthetic, with a film through the slices and three cuts.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder, after `brainldm train volume`.
+    n : int, default 1
+        Brains.
+    diagnosis : str | None, default None
+        AD or NC, or whatever the data calls it; leave out: open.
+    age : float | None, default None
+        Years.
+    sex : str | None, default None
+        As written in the training data.
+    condition : tuple[str, ...], default ()
+        Other covariates, each as name=value.
+    steps : int, default 20
+        Denoising steps a slice.
+    guidance_scale : float, default 1.0
+        1 follows the data, above 1 exaggerates the conditions.
+    sampler : Literal['ddim', 'dpmpp'], default 'ddim'
+        Both sample without fresh noise.
+    shared_noise : float | None, default None
+        Instead of neighbors: correlation of the noise of neighboring slices, 0 to 1.
+    voxel_mm : tuple[float, float] | None, default None
+        Size of a pixel and distance of slices of the training data, mm; None: as its files say.
+    spacing_mm : tuple[float, float] | None, default None
+        The same of the generated brains; None: worked out from voxel_mm, crop and size.
+    left_on_left : bool, default False
+        State that the training images show the subject's left on the left, where their files do not
+        say.
+    seed : int, default 0
+        Same seed, same machine: same brains.
+    out : Path | None, default None
+        New folder; None: RUN/samples/brains_000 and so on.
+    """
 
     # Run folder, after `brainldm train volume`
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
@@ -972,7 +1461,27 @@ def evaluate_folders(
     images: Path | None,  # Folder of images, if any
     out: Path | None = None,  # Folder for their scores, if any
 ) -> tuple[Path | None, Path]:  # The run, if one was given, and the data
-    "Distinguish RUN DATA from DATA alone. Raises ValueError for anything else."
+    """Distinguish RUN DATA from DATA alone.
+
+    Parameters
+    ----------
+    folders : tuple[Path, ...]
+        What was given before the flags.
+    images : Path | None
+        Folder of images, if any.
+    out : Path | None, default None
+        Folder for their scores, if any.
+
+    Returns
+    -------
+    tuple[Path | None, Path]
+        The run, if one was given, and the data.
+
+    Raises
+    ------
+    ValueError
+        For anything else.
+    """
     if images is None and out is not None:
         raise ValueError(
             f"evaluate: --out {out} without --images. Expected both: a run keeps its own scores."
@@ -993,7 +1502,25 @@ def evaluate_config(
     run: Path | None,  # Run folder, if one was given
     # How to open the data: as the run did, or as the flags say, as large as the images
 ) -> DataConfig:
-    "The data settings of an evaluation. Raises ValueError for a flag that would have no effect."
+    """The data settings of an evaluation.
+
+    Parameters
+    ----------
+    command
+        An `Evaluate`.
+    run : Path | None
+        Run folder, if one was given.
+
+    Returns
+    -------
+    DataConfig
+        How to open the data: as the run did, or as the flags say, as large as the images.
+
+    Raises
+    ------
+    ValueError
+        For a flag that would have no effect.
+    """
     from brainldm.engineering.report import image_side
 
     default, given = DataConfig(), command.config
@@ -1021,7 +1548,25 @@ def evaluate_options(
     command,  # An `Evaluate`
     run: Path | None,  # Run folder, if one was given
 ) -> dict:  # What its generator takes; nothing with images, which are there already
-    "The settings of the sampling. Raises ValueError for one that would have no effect."
+    """The settings of the sampling.
+
+    Parameters
+    ----------
+    command
+        An `Evaluate`.
+    run : Path | None
+        Run folder, if one was given.
+
+    Returns
+    -------
+    dict
+        What its generator takes; nothing with images, which are there already.
+
+    Raises
+    ------
+    ValueError
+        For one that would have no effect.
+    """
     if command.images is None:
         command.generator = pick_generator(run, command.generator)
         return generator_options(command)
@@ -1045,6 +1590,45 @@ class Evaluate(SamplingFlags):
     RUN/report.html. `evaluate DATA --images FOLDER` evaluates images of any other generator, which
     FOLDER/manifest.csv lists with the conditions that they were generated for; `evaluate RUN DATA
     --images FOLDER` does so with the data settings of a run.
+
+    Attributes
+    ----------
+    generator : Literal['auto', 'ldm', 'prior', 'stage1'], default 'auto'
+        Diffusion model; transformer over codes; random latents, a baseline; auto: what the run has.
+    guidance_scale : float, default 1.0
+        (ldm, prior) 1 follows the data, above 1 exaggerates the conditions.
+    scale : tuple[str, ...], default ()
+        (ldm) Instead, a scale for single covariates, each as name=number.
+    guidance_interval : tuple[float, float], default (0.0, 1.0)
+        (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
+    guidance_rescale : float, default 0.0
+        (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+    steps : int, default 30
+        (ldm) Denoising steps.
+    sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
+        (ldm) ddim, dpmpp: few steps; ddpm: ancestral.
+    temperature : float, default 1.0
+        (prior) Below 1: bolder about probable codes; above 1: more random.
+    top_k : int | None, default None
+        (prior) Choose among so many codes only.
+    top_p : float, default 1.0
+        (prior) Choose among the codes that hold this fraction of the probability.
+    seed : int, default 0
+        Same seed, same machine: same images.
+    folders : Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name='run-data')]
+        RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on.
+    images : Path | None, default None
+        Folder of images of any generator, with manifest.csv: path, slice, diagnosis and other
+        conditions.
+    out : Path | None, default None
+        (images) Folder for metrics.json and figures, the nearest real slices among them; none: that
+        of the images.
+    split : Literal['validate', 'test'], default 'validate'
+        Which held-out subjects to compare with.
+    utility : bool, default True
+        Train classifiers on real and on synthetic slices too; takes longest.
+    as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
+        Print one JSON object and nothing else.
     """
 
     # RUN DATA; with --images, DATA alone or both. DATA is what the run was trained on
@@ -1097,7 +1681,17 @@ class Evaluate(SamplingFlags):
 @dataclass
 class Explore:
     """Open a web page on this machine with sliders: sample a brain, and interpolate between two
-    brains. Ctrl-C ends it."""
+    brains. Ctrl-C ends it.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder with a diffusion model.
+    port : int, default 8866
+        Port on 127.0.0.1; 0: any that is free.
+    browser : bool, default True
+        Open it in the browser.
+    """
 
     # Run folder with a diffusion model
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
@@ -1117,7 +1711,19 @@ class Explore:
 # %% ../../nbs/engineering/39_cli.ipynb #fac18753
 @dataclass
 class Report:
-    "Write RUN/report.html: one page with everything a run is, reached and generates."
+    """Write RUN/report.html: one page with everything a run is, reached and generates.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder.
+    steps : int, default 30
+        Denoising steps of the images generated for it.
+    guidance_scale : float, default 1.0
+        Strength of their conditions.
+    seed : int, default 0
+        Their seed.
+    """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]  # Run folder
     steps: int = 30  # Denoising steps of the images generated for it
@@ -1133,8 +1739,18 @@ class Report:
 # %% ../../nbs/engineering/39_cli.ipynb #80189753
 @dataclass
 class Fetch:
-    """Copy a run that others trained into a run folder of yours: one that ships with brainldm, or
-    one from the Hugging Face hub."""
+    """Copy a run that others trained into a run folder of yours: one that ships with brainldm, or one
+    from the Hugging Face hub.
+
+    Attributes
+    ----------
+    source : tyro.conf.Positional[str]
+        phantom-128, phantom-128-codes, or user/name on the hub.
+    run_folder : Annotated[Path, tyro.conf.arg(name='run')], default Path('runs/fetched')
+        Run folder to make.
+    revision : str | None, default None
+        Branch, tag or commit on the hub; none: the newest.
+    """
 
     source: tyro.conf.Positional[str]  # phantom-128, phantom-128-codes, or user/name on the hub
     # Run folder to make
@@ -1152,7 +1768,23 @@ class Fetch:
 class Share:
     """Pack a run for others: 16-bit weights, numbers and card, without names, paths or images.
 
-    To a folder, or to the hub."""
+    To a folder, or to the hub.
+
+    Attributes
+    ----------
+    run_folder : Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
+        Run folder, reported.
+    out : Path | None, default None
+        New folder to pack into.
+    repo : str | None, default None
+        user/name on the hub, instead of a folder.
+    public : bool, default False
+        Make it public there.
+    half : bool, default True
+        Round weights to 16 bits.
+    without_audit : str | None, default None
+        Reason to share although the memorization audit has not passed; the model card shows it.
+    """
 
     # Run folder, reported
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name='run')]
@@ -1191,7 +1823,18 @@ def demo_configs(
     # The preset, with the laptop's trainings shortened to what phantoms need
 ) -> tuple[AEConfig, LDMConfig]:
     """Phantoms are simpler than brains, and so few of them are soon learned by memorization: a
-    fraction of the images will do."""
+    fraction of the images will do.
+
+    Parameters
+    ----------
+    preset : str
+        'tiny', 'laptop' or 'gpu'.
+
+    Returns
+    -------
+    tuple[AEConfig, LDMConfig]
+        The preset, with the laptop's trainings shortened to what phantoms need.
+    """
     auto, ldm = PRESETS[preset]
     if preset != 'laptop':
         return auto, ldm
@@ -1212,7 +1855,18 @@ def demo_configs(
 def sample_condition_grid(
     run: Path,  # Run folder with both stages
 ) -> Path:  # RUN/samples/grid.png
-    "Diagnosis by slice, as one image."
+    """Diagnosis by slice, as one image.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with both stages.
+
+    Returns
+    -------
+    Path
+        RUN/samples/grid.png.
+    """
     from brainldm.engineering.plotting import save_figure
     from brainldm.sampling import BrainLDM
     from brainldm.engineering.report import sample_by_condition
@@ -1223,8 +1877,18 @@ def sample_condition_grid(
 # %% ../../nbs/engineering/39_cli.ipynb #a8524d47
 @dataclass
 class Demo:
-    """The whole job on synthetic brains, in minutes: cohort, both trainings, scores, samples,
-    report. Run again, it goes on where it stopped."""
+    """The whole job on synthetic brains, in minutes: cohort, both trainings, scores, samples, report.
+    Run again, it goes on where it stopped.
+
+    Attributes
+    ----------
+    out : Path, default Path('runs/demo')
+        Folder for the cohort and the run.
+    preset : Literal['tiny', 'laptop', 'gpu'], default 'laptop'
+        Sizes; tiny takes seconds and generates badly.
+    num_subjects : int, default 48
+        Brains in the cohort.
+    """
 
     out: Path = Path('runs/demo')  # Folder for the cohort and the run
     # Sizes; tiny takes seconds and generates badly
@@ -1286,7 +1950,13 @@ def parse(
 ):  # The command, filled in
     """Read the command line.
 
-    A preset is looked up first, since it decides the defaults of everything else."""
+    A preset is looked up first, since it decides the defaults of everything else.
+
+    Parameters
+    ----------
+    args : list[str]
+        Words after `brainldm`.
+    """
     preset = next(
         (b for a, b in zip(args, args[1:]) if a == '--preset'),
         next((a.partition('=')[2] for a in args if a.startswith('--preset=')), 'laptop'),
@@ -1328,7 +1998,7 @@ def parse(
 
 # %% ../../nbs/engineering/39_cli.ipynb #c39a0001
 def use_no_display() -> None:
-    "Figures go to files: no command opens a window."
+    """Figures go to files: no command opens a window."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -1339,7 +2009,18 @@ def main(
 ) -> int:  # Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C
     """The `brainldm` command.
 
-    Errors are one message without a traceback; BRAINLDM_DEBUG=1 shows where they arose."""
+    Errors are one message without a traceback; BRAINLDM_DEBUG=1 shows where they arose.
+
+    Parameters
+    ----------
+    args : list[str] | None, default None
+        Words after `brainldm`; None reads them from the terminal.
+
+    Returns
+    -------
+    int
+        Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C.
+    """
     command = None
     try:
         command = parse(sys.argv[1:] if args is None else args)

@@ -43,7 +43,27 @@ def check_images(
     images: Tensor,  # What arrived
     size: int,  # Side of the model's images, pixels
 ) -> int:  # Number of images
-    "Refuse what is no batch of images. Raises TypeError or ValueError."
+    """Refuse what is no batch of images.
+
+    Parameters
+    ----------
+    name : str
+        Function that calls, for the message.
+    images : Tensor
+        What arrived.
+    size : int
+        Side of the model's images, pixels.
+
+    Returns
+    -------
+    int
+        Number of images.
+
+    Raises
+    ------
+    TypeError
+    ValueError
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         raise TypeError(
             f"{name}: {getattr(images, 'dtype', type(images).__name__)}. Expected a float tensor of"
@@ -72,7 +92,27 @@ def check_conditions(
 ) -> dict[str, Tensor]:  # Encoded conditions, each (n,)
     """Turn requested conditions into tensors.
 
-    Raises ValueError for a name, value or number of values that the model cannot take."""
+    Parameters
+    ----------
+    conditions : dict
+        Requested conditions: a value or a list of values by covariate name; None is unknown.
+    covariates : tuple[Covariate, ...]
+        Covariates of the model.
+    n : int
+        Images.
+    unlearned : dict | None, default None
+        As from `read_unlearned`, to say why a name is unknown.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Encoded conditions, each (n,).
+
+    Raises
+    ------
+    ValueError
+        For a name, value or number of values that the model cannot take.
+    """
     requested = read_conditions(conditions, covariates, unlearned)
     for k, v in requested.items():
         if np.ndim(v) and len(v) != n:
@@ -91,7 +131,24 @@ def check_integer(
     low: int,  # Least that it may be
     good: int,  # What to try
 ) -> None:  # Nothing: it raises or returns
-    "Refuse what is no whole number, or too small a one. Raises TypeError or ValueError."
+    """Refuse what is no whole number, or too small a one.
+
+    Parameters
+    ----------
+    name : str
+        Name of the argument.
+    value
+        What arrived.
+    low : int
+        Least that it may be.
+    good : int
+        What to try.
+
+    Raises
+    ------
+    TypeError
+    ValueError
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"sample: {name}={value!r}. Expected a whole number. Try {name}={good}.")
     if value < low:
@@ -106,7 +163,23 @@ def check_sample_counts(
 ) -> None:  # Nothing: it raises or returns
     """Refuse numbers with which nothing can be sampled.
 
-    Raises ValueError, or TypeError for a number that is not whole."""
+    Parameters
+    ----------
+    n : int
+        Images.
+    seed : int
+        Seed.
+    batch_size : int
+        Images at a time.
+    first : int, default 0
+        Number of the first image.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For a number that is not whole.
+    """
     check_integer('n', n, 1, 8)
     check_integer('seed', seed, 0, 0)
     check_integer('batch_size', batch_size, 1, 32)
@@ -120,7 +193,25 @@ def check_guidance(
     rescale: float,  # Fraction of the way to the standard deviation of the conditional answer
     requested: list[str],  # Covariates of the denoiser for which there are values
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a guidance that makes no sense. Raises ValueError, or TypeError for what is no number."
+    """Refuse a guidance that makes no sense.
+
+    Parameters
+    ----------
+    guidance_scale : float | dict[str, float]
+        Strength of the conditions, one for all or one a covariate.
+    interval : tuple[float, float]
+        Part of the chain to guide in, as fractions of T.
+    rescale : float
+        Fraction of the way to the standard deviation of the conditional answer.
+    requested : list[str]
+        Covariates of the denoiser for which there are values.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For what is no number.
+    """
     scales = (
         guidance_scale if isinstance(guidance_scale, dict) else {'guidance_scale': guidance_scale}
     )
@@ -156,7 +247,19 @@ def check_steps(
 ) -> None:  # Nothing: it raises or returns
     """Refuse a number of steps that does not fit the chain.
 
-    Raises ValueError, or TypeError for a number that is not whole."""
+    Parameters
+    ----------
+    steps : int
+        Requested network calls.
+    num_train_timesteps : int
+        T of the chain.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For a number that is not whole.
+    """
     check_integer('steps', steps, 1, 30)
     if steps > num_train_timesteps:
         raise ValueError(
@@ -171,7 +274,24 @@ def check_watched(
 ) -> list[int]:  # The same, each once, in order
     """Refuse to watch an image that is not sampled.
 
-    Raises ValueError, or TypeError for a number that is not whole."""
+    Parameters
+    ----------
+    watched : Iterable[int]
+        Places of images, from 0.
+    n : int
+        Images.
+
+    Returns
+    -------
+    list[int]
+        The same, each once, in order.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For a number that is not whole.
+    """
     places = sorted(set(watched))
     for k in places:
         check_integer('watched', k, 0, 0)
@@ -187,7 +307,20 @@ def check_noise(
     noise: Tensor,  # What arrived
     shape: tuple[int, ...],  # Of the latents to sample (n, c, h, w)
 ) -> None:  # Nothing: it raises or returns
-    "Refuse what is no starting noise of these images. Raises TypeError or ValueError."
+    """Refuse what is no starting noise of these images.
+
+    Parameters
+    ----------
+    noise : Tensor
+        What arrived.
+    shape : tuple[int, ...]
+        Of the latents to sample (n, c, h, w).
+
+    Raises
+    ------
+    TypeError
+    ValueError
+    """
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         raise TypeError(
             f"sample: noise of type {getattr(noise, 'dtype', type(noise).__name__)}. Expected a"
@@ -209,7 +342,25 @@ def required_conditions(
 ) -> dict[str, Tensor]:  # Its conditions, on that device
     """The conditions that a conditional autoencoder needs.
 
-    Raises ValueError if one is absent: it was not trained without."""
+    Parameters
+    ----------
+    autoencoder : Autoencoder
+        With or without covariates.
+    cond : dict[str, Tensor] | None
+        Encoded covariates that are at hand, each (b,); a batch will do.
+    device : torch.device | str
+        Where the autoencoder computes.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Its conditions, on that device.
+
+    Raises
+    ------
+    ValueError
+        If one is absent: it was not trained without.
+    """
     lacking = [c.name for c in autoencoder.covariates if c.name not in (cond or {})]
     if lacking:
         raise ValueError(
@@ -232,7 +383,35 @@ def prepare_conditions(
 ) -> dict[str, Tensor]:  # Encoded conditions, each (n,)
     """Check all that is requested before anything is computed.
 
-    Raises ValueError, TypeError, or FileNotFoundError without a denoiser."""
+    Parameters
+    ----------
+    model
+        A `Sampler`.
+    conditions : dict
+        Requested conditions: a value or a list of values by covariate name; None is unknown.
+    n : int
+        Images.
+    options : dict
+        As `sample_batch` takes it.
+    seed : int
+        Seed.
+    batch_size : int
+        Images at a time.
+    first : int, default 0
+        Number of the first image.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Encoded conditions, each (n,).
+
+    Raises
+    ------
+    ValueError
+    TypeError
+    FileNotFoundError
+        Without a denoiser.
+    """
     if model.unet is None:
         raise FileNotFoundError(
             "sample: this run has no ldm.safetensors, only an autoencoder. Expected a trained"
@@ -272,8 +451,19 @@ def prepare_conditions(
 def default_conditions(
     model,  # A `Codec`
 ) -> dict:  # Values by name
-    """Conditions that an autoencoder needs besides the slice: the first value, or the middle of
-    the range."""
+    """Conditions that an autoencoder needs besides the slice: the first value, or the middle of the
+    range.
+
+    Parameters
+    ----------
+    model
+        A `Codec`.
+
+    Returns
+    -------
+    dict
+        Values by name.
+    """
     return {
         c.name: c.values[0] if c.kind == 'categorical' else sum(c.range) / 2
         for c in model.autoencoder.covariates
@@ -288,7 +478,24 @@ def in_batches(
     device: torch.device | str,  # Where the conditions shall be
     # First image, one past the last, and the conditions of those between
 ) -> Iterator[tuple[int, int, dict]]:
-    "Cut conditions into batches."
+    """Cut conditions into batches.
+
+    Parameters
+    ----------
+    cond : dict[str, Tensor]
+        Encoded conditions, each (n,).
+    n : int
+        Images.
+    batch_size : int
+        Images at a time.
+    device : torch.device | str
+        Where the conditions shall be.
+
+    Yields
+    ------
+    tuple[int, int, dict]
+        First image, one past the last, and the conditions of those between.
+    """
     for i in range(0, n, batch_size):
         stop = min(i + batch_size, n)
         yield i, stop, to_device({k: v[i:stop] for k, v in cond.items()}, device)
@@ -300,7 +507,23 @@ def mix_conditions(
 ) -> dict[str, Tensor]:  # Encoded conditions along the way, each (n,)
     """Numbers run evenly from one end to the other.
 
-    Raises ValueError for a category, or a gap, at one end only."""
+    Parameters
+    ----------
+    cond : dict[str, Tensor]
+        Encoded conditions of the two ends, each (2,).
+    u : Tensor
+        Fraction of the way (n,).
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Encoded conditions along the way, each (n,).
+
+    Raises
+    ------
+    ValueError
+        For a category, or a gap, at one end only.
+    """
     for k, v in cond.items():
         if torch.equal(v[0].isnan(), v[1].isnan()) and (v.is_floating_point() or v[0] == v[1]):
             continue
@@ -322,8 +545,27 @@ def image_generators(
     stream: int = 1,
     device: torch.device | str = 'cpu',  # Where the generators shall sample
 ) -> list[torch.Generator]:  # One an image
-    """A random number generator for each of images start, start+1, …: it depends on seed and
-    number of the image alone."""
+    """A random number generator for each of images start, start+1, …: it depends on seed and number of
+    the image alone.
+
+    Parameters
+    ----------
+    n : int
+        Images.
+    seed : int
+        Seed of all images, 0 or more.
+    start : int, default 0
+        Number of the first image.
+    stream : int, default 1
+        Which noise of the image: 1 fresh noise while sampling, 2 random latents of stage 1.
+    device : torch.device | str, default 'cpu'
+        Where the generators shall sample.
+
+    Returns
+    -------
+    list[torch.Generator]
+        One an image.
+    """
     seeds = [
         np.random.SeedSequence((seed, start + i, stream)).generate_state(1)[0] for i in range(n)
     ]
@@ -332,7 +574,24 @@ def image_generators(
 # %% ../../nbs/engineering/34_codec.ipynb #eb134226
 class Codec(SharedModel):
     """A trained autoencoder, ready to use: images to latents and back, in any precision, on any
-    device."""
+    device.
+
+    Parameters
+    ----------
+    autoencoder : nn.Module
+        Trained autoencoder.
+    size : int
+        Side of its images, pixels.
+    precision : str, default 'no'
+        Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
+    slice_covariate : Covariate | None, default None
+        The covariate 'slice' of the data, by which random codes are sampled.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
 
     def __init__(
         self,
@@ -349,7 +608,13 @@ class Codec(SharedModel):
 
     @property
     def device(self) -> torch.device:  # Where the weights are
-        "The device that computes."
+        """The device that computes.
+
+        Returns
+        -------
+        torch.device
+            Where the weights are.
+        """
         return next(self.autoencoder.parameters()).device
 
     def _ask(
@@ -378,7 +643,22 @@ class Codec(SharedModel):
         cond: dict[str, Tensor] | None = None,
         gradient: bool = False,  # Keep the graph, for gradients that reach the images
     ) -> Tensor:  # Latent means (b, c, h/f, w/f), on the model's device
-        "Squeeze images into latents."
+        """Squeeze images into latents.
+
+        Parameters
+        ----------
+        images : Tensor
+            Images (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+        gradient : bool, default False
+            Keep the graph, for gradients that reach the images.
+
+        Returns
+        -------
+        Tensor
+            Latent means (b, c, h/f, w/f), on the model's device.
+        """
         return self._ask('encode', images, cond, gradient)[0].float()
 
     def decode(
@@ -390,7 +670,24 @@ class Codec(SharedModel):
         device: torch.device | str | None = 'cpu',
         gradient: bool = False,  # Keep the graph, for gradients that reach the latents
     ) -> Tensor:  # Images (b, 1, h, w), clipped to [-1, 1] as a screen would
-        "Turn latents into images."
+        """Turn latents into images.
+
+        Parameters
+        ----------
+        latents : Tensor
+            Latents (b, c, h/f, w/f).
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+        device : torch.device | str | None, default 'cpu'
+            Where the images shall be; None: the model's.
+        gradient : bool, default False
+            Keep the graph, for gradients that reach the latents.
+
+        Returns
+        -------
+        Tensor
+            Images (b, 1, h, w), clipped to [-1, 1] as a screen would.
+        """
         images = self._ask('decode', latents, cond, gradient).float().clamp(-1, 1)
         return images if device is None else images.to(device)
 
@@ -400,7 +697,20 @@ class Codec(SharedModel):
         # Encoded covariates, for a conditional autoencoder
         cond: dict[str, Tensor] | None = None,
     ) -> Tensor:  # The same images after the squeeze (b, 1, h, w)
-        "Encode and decode: what the autoencoder keeps of an image."
+        """Encode and decode: what the autoencoder keeps of an image.
+
+        Parameters
+        ----------
+        images : Tensor
+            Images (b, 1, h, w) in [-1, 1].
+        cond : dict[str, Tensor] | None, default None
+            Encoded covariates, for a conditional autoencoder.
+
+        Returns
+        -------
+        Tensor
+            The same images after the squeeze (b, 1, h, w).
+        """
         return self.decode(self.encode(images, cond), cond)
 
     def sample_stage1(
@@ -416,7 +726,29 @@ class Codec(SharedModel):
     ) -> Tensor:  # New images (n, 1, size, size) in [-1, 1], on the CPU
         """Decode random latents: what stage 1 can generate by itself, a baseline for every sampler.
 
-        Raises ValueError."""
+        Parameters
+        ----------
+        n : int, default 1
+            Images to sample.
+        seed : int, default 0
+            Same seed, same machine: same images.
+        batch_size : int, default 32
+            Images at a time.
+        first : int, default 0
+            Number of the first image: a long sampling run may be split.
+        **conditions : Any
+            slice for a VQ-VAE, and the conditions of a conditional autoencoder: a value, or n
+            values, by name.
+
+        Returns
+        -------
+        Tensor
+            New images (n, 1, size, size) in [-1, 1], on the CPU.
+
+        Raises
+        ------
+        ValueError
+        """
         own = self.autoencoder.covariates
         by_position = (
             hasattr(self.autoencoder, 'histogram')
@@ -457,7 +789,23 @@ EDITED = (
 def to_bytes(
     images: Tensor,  # Images (..., h, w) in [-1, 1]
 ) -> np.ndarray:  # The same in uint8
-    "Gray values as a PNG holds them. Raises ValueError for a number that is none."
+    """Gray values as a PNG holds them.
+
+    Parameters
+    ----------
+    images : Tensor
+        Images (..., h, w) in [-1, 1].
+
+    Returns
+    -------
+    np.ndarray
+        The same in uint8.
+
+    Raises
+    ------
+    ValueError
+        For a number that is none.
+    """
     if not images.isfinite().all():
         raise ValueError(
             f"to_bytes: {(~images.isfinite()).sum()} pixels are not finite. Expected numbers. Try"
@@ -471,7 +819,26 @@ def make_folder(
     # False: it must be new, and of several processes at once one succeeds
     exist_ok: bool = False,
 ) -> Path:  # The folder
-    "Make a folder. Raises FileExistsError, or OSError with words that help."
+    """Make a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder to make, with those above it.
+    exist_ok : bool, default False
+        False: it must be new, and of several processes at once one succeeds.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileExistsError
+    OSError
+        With words that help.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
     except FileExistsError:
@@ -491,7 +858,23 @@ def new_folder(
 ) -> Path:  # The folder, which now exists
     """Make an output folder and take it.
 
-    Raises FileExistsError if it holds something, or if another process was faster."""
+    Parameters
+    ----------
+    folder : str | Path
+        Folder that must not hold anything yet.
+    first : str
+        Name of the first file of the result, which is made at once: it marks the folder as taken.
+
+    Returns
+    -------
+    Path
+        The folder, which now exists.
+
+    Raises
+    ------
+    FileExistsError
+        If it holds something, or if another process was faster.
+    """
     folder = make_folder(refuse_taken(folder), exist_ok=True)
     try:
         (folder / first).open('xb').close()  # the system lets one process make it
@@ -507,7 +890,25 @@ def manifest_of(
     conditions: dict,  # Requested conditions: a value or n values by covariate name
     n: int,  # Images
 ) -> pd.DataFrame:  # path, subject, slice and the other conditions, one row an image
-    "The table of a folder of synthetic images. Raises ValueError for another number of values."
+    """The table of a folder of synthetic images.
+
+    Parameters
+    ----------
+    conditions : dict
+        Requested conditions: a value or n values by covariate name.
+    n : int
+        Images.
+
+    Returns
+    -------
+    pd.DataFrame
+        path, subject, slice and the other conditions, one row an image.
+
+    Raises
+    ------
+    ValueError
+        For another number of values.
+    """
     import pandas as pd
 
     requested = {
@@ -547,7 +948,32 @@ def save_images(
 ) -> Path:
     """Save new images, each marked in its metadata as what it is.
 
-    Raises FileExistsError rather than overwrite, ValueError for several channels."""
+    Parameters
+    ----------
+    images : Tensor
+        New images (n, 1, h, w) in [-1, 1].
+    folder : str | Path
+        New folder.
+    conditions : dict
+        Requested conditions: a value or n values by covariate name.
+    about : dict
+        Seed, steps, guidance and the like, for the record.
+    owners : list[str] | None, default None
+        Whose scans they were made from, one an image; None: of no subject.
+
+    Returns
+    -------
+    Path
+        The folder: image_0000.png …, grid.png, and at last manifest.csv, readable by `brainldm
+        check`.
+
+    Raises
+    ------
+    FileExistsError
+        Rather than overwrite.
+    ValueError
+        For several channels.
+    """
     import pandas as pd
 
     if images.ndim != 4 or images.shape[1] != 1:
@@ -587,7 +1013,25 @@ def save_gif(
 ) -> Path:  # The file
     """The trajectory from noise to a brain as a film, marked as synthetic.
 
-    Raises FileExistsError rather than overwrite."""
+    Parameters
+    ----------
+    frames : list[Tensor]
+        Images of each step, each (n, 1, h, w) in [-1, 1]; the first four are shown side by side.
+    path : str | Path
+        File to write, .gif.
+    seconds : float, default 4.0
+        Length; the last frame stays as long as eight others.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    FileExistsError
+        Rather than overwrite.
+    """
     path = Path(path)
     if not frames or not seconds > 0:
         raise ValueError(

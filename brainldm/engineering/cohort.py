@@ -59,7 +59,18 @@ def cut_planes(
     volume: np.ndarray,  # Gray values (x, y, z) on the template's grid
     # The cuts of `CUTS` side by side, front or top up, left side on the left (h, w)
 ) -> np.ndarray:
-    """Lay six cuts through a brain side by side."""
+    """Lay six cuts through a brain side by side.
+
+    Parameters
+    ----------
+    volume : np.ndarray
+        Gray values (x, y, z) on the template's grid.
+
+    Returns
+    -------
+    np.ndarray
+        The cuts of `CUTS` side by side, front or top up, left side on the left (h, w).
+    """
     take = dict(sagittal=0, coronal=1, axial=2)
     cuts = [volume.take(at, take[plane]).T[::-1] for plane, at in CUTS]
     tall = max(len(o) for o in cuts)
@@ -73,7 +84,18 @@ def cut_planes(
 def make_montage(
     volume: np.ndarray,  # Gray values (x, y, z), uint8, on the template's grid
 ) -> bytes:  # PNG: six cuts of the brain above the same cuts of the template
-    """Draw a prepared brain above the template."""
+    """Draw a prepared brain above the template.
+
+    Parameters
+    ----------
+    volume : np.ndarray
+        Gray values (x, y, z), uint8, on the template's grid.
+
+    Returns
+    -------
+    bytes
+        PNG: six cuts of the brain above the same cuts of the template.
+    """
     from PIL import Image
 
     template = (200 * load_template().image / np.percentile(load_template().image, 99)).clip(0, 255)
@@ -88,7 +110,21 @@ def name_heads(
 ) -> pd.Series:  # What each head's files are called
     """Name each head by its subject, and by its visit where a subject has several.
 
-    Raises ValueError where two heads would get one name."""
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From `find_heads`.
+
+    Returns
+    -------
+    pd.Series
+        What each head's files are called.
+
+    Raises
+    ------
+    ValueError
+        Where two heads would get one name.
+    """
     several = table.subject.duplicated(keep=False) & table.session.notna()
     text = table.subject.astype(str)
     text = text.where(~several, text + '_' + table.session.astype(str))
@@ -108,7 +144,22 @@ def join_covariates(
     root: Path,  # The raw folder
     subjects: Path | None,  # Table that was named, or None
 ) -> tuple:  # Rows of `heads.table` with covariates; faults; notes
-    """Add what a table of subjects says of each head."""
+    """Add what a table of subjects says of each head.
+
+    Parameters
+    ----------
+    heads : Heads
+        From `find_heads`.
+    root : Path
+        The raw folder.
+    subjects : Path | None
+        Table that was named, or None.
+
+    Returns
+    -------
+    tuple
+        Rows of `heads.table` with covariates; faults; notes.
+    """
     rows = heads.table.assign(unit=heads.table.path, place=heads.table.path)
     path, notes = find_table(root, DataConfig(subjects=subjects), rows)
     if path is None:
@@ -126,7 +177,20 @@ def source_files(
     root: Path,  # The raw folder
     row: dict,  # Row of `Heads.table`
 ) -> list:  # Paths: the volume or the DICOM files, and the mask
-    """The files that one head is read from."""
+    """The files that one head is read from.
+
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    row : dict
+        Row of `Heads.table`.
+
+    Returns
+    -------
+    list
+        Paths: the volume or the DICOM files, and the mask.
+    """
     paths = [root / o for o in (row['path'], row['mask']) if o]
     found = [f for o in paths for f in (sorted(o.iterdir()) if o.is_dir() else [o])]
     return [o for o in found if o.is_file()]
@@ -136,7 +200,20 @@ def fingerprint(
     root: Path,  # The raw folder
     row: dict,  # Row of `Heads.table`
 ) -> str:  # Text that changes when a file of the head is written
-    """Size and time of the files of one head: enough to see that nothing happened."""
+    """Size and time of the files of one head: enough to see that nothing happened.
+
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    row : dict
+        Row of `Heads.table`.
+
+    Returns
+    -------
+    str
+        Text that changes when a file of the head is written.
+    """
     about = [(o.name, o.stat().st_size, o.stat().st_mtime_ns) for o in source_files(root, row)]
     return json.dumps([VERSION, about])
 
@@ -145,7 +222,20 @@ def hash_source(
     root: Path,  # The raw folder
     row: dict,  # Row of `Heads.table`
 ) -> str:  # 32 hex digits
-    """Name the files of one head by what is in them, so that a copy of the folder is the same."""
+    """Name the files of one head by what is in them, so that a copy of the folder is the same.
+
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    row : dict
+        Row of `Heads.table`.
+
+    Returns
+    -------
+    str
+        32 hex digits.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for path in source_files(root, row):
         digest.update(path.read_bytes())
@@ -157,7 +247,17 @@ def save_head(
     name: str,  # What the head's files are called
     prepared: Prepared,  # The head
 ) -> None:
-    """Write the volume and the strip of one head."""
+    """Write the volume and the strip of one head.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the cohort.
+    name : str
+        What the head's files are called.
+    prepared : Prepared
+        The head.
+    """
     import nibabel as nib
 
     image = nib.Nifti1Image(prepared.volume, prepared.affine)
@@ -182,7 +282,27 @@ def process_head(
 ) -> dict:  # The record: name, path, measures, reasons, notes; also written to OUT/records
     """Prepare one head and write it down. A head that cannot be used has reasons, and is no error.
 
-    Raises OSError where a file cannot be written."""
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    out : Path
+        Folder of the cohort.
+    name : str
+        What the head's files are called.
+    row : dict
+        Row of `Heads.table`.
+
+    Returns
+    -------
+    dict
+        The record: name, path, measures, reasons, notes; also written to OUT/records.
+
+    Raises
+    ------
+    OSError
+        Where a file cannot be written.
+    """
     record = dict(name=name, path=row['path'], source=fingerprint(root, row))
     record |= dict(content=hash_source(root, row), measures={}, notes=[])
     try:
@@ -215,7 +335,20 @@ def count_workers(
     config: PrepareConfig,  # For `workers`
     num_heads: int,  # Heads left to do
 ) -> int:  # At least 1
-    """One worker a core, as far as memory and heads go; what the user says counts."""
+    """One worker a core, as far as memory and heads go; what the user says counts.
+
+    Parameters
+    ----------
+    config : PrepareConfig
+        For `workers`.
+    num_heads : int
+        Heads left to do.
+
+    Returns
+    -------
+    int
+        At least 1.
+    """
     if config.workers is not None:
         return max(1, min(config.workers, num_heads))
     check_installed('prepare_cohort', 'psutil', 'prepare')
@@ -230,7 +363,20 @@ def process_job(
     job: tuple,  # Arguments of `process_head`
     one_core: bool,  # Keep to one core, where there is a worker for each
 ) -> dict:  # Its record
-    """Prepare a head in a worker."""
+    """Prepare a head in a worker.
+
+    Parameters
+    ----------
+    job : tuple
+        Arguments of `process_head`.
+    one_core : bool
+        Keep to one core, where there is a worker for each.
+
+    Returns
+    -------
+    dict
+        Its record.
+    """
     if one_core:
         import SimpleITK as sitk
         import torch
@@ -247,7 +393,20 @@ def run_heads(
 ) -> None:
     """Prepare heads side by side; each is written as soon as it is done.
 
-    Raises RuntimeError where a worker was killed."""
+    Parameters
+    ----------
+    jobs : list
+        Arguments of `process_head`.
+    workers : int
+        Processes.
+    progress : bool
+        Show a bar with the time left.
+
+    Raises
+    ------
+    RuntimeError
+        Where a worker was killed.
+    """
     from joblib import Parallel, delayed, parallel_config
 
     refused = 0
@@ -274,7 +433,22 @@ def write_quality_page(
     quality: pd.DataFrame,  # One row a head: name, status, measures, reasons, notes
     summary: str,  # What was found, in one line
 ) -> Path:  # OUT/quality.html
-    """Write the page on which every head is looked at, the doubtful ones first."""
+    """Write the page on which every head is looked at, the doubtful ones first.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the cohort.
+    quality : pd.DataFrame
+        One row a head: name, status, measures, reasons, notes.
+    summary : str
+        What was found, in one line.
+
+    Returns
+    -------
+    Path
+        OUT/quality.html.
+    """
     rows = []
     for o in quality.to_dict('records'):
         picture = f'montages/{o["name"]}.png'
@@ -326,7 +500,20 @@ def check_out(
     root: Path,  # The raw folder
     out: Path,  # Folder of the cohort, new or started before
 ) -> dict:  # What OUT/prepare.json says; empty for a new folder
-    """Refuse to write among files of somebody else, or into the raw folder."""
+    """Refuse to write among files of somebody else, or into the raw folder.
+
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    out : Path
+        Folder of the cohort, new or started before.
+
+    Returns
+    -------
+    dict
+        What OUT/prepare.json says; empty for a new folder.
+    """
     about = out / 'prepare.json'
     said = json.loads(about.read_text()) if about.is_file() else {}
     if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
@@ -355,7 +542,27 @@ def note_other_raw(
 ) -> list:  # Sentences
     """Say what became of the raw folder since an earlier call.
 
-    Raises ValueError where it is another folder altogether."""
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    said : dict
+        From `check_out`.
+    known : set
+        Names of heads that are done.
+    same : set
+        Those of them that RAW still has, from the same files.
+
+    Returns
+    -------
+    list
+        Sentences.
+
+    Raises
+    ------
+    ValueError
+        Where it is another folder altogether.
+    """
     if not said or said['raw'] == str(root.resolve()):
         return []
     if known and not same:
@@ -369,7 +576,18 @@ def note_other_raw(
 def read_records(
     out: Path,  # Folder of the cohort
 ) -> dict:  # Record of each head that is done, by name
-    """Read what is done."""
+    """Read what is done.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the cohort.
+
+    Returns
+    -------
+    dict
+        Record of each head that is done, by name.
+    """
     paths = sorted((out / 'records').glob('*.json'))
     return {o.stem: json.loads(o.read_text()) for o in paths}
 
@@ -379,8 +597,23 @@ def find_jobs(
     out: Path,  # Folder of the cohort
     rows: pd.DataFrame,  # Heads with `name`
 ) -> tuple:  # Arguments of `process_head` for those to do; why others do not count, by name
-    """Which heads are left to do: a head is done when its record exists, and was made of these
-    files. One of which nothing could be made is tried again when its files have changed."""
+    """Which heads are left to do: a head is done when its record exists, and was made of these files.
+    One of which nothing could be made is tried again when its files have changed.
+
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    out : Path
+        Folder of the cohort.
+    rows : pd.DataFrame
+        Heads with `name`.
+
+    Returns
+    -------
+    tuple
+        Arguments of `process_head` for those to do; why others do not count, by name.
+    """
     records, jobs, changed = read_records(out), [], {}
     for row in rows.astype(object).where(rows.notna(), None).to_dict('records'):
         name, known = row['name'], records.get(row['name'])
@@ -412,7 +645,22 @@ def gather_quality(
     accept: tuple,  # Names that were accepted after a look
     changed: dict | None = None,  # Why a head does not count whatever its record says, by name
 ) -> pd.DataFrame:  # One row a head, the doubtful ones first
-    """Put the records into one table: refused heads first, then by rising correlation."""
+    """Put the records into one table: refused heads first, then by rising correlation.
+
+    Parameters
+    ----------
+    records : dict
+        From `read_records`.
+    accept : tuple
+        Names that were accepted after a look.
+    changed : dict | None, default None
+        Why a head does not count whatever its record says, by name.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row a head, the doubtful ones first.
+    """
     rows = []
     for name, o in records.items():
         status = 'good' if not o['reasons'] else 'accepted' if name in accept else 'refused'
@@ -440,7 +688,22 @@ def write_tables(
     rows: pd.DataFrame,  # Heads with `name` and covariates
     quality: pd.DataFrame,  # From `gather_quality`
 ) -> pd.DataFrame:  # The heads that are used
-    """Write manifest.csv (one row a volume), subjects.csv and quality.csv."""
+    """Write manifest.csv (one row a volume), subjects.csv and quality.csv.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the cohort.
+    rows : pd.DataFrame
+        Heads with `name` and covariates.
+    quality : pd.DataFrame
+        From `gather_quality`.
+
+    Returns
+    -------
+    pd.DataFrame
+        The heads that are used.
+    """
     usable = quality.name[quality.status != 'refused']
     used = rows[rows.name.isin(usable)].sort_values('name')
     several = used.subject.duplicated().any()
@@ -461,7 +724,21 @@ def write_tables(
 
 @dataclass
 class Cohort:
-    """What became of a raw folder. Print it."""
+    """What became of a raw folder. Print it.
+
+    Attributes
+    ----------
+    out : Path
+        Folder of the cohort.
+    layout : str
+        What the raw folder looked like.
+    quality : pd.DataFrame
+        One row a head: name, status, measures, reasons.
+    notes : list
+        Sentences.
+    faults : pd.DataFrame
+        Of files and tables: path, fault, detail.
+    """
 
     out: Path  # Folder of the cohort
     layout: str  # What the raw folder looked like
@@ -471,7 +748,12 @@ class Cohort:
 
     @property
     def ok(self) -> bool:
-        """True if every head that was found is used."""
+        """True if every head that was found is used.
+
+        Returns
+        -------
+        bool
+        """
         return not len(self.faults) and not (self.quality.status == 'refused').any()
 
     def __str__(self):
@@ -498,7 +780,29 @@ def prepare_cohort(
 ) -> Cohort:  # What became of each head
     """Turn a folder of raw T1 heads into aligned volumes, tables and a page to look at.
 
-    Goes on where it stopped. Raises ValueError for a folder that holds something else."""
+    Goes on where it stopped.
+
+    Parameters
+    ----------
+    raw : str | Path
+        Folder of raw heads, in whatever layout.
+    out : str | Path
+        New folder, or one that an earlier call began.
+    config : PrepareConfig, default PrepareConfig()
+        Which heads, and how.
+    progress : bool, default True
+        Show a bar with the time left.
+
+    Returns
+    -------
+    Cohort
+        What became of each head.
+
+    Raises
+    ------
+    ValueError
+        For a folder that holds something else.
+    """
     root, out = Path(raw), Path(out)
     said = check_out(root, out)
     options = {o.name: getattr(config, o.name) for o in fields(SourceOptions)}
@@ -539,7 +843,15 @@ def check_accepted(
     accept: tuple,  # Names that the user gives
     names: pd.Series,  # Of the heads
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse a name that no head has, before hours of work."""
+    """Refuse a name that no head has, before hours of work.
+
+    Parameters
+    ----------
+    accept : tuple
+        Names that the user gives.
+    names : pd.Series
+        Of the heads.
+    """
     for name in set(accept) - set(names):
         raise ValueError(
             f"prepare_cohort: accept {name!r}, and there is no such head. Expected names of"
@@ -551,7 +863,13 @@ def check_accepted(
 def one_at_a_time(
     out: Path,  # Folder of the cohort
 ):  # A context in which no other call writes into the folder
-    """Keep a second call out of a folder as long as the first one works in it."""
+    """Keep a second call out of a folder as long as the first one works in it.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the cohort.
+    """
     from filelock import FileLock, Timeout
 
     try:
@@ -571,7 +889,21 @@ def run_jobs(
     config: PrepareConfig,  # For `workers`
     progress: bool,  # Show a bar, and what is known before the work begins
 ) -> None:
-    """Say what is going to be done, and do it."""
+    """Say what is going to be done, and do it.
+
+    Parameters
+    ----------
+    jobs : list
+        From `find_jobs`.
+    heads : Heads
+        From `find_heads`.
+    unmatched : pd.DataFrame
+        Faults of the table.
+    config : PrepareConfig
+        For `workers`.
+    progress : bool
+        Show a bar, and what is known before the work begins.
+    """
     workers = count_workers(config, len(jobs))
     if progress:
         print(
@@ -588,7 +920,22 @@ def describe_cohort(
     options: dict,  # How heads were chosen
     accepted: set,  # Names of heads that were accepted after a look
 ) -> str:  # JSON
-    """What a later step has to know: the grid, and the planes that a training uses."""
+    """What a later step has to know: the grid, and the planes that a training uses.
+
+    Parameters
+    ----------
+    root : Path
+        The raw folder.
+    options : dict
+        How heads were chosen.
+    accepted : set
+        Names of heads that were accepted after a look.
+
+    Returns
+    -------
+    str
+        JSON.
+    """
     from importlib.metadata import version
 
     return json.dumps(

@@ -25,7 +25,15 @@ from .extending import AUTOENCODERS, DENOISERS
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0007
 @dataclass(frozen=True)
 class Limit:
-    "What a setting may be, beside its type; it stands in the type of a field."
+    """What a setting may be, beside its type; it stands in the type of a field.
+
+    Attributes
+    ----------
+    fits : Callable[[Any], bool]
+        Whether a value is allowed.
+    expected : str
+        The same as text, for the message.
+    """
 
     fits: Callable[[Any], bool]  # Whether a value is allowed
     expected: str  # The same as text, for the message
@@ -53,21 +61,61 @@ def between(
     low: float,  # Lowest value allowed
     high: float,  # Highest value allowed
 ) -> Limit:  # For `Annotated[int, between(1, 9999)]`
-    "The limit of a number with two ends."
+    """The limit of a number with two ends.
+
+    Parameters
+    ----------
+    low : float
+        Lowest value allowed.
+    high : float
+        Highest value allowed.
+
+    Returns
+    -------
+    Limit
+        For `Annotated[int, between(1, 9999)]`.
+    """
     return Limit(lambda v: low <= v <= high, f'a number from {low} to {high}')
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a000b
 def one_of(
     *names: str,  # What is known
 ) -> Limit:  # For `Annotated[str, one_of('png', 'nifti')]`
-    "The limit of a text that must be one of a few."
+    """The limit of a text that must be one of a few.
+
+    Parameters
+    ----------
+    *names : str
+        What is known.
+
+    Returns
+    -------
+    Limit
+        For `Annotated[str, one_of('png', 'nifti')]`.
+    """
     return Limit(lambda v: v in names, 'one of ' + ', '.join(names))
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a000f
 def declared_type(
     f: Field,  # A field of a configuration
 ) -> Any:  # Its type, also where `from __future__ import annotations` made a text of it
-    "The type of a field. Raises NameError for a text with names that this module does not know."
+    """The type of a field.
+
+    Parameters
+    ----------
+    f : Field
+        A field of a configuration.
+
+    Returns
+    -------
+    Any
+        Its type, also where `from __future__ import annotations` made a text of it.
+
+    Raises
+    ------
+    NameError
+        For a text with names that this module does not know.
+    """
     holder = type('Holder', (), {'__annotations__': {f.name: f.type}})
     return get_type_hints(holder, globals(), include_extras=True)[f.name]
 
@@ -75,7 +123,13 @@ def declared_type(
 def bare_type(
     f: Field,  # A field of a configuration
 ):  # Its type without limits
-    "What a value of the field is, whatever it may be."
+    """What a value of the field is, whatever it may be.
+
+    Parameters
+    ----------
+    f : Field
+        A field of a configuration.
+    """
     kind = declared_type(f)
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
@@ -84,7 +138,20 @@ def rules_of(
     f: Field,  # A field of a configuration
     kind: type,  # `Limit` or `Needs`
 ) -> list:  # The rules of that kind in its type
-    "What the type of a field says beside the type."
+    """What the type of a field says beside the type.
+
+    Parameters
+    ----------
+    f : Field
+        A field of a configuration.
+    kind : type
+        `Limit` or `Needs`.
+
+    Returns
+    -------
+    list
+        The rules of that kind in its type.
+    """
     written = declared_type(f)
     found = get_args(written)[1:] if get_origin(written) is Annotated else ()
     return [rule for rule in found if isinstance(rule, kind)]
@@ -94,7 +161,20 @@ def matches_type(
     value,  # Value of a setting
     kind,  # Type that its field names
 ) -> bool:  # Whether the value is of that type
-    "An int counts as a float; True and False are no numbers; tuples and unions are looked into."
+    """An int counts as a float; True and False are no numbers; tuples and unions are looked into.
+
+    Parameters
+    ----------
+    value
+        Value of a setting.
+    kind
+        Type that its field names.
+
+    Returns
+    -------
+    bool
+        Whether the value is of that type.
+    """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is tuple:
         return isinstance(value, (tuple, list)) and all(matches_type(v, inner[0]) for v in value)
@@ -115,7 +195,20 @@ def check_fields(
 ) -> None:  # Nothing: it raises or returns
     """Refuse single settings that cannot work.
 
-    Raises TypeError or ValueError, which name the first one."""
+    Parameters
+    ----------
+    config
+        A dataclass with limits in the types of its fields.
+    caller : str
+        Function or class that calls, for the message.
+
+    Raises
+    ------
+    TypeError
+        Which name the first one.
+    ValueError
+        Which name the first one.
+    """
     for f in fields(config):
         value, kind = getattr(config, f.name), bare_type(f)
         plain = isinstance(f.default, (int, float, str, tuple)) or f.default is None
@@ -136,7 +229,17 @@ def check_fields(
 # %% ../../nbs/engineering/21_configs.ipynb #a50b1e01
 @dataclass(frozen=True)
 class Needs:
-    "What else must be set, so that a setting has an effect; it stands in the type of a field."
+    """What else must be set, so that a setting has an effect; it stands in the type of a field.
+
+    Attributes
+    ----------
+    met : Callable[[Any], Any]
+        Whether a configuration has it.
+    expected : str
+        The same as text, for the message.
+    example : str
+        What to set.
+    """
 
     met: Callable[[Any], Any]  # Whether a configuration has it
     expected: str  # The same as text, for the message
@@ -146,7 +249,17 @@ class Needs:
 def check_effect(
     config,  # A dataclass with needs in the types of its fields
 ) -> None:  # Nothing: it raises or returns
-    "Refuse settings that would be written down and change nothing. Raises ValueError."
+    """Refuse settings that would be written down and change nothing.
+
+    Parameters
+    ----------
+    config
+        A dataclass with needs in the types of its fields.
+
+    Raises
+    ------
+    ValueError
+    """
     for f in fields(config):
         value = getattr(config, f.name)
         idle = [need for need in rules_of(f, Needs) if value and not need.met(config)]
@@ -169,7 +282,13 @@ PATTERN_FIELDS = ('subject', 'slice', 'session', 'diagnosis', 'split')
 def check_pattern(
     pattern: str,  # How names of files are built, such as {subject}-z{slice}.png
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a pattern that cannot say whose slice a file is, and where in the brain it lies."
+    """Refuse a pattern that cannot say whose slice a file is, and where in the brain it lies.
+
+    Parameters
+    ----------
+    pattern : str
+        How names of files are built, such as {subject}-z{slice}.png.
+    """
     names = re.findall(r'\{(.*?)\}', pattern)
     odd = [o for o in names if o not in PATTERN_FIELDS]
     try_ = "Try '{subject}-z{slice}.png', or '{diagnosis}/{subject}/{slice}.tif'."
@@ -203,7 +322,47 @@ def check_pattern(
 class DataConfig:
     """How a folder of scans becomes square images.
 
-    Raises ValueError or TypeError for a setting that cannot work."""
+    Attributes
+    ----------
+    size : Annotated[int, between(8, 4096)], default 128
+        Side of the square images that come out, pixels.
+    crop : Annotated[int | Literal['auto'] | None, CROP], default None
+        Central square to keep before resizing, pixels; None: all, padded to a square; auto: see
+        `find_crop`.
+    planes : tuple[int, int] | None, default None
+        First and last+1 axial plane of volumes; None keeps every plane with foreground.
+    to_gray : bool, default False
+        Turn color images gray (ITU-R 601 luma); otherwise color is a fault.
+    split_seed : NotNegative[int], default 0
+        Seed of the split.
+    validate_fraction : Fraction[float], default 0.1
+        Fraction of subjects for validation where the folders give none.
+    test_fraction : Fraction[float], default 0.1
+        Fraction of subjects for testing where the folders give no split at all.
+    subjects : Path | None, default None
+        Table with one row a subject, or with a column image (CSV, TSV, .xlsx); None: the one in the
+        data folder that names its subjects.
+    only : str | None, default None
+        Pattern of the file names to use, such as *_T1w.nii.gz; None uses all.
+    pattern : str | None, default None
+        How names are built, such as {subject}-z{slice}.png or {diagnosis}/{subject}.nii.gz, where
+        no known layout fits; also {session} and {split}, and * for any text.
+    columns : tuple[str, ...], default ()
+        Further columns to learn, besides slice, diagnosis, age and sex, such as apoe.
+    categorical : tuple[str, ...], default ()
+        Columns to learn as categories though they hold numbers, such as site or apoe.
+    continuous : tuple[str, ...], default ()
+        Columns to learn as numbers though they hold few whole ones, such as education.
+    skip_faulty : bool, default False
+        Train without the faulty files instead of refusing.
+
+    Raises
+    ------
+    ValueError
+        For a setting that cannot work.
+    TypeError
+        For a setting that cannot work.
+    """
 
     # Side of the square images that come out, pixels
     size: Annotated[int, between(8, 4096)] = 128
@@ -261,7 +420,10 @@ class DataConfig:
     def check_kinds(self) -> None:  # Nothing: it raises or returns
         """Refuse a column of two kinds, and another kind for a column whose kind is fixed.
 
-        Raises ValueError."""
+        Raises
+        ------
+        ValueError
+        """
         for kind, other in (('categorical', 'continuous'), ('continuous', 'categorical')):
             for name in getattr(self, kind):
                 fixed = FIXED_KINDS.get(name, kind)
@@ -277,7 +439,42 @@ class DataConfig:
 # %% ../../nbs/engineering/21_configs.ipynb #5675e22f
 @dataclass
 class PhantomConfig:
-    "What a synthetic cohort looks like. Raises ValueError for a setting that cannot work."
+    """What a synthetic cohort looks like.
+
+    Attributes
+    ----------
+    num_subjects : Annotated[int, between(1, 9999)], default 60
+        Subjects.
+    num_slices : Annotated[int, between(1, 256)], default 32
+        Axial slices a subject, spread evenly over MNI z = 0 to 31 mm.
+    size : Annotated[int, between(16, 1024)], default 128
+        Side of a slice, pixels; the field of view stays 208 mm.
+    seed : Annotated[int, between(0, 2 ** 63 - 1)], default 0
+        A subject is a function of this seed and of its number.
+    format : Annotated[str, one_of('png', 'nifti')], default 'png'
+        'png': 8-bit images; 'nifti': one volume a subject.
+    ad_fraction : Annotated[float, between(0, 1)], default 0.5
+        Fraction of subjects with Alzheimer's disease (AD); the rest are normal controls (NC).
+    age_min : Annotated[float, between(18, 120)], default 55.0
+        Youngest, years.
+    age_max : Annotated[float, between(18, 120)], default 90.0
+        Oldest, years.
+    ad_effect : Annotated[float, between(-5, 5)], default 1.2
+        Atrophy that AD adds, in standard deviations between subjects.
+    age_effect : Annotated[float, between(-5, 5)], default 0.6
+        Atrophy that ten years add, in the same unit.
+    shape_mm : Annotated[float, between(0, 5)], default 2.5
+        Size of the individual differences in shape, mm.
+    noise_sigma : Annotated[float, between(0, 50)], default 3.0
+        Rician noise, gray levels.
+    bias_fraction : Annotated[float, between(0, 0.5)], default 0.1
+        Largest departure of the bias field from 1.
+
+    Raises
+    ------
+    ValueError
+        For a setting that cannot work.
+    """
 
     num_subjects: Annotated[int, between(1, 9999)] = 60  # Subjects
     # Axial slices a subject, spread evenly over MNI z = 0 to 31 mm
@@ -319,7 +516,27 @@ BETA_SCHEDULES = 'linear', 'scaled_linear', 'cosine', 'flow'
 class ScheduleConfig:
     """How much noise each of T steps carries, and what the network predicts.
 
-    Raises ValueError, or TypeError for a value of another type."""
+    Attributes
+    ----------
+    num_train_timesteps : Annotated[int, Limit(lambda v: v >= 2, '2 or more')], default 1000
+        Steps T of the chain.
+    beta_schedule : Annotated[str, one_of(*BETA_SCHEDULES)], default 'cosine'
+        'linear', 'scaled_linear', 'cosine' or 'flow'.
+    beta_start : float, default 0.0001
+        First noise variance of the linear two; the others have no use for it.
+    beta_end : float, default 0.02
+        Last noise variance of the linear two; the others have no use for it.
+    zero_terminal_snr : bool, default True
+        End at exactly no signal.
+    prediction_type : Annotated[str, one_of(*PREDICTION_TYPES)], default 'v_prediction'
+        'epsilon', 'v_prediction' or 'sample'.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For a value of another type.
+    """
 
     # Steps T of the chain
     num_train_timesteps: Annotated[int, Limit(lambda v: v >= 2, '2 or more')] = 1000
@@ -351,7 +568,45 @@ class ScheduleConfig:
 # %% ../../nbs/engineering/21_configs.ipynb #89d26982
 @dataclass
 class TrainConfig:
-    "What every training has in common. Lengths are counted in images seen, repeats included."
+    """What every training has in common. Lengths are counted in images seen, repeats included.
+
+    Attributes
+    ----------
+    total_images : Positive[int], default 20000
+        Images to see before training ends.
+    batch_size : Positive[int], default 8
+        Images a step, on each process.
+    accumulate : Positive[int], default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : Positive[float], default 0.002
+        Highest learning rate of AdamW.
+    warmup_images : NotNegative[int], default 1000
+        Images over which the learning rate rises from 0.
+    weight_decay : NotNegative[float], default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : Positive[float], default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : Positive[int], default 5000
+        Images between two validation passes.
+    checkpoint_every : Positive[int], default 5000
+        Images between two checkpoints.
+    log_every : Positive[int], default 10
+        Steps between two lines of the log.
+    num_workers : NotNegative[int], default 0
+        Processes that load images; 0 loads in the training process.
+    seed : NotNegative[int], default 0
+        Seed of the weights, the order of the images and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate supports, such as tensorboard or wandb.
+    """
 
     total_images: Positive[int] = 20_000  # Images to see before training ends
     batch_size: Positive[int] = 8  # Images a step, on each process
@@ -395,7 +650,19 @@ POSITIVE_OR_NONE = Limit(lambda v: v is None or v > 0, 'a number above 0, or Non
 # %% ../../nbs/engineering/21_configs.ipynb #prep0002
 @dataclass(frozen=True)
 class SourceOptions:
-    "Which of the heads in a folder of raw scans are taken."
+    """Which of the heads in a folder of raw scans are taken.
+
+    Attributes
+    ----------
+    suffix : str, default 'T1w'
+        Contrast, as BIDS writes it at the end of a name.
+    session : Literal['first', 'last', 'all'], default 'first'
+        Which visits of a subject.
+    space : str | None, default None
+        Space of BIDS derivatives; None: the subject's own.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+    """
 
     suffix: str = 'T1w'  # Contrast, as BIDS writes it at the end of a name
     session: Literal['first', 'last', 'all'] = 'first'  # Which visits of a subject
@@ -405,7 +672,30 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class PrepareConfig(SourceOptions):
-    "Which heads of a raw folder are prepared, and how. Raises ValueError for what cannot work."
+    """Which heads of a raw folder are prepared, and how.
+
+    Attributes
+    ----------
+    suffix : str, default 'T1w'
+        Contrast, as BIDS writes it at the end of a name.
+    session : Literal['first', 'last', 'all'], default 'first'
+        Which visits of a subject.
+    space : str | None, default None
+        Space of BIDS derivatives; None: the subject's own.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+    subjects : Path | None, default None
+        Table with one row a subject, or with a column image; None: the one in the folder.
+    workers : Annotated[int | None, POSITIVE_OR_NONE], default None
+        Heads at the same time; None: one a core, as far as the memory goes.
+    accept : tuple[str, ...], default ()
+        Heads that the gate refused and that you have looked at, by the names of quality.csv.
+
+    Raises
+    ------
+    ValueError
+        For what cannot work.
+    """
 
     # Table with one row a subject, or with a column image; None: the one in the folder
     subjects: Path | None = None
@@ -420,7 +710,22 @@ class PrepareConfig(SourceOptions):
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    "A small cohort of raw synthetic heads. Raises ValueError for a setting that cannot work."
+    """A small cohort of raw synthetic heads.
+
+    Attributes
+    ----------
+    num_subjects : Annotated[int, between(1, 9999)], default 12
+        Heads, half of them AD.
+    voxel_scale : Positive[float], default 1.0
+        2 makes every voxel twice as large, and the files smaller.
+    seed : NotNegative[int], default 0
+        Another seed, other subjects.
+
+    Raises
+    ------
+    ValueError
+        For a setting that cannot work.
+    """
 
     num_subjects: Annotated[int, between(1, 9999)] = 12  # Heads, half of them AD
     # 2 makes every voxel twice as large, and the files smaller
@@ -433,7 +738,104 @@ class HeadsConfig:
 # %% ../../nbs/engineering/21_configs.ipynb #673f6568
 @dataclass
 class AEConfig(TrainConfig):
-    "Everything that decides an autoencoder."
+    """Everything that decides an autoencoder.
+
+    Attributes
+    ----------
+    total_images : Positive[int], default 20000
+        Images to see before training ends.
+    batch_size : Positive[int], default 8
+        Images a step, on each process.
+    accumulate : Positive[int], default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : Positive[float], default 0.002
+        Highest learning rate of AdamW.
+    warmup_images : NotNegative[int], default 1000
+        Images over which the learning rate rises from 0.
+    weight_decay : NotNegative[float], default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : Positive[float], default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : Positive[int], default 5000
+        Images between two validation passes.
+    checkpoint_every : Positive[int], default 5000
+        Images between two checkpoints.
+    log_every : Positive[int], default 10
+        Steps between two lines of the log.
+    num_workers : NotNegative[int], default 0
+        Processes that load images; 0 loads in the training process.
+    seed : NotNegative[int], default 0
+        Seed of the weights, the order of the images and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate supports, such as tensorboard or wandb.
+    data : DataConfig, default DataConfig()
+        How images are found, cut and split.
+    in_channels : Positive[int], default 1
+        Channels of the images.
+    latent_channels : Positive[int], default 8
+        Channels of the latent.
+    channels : LevelSizes, default (96, 128)
+        Features at each level, largest image first.
+    num_res_blocks : Positive[int], default 1
+        Residual blocks a level.
+    attention_levels : tuple[bool, ...], default (False, False)
+        Levels with self-attention.
+    patch : Positive[int], default 4
+        Side of the pixel blocks that the stem folds into channels.
+    unet_levels : Positive[int], default 2
+        Levels of the UNet that stage 2 will train on the latents: their side must divide; 1: any
+        side.
+    covariates : tuple[str, ...], default ()
+        Covariates that encoder and decoder are conditioned on.
+    kl_weight : NotNegative[float], default 1e-06
+        Weight of the KL term beside the mean absolute error.
+    kl_period : Annotated[NotNegative[int], NEEDS_GAUSSIAN_LATENTS], default 0
+        Images a cycle of a rising KL weight; 0 keeps it constant.
+    kind : str, default 'kl'
+        Latents: kl, Gaussians; vq, codes of a codebook; fsq, codes of rounded channels; or your
+        own.
+    num_embeddings : Positive[int], default 1024
+        (vq) Codes in the codebook; a code has latent_channels numbers.
+    commitment_cost : NotNegative[float], default 0.25
+        (vq) Weight of the pull on the encoder towards its codes.
+    codebook_ema : bool, default True
+        (vq) Codes follow the mean of their vectors; else they learn by gradient.
+    codebook_start : Literal['kmeans', 'uniform'], default 'kmeans'
+        (vq) Where the codes are at first.
+    restart_below : Fraction[float], default 0.1
+        (vq) Codes used less than this fraction of an equal share start anew; 0: never.
+    fsq_levels : CodeLevels, default (8, 5, 5, 5)
+        (fsq) Levels of each latent channel.
+    adversarial : Annotated[bool, NEEDS_TIME_TO_ACT], default False
+        Train a discriminator beside the autoencoder, against blur.
+    adversarial_start : NotNegative[int], default 10000
+        Images seen before the generator loss reaches the autoencoder.
+    adversarial_weight : NotNegative[float], default 1.0
+        Pull of the discriminator on the decoder's last layer; 1 pulls as hard as the
+        reconstruction.
+    adversarial_max_weight : NotNegative[float], default 0.01
+        Ceiling of the adaptive weight that makes both pulls equal.
+    adversarial_loss : Literal['nonsaturating', 'hinge'], default 'nonsaturating'
+        Loss of the discriminator.
+    discriminator_warmup : NotNegative[int], default 2000
+        Images from which the discriminator alone learns, before the generator loss counts.
+    discriminator_learning_rate : Positive[float], default 0.0005
+        Highest learning rate of the discriminator.
+    discriminator_channels : LevelSizes, default (32, 64, 128)
+        Features of the discriminator after each halving.
+    random_weight : Annotated[NotNegative[float], NEEDS_DISCRIMINATOR], default 0.0
+        Weight of the generator loss of decoded random latents.
+    feature_weight : Annotated[NotNegative[float], NEEDS_DISCRIMINATOR], default 0.0
+        Weight of the difference in the discriminator's features.
+    """
 
     # How images are found, cut and split
     data: DataConfig = field(default_factory=DataConfig)
@@ -486,7 +888,75 @@ class AEConfig(TrainConfig):
 # %% ../../nbs/engineering/21_configs.ipynb #75cdd7d5
 @dataclass
 class LDMConfig(TrainConfig):
-    "Everything that decides a latent diffusion model, given its autoencoder."
+    """Everything that decides a latent diffusion model, given its autoencoder.
+
+    Attributes
+    ----------
+    total_images : Positive[int], default 20000
+        Images to see before training ends.
+    batch_size : Positive[int], default 32
+        Latents a step, on each process.
+    accumulate : Positive[int], default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : Positive[float], default 0.001
+        Highest learning rate of AdamW.
+    warmup_images : NotNegative[int], default 1000
+        Images over which the learning rate rises from 0.
+    weight_decay : NotNegative[float], default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : Positive[float], default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : Positive[int], default 5000
+        Images between two validation passes.
+    checkpoint_every : Positive[int], default 5000
+        Images between two checkpoints.
+    log_every : Positive[int], default 10
+        Steps between two lines of the log.
+    num_workers : NotNegative[int], default 0
+        Processes that load images; 0 loads in the training process.
+    seed : NotNegative[int], default 0
+        Seed of the weights, the order of the images and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate supports, such as tensorboard or wandb.
+    denoiser : str, default 'unet'
+        Kind of network: unet, or your own.
+    channels : LevelSizes, default (96, 160)
+        Features at each level of the UNet.
+    num_res_blocks : Positive[int], default 2
+        Blocks a level.
+    attention_levels : tuple[bool, ...], default (True, True)
+        Levels with self- and cross-attention.
+    num_heads : Positive[int], default 4
+        Attention heads.
+    cond_channels : Positive[int], default 128
+        Length of a covariate token.
+    covariates : tuple[str, ...] | None, default None
+        Covariates to learn; None: all that the data has.
+    dropout : Fraction[float], default 0.0
+        Fraction of each block's features that training leaves out; for few images seen many times.
+    covariate_dropout : Probability, default 0.1
+        Probability of hiding each covariate by itself.
+    condition_dropout : Probability, default 0.1
+        Probability of hiding all of them at once.
+    schedule : ScheduleConfig, default ScheduleConfig()
+        The noise, and what the network predicts.
+    snr_gamma : Annotated[float | None, POSITIVE_OR_NONE], default None
+        Ceiling of the min-SNR loss weight; None: every step weighs the same.
+    snr_offset : Annotated[NotNegative[float], NEEDS_SNR_GAMMA], default 0.0
+        Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise.
+    ema_images : Positive[int], default 20000
+        Half life of the average of the weights.
+    preview_steps : Positive[int], default 20
+        Denoising steps of the images generated during training.
+    """
 
     learning_rate: Positive[float] = 1e-3  # Highest learning rate of AdamW
     batch_size: Positive[int] = 32  # Latents a step, on each process
@@ -513,7 +983,65 @@ class LDMConfig(TrainConfig):
 # %% ../../nbs/engineering/21_configs.ipynb #f7bdc62d
 @dataclass
 class PriorConfig(TrainConfig):
-    "Everything that decides a code prior, given its autoencoder."
+    """Everything that decides a code prior, given its autoencoder.
+
+    Attributes
+    ----------
+    total_images : Positive[int], default 60000
+        Code maps to see before training ends.
+    batch_size : Positive[int], default 16
+        Code maps a step, on each process.
+    accumulate : Positive[int], default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : Positive[float], default 0.001
+        Highest learning rate of AdamW.
+    warmup_images : NotNegative[int], default 1000
+        Images over which the learning rate rises from 0.
+    weight_decay : NotNegative[float], default 0.05
+        Pull of AdamW on the weights towards 0.
+    clip_norm : Positive[float], default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : Positive[int], default 5000
+        Images between two validation passes.
+    checkpoint_every : Positive[int], default 5000
+        Images between two checkpoints.
+    log_every : Positive[int], default 10
+        Steps between two lines of the log.
+    num_workers : NotNegative[int], default 0
+        Processes that load images; 0 loads in the training process.
+    seed : NotNegative[int], default 0
+        Seed of the weights, the order of the images and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate supports, such as tensorboard or wandb.
+    embed_dim : Positive[int], default 128
+        Length of a vector.
+    num_layers : Positive[int], default 4
+        Blocks.
+    num_heads : Positive[int], default 4
+        Attention heads.
+    dropout : Fraction[float], default 0.1
+        Fraction of what each layer adds that training leaves out.
+    replace_codes : Fraction[float], default 0.0
+        Fraction of the known codes that are replaced by random ones.
+    label_smoothing : Fraction[float], default 0.0
+        Fraction of the target that is spread over all codes.
+    covariates : tuple[str, ...] | None, default None
+        Covariates to learn; None: all that the data has.
+    covariate_dropout : Probability, default 0.1
+        Probability of hiding each covariate by itself.
+    condition_dropout : Probability, default 0.1
+        Probability of hiding all of them at once.
+    ema_images : Positive[int], default 5000
+        Half life of the average of the weights.
+    """
 
     total_images: Positive[int] = 60_000  # Code maps to see before training ends
     batch_size: Positive[int] = 16  # Code maps a step, on each process
@@ -535,7 +1063,57 @@ class PriorConfig(TrainConfig):
 # %% ../../nbs/engineering/21_configs.ipynb #f561fca6
 @dataclass
 class VolumeConfig(TrainConfig):
-    "Everything that decides how a slice learns to follow its neighbors."
+    """Everything that decides how a slice learns to follow its neighbors.
+
+    Attributes
+    ----------
+    total_images : Positive[int], default 40000
+        Latents to see before training ends.
+    batch_size : Positive[int], default 8
+        Latents a step, on each process.
+    accumulate : Positive[int], default 1
+        Steps whose gradients are added up before the weights move.
+    auto_find_batch_size : bool, default False
+        When memory runs out: a smaller batch, more steps added up, and on.
+    learning_rate : Positive[float], default 0.0005
+        Highest learning rate of AdamW.
+    warmup_images : NotNegative[int], default 1000
+        Latents over which the learning rate rises from 0.
+    weight_decay : NotNegative[float], default 0.0
+        Pull of AdamW on the weights towards 0.
+    clip_norm : Positive[float], default 1.0
+        Longest gradient allowed; longer ones are scaled down to it.
+    precision : Literal['auto', 'no', 'bf16', 'fp16'], default 'auto'
+        Mixed precision; auto: bf16 where the device computes in it.
+    compile : bool, default False
+        Compile the network first (torch.compile).
+    validate_every : Positive[int], default 10000
+        Latents between two validation passes.
+    checkpoint_every : Positive[int], default 10000
+        Latents between two checkpoints.
+    log_every : Positive[int], default 40
+        Steps between two lines of the log.
+    num_workers : NotNegative[int], default 0
+        Processes that load images; 0 loads in the training process.
+    seed : NotNegative[int], default 0
+        Seed of the weights, the order of the images and the noise.
+    init_from : str | None, default None
+        Start from the weights of a run: its folder, a shipped one (phantom-128), or user/name.
+    log_with : str | None, default None
+        A tracker that accelerate supports, such as tensorboard or wandb.
+    neighbor_dropout : Fraction[float], default 0.5
+        Probability of hiding each neighbor by itself.
+    neighbor_noise : NotNegative[float], default 0.2
+        Most noise on the neighbors in training, in standard deviations of a latent.
+    covariate_dropout : Probability, default 0.1
+        Probability of hiding each covariate by itself.
+    condition_dropout : Probability, default 0.1
+        Probability of hiding all of them at once.
+    ema_images : Positive[int], default 10000
+        Half life of the average of the weights.
+    preview_steps : Positive[int], default 20
+        Denoising steps of the brains generated during training.
+    """
 
     total_images: Positive[int] = 40_000  # Latents to see before training ends
     batch_size: Positive[int] = 8  # Latents a step, on each process
@@ -556,7 +1134,17 @@ class VolumeConfig(TrainConfig):
 def check_tracker(
     name: str,  # What `log_with` names
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a tracker that accelerate does not find. Raises ValueError."
+    """Refuse a tracker that accelerate does not find.
+
+    Parameters
+    ----------
+    name : str
+        What `log_with` names.
+
+    Raises
+    ------
+    ValueError
+    """
     from accelerate.tracking import get_available_trackers
 
     known = [str(getattr(tracker, 'value', tracker)) for tracker in get_available_trackers()]
@@ -573,7 +1161,16 @@ def check_config(
 ) -> None:  # Nothing: it raises or returns
     """Refuse settings with which training cannot work, alone or together.
 
-    Raises TypeError or ValueError."""
+    Parameters
+    ----------
+    config : TrainConfig
+        The configuration to look at.
+
+    Raises
+    ------
+    TypeError
+    ValueError
+    """
     check_fields(config, 'check_config')
     kinds = dict(kind=('kl', 'vq', 'fsq', *AUTOENCODERS.kinds), denoiser=('unet', *DENOISERS.kinds))
     for name in (k for k in kinds if hasattr(config, k)):

@@ -28,7 +28,18 @@ __all__ = ['is_missing', 'is_listed', 'level_text', 'Covariate', 'covariate_kind
 def is_missing(
     value,  # Value of a table or of a request
 ) -> bool:  # True for None, NaN, NaT and the NA of pandas
-    "Whether a value is missing."
+    """Whether a value is missing.
+
+    Parameters
+    ----------
+    value
+        Value of a table or of a request.
+
+    Returns
+    -------
+    bool
+        True for None, NaN, NaT and the NA of pandas.
+    """
     if value is None:
         return True
     try:
@@ -40,7 +51,18 @@ def is_missing(
 def is_listed(
     value,  # What is given for one condition
 ) -> bool:  # True for a list, tuple, array or series of values; False for one value
-    "Whether several values are given."
+    """Whether several values are given.
+
+    Parameters
+    ----------
+    value
+        What is given for one condition.
+
+    Returns
+    -------
+    bool
+        True for a list, tuple, array or series of values; False for one value.
+    """
     if hasattr(value, 'ndim'):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
@@ -50,8 +72,20 @@ def level_text(
     # Level of a category as a table, a file or a caller gives it; None or NaN where it is missing
     value,
 ) -> str | None:  # Its one written form; None where it is missing
-    """Write a level in one way: 1, 1.0, '1' and '01' are the level '1'; every other text stays as
-    it is."""
+    """Write a level in one way: 1, 1.0, '1' and '01' are the level '1'; every other text stays as it
+    is.
+
+    Parameters
+    ----------
+    value
+        Level of a category as a table, a file or a caller gives it; None or NaN where it is
+        missing.
+
+    Returns
+    -------
+    str | None
+        Its one written form; None where it is missing.
+    """
     if is_missing(value):
         return None
     text = str(value).strip()
@@ -65,8 +99,20 @@ def level_text(
 # %% ../../nbs/engineering/42_covariates.ipynb #43de914e
 @dataclass(frozen=True)
 class Covariate:
-    """One condition of a model: a category with the levels `values`, or a number mapped to [0, 1]
-    by `range`."""
+    """One condition of a model: a category with the levels `values`, or a number mapped to [0, 1] by
+    `range`.
+
+    Attributes
+    ----------
+    name : str
+        Column in the manifest and key in a batch.
+    kind : str
+        'categorical' or 'continuous'.
+    values : tuple[str, ...] | None, default None
+        Known levels as `level_text` writes them, in the order of their indices.
+    range : tuple[float, float] | None, default None
+        Numbers that become 0 and 1.
+    """
 
     name: str  # Column in the manifest and key in a batch
     kind: str  # 'categorical' or 'continuous'
@@ -76,12 +122,24 @@ class Covariate:
 
     @property
     def levels(self) -> tuple[str, ...]:  # `values`; () for a number
-        "The levels of a category."
+        """The levels of a category.
+
+        Returns
+        -------
+        tuple[str, ...]
+            `values`; () for a number.
+        """
         return self.values or ()
 
     @property
     def span(self) -> tuple[float, float]:  # `range`; (0, 0) for a category
-        "The numbers that become 0 and 1."
+        """The numbers that become 0 and 1.
+
+        Returns
+        -------
+        tuple[float, float]
+            `range`; (0, 0) for a category.
+        """
         return self.range or (0.0, 0.0)
 
     def __post_init__(self):
@@ -119,7 +177,24 @@ def covariate_kind(
     config: DataConfig = DataConfig(),  # Kinds that are declared: `categorical`, `continuous`
 ) -> str:  # 'categorical' or 'continuous'
     """The kind of one column: declared, else fixed by its name, else by whether all its values are
-    numbers. Raises ValueError."""
+    numbers.
+
+    Parameters
+    ----------
+    values : pd.Series
+        Values that are known, of all splits.
+    config : DataConfig, default DataConfig()
+        Kinds that are declared: `categorical`, `continuous`.
+
+    Returns
+    -------
+    str
+        'categorical' or 'continuous'.
+
+    Raises
+    ------
+    ValueError
+    """
     import pandas as pd
 
     name = values.name
@@ -149,7 +224,22 @@ def find_covariates(
 ) -> list[Covariate]:  # One a column
     """Describe the conditions from the train rows alone (from all rows where there is no train).
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Manifest.
+    config : DataConfig, default DataConfig()
+        Further `columns`, and kinds that are declared; declared columns are learned, too.
+
+    Returns
+    -------
+    list[Covariate]
+        One a column.
+
+    Raises
+    ------
+    ValueError
+    """
     import pandas as pd
 
     rows = manifest[manifest.split == 'train'] if (manifest.split == 'train').any() else manifest
@@ -177,8 +267,21 @@ def write_levels(
     manifest: pd.DataFrame,  # Rows
     covariates: Sequence[Covariate],  # Conditions
 ) -> pd.DataFrame:  # The same object where nothing changes
-    """Write the levels of every category as `level_text` does, so that tables of two origins can
-    be compared."""
+    """Write the levels of every category as `level_text` does, so that tables of two origins can be
+    compared.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows.
+    covariates : Sequence[Covariate]
+        Conditions.
+
+    Returns
+    -------
+    pd.DataFrame
+        The same object where nothing changes.
+    """
     for name in (c.name for c in covariates if c.kind == 'categorical' and c.name in manifest):
         old = manifest[name].astype(object)
         new = old.map(level_text)
@@ -192,7 +295,20 @@ def mask_levels_not_in_train(
     covariates: Sequence[Covariate],  # Conditions, found in the train rows
     # The rows, unknown where train lacks the level; one note for each such level
 ) -> tuple[pd.DataFrame, list[str]]:
-    "Leave open what no model can learn: levels that occur outside train only."
+    """Leave open what no model can learn: levels that occur outside train only.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows, with levels as `write_levels` writes them.
+    covariates : Sequence[Covariate]
+        Conditions, found in the train rows.
+
+    Returns
+    -------
+    tuple[pd.DataFrame, list[str]]
+        The rows, unknown where train lacks the level; one note for each such level.
+    """
     notes = []
     for c in (c for c in covariates if c.kind == 'categorical' and c.name in manifest):
         unseen = manifest[c.name].notna() & ~manifest[c.name].isin(c.levels)
@@ -216,8 +332,21 @@ def describe_manifest(
     manifest: pd.DataFrame,  # Checked rows
     covariates: Sequence[Covariate],  # Conditions, found in the train rows
 ) -> list[str]:  # One line each
-    """Kind, levels with their train subjects, or range of each covariate, and how many subjects
-    lack it."""
+    """Kind, levels with their train subjects, or range of each covariate, and how many subjects lack
+    it.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows.
+    covariates : Sequence[Covariate]
+        Conditions, found in the train rows.
+
+    Returns
+    -------
+    list[str]
+        One line each.
+    """
     train = manifest[manifest.split == 'train'] if (manifest.split == 'train').any() else manifest
     out = []
     for c in covariates:
@@ -245,7 +374,24 @@ def covariate_notes(
     most: int = 10,  # Whole values that a number may hold before it is taken for an amount
 ) -> list[str]:  # Sentences
     """What to look at before training: numbers that may be categories, and levels with one train
-    subject or none."""
+    subject or none.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Checked rows.
+    covariates : Sequence[Covariate]
+        Conditions, found in the train rows.
+    config : DataConfig, default DataConfig()
+        Kinds that are declared.
+    most : int, default 10
+        Whole values that a number may hold before it is taken for an amount.
+
+    Returns
+    -------
+    list[str]
+        Sentences.
+    """
     import pandas as pd
 
     rows = write_levels(manifest, covariates)
@@ -274,7 +420,18 @@ def covariate_notes(
 def read_number(
     value,  # Value of a continuous covariate, as a table or a caller gives it
 ) -> float:  # The number; NaN where it is missing or is none
-    "Read one number."
+    """Read one number.
+
+    Parameters
+    ----------
+    value
+        Value of a continuous covariate, as a table or a caller gives it.
+
+    Returns
+    -------
+    float
+        The number; NaN where it is missing or is none.
+    """
     if is_missing(value) or '_' in str(value):
         return math.nan  # float would take 1_000
     try:
@@ -289,8 +446,23 @@ def encode_column(
 ) -> Tensor:  # int64 index, -1 missing; or float32 in range units, NaN missing
     """Encode one column.
 
-    Raises ValueError for a level that the covariate lacks, and for text instead of a
-    number."""
+    Parameters
+    ----------
+    column
+        Values, one a row; missing is None or NaN.
+    covariate : Covariate
+        What they mean.
+
+    Returns
+    -------
+    Tensor
+        int64 index, -1 missing; or float32 in range units, NaN missing.
+
+    Raises
+    ------
+    ValueError
+        For a level that the covariate lacks, and for text instead of a number.
+    """
     values, c = column.tolist() if hasattr(column, 'tolist') else list(column), covariate
     if c.kind == 'categorical':
         index = {level: i for i, level in enumerate(c.values)} | {None: -1}
@@ -322,7 +494,20 @@ def describe_unlearned(
     manifest: pd.DataFrame,  # Rows, as a stage is given them
     covariates: Sequence[Covariate],  # What the stage learns
 ) -> dict:  # Which table of subjects was read, and which columns with values are not learned
-    "What a run writes down of the facts that it does not learn; no name of a subject is in it."
+    """What a run writes down of the facts that it does not learn; no name of a subject is in it.
+
+    Parameters
+    ----------
+    manifest : pd.DataFrame
+        Rows, as a stage is given them.
+    covariates : Sequence[Covariate]
+        What the stage learns.
+
+    Returns
+    -------
+    dict
+        Which table of subjects was read, and which columns with values are not learned.
+    """
     train = manifest[manifest.split == 'train'] if 'split' in manifest else manifest
     fixed = ['path', 'plane', 'subject', 'session', 'split', 'hash', *(c.name for c in covariates)]
     facts = [o for o in manifest if o not in fixed and manifest[o].notna().any()]
@@ -338,7 +523,20 @@ def explain_unlearned(
     name: str,  # Name of a condition that a model does not have
     said: dict | None,  # As from `describe_unlearned`; None or empty for an earlier run
 ) -> str:  # Half a sentence, or ''
-    "Why a run has not learned a condition."
+    """Why a run has not learned a condition.
+
+    Parameters
+    ----------
+    name : str
+        Name of a condition that a model does not have.
+    said : dict | None
+        As from `describe_unlearned`; None or empty for an earlier run.
+
+    Returns
+    -------
+    str
+        Half a sentence, or ''.
+    """
     if not said:
         return ''
     table = said.get('table')
@@ -363,7 +561,21 @@ def refuse_unknown_names(
     covariates: Sequence[Covariate],  # The conditions of the model
     unlearned: dict | None = None,  # As from `describe_unlearned`, when it was trained
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a condition that the model does not have, and say why not. Raises ValueError."
+    """Refuse a condition that the model does not have, and say why not.
+
+    Parameters
+    ----------
+    names
+        Names of conditions.
+    covariates : Sequence[Covariate]
+        The conditions of the model.
+    unlearned : dict | None, default None
+        As from `describe_unlearned`, when it was trained.
+
+    Raises
+    ------
+    ValueError
+    """
     known = list(dict.fromkeys(c.name for c in covariates))
     for name in (o for o in names if o not in known):
         why = explain_unlearned(name, unlearned)
@@ -379,7 +591,25 @@ def encode_covariates(
     table,  # Manifest, or a dict of values or lists (single values are repeated)
     covariates: Sequence[Covariate],  # The conditions of the model
 ) -> dict[str, Tensor]:  # One tensor (b,) for each covariate that the table has
-    "Turn facts into the tensors a model takes. Raises ValueError for an unknown name or level."
+    """Turn facts into the tensors a model takes.
+
+    Parameters
+    ----------
+    table
+        Manifest, or a dict of values or lists (single values are repeated).
+    covariates : Sequence[Covariate]
+        The conditions of the model.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        One tensor (b,) for each covariate that the table has.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or level.
+    """
     known = {o.name: o for o in covariates}
     if hasattr(table, 'columns'):
         return {k: encode_column(table[k], c) for k, c in known.items() if k in table}
@@ -403,7 +633,18 @@ def read_value(
 ):  # The level as text, the number as float, or None
     """Read one requested value by the kind of its covariate.
 
-    Raises ValueError naming the levels or the range."""
+    Parameters
+    ----------
+    value
+        One requested value: text, number, or None or NaN for unknown.
+    covariate : Covariate
+        What it is a value of.
+
+    Raises
+    ------
+    ValueError
+        Naming the levels or the range.
+    """
     c = covariate
     if is_listed(value):
         raise ValueError(
@@ -446,7 +687,26 @@ def read_conditions(
 ) -> dict:
     """Read requested conditions, wherever they come from.
 
-    Raises ValueError for an unknown name, level or number."""
+    Parameters
+    ----------
+    conditions : dict
+        Requested conditions: a value, or a list of values, by covariate name; None is unknown.
+    covariates : Sequence[Covariate]
+        The conditions of the model.
+    unlearned : dict | None, default None
+        As from `describe_unlearned`, when it was trained.
+
+    Returns
+    -------
+    dict
+        The same in the terms of the model: levels as text, numbers as float; what is None as a
+        whole is left out.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, level or number.
+    """
     requested = {
         k: v.tolist() if hasattr(v, 'tolist') else v for k, v in conditions.items() if v is not None
     }

@@ -21,7 +21,13 @@ def process_device() -> str:  # 'cpu', 'cuda', 'cuda:1', 'mps'
 
     A launcher (`accelerate launch`, `torchrun`) starts one process a GPU and says in LOCAL_RANK
     which one this is. Where accelerate has been set up already, its device is taken;
-    ACCELERATE_USE_CPU=true asks for the CPU."""
+    ACCELERATE_USE_CPU=true asks for the CPU.
+
+    Returns
+    -------
+    str
+        'cpu', 'cuda', 'cuda:1', 'mps'.
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -42,7 +48,21 @@ def pick_device(
 ) -> torch.device:  # Where to compute
     """Where networks compute; all of the package uses this function.
 
-    Raises ValueError for a device that this machine lacks."""
+    Parameters
+    ----------
+    device : str | None, default None
+        'cpu', 'cuda', 'cuda:1', 'mps'; None: the accelerator of this process, if there is one.
+
+    Returns
+    -------
+    torch.device
+        Where to compute.
+
+    Raises
+    ------
+    ValueError
+        For a device that this machine lacks.
+    """
     device = device or process_device()
     try:
         return torch.zeros((), device=device).device
@@ -59,7 +79,23 @@ def pick_precision(
 ) -> str:  # 'no', 'bf16' or 'fp16'
     """Turn 'auto' into bf16 where the hardware has it, else into float32 ('no').
 
-    Raises ValueError for fp16 on a CPU."""
+    Parameters
+    ----------
+    precision : str
+        'auto', 'no', 'bf16' or 'fp16'.
+    device : torch.device
+        Where training runs.
+
+    Returns
+    -------
+    str
+        'no', 'bf16' or 'fp16'.
+
+    Raises
+    ------
+    ValueError
+        For fp16 on a CPU.
+    """
     if precision not in ('auto', 'no', 'bf16', 'fp16'):
         raise ValueError(
             f"pick_precision: precision={precision!r}. Expected 'auto', 'no', 'bf16' or 'fp16'. Try"
@@ -82,14 +118,36 @@ def double_on_cpu(
     x: Tensor,  # Numbers on any device
 ) -> Tensor:  # The same in float64, on the CPU, without a graph
     """For statistics, which want many digits and little work: some devices (Apple's MPS) have no
-    float64."""
+    float64.
+
+    Parameters
+    ----------
+    x : Tensor
+        Numbers on any device.
+
+    Returns
+    -------
+    Tensor
+        The same in float64, on the CPU, without a graph.
+    """
     return x.detach().cpu().double()
 
 # %% ../../nbs/engineering/41_devices.ipynb #44068149
 def device_name(
     device: torch.device,  # A device of torch
 ) -> str:  # What the machine calls it, such as 'NVIDIA H200', or the model of the processor
-    "Name the chip on which networks compute; its kind where the system does not say more."
+    """Name the chip on which networks compute; its kind where the system does not say more.
+
+    Parameters
+    ----------
+    device : torch.device
+        A device of torch.
+
+    Returns
+    -------
+    str
+        What the machine calls it, such as 'NVIDIA H200', or the model of the processor.
+    """
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     if device.type != 'cpu':
@@ -106,7 +164,13 @@ def device_name(
 
 # %% ../../nbs/engineering/41_devices.ipynb #a01b1e01
 def describe_device() -> str:  # One line, such as 'cpu, 2 threads, bf16'
-    "The device on which networks compute here, and the precision if none is requested."
+    """The device on which networks compute here, and the precision if none is requested.
+
+    Returns
+    -------
+    str
+        One line, such as 'cpu, 2 threads, bf16'.
+    """
     device = pick_device()
     name = device_name(device) if device.type == 'cuda' else device.type
     threads = f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''
@@ -116,7 +180,18 @@ def describe_device() -> str:  # One line, such as 'cpu, 2 threads, bf16'
 def all_gather_rows(
     rows: Tensor,  # Rows of this process (n, ...), equally many on each
 ) -> Tensor:  # Rows of all processes, in their order (n * processes, ...)
-    "What all processes of a training saw; a process that is alone gets its own rows back."
+    """What all processes of a training saw; a process that is alone gets its own rows back.
+
+    Parameters
+    ----------
+    rows : Tensor
+        Rows of this process (n, ...), equally many on each.
+
+    Returns
+    -------
+    Tensor
+        Rows of all processes, in their order (n * processes, ...).
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]

@@ -55,7 +55,25 @@ def sample_frames(
     # The image expected after each step (steps, size, size) in [-1, 1]; the last one is the
     # answer
 ) -> Tensor:
-    "Sample one brain and keep the trajectory. Raises as `sample` does."
+    """Sample one brain and keep the trajectory.
+
+    Raises as `sample` does.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    steps : int, default 20
+        Network calls.
+    **conditions
+        As of `sample`: diagnosis, slice, age, sex, guidance_scale, seed, …
+
+    Returns
+    -------
+    Tensor
+        The image expected after each step (steps, size, size) in [-1, 1]; the last one is the
+        answer.
+    """
     frames = []
     model.sample(
         1, steps=steps, callback=lambda i, t, images: frames.append(images[0, 0]), **conditions
@@ -71,7 +89,37 @@ def sample_between(
     steps: int = 12,  # Network calls
     **conditions,  # diagnosis, slice, age, sex, …: the same all the way
 ) -> Tensor:  # Images from one brain to the other (n, size, size) in [-1, 1]
-    "Brains between two generated brains. Source: Shoemake 1985. Raises ValueError or TypeError."
+    """Brains between two generated brains.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    seed_a : int, default 0
+        Seed of the brain at one end.
+    seed_b : int, default 1
+        Seed of the brain at the other end.
+    n : int, default 9
+        Images, both ends included.
+    steps : int, default 12
+        Network calls.
+    **conditions
+        diagnosis, slice, age, sex, …: the same all the way.
+
+    Returns
+    -------
+    Tensor
+        Images from one brain to the other (n, size, size) in [-1, 1].
+
+    Raises
+    ------
+    ValueError
+    TypeError
+
+    References
+    ----------
+    Shoemake 1985.
+    """
     if seed_a == seed_b or n < 2:
         raise ValueError(
             f"sample_between: seed_a={seed_a}, seed_b={seed_b}, n={n}. Expected two different"
@@ -94,7 +142,24 @@ def plot_noising(
     schedule: NoiseSchedule,  # How noise is added
     t: int,  # Step, 0 to T-1
 ) -> Figure:  # The noised image, and where it stands on two curves
-    "What is left of an image after step t. Raises as `add_noise` does."
+    """What is left of an image after step t.
+
+    Raises as `add_noise` does.
+
+    Parameters
+    ----------
+    x0 : Tensor
+        One image (h, w), standardized: mean 0, variance 1.
+    schedule : NoiseSchedule
+        How noise is added.
+    t : int
+        Step, 0 to T-1.
+
+    Returns
+    -------
+    Figure
+        The noised image, and where it stands on two curves.
+    """
     xt = add_noise(x0[None], sample_noise(1, tuple(x0.shape), seed=0), t, schedule.abar)[0]
     fig, axs = plt.subplots(1, 3, figsize=(7.5, 2.5), layout='constrained')
     axs[0].imshow(xt.numpy(), cmap='gray', vmin=-2, vmax=2)
@@ -115,7 +180,22 @@ def code_patches(
     codes: Tensor,  # Their codes (n, h, w)
     num_embeddings: int,  # Codes there are, k
 ) -> Tensor:  # Mean patch decoded where each code stands (k, f, f); NaN where it stands nowhere
-    "What the decoder makes of a code, on average over the places where it was used."
+    """What the decoder makes of a code, on average over the places where it was used.
+
+    Parameters
+    ----------
+    images : Tensor
+        Decoded images (n, 1, h*f, w*f).
+    codes : Tensor
+        Their codes (n, h, w).
+    num_embeddings : int
+        Codes there are, k.
+
+    Returns
+    -------
+    Tensor
+        Mean patch decoded where each code stands (k, f, f); NaN where it stands nowhere.
+    """
     patches = rearrange(
         images, 'n 1 (h f) (w g) -> (n h w) f g', h=codes.shape[1], w=codes.shape[2]
     )
@@ -131,7 +211,28 @@ def read_codebook(
     cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional autoencoder
     # decoded (n, 1, size, size), codes (n, h, w), patches (k, f, f), counts (h, w, k) of training
 ) -> dict[str, Tensor]:
-    "All that is to be seen of a codebook. Raises ValueError for an autoencoder that has none."
+    """All that is to be seen of a codebook.
+
+    Parameters
+    ----------
+    model
+        A `Codec` of a run with codes.
+    images : Tensor
+        Images to look codes up in (n, 1, size, size) in [-1, 1].
+    cond : dict[str, Tensor] | None, default None
+        Encoded covariates, for a conditional autoencoder.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        decoded (n, 1, size, size), codes (n, h, w), patches (k, f, f), counts (h, w, k) of
+        training.
+
+    Raises
+    ------
+    ValueError
+        For an autoencoder that has none.
+    """
     check_images('read_codebook', images, model.size)
     if not hasattr(model.autoencoder, 'quantizer'):
         raise ValueError(
@@ -155,7 +256,27 @@ def plot_code(
     image: int = 0,  # Number of the image to find it in
     # The patch decoded for it, where it stands in the image, where it stood in training
 ) -> Figure:
-    "One code of a codebook. Raises ValueError for a number that is none."
+    """One code of a codebook.
+
+    Parameters
+    ----------
+    book : dict[str, Tensor]
+        From `read_codebook`.
+    code : int
+        The code.
+    image : int, default 0
+        Number of the image to find it in.
+
+    Returns
+    -------
+    Figure
+        The patch decoded for it, where it stands in the image, where it stood in training.
+
+    Raises
+    ------
+    ValueError
+        For a number that is none.
+    """
     k, n = len(book['patches']), len(book['codes'])
     if not (0 <= code < k and 0 <= image < n):
         raise ValueError(
@@ -188,7 +309,23 @@ def plot_code(
 def to_png(
     image: Tensor,  # An image (h, w) in [-1, 1]
 ) -> bytes:  # PNG file, marked as synthetic
-    "An image as a browser takes it. Raises ValueError for numbers that are none."
+    """An image as a browser takes it.
+
+    Parameters
+    ----------
+    image : Tensor
+        An image (h, w) in [-1, 1].
+
+    Returns
+    -------
+    bytes
+        PNG file, marked as synthetic.
+
+    Raises
+    ------
+    ValueError
+        For numbers that are none.
+    """
     info, file = PngInfo(), BytesIO()
     info.add_text('Description', SYNTHETIC)
     Image.fromarray(to_bytes(image)).save(file, 'png', pnginfo=info)
@@ -198,8 +335,19 @@ def to_png(
 def slider_values(
     covariate: Covariate,  # A continuous covariate
 ) -> list:  # Numbers within its range
-    """Where a slider may rest: at whole numbers if 5 to 300 of them lie in the range, else at 50
-    even steps."""
+    """Where a slider may rest: at whole numbers if 5 to 300 of them lie in the range, else at 50 even
+    steps.
+
+    Parameters
+    ----------
+    covariate : Covariate
+        A continuous covariate.
+
+    Returns
+    -------
+    list
+        Numbers within its range.
+    """
     low, high = covariate.span
     whole = list(range(math.ceil(low), math.floor(high) + 1))
     return (
@@ -216,7 +364,20 @@ def covariate_control(
     covariate: Covariate,  # What can be requested
     may_be_open: bool = True,  # Offer 'open', which leaves it to the model
 ) -> widgets.Widget:  # A list or a slider; its value is one of the covariate's, or OPEN
-    "A control for one covariate."
+    """A control for one covariate.
+
+    Parameters
+    ----------
+    covariate : Covariate
+        What can be requested.
+    may_be_open : bool, default True
+        Offer 'open', which leaves it to the model.
+
+    Returns
+    -------
+    widgets.Widget
+        A list or a slider; its value is one of the covariate's, or OPEN.
+    """
     values = covariate.values or slider_values(covariate)
     stops = [(v if isinstance(v, str) else f'{v:.4g}', v) for v in values]
     same = dict(options=[('open', OPEN)] * may_be_open + stops, description=covariate.name)
@@ -228,7 +389,18 @@ def covariate_control(
 def condition_controls(
     model,  # A `Sampler`: a run with a trained denoiser
 ) -> dict[str, widgets.Widget]:  # One control a covariate, by name
-    "Controls for all conditions of a run. Conditions of its autoencoder cannot be left open."
+    """Controls for all conditions of a run. Conditions of its autoencoder cannot be left open.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+
+    Returns
+    -------
+    dict[str, widgets.Widget]
+        One control a covariate, by name.
+    """
     told = [c.name for c in model.autoencoder.covariates]
     return {c.name: covariate_control(c, c.name not in told) for c in model.covariates}
 
@@ -240,7 +412,26 @@ def number_control(
     high: float,  # Most
     step: float = 1,  # From one stop to the next
 ) -> widgets.Widget:  # A slider
-    "A slider that speaks when it is let go, not while it moves."
+    """A slider that speaks when it is let go, not while it moves.
+
+    Parameters
+    ----------
+    name : str
+        What stands beside it.
+    value : float
+        Where it starts; a whole number makes a slider over whole numbers.
+    low : float
+        Least.
+    high : float
+        Most.
+    step : float, default 1
+        From one stop to the next.
+
+    Returns
+    -------
+    widgets.Widget
+        A slider.
+    """
     kind = widgets.IntSlider if isinstance(value, int) else widgets.FloatSlider
     return kind(value, min=low, max=high, step=step, description=name, continuous_update=False)
 
@@ -249,7 +440,20 @@ def as_call(
     call: str,  # A call with a gap for the state, as 'sample_frames(model, {})'
     state: dict,  # Arguments by name; None is left out
 ) -> str:  # As one would type it
-    "The Python that generates the same image."
+    """The Python that generates the same image.
+
+    Parameters
+    ----------
+    call : str
+        A call with a gap for the state, as 'sample_frames(model, {})'.
+    state : dict
+        Arguments by name; None is left out.
+
+    Returns
+    -------
+    str
+        As one would type it.
+    """
     return call.format(', '.join(f'{k}={v!r}' for k, v in state.items() if v is not None))
 
 # %% ../../nbs/engineering/35_explore.ipynb #9c0e777f
@@ -267,7 +471,22 @@ STYLE = """<style>
 
 # %% ../../nbs/engineering/35_explore.ipynb #6d9b8701
 class Explorer(widgets.Box):
-    "Controls beside the image that a pure function makes of their values."
+    """Controls beside the image that a pure function makes of their values.
+
+    Parameters
+    ----------
+    render : Callable
+        Called with the value of each control by name; gives PNG files: one, or the frames of a
+        trajectory.
+    controls : dict[str, widgets.Widget]
+        Controls by name of argument.
+    call : str
+        The Python that is shown, with a gap for the state; see `as_call`.
+    scrub : str, default ''
+        Name of the slider over the frames; '': one frame, no slider.
+    start : float, default 1.0
+        Where that slider starts, from 0 to 1.
+    """
 
     def __init__(
         self,
@@ -299,11 +518,17 @@ class Explorer(widgets.Box):
 
     @property
     def state(self) -> dict:  # Value of each control by name
-        "All that the image depends on."
+        """All that the image depends on.
+
+        Returns
+        -------
+        dict
+            Value of each control by name.
+        """
         return {k: None if o.value is OPEN else o.value for k, o in self.controls.items()}
 
     def update(self, _=None):
-        "Render the present state, or say why not."
+        """Render the present state, or say why not."""
         self.picture.add_class('stale')
         self.note.value = 'generating …'
         try:
@@ -322,7 +547,7 @@ class Explorer(widgets.Box):
         self.note.value = f'<code>{html.escape(as_call(self.call, self.state))}</code>'
 
     def show_frame(self, _=None):
-        "Put the chosen frame on the page."
+        """Put the chosen frame on the page."""
         self.picture.value = self.frames[self.scrubber.value - 1]
         self.share = (self.scrubber.value - 1) / max(len(self.frames) - 1, 1)
 
@@ -330,7 +555,18 @@ class Explorer(widgets.Box):
 def explore_sample(
     model,  # A `Sampler`: a run with a trained denoiser
 ) -> Explorer:  # Sample a brain, and scrub through its trajectory
-    "Diagnosis, slice, guidance, steps, seed … to a brain, and the denoising on the way."
+    """Diagnosis, slice, guidance, steps, seed … to a brain, and the denoising on the way.
+
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+
+    Returns
+    -------
+    Explorer
+        Sample a brain, and scrub through its trajectory.
+    """
     most = min(50, model.schedule.num_train_timesteps)
     knobs = dict(
         guidance_scale=number_control('guidance', 1.0, 0.0, 8.0, 0.5),
@@ -351,7 +587,25 @@ def explore_between(
 ) -> Explorer:  # The ends at the left and right, and between them where you are
     """Interpolate between two brains, through noise.
 
-    Raises ValueError or TypeError for images that are none."""
+    Parameters
+    ----------
+    model
+        A `Sampler`: a run with a trained denoiser.
+    images : Tensor | None, default None
+        Two images (2, 1, size, size) in [-1, 1]; None: two that are generated.
+
+    Returns
+    -------
+    Explorer
+        The ends at the left and right, and between them where you are.
+
+    Raises
+    ------
+    ValueError
+        For images that are none.
+    TypeError
+        For images that are none.
+    """
     seeds = dict(
         seed_a=number_control('seed, left', 0, 0, 99),
         seed_b=number_control('seed, right', 1, 0, 99),
@@ -379,7 +633,18 @@ def explore_between(
 def explore_noise(
     image: Tensor,  # An image (h, w); it is standardized as latents are
 ) -> Explorer:  # Step along a noise schedule
-    "Schedule and step to a noised slice, and where it stands on the curves."
+    """Schedule and step to a noised slice, and where it stands on the curves.
+
+    Parameters
+    ----------
+    image : Tensor
+        An image (h, w); it is standardized as latents are.
+
+    Returns
+    -------
+    Explorer
+        Step along a noise schedule.
+    """
     x0 = (image - image.mean()) / image.std()
     controls = dict(
         beta_schedule=widgets.Dropdown(
@@ -402,7 +667,22 @@ def explore_codes(
 ) -> Explorer:  # Leaf through a codebook, from dark codes to bright ones; unused ones come last
     """Code and image to its patch, its places here and its places in training.
 
-    Raises as `read_codebook` does."""
+    Raises as `read_codebook` does.
+
+    Parameters
+    ----------
+    model
+        A `Codec` of a run with codes.
+    images : Tensor
+        Images to find them in (n, 1, size, size) in [-1, 1].
+    cond : dict[str, Tensor] | None, default None
+        Encoded covariates, for a conditional autoencoder.
+
+    Returns
+    -------
+    Explorer
+        Leaf through a codebook, from dark codes to bright ones; unused ones come last.
+    """
     book = read_codebook(model, images, cond)
     order = book['patches'].mean((1, 2)).nan_to_num(math.inf).argsort().tolist()
     stops = [(str(i), code) for i, code in enumerate(order, 1)]
@@ -423,7 +703,18 @@ def page(
 ) -> widgets.Widget:  # What the web page shows
     """The explorers of a run, one a tab, each rendered when it is first opened.
 
-    Raises as `BrainLDM.load` does."""
+    Raises as `BrainLDM.load` does.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Returns
+    -------
+    widgets.Widget
+        What the web page shows.
+    """
     model, parts = BrainLDM.load(run), {
         'Sample a brain': explore_sample,
         'Between two brains': explore_between,
@@ -453,7 +744,20 @@ def write_page(
     run: str | Path,  # Run folder
     folder: Path,  # Where to write
 ) -> Path:  # The notebook: one cell that shows `page`
-    "Write what Voilà serves: the notebook, and the template."
+    """Write what Voilà serves: the notebook, and the template.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    folder : Path
+        Where to write.
+
+    Returns
+    -------
+    Path
+        The notebook: one cell that shows `page`.
+    """
     source = f'from brainldm.engineering.explore import page\npage({str(Path(run).resolve())!r})'
     cell = dict(
         cell_type='code', id='page', metadata={}, source=source, outputs=[], execution_count=None
@@ -471,7 +775,18 @@ def write_page(
 def check_run(
     run: str | Path,  # Run folder
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a run that cannot be explored. Raises FileNotFoundError or ValueError."
+    """Refuse a run that cannot be explored.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     if BrainLDM.load(run, 'cpu').unet is None:
         raise FileNotFoundError(
             f"explore: {run} has no ldm.safetensors, only an autoencoder. Expected a trained"
@@ -482,7 +797,22 @@ def check_run(
 def free_port(
     port: int,  # Port wished for; 0: any
 ) -> int:  # A port that is free on 127.0.0.1
-    "Refuse a port that is taken. Raises ValueError."
+    """Refuse a port that is taken.
+
+    Parameters
+    ----------
+    port : int
+        Port wished for; 0: any.
+
+    Returns
+    -------
+    int
+        A port that is free on 127.0.0.1.
+
+    Raises
+    ------
+    ValueError
+    """
     with socket.socket() as s:
         # it may just be cooling down
         if os.name == 'posix':
@@ -502,7 +832,22 @@ def start_server(
     port: int,  # Port to listen to
     log: IO,  # Where its lines go
 ) -> subprocess.Popen:  # Voilà, starting
-    "Serve the notebook on 127.0.0.1, to this machine alone, with the template beside it."
+    """Serve the notebook on 127.0.0.1, to this machine alone, with the template beside it.
+
+    Parameters
+    ----------
+    notebook : Path
+        From `write_page`.
+    port : int
+        Port to listen to.
+    log : IO
+        Where its lines go.
+
+    Returns
+    -------
+    subprocess.Popen
+        Voilà, starting.
+    """
     home = os.pathsep.join([str(notebook.parent), *filter(None, [os.environ.get('JUPYTER_PATH')])])
     command = [
         sys.executable,
@@ -525,7 +870,27 @@ def await_server(
     port: int,  # Port it will listen to
     seconds: float = 120.0,  # Time it has
 ) -> bool:  # Whether it answers; False: it has ended
-    "Wait until a server answers. Raises RuntimeError if it takes too long."
+    """Wait until a server answers.
+
+    Parameters
+    ----------
+    server : subprocess.Popen
+        The server that is starting.
+    port : int
+        Port it will listen to.
+    seconds : float, default 120.0
+        Time it has.
+
+    Returns
+    -------
+    bool
+        Whether it answers; False: it has ended.
+
+    Raises
+    ------
+    RuntimeError
+        If it takes too long.
+    """
     end = time.monotonic() + seconds
     while server.poll() is None:
         try:
@@ -549,7 +914,23 @@ def explore(
 ) -> None:  # Returns after Ctrl-C
     """Serve the explorers of a run as a web page for this machine.
 
-    Raises FileNotFoundError, ValueError, RuntimeError, or ImportError without voila."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    port : int, default 8866
+        Port on this machine; 0: any that is free.
+    open_browser : bool, default True
+        Open the page in the browser.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    RuntimeError
+    ImportError
+        Without voila.
+    """
     check_installed('explore', 'voila')
     check_run(run)
     port = free_port(port)

@@ -19,23 +19,46 @@ if TYPE_CHECKING:
 # %% ../../nbs/engineering/38_extending.ipynb #ext00009
 @runtime_checkable
 class Autoencoder(Protocol):
-    "Images to latents and back: what stage 2, the sampler and every score need."
+    """Images to latents and back: what stage 2, the sampler and every score need.
+
+    Attributes
+    ----------
+    in_channels : int
+        Channels of the images.
+    """
 
     in_channels: int  # Channels of the images
 
     @property
     def latent_channels(self) -> int:  # Channels of the latents
-        "Channels of the latents."
+        """Channels of the latents.
+
+        Returns
+        -------
+        int
+            Channels of the latents.
+        """
         ...
 
     @property
     def factor(self) -> int:  # Pixels along an image for one along a latent
-        "Pixels along an image for one along a latent."
+        """Pixels along an image for one along a latent.
+
+        Returns
+        -------
+        int
+            Pixels along an image for one along a latent.
+        """
         ...
 
     @property
     def covariates(self) -> tuple:
-        "The `Covariate`s that it is conditioned on; () for none."
+        """The `Covariate`s that it is conditioned on; () for none.
+
+        Returns
+        -------
+        tuple
+        """
         ...
 
     def encode(
@@ -44,7 +67,20 @@ class Autoencoder(Protocol):
         cond: 'dict[str, Tensor]|None' = None,  # Encoded covariates, each (b,)
         # Latents (b, latent_channels, h/factor, w/factor), and what else there is
     ) -> 'tuple[Tensor, Any]':
-        "Latents of images: the mean of a Gaussian, or vectors before they are rounded to codes."
+        """Latents of images: the mean of a Gaussian, or vectors before they are rounded to codes.
+
+        Parameters
+        ----------
+        x : Tensor
+            Images (b, in_channels, h, w) in [-1, 1].
+        cond : dict[str, Tensor]|None, default None
+            Encoded covariates, each (b,).
+
+        Returns
+        -------
+        tuple[Tensor, Any]
+            Latents (b, latent_channels, h/factor, w/factor), and what else there is.
+        """
         ...
 
     def decode(
@@ -52,22 +88,46 @@ class Autoencoder(Protocol):
         z: 'Tensor',  # Latents (b, latent_channels, h, w)
         cond: 'dict[str, Tensor]|None' = None,  # Encoded covariates, each (b,)
     ) -> 'Tensor':  # Images (b, in_channels, h*factor, w*factor), about [-1, 1]
-        "Images of latents."
+        """Images of latents.
+
+        Parameters
+        ----------
+        z : Tensor
+            Latents (b, latent_channels, h, w).
+        cond : dict[str, Tensor]|None, default None
+            Encoded covariates, each (b,).
+
+        Returns
+        -------
+        Tensor
+            Images (b, in_channels, h*factor, w*factor), about [-1, 1].
+        """
         ...
 
 # %% ../../nbs/engineering/38_extending.ipynb #ext00010
 @runtime_checkable
 class Denoiser(Protocol):
-    "A network that predicts what its noise schedule asks of it: noise, v or clean latents."
+    """A network that predicts what its noise schedule asks of it: noise, v or clean latents."""
 
     @property
     def covariates(self) -> tuple:
-        "The `Covariate`s that it is conditioned on, in the order of `drop`; () for none."
+        """The `Covariate`s that it is conditioned on, in the order of `drop`; () for none.
+
+        Returns
+        -------
+        tuple
+        """
         ...
 
     @property
     def factor(self) -> int:  # Height and width of the latents must be multiples of this
-        "Height and width of the latents must be multiples of this."
+        """Height and width of the latents must be multiples of this.
+
+        Returns
+        -------
+        int
+            Height and width of the latents must be multiples of this.
+        """
         ...
 
     def __call__(
@@ -78,12 +138,36 @@ class Denoiser(Protocol):
         cond: 'dict[str, Tensor]|None' = None,
         drop: 'Tensor|None' = None,  # True where a covariate is to be ignored (b, n)
     ) -> 'Tensor':  # Prediction (b, c, h, w)
+        """Prediction (b, c, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Noised latents (b, c, h, w).
+        t : Tensor
+            Timesteps (b,).
+        cond : dict[str, Tensor]|None, default None
+            Encoded covariates, each (b,); absent: not known.
+        drop : Tensor|None, default None
+            True where a covariate is to be ignored (b, n).
+
+        Returns
+        -------
+        Tensor
+            Prediction (b, c, h, w).
+        """
         ...
 
 # %% ../../nbs/engineering/38_extending.ipynb #ext00011
 @runtime_checkable
 class Scheduler(Protocol):
-    "The steps from noise to latents, in the interface of diffusers: all of its schedulers fit."
+    """The steps from noise to latents, in the interface of diffusers: all of its schedulers fit.
+
+    Attributes
+    ----------
+    timesteps : Tensor
+        Timesteps to visit, from noisy to clean, once `set_timesteps` was called.
+    """
 
     timesteps: 'Tensor'  # Timesteps to visit, from noisy to clean, once `set_timesteps` was called
 
@@ -91,7 +175,13 @@ class Scheduler(Protocol):
         self,
         num_inference_steps: int,  # Network calls
     ) -> None:
-        "Choose the timesteps."
+        """Choose the timesteps.
+
+        Parameters
+        ----------
+        num_inference_steps : int
+            Network calls.
+        """
         ...
 
     def scale_model_input(
@@ -99,7 +189,20 @@ class Scheduler(Protocol):
         sample: 'Tensor',  # Latents as the scheduler keeps them
         timestep: int,  # Where they are
     ) -> 'Tensor':  # Latents as the network was trained on them
-        "Rescale what the network is shown."
+        """Rescale what the network is shown.
+
+        Parameters
+        ----------
+        sample : Tensor
+            Latents as the scheduler keeps them.
+        timestep : int
+            Where they are.
+
+        Returns
+        -------
+        Tensor
+            Latents as the network was trained on them.
+        """
         ...
 
     def step(
@@ -108,13 +211,28 @@ class Scheduler(Protocol):
         timestep: int,  # Where the latents are
         sample: 'Tensor',  # The latents
     ) -> Any:  # An object whose `prev_sample` holds the latents of the next timestep
-        "Go one step."
+        """Go one step.
+
+        Parameters
+        ----------
+        model_output : Tensor
+            Prediction of the network.
+        timestep : int
+            Where the latents are.
+        sample : Tensor
+            The latents.
+
+        Returns
+        -------
+        Any
+            An object whose `prev_sample` holds the latents of the next timestep.
+        """
         ...
 
 # %% ../../nbs/engineering/38_extending.ipynb #ext00012
 @runtime_checkable
 class SliceSource(Protocol):
-    "Where slices come from, if not from a folder: a database, a server, arrays in memory."
+    """Where slices come from, if not from a folder: a database, a server, arrays in memory."""
 
     def __len__(self) -> int: ...
 
@@ -123,7 +241,18 @@ class SliceSource(Protocol):
         i: int,  # Number of a slice, 0 to len-1
         # Image (h, w), uint8; subject, slice, and covariates
     ) -> 'tuple[np.ndarray, dict[str, Any]]':
-        "One slice with its row of the manifest."
+        """One slice with its row of the manifest.
+
+        Parameters
+        ----------
+        i : int
+            Number of a slice, 0 to len-1.
+
+        Returns
+        -------
+        tuple[np.ndarray, dict[str, Any]]
+            Image (h, w), uint8; subject, slice, and covariates.
+        """
         ...
 
 # %% ../../nbs/engineering/38_extending.ipynb #ext00013
@@ -132,7 +261,22 @@ def check_protocol(
     part: Any,  # What arrived
     protocol: type,  # One of the protocols above
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a part that lacks members of its protocol. Raises TypeError naming them."
+    """Refuse a part that lacks members of its protocol.
+
+    Parameters
+    ----------
+    caller : str
+        Function that asks, for the message.
+    part : Any
+        What arrived.
+    protocol : type
+        One of the protocols above.
+
+    Raises
+    ------
+    TypeError
+        Naming them.
+    """
     own = [k for k in vars(protocol) if k in ('__call__', '__len__') or k[0] != '_']
     names = dict.fromkeys([*protocol.__annotations__, *own])
     missing = [k for k in names if not hasattr(part, k)]
@@ -146,7 +290,17 @@ def check_protocol(
 # %% ../../nbs/engineering/38_extending.ipynb #ext00016
 @dataclass(frozen=True)
 class Kind:
-    "How networks of one kind are made and trained."
+    """How networks of one kind are made and trained.
+
+    Attributes
+    ----------
+    build : Callable
+        Makes the network; a class will do.
+    arguments : Callable | None, default None
+        Called as arguments(config, **given), gives the keywords of `build` as JSON can hold them.
+    loss : Callable | None, default None
+        Loss of its training, called as the stage's own is; None: the stage's own.
+    """
 
     build: Callable  # Makes the network; a class will do
     # Called as arguments(config, **given), gives the keywords of `build` as JSON can hold them
@@ -156,7 +310,13 @@ class Kind:
 
 # %% ../../nbs/engineering/38_extending.ipynb #ext00017
 class Registry:
-    "The kinds of one part by name: what training and loading ask alike."
+    """The kinds of one part by name: what training and loading ask alike.
+
+    Parameters
+    ----------
+    part : str
+        What is registered here, for messages.
+    """
 
     def __init__(
         self,
@@ -173,7 +333,24 @@ class Registry:
         arguments: Callable | None = None,
         loss: Callable | None = None,  # See `Kind`
     ) -> None:
-        "Add a kind. Raises ValueError for a name that another class has."
+        """Add a kind.
+
+        Parameters
+        ----------
+        kind : str
+            Its name, as config.json will say it.
+        build : Callable
+            Makes the network; a class will do.
+        arguments : Callable | None, default None
+            See `Kind`; None: by the names in the signature of `build`.
+        loss : Callable | None, default None
+            See `Kind`.
+
+        Raises
+        ------
+        ValueError
+            For a name that another class has.
+        """
         old = self.kinds.get(kind)
         # the same cell run again is welcome
         if old and old.build.__qualname__ != build.__qualname__:
@@ -201,7 +378,22 @@ class Registry:
         config: Any,  # A configuration, a dataclass
         **given,  # Arguments that no configuration holds: in_channels, covariates
     ) -> dict:  # Keywords of `build`
-        "The part of a configuration that decides the architecture."
+        """The part of a configuration that decides the architecture.
+
+        Parameters
+        ----------
+        kind : str
+            Name of a kind.
+        config : Any
+            A configuration, a dataclass.
+        **given
+            Arguments that no configuration holds: in_channels, covariates.
+
+        Returns
+        -------
+        dict
+            Keywords of `build`.
+        """
         entry = self[kind]
         if entry.arguments:
             return entry.arguments(config, **given)
@@ -213,7 +405,25 @@ class Registry:
         kind: str,  # Name of a kind
         args: dict,  # As from `arguments`
     ) -> Any:  # A network with fresh weights
-        "Make a network of one kind. Raises ValueError for a kind that is not registered."
+        """Make a network of one kind.
+
+        Parameters
+        ----------
+        kind : str
+            Name of a kind.
+        args : dict
+            As from `arguments`.
+
+        Returns
+        -------
+        Any
+            A network with fresh weights.
+
+        Raises
+        ------
+        ValueError
+            For a kind that is not registered.
+        """
         return self[kind].build(**args)
 
 # %% ../../nbs/engineering/38_extending.ipynb #ext00018
@@ -231,7 +441,28 @@ def use_scheduler(
 ) -> tuple[Callable, list[int]]:  # Step function and timesteps, as `denoise` takes them
     """Let another library take the steps.
 
-    Raises TypeError, or ValueError for a scheduler of another chain."""
+    Parameters
+    ----------
+    scheduler : Scheduler
+        Of diffusers, or one like those.
+    schedule : Any
+        `NoiseSchedule` that the network was trained on.
+    num_inference_steps : int
+        Steps of the whole reverse process.
+    generator : Any, default None
+        Source of fresh noise, for a scheduler that takes one; may be a list, one an image.
+
+    Returns
+    -------
+    tuple[Callable, list[int]]
+        Step function and timesteps, as `denoise` takes them.
+
+    Raises
+    ------
+    TypeError
+    ValueError
+        For a scheduler of another chain.
+    """
     check_protocol('sample', scheduler, Scheduler)
     name, about = type(scheduler).__name__, getattr(scheduler, 'config', {})
     abar = getattr(scheduler, 'alphas_cumprod', schedule.abar)

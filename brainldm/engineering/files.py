@@ -49,7 +49,22 @@ def as_faults(
     kind: str | Iterable[str] = '',  # One word to group by, one for all or one each
     detail: str | Iterable[str] = '',  # What is wrong, one text for all or one each
 ) -> pd.DataFrame:  # Columns path, fault, detail
-    "A table of faults."
+    """A table of faults.
+
+    Parameters
+    ----------
+    paths : Iterable
+        Path of each faulty file.
+    kind : str | Iterable[str], default ''
+        One word to group by, one for all or one each.
+    detail : str | Iterable[str], default ''
+        What is wrong, one text for all or one each.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns path, fault, detail.
+    """
     import pandas as pd
 
     kind, detail = (o if isinstance(o, str) else list(o) for o in (kind, detail))
@@ -59,7 +74,18 @@ def as_faults(
 def is_volume(
     path: str | Path,  # File
 ) -> bool:  # True for the name of a NIfTI volume
-    "Tell a volume, whose header says where left is, from an image, by its name."
+    """Tell a volume, whose header says where left is, from an image, by its name.
+
+    Parameters
+    ----------
+    path : str | Path
+        File.
+
+    Returns
+    -------
+    bool
+        True for the name of a NIfTI volume.
+    """
     return bool(re.search(VOLUME, str(path), re.IGNORECASE))
 
 # %% ../../nbs/engineering/23_files.ipynb #page0001
@@ -67,7 +93,20 @@ def select_page(
     im: Image.Image,  # Open file
     page: int,  # Page that is wanted; -1 where the file should be one image
 ) -> None:  # Nothing: the file stands at that page
-    "Go to one page of a file. Raises DataFault for a page that is not there."
+    """Go to one page of a file.
+
+    Parameters
+    ----------
+    im : Image.Image
+        Open file.
+    page : int
+        Page that is wanted; -1 where the file should be one image.
+
+    Raises
+    ------
+    DataFault
+        For a page that is not there.
+    """
     pages = getattr(im, 'n_frames', 1)
     if page < 0 and pages > 1:
         stack = im.format == 'TIFF'
@@ -89,8 +128,18 @@ def select_page(
 def find_pointer(
     path: Path,  # File that is about to be read
 ) -> tuple[str, str] | None:  # Which tool left a pointer here, and how the file is fetched
-    """Tell the pointers of git-lfs, git-annex and DataLad, which lie where a file is not fetched
-    yet."""
+    """Tell the pointers of git-lfs, git-annex and DataLad, which lie where a file is not fetched yet.
+
+    Parameters
+    ----------
+    path : Path
+        File that is about to be read.
+
+    Returns
+    -------
+    tuple[str, str] | None
+        Which tool left a pointer here, and how the file is fetched.
+    """
     if path.is_symlink() and not path.exists():
         target = os.readlink(path).replace('\\', '/').encode(errors='surrogateescape')
         return next((v for k, v in FETCH.items() if k in target), None)
@@ -103,7 +152,17 @@ def find_pointer(
 def refuse_pointer(
     path: Path,  # File that is about to be read
 ) -> None:  # Nothing: it raises or returns
-    "Say that only a pointer lies here, and how to fetch the file. Raises DataFault."
+    """Say that only a pointer lies here, and how to fetch the file.
+
+    Parameters
+    ----------
+    path : Path
+        File that is about to be read.
+
+    Raises
+    ------
+    DataFault
+    """
     found = find_pointer(path)
     if found:
         raise DataFault(
@@ -118,7 +177,26 @@ def read_pixels(
     to_gray: bool = False,  # Turn color gray instead of refusing it
     page: int = -1,  # Page of a TIFF; -1 where the file is one image
 ) -> tuple:  # Gray values (h, w) as they are stored; whether a tag turned or mirrored it
-    "Read one gray image of any depth, upright as its EXIF tag says. Raises DataFault."
+    """Read one gray image of any depth, upright as its EXIF tag says.
+
+    Parameters
+    ----------
+    path : Path
+        PNG, JPEG or TIFF.
+    to_gray : bool, default False
+        Turn color gray instead of refusing it.
+    page : int, default -1
+        Page of a TIFF; -1 where the file is one image.
+
+    Returns
+    -------
+    tuple
+        Gray values (h, w) as they are stored; whether a tag turned or mirrored it.
+
+    Raises
+    ------
+    DataFault
+    """
     refuse_pointer(path)
     if not path.is_file():
         raise DataFault('missing', 'no such file')
@@ -164,7 +242,28 @@ def read_gray_image(
     white: float | None = None,  # Value that becomes white where a pixel has more than 8 bits
     page: int = -1,  # Page of a TIFF; -1 where the file is one image
 ) -> tuple:  # Gray values (h, w), uint8; whether an EXIF tag turned or mirrored it
-    "Read one gray image, upright as its EXIF tag says. Raises DataFault."
+    """Read one gray image, upright as its EXIF tag says.
+
+    Parameters
+    ----------
+    path : Path
+        PNG, JPEG or TIFF.
+    to_gray : bool, default False
+        Turn color gray instead of refusing it.
+    white : float | None, default None
+        Value that becomes white where a pixel has more than 8 bits.
+    page : int, default -1
+        Page of a TIFF; -1 where the file is one image.
+
+    Returns
+    -------
+    tuple
+        Gray values (h, w), uint8; whether an EXIF tag turned or mirrored it.
+
+    Raises
+    ------
+    DataFault
+    """
     image, turned = read_pixels(path, to_gray, page)
     if image.dtype == np.uint8:
         return image, turned
@@ -181,14 +280,42 @@ def decode_image(
     path: Path,  # PNG, JPEG or TIFF
     to_gray: bool = False,  # Turn color gray instead of refusing it
 ) -> np.ndarray:  # Gray values (h, w), uint8
-    "Read one 8-bit gray image. Raises DataFault."
+    """Read one 8-bit gray image.
+
+    Parameters
+    ----------
+    path : Path
+        PNG, JPEG or TIFF.
+    to_gray : bool, default False
+        Turn color gray instead of refusing it.
+
+    Returns
+    -------
+    np.ndarray
+        Gray values (h, w), uint8.
+
+    Raises
+    ------
+    DataFault
+    """
     return read_gray_image(path, to_gray)[0]
 
 # %% ../../nbs/engineering/23_files.ipynb #da0cde49
 def hash_image(
     image: np.ndarray,  # Image (h, w), uint8
 ) -> str:  # 32 hex digits
-    "Name an image by its pixels: the same for a copy, whatever the file is called."
+    """Name an image by its pixels: the same for a copy, whatever the file is called.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Image (h, w), uint8.
+
+    Returns
+    -------
+    str
+        32 hex digits.
+    """
     return hashlib.blake2b(f'{image.shape}'.encode() + image.tobytes(), digest_size=16).hexdigest()
 
 # %% ../../nbs/engineering/23_files.ipynb #8c79633c
@@ -197,7 +324,20 @@ def foreground_side(
     threshold: int = 25,  # Gray value that JPEG noise does not reach, 0 to 255
     # Side of the smallest central square that holds all brighter pixels; 0 if there are none
 ) -> int:
-    "How far the brain reaches from the center of the image."
+    """How far the brain reaches from the center of the image.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Image (h, w), uint8.
+    threshold : int, default 25
+        Gray value that JPEG noise does not reach, 0 to 255.
+
+    Returns
+    -------
+    int
+        Side of the smallest central square that holds all brighter pixels; 0 if there are none.
+    """
     bright = image > threshold
     reach = [
         np.abs(2 * np.flatnonzero(bright.any(axis)) - (n - 1))
@@ -208,21 +348,41 @@ def foreground_side(
 # %% ../../nbs/engineering/23_files.ipynb #88cfc49d
 @dataclass(frozen=True)
 class Grid:
-    "Where the voxels of a volume lie, its axes taken to the right, the front and the top (RAS+)."
+    """Where the voxels of a volume lie, its axes taken to the right, the front and the top (RAS+).
+
+    Attributes
+    ----------
+    shape : tuple
+        Voxels along x, y, z.
+    affine : np.ndarray
+        (4, 4): from voxel (i, j, k) to a place in mm.
+    """
 
     shape: tuple  # Voxels along x, y, z
     affine: np.ndarray  # (4, 4): from voxel (i, j, k) to a place in mm
 
     @property
     def voxel_mm(self) -> tuple:  # Along x, y, z, mm; z is the spacing of axial planes
-        "The size of a voxel."
+        """The size of a voxel.
+
+        Returns
+        -------
+        tuple
+            Along x, y, z, mm; z is the spacing of axial planes.
+        """
         from nibabel.affines import voxel_sizes
 
         x, y, z = (float(o) for o in voxel_sizes(self.affine))
         return x, y, z
 
     def describe(self) -> dict:  # Text by property
-        "What two grids may differ in, in words that can be laid side by side."
+        """What two grids may differ in, in words that can be laid side by side.
+
+        Returns
+        -------
+        dict
+            Text by property.
+        """
         size, (x, y, z) = self.voxel_mm, self.affine[:3, 3] + 0.0
         lean = np.rad2deg(np.arccos(np.clip(np.abs(np.diag(self.affine[:3, :3])) / size, 0, 1)))
         return {
@@ -237,7 +397,20 @@ class Grid:
         other: 'Grid',  # Another volume's
         tolerance: float = 0.1,  # Voxels by which a corner may be off
     ) -> bool:  # True if voxel (i, j, k) is the same place in both
-        "Compare two grids by the places of their corners."
+        """Compare two grids by the places of their corners.
+
+        Parameters
+        ----------
+        other : Grid
+            Another volume's.
+        tolerance : float, default 0.1
+            Voxels by which a corner may be off.
+
+        Returns
+        -------
+        bool
+            True if voxel (i, j, k) is the same place in both.
+        """
         if self.shape != other.shape:
             return False
         corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], [1]), -1).reshape(-1, 4)
@@ -250,7 +423,20 @@ def read_grid(
 ) -> Grid:  # Its grid
     """Read off the header where the voxels lie; a fourth axis of length 1 is left out.
 
-    Raises DataFault."""
+    Parameters
+    ----------
+    path : Path
+        NIfTI volume.
+
+    Returns
+    -------
+    Grid
+        Its grid.
+
+    Raises
+    ------
+    DataFault
+    """
     import nibabel as nib
 
     refuse_pointer(path)
@@ -287,7 +473,22 @@ def read_grid(
 def count_planes(
     path: Path,  # NIfTI volume, or TIFF whose pages are slices
 ) -> int:  # Axial planes in it
-    "Read off the header how many planes a file has. Raises DataFault."
+    """Read off the header how many planes a file has.
+
+    Parameters
+    ----------
+    path : Path
+        NIfTI volume, or TIFF whose pages are slices.
+
+    Returns
+    -------
+    int
+        Axial planes in it.
+
+    Raises
+    ------
+    DataFault
+    """
     if is_volume(path):
         return read_grid(path).shape[2]
     refuse_pointer(path)
@@ -301,7 +502,23 @@ def count_planes(
 def fill_background(
     vol: np.ndarray,  # Intensities (x, y, z), float, perhaps with NaN
 ) -> tuple:  # The same with NaN outside the brain as 0, number of them
-    "Take NaN for background where it lies outside the brain. Raises DataFault for NaN inside it."
+    """Take NaN for background where it lies outside the brain.
+
+    Parameters
+    ----------
+    vol : np.ndarray
+        Intensities (x, y, z), float, perhaps with NaN.
+
+    Returns
+    -------
+    tuple
+        The same with NaN outside the brain as 0, number of them.
+
+    Raises
+    ------
+    DataFault
+        For NaN inside it.
+    """
     from scipy import ndimage
 
     nan = np.isnan(vol)
@@ -334,7 +551,24 @@ def find_white(
     # Intensity that becomes white; dict of `clipped`, fraction of values above 0 beyond it, and
     # `negative`, depth of what will be set to 0 as a fraction of the bright end
 ) -> tuple:
-    "The 99.9th percentile of the values above 0. Raises DataFault for what has no black."
+    """The 99.9th percentile of the values above 0.
+
+    Parameters
+    ----------
+    values : np.ndarray
+        Intensities of a volume or a stack, float, any shape, background 0.
+
+    Returns
+    -------
+    tuple
+        Intensity that becomes white; dict of `clipped`, fraction of values above 0 beyond it, and
+        `negative`, depth of what will be set to 0 as a fraction of the bright end.
+
+    Raises
+    ------
+    DataFault
+        For what has no black.
+    """
     light = values[values > 0]
     if not len(light):
         raise DataFault('negative', 'no intensity above 0')
@@ -358,10 +592,23 @@ def scale_to_bytes(
 ) -> tuple:
     # voxels taken as background; `negative`, depth of what was set to 0 as a fraction of the
     # bright end
-    """Scale so that the 99.9th percentile of the voxels above 0 is white; bytes are taken as they
-    are.
+    """Scale so that the 99.9th percentile of the voxels above 0 is white; bytes are taken as they are.
 
-    Raises DataFault."""
+    Parameters
+    ----------
+    vol : np.ndarray
+        Intensities (x, y, z), background 0.
+
+    Returns
+    -------
+    tuple
+        Volume as uint8; dict of what was done: `clipped`, fraction of voxels above 0 that became
+        white; `nan`,.
+
+    Raises
+    ------
+    DataFault
+    """
     if vol.dtype == np.uint8:
         return vol, dict(clipped=0.0, nan=0, negative=0.0)
     if vol.dtype.kind not in 'iuf':
@@ -382,7 +629,23 @@ def load_volume(
     # Volume (x, y, z) as uint8 with axes to the right, front and top (RAS+); what
     # `scale_to_bytes` did
 ) -> tuple:
-    "Read a volume and turn its axes as the affine says. Raises DataFault."
+    """Read a volume and turn its axes as the affine says.
+
+    Parameters
+    ----------
+    path : Path
+        NIfTI volume.
+
+    Returns
+    -------
+    tuple
+        Volume (x, y, z) as uint8 with axes to the right, front and top (RAS+); what
+        `scale_to_bytes` did.
+
+    Raises
+    ------
+    DataFault
+    """
     from nibabel.affines import obliquity
 
     import nibabel as nib
@@ -412,7 +675,20 @@ def axial_slice(
     vol: np.ndarray,  # Volume (x, y, z), RAS+
     k: int,  # Plane
 ) -> np.ndarray:  # Image (y, x): front of the brain at the top, left on the left
-    "Cut one axial plane out of a volume."
+    """Cut one axial plane out of a volume.
+
+    Parameters
+    ----------
+    vol : np.ndarray
+        Volume (x, y, z), RAS+.
+    k : int
+        Plane.
+
+    Returns
+    -------
+    np.ndarray
+        Image (y, x): front of the brain at the top, left on the left.
+    """
     return np.ascontiguousarray(np.flipud(vol[:, :, k].T))
 
 # %% ../../nbs/engineering/23_files.ipynb #89ece140
@@ -424,7 +700,29 @@ def decode_file(
     # List of images (h, w) uint8, one a row; dict of what was done: as `scale_to_bytes`, or
     # `turned` by EXIF and `stack` where a scale was used
 ) -> tuple:
-    "Decode every row of one file. Raises DataFault."
+    """Decode every row of one file.
+
+    Parameters
+    ----------
+    path : Path
+        Image or volume.
+    planes
+        Plane of each row that uses the file, page of a TIFF; -1 for an image.
+    to_gray : bool, default False
+        Turn color gray instead of refusing it.
+    white : float | None, default None
+        Value that becomes white in images of more than 8 bits.
+
+    Returns
+    -------
+    tuple
+        List of images (h, w) uint8, one a row; dict of what was done: as `scale_to_bytes`, or
+        `turned` by EXIF and `stack` where a scale was used.
+
+    Raises
+    ------
+    DataFault
+    """
     if not is_volume(path):
         read = {k: read_gray_image(path, to_gray, white, k) for k in {int(o) for o in planes}}
         done = dict(turned=any(turned for _, turned in read.values()), stack=white is not None)
@@ -444,7 +742,24 @@ def map_files(
     progress: bool,  # Show a bar with the time left
     title: str,  # Its text
 ) -> list:  # (positions, result) by file
-    "Run `work` once a file on a few threads: decoding waits for the disk and frees Python's lock."
+    """Run `work` once a file on a few threads: decoding waits for the disk and frees Python's lock.
+
+    Parameters
+    ----------
+    work
+        Called as work(path, positions): a path in the manifest and the rows that use it.
+    rows : pd.DataFrame
+        Manifest.
+    progress : bool
+        Show a bar with the time left.
+    title : str
+        Its text.
+
+    Returns
+    -------
+    list
+        (positions, result) by file.
+    """
     files = list(rows.groupby('path', sort=False).indices.items())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         done = pool.map(lambda o: (o[1], work(*o)), files)
@@ -455,7 +770,23 @@ def cache_folder(
     # None: $BRAINLDM_CACHE, else the user's cache, such as ~/.cache/brainldm
     cache_dir: str | Path | None = None,
 ) -> Path:  # Folder of all caches, perhaps not there yet
-    "Where prepared images are kept. Raises OSError for a user without a home folder."
+    """Where prepared images are kept.
+
+    Parameters
+    ----------
+    cache_dir : str | Path | None, default None
+        None: $BRAINLDM_CACHE, else the user's cache, such as ~/.cache/brainldm.
+
+    Returns
+    -------
+    Path
+        Folder of all caches, perhaps not there yet.
+
+    Raises
+    ------
+    OSError
+        For a user without a home folder.
+    """
     if cache_dir or os.environ.get('BRAINLDM_CACHE'):
         return Path(cache_dir or os.environ['BRAINLDM_CACHE'])
     try:
@@ -474,7 +805,25 @@ def temporary_in_cache(
     folder: Path,  # Folder of all caches, made if it is not there
     prefix: str,  # What the new name begins with
 ) -> Path:  # New empty folder in it
-    "A place to write what will become a cache. Raises OSError where nothing can be written."
+    """A place to write what will become a cache.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of all caches, made if it is not there.
+    prefix : str
+        What the new name begins with.
+
+    Returns
+    -------
+    Path
+        New empty folder in it.
+
+    Raises
+    ------
+    OSError
+        Where nothing can be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
@@ -486,14 +835,30 @@ def temporary_in_cache(
 
 # %% ../../nbs/engineering/23_files.ipynb #8500e797
 class StrictHeader(tarfile.TarInfo):
-    "The header of a file in a tar: a broken one is an error, not the end of the archive."
+    """The header of a file in a tar: a broken one is an error, not the end of the archive."""
 
     @classmethod
     def fromtarfile(
         cls,
         archive: tarfile.TarFile,  # Open for reading
     ) -> tarfile.TarInfo:  # The next header
-        "Read a header. Raises tarfile.ReadError for a broken one."
+        """Read a header.
+
+        Parameters
+        ----------
+        archive : tarfile.TarFile
+            Open for reading.
+
+        Returns
+        -------
+        tarfile.TarInfo
+            The next header.
+
+        Raises
+        ------
+        tarfile.ReadError
+            For a broken one.
+        """
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:
@@ -503,7 +868,15 @@ class StrictHeader(tarfile.TarInfo):
 
 # %% ../../nbs/engineering/23_files.ipynb #e039c052
 class LimitedStream:
-    "A stream that hands out so many bytes and no more, headers included."
+    """A stream that hands out so many bytes and no more, headers included.
+
+    Parameters
+    ----------
+    stream
+        Open for reading.
+    limit : int
+        Bytes it may give.
+    """
 
     def __init__(
         self,
@@ -516,7 +889,23 @@ class LimitedStream:
         self,
         n: int,  # Bytes
     ) -> bytes:  # The next n, or what is left
-        "Read on. Raises OverflowError beyond the limit."
+        """Read on.
+
+        Parameters
+        ----------
+        n : int
+            Bytes.
+
+        Returns
+        -------
+        bytes
+            The next n, or what is left.
+
+        Raises
+        ------
+        OverflowError
+            Beyond the limit.
+        """
         part = self.stream.read(min(n, self.left + 1))
         self.left -= len(part)
         if self.left < 0:
@@ -531,8 +920,21 @@ def read_members(
 ) -> Iterator[tuple[str, str, int, Callable]]:
     """Walk through an archive.
 
-    Raises what zipfile, tarfile and gzip raise, OverflowError beyond the limit, ValueError
-    for a password."""
+    Raises what zipfile, tarfile and gzip raise, OverflowError beyond the limit, ValueError for a
+    password.
+
+    Parameters
+    ----------
+    path : Path
+        Archive.
+    limit : int
+        Bytes that may come out.
+
+    Yields
+    ------
+    tuple[str, str, int, Callable]
+        Name; 'file', 'folder' or 'other'; bytes; a call that opens it.
+    """
     # 0: not from Unix, says nothing
     kinds = {0: 'file', stat.S_IFREG: 'file', stat.S_IFDIR: 'folder'}
     if path.name.lower().endswith('.zip'):
@@ -566,7 +968,25 @@ def member_path(
 ) -> Path:  # Place below the folder
     """Where a member goes.
 
-    Raises ValueError for one that leads out of the folder, and for links and devices."""
+    Parameters
+    ----------
+    folder : Path
+        Where the archive is unpacked.
+    name : str
+        Name in the archive.
+    kind : str
+        'file', 'folder' or 'other'.
+
+    Returns
+    -------
+    Path
+        Place below the folder.
+
+    Raises
+    ------
+    ValueError
+        For one that leads out of the folder, and for links and devices.
+    """
     parts = name.replace('\\', '/').split('/')
     if not parts[0] or '..' in parts or '\0' in name or re.match('[A-Za-z]:', name):
         raise ValueError(
@@ -587,7 +1007,18 @@ def unpack_into(
 ) -> None:
     """Unpack files and folders.
 
-    Raises ValueError for an archive that is broken, dangerous or too large."""
+    Parameters
+    ----------
+    path : Path
+        Archive.
+    folder : Path
+        Empty folder.
+
+    Raises
+    ------
+    ValueError
+        For an archive that is broken, dangerous or too large.
+    """
     free, size = shutil.disk_usage(folder).free, path.stat().st_size
     limit, total = min(max(EXPANSION * size, 2**24), free), 0
     try:
@@ -624,7 +1055,23 @@ def unpack_into(
 def unpack(
     root: str | Path,  # Data folder, CSV manifest or archive
 ) -> Path:  # The same, or the folder in the cache that holds what was in the archive
-    "Unpack an archive, once. Raises ValueError for one that is broken, dangerous or too large."
+    """Unpack an archive, once.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+
+    Returns
+    -------
+    Path
+        The same, or the folder in the cache that holds what was in the archive.
+
+    Raises
+    ------
+    ValueError
+        For one that is broken, dangerous or too large.
+    """
     root = Path(root)
     if not root.is_file() or not root.name.lower().endswith(ARCHIVES):
         return root
@@ -654,7 +1101,18 @@ def list_files(
 ) -> list[str]:  # Paths relative to `root`, posix, sorted
     """Every file below a folder, except hidden ones.
 
-    Links are followed, but not back to a folder that leads here."""
+    Links are followed, but not back to a folder that leads here.
+
+    Parameters
+    ----------
+    root : Path
+        Folder to walk.
+
+    Returns
+    -------
+    list[str]
+        Paths relative to `root`, posix, sorted.
+    """
     out, above = [], {str(root): {os.path.realpath(root)}}  # by folder: itself and all above it
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = {o: os.path.realpath(os.path.join(folder, o)) for o in subfolders}
@@ -671,7 +1129,20 @@ def explain_disk(
     e: OSError,  # What the operating system said
     path: Path,  # File that was to be written
 ) -> OSError:  # The same error, with words that help
-    "Say which file could not be written, and what to do."
+    """Say which file could not be written, and what to do.
+
+    Parameters
+    ----------
+    e : OSError
+        What the operating system said.
+    path : Path
+        File that was to be written.
+
+    Returns
+    -------
+    OSError
+        The same error, with words that help.
+    """
     return OSError(
         e.errno,
         f"{e.strerror or e} while writing {path}. Expected room on the disk and permission to"
@@ -686,7 +1157,17 @@ def write_atomic(
 ) -> None:
     """Write a file so that it is either whole or not there: temporary file, fsync, rename.
 
-    Raises OSError."""
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    data : bytes
+        Its whole content.
+
+    Raises
+    ------
+    OSError
+    """
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:

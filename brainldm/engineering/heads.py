@@ -31,7 +31,13 @@ PAD = ((20, 20), (20, 20), (60, 20))
 
 @lru_cache(maxsize=1)
 def head_around_template() -> tuple:  # Intensities (x, y, z), 1 for white matter; affine (4, 4)
-    """The MNI152 template with fluid, bone, marrow, scalp, neck, face and eyes around it, 1 mm."""
+    """The MNI152 template with fluid, bone, marrow, scalp, neck, face and eyes around it, 1 mm.
+
+    Returns
+    -------
+    tuple
+        Intensities (x, y, z), 1 for white matter; affine (4, 4).
+    """
     from scipy import ndimage
 
     template = load_template()
@@ -65,7 +71,22 @@ def smooth_noise(
     places: np.ndarray,  # (3, n), mm
     sigma_mm: float,  # Over how many mm it varies
 ) -> np.ndarray:  # (n,), mean 0, standard deviation 1
-    """A smooth random field, evaluated where it is needed."""
+    """A smooth random field, evaluated where it is needed.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        Where the randomness comes from.
+    places : np.ndarray
+        (3, n), mm.
+    sigma_mm : float
+        Over how many mm it varies.
+
+    Returns
+    -------
+    np.ndarray
+        (n,), mean 0, standard deviation 1.
+    """
     from scipy import ndimage
 
     step, low = sigma_mm / 2, np.array([-180.0, -220, -220])
@@ -78,7 +99,20 @@ def push_from_ventricles(
     places: np.ndarray,  # (3, n), mm
     ventricle_mm: float,  # How far the walls move outward, mm
 ) -> np.ndarray:  # (3, n): where the anatomy at each place comes from, relative to it, mm
-    """Enlarge the lateral ventricles, as atrophy does, by pulling from their middle."""
+    """Enlarge the lateral ventricles, as atrophy does, by pulling from their middle.
+
+    Parameters
+    ----------
+    places : np.ndarray
+        (3, n), mm.
+    ventricle_mm : float
+        How far the walls move outward, mm.
+
+    Returns
+    -------
+    np.ndarray
+        (3, n): where the anatomy at each place comes from, relative to it, mm.
+    """
     center, reach = np.array([0.0, -12, 12])[:, None], np.array([22.0, 45, 22])[:, None]
     away = places - center
     near = np.exp(-0.5 * ((away / reach) ** 2).sum(0))
@@ -89,7 +123,18 @@ def push_from_ventricles(
 def rotation(
     degrees: tuple[float, float, float],  # About x, y and z
 ) -> np.ndarray:  # (3, 3)
-    """Turn about the three axes, one after the other."""
+    """Turn about the three axes, one after the other.
+
+    Parameters
+    ----------
+    degrees : tuple[float, float, float]
+        About x, y and z.
+
+    Returns
+    -------
+    np.ndarray
+        (3, 3).
+    """
     (cx, cy, cz), (sx, sy, sz) = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
@@ -111,7 +156,34 @@ def synthetic_head(
 ) -> nib.Nifti1Image:  # A raw head, int16
     """A T1-weighted head of nobody, as a scanner might store it.
 
-    The tissues around the brain are shells of one intensity each."""
+    The tissues around the brain are shells of one intensity each.
+
+    Parameters
+    ----------
+    seed : int, default 0
+        Which subject; the same seed gives the same head.
+    voxel_mm : tuple[float, float, float], default (1.2, 1.0, 1.0)
+        To the right, the front and the top.
+    axes : str, default 'RAS'
+        In which order and direction the file stores them, such as PSR.
+    tilt : tuple[float, float, float], default (0, 0, 0)
+        Turned in the scanner about x, y, z, degrees.
+    shift_mm : tuple[float, float, float], default (0, 0, 0)
+        Moved in the scanner.
+    ventricle_mm : float, default 0
+        How far the walls of the ventricles move outward.
+    bias : float, default 0.15
+        Standard deviation of the logarithm of the coil's field.
+    noise : float, default 0.02
+        Standard deviation of the noise, relative to white matter.
+    anatomy_mm : float, default 4
+        Standard deviation by which this subject differs from the template.
+
+    Returns
+    -------
+    nib.Nifti1Image
+        A raw head, int16.
+    """
     import nibabel as nib
     from nibabel import orientations
     from scipy import ndimage
@@ -150,7 +222,25 @@ def write_heads(
 ) -> Path:  # The folder, in BIDS layout
     """Write a BIDS data set of raw heads of nobody, each in another orientation and voxel size.
 
-    Raises FileExistsError if there is anything already."""
+    Parameters
+    ----------
+    out : Path
+        New folder.
+    config : HeadsConfig, default HeadsConfig()
+        How many, and how fine.
+    progress : bool, default True
+        Show a bar with the time left.
+
+    Returns
+    -------
+    Path
+        The folder, in BIDS layout.
+
+    Raises
+    ------
+    FileExistsError
+        If there is anything already.
+    """
     import nibabel as nib
 
     out = Path(out)

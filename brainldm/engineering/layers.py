@@ -25,7 +25,23 @@ from .covariates import Covariate
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels of a feature map, added to its input.
 
-    Source: Vaswani et al. 2017, eq. 1. Raises ValueError if the channels do not divide into heads.
+    Parameters
+    ----------
+    channels : int
+        Channels in and out, a multiple of `num_heads` and `norm_num_groups`.
+    num_heads : int, default 4
+        Attention heads.
+    norm_num_groups : int, default 8
+        Groups in the GroupNorm.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not divide into heads.
+
+    References
+    ----------
+    Vaswani et al. 2017, eq. 1.
     """
 
     def __init__(
@@ -46,6 +62,18 @@ class AttentionBlock(nn.Module):
         self,
         x: Tensor,  # Features (b, channels, h, w)
     ) -> Tensor:  # Features (b, channels, h, w)
+        """Features (b, channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, channels, h, w).
+
+        Returns
+        -------
+        Tensor
+            Features (b, channels, h, w).
+        """
         qkv = rearrange(
             self.qkv(self.norm(x)), 'b (qkv n c) h w -> qkv b n (h w) c', qkv=3, n=self.num_heads
         )
@@ -57,8 +85,26 @@ class AttentionBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Cross-attention: every pixel attends to the condition tokens, added to its features.
 
-    Source: Vaswani et al. 2017, eq. 1; Rombach et al. 2022, sec. 3.3. Raises ValueError if
-    channels do not divide."""
+    Parameters
+    ----------
+    channels : int
+        Channels of the image's features, a multiple of `num_heads` and `norm_num_groups`.
+    context_channels : int
+        Length of a token.
+    num_heads : int, default 4
+        Attention heads.
+    norm_num_groups : int, default 8
+        Groups in the GroupNorm.
+
+    Raises
+    ------
+    ValueError
+        If channels do not divide.
+
+    References
+    ----------
+    Vaswani et al. 2017, eq. 1; Rombach et al. 2022, sec. 3.3.
+    """
 
     def __init__(
         self,
@@ -84,6 +130,20 @@ class CrossAttention(nn.Module):
         x: Tensor,  # Features (b, channels, h, w)
         tokens: Tensor,  # Condition tokens (b, n, context_channels)
     ) -> Tensor:  # Features (b, channels, h, w)
+        """Features (b, channels, h, w).
+
+        Parameters
+        ----------
+        x : Tensor
+            Features (b, channels, h, w).
+        tokens : Tensor
+            Condition tokens (b, n, context_channels).
+
+        Returns
+        -------
+        Tensor
+            Features (b, channels, h, w).
+        """
         q = rearrange(self.to_q(self.norm(x)), 'b (n c) h w -> b n (h w) c', n=self.num_heads)
         k, v = rearrange(self.to_kv(tokens), 'b t (kv n c) -> kv b n t c', kv=2, n=self.num_heads)
         out = F.scaled_dot_product_attention(q, k, v)  # (b, heads, h*w, c)
@@ -93,7 +153,17 @@ class CrossAttention(nn.Module):
 class ScalarEmbedding(nn.Module):
     """A number in [0, 1] as a vector: waves of several lengths, then a small network.
 
-    Source: Tancik et al. 2020, eq. 5."""
+    Parameters
+    ----------
+    channels : int
+        Length of the vector.
+    num_waves : int, default 4
+        Wave m has 2**m half periods in [0, 1].
+
+    References
+    ----------
+    Tancik et al. 2020, eq. 5.
+    """
 
     freqs: Tensor
 
@@ -112,6 +182,18 @@ class ScalarEmbedding(nn.Module):
         self,
         r: Tensor,  # Numbers (b,), mostly in [0, 1]
     ) -> Tensor:  # Vectors (b, channels)
+        """Vectors (b, channels).
+
+        Parameters
+        ----------
+        r : Tensor
+            Numbers (b,), mostly in [0, 1].
+
+        Returns
+        -------
+        Tensor
+            Vectors (b, channels).
+        """
         r = r[:, None]
         return self.net(torch.cat([r, (r * self.freqs).sin(), (r * self.freqs).cos()], dim=1))
 
@@ -119,8 +201,22 @@ class ScalarEmbedding(nn.Module):
 class Conditioner(nn.Module):
     """One token a covariate; a missing or dropped covariate gives its learned null token.
 
-    Source: null tokens as in Ho & Salimans 2022, sec. 3.2. Raises ValueError on an unknown
-    covariate."""
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        The covariates, in the order of the tokens.
+    channels : int
+        Length of a token.
+
+    Raises
+    ------
+    ValueError
+        On an unknown covariate.
+
+    References
+    ----------
+    Null tokens as in Ho & Salimans 2022, sec. 3.2.
+    """
 
     def __init__(
         self,
@@ -148,6 +244,22 @@ class Conditioner(nn.Module):
         batch_size: int,  # b, since `cond` may be empty
         drop: Tensor | None = None,  # True where a token is to be dropped (b, n)
     ) -> Tensor:  # Tokens (b, n, channels)
+        """Tokens (b, n, channels).
+
+        Parameters
+        ----------
+        cond : dict[str, Tensor]
+            Encoded covariates by name, each (b,): index or -1, number or NaN.
+        batch_size : int
+            b, since `cond` may be empty.
+        drop : Tensor | None, default None
+            True where a token is to be dropped (b, n).
+
+        Returns
+        -------
+        Tensor
+            Tokens (b, n, channels).
+        """
         unknown = set(cond) - set(self.embed)
         if unknown:
             raise ValueError(
@@ -169,7 +281,20 @@ class Conditioner(nn.Module):
         i: int,  # Number of the covariate
         value: Tensor,  # Encoded values (b,)
     ) -> Tensor:  # (b, channels), null where the value is missing
-        "The token of one covariate in each row."
+        """The token of one covariate in each row.
+
+        Parameters
+        ----------
+        i : int
+            Number of the covariate.
+        value : Tensor
+            Encoded values (b,).
+
+        Returns
+        -------
+        Tensor
+            (b, channels), null where the value is missing.
+        """
         covariate = self.covariates[i]
         missing = value < 0 if covariate.kind == 'categorical' else value.isnan()
         known = self.embed[covariate.name](value.masked_fill(missing, 0))
@@ -181,7 +306,21 @@ def check_levels(
     channels: tuple[int, ...],  # Features at each level
     attention_levels: tuple[bool, ...],  # Levels with self-attention
 ) -> None:  # Nothing: it raises ValueError or returns
-    "Refuse tuples that do not describe the same levels. Raises ValueError."
+    """Refuse tuples that do not describe the same levels.
+
+    Parameters
+    ----------
+    caller : str
+        Name of the class that calls, for the message.
+    channels : tuple[int, ...]
+        Features at each level.
+    attention_levels : tuple[bool, ...]
+        Levels with self-attention.
+
+    Raises
+    ------
+    ValueError
+    """
     if not channels or len(channels) != len(attention_levels):
         raise ValueError(
             f"{caller}: {len(channels)} channels and {len(attention_levels)} attention_levels."
@@ -193,8 +332,18 @@ def check_levels(
 def at_least_float32(
     x: Tensor,  # Numbers of any precision
 ) -> Tensor:  # The same, in float32 where they had 16 bits
-    """Exponentials and squares leave the range of 16 bits soon: 65,504 is the largest number of
-    fp16."""
+    """Exponentials and squares leave the range of 16 bits soon: 65,504 is the largest number of fp16.
+
+    Parameters
+    ----------
+    x : Tensor
+        Numbers of any precision.
+
+    Returns
+    -------
+    Tensor
+        The same, in float32 where they had 16 bits.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../nbs/engineering/28_layers.ipynb #66fcc659
@@ -203,16 +352,31 @@ LOGVAR_LIMITS = -30.0, 20.0
 
 
 class LimitLogvar(torch.autograd.Function):
-    """Clamp to `LOGVAR_LIMITS`; beyond them only gradients that lead back inside pass. NaN stays
-    NaN.
+    """Clamp to `LOGVAR_LIMITS`; beyond them only gradients that lead back inside pass. NaN stays NaN.
 
-    Source: the one-sided gradient of Ballé et al. 2018, code (lower bound)."""
+    References
+    ----------
+    The one-sided gradient of Ballé et al. 2018, code (lower bound).
+    """
 
     @staticmethod
     def forward(
         ctx,
         logvar: Tensor,  # What the encoder says
     ) -> Tensor:  # The same within the limits
+        """The same within the limits.
+
+        Parameters
+        ----------
+        ctx
+        logvar : Tensor
+            What the encoder says.
+
+        Returns
+        -------
+        Tensor
+            The same within the limits.
+        """
         ctx.save_for_backward(logvar)
         return logvar.clamp(*LOGVAR_LIMITS)
 
@@ -221,7 +385,20 @@ class LimitLogvar(torch.autograd.Function):
         ctx: Any,  # What `forward` has saved
         *grads: Tensor,  # Gradient of what came out
     ) -> Tensor:  # Gradient of what the encoder says
-        "Stop what leads further out."
+        """Stop what leads further out.
+
+        Parameters
+        ----------
+        ctx : Any
+            What `forward` has saved.
+        *grads : Tensor
+            Gradient of what came out.
+
+        Returns
+        -------
+        Tensor
+            Gradient of what the encoder says.
+        """
         (logvar,) = ctx.saved_tensors
         (grad,) = grads
         low, high = LOGVAR_LIMITS

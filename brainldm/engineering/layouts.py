@@ -119,7 +119,18 @@ def parse_image_path(
     path: str,  # Path of an image, from the data folder
     # unit, slice, split, diagnosis, place; None for a name without a number of the slice
 ) -> dict | None:
-    "Read what folders and name of an image say. A folder that names the subject is no class."
+    """Read what folders and name of an image say. A folder that names the subject is no class.
+
+    Parameters
+    ----------
+    path : str
+        Path of an image, from the data folder.
+
+    Returns
+    -------
+    dict | None
+        unit, slice, split, diagnosis, place; None for a name without a number of the slice.
+    """
     m = re.search(IMAGE_PATH, path, re.IGNORECASE)
     if not m:
         return None
@@ -140,7 +151,15 @@ def refuse_unknown_subjects(
     root: Path,  # Folder
     paths: list,  # Paths of images in it
 ) -> None:  # Nothing: it raises or returns
-    "Refuse the public sets whose names number the slices of a class, so that subjects are unknown."
+    """Refuse the public sets whose names number the slices of a class, so that subjects are unknown.
+
+    Parameters
+    ----------
+    root : Path
+        Folder.
+    paths : list
+        Paths of images in it.
+    """
     lost = [o for o in paths if re.search(NO_SUBJECT, o, re.IGNORECASE)]
     if not paths or 2 * len(lost) <= len(paths):
         return
@@ -157,7 +176,18 @@ def refuse_unknown_subjects(
 def suggest_pattern(
     path: str,  # Path of an image, from the data folder
 ) -> str:  # Such as '{subject}-z{slice}.png'
-    "Guess from one example how names are built: the last number is the slice."
+    """Guess from one example how names are built: the last number is the slice.
+
+    Parameters
+    ----------
+    path : str
+        Path of an image, from the data folder.
+
+    Returns
+    -------
+    str
+        Such as '{subject}-z{slice}.png'.
+    """
     *folders, name = path.split('/')
     stem, _, suffix = name.rpartition('.')
     parts = re.fullmatch(r'(.*?)([-_. ]+[a-z]*[-_. ]*)\d+', stem, re.IGNORECASE)
@@ -183,7 +213,22 @@ def find_image_layout(
 ) -> str | None:
     """Tell class folders of images from any other images.
 
-    Raises ValueError for sets whose subjects cannot be distinguished."""
+    Parameters
+    ----------
+    root : Path
+        Folder.
+
+    Returns
+    -------
+    str | None
+        'adni' with folders of splits, 'classes' without; None where the names do not say whose
+        slice is what.
+
+    Raises
+    ------
+    ValueError
+        For sets whose subjects cannot be distinguished.
+    """
     paths = [o for o in list_files(root) if re.search(IMAGE, o, re.IGNORECASE)]
     refuse_unknown_subjects(root, paths)
     read = [parse_image_path(o) or {} for o in paths]
@@ -205,7 +250,18 @@ def find_image_layout(
 def is_dicom(
     path: Path,  # Any file
 ) -> bool:  # True if it says so itself
-    "Tell DICOM by its mark, for its files often have no suffix."
+    """Tell DICOM by its mark, for its files often have no suffix.
+
+    Parameters
+    ----------
+    path : Path
+        Any file.
+
+    Returns
+    -------
+    bool
+        True if it says so itself.
+    """
     try:
         with path.open('rb') as file:
             return file.read(132)[128:] == b'DICM'
@@ -216,7 +272,18 @@ def is_dicom(
 def explain_folder(
     root: Path,  # Folder of no known layout
 ) -> str:  # Sentences: what is in it, and what to do
-    "Say which files a folder holds, by suffix, and which command or flag makes data of them."
+    """Say which files a folder holds, by suffix, and which command or flag makes data of them.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of no known layout.
+
+    Returns
+    -------
+    str
+        Sentences: what is in it, and what to do.
+    """
     paths = list_files(root)
     suffix = [re.search(r'(\.nii|\.tar)?(\.[^./]*)?$', o.lower())[0] for o in paths]
     counts = pd.Series(suffix, dtype=object).value_counts()
@@ -259,7 +326,23 @@ def explain_folder(
 def find_layout(
     root: str | Path,  # Data folder, CSV manifest or archive
 ) -> str:  # 'phantom', 'manifest', 'oasis', 'adni', 'classes' or 'nifti'
-    "Name the layout of a data folder from the names in it. Raises FileNotFoundError or ValueError."
+    """Name the layout of a data folder from the names in it.
+
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+
+    Returns
+    -------
+    str
+        'phantom', 'manifest', 'oasis', 'adni', 'classes' or 'nifti'.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(
@@ -301,7 +384,22 @@ def pick_files(
     suffix: str,  # Regular expression of the suffixes that count
     only: str | None = None,  # Pattern of file names, as in a shell
 ) -> tuple:  # Paths of images, sorted; notes about all other files
-    "List the images below a folder: no label maps, and nothing that `only` does not match."
+    """List the images below a folder: no label maps, and nothing that `only` does not match.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    suffix : str
+        Regular expression of the suffixes that count.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+
+    Returns
+    -------
+    tuple
+        Paths of images, sorted; notes about all other files.
+    """
     files = list_files(root)
     images = [o for o in files if re.search(suffix, o, re.IGNORECASE)]
     labels = [o for o in images if re.search(LABELS + '|keras_png_slices_seg_', o, re.IGNORECASE)]
@@ -334,7 +432,18 @@ def pick_files(
 def unify_classes(
     rows: pd.DataFrame,  # Rows with diagnosis
 ) -> tuple:  # Rows in which a diagnosis is written in one way, notes
-    "Folders AD, ad and Ad are one class: take the spelling that most rows have."
+    """Folders AD, ad and Ad are one class: take the spelling that most rows have.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with diagnosis.
+
+    Returns
+    -------
+    tuple
+        Rows in which a diagnosis is written in one way, notes.
+    """
     known = rows.diagnosis.dropna()
     if not len(known):
         return rows, []
@@ -356,7 +465,22 @@ def list_images(
     layout: str,  # 'adni', 'classes' or 'oasis'
     only: str | None = None,  # Pattern of file names, as in a shell
 ) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    "Read unit, slice, split and diagnosis off the paths of a folder of images."
+    """Read unit, slice, split and diagnosis off the paths of a folder of images.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    layout : str
+        'adni', 'classes' or 'oasis'.
+    only : str | None, default None
+        Pattern of file names, as in a shell.
+
+    Returns
+    -------
+    tuple
+        Rows (with `unit` and `place`, from which the subject is found), faults, notes.
+    """
     paths, notes = pick_files(root, IMAGE, only)
     columns = ['unit', 'slice', 'split', 'diagnosis', 'place']
     if layout == 'oasis':
@@ -394,7 +518,18 @@ def list_images(
 def compile_pattern(
     pattern: str,  # How names are built, as in `DataConfig.pattern`
 ) -> tuple:  # Two regular expressions: every field as short as it can be, and as long
-    "Turn a pattern of names into something that can be matched."
+    """Turn a pattern of names into something that can be matched.
+
+    Parameters
+    ----------
+    pattern : str
+        How names are built, as in `DataConfig.pattern`.
+
+    Returns
+    -------
+    tuple
+        Two regular expressions: every field as short as it can be, and as long.
+    """
     out = []
     for lazy in ('?', ''):
         text, seen = '', set()
@@ -419,7 +554,20 @@ def match_pattern(
     paths: list,  # Paths of files, from the data folder
     pattern: str,  # How names are built, as in `DataConfig.pattern`
 ) -> tuple:  # Rows of those that fit: path and a column a field; faults; paths that do not fit
-    "Read subject, slice and what else the pattern asks for off each path."
+    """Read subject, slice and what else the pattern asks for off each path.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of files, from the data folder.
+    pattern : str
+        How names are built, as in `DataConfig.pattern`.
+
+    Returns
+    -------
+    tuple
+        Rows of those that fit: path and a column a field; faults; paths that do not fit.
+    """
     short, long = compile_pattern(pattern)
     rows, unclear, unlike = [], [], []
     for path in paths:
@@ -447,7 +595,13 @@ def match_pattern(
 def refuse_numbered_classes(
     rows: pd.DataFrame,  # Rows with subject and diagnosis
 ) -> None:  # Nothing: it raises or returns
-    "Refuse names that are counted anew in every class, so that one name is several subjects."
+    """Refuse names that are counted anew in every class, so that one name is several subjects.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject and diagnosis.
+    """
     pairs = rows[['subject', 'diagnosis']].drop_duplicates()
     twice = pairs[pairs.subject.duplicated(keep=False)]
     if 2 * twice.subject.nunique() > pairs.subject.nunique():
@@ -465,7 +619,25 @@ def list_pattern(
     root: Path,  # Data folder
     config: DataConfig,  # For `pattern`, `only` and `planes`
 ) -> tuple:  # Rows with a subject, faults, notes
-    "Read a folder by the pattern of its names. Raises ValueError if no name fits."
+    """Read a folder by the pattern of its names.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    config : DataConfig
+        For `pattern`, `only` and `planes`.
+
+    Returns
+    -------
+    tuple
+        Rows with a subject, faults, notes.
+
+    Raises
+    ------
+    ValueError
+        If no name fits.
+    """
     paths, notes = pick_files(root, f'{IMAGE}|{VOLUME}', config.only)
     refuse_unknown_subjects(root, paths)
     rows, faults, unlike = match_pattern(paths, config.pattern)
@@ -502,7 +674,18 @@ def list_pattern(
 def note_other_folders(
     paths: list,  # Paths of volumes, without folders that are known
 ) -> list:  # Sentences
-    "Name folders that may be classes: each holds several volumes of names of their own."
+    """Name folders that may be classes: each holds several volumes of names of their own.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes, without folders that are known.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     parts = pd.DataFrame(
         [o.split('/') for o in paths if o.count('/') == 1], columns=['top', 'name']
     )
@@ -521,7 +704,18 @@ def note_other_folders(
 def read_folders(
     paths: list,  # Paths of volumes, from the data folder
 ) -> tuple:  # path, split, diagnosis, and `bare`, the path without these folders; notes
-    "Read split and class off the folders above each volume."
+    """Read split and class off the folders above each volume.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes, from the data folder.
+
+    Returns
+    -------
+    tuple
+        path, split, diagnosis, and `bare`, the path without these folders; notes.
+    """
     rows, notes = [], []
     for path in paths:
         *folders, name = path.split('/')
@@ -563,7 +757,22 @@ def expand_planes(
     rows: pd.DataFrame,  # One row a file of several planes, with its path
     planes: tuple | None,  # First and last+1 plane; None is all of them
 ) -> tuple:  # One row a plane, with plane and slice; faults; `attrs['expanded']` is True
-    "Give every wanted plane of a volume, or every page of a TIFF, a row of its own."
+    """Give every wanted plane of a volume, or every page of a TIFF, a row of its own.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    rows : pd.DataFrame
+        One row a file of several planes, with its path.
+    planes : tuple | None
+        First and last+1 plane; None is all of them.
+
+    Returns
+    -------
+    tuple
+        One row a plane, with plane and slice; faults; `attrs['expanded']` is True.
+    """
     found, faults = [], []
     for path in rows.path:
         try:
@@ -590,7 +799,20 @@ def name_units(
     paths: list,  # Paths of volumes, without the folders that are a split or a class
     whole: list | None = None,  # Their whole paths
 ) -> tuple:  # What each volume is called; what its subject is called if no study's rule is known
-    "Call a volume by its name, or by its whole path where names repeat."
+    """Call a volume by its name, or by its whole path where names repeat.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes, without the folders that are a split or a class.
+    whole : list | None, default None
+        Their whole paths.
+
+    Returns
+    -------
+    tuple
+        What each volume is called; what its subject is called if no study's rule is known.
+    """
     bare, unit = (
         [re.sub(VOLUME, '', o, flags=re.IGNORECASE) for o in some]
         for some in (paths, whole or paths)
@@ -608,7 +830,20 @@ def list_volumes(
     root: Path,  # Folder of .nii or .nii.gz
     config: DataConfig,  # For `planes` and `only`
 ) -> tuple:  # Rows (with `unit` and `place`, from which the subject is found), faults, notes
-    "One row for each wanted axial plane of each volume, with the class and split of its folder."
+    """One row for each wanted axial plane of each volume, with the class and split of its folder.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of .nii or .nii.gz.
+    config : DataConfig
+        For `planes` and `only`.
+
+    Returns
+    -------
+    tuple
+        Rows (with `unit` and `place`, from which the subject is found), faults, notes.
+    """
     paths, notes = pick_files(root, VOLUME, config.only)
     units, said = read_folders(paths)
     units['unit'], units['subject'] = name_units(units.pop('bare').tolist(), paths)
@@ -619,7 +854,17 @@ def list_volumes(
 def refuse_pointed_table(
     path: Path,  # Table that is about to be read
 ) -> None:  # Nothing: it raises or returns
-    "Say that a table was not fetched, before it is read as one. Raises ValueError."
+    """Say that a table was not fetched, before it is read as one.
+
+    Parameters
+    ----------
+    path : Path
+        Table that is about to be read.
+
+    Raises
+    ------
+    ValueError
+    """
     found = find_pointer(path)
     if found:
         raise ValueError(
@@ -632,7 +877,24 @@ def check_manifest(
     rows: pd.DataFrame,  # As `read_table` gives it
     path: Path,  # Where from, for the message
 ) -> pd.DataFrame:  # The same with whole numbers, without columns of no use
-    "Refuse numbers of slices that are none, and files outside of the folder. Raises ValueError."
+    """Refuse numbers of slices that are none, and files outside of the folder.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        As `read_table` gives it.
+    path : Path
+        Where from, for the message.
+
+    Returns
+    -------
+    pd.DataFrame
+        The same with whole numbers, without columns of no use.
+
+    Raises
+    ------
+    ValueError
+    """
     rows = rows.drop(columns='hash', errors='ignore')
     if 'slice' in rows and rows.slice.isna().all() and 'plane' not in rows:
         rows = rows.drop(columns='slice')
@@ -665,7 +927,20 @@ def read_planes(
     root: Path,  # Data folder
     planes: tuple | None,  # Planes that were asked for, or None
 ) -> tuple:  # Planes to take, None for all; notes
-    "Take the planes that `brainldm prepare` recommends, unless others are asked for."
+    """Take the planes that `brainldm prepare` recommends, unless others are asked for.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    planes : tuple | None
+        Planes that were asked for, or None.
+
+    Returns
+    -------
+    tuple
+        Planes to take, None for all; notes.
+    """
     path = root / PREPARED
     if planes is not None or not path.is_file():
         return planes, []
@@ -687,7 +962,18 @@ def read_planes(
 def visits_as_subjects(
     rows: pd.DataFrame,  # Rows of a manifest: path, subject
 ) -> pd.DataFrame:  # Faults of kind 'subject'
-    "Find subjects of a manifest that are visits of one subject by the rule of a known study."
+    """Find subjects of a manifest that are visits of one subject by the rule of a known study.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows of a manifest: path, subject.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'subject'.
+    """
     first = rows.drop_duplicates('subject')
     real = first.subject.map(lambda o: (read_name(o) or {}).get('subject', o))
     bad = real.duplicated(keep=False)
@@ -712,7 +998,20 @@ def list_manifest(
     """Read a manifest written by hand.
 
     A row of a volume takes the plane `plane`, or `slice` without such a column. Without a column
-    `slice` every row is a whole volume."""
+    `slice` every row is a whole volume.
+
+    Parameters
+    ----------
+    path : Path
+        CSV with columns path, subject, slice; optional plane, diagnosis, split and covariates.
+    planes : tuple | None, default None
+        Planes of volumes that have one row each; None is all of them.
+
+    Returns
+    -------
+    tuple
+        Rows, faults, notes.
+    """
     refuse_pointed_table(path)
     rows = read_table(path, ('path', 'subject'))
     notes = rows.attrs['notes']
@@ -737,7 +1036,18 @@ def list_manifest(
 def group_grids(
     grids: list,  # `Grid` of each volume
 ) -> np.ndarray:  # Group of each volume (n,), 0 for the largest
-    "Put together the volumes whose voxels lie at the same places."
+    """Put together the volumes whose voxels lie at the same places.
+
+    Parameters
+    ----------
+    grids : list
+        `Grid` of each volume.
+
+    Returns
+    -------
+    np.ndarray
+        Group of each volume (n,), 0 for the largest.
+    """
     known, found = [], []
     for grid in grids:
         at = next((i for i, o in enumerate(known) if grid.same(o)), len(known))
@@ -751,7 +1061,20 @@ def compare_grids(
     paths: list,  # Paths of volumes
     grids: list,  # `Grid` of each
 ) -> pd.DataFrame:  # Faults of kind 'grid'
-    "Name every volume that does not share the grid of most, with the numbers side by side."
+    """Name every volume that does not share the grid of most, with the numbers side by side.
+
+    Parameters
+    ----------
+    paths : list
+        Paths of volumes.
+    grids : list
+        `Grid` of each.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults of kind 'grid'.
+    """
     group = group_grids(grids)
     n, most = len(grids), int((group == 0).sum())
     bad = range(n) if 2 * most <= n else np.flatnonzero(group)
@@ -778,7 +1101,20 @@ def find_voxel_mm(
     grid,  # `Grid` that the volumes share
     # Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance
 ) -> tuple | None:
-    "Turn the spacing of planes into the spacing of slices, which a manifest may number otherwise."
+    """Turn the spacing of planes into the spacing of slices, which a manifest may number otherwise.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, plane and slice.
+    grid
+        `Grid` that the volumes share.
+
+    Returns
+    -------
+    tuple | None
+        Side of a pixel and distance of slice k and k+1, mm; None where slices have no one distance.
+    """
     by = rows.groupby('path')
     planes, slices = (by[o].max() - by[o].min() for o in ('plane', 'slice'))
     step = (planes / slices)[slices > 0]
@@ -802,7 +1138,20 @@ def check_grids(
 ) -> tuple:  # Faults of kind 'grid', voxel_mm or None
     """Read the header of every volume and compare.
 
-    A header that cannot be read is left to the inspection of the file."""
+    A header that cannot be read is left to the inspection of the file.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    rows : pd.DataFrame
+        Rows, of volumes or of images.
+
+    Returns
+    -------
+    tuple
+        Faults of kind 'grid', voxel_mm or None.
+    """
     volumes = rows[(rows.plane >= 0) & rows.path.str.contains(VOLUME, case=False, regex=True)]
     found = []
     for path in volumes.path.unique():
@@ -824,7 +1173,18 @@ def check_grids(
 def merge_slices(
     faults: pd.DataFrame,  # Columns path, fault, detail; perhaps one row for each slice of a file
 ) -> pd.DataFrame:  # One row a file and fault, with the number of slices
-    "A volume that is wrong is one fault, however many slices it has."
+    """A volume that is wrong is one fault, however many slices it has.
+
+    Parameters
+    ----------
+    faults : pd.DataFrame
+        Columns path, fault, detail; perhaps one row for each slice of a file.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row a file and fault, with the number of slices.
+    """
     by = faults.groupby(['path', 'fault', 'detail'], sort=False).size().reset_index(name='n')
     several = (' (' + by.n.astype(str) + ' slices)').where(by.n > 1, '')
     return as_faults(by.path, by.fault, by.detail + several)
@@ -834,7 +1194,20 @@ def describe_faults(
     faults: pd.DataFrame,  # Faults of one kind: path, detail
     most: int = FAULT_LINES,  # Lines at most
 ) -> list:  # Lines of text
-    "One line for each thing that is wrong, with a count and examples where many files share it."
+    """One line for each thing that is wrong, with a count and examples where many files share it.
+
+    Parameters
+    ----------
+    faults : pd.DataFrame
+        Faults of one kind: path, detail.
+    most : int, default FAULT_LINES
+        Lines at most.
+
+    Returns
+    -------
+    list
+        Lines of text.
+    """
     by = faults.groupby('detail', sort=False).path.agg(list)
     # what most files share, first
     by = by.reindex(sorted(by.index, key=lambda o: -len(by[o])))
@@ -853,7 +1226,25 @@ def describe_faults(
 # %% ../../nbs/engineering/25_layouts.ipynb #5220f832
 @dataclass
 class Findings:
-    "What an inspection of the data found. Print it; `ok` is False if there are faults."
+    """What an inspection of the data found. Print it; `ok` is False if there are faults.
+
+    Attributes
+    ----------
+    manifest : pd.DataFrame
+        The good rows, one a slice.
+    faults : pd.DataFrame
+        Columns path, fault, detail.
+    notes : list
+        Sentences about what was ignored, not found or decided.
+    sizes : pd.Series | None, default None
+        Images by height x width, once decoded.
+    crop : int | None, default None
+        What `config.crop` comes to, in pixels.
+    voxel_mm : tuple | None, default None
+        Side of a pixel and distance of neighboring slices, mm, before any cut; None: not known.
+    covariates : tuple, default ()
+        One line for each condition to learn, as from `describe_manifest` (notebook 42).
+    """
 
     manifest: pd.DataFrame  # The good rows, one a slice
     faults: pd.DataFrame  # Columns path, fault, detail
@@ -870,7 +1261,13 @@ class Findings:
 
     @property
     def ok(self) -> bool:  # True if nothing is wrong
-        "Whether there is no fault."
+        """Whether there is no fault.
+
+        Returns
+        -------
+        bool
+            True if nothing is wrong.
+        """
         return not len(self.faults)
 
     def __str__(self):
@@ -920,6 +1317,20 @@ def find_table(
 ) -> tuple:  # Path of the table of subjects or None; notes
     """Where the facts about subjects are: the table that was named, else subjects.csv, else
     participants.tsv, perhaps one folder down, else the one table that names subjects of the data.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    config : DataConfig
+        For `subjects`.
+    rows : pd.DataFrame | None, default None
+        Rows with unit and place, by which a table of any other name is recognized.
+
+    Returns
+    -------
+    tuple
+        Path of the table of subjects or None; notes.
     """
     listed = rows is not None and 'place' in rows
     tables = near_tables(root) if listed else [o for o in TABLES if (root / o).is_file()]
@@ -948,7 +1359,20 @@ def note_unused_columns(
     rows: pd.DataFrame,  # Rows with all that is known
     config: DataConfig,  # For `columns` and kinds
 ) -> list:  # Sentences
-    "Name the columns that no model will see, and the one each resembles."
+    """Name the columns that no model will see, and the one each resembles.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with all that is known.
+    config : DataConfig
+        For `columns` and kinds.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     used = {
         *COLUMNS,
         'age',
@@ -976,7 +1400,20 @@ def note_ambiguous_numbers(
     rows: pd.DataFrame,  # Rows with path, unit, subject
     table: pd.DataFrame | None = None,  # From `read_subjects`
 ) -> list:  # Sentences
-    "Say that a bare number may be an image and not a subject, where no table says what it is."
+    """Say that a bare number may be an image and not a subject, where no table says what it is.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, unit, subject.
+    table : pd.DataFrame | None, default None
+        From `read_subjects`.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     bare = rows[rows.unit.str.fullmatch(r'\d{4,}').fillna(False).astype(bool)]
     said = [] if table is None else [o[0] if isinstance(o, tuple) else o for o in table.index]
     if (
@@ -998,7 +1435,22 @@ def name_rows(
     config: DataConfig,  # For `columns` and kinds
     # Rows with subject, session where a subject has several, and covariates; faults; notes
 ) -> tuple:
-    "Settle whose each row is, and what is known of them."
+    """Settle whose each row is, and what is known of them.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        From `list_images` or `list_volumes`, or from a manifest.
+    table : pd.DataFrame | None
+        From `read_subjects`.
+    config : DataConfig
+        For `columns` and kinds.
+
+    Returns
+    -------
+    tuple
+        Rows with subject, session where a subject has several, and covariates; faults; notes.
+    """
     faults, notes = as_faults([]), []
     if 'unit' in rows:
         rows, faults, notes = name_subjects(rows, table)
@@ -1041,7 +1493,20 @@ def list_layout(
     root: Path,  # Data folder, or a CSV manifest
     config: DataConfig,  # Planes, pattern and pattern of files
 ) -> tuple:  # Name of the layout; folder that the paths start from; rows, faults, notes
-    "List what is in a folder, as its layout or the pattern of its names says."
+    """List what is in a folder, as its layout or the pattern of its names says.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder, or a CSV manifest.
+    config : DataConfig
+        Planes, pattern and pattern of files.
+
+    Returns
+    -------
+    tuple
+        Name of the layout; folder that the paths start from; rows, faults, notes.
+    """
     if config.pattern is not None:
         if not root.is_dir() or (root / 'manifest.csv').is_file():
             raise ValueError(
@@ -1064,8 +1529,20 @@ def note_raw_heads(
     root: Path,  # Data folder
     rows: pd.DataFrame,  # Rows with path
 ) -> list:  # Sentences
-    """Say that a BIDS folder of raw images holds whole heads, and which command makes brains of
-    them."""
+    """Say that a BIDS folder of raw images holds whole heads, and which command makes brains of them.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    rows : pd.DataFrame
+        Rows with path.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     about = root / 'dataset_description.json'
     if not about.is_file() or not len(rows):
         return []
@@ -1087,7 +1564,23 @@ def read_layout(
 ) -> Findings:
     """List every slice of a data set with its subject and covariates; no pixel is read.
 
-    Raises ValueError if there is none."""
+    Parameters
+    ----------
+    root : str | Path
+        Data folder, CSV manifest or archive.
+    config : DataConfig
+        Planes and table of subjects.
+
+    Returns
+    -------
+    Findings
+        Rows as they are given (split where the data has one); faults of names, tables and grids.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
     given, root = Path(root), unpack(root)
     planes, said = read_planes(root.parent if root.is_file() else root, config.planes)
     layout, root, rows, faults, notes = list_layout(root, replace(config, planes=planes))
@@ -1131,7 +1624,15 @@ def refuse_faults(
     skip_faulty: bool = False,  # Go on without the faulty files; a leak is refused all the same
 ) -> None:
     """Raise ValueError if the data should not be trained on; print what is left out with
-    `skip_faulty`."""
+    `skip_faulty`.
+
+    Parameters
+    ----------
+    report : Findings
+        What was found.
+    skip_faulty : bool, default False
+        Go on without the faulty files; a leak is refused all the same.
+    """
     leaks = report.faults[report.faults.fault == 'leak']
     shown = leaks if len(leaks) else report.faults
     every = [
@@ -1162,7 +1663,18 @@ def refuse_faults(
 def upper_intensity(
     image: np.ndarray,  # Image (h, w), uint8
 ) -> int:  # Gray value
-    "The gray value below which 95 % of the pixels above 0 lie."
+    """The gray value below which 95 % of the pixels above 0 lie.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        Image (h, w), uint8.
+
+    Returns
+    -------
+    int
+        Gray value.
+    """
     counts = np.bincount(image.ravel(), minlength=256)[1:].cumsum()
     return int(np.searchsorted(counts, 0.95 * counts[-1]) + 1) if counts[-1] else 0
 
@@ -1179,7 +1691,29 @@ def inspect_rows(
     # What is in each row, by its index: hash, _height, _width, _side, _bright, _copy, _blank,
     # _fault, _detail; what was done to each file
 ) -> tuple:
-    "Decode every file of some rows once and write down what is in it."
+    """Decode every file of some rows once and write down what is in it.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Manifest, or a part of it.
+    root : Path
+        Folder that its paths start from.
+    config : DataConfig
+        For `to_gray`.
+    progress : bool, default True
+        Show a bar.
+    white : dict | None, default None
+        Value that becomes white, by path, of images of more than 8 bits.
+    described : np.ndarray | None, default None
+        Whether each row is described, to find it again in other files; None asks `find_described`.
+
+    Returns
+    -------
+    tuple
+        What is in each row, by its index: hash, _height, _width, _side, _bright, _copy, _blank,
+        _fault, _detail; what was done to each file.
+    """
     planes, white = rows.plane.to_numpy(), white or {}
     described = find_described(rows) if described is None else described
 
@@ -1217,7 +1751,24 @@ def find_stack_whites(
     config: DataConfig,  # For `to_gray`
     progress: bool = True,  # Show a bar
 ) -> tuple:  # Value that becomes white, by path; kind and detail of what is wrong, by stack
-    "One scale for each stack, from all of its pixels."
+    """One scale for each stack, from all of its pixels.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows of images of more than 8 bits, with the `_stack` of each.
+    root : Path
+        Folder that their paths start from.
+    config : DataConfig
+        For `to_gray`.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    tuple
+        Value that becomes white, by path; kind and detail of what is wrong, by stack.
+    """
     paths, planes, white, wrong = rows.path.to_numpy(), rows.plane.to_numpy(), {}, {}
 
     def scale(stack, at):
@@ -1243,7 +1794,23 @@ def inspect_files(
     # The rows with what `inspect_rows` saw, and `_white` where images have more than 8 bits; what
     # was done to each file
 ) -> tuple:
-    "Decode every file once and write down what is in it; find the scale of deep images."
+    """Decode every file once and write down what is in it; find the scale of deep images.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Manifest.
+    config : DataConfig
+        For `to_gray`.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    tuple
+        The rows with what `inspect_rows` saw, and `_white` where images have more than 8 bits; what
+        was done to each file.
+    """
     root = Path(rows.attrs['root'])
     seen, done = inspect_rows(rows, root, config, progress)
     deep = seen._fault == '16-bit'
@@ -1274,7 +1841,18 @@ def inspect_files(
 def note_read_changes(
     done: pd.DataFrame,  # What `inspect_files` did, one row a file
 ) -> list:  # Sentences
-    "Say what was changed on reading, and where the first example is."
+    """Say what was changed on reading, and where the first example is.
+
+    Parameters
+    ----------
+    done : pd.DataFrame
+        What `inspect_files` did, one row a file.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     said = []
     for col, text in dict(
         turned='{n} images turned upright as their EXIF tag says, such as {path}',
@@ -1305,7 +1883,18 @@ def find_dark(
 ) -> list:  # Sentences
     """Name the subjects whose slices are less than half as bright as usual.
 
-    Bytes are not scaled, so this can happen."""
+    Bytes are not scaled, so this can happen.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with subject and `_bright`, as from `inspect_files`.
+
+    Returns
+    -------
+    list
+        Sentences.
+    """
     by = rows.groupby('subject')._bright.median()
     dark = by[by < 0.5 * by.median()].sort_values()
     if len(by) < 3 or not len(dark):
@@ -1322,7 +1911,18 @@ def find_duplicates(
     # Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere
 ) -> pd.DataFrame:
     """Find identical images: every copy if two subjects share it, all but the first within one
-    subject."""
+    subject.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with hash, subject, split, path.
+
+    Returns
+    -------
+    pd.DataFrame
+        Faults, with the index of `rows`: 'leak' across splits, 'duplicate' elsewhere.
+    """
     twice = rows[rows.hash.duplicated(keep=False)]
     group = twice.groupby('hash')
     leak = group.split.transform('nunique') > 1
@@ -1341,7 +1941,18 @@ def find_duplicates(
 def find_row_faults(
     rows: pd.DataFrame,  # Rows with what `inspect_files` saw
 ) -> tuple:  # Good rows, faults, sizes
-    "Turn what was seen into faults: does not decode, blank, another size than most, a copy."
+    """Turn what was seen into faults: does not decode, blank, another size than most, a copy.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with what `inspect_files` saw.
+
+    Returns
+    -------
+    tuple
+        Good rows, faults, sizes.
+    """
     decoded = rows[rows._fault == '']
     size = decoded._height.astype(str) + ' x ' + decoded._width.astype(str)
     sizes = size.value_counts()
@@ -1376,7 +1987,22 @@ def find_crop(
     margin: float = 0.15,  # Room around the largest train brain, for brains not seen yet
     # Central square to keep, a multiple of 16 pixels; None where that would be everything
 ) -> int | None:
-    "Frame the brains: the largest one of the train split and a margin."
+    """Frame the brains: the largest one of the train split and a margin.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Good rows with `_side`, as from `find_row_faults`.
+    side : int
+        Longer side of the images.
+    margin : float, default 0.15
+        Room around the largest train brain, for brains not seen yet.
+
+    Returns
+    -------
+    int | None
+        Central square to keep, a multiple of 16 pixels; None where that would be everything.
+    """
     train = rows[rows.split == 'train'] if (rows.split == 'train').any() else rows
     crop = math.ceil(train._side.max() * (1 + margin) / 16) * 16 if len(train) else side
     return crop if crop < side else None

@@ -42,7 +42,26 @@ def lr_at(
 ) -> float:  # Learning rate for the next update of the weights
     """A straight rise, then a fall by the square root.
 
-    Source: Hägele et al. 2024, sec. 3, cool-down 1-sqrt."""
+    Parameters
+    ----------
+    seen : int
+        Images seen so far.
+    config : TrainConfig
+        Gives highest rate, warm-up and length.
+    num_processes : int, default 1
+        How many share the work.
+    start : int, default 0
+        Images seen when training was lengthened: the rise begins anew there.
+
+    Returns
+    -------
+    float
+        Learning rate for the next update of the weights.
+
+    References
+    ----------
+    Hägele et al. 2024, sec. 3, cool-down 1-sqrt.
+    """
     update = config.batch_size * config.accumulate * num_processes
     rise = min(1.0, (seen - start + update) / max(config.warmup_images, update))
     return config.learning_rate * rise * (1 - math.sqrt(min(seen / config.total_images, 1.0)))
@@ -56,13 +75,39 @@ def ema_decay(
 ) -> float:  # Fraction of the old average that is kept, in [0, 1)
     """How much of the average survives one update; short memory at first.
 
-    Source: Karras et al. 2022, app. F.2 and code."""
+    Parameters
+    ----------
+    seen : int
+        Images seen so far.
+    batch_size : int
+        Images this update.
+    half_life : float
+        Images after which an old weight counts half.
+    ramp : float, default 0.05
+        The half life is at most this fraction of what was seen.
+
+    Returns
+    -------
+    float
+        Fraction of the old average that is kept, in [0, 1).
+
+    References
+    ----------
+    Karras et al. 2022, app. F.2 and code.
+    """
     return 0.5 ** (batch_size / max(min(half_life, seen * ramp), 1e-8))
 
 # %% ../../nbs/engineering/29_loop.ipynb #2244bd6b
 class Average(AveragedModel):
-    """A network that follows another one slowly: `module` is a copy of it whose weights trail
-    behind."""
+    """A network that follows another one slowly: `module` is a copy of it whose weights trail behind.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to follow.
+    decay : Callable[[], float]
+        Called at each update: the fraction of the old average to keep.
+    """
 
     def __init__(
         self,
@@ -78,8 +123,14 @@ class Average(AveragedModel):
         self,
         model: nn.Module,  # The network that is followed, after its step
     ) -> None:
-        """Go a little way towards the weights as they are now; buffers, such as a table of
-        constants, are copied."""
+        """Go a little way towards the weights as they are now; buffers, such as a table of constants,
+        are copied.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The network that is followed, after its step.
+        """
         torch._foreach_lerp_(
             list(self.module.parameters()), list(model.parameters()), 1 - self.decay()
         )
@@ -94,16 +145,37 @@ def step_seed(
     # Which random numbers of this batch: 0 for the loss, 1 for dropout in the network
     stream: int = 0,
 ) -> int:  # Seed of this one batch
-    """A well mixed seed that depends on the place alone: so a resumed run samples the same noise,
-    and so do many processes."""
+    """A well mixed seed that depends on the place alone: so a resumed run samples the same noise, and
+    so do many processes.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the run.
+    place : int
+        Place of the batch in the line of images: how many come before it.
+    stream : int, default 0
+        Which random numbers of this batch: 0 for the loss, 1 for dropout in the network.
+
+    Returns
+    -------
+    int
+        Seed of this one batch.
+    """
     return int(np.random.SeedSequence((seed, place, stream)).generate_state(1)[0])
 
 # %% ../../nbs/engineering/29_loop.ipynb #f30f96bd
 def ignore_interrupts(
     worker: int = 0,  # Number of the loading process
 ) -> None:
-    """Let a loading process live on when Ctrl-C reaches the whole group: the training process
-    decides when to stop."""
+    """Let a loading process live on when Ctrl-C reaches the whole group: the training process decides
+    when to stop.
+
+    Parameters
+    ----------
+    worker : int, default 0
+        Number of the loading process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 # %% ../../nbs/engineering/29_loop.ipynb #7c9e1beb
@@ -114,7 +186,26 @@ def train_batches(
     rank: int = 0,  # Number of this process
     num_processes: int = 1,  # How many share the work
 ) -> DataLoader:  # Endless batches
-    "The rest of the endless, shuffled line of batches, dealt out to the processes in turn."
+    """The rest of the endless, shuffled line of batches, dealt out to the processes in turn.
+
+    Parameters
+    ----------
+    dataset
+        Gives a batch for a list of indices.
+    config : TrainConfig
+        Batch size, seed, workers.
+    seen : int, default 0
+        Images seen by all processes, when going on.
+    rank : int, default 0
+        Number of this process.
+    num_processes : int, default 1
+        How many share the work.
+
+    Returns
+    -------
+    DataLoader
+        Endless batches.
+    """
     from brainldm.data import ShuffledBatches
 
     line = ShuffledBatches(len(dataset), config.batch_size, config.seed, seen // config.batch_size)
@@ -132,7 +223,13 @@ def train_batches(
 def process_state() -> PartialState:
     """The processes that were started together.
 
-    Without a GPU the environment must say so: ACCELERATE_USE_CPU=true."""
+    Without a GPU the environment must say so: ACCELERATE_USE_CPU=true.
+
+    Returns
+    -------
+    PartialState
+        Device of this process, its number, how many there are, and whether it is the first.
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -145,7 +242,13 @@ def isolated_state(
     # Whose settings accelerate shall see meanwhile; None: none yet
     acc: Accelerator | None = None,
 ):  # A context; afterwards the host program's settings are what they were
-    "Set up a training without touching the state that the program around it gave accelerate."
+    """Set up a training without touching the state that the program around it gave accelerate.
+
+    Parameters
+    ----------
+    acc : Accelerator | None, default None
+        Whose settings accelerate shall see meanwhile; None: none yet.
+    """
     from accelerate.state import AcceleratorState
     from accelerate.state import GradientState
 
@@ -165,7 +268,20 @@ def make_accelerator(
     config: TrainConfig,  # Precision, accumulation, tracker
     run: Path | None = None,  # Run folder, for a tracker's files
 ) -> Accelerator:  # Holds device, precision and processes
-    "A fresh accelerator, beside any other that this program has."
+    """A fresh accelerator, beside any other that this program has.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Precision, accumulation, tracker.
+    run : Path | None, default None
+        Run folder, for a tracker's files.
+
+    Returns
+    -------
+    Accelerator
+        Holds device, precision and processes.
+    """
     from accelerate import Accelerator
 
     precision = pick_precision(config.precision, process_state().device)
@@ -182,8 +298,16 @@ def seeded(
     seed: int,  # Seed
     make: Callable,  # Samples from torch's global generator
 ):  # What it made
-    """Call something with a random seed of its own; the global generator on the CPU is left as it
-    was, a GPU's stays seeded anew."""
+    """Call something with a random seed of its own; the global generator on the CPU is left as it was,
+    a GPU's stays seeded anew.
+
+    Parameters
+    ----------
+    seed : int
+        Seed.
+    make : Callable
+        Samples from torch's global generator.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -192,8 +316,22 @@ def seeded(
 class Learner:
     """A network, its loss, optimizer and average: all that one training step changes.
 
-    `loss_fn(model, batch, generator, seen)` gives a scalar loss and a dict of detached scalars
-    to log; `seen` counts the images before this update of the weights."""
+    `loss_fn(model, batch, generator, seen)` gives a scalar loss and a dict of detached scalars to
+    log; `seen` counts the images before this update of the weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network to train.
+    loss_fn : Callable
+        See above.
+    config : TrainConfig
+        Rates, lengths and precision.
+    run : Path | None, default None
+        Run folder, for a tracker's files.
+    discriminator : Learner|None, default None
+        A discriminator that `loss_fn` lets learn; its state is kept with this one's.
+    """
 
     def __init__(
         self,
@@ -242,7 +380,18 @@ class Learner:
         self,
         batch: dict[str, Tensor],  # One batch, on any device
     ) -> dict[str, Tensor]:  # Detached scalars to log
-        "Go one step: loss, gradient, weights, average."
+        """Go one step: loss, gradient, weights, average.
+
+        Parameters
+        ----------
+        batch : dict[str, Tensor]
+            One batch, on any device.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            Detached scalars to log.
+        """
         acc, config = self.accelerator, self.config
         batch = {k: v.to(acc.device, non_blocking=True) for k, v in batch.items()}
         place = self.seen + acc.process_index * config.batch_size
@@ -270,7 +419,18 @@ class Learner:
         self,
         seen: int,  # Images seen
     ) -> float:  # Learning rate of the update that begins there
-        "The schedule of `lr_at`, which rises anew where the training was lengthened."
+        """The schedule of `lr_at`, which rises anew where the training was lengthened.
+
+        Parameters
+        ----------
+        seen : int
+            Images seen.
+
+        Returns
+        -------
+        float
+            Learning rate of the update that begins there.
+        """
         start, total = next(o for o in reversed(self.stretches) if o[0] <= seen)
         return lr_at(
             seen, replace(self.config, total_images=total), self.accelerator.num_processes, start
@@ -281,7 +441,13 @@ class Learner:
         # Images seen when it was lengthened, and the length from there on; rising
         stretches: list[tuple[int, int]],
     ) -> None:
-        "Say how this training was lengthened, to it and to its discriminator."
+        """Say how this training was lengthened, to it and to its discriminator.
+
+        Parameters
+        ----------
+        stretches : list[tuple[int, int]]
+            Images seen when it was lengthened, and the length from there on; rising.
+        """
         self.stretches = [tuple(o) for o in stretches]
         if self.discriminator is not None:
             self.discriminator.lengthen(stretches)
@@ -292,7 +458,24 @@ def split_batch_size(
     # The same with smaller batches, of which more are added up: an update of the weights stays
     # what it was
 ) -> TrainConfig:
-    "Cut a batch into its fewest equal parts. Raises ValueError if it holds one image only."
+    """Cut a batch into its fewest equal parts.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        A configuration whose batch does not fit in memory.
+
+    Returns
+    -------
+    TrainConfig
+        The same with smaller batches, of which more are added up: an update of the weights stays
+        what it was.
+
+    Raises
+    ------
+    ValueError
+        If it holds one image only.
+    """
     b = config.batch_size
     if b < 2:
         raise ValueError(
@@ -311,7 +494,18 @@ def split_batch_size(
 def bare_model(
     learner: Learner,  # After training
 ) -> Any:  # Its network in evaluation mode, as it was before accelerate prepared it
-    "Take a network out of its training harness."
+    """Take a network out of its training harness.
+
+    Parameters
+    ----------
+    learner : Learner
+        After training.
+
+    Returns
+    -------
+    Any
+        Its network in evaluation mode, as it was before accelerate prepared it.
+    """
     model = learner.accelerator.unwrap_model(learner.model, keep_fp32_wrapper=False)
     vars(model).pop('forward', None)  # accelerate leaves one there
     return model.eval()
@@ -323,7 +517,20 @@ def mixed_precision(
 ) -> torch.autocast:  # A context in which it computes so
     """Mixed precision as a context.
 
-    Weights are cast once inside the outermost one, so put one around a whole trajectory."""
+    Weights are cast once inside the outermost one, so put one around a whole trajectory.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where a network computes.
+    precision : str
+        'no', 'bf16' or 'fp16'.
+
+    Returns
+    -------
+    torch.autocast
+        A context in which it computes so.
+    """
     dtype = {'no': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=precision != 'no')
 
@@ -335,7 +542,24 @@ def infer(
     gradient: bool = False,  # Keep the graph of its computation
     # That method: in evaluation mode, in that precision; the mode is put back after
 ) -> Callable:
-    "Call a network without gradients."
+    """Call a network without gradients.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A network.
+    precision : str, default 'no'
+        'no', 'bf16' or 'fp16'.
+    method : str, default 'forward'
+        Which of its methods to call.
+    gradient : bool, default False
+        Keep the graph of its computation.
+
+    Returns
+    -------
+    Callable
+        That method: in evaluation mode, in that precision; the mode is put back after.
+    """
 
     def call(*args, **kwargs):
         mode = model.training
@@ -357,7 +581,24 @@ def split_rows(
 ) -> list:  # One value a chunk
     """Cut an argument of a network into chunks; what has no rows goes to each of them.
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    value
+        A tensor with a row for each image, a dict of such, or anything else.
+    size : int
+        Rows at a time.
+    rows : int
+        Rows that there are.
+
+    Returns
+    -------
+    list
+        One value a chunk.
+
+    Raises
+    ------
+    ValueError
+    """
     if isinstance(value, dict):
         parts = {k: split_rows(v, size, rows) for k, v in value.items()}
         return [{k: v[i] for k, v in parts.items()} for i in range(math.ceil(rows / size))]
@@ -376,8 +617,20 @@ def in_chunks(
     call: Callable,
     size: int,  # Rows at a time, at first
 ) -> Callable:  # The same function, whose need of memory does not grow with the batch
-    """Call a network on many rows, a few at a time; when memory runs out, fewer still, with a
-    warning."""
+    """Call a network on many rows, a few at a time; when memory runs out, fewer still, with a warning.
+
+    Parameters
+    ----------
+    call : Callable
+        A network's answer, one row for each row of its arguments: a tensor, or a tuple of them.
+    size : int
+        Rows at a time, at first.
+
+    Returns
+    -------
+    Callable
+        The same function, whose need of memory does not grow with the batch.
+    """
 
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -409,14 +662,38 @@ def to_device(
     batch: dict[str, Tensor],  # A batch
     device: torch.device | str,  # Where it shall go
 ) -> dict[str, Tensor]:  # The batch there
-    "Move every tensor of a batch."
+    """Move every tensor of a batch.
+
+    Parameters
+    ----------
+    batch : dict[str, Tensor]
+        A batch.
+    device : torch.device | str
+        Where it shall go.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        The batch there.
+    """
     return {k: v.to(device) for k, v in batch.items()}
 
 # %% ../../nbs/engineering/29_loop.ipynb #39c5f75b
 def mean_logs(
     logs: list[dict[str, Tensor]],  # Scalars of several steps
 ) -> dict[str, float]:  # Their means: the one place where training waits for the device
-    "Average the logged scalars of a stretch of steps, each over the steps that have it."
+    """Average the logged scalars of a stretch of steps, each over the steps that have it.
+
+    Parameters
+    ----------
+    logs : list[dict[str, Tensor]]
+        Scalars of several steps.
+
+    Returns
+    -------
+    dict[str, float]
+        Their means: the one place where training waits for the device.
+    """
     names = dict.fromkeys(k for o in logs for k in o)
     return {k: torch.stack([o[k].float() for o in logs if k in o]).mean().item() for k in names}
 
@@ -425,7 +702,20 @@ def check_finite(
     numbers: dict[str, float],  # What was measured
     seen: int,  # Images seen so far
 ) -> None:  # Nothing: it raises or returns
-    "Stop a training whose numbers blew up. Raises RuntimeError naming the first."
+    """Stop a training whose numbers blew up.
+
+    Parameters
+    ----------
+    numbers : dict[str, float]
+        What was measured.
+    seen : int
+        Images seen so far.
+
+    Raises
+    ------
+    RuntimeError
+        Naming the first.
+    """
     bad = [k for k, v in numbers.items() if not math.isfinite(v)]
     if bad:
         raise RuntimeError(
@@ -449,7 +739,36 @@ def fit(
 ) -> int:  # Images seen at the end
     """Run `step` over `batches` until `total_images` images were seen.
 
-    Raises RuntimeError at a logged number that is not finite, ValueError if `batches` runs dry."""
+    Parameters
+    ----------
+    step : Callable[[dict], dict]
+        Updates the weights from one batch, returns detached scalars to log.
+    batches : Iterable[dict]
+        Batches, without end.
+    total_images : int
+        Stop once this many images have been seen, counting repeats.
+    seen : int, default 0
+        Images seen before, when going on.
+    images_per_step : int | None, default None
+        Images a step of all processes together; None: as many as the batch holds.
+    log_every : int, default 10
+        Steps between two calls of the callbacks.
+    callbacks : tuple, default ()
+        Each called as `cb(seen, means)` with the means since the last call; False ends the
+        training.
+
+    Returns
+    -------
+    int
+        Images seen at the end.
+
+    Raises
+    ------
+    RuntimeError
+        At a logged number that is not finite.
+    ValueError
+        If `batches` runs dry.
+    """
     logs, batches = [], iter(batches)
     while seen < total_images:
         batch = next(batches, None)
@@ -475,8 +794,25 @@ def call_every(
     total_images: int,  # At the end it is called in any case
     seen: int = 0,  # Images seen before, when going on
 ) -> Callable:  # A callback for `fit`
-    """Let a callback run only now and then: whenever a multiple of `num_images` was passed, and at
-    the end."""
+    """Let a callback run only now and then: whenever a multiple of `num_images` was passed, and at the
+    end.
+
+    Parameters
+    ----------
+    num_images : int
+        Images between two calls.
+    cb : Callable
+        Called as cb(seen, means).
+    total_images : int
+        At the end it is called in any case.
+    seen : int, default 0
+        Images seen before, when going on.
+
+    Returns
+    -------
+    Callable
+        A callback for `fit`.
+    """
     last = seen
 
     def call(seen, means):

@@ -40,8 +40,19 @@ GRID_MM = 4.0  # spacing of the grid that carries the displacement
 def slice_points(
     config: PhantomConfig,  # The cohort
 ) -> Tensor:  # MNI positions of the pixels (z, h, w, 3), mm
-    """Place the pixels of every slice in MNI space: rows run from front to back, columns from left
-    to right."""
+    """Place the pixels of every slice in MNI space: rows run from front to back, columns from left to
+    right.
+
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+
+    Returns
+    -------
+    Tensor
+        MNI positions of the pixels (z, h, w, 3), mm.
+    """
     half = FIELD_OF_VIEW_MM / 2 * (1 - 1 / config.size)  # middle of the outermost pixel
     z = (
         torch.linspace(*AXIAL_RANGE_MM, config.num_slices)
@@ -57,7 +68,18 @@ def slice_points(
 def volume_affine(
     config: PhantomConfig,  # The cohort
 ) -> np.ndarray:  # (4, 4), from voxel (x, y, z) to MNI mm
-    "Say where the voxels of a stored volume lie."
+    """Say where the voxels of a stored volume lie.
+
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+
+    Returns
+    -------
+    np.ndarray
+        (4, 4), from voxel (x, y, z) to MNI mm.
+    """
     p = slice_points(config).double().numpy()
     dz = p[1, 0, 0, 2] - p[0, 0, 0, 2] if config.num_slices > 1 else 1.0
     pixel = FIELD_OF_VIEW_MM / config.size
@@ -70,8 +92,21 @@ def find_ventricles(
     csf: np.ndarray,  # Fraction of fluid in each voxel (x, y, z)
     origin: tuple,  # MNI position of voxel (0, 0, 0), mm
 ) -> np.ndarray:  # The same fractions, 0 outside the lateral and third ventricles
-    """Keep the large pieces of fluid in the middle of the brain, and leave out the cisterns behind
-    and in front of them."""
+    """Keep the large pieces of fluid in the middle of the brain, and leave out the cisterns behind and
+    in front of them.
+
+    Parameters
+    ----------
+    csf : np.ndarray
+        Fraction of fluid in each voxel (x, y, z).
+    origin : tuple
+        MNI position of voxel (0, 0, 0), mm.
+
+    Returns
+    -------
+    np.ndarray
+        The same fractions, 0 outside the lateral and third ventricles.
+    """
     x, y, z = (np.arange(n) + o for n, o in zip(csf.shape, origin))
     x, y, z = abs(x)[:, None, None], y[:, None], z
     inside = (x < 36) & (y > -62) & (y < 42) & (z > -15) & (z < 42)
@@ -85,8 +120,14 @@ def find_ventricles(
 @lru_cache
 # Maps by name (x, y, z) float32, RAS+, 1 mm; MNI position of voxel (0, 0, 0), mm
 def load_template() -> tuple:
-    """Load the MNI152 average brain, which comes with nilearn, cropped to the axial levels that
-    slices can reach; read only."""
+    """Load the MNI152 average brain, which comes with nilearn, cropped to the axial levels that slices
+    can reach; read only.
+
+    Returns
+    -------
+    tuple
+        Maps by name (x, y, z) float32, RAS+, 1 mm; MNI position of voxel (0, 0, 0), mm.
+    """
     from nilearn.datasets import (
         load_mni152_gm_template,
         load_mni152_template,
@@ -127,7 +168,20 @@ def sample_maps(
     maps: Tensor,  # Maps to read (c, x, y, z)
     points: Tensor,  # Positions in voxels (..., 3), order x y z
 ) -> Tensor:  # Values (c, ...)
-    "Read maps between voxels by trilinear interpolation; beyond the edge, the edge continues."
+    """Read maps between voxels by trilinear interpolation; beyond the edge, the edge continues.
+
+    Parameters
+    ----------
+    maps : Tensor
+        Maps to read (c, x, y, z).
+    points : Tensor
+        Positions in voxels (..., 3), order x y z.
+
+    Returns
+    -------
+    Tensor
+        Values (c, ...).
+    """
     last = torch.tensor(maps.shape[1:]).to(points) - 1
     # grid_sample wants z y x in [-1, 1]
     unit = (2 * points / last - 1).flip(-1).reshape(1, -1, 1, 1, 3)
@@ -143,7 +197,22 @@ def integrate(
 ) -> Tensor:  # Displacement after one unit of time (3, x, y, z), voxels
     """Follow a steady flow for one unit of time by scaling and squaring.
 
-    Source: Arsigny et al. 2006."""
+    Parameters
+    ----------
+    velocity : Tensor
+        (3, x, y, z), voxels a unit of time.
+    num_squarings : int, default 6
+        The first step lasts 2**-num_squarings.
+
+    Returns
+    -------
+    Tensor
+        Displacement after one unit of time (3, x, y, z), voxels.
+
+    References
+    ----------
+    Arsigny et al. 2006.
+    """
     axes = [torch.arange(n).to(velocity) for n in velocity.shape[1:]]
     here = torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)  # (x, y, z, 3)
     u = velocity / 2**num_squarings
@@ -155,7 +224,18 @@ def integrate(
 def jacobian_determinant(
     displacement: Tensor,  # (3, x, y, z), voxels
 ) -> Tensor:  # (x, y, z): volume after over volume before; 0 or less where space has folded
-    "Measure how much a warp stretches each voxel."
+    """Measure how much a warp stretches each voxel.
+
+    Parameters
+    ----------
+    displacement : Tensor
+        (3, x, y, z), voxels.
+
+    Returns
+    -------
+    Tensor
+        (x, y, z): volume after over volume before; 0 or less where space has folded.
+    """
     rows = torch.stack(torch.gradient(displacement, dim=(1, 2, 3)), -1)  # (3, x, y, z, 3)
     return torch.linalg.det(rearrange(rows, 'c x y z d -> x y z c d') + torch.eye(3).to(rows))
 
@@ -165,7 +245,22 @@ def smooth_noise(
     shape: tuple,  # Shape of the result
     sigma: float | tuple[float, ...],  # Standard deviation of the Gaussian blur, voxels
 ) -> np.ndarray:  # float32, mean square 1
-    "Blur white noise and bring its mean square back to 1."
+    """Blur white noise and bring its mean square back to 1.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        Source of randomness.
+    shape : tuple
+        Shape of the result.
+    sigma : float | tuple[float, ...]
+        Standard deviation of the Gaussian blur, voxels.
+
+    Returns
+    -------
+    np.ndarray
+        float32, mean square 1.
+    """
     field = ndimage.gaussian_filter(
         rng.standard_normal(shape, np.float32), sigma, mode='wrap', truncate=3
     )
@@ -175,8 +270,14 @@ def smooth_noise(
 @lru_cache
 # Velocity (3, x, y, z) on the displacement grid, mm for one unit of atrophy
 def atrophy_flow() -> np.ndarray:
-    """Find the flow that widens ventricles and sulci: it points into the fluid, for a warp says
-    where to read."""
+    """Find the flow that widens ventricles and sulci: it points into the fluid, for a warp says where
+    to read.
+
+    Returns
+    -------
+    np.ndarray
+        Velocity (3, x, y, z) on the displacement grid, mm for one unit of atrophy.
+    """
     maps, step = load_template()[0], int(GRID_MM)
 
     def climb(name, sigma, mm):
@@ -189,7 +290,25 @@ def atrophy_flow() -> np.ndarray:
 # %% ../../nbs/engineering/22_phantom.ipynb #9658134a
 @dataclass
 class Subject:
-    "One synthetic subject."
+    """One synthetic subject.
+
+    Attributes
+    ----------
+    subject : str
+        Name, 'sub-0001' onwards.
+    diagnosis : str
+        'AD' or 'NC'.
+    age : float
+        Years.
+    sex : str
+        'F' or 'M'.
+    atrophy : float
+        Tissue lost, 0 (none) to about 7; in no table of the cohort.
+    vol : np.ndarray | None, default None
+        Slices (z, h, w) uint8, lowest first, front of the brain at the top, left on the left.
+    ventricle_fraction : np.ndarray | None, default None
+        (z,) ventricle area over brain area.
+    """
 
     subject: str  # Name, 'sub-0001' onwards
     diagnosis: str  # 'AD' or 'NC'
@@ -205,8 +324,21 @@ def sample_subject(
     config: PhantomConfig,  # The cohort
     index: int,  # Number in the cohort, from 0
 ) -> Subject:  # Without images
-    """Sample a subject: diagnosis, age, sex, and the atrophy that age, disease and random
-    variation add up to."""
+    """Sample a subject: diagnosis, age, sex, and the atrophy that age, disease and random variation
+    add up to.
+
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+    index : int
+        Number in the cohort, from 0.
+
+    Returns
+    -------
+    Subject
+        Without images.
+    """
     rng = np.random.default_rng([config.seed, index, 1])
     start = np.random.default_rng([config.seed, 0, 3]).random()
     # golden ratio steps: balanced at any length
@@ -230,7 +362,22 @@ def sample_warp(
     shape_mm: float = 2.5,
 ) -> Tensor:  # Displacement (3, x, y, z) on the 4 mm grid, mm
     """Sample how one brain differs from the average: smooth flows of three sizes, plus atrophy,
-    integrated."""
+    integrated.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        Source of randomness.
+    atrophy : float
+        Tissue lost, from 0.
+    shape_mm : float, default 2.5
+        Individual differences: root mean square of the velocity along x and y, mm.
+
+    Returns
+    -------
+    Tensor
+        Displacement (3, x, y, z) on the 4 mm grid, mm.
+    """
     flow = atrophy * atrophy_flow()
     scales = {30.0: 0.85, 14.0: 0.45, 7.0: 0.27}  # blur, mm -> weight
     for mm, weight in scales.items():
@@ -249,8 +396,21 @@ def sample_pose(
     sex: str,  # 'F' or 'M': brains of men are 3 % longer on average
     # Matrix (3, 3) and shift (3,) mm, from the image to the average brain
 ) -> tuple[Tensor, Tensor]:
-    """Sample the size and position of a brain; standard deviations 2 %, 1.5 degrees and 1 mm along
-    or about each axis."""
+    """Sample the size and position of a brain; standard deviations 2 %, 1.5 degrees and 1 mm along or
+    about each axis.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        Source of randomness.
+    sex : str
+        'F' or 'M': brains of men are 3 % longer on average.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Matrix (3, 3) and shift (3,) mm, from the image to the average brain.
+    """
     scale = np.exp(rng.normal(0, 0.02, 3) + (0.015 if sex == 'M' else -0.015))
     a, b, c = rng.normal(0, math.radians(1.5), 3)
     turn = np.array([[0, -c, b], [c, 0, -a], [-b, a, 0]])
@@ -266,7 +426,24 @@ def place_slices(
     shift: Tensor,  # Pose: shift (3,), mm
     warp: Tensor,  # Displacement (3, x, y, z) on the 4 mm grid, mm
 ) -> Tensor:  # Where to read the template (z, h, w, 3), voxels
-    "Follow each pixel through the pose and the warp to its place in the template."
+    """Follow each pixel through the pose and the warp to its place in the template.
+
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+    matrix : Tensor
+        Pose: matrix (3, 3).
+    shift : Tensor
+        Pose: shift (3,), mm.
+    warp : Tensor
+        Displacement (3, x, y, z) on the 4 mm grid, mm.
+
+    Returns
+    -------
+    Tensor
+        Where to read the template (z, h, w, 3), voxels.
+    """
     centre = torch.tensor([*CENTER_MM, sum(AXIAL_RANGE_MM) / 2])
     points = (
         (slice_points(config) - centre) @ matrix.T
@@ -280,7 +457,18 @@ def place_slices(
 def read_template(
     points: Tensor,  # Positions (z, h, w, 3) in voxels of the template
 ) -> dict:  # Name -> map on the slices (z, h, w), 0 outside the brain
-    "Read the tissue maps at the points inside the brain; more than half of a slice is background."
+    """Read the tissue maps at the points inside the brain; more than half of a slice is background.
+
+    Parameters
+    ----------
+    points : Tensor
+        Positions (z, h, w, 3) in voxels of the template.
+
+    Returns
+    -------
+    dict
+        Name -> map on the slices (z, h, w), 0 outside the brain.
+    """
     maps = load_template()[0]
     brain = sample_maps(torch.from_numpy(maps['brain'])[None], points)[0]
     inside = brain > 0.5
@@ -297,7 +485,22 @@ def render_tissues(
     atrophy: float,  # Turns gray matter beside the sulci into fluid
     rng: np.random.Generator,  # Source of randomness
 ) -> np.ndarray:  # Signal (z, h, w), gray levels, without noise
-    "Mix the tissues' signals by their fractions, with each subject's own contrast and texture."
+    """Mix the tissues' signals by their fractions, with each subject's own contrast and texture.
+
+    Parameters
+    ----------
+    maps : dict
+        Name -> tissue map on the slices (z, h, w).
+    atrophy : float
+        Turns gray matter beside the sulci into fluid.
+    rng : np.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    np.ndarray
+        Signal (z, h, w), gray levels, without noise.
+    """
     # fluid, gray matter, white matter
     levels = np.array([54.0, 125.0, 198.0]) + rng.normal(0, (4.0, 5.0, 5.0))
     lost = maps['gray'] * (1 - np.exp(-0.5 * atrophy * maps['sulcus']))
@@ -314,7 +517,22 @@ def sample_bias_field(
     shape: tuple,  # Slices (z, h, w)
     fraction: float = 0.1,  # Largest departure from 1
 ) -> np.ndarray:  # Factors (z, h, w), between 1-fraction and 1+fraction
-    "Sample the slow change of brightness that a coil leaves on an image."
+    """Sample the slow change of brightness that a coil leaves on an image.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        Source of randomness.
+    shape : tuple
+        Slices (z, h, w).
+    fraction : float, default 0.1
+        Largest departure from 1.
+
+    Returns
+    -------
+    np.ndarray
+        Factors (z, h, w), between 1-fraction and 1+fraction.
+    """
     coarse = torch.tensor(rng.standard_normal((1, 1, 3, 4, 4), np.float32))
     field = F.interpolate(coarse, shape, mode='trilinear', align_corners=True)[0, 0].numpy()
     return 1 + fraction * field / abs(field).max()
@@ -327,7 +545,24 @@ def add_rician(
 ) -> np.ndarray:  # Magnitude, never negative
     """Add noise to the real and the imaginary part, then take the length.
 
-    Source: Gudbjartsson & Patz 1995."""
+    Parameters
+    ----------
+    signal : np.ndarray
+        Signal without noise, any shape.
+    sigma : float
+        Standard deviation of the noise in each of the two channels.
+    rng : np.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    np.ndarray
+        Magnitude, never negative.
+
+    References
+    ----------
+    Gudbjartsson & Patz 1995.
+    """
     real, imag = sigma * rng.standard_normal((2, *signal.shape), np.float32)
     return np.hypot(signal + real, imag)
 
@@ -338,7 +573,23 @@ def make_subject(
 ) -> Subject:  # With images
     """Make one subject: who, which shape, which contrast, which noise.
 
-    Raises ValueError for a number outside the cohort."""
+    Parameters
+    ----------
+    config : PhantomConfig
+        The cohort.
+    index : int
+        Number in the cohort, from 0.
+
+    Returns
+    -------
+    Subject
+        With images.
+
+    Raises
+    ------
+    ValueError
+        For a number outside the cohort.
+    """
     if index not in range(config.num_subjects):
         raise ValueError(
             f"make_subject: index={index!r}. Expected a whole number from 0 to"
@@ -363,7 +614,22 @@ def write_subject(
     subject: Subject,  # With images
     config: PhantomConfig,  # The cohort
 ) -> list[dict]:  # One row of slices.csv a slice
-    "Write one subject's images, or one volume."
+    """Write one subject's images, or one volume.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the cohort.
+    subject : Subject
+        With images.
+    config : PhantomConfig
+        The cohort.
+
+    Returns
+    -------
+    list[dict]
+        One row of slices.csv a slice.
+    """
     volume = f'volumes/{subject.subject}.nii.gz'
     images = [f'images/{subject.subject}_slice_{k:02d}.png' for k in range(len(subject.vol))]
     paths = [volume] * len(images) if config.format == 'nifti' else images
@@ -392,7 +658,25 @@ def make_cohort(
     """Write a whole cohort. It grows in a hidden folder beside `out` and moves there when done,
     `phantom.json` last.
 
-    Raises FileExistsError if `out` holds anything."""
+    Parameters
+    ----------
+    out
+        New folder, or an empty one.
+    config : PhantomConfig
+        What to make.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` holds anything.
+    """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(

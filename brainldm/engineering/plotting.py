@@ -34,7 +34,34 @@ def show_grid(
     size: float = 1.2,  # Width of an image, inches; shrunk so that the figure stays within 7.5
     cbar: bool = False,  # Show a color bar
 ) -> Figure:  # One axes an image, row by row
-    "Show images side by side on one gray scale."
+    """Show images side by side on one gray scale.
+
+    Parameters
+    ----------
+    images
+        Images: array or tensor (n, h, w), (n, 1, h, w) or (rows, cols, h, w), or a list of (h, w).
+    titles : list | None, default None
+        One per image, or one per column of a (rows, cols) grid.
+    ncols : int | None, default None
+        Images in a row; None keeps a (rows, cols) grid, or puts up to 8 in a row.
+    row_labels : list | None, default None
+        One per row, at its left.
+    vlim : tuple, default (-1, 1)
+        Intensities shown as black and white; keep it fixed when comparing.
+    title : str, default ''
+        The sentence a reader should check against the image.
+    cmap : str, default 'gray'
+        Color map.
+    size : float, default 1.2
+        Width of an image, inches; shrunk so that the figure stays within 7.5.
+    cbar : bool, default False
+        Show a color bar.
+
+    Returns
+    -------
+    Figure
+        One axes an image, row by row.
+    """
     import matplotlib.pyplot as plt
 
     pics = [np.asarray(i.detach().float().cpu() if isinstance(i, Tensor) else i) for i in images]
@@ -87,7 +114,24 @@ def show_planes(
     ratio: float = 1.0,  # Distance of slices over size of a pixel
     title: str = '',  # Title
 ) -> Figure:  # Axial cut of each brain above its coronal and sagittal cuts
-    "Cut each brain three ways: two of the cuts show whether slices belong together."
+    """Cut each brain three ways: two of the cuts show whether slices belong together.
+
+    Parameters
+    ----------
+    volumes : Tensor
+        Brains (n, s, h, w) in [-1, 1].
+    labels : list[str]
+        A name each.
+    ratio : float, default 1.0
+        Distance of slices over size of a pixel.
+    title : str, default ''
+        Title.
+
+    Returns
+    -------
+    Figure
+        Axial cut of each brain above its coronal and sagittal cuts.
+    """
     import matplotlib.pyplot as plt
 
     n, s, h, w = volumes.shape
@@ -115,7 +159,18 @@ def show_planes(
 def figure_to_png(
     fig: Figure,  # The figure, closed afterwards
 ) -> bytes:  # A PNG file
-    "A figure as a file or a page takes it."
+    """A figure as a file or a page takes it.
+
+    Parameters
+    ----------
+    fig : Figure
+        The figure, closed afterwards.
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+    """
     import matplotlib.pyplot as plt
 
     image = BytesIO()
@@ -128,7 +183,15 @@ def save_figure(
     fig: Figure,  # The figure, closed afterwards
     path: Path,  # Where to write it, .png
 ) -> None:
-    "Write a figure as PNG, whole or not at all, and free its memory."
+    """Write a figure as PNG, whole or not at all, and free its memory.
+
+    Parameters
+    ----------
+    fig : Figure
+        The figure, closed afterwards.
+    path : Path
+        Where to write it, .png.
+    """
     write_atomic(path, figure_to_png(fig))
 
 # %% ../../nbs/engineering/40_plotting.ipynb #8072b627
@@ -138,7 +201,26 @@ def plot_history(
     # Training; what was measured on validation subjects; the discriminator's accuracy, if there
     # is one
 ) -> Figure:
-    "Plot the course of one training. Raises ValueError if the log has no line of this stage."
+    """Plot the course of one training.
+
+    Parameters
+    ----------
+    records : list[dict]
+        Lines of log.jsonl.
+    stage : str
+        'autoencoder', 'ldm' or 'prior'.
+
+    Returns
+    -------
+    Figure
+        Training; what was measured on validation subjects; the discriminator's accuracy, if there
+        is one.
+
+    Raises
+    ------
+    ValueError
+        If the log has no line of this stage.
+    """
     import matplotlib.pyplot as plt
 
     rows = [o for o in records if o['stage'] == stage]

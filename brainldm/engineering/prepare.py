@@ -33,7 +33,19 @@ VERSION = 1  # Of the preparation: volumes of two versions do not belong into on
 
 @dataclass(frozen=True)
 class Template:
-    """The brain that all others are aligned to."""
+    """The brain that all others are aligned to.
+
+    Attributes
+    ----------
+    image : np.ndarray
+        Intensities (x, y, z), float32, 0 to 1; RAS, 1 mm.
+    mask : np.ndarray
+        Where the brain is, bool.
+    white : np.ndarray
+        Where white matter is for certain (probability above 0.9), bool.
+    affine : np.ndarray
+        (4, 4): from voxel to mm.
+    """
 
     image: np.ndarray  # Intensities (x, y, z), float32, 0 to 1; RAS, 1 mm
     mask: np.ndarray  # Where the brain is, bool
@@ -44,7 +56,13 @@ class Template:
 @lru_cache(maxsize=1)
 def load_template() -> Template:  # MNI152, 1 mm, from nilearn's own files
     """The MNI152 template without skull (Fonov et al. 2011), with its masks of brain and of white
-    matter."""
+    matter.
+
+    Returns
+    -------
+    Template
+        MNI152, 1 mm, from nilearn's own files.
+    """
     from nilearn.datasets import (
         load_mni152_brain_mask,
         load_mni152_template,
@@ -66,7 +84,17 @@ CT_AIR = -500.0  # Hounsfield units; air is -1000
 
 @dataclass(frozen=True)
 class Scan:
-    """A head in one orientation, with what was done to it."""
+    """A head in one orientation, with what was done to it.
+
+    Attributes
+    ----------
+    voxels : np.ndarray
+        Intensities (x, y, z), float32, axes to the right, front and top.
+    affine : np.ndarray
+        (4, 4): from voxel to mm.
+    notes : list, default list()
+        Sentences: what was done.
+    """
 
     voxels: np.ndarray  # Intensities (x, y, z), float32, axes to the right, front and top
     affine: np.ndarray  # (4, 4): from voxel to mm
@@ -74,14 +102,31 @@ class Scan:
 
     @property
     def voxel_mm(self) -> np.ndarray:  # (3,), mm
-        """The size of a voxel."""
+        """The size of a voxel.
+
+        Returns
+        -------
+        np.ndarray
+            (3,), mm.
+        """
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
 def flat_fraction(
     voxels: np.ndarray,  # Intensities (x, y, z)
 ) -> float:  # Fraction of the foreground, 0 to 1
-    """How much of the foreground equals its neighbors along all axes: nearly all of a label map."""
+    """How much of the foreground equals its neighbors along all axes: nearly all of a label map.
+
+    Parameters
+    ----------
+    voxels : np.ndarray
+        Intensities (x, y, z).
+
+    Returns
+    -------
+    float
+        Fraction of the foreground, 0 to 1.
+    """
     core = voxels[1:-1, 1:-1, 1:-1]
     inside = core > voxels.min()
     same = np.ones_like(inside)
@@ -94,7 +139,13 @@ def flat_fraction(
 def refuse_head(
     scan: Scan,  # In canonical orientation
 ) -> None:  # Nothing: it raises DataFault or returns
-    """Refuse what cannot be a T1-weighted human head."""
+    """Refuse what cannot be a T1-weighted human head.
+
+    Parameters
+    ----------
+    scan : Scan
+        In canonical orientation.
+    """
     size, extent = scan.voxel_mm, scan.voxel_mm * scan.voxels.shape
     shown = ' x '.join(f'{o:.3g}' for o in size)
     if size.max() > MAX_VOXEL_MM:
@@ -131,7 +182,20 @@ def canonical_head(
 ) -> Scan:  # Axes to the right, front and top (RAS), float32, no NaN
     """Turn a head to the right, the front and the top, and refuse what cannot be a T1 brain.
 
-    Raises DataFault."""
+    Parameters
+    ----------
+    image : SpatialImage
+        As nibabel opens it.
+
+    Returns
+    -------
+    Scan
+        Axes to the right, front and top (RAS), float32, no NaN.
+
+    Raises
+    ------
+    DataFault
+    """
     import nibabel as nib
 
     if image.get_data_dtype().fields is not None:
@@ -163,7 +227,13 @@ STRIPPED = 0.15
 
 @lru_cache(maxsize=1)
 def load_extractor() -> Any:  # deepbet's two networks on the CPU
-    """Read the weights of deepbet once a process."""
+    """Read the weights of deepbet once a process.
+
+    Returns
+    -------
+    Any
+        deepbet's two networks on the CPU.
+    """
     import warnings
 
     check_installed('extract_brain', 'deepbet', 'prepare')
@@ -180,7 +250,21 @@ def network_mask(
 ) -> np.ndarray:  # Where the brain is (x, y, z), bool
     """Mark the brain by deepbet (Fisch et al. 2024, Computers in Biology and Medicine).
 
-    Raises DataFault where it finds none."""
+    Parameters
+    ----------
+    scan : Scan
+        In canonical orientation.
+
+    Returns
+    -------
+    np.ndarray
+        Where the brain is (x, y, z), bool.
+
+    Raises
+    ------
+    DataFault
+        Where it finds none.
+    """
     import nibabel as nib
 
     try:
@@ -201,7 +285,23 @@ def extract_brain(
 ) -> tuple:
     """Mark the voxels that are brain.
 
-    Raises DataFault where no brain is found, or a mask lies on another grid."""
+    Parameters
+    ----------
+    scan : Scan
+        In canonical orientation.
+    mask : Scan | None, default None
+        A mask that came with the head, above 0 where the brain is.
+
+    Returns
+    -------
+    tuple
+        Where the brain is (x, y, z), bool; how that is known: 'mask', 'stripped', 'deepbet'.
+
+    Raises
+    ------
+    DataFault
+        Where no brain is found, or a mask lies on another grid.
+    """
     from scipy import ndimage
 
     if mask is not None:
@@ -230,7 +330,20 @@ def to_itk(
     voxels: np.ndarray,  # Values (x, y, z)
     affine: np.ndarray,  # (4, 4): from voxel to mm, RAS
 ) -> sitk.Image:  # The same for SimpleITK, whose axes run to the left and the back (LPS)
-    """Hand a volume to SimpleITK without moving it."""
+    """Hand a volume to SimpleITK without moving it.
+
+    Parameters
+    ----------
+    voxels : np.ndarray
+        Values (x, y, z).
+    affine : np.ndarray
+        (4, 4): from voxel to mm, RAS.
+
+    Returns
+    -------
+    sitk.Image
+        The same for SimpleITK, whose axes run to the left and the back (LPS).
+    """
     check_installed('prepare_head', 'SimpleITK', 'prepare')
     import SimpleITK as sitk
 
@@ -246,7 +359,18 @@ def to_itk(
 def from_itk(
     image: sitk.Image,  # A volume of SimpleITK
 ) -> np.ndarray:  # Values (x, y, z)
-    """Take the values of a volume back from SimpleITK."""
+    """Take the values of a volume back from SimpleITK.
+
+    Parameters
+    ----------
+    image : sitk.Image
+        A volume of SimpleITK.
+
+    Returns
+    -------
+    np.ndarray
+        Values (x, y, z).
+    """
     import SimpleITK as sitk
 
     return sitk.GetArrayFromImage(image).T
@@ -259,7 +383,22 @@ def correct_bias(
 ) -> np.ndarray:  # Intensities without the field, 0 outside of the mask
     """Divide by the bias field that N4 finds inside of the brain (Tustison et al. 2010).
 
-    Intensities at or below 0, which N4 does not see, become 0."""
+    Intensities at or below 0, which N4 does not see, become 0.
+
+    Parameters
+    ----------
+    scan : Scan
+        In canonical orientation.
+    mask : np.ndarray
+        Where the brain is.
+    coarse_mm : float, default 4.0
+        Voxels on which the smooth field is estimated, mm.
+
+    Returns
+    -------
+    np.ndarray
+        Intensities without the field, 0 outside of the mask.
+    """
     voxels = np.where(mask, np.maximum(scan.voxels, 0), 0)
     image = to_itk(voxels, scan.affine)
     import SimpleITK as sitk
@@ -282,7 +421,20 @@ def coarsen(
     image: sitk.Image,  # A volume
     voxel_mm: float = 2.0,  # Largest voxel, mm
 ) -> sitk.Image:  # The same with voxels of 1 to 2 mm, smoothed for it
-    """Make a volume as coarse as an alignment at 4 mm needs it."""
+    """Make a volume as coarse as an alignment at 4 mm needs it.
+
+    Parameters
+    ----------
+    image : sitk.Image
+        A volume.
+    voxel_mm : float, default 2.0
+        Largest voxel, mm.
+
+    Returns
+    -------
+    sitk.Image
+        The same with voxels of 1 to 2 mm, smoothed for it.
+    """
     import SimpleITK as sitk
 
     shrink = [max(1, int(voxel_mm / o + 0.01)) for o in image.GetSpacing()]
@@ -295,7 +447,24 @@ def align_brain(
     affine: np.ndarray,  # (4, 4): from voxel to mm
     template: Template,  # What to align to
 ) -> np.ndarray:  # (4, 4): from a place in the template to the place in the head, mm, RAS
-    """Find the affine map (12 parameters) from the template to a brain by their correlation."""
+    """Find the affine map (12 parameters) from the template to a brain by their correlation.
+
+    Parameters
+    ----------
+    brain : np.ndarray
+        Intensities (x, y, z), 0 outside of the brain.
+    mask : np.ndarray
+        Where the brain is.
+    affine : np.ndarray
+        (4, 4): from voxel to mm.
+    template : Template
+        What to align to.
+
+    Returns
+    -------
+    np.ndarray
+        (4, 4): from a place in the template to the place in the head, mm, RAS.
+    """
     moving = coarsen(to_itk(brain.astype(np.float32), affine))
     import SimpleITK as sitk
 
@@ -332,7 +501,18 @@ def align_brain(
 def ras_matrix(
     transform: sitk.AffineTransform,  # Between places in LPS
 ) -> np.ndarray:  # (4, 4), between places in RAS
-    """Write a transform of SimpleITK as a matrix in nibabel's convention."""
+    """Write a transform of SimpleITK as a matrix in nibabel's convention.
+
+    Parameters
+    ----------
+    transform : sitk.AffineTransform
+        Between places in LPS.
+
+    Returns
+    -------
+    np.ndarray
+        (4, 4), between places in RAS.
+    """
     linear = np.array(transform.GetMatrix()).reshape(3, 3)
     center, shift = np.array(transform.GetCenter()), np.array(transform.GetTranslation())
     matrix = np.eye(4)
@@ -349,7 +529,26 @@ def resample_brain(
     template: Template,  # Whose grid to take
     smooth: bool = True,  # Cubic, with finer voxels averaged first; otherwise linear
 ) -> np.ndarray:  # Values on the template's grid (x, y, z), float32
-    """Bring a volume onto the grid of the template, 1 mm."""
+    """Bring a volume onto the grid of the template, 1 mm.
+
+    Parameters
+    ----------
+    voxels : np.ndarray
+        Values (x, y, z).
+    affine : np.ndarray
+        (4, 4): from voxel to mm.
+    matrix : np.ndarray
+        From `align_brain`.
+    template : Template
+        Whose grid to take.
+    smooth : bool, default True
+        Cubic, with finer voxels averaged first; otherwise linear.
+
+    Returns
+    -------
+    np.ndarray
+        Values on the template's grid (x, y, z), float32.
+    """
     moving = to_itk(voxels.astype(np.float32), affine)
     import SimpleITK as sitk
 
@@ -381,7 +580,23 @@ def white_mode(
 ) -> float:  # The most frequent intensity there
     """The mode of the intensities in white matter, from a smoothed histogram.
 
-    Raises DataFault where no voxel there is above 0."""
+    Parameters
+    ----------
+    brain : np.ndarray
+        Intensities (x, y, z) on the template's grid.
+    white : np.ndarray
+        Where the template has white matter.
+
+    Returns
+    -------
+    float
+        The most frequent intensity there.
+
+    Raises
+    ------
+    DataFault
+        Where no voxel there is above 0.
+    """
     from scipy import ndimage
 
     values = brain[white & (brain > 0)]
@@ -397,7 +612,20 @@ def scale_white_matter(
     brain: np.ndarray,  # Intensities (x, y, z) on the template's grid, 0 outside of the brain
     white: np.ndarray,  # Where the template has white matter
 ) -> tuple:  # Volume, uint8; fraction of the brain that became 255
-    """Scale so that the mode of white matter is `WHITE`; what is brighter than 255 is white."""
+    """Scale so that the mode of white matter is `WHITE`; what is brighter than 255 is white.
+
+    Parameters
+    ----------
+    brain : np.ndarray
+        Intensities (x, y, z) on the template's grid, 0 outside of the brain.
+    white : np.ndarray
+        Where the template has white matter.
+
+    Returns
+    -------
+    tuple
+        Volume, uint8; fraction of the brain that became 255.
+    """
     scaled = brain * (WHITE / white_mode(brain, white))
     inside = brain > 0
     clipped = float((scaled[inside] > 255).mean()) if inside.any() else 0.0
@@ -426,7 +654,20 @@ def edge_area(
     mask: np.ndarray,  # Where the brain is (x, y, z)
     voxel_mm: np.ndarray,  # (3,), mm
 ) -> float:  # cm²
-    """The largest area with which the brain touches one border of the scan."""
+    """The largest area with which the brain touches one border of the scan.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        Where the brain is (x, y, z).
+    voxel_mm : np.ndarray
+        (3,), mm.
+
+    Returns
+    -------
+    float
+        cm².
+    """
     areas = []
     for axis in range(3):
         face = float(np.prod(np.delete(voxel_mm, axis)))
@@ -442,7 +683,28 @@ def measure_quality(
     aligned: np.ndarray,  # The mask on the template's grid
     template: Template,  # What it was aligned to
 ) -> dict:  # Measures by name, floats
-    """Measure what `LIMITS` judges."""
+    """Measure what `LIMITS` judges.
+
+    Parameters
+    ----------
+    scan : Scan
+        As it came.
+    mask : np.ndarray
+        Where the brain is in it.
+    matrix : np.ndarray
+        From `align_brain`.
+    brain : np.ndarray
+        Intensities on the template's grid, 0 outside of the brain.
+    aligned : np.ndarray
+        The mask on the template's grid.
+    template : Template
+        What it was aligned to.
+
+    Returns
+    -------
+    dict
+        Measures by name, floats.
+    """
     both = aligned & template.mask
     values = brain[both], template.image[both]
     correlation = np.corrcoef(*values)[0, 1] if both.sum() > 1 and values[0].std() else 0.0
@@ -460,7 +722,18 @@ def measure_quality(
 def check_quality(
     measures: dict,  # From `measure_quality`
 ) -> list:  # Sentences, one for each measure outside of its limits; empty if the head is good
-    """Say which measures are outside of their limits, and what that usually means."""
+    """Say which measures are outside of their limits, and what that usually means.
+
+    Parameters
+    ----------
+    measures : dict
+        From `measure_quality`.
+
+    Returns
+    -------
+    list
+        Sentences, one for each measure outside of its limits; empty if the head is good.
+    """
     out = []
     for name, (low, high) in LIMITS.items():
         if not low <= measures[name] <= high:
@@ -472,7 +745,23 @@ def check_quality(
 # %% ../../nbs/engineering/26_prepare.ipynb #pr180029
 @dataclass(frozen=True)
 class Prepared:
-    """One head after its preparation."""
+    """One head after its preparation.
+
+    Attributes
+    ----------
+    volume : np.ndarray
+        Gray values (x, y, z), uint8, on the template's grid; 0 outside of the brain.
+    affine : np.ndarray
+        (4, 4): from voxel to mm.
+    matrix : np.ndarray
+        (4, 4): from a place in the template to the place in the head, mm.
+    measures : dict
+        From `measure_quality`, and `clipped`, the fraction that became white.
+    reasons : list
+        Why it should not be used; empty if it may.
+    notes : list
+        What was done.
+    """
 
     # Gray values (x, y, z), uint8, on the template's grid; 0 outside of the brain
     volume: np.ndarray
@@ -490,7 +779,23 @@ def prepare_head(
 ) -> Prepared:  # The brain on the grid of the template, and what was measured
     """Turn a raw T1 head into an aligned, bias-corrected, skull-stripped, scaled volume of 1 mm.
 
-    Raises DataFault for what cannot be a T1 scan, with the kind and the reason."""
+    Parameters
+    ----------
+    image : SpatialImage
+        As nibabel opens it, with an affine that can be trusted.
+    mask : SpatialImage | None, default None
+        A brain mask that came with it.
+
+    Returns
+    -------
+    Prepared
+        The brain on the grid of the template, and what was measured.
+
+    Raises
+    ------
+    DataFault
+        For what cannot be a T1 scan, with the kind and the reason.
+    """
     template, scan = load_template(), canonical_head(image)
     own = None
     if mask is not None:

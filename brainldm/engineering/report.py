@@ -84,7 +84,26 @@ def sample_by_condition(
     seed: int = 0,  # Seed
     # Grid of diagnosis by slice, and the trajectory from noise of one image a row
 ) -> tuple[Figure, Figure]:
-    "Plot the two figures that show what a run generates."
+    """Plot the two figures that show what a run generates.
+
+    Parameters
+    ----------
+    model : BrainLDM
+        A run with a trained denoiser.
+    columns : int, default 6
+        Slice positions.
+    steps : int, default 30
+        Network calls.
+    guidance_scale : float, default 1.0
+        Strength of the conditions.
+    seed : int, default 0
+        Seed.
+
+    Returns
+    -------
+    tuple[Figure, Figure]
+        Grid of diagnosis by slice, and the trajectory from noise of one image a row.
+    """
     known = {c.name: c for c in model.covariates}
     rows = list(known['diagnosis'].levels) if 'diagnosis' in known else [None]
     numbers = (
@@ -129,7 +148,18 @@ def sample_by_condition(
 def figure_uri(
     figure: Figure | bytes,  # A figure, closed afterwards, or the bytes of a PNG or GIF
 ) -> str:  # data:… address that a page can hold
-    "Turn an image into text, so that a report is one file."
+    """Turn an image into text, so that a report is one file.
+
+    Parameters
+    ----------
+    figure : Figure | bytes
+        A figure, closed afterwards, or the bytes of a PNG or GIF.
+
+    Returns
+    -------
+    str
+        data:… address that a page can hold.
+    """
     if isinstance(figure, Figure):
         figure = figure_to_png(figure)
     kind = 'gif' if figure[:3] == b'GIF' else 'png'
@@ -143,7 +173,24 @@ def prior_scores(
     progress: bool = False,  # Show bars
     # bits: mean bits per code of prior and baselines; interval_95 of each; saving; counts
 ) -> dict:
-    "Bits per code of held-out subjects under the prior, and under the baselines."
+    """Bits per code of held-out subjects under the prior, and under the baselines.
+
+    Parameters
+    ----------
+    model : CodeSampler
+        A run with a trained prior.
+    dataset : SliceDataset
+        All splits of the data it was trained on.
+    split : str, default 'test'
+        Whose slices; the validation subjects have chosen the weights.
+    progress : bool, default False
+        Show bars.
+
+    Returns
+    -------
+    dict
+        bits: mean bits per code of prior and baselines; interval_95 of each; saving; counts.
+    """
     prices, subjects = (
         code_costs(model, dataset, split, progress),
         dataset.subset(split).manifest.subject,
@@ -171,7 +218,24 @@ def sample_by_generator(
 ) -> tuple[Figure, dict[str, float]]:
     """The same conditions for each generator.
 
-    Conditions of the autoencoder have their first value, or the middle of their range."""
+    Conditions of the autoencoder have their first value, or the middle of their range.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder with a prior, and perhaps a diffusion model.
+    columns : int, default 6
+        Slice positions.
+    steps : int, default 30
+        Network calls of the diffusion model.
+    seed : int, default 0
+        Seed.
+
+    Returns
+    -------
+    tuple[Figure, dict[str, float]]
+        Rows: prior, diffusion model, codes by place and slice position; seconds an image.
+    """
     ldm, prior = BrainLDM.load(run), CodeSampler.load(run)
     span = next((c.range for c in prior.covariates if c.name == 'slice'), None)
     numbers = np.unique(np.linspace(*span, columns).round()).tolist() if span else None
@@ -210,8 +274,25 @@ def report_prior(
     steps: int,  # Network calls of the diffusion model
     seed: int,  # Seed
 ) -> dict:  # A section of the report
-    """The transformer's bits per code beside their baselines, and its images beside those of the
-    other generators."""
+    """The transformer's bits per code beside their baselines, and its images beside those of the other
+    generators.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with a prior.
+    metrics : dict
+        Its metrics.json.
+    steps : int
+        Network calls of the diffusion model.
+    seed : int
+        Seed.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
     figure, seconds = sample_by_generator(run, steps=steps, seed=seed)
     measured = {k.split(' ', 1)[1]: o for k, o in metrics.items() if k.startswith('bits ')}
     names = dict(
@@ -254,7 +335,26 @@ def sample_matched(
     # What `sample` takes: steps, guidance_scale, temperature, progress …; nothing for 'stage1'
     **options,
 ) -> Tensor:  # Images (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`
-    "Sample one image for each row."
+    """Sample one image for each row.
+
+    Parameters
+    ----------
+    model
+        `BrainLDM` or `CodeSampler`.
+    table : pd.DataFrame
+        Rows with the conditions of the samples.
+    generator : str, default 'ldm'
+        'ldm', 'prior', or 'stage1': random latents, a baseline.
+    seed : int, default 0
+        Seed.
+    **options
+        What `sample` takes: steps, guidance_scale, temperature, progress …; nothing for 'stage1'.
+
+    Returns
+    -------
+    Tensor
+        Images (n, 1, h, w) in [-1, 1], row for row with the conditions of `table`.
+    """
     random = generator == 'stage1'
     names = [c.name for c in (model.autoencoder if random else model).covariates]
     # sampled by slice position
@@ -271,14 +371,36 @@ def sample_matched(
 def as_saved(
     images: Tensor,  # Images (n, 1, h, w) in [-1, 1]
 ) -> Tensor:  # The same as a PNG file holds them, in 256 gray values
-    "What is evaluated is what others get: images as they are saved."
+    """What is evaluated is what others get: images as they are saved.
+
+    Parameters
+    ----------
+    images : Tensor
+        Images (n, 1, h, w) in [-1, 1].
+
+    Returns
+    -------
+    Tensor
+        The same as a PNG file holds them, in 256 gray values.
+    """
     return from_bytes(to_bytes(images))
 
 # %% ../../nbs/engineering/36_report.ipynb #c0ffee39
 def from_bytes(
     pixels: np.ndarray,  # Gray values (..., h, w), uint8
 ) -> Tensor:  # Images in [-1, 1], float32
-    "Gray values of files as networks take them."
+    """Gray values of files as networks take them.
+
+    Parameters
+    ----------
+    pixels : np.ndarray
+        Gray values (..., h, w), uint8.
+
+    Returns
+    -------
+    Tensor
+        Images in [-1, 1], float32.
+    """
     return torch.from_numpy(np.array(pixels)).float().div(127.5).sub(1)
 
 # %% ../../nbs/engineering/36_report.ipynb #3fb0617f
@@ -299,7 +421,36 @@ def evaluate_samples(
     # What shows disease and age; None: as `default_measures` says
     effects: Sequence[Measure] | None = None,
 ) -> dict:  # All scores but the memorization audit's
-    "Every measure of notebooks 10a and 10b on sets of images, each beside what real slices get."
+    """Every measure of notebooks 10a and 10b on sets of images, each beside what real slices get.
+
+    Parameters
+    ----------
+    net : FeatureNet
+        Trained on the train slices.
+    images : Tensor
+        Generated images (n, 1, h, w), row for row with the conditions of `rows`.
+    rows : np.ndarray
+        Rows of `train` that they were generated after, from `match_rows(held_out, train)`.
+    train : SliceDataset
+        Real slices of train subjects.
+    held_out : SliceDataset
+        Real slices of held-out subjects, n rows.
+    utility : TrainConfig | None, default UTILITY
+        Length of the classifiers' trainings; None: leave them out.
+    progress : bool, default False
+        Show a bar.
+    more : tuple[Tensor, ...], default ()
+        Further sets for the same rows, sampled from other seeds: they show the noise of sampling.
+    orders : pd.DataFrame | None, default None
+        Conditions that the samples were generated for (n rows); None: those of `rows`.
+    effects : Sequence[Measure] | None, default None
+        What shows disease and age; None: as `default_measures` says.
+
+    Returns
+    -------
+    dict
+        All scores but the memorization audit's.
+    """
     who, requested = held_out.manifest.subject, train.manifest.iloc[rows].reset_index(drop=True)
     orders = requested if orders is None else orders.reset_index(drop=True)
     real, synthetic = SliceDataset(train.images[rows], requested, train.covariates), as_dataset(
@@ -364,8 +515,23 @@ def plot_audit(
     reference: pd.DataFrame,  # The same of slices that cannot be copies, with split
     audit: dict,  # As from `memorization_audit`
 ) -> Figure:  # Histograms of the correlations, of whole slices and of halves
-    """How similar samples are to train slices, beside slices that cannot be copies; the threshold
-    of a copy dotted."""
+    """How similar samples are to train slices, beside slices that cannot be copies; the threshold of a
+    copy dotted.
+
+    Parameters
+    ----------
+    samples : pd.DataFrame
+        As from `nearest_copies`, of samples.
+    reference : pd.DataFrame
+        The same of slices that cannot be copies, with split.
+    audit : dict
+        As from `memorization_audit`.
+
+    Returns
+    -------
+    Figure
+        Histograms of the correlations, of whole slices and of halves.
+    """
     fig, axs = plt.subplots(1, 2, figsize=(7.5, 2.6), layout='constrained')
     for ax, space in zip(axs, ('whole', 'half')):
         bins = np.linspace(0, 1, 41)
@@ -395,7 +561,25 @@ def plot_pairs(
     # Samples above, most similar train slice below; by the whole, then by the better half. Real
     # slices: handle as such
 ) -> Figure:
-    "The images that lie nearest to training, with what they resemble."
+    """The images that lie nearest to training, with what they resemble.
+
+    Parameters
+    ----------
+    images : Tensor
+        Generated images (n, 1, h, w).
+    train : SliceDataset
+        Real slices of train subjects.
+    near : pd.DataFrame
+        As from `nearest_copies`, of the images.
+    number : int, default 6
+        Pairs of each space.
+
+    Returns
+    -------
+    Figure
+        Samples above, most similar train slice below; by the whole, then by the better half. Real
+        slices: handle as such.
+    """
     rows, labels = [], []
     for space in ('whole', 'half'):
         first = near[space].sort_values(kind='stable', ascending=False).index[:number].tolist()
@@ -419,7 +603,25 @@ def save_evaluation(
     near: list[pd.DataFrame],
     pairs: bool = True,  # Save real slices beside the synthetic ones that are nearest to them
 ) -> None:
-    "Save the figures of an evaluation: some images, the audit's distances, the nearest pairs."
+    """Save the figures of an evaluation: some images, the audit's distances, the nearest pairs.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder for the figures.
+    name : str
+        What their names begin with.
+    scores : dict
+        As from `evaluate_samples`.
+    images : Tensor
+        Synthetic images (n, 1, h, w).
+    train : SliceDataset
+        Real slices of train subjects.
+    near : list[pd.DataFrame]
+        What `plot_audit` and `plot_pairs` take: of the samples, of their reference.
+    pairs : bool, default True
+        Save real slices beside the synthetic ones that are nearest to them.
+    """
     shown = np.linspace(0, len(images) - 1, 24).round().astype(int)
     figures = dict(
         synthetic=show_grid(images[shown, 0], ncols=8, title='Generated, not scanned'),
@@ -448,7 +650,41 @@ def evaluate(
 ) -> dict:  # The scores, as in RUN/metrics.json under 'samples GENERATOR'
     """Generate, evaluate, and write RUN/metrics.json and RUN/evaluation.
 
-    Raises ValueError for other data than the run's."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    dataset : SliceDataset
+        The data it was trained on, all splits.
+    generator : str, default 'ldm'
+        Generator: 'ldm', 'prior' or 'stage1'.
+    split : str, default 'validate'
+        Which held-out subjects to compare with.
+    seed : int, default 0
+        Seed of the images; a second set, from the next seed, shows the noise of sampling.
+    features : TrainConfig, default FEATURES
+        Training of the feature network, if the run has none yet.
+    utility : TrainConfig | None, default UTILITY
+        Training of each classifier; None: leave them out.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Of the feature network, if the run has none yet.
+    progress : bool, default False
+        Show bars.
+    effects : Sequence[Measure] | None, default None
+        What shows disease and age; None: as `default_measures` says.
+    **options
+        What `sample` takes: steps, guidance_scale, temperature …
+
+    Returns
+    -------
+    dict
+        The scores, as in RUN/metrics.json under 'samples GENERATOR'.
+
+    Raises
+    ------
+    ValueError
+        For other data than the run's.
+    """
     run = Path(run)
     refuse_leak(read_config(run), dataset, run)
     train, held_out = dataset.subset('train'), dataset.subset(split)
@@ -489,7 +725,25 @@ def read_image(
     path: Path,  # PNG, JPEG or NIfTI
     plane: int = 0,  # Axial plane of a NIfTI file
 ) -> np.ndarray:  # Gray values (h, w), uint8
-    "Read one image. Raises ValueError for a file that holds none."
+    """Read one image.
+
+    Parameters
+    ----------
+    path : Path
+        PNG, JPEG or NIfTI.
+    plane : int, default 0
+        Axial plane of a NIfTI file.
+
+    Returns
+    -------
+    np.ndarray
+        Gray values (h, w), uint8.
+
+    Raises
+    ------
+    ValueError
+        For a file that holds none.
+    """
     try:
         return decode_file(path, [plane])[0][0]
     except DataFault as e:
@@ -503,7 +757,19 @@ def check_image_set(
     images: list[np.ndarray],  # Images, each (h, w), uint8
     names,  # Their files
 ) -> None:  # Nothing: it raises or returns
-    "Refuse images of several sizes, ones that are not square, and copies. Raises ValueError."
+    """Refuse images of several sizes, ones that are not square, and copies.
+
+    Parameters
+    ----------
+    images : list[np.ndarray]
+        Images, each (h, w), uint8.
+    names
+        Their files.
+
+    Raises
+    ------
+    ValueError
+    """
     names, sizes = list(names), pd.Series([f'{o.shape[0]} x {o.shape[1]}' for o in images])
     kinds = sizes.value_counts()
     first = ', '.join(f"{k} ({n}, such as {names[(sizes==k).argmax()]})" for k, n in kinds.items())
@@ -530,7 +796,25 @@ def read_images(
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Read the images of any generator with the conditions they were generated for.
 
-    Raises FileNotFoundError without manifest.csv, ValueError for whatever cannot be compared."""
+    Parameters
+    ----------
+    folder : str | Path
+        Folder with manifest.csv and the PNG, JPEG or NIfTI files that it names.
+    covariates : list
+        Conditions of the real data.
+
+    Returns
+    -------
+    tuple[np.ndarray, pd.DataFrame]
+        Images (n, h, w), uint8; their requested conditions and path, row for row.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without manifest.csv.
+    ValueError
+        For whatever cannot be compared.
+    """
     path, names = Path(folder) / 'manifest.csv', [c.name for c in covariates]
     needs = ['path', *(o for o in ('slice', 'diagnosis') if o in names)]
     if not path.is_file():
@@ -562,7 +846,18 @@ def image_side(
 ) -> int:  # Side of its first image, pixels
     """How large the images of a folder are, before the data are opened at that size.
 
-    Raises as `read_images` does."""
+    Raises as `read_images` does.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Folder with manifest.csv.
+
+    Returns
+    -------
+    int
+        Side of its first image, pixels.
+    """
     path = Path(folder) / 'manifest.csv'
     if not path.is_file():
         read_images(folder, [])  # says what is missing
@@ -579,7 +874,23 @@ def pair_images(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Give each held-out slice an image of the same position and diagnosis.
 
-    Raises ValueError below 50."""
+    Parameters
+    ----------
+    table : pd.DataFrame
+        Requested conditions of images.
+    held_out : pd.DataFrame
+        Manifest rows of held-out subjects.
+
+    Returns
+    -------
+    tuple[list[np.ndarray], np.ndarray]
+        Rows of `table` for each set, and the rows of `held_out` that they stand beside.
+
+    Raises
+    ------
+    ValueError
+        Below 50.
+    """
     names = [o for o in ('slice', 'diagnosis') if o in held_out and o in table]
 
     def cells(o):
@@ -624,7 +935,40 @@ def evaluate_images(
 ) -> dict:  # The scores, as in metrics.json under 'samples images'
     """Evaluate the images of any generator as `evaluate` evaluates those of a run.
 
-    Raises ValueError, FileNotFoundError."""
+    Parameters
+    ----------
+    images : str | Path
+        Folder of images with manifest.csv, as for `read_images`.
+    dataset : SliceDataset
+        Real data, all splits, as large as the images.
+    split : str, default 'validate'
+        Which held-out subjects to compare with.
+    features : TrainConfig, default FEATURES
+        Training of the feature network, if these data have none yet.
+    utility : TrainConfig | None, default UTILITY
+        Training of each classifier; None: leave them out.
+    channels : tuple[int, ...], default (64, 96, 128)
+        Of the feature network, if these data have none yet.
+    progress : bool, default False
+        Show bars.
+    run : str | Path | None, default None
+        Run that generated them: its feature network, and its autoencoder for the audit; None: no
+        run.
+    out : str | Path | None, default None
+        Folder for metrics.json and figures; None: the images' folder, without real slices.
+    effects : Sequence[Measure] | None, default None
+        What shows disease and age; None: as `default_measures` says.
+
+    Returns
+    -------
+    dict
+        The scores, as in metrics.json under 'samples images'.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+    """
     pixels, table = read_images(images, dataset.covariates)
     if pixels.shape[1] != dataset.images.shape[1]:
         raise ValueError(
@@ -686,7 +1030,22 @@ def target_verdict(
     least: float = -math.inf,  # Smallest value that reaches the target
     most: float = math.inf,  # Largest value that reaches the target
 ) -> str:  # 'reached', 'missed' or 'unclear'
-    "A target is reached by the whole interval, missed by the whole interval, or unclear."
+    """A target is reached by the whole interval, missed by the whole interval, or unclear.
+
+    Parameters
+    ----------
+    interval : tuple[float, float] | None
+        95 % interval of a number; None: it could not be estimated.
+    least : float, default -math.inf
+        Smallest value that reaches the target.
+    most : float, default math.inf
+        Largest value that reaches the target.
+
+    Returns
+    -------
+    str
+        'reached', 'missed' or 'unclear'.
+    """
     low, high = interval or (-math.inf, math.inf)
     if least <= low and high <= most:
         return 'reached'
@@ -698,7 +1057,19 @@ def check_targets(
     # Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not
     # reached
 ) -> list[tuple]:
-    "The five targets beside what was measured, each evaluated by its interval over subjects."
+    """The five targets beside what was measured, each evaluated by its interval over subjects.
+
+    Parameters
+    ----------
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    list[tuple]
+        Measure, synthetic, real, target, verdict of `target_verdict`, what it means if it is not
+        reached.
+    """
     synthetic, reference, excess = (
         scores['fidelity'][k] for k in ('synthetic', 'reference', 'excess')
     )
@@ -769,7 +1140,18 @@ def fidelity_rows(
     # Rows of a table: measure, synthetic, real-vs-real reference, target (none), reached (none)
 ) -> list[list[str]]:
     """What the excess is made of: both sampling seeds, both distances, and how far the rotations
-    differ."""
+    differ.
+
+    Parameters
+    ----------
+    fidelity : dict
+        As from `compare_with_reference`.
+
+    Returns
+    -------
+    list[list[str]]
+        Rows of a table: measure, synthetic, real-vs-real reference, target (none), reached (none).
+    """
 
     def span(o):
         return f"[{', '.join(map(show_number, o or (None, None)))}]"
@@ -828,7 +1210,18 @@ def fidelity_rows(
 def reference_note(
     fidelity: dict,  # As from `compare_with_reference`, with n_reference_seen
 ) -> str:  # A sentence or two
-    "Who the real-vs-real reference is, and whether the feature network has seen it."
+    """Who the real-vs-real reference is, and whether the feature network has seen it.
+
+    Parameters
+    ----------
+    fidelity : dict
+        As from `compare_with_reference`, with n_reference_seen.
+
+    Returns
+    -------
+    str
+        A sentence or two.
+    """
     seen, n = fidelity['n_reference_seen'], len(fidelity['by_rotation'])
     return f'The real-vs-real reference is the mean of {n} rotations of train subjects' + (
         ', none of whom the feature network was trained on.'
@@ -844,7 +1237,18 @@ def audit_rows(
     audit: dict,  # As from `memorization_audit`
 ) -> list[list[str]]:  # Rows of a table, the head first
     """What the audit found, and what it would have found: copies planted into slices of held-out
-    subjects."""
+    subjects.
+
+    Parameters
+    ----------
+    audit : dict
+        As from `memorization_audit`.
+
+    Returns
+    -------
+    list[list[str]]
+        Rows of a table, the head first.
+    """
 
     def caught(o):
         return (
@@ -895,8 +1299,19 @@ def audit_rows(
 def membership_rows(
     membership: dict | None,  # As from `membership_inference`; None: not measured
 ) -> list[list[str]]:  # Rows of a table
-    """Membership inference beside its control, with what is aimed for: attack minus control at
-    most 0.02."""
+    """Membership inference beside its control, with what is aimed for: attack minus control at most
+    0.02.
+
+    Parameters
+    ----------
+    membership : dict | None
+        As from `membership_inference`; None: not measured.
+
+    Returns
+    -------
+    list[list[str]]
+        Rows of a table.
+    """
 
     def span(o):
         return f"[{', '.join(map(show_number, o or (None, None)))}]"
@@ -919,7 +1334,20 @@ def report_samples(
     generator: str,  # 'ldm', 'prior' or 'stage1'
     scores: dict,  # As from `evaluate`
 ) -> dict:  # A section of the report
-    "Targets, missed ones in plain words, and what the images say about their conditions."
+    """Targets, missed ones in plain words, and what the images say about their conditions.
+
+    Parameters
+    ----------
+    generator : str
+        'ldm', 'prior' or 'stage1'.
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
     title = f'Can its images be trusted? ({generator})'
     if 'excess' not in scores['fidelity']:
         return dict(
@@ -995,7 +1423,20 @@ def trust_rows(
     scores: dict,  # As from `evaluate`
 ) -> dict | None:  # A section of the report; None for scores of an earlier version
     """What is known about the checks themselves: power and false alarms of the audit, membership
-    inference, excess KID."""
+    inference, excess KID.
+
+    Parameters
+    ----------
+    generator : str
+        'ldm', 'prior', 'stage1' or 'images'.
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    dict | None
+        A section of the report; None for scores of an earlier version.
+    """
     if (
         'excess' not in scores['fidelity']
         or audit_verdicts({'samples x': scores})['x'] == 'not audited'
@@ -1087,7 +1528,22 @@ def report_data(
     records: list[dict],  # Lines of its log.jsonl
     covariates: tuple = (),  # Covariates that can be requested
 ) -> dict:  # A section of the report
-    "What was trained on what."
+    """What was trained on what.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    records : list[dict]
+        Lines of its log.jsonl.
+    covariates : tuple, default ()
+        Covariates that can be requested.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
     if 'autoencoder' not in settings:
         raise ValueError(
             f"report: config.json holds {', '.join(settings) or 'nothing'}. Expected a run with an"
@@ -1145,7 +1601,18 @@ def report_data(
 def report_numbers(
     metrics: dict,  # metrics.json of the run
 ) -> dict:  # A section of the report
-    "Reconstruction scores beside the baseline of predicting the mean slice."
+    """Reconstruction scores beside the baseline of predicting the mean slice.
+
+    Parameters
+    ----------
+    metrics : dict
+        metrics.json of the run.
+
+    Returns
+    -------
+    dict
+        A section of the report.
+    """
     rows = [
         [
             'split',
@@ -1217,7 +1684,22 @@ def evaluation_figures(
     generator: str,  # 'ldm', 'prior' or 'stage1'
     real_images: bool,  # Whether real slices may be shown
 ) -> list[tuple[str, str]]:  # (address, caption) of what `evaluate` has left
-    "The figures of an evaluation."
+    """The figures of an evaluation.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    generator : str
+        'ldm', 'prior' or 'stage1'.
+    real_images : bool
+        Whether real slices may be shown.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        (address, caption) of what `evaluate` has left.
+    """
     names = dict(
         synthetic='One image for each held-out slice, some of them',
         audit=(
@@ -1242,7 +1724,22 @@ def latest_figure(
     stage: str,  # 'autoencoder' or 'ldm'
     caption: str,  # What the image shows
 ) -> list[tuple[str, str]]:  # (address, caption) of the newest image of that stage, or nothing
-    "The last image that training left."
+    """The last image that training left.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder' or 'ldm'.
+    caption : str
+        What the image shows.
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        (address, caption) of the newest image of that stage, or nothing.
+    """
     found = sorted((Path(run) / 'samples').glob(f'{stage}_*.png'))
     return [(figure_uri(found[-1].read_bytes()), caption)] if found else []
 
@@ -1250,7 +1747,18 @@ def latest_figure(
 def escape_markdown(
     text,  # Anything that can be printed
 ) -> str:  # One line that stays text
-    "Escape what Markdown or HTML would read as more than letters."
+    """Escape what Markdown or HTML would read as more than letters.
+
+    Parameters
+    ----------
+    text
+        Anything that can be printed.
+
+    Returns
+    -------
+    str
+        One line that stays text.
+    """
     return re.sub(r'([\[\]|])', r'\\\1', html.escape(' '.join(str(text).split()), quote=False))
 
 # %% ../../nbs/engineering/36_report.ipynb #a2d539d0
@@ -1260,7 +1768,24 @@ def model_card(
     sections: list[dict],  # As on the page
     layout: str,  # Where its data are from, as config.json has it
 ) -> str:  # Markdown with a head for the hub
-    "What a run is, what it reached and how to use it, in words and numbers."
+    """What a run is, what it reached and how to use it, in words and numbers.
+
+    Parameters
+    ----------
+    name : str
+        Name of the run.
+    sampler
+        The run: a `BrainLDM` or `CodeSampler`.
+    sections : list[dict]
+        As on the page.
+    layout : str
+        Where its data are from, as config.json has it.
+
+    Returns
+    -------
+    str
+        Markdown with a head for the hub.
+    """
     module, cls = type(sampler).__module__, type(sampler).__name__
     requested = ', '.join(
         f'{c.name}={c.values[0] if c.values else round(sum(c.span)/2)!r}'
@@ -1310,7 +1835,25 @@ def from_metrics(
 ) -> dict:  # The section it builds
     """Build a section of numbers.
 
-    Raises ValueError if metrics.json holds others than brainldm writes."""
+    Parameters
+    ----------
+    run : Path
+        Run folder, for the message.
+    build : Callable
+        `report_numbers` or `report_samples`.
+    *args
+        What it takes.
+
+    Returns
+    -------
+    dict
+        The section it builds.
+
+    Raises
+    ------
+    ValueError
+        If metrics.json holds others than brainldm writes.
+    """
     try:
         return build(*args)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
@@ -1330,7 +1873,29 @@ def report(
 ) -> Path:  # RUN/report.html, one file that needs nothing else; RUN/README.md is the card
     """Write what a run is, what it reached and what it generates into one page, and its card.
 
-    Raises FileNotFoundError without a run."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    steps : int, default 30
+        Network calls of the images generated for it.
+    guidance_scale : float, default 1.0
+        Strength of the conditions of those images.
+    seed : int, default 0
+        Their seed.
+    real_images : bool | None, default None
+        Show real slices: reconstructions and nearest pairs; None: only if they are phantoms.
+
+    Returns
+    -------
+    Path
+        RUN/report.html, one file that needs nothing else; RUN/README.md is the card.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without a run.
+    """
     run, settings = Path(run), read_config(run)
     metrics, records, model = read_metrics(run), read_log(run / 'log.jsonl'), BrainLDM.load(run)
     sampler = (

@@ -94,7 +94,20 @@ def translate(
     values: Any,  # Settings, numbers or a description, as JSON gives them
     file: str,  # Kind of file that they come from, a key of `RENAMED`
 ) -> Any:  # The same, each name as it is called now
-    "Read a file of version 0.1 with the names of today; what is named so already stays as it is."
+    """Read a file of version 0.1 with the names of today; what is named so already stays as it is.
+
+    Parameters
+    ----------
+    values : Any
+        Settings, numbers or a description, as JSON gives them.
+    file : str
+        Kind of file that they come from, a key of `RENAMED`.
+
+    Returns
+    -------
+    Any
+        The same, each name as it is called now.
+    """
     if isinstance(values, list):
         return [translate(o, file) for o in values]
     if not isinstance(values, dict):
@@ -115,7 +128,17 @@ def save_weights(
     tensors: dict[str, Tensor],  # Named tensors
     info: dict,  # What is needed to use them, JSON
 ) -> None:
-    "Write tensors and their description into one file, atomically."
+    """Write tensors and their description into one file, atomically.
+
+    Parameters
+    ----------
+    path : Path
+        File to write, .safetensors.
+    tensors : dict[str, Tensor]
+        Named tensors.
+    info : dict
+        What is needed to use them, JSON.
+    """
     cpu = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in tensors.items()}
     write_atomic(Path(path), save(cpu, metadata={'brainldm': json.dumps(info)}))
 
@@ -125,7 +148,22 @@ def load_weights(
 ) -> tuple[dict[str, Tensor], dict]:  # Named tensors on the CPU, and the description
     """Read tensors and description; nothing is unpickled.
 
-    Raises FileNotFoundError, or ValueError on a broken file."""
+    Parameters
+    ----------
+    path : Path
+        A file written by `save_weights`.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict]
+        Named tensors on the CPU, and the description.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        On a broken file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -160,7 +198,25 @@ def fill_model(
 ) -> Network:  # The same network
     """Copy weights into a network of exactly the same architecture.
 
-    Raises ValueError naming what does not fit."""
+    Parameters
+    ----------
+    model : Network
+        The network to fill, in place.
+    tensors : dict[str, Tensor]
+        Weights by name.
+    what : str
+        File or network, for the message.
+
+    Returns
+    -------
+    Network
+        The same network.
+
+    Raises
+    ------
+    ValueError
+        Naming what does not fit.
+    """
     own = model.state_dict()
     wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape]
     wrong += [k for k in tensors if k not in own]
@@ -185,7 +241,18 @@ def fill_model(
 def weights_hash(
     model: Any,  # A network
 ) -> str:  # 32 hexadecimal digits
-    "A fingerprint of weights to 16 bits, as they travel."
+    """A fingerprint of weights to 16 bits, as they travel.
+
+    Parameters
+    ----------
+    model : Any
+        A network.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for k, v in model.state_dict().items():
         v = v.detach().cpu()
@@ -196,7 +263,18 @@ def weights_hash(
 def read_info(
     path: Path,  # A file written by `save_weights`
 ) -> dict:  # Its description
-    "Read what a file says of itself, without its tensors; what is no such file says nothing."
+    """Read what a file says of itself, without its tensors; what is no such file says nothing.
+
+    Parameters
+    ----------
+    path : Path
+        A file written by `save_weights`.
+
+    Returns
+    -------
+    dict
+        Its description.
+    """
     try:
         with safe_open(path, 'pt') as f:
             return translate(json.loads(f.metadata()['brainldm']), 'safetensors')
@@ -212,7 +290,23 @@ def check_trained_on(
 ) -> list[str]:
     """Refuse a network whose autoencoder, or diffusion model, is not the one it was trained on.
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    path : Path
+        Weights of a later stage, such as RUN/ldm.safetensors.
+    **below : Any
+        The networks that it shall work with now, by the name of their stage.
+
+    Returns
+    -------
+    list[str]
+        Stages of which the file does not say with which weights it was trained: made by an earlier
+        version.
+
+    Raises
+    ------
+    ValueError
+    """
     info = read_info(path)
     known = info.get('trained_on') if isinstance(info, dict) else None
     # what else it may be is refused where it is read
@@ -232,7 +326,18 @@ def check_trained_on(
 def pack_state(
     learner: Learner,  # The training so far
 ) -> tuple[dict[str, Tensor], dict]:  # Tensors by name, and the rest as JSON
-    "Everything that training needs in order to go on as if it had never stopped."
+    """Everything that training needs in order to go on as if it had never stopped.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict]
+        Tensors by name, and the rest as JSON.
+    """
     tensors = {f'model.{k}': v for k, v in learner.raw.state_dict().items()}
     if learner.ema is not None:
         tensors |= {f'ema.{k}': v for k, v in learner.ema.state_dict().items()}
@@ -253,7 +358,22 @@ def unpack_state(
     tensors: dict[str, Tensor],  # As `pack_state` gave them
     info: dict,  # As `pack_state` gave it
 ) -> None:
-    "Put a saved state back. Raises ValueError if it is of another architecture."
+    """Put a saved state back.
+
+    Parameters
+    ----------
+    learner : Learner
+        A fresh training of the same settings.
+    tensors : dict[str, Tensor]
+        As `pack_state` gave them.
+    info : dict
+        As `pack_state` gave it.
+
+    Raises
+    ------
+    ValueError
+        If it is of another architecture.
+    """
     part = lambda name: {
         k.removeprefix(name + '.'): v for k, v in tensors.items() if k.startswith(name + '.')
     }
@@ -273,8 +393,15 @@ def unpack_state(
 
 # %% ../../nbs/engineering/30_runs.ipynb #f50106dd
 class Checkpoint:
-    """The resumable states of one stage: `folder/IMAGES.safetensors`, of which the last two are
-    kept."""
+    """The resumable states of one stage: `folder/IMAGES.safetensors`, of which the last two are kept.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the states lie.
+    keep : int, default 2
+        How many to keep.
+    """
 
     def __init__(
         self,
@@ -284,7 +411,13 @@ class Checkpoint:
         self.folder, self.keep = Path(folder), keep
 
     def files(self) -> list[Path]:  # Oldest first
-        "The states on disk."
+        """The states on disk.
+
+        Returns
+        -------
+        list[Path]
+            Oldest first.
+        """
         return sorted(self.folder.glob('[0-9]*.safetensors'))
 
     def save(
@@ -294,7 +427,17 @@ class Checkpoint:
         info: dict,  # Anything else, JSON
     ) -> None:
         """Write a state, then forget the oldest ones, any beyond this position, and what a crashed
-        writer left behind."""
+        writer left behind.
+
+        Parameters
+        ----------
+        seen : int
+            Images seen.
+        tensors : dict[str, Tensor]
+            Weights, average, optimizer.
+        info : dict
+            Anything else, JSON.
+        """
         save_weights(self.folder / f'{seen:012d}.safetensors', tensors, dict(info, seen=seen))
         beyond = [o for o in self.files() if int(o.stem) > seen]
         past = [o for o in self.files() if int(o.stem) <= seen]
@@ -303,7 +446,18 @@ class Checkpoint:
 
     # Tensors and info of the newest state, None if there is none
     def load(self) -> tuple[dict[str, Tensor], dict] | None:
-        "Read the newest state that can be read. Raises ValueError if there are some and none can."
+        """Read the newest state that can be read.
+
+        Returns
+        -------
+        tuple[dict[str, Tensor], dict] | None
+            Tensors and info of the newest state, None if there is none.
+
+        Raises
+        ------
+        ValueError
+            If there are some and none can.
+        """
         last = None
         for path in reversed(self.files()):
             try:
@@ -320,7 +474,18 @@ def read_log(
 ) -> list[dict]:  # Its records, oldest first; none if there is no file
     """Read a log.
 
-    A last line cut short by a crash is left out; any other broken line raises ValueError."""
+    A last line cut short by a crash is left out; any other broken line raises ValueError.
+
+    Parameters
+    ----------
+    path : Path
+        A log.jsonl.
+
+    Returns
+    -------
+    list[dict]
+        Its records, oldest first; none if there is no file.
+    """
     lines = (
         Path(path).read_bytes().decode('utf-8', 'replace').splitlines()
         if Path(path).is_file()
@@ -342,8 +507,18 @@ def read_log(
 
 # %% ../../nbs/engineering/30_runs.ipynb #b9236d66
 class JsonLog:
-    """`log.jsonl`: one line a record; records of one stage beyond `seen` are dropped when a run
-    goes on from there."""
+    """`log.jsonl`: one line a record; records of one stage beyond `seen` are dropped when a run goes
+    on from there.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    stage : str
+        'autoencoder' or 'ldm'.
+    seen : int, default 0
+        Images seen before, when going on.
+    """
 
     def __init__(
         self,
@@ -360,7 +535,19 @@ class JsonLog:
         seen: int,  # Images seen
         record: dict[str, float],  # Numbers to note
     ) -> None:
-        "Add one line. Raises OSError."
+        """Add one line.
+
+        Parameters
+        ----------
+        seen : int
+            Images seen.
+        record : dict[str, float]
+            Numbers to note.
+
+        Raises
+        ------
+        OSError
+        """
         line = json.dumps(dict(stage=self.stage, images=seen, **record))
         try:
             with self.path.open('a', encoding='utf-8') as f:
@@ -372,7 +559,23 @@ class JsonLog:
 def read_metrics(
     run: str | Path,  # Run folder
 ) -> dict:  # Numbers by the name of the measurement; none yet: empty
-    "Read RUN/metrics.json. Raises ValueError if it is broken."
+    """Read RUN/metrics.json.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Returns
+    -------
+    dict
+        Numbers by the name of the measurement; none yet: empty.
+
+    Raises
+    ------
+    ValueError
+        If it is broken.
+    """
     path = Path(run) / 'metrics.json'
     try:
         metrics = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
@@ -391,7 +594,8 @@ def read_metrics(
 # %% ../../nbs/engineering/30_runs.ipynb #5c21e724
 class StopRequest:
     """Notes Ctrl-C and SIGTERM, so that training can stop where its state is whole; the second one
-    stops at once."""
+    stops at once.
+    """
 
     def __init__(self):
         self.asked, self.old = False, {}
@@ -401,7 +605,15 @@ class StopRequest:
         number: int,  # Of the signal
         frame,  # Where the program was
     ) -> None:
-        "Called by Python when a signal arrives."
+        """Called by Python when a signal arrives.
+
+        Parameters
+        ----------
+        number : int
+            Of the signal.
+        frame
+            Where the program was.
+        """
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -447,7 +659,23 @@ def read_config(
 ) -> dict:  # Its config.json: one entry a stage
     """Read what a run was made of.
 
-    Raises FileNotFoundError if it is no run, ValueError if the file is another project's."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Returns
+    -------
+    dict
+        Its config.json: one entry a stage.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is no run.
+    ValueError
+        If the file is another project's.
+    """
     path = Path(run) / 'config.json'
     if not path.is_file():
         raise FileNotFoundError(
@@ -473,7 +701,20 @@ def read_unlearned(
     run: str | Path | None,  # Run folder; None for a model that comes from none
     stage: str,  # 'autoencoder', 'ldm', 'prior' or 'volume'
 ) -> dict:  # As from `describe_unlearned`; empty where nothing is written down
-    "What a stage of a run did not learn, and why."
+    """What a stage of a run did not learn, and why.
+
+    Parameters
+    ----------
+    run : str | Path | None
+        Run folder; None for a model that comes from none.
+    stage : str
+        'autoencoder', 'ldm', 'prior' or 'volume'.
+
+    Returns
+    -------
+    dict
+        As from `describe_unlearned`; empty where nothing is written down.
+    """
     if run is None or not (Path(run) / 'config.json').is_file():
         return {}
     return read_config(run).get(stage, {}).get('unlearned') or {}
@@ -485,7 +726,20 @@ def compare_configs(
 ) -> list[str]:  # One phrase a difference that matters
     """Name the settings in which two trainings differ, besides those that touch no weight.
 
-    Data are compared by `compare_given`, weights by `compare_stage`."""
+    Data are compared by `compare_given`, weights by `compare_stage`.
+
+    Parameters
+    ----------
+    old : dict
+        What config.json says of a stage.
+    new : dict
+        Settings requested now.
+
+    Returns
+    -------
+    list[str]
+        One phrase a difference that matters.
+    """
     free_cut = new['config'].get('auto_find_batch_size')  # only the images of an update count
 
     def flat(o):
@@ -516,7 +770,18 @@ def compare_configs(
 def plain_text(
     values: pd.Series,  # One column
 ) -> list[str]:  # Its values as text; missing: ''
-    "Text that does not depend on how a table was read: 61 and 61.0 are one number."
+    """Text that does not depend on how a table was read: 61 and 61.0 are one number.
+
+    Parameters
+    ----------
+    values : pd.Series
+        One column.
+
+    Returns
+    -------
+    list[str]
+        Its values as text; missing: ''.
+    """
     import pandas as pd
 
     codes, found = pd.factorize(values)  # -1: missing
@@ -531,7 +796,21 @@ def given_table(
     # Text, one row a slice: path, plane, subject, which name it; image (a hash of its pixels),
     # split, columns
 ) -> pd.DataFrame:
-    "What a stage is given, in the order in which it is given."
+    """What a stage is given, in the order in which it is given.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        All splits.
+    columns : tuple[str, ...], default ('slice',)
+        What a stage is given besides pixels and split.
+
+    Returns
+    -------
+    pd.DataFrame
+        Text, one row a slice: path, plane, subject, which name it; image (a hash of its pixels),
+        split, columns.
+    """
     import pandas as pd
 
     rows = dataset.manifest
@@ -556,7 +835,22 @@ def describe_given(
     columns: tuple[str, ...] = ('slice',),  # What else it is given
     # What config.json says of the data, and the table of `given_table`
 ) -> tuple[dict, pd.DataFrame]:
-    "Sum up what a stage is given, column by column."
+    """Sum up what a stage is given, column by column.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        All splits.
+    covariates : tuple[Covariate, ...], default ()
+        What the stage learns of.
+    columns : tuple[str, ...], default ('slice',)
+        What else it is given.
+
+    Returns
+    -------
+    tuple[dict, pd.DataFrame]
+        What config.json says of the data, and the table of `given_table`.
+    """
     from brainldm.engineering.cache import fingerprint
 
     table = given_table(dataset, tuple(dict.fromkeys([*columns, *(c.name for c in covariates)])))
@@ -577,7 +871,24 @@ def name_changes(
     columns: list[str],  # Those that differ
     most: int = 3,  # Rows to name
 ) -> list[str]:  # One phrase a difference
-    "Say in which rows two tables differ: value now, value then."
+    """Say in which rows two tables differ: value now, value then.
+
+    Parameters
+    ----------
+    then : pd.DataFrame
+        As from `given_table`, when the stage began.
+    now : pd.DataFrame
+        The same now.
+    columns : list[str]
+        Those that differ.
+    most : int, default 3
+        Rows to name.
+
+    Returns
+    -------
+    list[str]
+        One phrase a difference.
+    """
     some = lambda values: ', '.join(values[:most]) + (
         f' and {len(values)-most} more' if len(values) > most else ''
     )
@@ -619,7 +930,24 @@ def compare_given(
 ) -> list[str]:  # One phrase a difference; none: the stage would be given the same
     """Compare data with what a stage was given: pixels, split, covariates.
 
-    A run of an earlier version has its fingerprint only."""
+    A run of an earlier version has its fingerprint only.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        One of its stages.
+    known : dict
+        What its config.json says of the data of that stage.
+    dataset : SliceDataset
+        The data now.
+
+    Returns
+    -------
+    list[str]
+        One phrase a difference; none: the stage would be given the same.
+    """
     import pandas as pd
     from brainldm.engineering.cache import fingerprint
 
@@ -653,7 +981,23 @@ def find_run(
 ) -> dict:  # What its config.json says; nothing yet for a new run
     """Look up a run to begin or to go on with.
 
-    Raises FileExistsError or ValueError if the folder is something else."""
+    Parameters
+    ----------
+    run : Path
+        Run folder, perhaps not there yet.
+
+    Returns
+    -------
+    dict
+        What its config.json says; nothing yet for a new run.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder is something else.
+    ValueError
+        If the folder is something else.
+    """
     run = Path(run)
     if (run / 'config.json').is_file():
         return read_config(run)
@@ -674,7 +1018,24 @@ def compare_stage(
 ) -> None:  # Nothing: it raises or returns
     """Refuse to go on with other settings, data, or weights below.
 
-    Raises ValueError naming each difference."""
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder', 'ldm', 'prior' or 'volume'.
+    known : dict
+        What config.json says of the stage.
+    new : dict
+        What it would say now.
+    dataset : SliceDataset
+        The data now.
+
+    Raises
+    ------
+    ValueError
+        Naming each difference.
+    """
     # of settings that did not exist then
     defaults = json.loads(json.dumps(asdict(new['kind']()), default=str))
     settings = defaults | known['config']
@@ -725,7 +1086,24 @@ def lengthen_stage(
 ) -> None:
     """Note that a stage is trained longer than it was to be.
 
-    Raises ValueError where other stages stand on its weights."""
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    settings : dict
+        Its config.json, changed in place.
+    stage : str
+        Stage to go on with.
+    config : TrainConfig
+        With the new length.
+    seen : int
+        Images seen so far.
+
+    Raises
+    ------
+    ValueError
+        Where other stages stand on its weights.
+    """
     known, total = settings[stage], config.total_images
     if total <= known['config']['total_images']:
         return
@@ -749,7 +1127,17 @@ def note_given(
     stage: str,  # Stage that is about to be trained
     table: pd.DataFrame,  # As from `given_table`
 ) -> None:
-    "Write what a stage is given to RUN/given, beside the hashes in config.json."
+    """Write what a stage is given to RUN/given, beside the hashes in config.json.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        Stage that is about to be trained.
+    table : pd.DataFrame
+        As from `given_table`.
+    """
     write_atomic(
         run / 'given' / f'{stage}.csv.gz',
         gzip.compress(table.to_csv(index=False).encode(), mtime=0),
@@ -766,7 +1154,30 @@ def resume_stage(
 ) -> tuple[dict[str, Tensor], dict] | None:  # The state to go on from, None if there is none yet
     """Take up a stage that was begun, and note what has changed since: length, batch, machine.
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    settings : dict
+        Its config.json.
+    stage : str
+        Stage to go on with.
+    config : TrainConfig
+        Its configuration now.
+    new : dict
+        What config.json would say of it.
+    table : pd.DataFrame
+        As from `given_table`.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict] | None
+        The state to go on from, None if there is none yet.
+
+    Raises
+    ------
+    ValueError
+    """
     known, state = settings[stage], Checkpoint(run / 'state' / stage).load()
     before, seen = json.dumps(settings), state[1]['seen'] if state else 0
     if known.get('origin') and not (state or new.get('origin')):
@@ -811,8 +1222,37 @@ def open_run(
 ) -> tuple[dict[str, Tensor], dict] | None:  # The state to go on from, None at a start
     """Make or reopen a run folder and note in config.json what is about to be trained.
 
-    Raises FileExistsError if something would be overwritten, ValueError if a resumed run was
-    another."""
+    Parameters
+    ----------
+    run : Path
+        Run folder, made if it is not there.
+    stage : str
+        'autoencoder', 'ldm', 'prior' or 'volume'.
+    config : TrainConfig
+        Configuration of the stage.
+    dataset : SliceDataset
+        The data.
+    resume : bool, default False
+        Go on where the stage stopped.
+    covariates : tuple[Covariate, ...], default ()
+        What the stage learns of.
+    columns : tuple[str, ...], default ('slice',)
+        What else it is given of each row.
+    notes : dict | None, default None
+        What else config.json shall say: trained_on, origin, computed.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict] | None
+        The state to go on from, None at a start.
+
+    Raises
+    ------
+    FileExistsError
+        If something would be overwritten.
+    ValueError
+        If a resumed run was another.
+    """
     run, settings, notes = Path(run), find_run(run), notes or {}
     data, table = describe_given(dataset, covariates, columns)
     new = json.loads(json.dumps(dict(config=asdict(config), data=data, **notes), default=str))
@@ -842,7 +1282,16 @@ def lock_file(
 ) -> None:
     """Lock a file for this process, until it is closed or the process is dead.
 
-    Raises OSError if another one has it."""
+    Parameters
+    ----------
+    file
+        A file that is open for writing.
+
+    Raises
+    ------
+    OSError
+        If another one has it.
+    """
     if os.name == 'nt':
         import msvcrt
 
@@ -862,7 +1311,16 @@ def lock_run(
 ) -> None:
     """Keep other processes from training in a run folder, and clear what dead ones left.
 
-    Raises RuntimeError if one does."""
+    Parameters
+    ----------
+    run : Path
+        Run folder, made if it is not there.
+
+    Raises
+    ------
+    RuntimeError
+        If one does.
+    """
     run = Path(run).resolve()
     if (os.getpid(), run) in LOCKED_RUNS:
         return
@@ -889,7 +1347,13 @@ def lock_run(
 def free_run(
     run: Path,  # Run folder
 ) -> None:
-    "Let other processes train in a run folder again."
+    """Let other processes train in a run folder again.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    """
     file = LOCKED_RUNS.pop((os.getpid(), Path(run).resolve()), None)
     if file:
         file.close()
@@ -907,7 +1371,32 @@ def enter_run(
 ) -> tuple[dict[str, Tensor], dict] | None:  # The state to go on from, None at a start
     """Lock and open the run folder, the first process before the others.
 
-    Raises as `lock_run` and `open_run` do."""
+    Raises as `lock_run` and `open_run` do.
+
+    Parameters
+    ----------
+    learner : Learner
+        About to be trained.
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder', 'ldm', 'prior' or 'volume'.
+    dataset : SliceDataset
+        The data.
+    resume : bool
+        Go on where the stage stopped.
+    covariates : tuple[Covariate, ...], default ()
+        What the stage learns of.
+    columns : tuple[str, ...], default ('slice',)
+        What else it is given of each row.
+    **notes
+        What else config.json shall say of the stage: trained_on, origin.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict] | None
+        The state to go on from, None at a start.
+    """
     acc = learner.accelerator
     machine = dict(
         device=device_name(acc.device),
@@ -939,7 +1428,33 @@ def stage_callbacks(
     # Called as callback(learner, seen, means) with each record of the log; False ends the training
     callback: Callable | None = None,
 ) -> tuple[Callable, ...]:  # Callbacks for `fit`
-    "Note, look, save, stop: on the first process; the others only stop."
+    """Note, look, save, stop: on the first process; the others only stop.
+
+    Parameters
+    ----------
+    learner : Learner
+        What is trained.
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder' or 'ldm'.
+    validate : Callable
+        Called as validate(seen), returns numbers to log.
+    export : Callable
+        Called as export(seen), writes the file that users load.
+    bar : tqdm
+        Progress bar.
+    stop : StopRequest
+        Whether Ctrl-C was pressed.
+    callback : Callable | None, default None
+        Called as callback(learner, seen, means) with each record of the log; False ends the
+        training.
+
+    Returns
+    -------
+    tuple[Callable, ...]
+        Callbacks for `fit`.
+    """
     config, acc, start, total = (
         learner.config,
         learner.accelerator,
@@ -987,13 +1502,24 @@ def stage_callbacks(
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e01
 class StepOutOfMemory(RuntimeError):
-    "A training step did not fit into memory: a smaller batch may."
+    """A training step did not fit into memory: a smaller batch may."""
 
 # %% ../../nbs/engineering/30_runs.ipynb #a50c1e02
 def mark_out_of_memory(
     step: Callable[[dict], dict],  # One training step
 ) -> Callable[[dict], dict]:  # The same; where memory runs out it raises StepOutOfMemory
-    "Distinguish a step that is too large from anything else that fills the memory."
+    """Distinguish a step that is too large from anything else that fills the memory.
+
+    Parameters
+    ----------
+    step : Callable[[dict], dict]
+        One training step.
+
+    Returns
+    -------
+    Callable[[dict], dict]
+        The same; where memory runs out it raises StepOutOfMemory.
+    """
 
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -1013,7 +1539,17 @@ def note_lengthened(
     stage: str,  # Its name
     say: Callable[[str], None],  # Where the sentence goes
 ) -> None:
-    "Say what happens to the learning rate when a training goes on beyond the end that it had."
+    """Say what happens to the learning rate when a training goes on beyond the end that it had.
+
+    Parameters
+    ----------
+    learner : Learner
+        About to go on.
+    stage : str
+        Its name.
+    say : Callable[[str], None]
+        Where the sentence goes.
+    """
     start, total = learner.stretches[-1]
     if learner.seen != start or len(learner.stretches) < 2:
         return
@@ -1036,8 +1572,29 @@ def run_stage(
     progress: bool = True,  # Show a bar
     callback: Callable | None = None,  # As of `stage_callbacks`
 ) -> None:
-    """Train one stage to its end, with bar, log, validation, checkpoints, and a clean stop on
-    Ctrl-C."""
+    """Train one stage to its end, with bar, log, validation, checkpoints, and a clean stop on Ctrl-C.
+
+    Parameters
+    ----------
+    learner : Learner
+        What to train.
+    dataset
+        Train split: gives batches by index.
+    run : Path
+        Run folder.
+    stage : str
+        'autoencoder' or 'ldm'.
+    state : tuple | None
+        As from `open_run`.
+    validate : Callable
+        Called as validate(seen), returns numbers to log.
+    export : Callable
+        Called as export(seen), writes the file that users load.
+    progress : bool, default True
+        Show a bar.
+    callback : Callable | None, default None
+        As of `stage_callbacks`.
+    """
     config, acc = learner.config, learner.accelerator
     if acc.is_main_process:
         lock_run(run)
@@ -1083,7 +1640,22 @@ def is_finished(
     config: TrainConfig,  # Says how long training was to be
     path: Path,  # The file that training leaves for users
 ) -> bool:  # True if there is nothing left to do
-    "Whether a stage was trained to its end."
+    """Whether a stage was trained to its end.
+
+    Parameters
+    ----------
+    state : tuple | None
+        As from `open_run`.
+    config : TrainConfig
+        Says how long training was to be.
+    path : Path
+        The file that training leaves for users.
+
+    Returns
+    -------
+    bool
+        True if there is nothing left to do.
+    """
     return state is not None and state[1]['seen'] >= config.total_images and path.is_file()
 
 # %% ../../nbs/engineering/30_runs.ipynb #478eb114
@@ -1092,7 +1664,27 @@ def reduce_batch(
     config: TrainConfig,  # Its configuration
     error: RuntimeError,  # What was raised
 ) -> TrainConfig:  # With a smaller batch and the same update
-    "Answer a full memory. Raises RuntimeError if the batch may not or cannot be cut."
+    """Answer a full memory.
+
+    Parameters
+    ----------
+    name : str
+        Training that ran out of memory, for the message.
+    config : TrainConfig
+        Its configuration.
+    error : RuntimeError
+        What was raised.
+
+    Returns
+    -------
+    TrainConfig
+        With a smaller batch and the same update.
+
+    Raises
+    ------
+    RuntimeError
+        If the batch may not or cannot be cut.
+    """
     from accelerate import PartialState
 
     smaller = split_batch_size(config) if config.batch_size > 1 else None
@@ -1121,7 +1713,19 @@ def retry_on_oom(
     # free afterwards
 ) -> Callable:
     """Let a training answer a full memory, as `reduce_batch` says, and let go of the run folder
-    however it ends."""
+    however it ends.
+
+    Parameters
+    ----------
+    train : Callable
+        A training, called as train(dataset, run, config, resume, progress, …).
+
+    Returns
+    -------
+    Callable
+        The same; a full memory makes it go on with a smaller batch, or say what to try; its run is
+        free afterwards.
+    """
 
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 

@@ -31,7 +31,18 @@ def strip_settings(
 ) -> dict:  # The same without names of subjects and without paths
     """Take out of a run's settings what is about subjects.
 
-    A phantom has no real subjects: its numbers stay."""
+    A phantom has no real subjects: its numbers stay.
+
+    Parameters
+    ----------
+    settings : dict
+        As from `read_config`.
+
+    Returns
+    -------
+    dict
+        The same without names of subjects and without paths.
+    """
 
     def bare(o):
         # a path, perhaps; its hash stays
@@ -68,7 +79,27 @@ def to_half(
 ) -> dict[str, Tensor]:
     """Round weights to 16 bits.
 
-    Source: IEEE 754, binary16. Raises ValueError if one is too large for them."""
+    Parameters
+    ----------
+    tensors : dict[str, Tensor]
+        Weights by name.
+    what : str
+        File they come from, for the message.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        The same; those in float32 rounded to float16, statistics of latents as they were.
+
+    Raises
+    ------
+    ValueError
+        If one is too large for them.
+
+    References
+    ----------
+    IEEE 754, binary16.
+    """
     keep = ('latent_mean', 'latent_std')
     small = {
         k: v.half() if v.dtype == torch.float32 and k not in keep else v for k, v in tensors.items()
@@ -90,8 +121,21 @@ def generator_hash(
     run: str | Path,  # Run folder
     generator: str,  # 'ldm', 'prior' or 'stage1'
 ) -> str:  # 32 hexadecimal digits, the same after packing; of the files that are there
-    """A fingerprint of the weights that a generator uses, to 16 bits: an audit belongs to them and
-    to no others."""
+    """A fingerprint of the weights that a generator uses, to 16 bits: an audit belongs to them and to
+    no others.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    generator : str
+        'ldm', 'prior' or 'stage1'.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits, the same after packing; of the files that are there.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in ('autoencoder', generator):
         if not (Path(run) / f'{name}.safetensors').is_file():
@@ -113,7 +157,21 @@ def audit_verdicts(
     """What the memorization audit (notebook 10b) said of each generator that was evaluated.
 
     A verdict without a table of measured power is of an earlier rule, which let verbatim copies
-    pass: not audited."""
+    pass: not audited.
+
+    Parameters
+    ----------
+    metrics : dict
+        metrics.json of a run.
+    run : str | Path | None, default None
+        Its folder: an audit of weights that were replaced since is none; None: this is not looked
+        at.
+
+    Returns
+    -------
+    dict[str, str]
+        By generator: 'passed', 'unclear', 'failed', or 'not audited'.
+    """
     out = {}
     for name, scores in metrics.items():
         if not name.startswith('samples '):
@@ -144,8 +202,21 @@ def open_verdicts(
     metrics: dict,  # Its metrics.json
     # By generator: 'unclear', 'failed' or 'not audited'; empty if all have passed
 ) -> dict[str, str]:
-    """Generators of a run whose memorization audit has not passed: those it has weights of, and
-    any other that failed."""
+    """Generators of a run whose memorization audit has not passed: those it has weights of, and any
+    other that failed.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    metrics : dict
+        Its metrics.json.
+
+    Returns
+    -------
+    dict[str, str]
+        By generator: 'unclear', 'failed' or 'not audited'; empty if all have passed.
+    """
     verdicts = audit_verdicts(metrics, run)
     packed = [
         k for k in ('ldm', 'prior', 'volume') if (Path(run) / f'{k}.safetensors').is_file()
@@ -171,7 +242,18 @@ def refuse_unaudited(
 ) -> None:  # Nothing: it raises or returns
     """Refuse to pass on a generator whose audit has not passed.
 
-    Raises ValueError with each verdict and what to do."""
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    metrics : dict
+        Its metrics.json.
+
+    Raises
+    ------
+    ValueError
+        With each verdict and what to do.
+    """
     found = open_verdicts(run, metrics)
     if found:
         raise ValueError(
@@ -188,7 +270,29 @@ def card_with_override(
     metrics: dict,  # Its metrics.json
     reason: str,  # Why it is shared all the same
 ) -> str:  # The card, which says so at its end
-    "Write down that the memorization audit was overridden. Raises ValueError for an empty reason."
+    """Write down that the memorization audit was overridden.
+
+    Parameters
+    ----------
+    card : str
+        Text of the card.
+    run : Path
+        Run folder.
+    metrics : dict
+        Its metrics.json.
+    reason : str
+        Why it is shared all the same.
+
+    Returns
+    -------
+    str
+        The card, which says so at its end.
+
+    Raises
+    ------
+    ValueError
+        For an empty reason.
+    """
     reason = html.escape(' '.join(reason.split()), quote=False)
     if not reason:
         raise ValueError(
@@ -212,7 +316,20 @@ def pack_weights(
 ) -> None:
     """Copy weights for sampling: the averaged ones where there are two sets.
 
-    Raises ValueError if they do not fit 16 bits."""
+    Parameters
+    ----------
+    source : Path
+        A .safetensors file of a run.
+    target : Path
+        File to write.
+    half : bool, default True
+        Round to 16 bits.
+
+    Raises
+    ------
+    ValueError
+        If they do not fit 16 bits.
+    """
     tensors, info = load_weights(source)
     tensors = {k: v for k, v in tensors.items() if not k.startswith('raw.')}
     save_weights(target, to_half(tensors, source.name) if half else tensors, info)
@@ -227,9 +344,32 @@ def pack_run(
 ) -> Path:  # The new folder, itself a run folder: small, without names, paths or images
     """Copy what others need to sample.
 
-    Raises FileNotFoundError without a card, FileExistsError for a folder in use, ValueError for
-    broken metrics, for an empty reason, or unless the memorization audit of every generator has
-    passed."""
+    Parameters
+    ----------
+    run : str | Path
+        A trained and reported run folder.
+    out : str | Path
+        New folder.
+    half : bool, default True
+        Round weights to 16 bits.
+    without_audit : str | None, default None
+        Reason to share although the memorization audit has not passed; the card shows it.
+
+    Returns
+    -------
+    Path
+        The new folder, itself a run folder: small, without names, paths or images.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without a card.
+    FileExistsError
+        For a folder in use.
+    ValueError
+        For broken metrics, for an empty reason, or unless the memorization audit of every generator
+        has passed.
+    """
     run, out = Path(run), refuse_taken(out)
     settings, card = read_config(run), run / 'README.md'
     if not card.is_file():
@@ -256,7 +396,23 @@ def pack_run(
 def pretrained_run(
     name: str = 'phantom-128',  # A run that ships with brainldm
 ) -> Path:  # Its folder, inside the package: read it, do not write into it
-    "Find a run that ships with brainldm. Raises ValueError for a name that does not exist."
+    """Find a run that ships with brainldm.
+
+    Parameters
+    ----------
+    name : str, default 'phantom-128'
+        A run that ships with brainldm.
+
+    Returns
+    -------
+    Path
+        Its folder, inside the package: read it, do not write into it.
+
+    Raises
+    ------
+    ValueError
+        For a name that does not exist.
+    """
     shelf = Path(brainldm.__file__).parent / 'pretrained'
     check_choice(
         'load_pretrained', 'name', name, sorted(o.parent.name for o in shelf.glob('*/config.json'))
@@ -277,7 +433,28 @@ def locate_run(
 ) -> Path:  # A folder that can be loaded
     """Get hold of a run, from the disk, the package or the hub.
 
-    Raises FileNotFoundError if it is in none of them."""
+    Parameters
+    ----------
+    source : str | Path
+        A run folder, the name of a run that ships with brainldm, or `user/name` on the Hugging Face
+        hub.
+    revision : str | None, default None
+        Branch, tag or commit on the hub; None: the newest.
+    token : str | None, default None
+        For private repositories; None: the one that `hf auth login` has stored.
+    cache_dir : str | Path | None, default None
+        Where downloads are kept; None: the hub library's own place.
+
+    Returns
+    -------
+    Path
+        A folder that can be loaded.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is in none of them.
+    """
     from huggingface_hub import snapshot_download
 
     if (Path(source) / 'config.json').is_file():
@@ -307,7 +484,30 @@ def push_run(
     token: str | None = None,  # Your key; None: the one that `hf auth login` has stored
     without_audit: str | None = None,  # As for `pack_run`: a reason, which the card shows
 ) -> str:  # Address of the commit
-    "Pack a run and upload it. Raises as `pack_run` does, before anything is sent."
+    """Pack a run and upload it.
+
+    Raises as `pack_run` does, before anything is sent.
+
+    Parameters
+    ----------
+    run : str | Path
+        A trained and reported run folder.
+    repo_id : str
+        user/name on the Hugging Face hub; made if it is not there.
+    private : bool, default True
+        Whether only you may see it.
+    half : bool, default True
+        Round weights to 16 bits.
+    token : str | None, default None
+        Your key; None: the one that `hf auth login` has stored.
+    without_audit : str | None, default None
+        As for `pack_run`: a reason, which the card shows.
+
+    Returns
+    -------
+    str
+        Address of the commit.
+    """
     from huggingface_hub import HfApi
 
     with TemporaryDirectory() as place:
@@ -324,7 +524,13 @@ def push_run(
 class SharedModel:
     """What a model that was loaded from a run folder needs in order to be handed on.
 
-    A subclass says how a folder is loaded."""
+    A subclass says how a folder is loaded.
+
+    Attributes
+    ----------
+    run : Path | None, default None
+        Folder that the model was loaded from.
+    """
 
     run: Path | None = None  # Folder that the model was loaded from
 
@@ -335,7 +541,27 @@ class SharedModel:
         device: str | None = None,  # Where to compute; None: a GPU if there is one
         precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
     ) -> Self:  # Ready to use
-        "Load a run. Raises TypeError where a subclass does not say how."
+        """Load a run.
+
+        Parameters
+        ----------
+        run : str | Path
+            Run folder.
+        device : str | None, default None
+            Where to compute; None: a GPU if there is one.
+        precision : str, default 'auto'
+            'auto', 'no', 'bf16' or 'fp16'.
+
+        Returns
+        -------
+        Self
+            Ready to use.
+
+        Raises
+        ------
+        TypeError
+            Where a subclass does not say how.
+        """
         raise TypeError(
             f"{cls.__name__}.load: this class does not say how a run is loaded. Expected a subclass"
             " that does. Try BrainLDM."
@@ -347,7 +573,25 @@ class SharedModel:
         name: str = 'phantom-128',  # A run that ships with brainldm
         **options: Any,  # What `load` takes: device, precision
     ) -> Self:  # Ready to use
-        "Load a run that ships with brainldm. Raises ValueError for a name that does not exist."
+        """Load a run that ships with brainldm.
+
+        Parameters
+        ----------
+        name : str, default 'phantom-128'
+            A run that ships with brainldm.
+        **options : Any
+            What `load` takes: device, precision.
+
+        Returns
+        -------
+        Self
+            Ready to use.
+
+        Raises
+        ------
+        ValueError
+            For a name that does not exist.
+        """
         return cls.load(pretrained_run(name), **options)
 
     @classmethod
@@ -361,7 +605,29 @@ class SharedModel:
     ) -> Self:  # Ready to use
         """Load a run from wherever it is.
 
-        Raises FileNotFoundError, or what the hub library raises without a network."""
+        Parameters
+        ----------
+        source : str | Path
+            A run folder, the name of a shipped run, or `user/name` on the hub.
+        revision : str | None, default None
+            Branch, tag or commit on the hub; None: the newest.
+        token : str | None, default None
+            For private repositories.
+        cache_dir : str | Path | None, default None
+            Where downloads are kept.
+        **options : Any
+            What `load` takes: device, precision.
+
+        Returns
+        -------
+        Self
+            Ready to use.
+
+        Raises
+        ------
+        FileNotFoundError
+            Or what the hub library raises without a network.
+        """
         return cls.load(locate_run(source, revision, token, cache_dir), **options)
 
     def save_pretrained(
@@ -370,7 +636,24 @@ class SharedModel:
         half: bool = True,  # Round weights to 16 bits
         without_audit: str | None = None,  # As for `pack_run`: a reason, which the card shows
     ) -> Path:  # The folder
-        "Pack the run for others. Raises as `pack_run` does."
+        """Pack the run for others.
+
+        Raises as `pack_run` does.
+
+        Parameters
+        ----------
+        folder : str | Path
+            New folder.
+        half : bool, default True
+            Round weights to 16 bits.
+        without_audit : str | None, default None
+            As for `pack_run`: a reason, which the card shows.
+
+        Returns
+        -------
+        Path
+            The folder.
+        """
         return pack_run(self.came_from('save_pretrained'), folder, half, without_audit)
 
     def push_to_hub(
@@ -381,14 +664,51 @@ class SharedModel:
         token: str | None = None,  # Your key; None: the one that `hf auth login` has stored
         without_audit: str | None = None,  # As for `pack_run`: a reason, which the card shows
     ) -> str:  # Address of the commit
-        "Pack the run and upload it. Raises as `pack_run` does, before anything is sent."
+        """Pack the run and upload it.
+
+        Raises as `pack_run` does, before anything is sent.
+
+        Parameters
+        ----------
+        repo_id : str
+            user/name; made if it is not there.
+        private : bool, default True
+            Whether only you may see it.
+        half : bool, default True
+            Round weights to 16 bits.
+        token : str | None, default None
+            Your key; None: the one that `hf auth login` has stored.
+        without_audit : str | None, default None
+            As for `pack_run`: a reason, which the card shows.
+
+        Returns
+        -------
+        str
+            Address of the commit.
+        """
         return push_run(self.came_from('push_to_hub'), repo_id, private, half, token, without_audit)
 
     def came_from(
         self,
         caller: str,  # Method that calls, for the message
     ) -> Path:  # Folder that the model was loaded from
-        "Where the run lies. Raises ValueError for a model that was put together by hand."
+        """Where the run lies.
+
+        Parameters
+        ----------
+        caller : str
+            Method that calls, for the message.
+
+        Returns
+        -------
+        Path
+            Folder that the model was loaded from.
+
+        Raises
+        ------
+        ValueError
+            For a model that was put together by hand.
+        """
         if self.run is None:
             raise ValueError(
                 f"{caller}: this {type(self).__name__} was put together by hand. Expected one that"
@@ -402,7 +722,27 @@ def fetch_run(
     run: str | Path,  # New run folder
     revision: str | None = None,  # Branch, tag or commit on the hub; None: the newest
 ) -> Path:  # The new run folder
-    "Copy a shared run into a folder of your own. Raises FileExistsError for a folder in use."
+    """Copy a shared run into a folder of your own.
+
+    Parameters
+    ----------
+    source : str | Path
+        A run folder, the name of a shipped run, or `user/name` on the hub.
+    run : str | Path
+        New run folder.
+    revision : str | None, default None
+        Branch, tag or commit on the hub; None: the newest.
+
+    Returns
+    -------
+    Path
+        The new run folder.
+
+    Raises
+    ------
+    FileExistsError
+        For a folder in use.
+    """
     run = refuse_taken(run)
     source = locate_run(source, revision)
     run.mkdir(parents=True, exist_ok=True)

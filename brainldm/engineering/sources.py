@@ -102,7 +102,19 @@ from .configs import SourceOptions
 # %% ../../nbs/engineering/43_sources.ipynb #hds00001
 @dataclass
 class Heads:
-    "The heads that were found in a folder. Print it."
+    """The heads that were found in a folder. Print it.
+
+    Attributes
+    ----------
+    table : pd.DataFrame
+        One row a head: `COLUMNS`; paths from the folder.
+    layout : str
+        What the folder looks like, in words.
+    notes : list, default list()
+        Sentences: what was left out, and why.
+    faults : pd.DataFrame, default as_faults([])
+        Columns path, fault, detail.
+    """
 
     table: pd.DataFrame  # One row a head: `COLUMNS`; paths from the folder
     layout: str  # What the folder looks like, in words
@@ -121,14 +133,36 @@ class Heads:
 def form_of(
     path: str,  # Path of a file
 ) -> str | None:  # 'nifti', 'mgz', 'analyze'; None for no volume
-    "Tell the form of a volume by its name."
+    """Tell the form of a volume by its name.
+
+    Parameters
+    ----------
+    path : str
+        Path of a file.
+
+    Returns
+    -------
+    str | None
+        'nifti', 'mgz', 'analyze'; None for no volume.
+    """
     return next((v for k, v in FORMS.items() if path.lower().endswith(k)), None)
 
 
 def stem_of(
     path: str,  # Path of a file
 ) -> str:  # The same without the suffix of a volume
-    "Take the suffix of a volume off a path."
+    """Take the suffix of a volume off a path.
+
+    Parameters
+    ----------
+    path : str
+        Path of a file.
+
+    Returns
+    -------
+    str
+        The same without the suffix of a volume.
+    """
     suffix = next((o for o in FORMS if path.lower().endswith(o)), '')
     return path[: len(path) - len(suffix)]
 
@@ -137,7 +171,20 @@ def say_left(
     paths: Iterable,  # What was left out
     what: str,  # What it is, in the plural
 ) -> list:  # One sentence, or none
-    "Count what was left out, with examples."
+    """Count what was left out, with examples.
+
+    Parameters
+    ----------
+    paths : Iterable
+        What was left out.
+    what : str
+        What it is, in the plural.
+
+    Returns
+    -------
+    list
+        One sentence, or none.
+    """
     shown = list(paths)
     more = ' ...' * (len(shown) > 3)
     return [f'{len(shown)} {what} left out: {", ".join(shown[:3])}{more}'] * bool(shown)
@@ -146,7 +193,18 @@ def say_left(
 def list_heads(
     root: Path,  # Folder
 ) -> tuple:  # Volumes with columns path, form; all files; faults
-    "List the volumes below a folder: pairs of Analyze once, and no half of a pair."
+    """List the volumes below a folder: pairs of Analyze once, and no half of a pair.
+
+    Parameters
+    ----------
+    root : Path
+        Folder.
+
+    Returns
+    -------
+    tuple
+        Volumes with columns path, form; all files; faults.
+    """
     files = list_files(root)
     names = {o.lower() for o in files}
     rows, half = [], []
@@ -169,7 +227,18 @@ def list_heads(
 def find_pointer(
     path: Path,  # File
 ) -> str:  # Why its content is not here, and what to do; '' where it is
-    "Say of a file that was never fetched, is not there or is empty, how to get it."
+    """Say of a file that was never fetched, is not there or is empty, how to get it.
+
+    Parameters
+    ----------
+    path : Path
+        File.
+
+    Returns
+    -------
+    str
+        Why its content is not here, and what to do; '' where it is.
+    """
     try:
         refuse_pointer(path)
     except DataFault as e:
@@ -184,7 +253,18 @@ def find_pointer(
 def find_contrast(
     text: str | None,  # Name or description of a series
 ) -> str | None:  # Key of MODALITIES, 'no whole head', or None where it says nothing
-    "Which contrast a series says it has."
+    """Which contrast a series says it has.
+
+    Parameters
+    ----------
+    text : str | None
+        Name or description of a series.
+
+    Returns
+    -------
+    str | None
+        Key of MODALITIES, 'no whole head', or None where it says nothing.
+    """
     if not isinstance(text, str) or not text:
         return None
     if re.search(PARTIAL, text, re.IGNORECASE):
@@ -197,7 +277,18 @@ def find_contrast(
 def is_dicom(
     path: Path,  # File
 ) -> bool:  # True where the four letters stand at their place
-    "Tell DICOM by its content."
+    """Tell DICOM by its content.
+
+    Parameters
+    ----------
+    path : Path
+        File.
+
+    Returns
+    -------
+    bool
+        True where the four letters stand at their place.
+    """
     try:
         with path.open('rb') as f:
             return f.read(132)[128:] == b'DICM'
@@ -210,7 +301,18 @@ def read_series(
 ) -> list:  # One dict a series: uid, number, description, modality, patient, date
     """Read what the headers of a folder say.
 
-    All of them where the first, middle and last file differ."""
+    All of them where the first, middle and last file differ.
+
+    Parameters
+    ----------
+    paths : list
+        DICOM files of one folder, sorted.
+
+    Returns
+    -------
+    list
+        One dict a series: uid, number, description, modality, patient, date.
+    """
     import pydicom
 
     tags = dict(
@@ -244,7 +346,22 @@ def list_dicom(
     files: list,  # All files below it
     wanted: str | None,  # Contrast, key of MODALITIES
 ) -> tuple:  # One row a folder of DICOM: path, form, kind, patient, date, place; notes; faults
-    "List the folders that hold DICOM, with what the headers say of the series that is wanted."
+    """List the folders that hold DICOM, with what the headers say of the series that is wanted.
+
+    Parameters
+    ----------
+    root : Path
+        Folder.
+    files : list
+        All files below it.
+    wanted : str | None
+        Contrast, key of MODALITIES.
+
+    Returns
+    -------
+    tuple
+        One row a folder of DICOM: path, form, kind, patient, date, place; notes; faults.
+    """
     by_folder: dict = {}
     for path in files:
         named = re.search(DICOM_NAME, path, re.IGNORECASE) and not path.endswith('DICOMDIR')
@@ -287,8 +404,19 @@ def read_folders(
 ) -> pd.DataFrame:  # Columns diagnosis, split, rest: the path without both
     """Read class and split off the folders above each head.
 
-    A name counts as a class only where half of its neighbors do, and as a split only beside
-    another one. ad and AD are one class."""
+    A name counts as a class only where half of its neighbors do, and as a split only beside another
+    one. ad and AD are one class.
+
+    Parameters
+    ----------
+    places : list
+        Paths of heads, with / between folders.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns diagnosis, split, rest: the path without both.
+    """
     below: dict = {}
     for place in places:
         parts = place.split('/')[:-1]
@@ -327,7 +455,18 @@ def read_folders(
 def bare_name(
     text: str,  # Name of a folder or file without suffix
 ) -> tuple:  # What is left in its own case, text of each part
-    "Take contrast, visit and run off a name, where what is left still has a number."
+    """Take contrast, visit and run off a name, where what is left still has a number.
+
+    Parameters
+    ----------
+    text : str
+        Name of a folder or file without suffix.
+
+    Returns
+    -------
+    tuple
+        What is left in its own case, text of each part.
+    """
     base, parts = strip_parts(text)
     if not parts or not re.search(r'\d', base):
         return text, {}
@@ -341,7 +480,18 @@ def bare_name(
 def is_nameless(
     text: str,  # Name of a folder or file
 ) -> bool:  # True for T1, anat, visit1, brain
-    "Tell names that speak of a scan, and not of a subject."
+    """Tell names that speak of a scan, and not of a subject.
+
+    Parameters
+    ----------
+    text : str
+        Name of a folder or file.
+
+    Returns
+    -------
+    bool
+        True for T1, anat, visit1, brain.
+    """
     plain = re.fullmatch(NAMELESS, text, re.IGNORECASE)
     return bool(plain) or strip_parts(f'x/{text}')[0] == 'x'
 
@@ -350,7 +500,18 @@ def name_unknown(
     places: list,  # Paths without class and split; the suffix is off
     # Columns subject, session, run, kind; `attrs['folders']`: folders name subjects
 ) -> pd.DataFrame:
-    "Name the subjects of files of no known study: by folder where each has one, else by file."
+    """Name the subjects of files of no known study: by folder where each has one, else by file.
+
+    Parameters
+    ----------
+    places : list
+        Paths without class and split; the suffix is off.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns subject, session, run, kind; `attrs['folders']`: folders name subjects.
+    """
     silent = rf"{NAMELESS}|{PARTS['contrast']}"
     cut = [
         [o for o in p.split('/')[:-1] if not re.fullmatch(silent, o, re.IGNORECASE)] for p in places
@@ -386,7 +547,20 @@ def identify_heads(
     found: pd.DataFrame,  # Columns path, form, perhaps place, kind, patient, date
     root: Path,  # Folder, whose name counts where it is one subject
 ) -> tuple:  # The same with subject, session, run, image, kind, diagnosis, split; the layout
-    "Settle whose each head is: the name of a known study, else the folders and the file."
+    """Settle whose each head is: the name of a known study, else the folders and the file.
+
+    Parameters
+    ----------
+    found : pd.DataFrame
+        Columns path, form, perhaps place, kind, patient, date.
+    root : Path
+        Folder, whose name counts where it is one subject.
+
+    Returns
+    -------
+    tuple
+        The same with subject, session, run, image, kind, diagnosis, split; the layout.
+    """
     found = found.reset_index(drop=True)
     place = found.path.map(stem_of)
     if 'place' in found:
@@ -430,7 +604,20 @@ def name_restarts(
     named: pd.DataFrame,  # Heads with subject, diagnosis, split
     new: pd.Series,  # True for names of no known study
 ) -> pd.Series:  # Subjects
-    "Tell 001 of one class from 001 of another, where most names come in several classes or splits."
+    """Tell 001 of one class from 001 of another, where most names come in several classes or splits.
+
+    Parameters
+    ----------
+    named : pd.DataFrame
+        Heads with subject, diagnosis, split.
+    new : pd.Series
+        True for names of no known study.
+
+    Returns
+    -------
+    pd.Series
+        Subjects.
+    """
     group = named.split.fillna('').astype(str) + ' ' + named.diagnosis.fillna('').astype(str)
     group = group.str.strip().str.replace(' ', '_')
     both = group[new].groupby(named.subject[new]).nunique() > 1
@@ -443,7 +630,20 @@ def name_layout(
     named: pd.DataFrame,  # From `identify_heads`
     folders: bool,  # Folders name the subjects
 ) -> str:  # In words
-    "Say what a folder looks like that no program has laid out."
+    """Say what a folder looks like that no program has laid out.
+
+    Parameters
+    ----------
+    named : pd.DataFrame
+        From `identify_heads`.
+    folders : bool
+        Folders name the subjects.
+
+    Returns
+    -------
+    str
+        In words.
+    """
     form = 'DICOM, ' if (named.form == 'dicom').all() else ''
     study = named.study.dropna().mode()
     if any(re.search(LONI, o + '/') for o in named.path):
@@ -463,7 +663,18 @@ def bids_parts(
     path: str,  # Path of a file
     # Entities such as sub, ses, space, desc; suffix, folder; None for another name
 ) -> dict | None:
-    "Read a name as BIDS writes it."
+    """Read a name as BIDS writes it.
+
+    Parameters
+    ----------
+    path : str
+        Path of a file.
+
+    Returns
+    -------
+    dict | None
+        Entities such as sub, ses, space, desc; suffix, folder; None for another name.
+    """
     folder, _, name = stem_of(path).rpartition('/')
     *entities, suffix = name.split('_')
     pairs = [o.split('-', 1) for o in entities]
@@ -477,7 +688,22 @@ def pick_bids(
     options: SourceOptions,  # Suffix and space
     files: list,  # All files, for the masks
 ) -> tuple | None:  # Rows, what was left out, layout; None where this is no BIDS
-    "Take the heads of a BIDS folder, raw or preprocessed, with the mask beside each."
+    """Take the heads of a BIDS folder, raw or preprocessed, with the mask beside each.
+
+    Parameters
+    ----------
+    found : pd.DataFrame
+        Columns path, form.
+    options : SourceOptions
+        Suffix and space.
+    files : list
+        All files, for the masks.
+
+    Returns
+    -------
+    tuple | None
+        Rows, what was left out, layout; None where this is no BIDS.
+    """
     parts = {o: bids_parts(o) for o in found.path}
     made = r'(?:^|/)(?:derivatives|sourcedata|code)/'
     here = {k: v for k, v in parts.items() if v and v['suffix'] == options.suffix}
@@ -522,7 +748,20 @@ def pick_space(
     derived: dict,  # Parts of the name by path, as from `bids_parts`
     options: SourceOptions,  # Space
 ) -> tuple:  # The same, of one space; what was left out
-    "Take the preprocessed heads of one space, and one resolution."
+    """Take the preprocessed heads of one space, and one resolution.
+
+    Parameters
+    ----------
+    derived : dict
+        Parts of the name by path, as from `bids_parts`.
+    options : SourceOptions
+        Space.
+
+    Returns
+    -------
+    tuple
+        The same, of one space; what was left out.
+    """
     clean = {k: v for k, v in derived.items() if v.get('desc') == 'preproc'} or derived
     spaces = sorted({v['space'] for v in clean.values() if 'space' in v})
     own = any('space' not in v for v in clean.values())
@@ -546,7 +785,22 @@ def pick_surfer(
     root: Path,  # Folder, whose name counts where it is one subject
     files: list,  # All files, for the masks
 ) -> tuple | None:  # Rows, what was left out, layout; None where this is no FreeSurfer
-    "Take T1.mgz of each FreeSurfer subject, with brainmask.mgz as its mask."
+    """Take T1.mgz of each FreeSurfer subject, with brainmask.mgz as its mask.
+
+    Parameters
+    ----------
+    found : pd.DataFrame
+        Columns path, form.
+    root : Path
+        Folder, whose name counts where it is one subject.
+    files : list
+        All files, for the masks.
+
+    Returns
+    -------
+    tuple | None
+        Rows, what was left out, layout; None where this is no FreeSurfer.
+    """
     pattern = rf'(?:(.*)/)?mri/({"|".join(SURFER_FILES)})\.mg[hz]'
     by: dict = {}
     for path in found.path:
@@ -579,7 +833,18 @@ def pick_surfer(
 def pick_cat12(
     found: pd.DataFrame,  # Columns path, form
 ) -> tuple | None:  # Rows, what was left out, layout; None where CAT12 left nothing to take
-    "Take the normalized brain `mri/wm*` that CAT12 wrote, and leave its tissue maps."
+    """Take the normalized brain `mri/wm*` that CAT12 wrote, and leave its tissue maps.
+
+    Parameters
+    ----------
+    found : pd.DataFrame
+        Columns path, form.
+
+    Returns
+    -------
+    tuple | None
+        Rows, what was left out, layout; None where CAT12 left nothing to take.
+    """
     read = {o: re.fullmatch(r'(?:(.*)/)?mri/([^/]+)', stem_of(o)) for o in found.path}
     read = {k: (m[1], m[2]) for k, m in read.items() if m}
     made = r'(?:m0?w?|w|r)?p[0-7].+|[lr]?a\d.+|m[^w].+|wm.+|wj_.+|y_.+|iy_.+'
@@ -612,7 +877,18 @@ def pick_cat12(
 def oasis_axes(
     path: str,  # Path of a file
 ) -> tuple | None:  # Place in OASIS_FILES, axes such as 'ASL'; None for a name of another study
-    "Look up how the voxels of a file of the OASIS-1 discs are stored."
+    """Look up how the voxels of a file of the OASIS-1 discs are stored.
+
+    Parameters
+    ----------
+    path : str
+        Path of a file.
+
+    Returns
+    -------
+    tuple | None
+        Place in OASIS_FILES, axes such as 'ASL'; None for a name of another study.
+    """
     name = stem_of(path).rsplit('/', 1)[-1]
     for rank, (pattern, axes) in enumerate(OASIS_FILES.items()):
         if re.fullmatch(pattern, name):
@@ -623,7 +899,18 @@ def oasis_axes(
 def pick_oasis(
     found: pd.DataFrame,  # Columns path, form
 ) -> tuple | None:  # Rows, what was left out, layout; None where this is no disc of OASIS-1
-    "Take one file of each visit on the discs of OASIS-1: the average of its scans."
+    """Take one file of each visit on the discs of OASIS-1: the average of its scans.
+
+    Parameters
+    ----------
+    found : pd.DataFrame
+        Columns path, form.
+
+    Returns
+    -------
+    tuple | None
+        Rows, what was left out, layout; None where this is no disc of OASIS-1.
+    """
     analyze = found[found.form == 'analyze']
     known = {o: oasis_axes(o) for o in analyze.path}
     ranks = {k: v[0] for k, v in known.items() if v}
@@ -643,7 +930,20 @@ def choose_contrast(
     rows: pd.DataFrame,  # Named heads with `kind`
     wanted: str,  # Key of MODALITIES
 ) -> tuple:  # Rows of that contrast, or of none that is said; what was left out
-    "Leave the heads that say they have another contrast, or nothing where a neighbor says it."
+    """Leave the heads that say they have another contrast, or nothing where a neighbor says it.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Named heads with `kind`.
+    wanted : str
+        Key of MODALITIES.
+
+    Returns
+    -------
+    tuple
+        Rows of that contrast, or of none that is said; what was left out.
+    """
     said = rows.kind.map(find_contrast)
     other = said.notna() & (said != wanted)
     visit = rows.subject.astype(str) + ' ' + rows.session.fillna('').astype(str)
@@ -657,7 +957,18 @@ def choose_contrast(
 def natural(
     text: str | None,  # Name with numbers in it
 ) -> list:  # Key for sorting: m6 before m12, and a first visit before all
-    "Sort names as people count."
+    """Sort names as people count.
+
+    Parameters
+    ----------
+    text : str | None
+        Name with numbers in it.
+
+    Returns
+    -------
+    list
+        Key for sorting: m6 before m12, and a first visit before all.
+    """
     if not isinstance(text, str) or re.fullmatch(EARLY, text, re.IGNORECASE):
         return ['']
     return [int(o) if o.isdigit() else o.lower() for o in re.split(r'(\d+)', text)]
@@ -667,7 +978,20 @@ def choose_visits(
     rows: pd.DataFrame,  # Named heads
     which: str,  # 'first', 'last' or 'all'
 ) -> tuple:  # One row a visit that is taken, in order; what was left out
-    "Take one head of each visit, and the visits that are asked for."
+    """Take one head of each visit, and the visits that are asked for.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Named heads.
+    which : str
+        'first', 'last' or 'all'.
+
+    Returns
+    -------
+    tuple
+        One row a visit that is taken, in order; what was left out.
+    """
     repeat = rows.kind.fillna('').str.contains('repeat|-R(?:_|$)', case=False, regex=True)
     repeat |= rows.path.map(stem_of).str.contains(STRIPPED, case=False, regex=True)
     # a contrast in the folder says less than one in the name of the file
@@ -700,7 +1024,26 @@ def pick_heads(
     options: SourceOptions,  # Which are taken
     files: list,  # All files below it
 ) -> tuple:  # Named rows, what was left out, layout
-    "Recognize the layout, and take the heads that it holds."
+    """Recognize the layout, and take the heads that it holds.
+
+    Parameters
+    ----------
+    found : pd.DataFrame
+        Volumes: path, form.
+    series : pd.DataFrame
+        Folders of DICOM, as from `list_dicom`.
+    root : Path
+        Folder.
+    options : SourceOptions
+        Which are taken.
+    files : list
+        All files below it.
+
+    Returns
+    -------
+    tuple
+        Named rows, what was left out, layout.
+    """
     wanted = find_contrast(options.suffix) or options.suffix
     picked = pick_bids(found, options, files) or pick_surfer(found, root, files)
     picked = picked or pick_oasis(found) or pick_cat12(found)
@@ -738,7 +1081,25 @@ def find_heads(
 ) -> Heads:  # One row a head; what was left out
     """Find the heads in a folder; only names are read, and of DICOM a few headers.
 
-    Nothing in the folder is changed. Raises FileNotFoundError or ValueError."""
+    Nothing in the folder is changed.
+
+    Parameters
+    ----------
+    root : str | Path
+        Folder of raw heads, in whatever layout.
+    options : SourceOptions, default SourceOptions()
+        Which are taken.
+
+    Returns
+    -------
+    Heads
+        One row a head; what was left out.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(
@@ -772,7 +1133,20 @@ def refuse_heads(
     root: Path,  # Folder
     table: pd.DataFrame,  # Heads that would be taken
 ) -> tuple:  # The heads that are there, faults of the others
-    "Leave the heads whose content is not here, and those whose names do not print."
+    """Leave the heads whose content is not here, and those whose names do not print.
+
+    Parameters
+    ----------
+    root : Path
+        Folder.
+    table : pd.DataFrame
+        Heads that would be taken.
+
+    Returns
+    -------
+    tuple
+        The heads that are there, faults of the others.
+    """
     why = {}
     for row in table.to_dict('records'):
         halves = [row['path'][:-4] + o for o in ('.img', '.IMG') if row['form'] == 'analyze']
@@ -793,7 +1167,24 @@ def explain_nothing(
     options: SourceOptions,  # What was asked for
     notes: list,  # What was left out
 ) -> str:  # Message
-    "Say why a folder has no head, and what to try."
+    """Say why a folder has no head, and what to try.
+
+    Parameters
+    ----------
+    root : Path
+        Folder.
+    files : list
+        All files below it.
+    options : SourceOptions
+        What was asked for.
+    notes : list
+        What was left out.
+
+    Returns
+    -------
+    str
+        Message.
+    """
     inside = sorted({o.split('/')[0] for o in files})
     shown = f"{', '.join(inside[:5]) or 'nothing'}{' ...' * (len(inside) > 5)}"
     images = any(re.search(r'\.(?:png|jpe?g|tiff?|bmp)$', o, re.IGNORECASE) for o in files)
@@ -814,7 +1205,27 @@ def match_only(
     series: pd.DataFrame,  # Folders of DICOM
     only: str,  # Pattern of file names, as in a shell
 ) -> tuple:  # Both, where the name or the description matches; the paths of the others
-    "Keep what a pattern matches. Raises ValueError where that is nothing."
+    """Keep what a pattern matches.
+
+    Parameters
+    ----------
+    found : pd.DataFrame
+        Volumes.
+    series : pd.DataFrame
+        Folders of DICOM.
+    only : str
+        Pattern of file names, as in a shell.
+
+    Returns
+    -------
+    tuple
+        Both, where the name or the description matches; the paths of the others.
+
+    Raises
+    ------
+    ValueError
+        Where that is nothing.
+    """
     fit = lambda text: fnmatch.fnmatch(text.rsplit('/', 1)[-1].lower(), only.lower())
     mine = found[found.path.map(fit).astype(bool)]
     theirs = series[(series.path.map(fit) | series.kind.map(fit)).astype(bool)]
@@ -833,7 +1244,22 @@ def set_axes(
     voxel_mm: tuple,  # Size of a voxel along i, j, k, mm
     axes: str,  # Where i, j, k go, such as 'ASL'
 ) -> np.ndarray:  # Affine (4, 4) with the middle of the volume at 0
-    "Make the affine of a volume whose axes are known, and whose place is not."
+    """Make the affine of a volume whose axes are known, and whose place is not.
+
+    Parameters
+    ----------
+    shape : tuple
+        Voxels along i, j, k.
+    voxel_mm : tuple
+        Size of a voxel along i, j, k, mm.
+    axes : str
+        Where i, j, k go, such as 'ASL'.
+
+    Returns
+    -------
+    np.ndarray
+        Affine (4, 4) with the middle of the volume at 0.
+    """
     import nibabel as nib
 
     turn = nib.orientations.axcodes2ornt(axes)
@@ -850,7 +1276,27 @@ def orient_by_name(
     path: Path,  # Its file
     why: str,  # What the header lacks
 ) -> Any:  # nibabel image
-    "Give a file of OASIS-1 the axes that are known of it. Raises DataFault for any other study."
+    """Give a file of OASIS-1 the axes that are known of it.
+
+    Parameters
+    ----------
+    img : Any
+        nibabel image whose header does not say where left is.
+    path : Path
+        Its file.
+    why : str
+        What the header lacks.
+
+    Returns
+    -------
+    Any
+        nibabel image.
+
+    Raises
+    ------
+    DataFault
+        For any other study.
+    """
     import nibabel as nib
 
     known = oasis_axes(path.name)
@@ -867,7 +1313,23 @@ def orient_by_name(
 def check_image(
     img: Any,  # nibabel image
 ) -> Any:  # NIfTI image (x, y, z) with its voxels in memory
-    "Take a fourth axis of length 1 off, and read the voxels. Raises DataFault for no gray volume."
+    """Take a fourth axis of length 1 off, and read the voxels.
+
+    Parameters
+    ----------
+    img : Any
+        nibabel image.
+
+    Returns
+    -------
+    Any
+        NIfTI image (x, y, z) with its voxels in memory.
+
+    Raises
+    ------
+    DataFault
+        For no gray volume.
+    """
     import nibabel as nib
 
     if img.get_data_dtype().kind not in 'iuf':
@@ -894,7 +1356,23 @@ def check_image(
 def read_volume(
     path: Path,  # .nii, .nii.gz, .mgz, .mgh, or one half of a pair
 ) -> Any:  # nibabel image (x, y, z) whose affine can be trusted
-    "Read one volume. Raises DataFault where its header does not say how it lies."
+    """Read one volume.
+
+    Parameters
+    ----------
+    path : Path
+        .nii, .nii.gz, .mgz, .mgh, or one half of a pair.
+
+    Returns
+    -------
+    Any
+        nibabel image (x, y, z) whose affine can be trusted.
+
+    Raises
+    ------
+    DataFault
+        Where its header does not say how it lies.
+    """
     import nibabel as nib
 
     why = find_pointer(path)
@@ -920,7 +1398,27 @@ def convert_series(
     workdir: Path,  # Folder to write into
     kind: str | None = None,  # Description of the series, where the folder has several
 ) -> Path:  # NIfTI volume
-    "Turn one DICOM series into NIfTI with dcm2niix. Raises DataFault where that is not one volume."
+    """Turn one DICOM series into NIfTI with dcm2niix.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of DICOM, not changed.
+    workdir : Path
+        Folder to write into.
+    kind : str | None, default None
+        Description of the series, where the folder has several.
+
+    Returns
+    -------
+    Path
+        NIfTI volume.
+
+    Raises
+    ------
+    DataFault
+        Where that is not one volume.
+    """
     check_installed('read_head', 'dcm2niix', 'prepare')
     import dcm2niix
 
@@ -960,7 +1458,27 @@ def read_head(
     row: Mapping,  # Row of its table
     workdir: str | Path,  # Folder for what has to be converted first
 ) -> Any:  # nibabel image (x, y, z) whose affine can be trusted
-    "Read one head, of whatever form. Raises DataFault with the remedy."
+    """Read one head, of whatever form.
+
+    Parameters
+    ----------
+    root : str | Path
+        Folder that `find_heads` was given.
+    row : Mapping
+        Row of its table.
+    workdir : str | Path
+        Folder for what has to be converted first.
+
+    Returns
+    -------
+    Any
+        nibabel image (x, y, z) whose affine can be trusted.
+
+    Raises
+    ------
+    DataFault
+        With the remedy.
+    """
     path = Path(root) / row['path']
     if row['form'] == 'dicom':
         path = convert_series(path, Path(workdir), row.get('kind'))

@@ -46,8 +46,18 @@ def mean_slices(
     dataset: SliceDataset,  # Train split
     # Mean images (m, h, w) float32 in [-1, 1], and the slice number of each
 ) -> tuple[Tensor, list[int]]:
-    """The average image of each slice position: what a model that ignores its input can best
-    predict."""
+    """The average image of each slice position: what a model that ignores its input can best predict.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Train split.
+
+    Returns
+    -------
+    tuple[Tensor, list[int]]
+        Mean images (m, h, w) float32 in [-1, 1], and the slice number of each.
+    """
     numbers = dataset.manifest.slice.to_numpy()
     kinds = sorted({int(o) for o in numbers})
     means = [
@@ -60,7 +70,20 @@ def evenly_spaced_rows(
     dataset: Any,  # A data set that gives a batch for a list of rows
     n: int,  # How many to take at most
 ) -> dict[str, Tensor]:  # One batch
-    "The same few rows each time, spread evenly over a data set."
+    """The same few rows each time, spread evenly over a data set.
+
+    Parameters
+    ----------
+    dataset : Any
+        A data set that gives a batch for a list of rows.
+    n : int
+        How many to take at most.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        One batch.
+    """
     return dataset.__getitems__(
         np.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().astype(int)
     )
@@ -70,7 +93,25 @@ def pick_covariates(
     covariates: Sequence[Covariate],  # What the data has
     names: tuple[str, ...] | None,  # Covariates of the model; None is all
 ) -> tuple[Covariate, ...]:  # Those, in the order of the data
-    "Choose covariates by name. Raises ValueError for a name that the data lacks."
+    """Choose covariates by name.
+
+    Parameters
+    ----------
+    covariates : Sequence[Covariate]
+        What the data has.
+    names : tuple[str, ...] | None
+        Covariates of the model; None is all.
+
+    Returns
+    -------
+    tuple[Covariate, ...]
+        Those, in the order of the data.
+
+    Raises
+    ------
+    ValueError
+        For a name that the data lacks.
+    """
     have = {c.name: c for c in covariates}
     for name in names or ():
         if name not in have:
@@ -84,14 +125,38 @@ def pick_covariates(
 def covariates_to_dict(
     covariates: Sequence[Covariate],  # Covariates of a model
 ) -> list[dict]:  # The same as JSON
-    "Covariates for a file's description; `covariates_from_dict` reads them back."
+    """Covariates for a file's description; `covariates_from_dict` reads them back.
+
+    Parameters
+    ----------
+    covariates : Sequence[Covariate]
+        Covariates of a model.
+
+    Returns
+    -------
+    list[dict]
+        The same as JSON.
+    """
     return [asdict(c) for c in covariates]
 
 # %% ../../nbs/engineering/31_stage1.ipynb #b86ecc67
 def covariates_from_dict(
     described: list[dict],  # As from `covariates_to_dict`, perhaps read from a file
 ) -> tuple[Covariate, ...]:  # The covariates
-    "Covariates from a file's description. Raises one of `LOAD_ERRORS` where it describes none."
+    """Covariates from a file's description.
+
+    Raises one of `LOAD_ERRORS` where it describes none.
+
+    Parameters
+    ----------
+    described : list[dict]
+        As from `covariates_to_dict`, perhaps read from a file.
+
+    Returns
+    -------
+    tuple[Covariate, ...]
+        The covariates.
+    """
     return tuple(Covariate(**o) for o in described)
 
 # %% ../../nbs/engineering/31_stage1.ipynb #b1ca3c47
@@ -114,7 +179,21 @@ def check_conditioned(
     model: nn.Module,  # Autoencoder or denoiser
     covariates: tuple[Covariate, ...],  # What it was to be conditioned on
 ) -> None:  # Nothing: it raises or returns
-    "Refuse a network that takes other conditions than the configuration names. Raises ValueError."
+    """Refuse a network that takes other conditions than the configuration names.
+
+    Parameters
+    ----------
+    caller : str
+        Function that calls, for the message.
+    model : nn.Module
+        Autoencoder or denoiser.
+    covariates : tuple[Covariate, ...]
+        What it was to be conditioned on.
+
+    Raises
+    ------
+    ValueError
+    """
     has, requested = ([c.name for c in o] for o in (model.covariates, covariates))
     if has != requested:
         raise ValueError(
@@ -129,7 +208,20 @@ def size_multiple(
     factor: int | None = None,  # Of the autoencoder; None: that of the kinds kl, vq and fsq
 ) -> int:  # Pixels
     """What the side of the images must be a multiple of, so that every stage can be trained:
-    autoencoder, UNet, evaluator."""
+    autoencoder, UNet, evaluator.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The autoencoder, and the levels of the UNet to come.
+    factor : int | None, default None
+        Of the autoencoder; None: that of the kinds kl, vq and fsq.
+
+    Returns
+    -------
+    int
+        Pixels.
+    """
     factor = factor or config.patch * 2 ** (len(config.channels) - 1)
     return math.lcm(factor * 2 ** (config.unet_levels - 1), EVALUATOR_PATCH)
 
@@ -140,7 +232,23 @@ def check_size(
     factor: int,  # The side must be a multiple of this
     in_channels: int = 1,  # Channels that the network takes
 ) -> None:  # Nothing: it raises or returns
-    "Refuse images that the network cannot take, before a run folder is made. Raises ValueError."
+    """Refuse images that the network cannot take, before a run folder is made.
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        What is to be trained on.
+    size : int
+        Side of the images that the configuration names.
+    factor : int
+        The side must be a multiple of this.
+    in_channels : int, default 1
+        Channels that the network takes.
+
+    Raises
+    ------
+    ValueError
+    """
     *channels, height, width = dataset.images.shape[1:]
     if (channels or [1]) != [in_channels]:
         raise ValueError(
@@ -164,7 +272,20 @@ def conv_arguments(
     config: AEConfig,  # The configuration
     covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are conditioned on
 ) -> dict:  # Keywords of `AutoencoderKL`
-    "The part of a configuration that decides an autoencoder of Gaussian latents."
+    """The part of a configuration that decides an autoencoder of Gaussian latents.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are conditioned on.
+
+    Returns
+    -------
+    dict
+        Keywords of `AutoencoderKL`.
+    """
     names = 'in_channels latent_channels channels num_res_blocks attention_levels patch'.split()
     return dict({k: getattr(config, k) for k in names}, covariates=covariates)
 
@@ -173,7 +294,20 @@ def code_arguments(
     config: AEConfig,  # The configuration
     covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are conditioned on
 ) -> dict:  # Keywords of `build_vq` or `build_fsq`
-    "The part of a configuration that decides an autoencoder of codes."
+    """The part of a configuration that decides an autoencoder of codes.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are conditioned on.
+
+    Returns
+    -------
+    dict
+        Keywords of `build_vq` or `build_fsq`.
+    """
     args = conv_arguments(config, covariates)
     codebook = dict(
         num_embeddings=config.num_embeddings,
@@ -193,7 +327,25 @@ def autoencoder_args(
     config: AEConfig,  # The configuration
     covariates: tuple[Covariate, ...] = (),  # What encoder and decoder are conditioned on
 ) -> dict:  # Arguments of `build_autoencoder`, beside the kind
-    "The part of a configuration that decides the architecture. Raises ValueError for another kind."
+    """The part of a configuration that decides the architecture.
+
+    Parameters
+    ----------
+    config : AEConfig
+        The configuration.
+    covariates : tuple[Covariate, ...], default ()
+        What encoder and decoder are conditioned on.
+
+    Returns
+    -------
+    dict
+        Arguments of `build_autoencoder`, beside the kind.
+
+    Raises
+    ------
+    ValueError
+        For another kind.
+    """
     return AUTOENCODERS.arguments(config.kind, config, covariates=covariates)
 
 # %% ../../nbs/engineering/31_stage1.ipynb #67f27140
@@ -201,7 +353,20 @@ def build_vq(
     quantizer: dict,  # Keywords of `VectorQuantizer`
     **args,  # Further keywords of `VQVAE`
 ) -> VQVAE:  # With fresh weights
-    "An autoencoder whose codes are a learned codebook."
+    """An autoencoder whose codes are a learned codebook.
+
+    Parameters
+    ----------
+    quantizer : dict
+        Keywords of `VectorQuantizer`.
+    **args
+        Further keywords of `VQVAE`.
+
+    Returns
+    -------
+    VQVAE
+        With fresh weights.
+    """
     return VQVAE(VectorQuantizer(**quantizer), **args)
 
 
@@ -209,7 +374,20 @@ def build_fsq(
     quantizer: dict,  # Keywords of `FSQ`
     **args,  # Further keywords of `VQVAE`
 ) -> VQVAE:  # With fresh weights
-    "An autoencoder whose codes are rounded channels."
+    """An autoencoder whose codes are rounded channels.
+
+    Parameters
+    ----------
+    quantizer : dict
+        Keywords of `FSQ`.
+    **args
+        Further keywords of `VQVAE`.
+
+    Returns
+    -------
+    VQVAE
+        With fresh weights.
+    """
     return VQVAE(FSQ(**quantizer), **args)
 
 
@@ -224,7 +402,23 @@ def build_autoencoder(
 ) -> ConvAutoencoder:  # With fresh weights
     """Make an autoencoder of a registered kind.
 
-    Raises ValueError for another kind, or for conditions that it does not take."""
+    Parameters
+    ----------
+    kind : str
+        'kl', 'vq', 'fsq', or one that you registered.
+    args : dict
+        As from `autoencoder_args`.
+
+    Returns
+    -------
+    ConvAutoencoder
+        With fresh weights.
+
+    Raises
+    ------
+    ValueError
+        For another kind, or for conditions that it does not take.
+    """
     model = AUTOENCODERS.build(kind, args)
     check_protocol('build_autoencoder', model, Autoencoder)
     return model
@@ -233,7 +427,18 @@ def build_autoencoder(
 def args_to_dict(
     args: dict,  # Keywords of a network, perhaps with covariates
 ) -> dict:  # The same as JSON
-    "Keywords for a file's description; `args_from_dict` reads them back."
+    """Keywords for a file's description; `args_from_dict` reads them back.
+
+    Parameters
+    ----------
+    args : dict
+        Keywords of a network, perhaps with covariates.
+
+    Returns
+    -------
+    dict
+        The same as JSON.
+    """
     known = 'covariates' in args
     return dict(args, covariates=covariates_to_dict(args['covariates'])) if known else dict(args)
 
@@ -241,7 +446,20 @@ def args_to_dict(
 def args_from_dict(
     args: dict,  # As from `args_to_dict`, perhaps read from a file
 ) -> dict:  # Keywords of a network
-    "Keywords from a file's description. Raises one of `LOAD_ERRORS` where it describes none."
+    """Keywords from a file's description.
+
+    Raises one of `LOAD_ERRORS` where it describes none.
+
+    Parameters
+    ----------
+    args : dict
+        As from `args_to_dict`, perhaps read from a file.
+
+    Returns
+    -------
+    dict
+        Keywords of a network.
+    """
     known = 'covariates' in args
     return dict(args, covariates=covariates_from_dict(args['covariates'])) if known else dict(args)
 
@@ -250,7 +468,23 @@ def load_autoencoder(
     run: str | Path,  # Run folder
     # The network in evaluation mode on the CPU, and its description
 ) -> tuple[ConvAutoencoder, dict[str, Any]]:
-    "Build the autoencoder of a run from its file alone. Raises FileNotFoundError or ValueError."
+    """Build the autoencoder of a run from its file alone.
+
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[ConvAutoencoder, dict[str, Any]]
+        The network in evaluation mode on the CPU, and its description.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     tensors, info = load_weights(Path(run) / 'autoencoder.safetensors')
     try:
         AUTOENCODERS[info.get('kind')]
@@ -276,7 +510,27 @@ def validate_autoencoder(
     # val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
     # some
 ) -> dict[str, float]:
-    "Validation pass: numbers for the log, originals above reconstructions for the eye."
+    """Validation pass: numbers for the log, originals above reconstructions for the eye.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The autoencoder.
+    batch : dict[str, Tensor]
+        Held-out images, the same each time.
+    path : Path
+        Where the image goes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    chunk : int, default 32
+        Images at a time: what fits into memory beside a training.
+
+    Returns
+    -------
+    dict[str, float]
+        val_ssim, val_ssim_brain, val_psnr, val_sharpness, val_l1: means; usage of codes if it has
+        some.
+    """
     x = batch['image']
     look, coded = infer(model, precision), hasattr(model, 'quantizer')
     recon, *codes = in_chunks(lambda x, cond: look(x, cond)[: 1 + coded], chunk)(x, batch)
@@ -301,7 +555,21 @@ def refuse_architecture(
     then: dict,  # Those of the network whose weights it is to start from
     source: str | None,  # Where those are, for the message
 ) -> None:  # Nothing: it raises or returns
-    "Name the settings in which two networks differ. Raises ValueError."
+    """Name the settings in which two networks differ.
+
+    Parameters
+    ----------
+    now : dict
+        Arguments of the network that is to be trained.
+    then : dict
+        Those of the network whose weights it is to start from.
+    source : str | None
+        Where those are, for the message.
+
+    Raises
+    ------
+    ValueError
+    """
 
     def flat(args):
         args = json.loads(json.dumps({k: v for k, v in args.items() if k != 'covariates'}))
@@ -326,7 +594,20 @@ def match_covariates(
     then: tuple[Covariate, ...],  # What the source has learned
     # Those of the source that can be taken, by name, and notes about all others
 ) -> tuple[dict[str, Covariate], list[str]]:
-    "Which covariates keep what was learned of them: those of the same name and kind."
+    """Which covariates keep what was learned of them: those of the same name and kind.
+
+    Parameters
+    ----------
+    now : tuple[Covariate, ...]
+        What the network is to learn.
+    then : tuple[Covariate, ...]
+        What the source has learned.
+
+    Returns
+    -------
+    tuple[dict[str, Covariate], list[str]]
+        Those of the source that can be taken, by name, and notes about all others.
+    """
     old, new, notes = {c.name: c for c in then}, {c.name: c for c in now}, []
     for c in now:
         o = old.get(c.name)
@@ -354,7 +635,25 @@ def adopt_weights(
 ) -> list[str]:  # What happened to the covariates, a phrase each
     """Copy weights, those of covariates by name.
 
-    Raises ValueError if one has covariates and the other has none."""
+    Parameters
+    ----------
+    model : nn.Module
+        Fresh; filled in place.
+    source : nn.Module
+        A trained network of the same architecture, perhaps with other covariates.
+    what : str | None
+        Where that one is, for the message.
+
+    Returns
+    -------
+    list[str]
+        What happened to the covariates, a phrase each.
+
+    Raises
+    ------
+    ValueError
+        If one has covariates and the other has none.
+    """
     now, then = tuple(model.covariates), tuple(source.covariates)
     if bool(now) != bool(then):
         raise ValueError(
@@ -390,7 +689,22 @@ def is_begun(
     stage: str,  # One of its stages
     resume: bool,  # Whether the stage goes on where it stopped
 ) -> bool:  # True if weights will come from a state of its own
-    "Whether a stage has a state from which it will go on."
+    """Whether a stage has a state from which it will go on.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        One of its stages.
+    resume : bool
+        Whether the stage goes on where it stopped.
+
+    Returns
+    -------
+    bool
+        True if weights will come from a state of its own.
+    """
     return resume and bool(Checkpoint(run / 'state' / stage).files())
 
 # %% ../../nbs/engineering/31_stage1.ipynb #a0060e07
@@ -399,7 +713,22 @@ def origin_of(
     source: nn.Module,  # The network there
     notes: list[str],  # What happened to its covariates
 ) -> dict:  # What config.json says of it
-    "Write down where weights came from: run, hash and what was not taken; and say it."
+    """Write down where weights came from: run, hash and what was not taken; and say it.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Says from which run the weights came.
+    source : nn.Module
+        The network there.
+    notes : list[str]
+        What happened to its covariates.
+
+    Returns
+    -------
+    dict
+        What config.json says of it.
+    """
     if notes:
         warnings.warn(f"init_from: started from {config.init_from}. {'; '.join(notes)}.")
     return dict(run=config.init_from, weights=weights_hash(source), notes=notes)
@@ -412,7 +741,26 @@ def adopt_autoencoder(
 ) -> dict:  # Where the weights came from, for config.json
     """Fill an autoencoder with the weights of another run.
 
-    Raises ValueError, or FileNotFoundError if there is none."""
+    Parameters
+    ----------
+    model : nn.Module
+        Fresh; filled in place.
+    config : AEConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `autoencoder_args`.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there is none.
+    """
     source, about = load_autoencoder(locate_run(config.init_from or ''))
     then = {'in_channels': args.get('in_channels')} | about['args']  # 0.1 knew one channel only
     refuse_architecture(
@@ -427,8 +775,22 @@ def compare_opening(
     # The settings in which it was not, in words; '' also for data made by hand, which says
     # nothing
 ) -> str:
-    """Compare how images were cut and which columns are conditions; everything else shows in what
-    a stage was given (notebook 05c)."""
+    """Compare how images were cut and which columns are conditions; everything else shows in what a
+    stage was given (notebook 05c).
+
+    Parameters
+    ----------
+    dataset : SliceDataset
+        Data, perhaps from `open_dataset`.
+    config : DataConfig
+        How it should have been opened.
+
+    Returns
+    -------
+    str
+        The settings in which it was not, in words; '' also for data made by hand, which says
+        nothing.
+    """
     have = dataset.config
     odd = [
         k
@@ -444,7 +806,23 @@ def resolve_crop(
 ) -> AEConfig:  # The same with a number of pixels, or None, in its place
     """Write down how images are cut, so that data opened later is cut the same way.
 
-    Raises ValueError if that is not known."""
+    Parameters
+    ----------
+    config : AEConfig
+        Configuration, perhaps with data.crop='auto'.
+    dataset : SliceDataset
+        Data as `open_dataset` gave it.
+
+    Returns
+    -------
+    AEConfig
+        The same with a number of pixels, or None, in its place.
+
+    Raises
+    ------
+    ValueError
+        If that is not known.
+    """
     if config.data.crop == 'auto':
         if dataset.config is None:
             raise ValueError(
@@ -468,7 +846,19 @@ def init_codebook_from_data(
     seed: int,  # Of the clustering
     chunk: int = 32,  # Images at a time
 ) -> None:
-    "Put a codebook where the fresh encoder's vectors are, before the first step."
+    """Put a codebook where the fresh encoder's vectors are, before the first step.
+
+    Parameters
+    ----------
+    model : VQVAE
+        Fresh; its codebook is replaced.
+    dataset : SliceDataset
+        Train split.
+    seed : int
+        Of the clustering.
+    chunk : int, default 32
+        Images at a time.
+    """
     batch = evenly_spaced_rows(dataset, 128)
     z, _ = in_chunks(infer(model, method='encode'), chunk)(batch['image'], batch)
     start_codebook(model.quantizer, rearrange(z, 'b d h w -> (b h w) d'), seed)

@@ -69,7 +69,20 @@ def mean_encoder(
 ) -> Callable[[dict], Tensor]:
     """What stage 2 sees of a slice.
 
-    Means, not samples: a sample puts noise into the target that no network can predict."""
+    Means, not samples: a sample puts noise into the target that no network can predict.
+
+    Parameters
+    ----------
+    model : Any
+        The trained autoencoder, on the device that computes.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+
+    Returns
+    -------
+    Callable[[dict], Tensor]
+        A batch of images and conditions in, latent means (b, c, h, w) out, float32, on the CPU.
+    """
     device, encode = next(model.parameters()).device, infer(model, precision, 'encode')
     mean = in_chunks(lambda x, cond: encode(x, cond)[0], 64)
     return lambda batch: mean(batch['image'].to(device), to_device(batch, device)).float().cpu()
@@ -82,7 +95,26 @@ def cache_latents(
     batch_size: int = 64,  # Images at a time
     progress: bool = True,  # Show a bar
 ) -> Tensor:  # Latent means (n, c, h, w), float32, on the CPU
-    "Encode every slice once, in memory."
+    """Encode every slice once, in memory.
+
+    Parameters
+    ----------
+    model : Autoencoder
+        The trained autoencoder.
+    dataset : SliceDataset
+        Rows to encode.
+    precision : str, default 'no'
+        Mixed precision to compute in.
+    batch_size : int, default 64
+        Images at a time.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        Latent means (n, c, h, w), float32, on the CPU.
+    """
     from brainldm.data import eval_batches
 
     encode, total = mean_encoder(model, precision), math.ceil(len(dataset) / batch_size)
@@ -104,7 +136,33 @@ def encode_rows(
 ) -> Tensor:  # What every image became (n, …), in order, read from the disk as it is needed
     """Encode every image once, each process its part, into one file that all read.
 
-    Raises OSError on a full disk."""
+    Parameters
+    ----------
+    encode : Callable[[dict], Tensor]
+        A batch of images and conditions in, a row for each out, on the CPU.
+    dataset : SliceDataset
+        Rows to encode.
+    file : Path
+        File to write, .npy; an old one goes.
+    acc : Accelerator
+        Whose processes share the work; all of them must call.
+    batch_size : int, default 64
+        Images at a time.
+    desc : str, default 'latents'
+        Of the bar.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    Tensor
+        What every image became (n, …), in order, read from the disk as it is needed.
+
+    Raises
+    ------
+    OSError
+        On a full disk.
+    """
     one, n = encode(dataset.__getitems__([0])).numpy(), len(dataset)
     if acc.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +186,25 @@ def latent_stats(
 ) -> tuple[Tensor, Tensor]:  # Mean and standard deviation of each channel, each (1, c, 1, 1)
     """What standardizes latents.
 
-    Source: Rombach et al. 2022, app. G, by channel. Raises ValueError on a dead channel."""
+    Parameters
+    ----------
+    latents : Tensor
+        Latent means of the train slices (n, c, h, w).
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Mean and standard deviation of each channel, each (1, c, 1, 1).
+
+    Raises
+    ------
+    ValueError
+        On a dead channel.
+
+    References
+    ----------
+    Rombach et al. 2022, app. G, by channel.
+    """
     mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
     dead = (~(std > 1e-6)).flatten().nonzero().flatten().tolist()  # also catches NaN
     if dead:
@@ -141,8 +217,19 @@ def latent_stats(
 
 # %% ../../nbs/engineering/32_stage2.ipynb #c1191cf1
 class LatentDataset(torch.utils.data.Dataset):
-    """Latents with their conditions: batches as from `SliceDataset`, with 'latent' instead of
-    'image'."""
+    """Latents with their conditions: batches as from `SliceDataset`, with 'latent' instead of 'image'.
+
+    Parameters
+    ----------
+    latents : Tensor
+        Latents (n, c, h, w), or codes.
+    conditions : dict[str, Tensor]
+        Encoded covariates, each (n,).
+    mean : Tensor | None, default None
+        What to subtract from each row (1, c, 1, 1); None: rows stay as they are.
+    std : Tensor | None, default None
+        What to divide it by then, same shape.
+    """
 
     def __init__(
         self,
@@ -161,7 +248,18 @@ class LatentDataset(torch.utils.data.Dataset):
         self,
         at: Tensor,  # Row numbers (b,)
     ) -> Tensor:  # Their latents (b, c, h, w), standardized
-        "Latents as the network sees them."
+        """Latents as the network sees them.
+
+        Parameters
+        ----------
+        at : Tensor
+            Row numbers (b,).
+
+        Returns
+        -------
+        Tensor
+            Their latents (b, c, h, w), standardized.
+        """
         return (
             self.latents[at] if self.mean is None else (self.latents[at] - self.mean).div_(self.std)
         )
@@ -177,7 +275,15 @@ def remove_folder(
 ) -> None:
     """Throw latents away after training.
 
-    A system that forbids it while they are open keeps them until the next run."""
+    A system that forbids it while they are open keeps them until the next run.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of files that are not needed any more.
+    acc : Accelerator
+        Whose first process does it, once all have come so far.
+    """
     acc.wait_for_everyone()
     if acc.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -191,7 +297,26 @@ def latent_splits(
     progress: bool = True,  # Show bars
     # Train, validate, mean and deviation by channel (1, c, 1, 1)
 ) -> tuple[LatentDataset, LatentDataset, Tensor, Tensor]:
-    "Encode train and validation slices, and standardize both by the train slices."
+    """Encode train and validation slices, and standardize both by the train slices.
+
+    Parameters
+    ----------
+    autoencoder : Autoencoder
+        Trained, on the device that computes.
+    dataset : SliceDataset
+        All splits.
+    folder : Path
+        Where the latents are kept while they are needed.
+    acc : Accelerator
+        Whose processes share the work.
+    progress : bool, default True
+        Show bars.
+
+    Returns
+    -------
+    tuple[LatentDataset, LatentDataset, Tensor, Tensor]
+        Train, validate, mean and deviation by channel (1, c, 1, 1).
+    """
     parts, encode = {o: dataset.subset(o) for o in ('train', 'validate')}, mean_encoder(
         autoencoder, acc.mixed_precision
     )
@@ -209,7 +334,22 @@ def unet_args(
     in_channels: int,  # Channels of the latents
     covariates: tuple[Covariate, ...],  # Covariates the network is conditioned on
 ) -> dict:  # Arguments of `build_denoiser`, beside the kind
-    "The part of a configuration that decides the architecture."
+    """The part of a configuration that decides the architecture.
+
+    Parameters
+    ----------
+    config : LDMConfig
+        The configuration.
+    in_channels : int
+        Channels of the latents.
+    covariates : tuple[Covariate, ...]
+        Covariates the network is conditioned on.
+
+    Returns
+    -------
+    dict
+        Arguments of `build_denoiser`, beside the kind.
+    """
     given = dict(in_channels=in_channels, covariates=covariates)
     return DENOISERS.arguments(config.denoiser, config, **given)
 
@@ -221,7 +361,25 @@ def build_denoiser(
     kind: str,  # 'unet', or one that you registered
     args: dict,  # As from `unet_args`
 ) -> Denoiser:  # With fresh weights
-    "Make a denoiser of a registered kind. Raises ValueError for another kind."
+    """Make a denoiser of a registered kind.
+
+    Parameters
+    ----------
+    kind : str
+        'unet', or one that you registered.
+    args : dict
+        As from `unet_args`.
+
+    Returns
+    -------
+    Denoiser
+        With fresh weights.
+
+    Raises
+    ------
+    ValueError
+        For another kind.
+    """
     model = DENOISERS.build(kind, args)
     check_protocol('build_denoiser', model, Denoiser)
     return model
@@ -233,8 +391,20 @@ def refuse_leak(
     run: str | Path = '',  # Run folder, which records in which rows data differ
     stage: str = 'autoencoder',  # Whose data they must be
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may
-    have been trained on there."""
+    """Refuse other data than that of stage 1, or other cuts of it: a subject held out here may have
+    been trained on there.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    dataset : SliceDataset
+        Data of the next stage.
+    run : str | Path, default ''
+        Run folder, which records in which rows data differ.
+    stage : str, default 'autoencoder'
+        Whose data they must be.
+    """
     differ = compare_given(run, stage, settings[stage]['data'], dataset)
     if differ:
         raise ValueError(
@@ -256,8 +426,20 @@ def note_changes(
     dataset: SliceDataset,  # Data at hand
     autoencoder: Autoencoder,  # Autoencoder at hand
 ) -> None:  # Nothing: it warns or returns
-    """Say what scores of a trained stage rest on: covariates that were corrected since, weights
-    that are not known."""
+    """Say what scores of a trained stage rest on: covariates that were corrected since, weights that
+    are not known.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    stage : str
+        'ldm' or 'prior'.
+    dataset : SliceDataset
+        Data at hand.
+    autoencoder : Autoencoder
+        Autoencoder at hand.
+    """
     known = read_config(run).get(stage)
     if known is None:
         return
@@ -279,7 +461,17 @@ def refuse_unfinished(
     images: int,  # Images that the stage has seen
     stage: str = 'autoencoder',  # 'autoencoder' or 'ldm'
 ) -> None:  # Nothing: it raises ValueError or returns
-    "Refuse to train on what will change when an earlier stage goes on."
+    """Refuse to train on what will change when an earlier stage goes on.
+
+    Parameters
+    ----------
+    settings : dict
+        config.json of the run.
+    images : int
+        Images that the stage has seen.
+    stage : str, default 'autoencoder'
+        'autoencoder' or 'ldm'.
+    """
     total = settings[stage]['config']['total_images']
     if images < total:
         raise ValueError(
@@ -294,8 +486,20 @@ def check_stage2(
     about: dict,  # Description of the autoencoder, as from `load_autoencoder`
     factor: int,  # The side of the images must be a multiple of this
 ) -> None:  # Nothing: it raises ValueError or returns
-    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder, images
-    of another size."""
+    """Refuse what no later stage can be trained on: other data, a half-trained autoencoder, images of
+    another size.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder with a trained autoencoder.
+    dataset : SliceDataset
+        Data of the next stage.
+    about : dict
+        Description of the autoencoder, as from `load_autoencoder`.
+    factor : int
+        The side of the images must be a multiple of this.
+    """
     settings = read_config(run)
     refuse_leak(settings, dataset, run)
     refuse_unfinished(settings, about['images'])
@@ -315,7 +519,19 @@ def check_latent_origin(
 ) -> None:  # Nothing: it raises or returns
     """Refuse to start from a network trained on the latents of an unrelated autoencoder.
 
-    Raises ValueError."""
+    Parameters
+    ----------
+    run : Path
+        Run whose stage 2 is to be trained.
+    source : Path
+        Run from whose stage 2 it is to start.
+    autoencoder : Autoencoder
+        Of the first.
+
+    Raises
+    ------
+    ValueError
+    """
     theirs = weights_hash(load_autoencoder(source)[0])
     origin = read_config(run)['autoencoder'].get('origin') or {}
     if theirs not in (weights_hash(autoencoder), origin.get('weights')):
@@ -330,7 +546,23 @@ def load_unet(
     run: Path,  # Run folder
     # The averaged network in evaluation mode on the CPU, and the description of its file
 ) -> tuple[Denoiser, dict]:
-    "Build the denoiser of a run from its file alone. Raises FileNotFoundError or ValueError."
+    """Build the denoiser of a run from its file alone.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+
+    Returns
+    -------
+    tuple[Denoiser, dict]
+        The averaged network in evaluation mode on the CPU, and the description of its file.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+    """
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
     DENOISERS[about.get('denoiser', 'unet')]  # refuses an unknown kind in its own words
     try:
@@ -353,7 +585,30 @@ def adopt_unet(
 ) -> dict:  # Where the weights came from, for config.json
     """Fill a denoiser with the averaged weights of another run.
 
-    Raises ValueError, or FileNotFoundError if there are none."""
+    Parameters
+    ----------
+    model : Denoiser
+        Fresh; filled in place.
+    config : LDMConfig
+        Says from which run.
+    args : dict
+        Arguments of `model`, as from `unet_args`.
+    run : Path
+        Run to train.
+    autoencoder : Autoencoder
+        Its autoencoder.
+
+    Returns
+    -------
+    dict
+        Where the weights came from, for config.json.
+
+    Raises
+    ------
+    ValueError
+    FileNotFoundError
+        If there are none.
+    """
     place = locate_run(config.init_from or '')
     source, about = load_unet(place)
     schedules = (
@@ -371,8 +626,21 @@ def preview_conditions(
     covariates: tuple[Covariate, ...],  # Covariates of the network
     columns: int = 6,  # Images in a row
 ) -> tuple[dict[str, Tensor], list[str]]:  # Encoded conditions, row after row, and a label a row
-    """Conditions for a grid of images: a row for each diagnosis, slices rising from left to right,
-    the rest left open."""
+    """Conditions for a grid of images: a row for each diagnosis, slices rising from left to right, the
+    rest left open.
+
+    Parameters
+    ----------
+    covariates : tuple[Covariate, ...]
+        Covariates of the network.
+    columns : int, default 6
+        Images in a row.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], list[str]]
+        Encoded conditions, row after row, and a label a row.
+    """
     named = {c.name: c for c in covariates}
     rows = list(named['diagnosis'].levels) if 'diagnosis' in named else ['']
     cond = {}
@@ -393,7 +661,28 @@ def validate_ldm(
     path: Path,  # Where the image goes
     # val_mse of the averaged network, on times and noise that are the same each time
 ) -> dict[str, float]:
-    "Validation pass of stage 2: error on held-out subjects, and generated images for the eye."
+    """Validation pass of stage 2: error on held-out subjects, and generated images for the eye.
+
+    Parameters
+    ----------
+    learner : Learner
+        The training so far.
+    held_out : LatentDataset
+        Validate latents.
+    decode : Callable
+        Latents to images.
+    config : LDMConfig
+        Schedule and preview.
+    covariates : tuple[Covariate, ...]
+        Covariates of the network.
+    path : Path
+        Where the image goes.
+
+    Returns
+    -------
+    dict[str, float]
+        val_mse of the averaged network, on times and noise that are the same each time.
+    """
     device = learner.accelerator.device
     unet = in_chunks(infer(learner.ema.module, learner.precision), config.batch_size)
     batch, gen = to_device(evenly_spaced_rows(held_out, 512), device), torch.Generator(
@@ -429,7 +718,21 @@ def save_ldm(
     std: Tensor,  # Standard deviation, same shape
     info: dict,  # Architecture, covariates, schedule
 ) -> None:
-    "Write what is needed to sample: averaged and last weights, latent statistics, description."
+    """Write what is needed to sample: averaged and last weights, latent statistics, description.
+
+    Parameters
+    ----------
+    path : Path
+        RUN/ldm.safetensors.
+    learner : Learner
+        The training so far.
+    mean : Tensor
+        Mean of each latent channel (1, c, 1, 1).
+    std : Tensor
+        Standard deviation, same shape.
+    info : dict
+        Architecture, covariates, schedule.
+    """
     tensors = {f'raw.{k}': v for k, v in learner.raw.state_dict().items()}
     tensors |= {f'ema.{k}': v for k, v in learner.ema.module.state_dict().items()}
     save_weights(
@@ -446,7 +749,26 @@ def load_denoiser(
 ) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
     """Build the denoiser of a run from its file alone.
 
-    Raises FileNotFoundError, or ValueError if it does not fit."""
+    Parameters
+    ----------
+    run : str | Path
+        Run folder.
+    latent_channels : int
+        Channels of its autoencoder's latents.
+    weights : str, default 'ema'
+        'ema': the average of the weights, or 'raw': the last ones.
+
+    Returns
+    -------
+    dict
+        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If it does not fit.
+    """
     check_choice('BrainLDM.load', 'weights', weights, ('ema', 'raw'))
     tensors, about = load_weights(Path(run) / 'ldm.safetensors')
     if about.get('kind') != 'ldm':

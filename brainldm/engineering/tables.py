@@ -156,7 +156,18 @@ def read_name(
     path: str,  # Path of a file, with / between folders
     # study, subject, session, run, image, kind (text or None); None for a name of no known study
 ) -> dict | None:
-    "Read off the path whose scan it is. The first study whose `subject` is found decides."
+    """Read off the path whose scan it is. The first study whose `subject` is found decides.
+
+    Parameters
+    ----------
+    path : str
+        Path of a file, with / between folders.
+
+    Returns
+    -------
+    dict | None
+        study, subject, session, run, image, kind (text or None); None for a name of no known study.
+    """
     text = re.sub(r'\.(?:nii(?:\.gz)?|png|jpe?g|img|hdr|mgz)$', '', path, flags=re.IGNORECASE)
     for study, parts in NAMES.items():
         found = {k: re.search(v, text, re.IGNORECASE) for k, v in parts.items()}
@@ -170,7 +181,18 @@ def read_name(
 def find_modality(
     text: str | None,  # Name of a file, or the `kind` in it
 ) -> str | None:  # Key of MODALITIES, or None
-    "Which contrast a name speaks of."
+    """Which contrast a name speaks of.
+
+    Parameters
+    ----------
+    text : str | None
+        Name of a file, or the `kind` in it.
+
+    Returns
+    -------
+    str | None
+        Key of MODALITIES, or None.
+    """
     words = re.split(r'[^a-z0-9-]+', text.lower() if isinstance(text, str) else '')
     words += [part for o in words for part in o.split('-')]
     return next((k for k, v in MODALITIES.items() for o in words if re.fullmatch(v, o)), None)
@@ -179,7 +201,18 @@ def find_modality(
 def session_names(
     part: pd.DataFrame,  # The files of one subject: session, run, image, kind
 ) -> tuple:  # A name for the session of each; why it cannot be done, or ''
-    "Name the files of one subject by visit and run."
+    """Name the files of one subject by visit and run.
+
+    Parameters
+    ----------
+    part : pd.DataFrame
+        The files of one subject: session, run, image, kind.
+
+    Returns
+    -------
+    tuple
+        A name for the session of each; why it cannot be done, or ''.
+    """
     run = ('run-' + part.run.astype(str)).where(part.run.notna(), '')
     visit = part.session.where(part.session.notna(), part.image.where(part.run.isna())).fillna('')
     label = (visit.astype(str) + ' ' + run).str.strip()
@@ -202,7 +235,18 @@ def name_sessions(
     # One row a file (or a stack of images): unit, subject, session, run, image, kind
     units: pd.DataFrame,
 ) -> tuple:  # Name of the session of each row; why a row is refused, '' where it is not
-    "Distinguish the files of every subject, or say why that cannot be done."
+    """Distinguish the files of every subject, or say why that cannot be done.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        One row a file (or a stack of images): unit, subject, session, run, image, kind.
+
+    Returns
+    -------
+    tuple
+        Name of the session of each row; why a row is refused, '' where it is not.
+    """
     label, refused = (pd.Series('', index=units.index) for _ in range(2))
     for subject, part in units.groupby('subject'):
         label[part.index], why = session_names(part)
@@ -218,7 +262,18 @@ def name_sessions(
 def mixed_contrasts(
     units: pd.DataFrame,  # One row a file: unit, kind
 ) -> pd.Series:  # Why a row is refused, by index; '' where it is not
-    "A model of one contrast needs one contrast: name the files that speak of another than most."
+    """A model of one contrast needs one contrast: name the files that speak of another than most.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        One row a file: unit, kind.
+
+    Returns
+    -------
+    pd.Series
+        Why a row is refused, by index; '' where it is not.
+    """
     seen = units.kind.map(find_modality)
     counts = seen.value_counts()
     refused = pd.Series('', index=units.index)
@@ -236,7 +291,18 @@ def mixed_contrasts(
 def strip_parts(
     unit: str,  # Name without suffix, perhaps with folders
 ) -> tuple:  # What is left, text of each part by what it seems to be
-    "Take what seems to be visit, run, contrast or image out of a name, but not its beginning."
+    """Take what seems to be visit, run, contrast or image out of a name, but not its beginning.
+
+    Parameters
+    ----------
+    unit : str
+        Name without suffix, perhaps with folders.
+
+    Returns
+    -------
+    tuple
+        What is left, text of each part by what it seems to be.
+    """
     first = re.split(r'[-_./ ]', unit)[0]
     rest, parts = unit[len(first) :], {}
     for what, pattern in PARTS.items():
@@ -251,7 +317,18 @@ def suspect_names(
 ) -> tuple:  # Why a name is refused, by name; a note or ''
     """Find names that are equal but for what seems to be a visit, a run, a contrast or an image.
 
-    Sure: refused; else noted."""
+    Sure: refused; else noted.
+
+    Parameters
+    ----------
+    units : list
+        Names without suffix of no known study.
+
+    Returns
+    -------
+    tuple
+        Why a name is refused, by name; a note or ''.
+    """
     table = pd.DataFrame([strip_parts(o) for o in units], columns=['base', 'parts'], index=units)
     size = table.groupby('base').base.transform('size')
     # what is left must look like a subject
@@ -288,7 +365,23 @@ def suspect_names(
 def name_columns(
     columns: list,  # Names as they stand in the table
 ) -> dict:  # Ours, by theirs
-    "Find the columns that have a meaning here. Raises ValueError where two claim one meaning."
+    """Find the columns that have a meaning here.
+
+    Parameters
+    ----------
+    columns : list
+        Names as they stand in the table.
+
+    Returns
+    -------
+    dict
+        Ours, by theirs.
+
+    Raises
+    ------
+    ValueError
+        Where two claim one meaning.
+    """
     plain = {o: re.sub(r'[\s_-]+', '_', o.strip().casefold()) for o in columns}
     out = {}
     for name, others in ALIASES.items():
@@ -313,7 +406,17 @@ def check_columns(
     needs: tuple,  # Columns that must be there
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse a table whose columns cannot be distinguished, and one that pandas has put together
-    wrongly."""
+    wrongly.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        As pandas read it, all text.
+    path : Path
+        Where from, for the message.
+    needs : tuple
+        Columns that must be there.
+    """
     names = ', '.join(table.columns)
     lost = [o for o in needs if o not in table]
     if lost:
@@ -350,7 +453,23 @@ def read_workbook(
 ) -> pd.DataFrame:  # All cells of one sheet as text; `attrs['notes']` says which sheet
     """Read the first sheet of a workbook, or the one sheet that has a column of subjects.
 
-    Raises ImportError without openpyxl, ValueError for a file that is no workbook."""
+    Parameters
+    ----------
+    path : Path
+        Excel workbook (.xlsx).
+
+    Returns
+    -------
+    pd.DataFrame
+        All cells of one sheet as text; `attrs['notes']` says which sheet.
+
+    Raises
+    ------
+    ImportError
+        Without openpyxl.
+    ValueError
+        For a file that is no workbook.
+    """
     try:
         sheets = pd.read_excel(
             path, sheet_name=None, dtype=str, keep_default_na=False, na_values=MISSING
@@ -385,8 +504,23 @@ def read_workbook(
 def read_cells(
     path: Path,  # Table with a line of names
 ) -> tuple:  # All cells as text, missing where nothing is known; what separates them
-    """Read a table separated by commas, or else by tabs or semicolons, whichever its first line
-    holds, or a sheet of a workbook. Raises ValueError."""
+    """Read a table separated by commas, or else by tabs or semicolons, whichever its first line holds,
+    or a sheet of a workbook.
+
+    Parameters
+    ----------
+    path : Path
+        Table with a line of names.
+
+    Returns
+    -------
+    tuple
+        All cells as text, missing where nothing is known; what separates them.
+
+    Raises
+    ------
+    ValueError
+    """
     if path.suffix.lower() == '.xlsx':
         return read_workbook(path), ','
     try:
@@ -418,7 +552,22 @@ def to_numbers(
     years: bool = False,  # `60Y` and `60 years` are 60
     comma: bool = False,  # `60,5` is 60.5
 ) -> pd.Series:  # Floats; NaN where a cell is missing, or no number
-    "Read a column of numbers. `None` stands for missing where everything else is a number."
+    """Read a column of numbers. `None` stands for missing where everything else is a number.
+
+    Parameters
+    ----------
+    cells : pd.Series
+        Text of one column.
+    years : bool, default False
+        `60Y` and `60 years` are 60.
+    comma : bool, default False
+        `60,5` is 60.5.
+
+    Returns
+    -------
+    pd.Series
+        Floats; NaN where a cell is missing, or no number.
+    """
     text = cells.replace('None', np.nan)
     if years:
         text = text.str.replace(r'(?i)^(\d+(?:[.,]\d+)?) ?(?:y|yr|yrs|years?)$', r'\1', regex=True)
@@ -433,7 +582,24 @@ def wrong_cell(
     bad: pd.Series,  # True where it is bad
     path: Path,  # Where from
 ) -> str:  # What stands where, and what to do
-    "Say which line of a table is wrong."
+    """Say which line of a table is wrong.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        All text; the index counts lines below the first.
+    col : str
+        Column with a bad cell.
+    bad : pd.Series
+        True where it is bad.
+    path : Path
+        Where from.
+
+    Returns
+    -------
+    str
+        What stands where, and what to do.
+    """
     who = f" of subject '{table.subject[bad].iloc[0]}'" if 'subject' in table else ''
     expected = dict(
         age='years from 0, or a blank; 89+ is no number',
@@ -454,7 +620,23 @@ def read_table(
 ) -> pd.DataFrame:
     """Read a table; subjects stay text, so '001' keeps its zeros.
 
-    Raises ValueError naming the line that is wrong."""
+    Parameters
+    ----------
+    path : str | Path
+        Table: CSV, TSV or .xlsx.
+    needs : tuple
+        Columns that must be there, without blanks.
+
+    Returns
+    -------
+    pd.DataFrame
+        Text, and floats where a whole column reads as numbers; `attrs['notes']` has sentences.
+
+    Raises
+    ------
+    ValueError
+        Naming the line that is wrong.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -495,7 +677,18 @@ OASIS_COLUMNS = {'etiv', 'nwbv', 'asf'}
 def recognize_study(
     table: pd.DataFrame,  # As from `read_table`, with a column `subject`
 ) -> str | None:  # 'OASIS', 'ADNI' or 'BIDS'; None for any other table
-    "Name the study of a table: by its subjects, or by columns that only one study has."
+    """Name the study of a table: by its subjects, or by columns that only one study has.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        As from `read_table`, with a column `subject`.
+
+    Returns
+    -------
+    str | None
+        'OASIS', 'ADNI' or 'BIDS'; None for any other table.
+    """
     names = table.subject.dropna().astype(str)
     for study, pattern in (
         ('OASIS', r'(?:sub-)?OAS[1-4]_?\d{4}.*'),
@@ -515,7 +708,18 @@ RATING_VALUES = (0, 0.5, 1, 2, 3)
 def derive_diagnosis(
     table: pd.DataFrame,  # As from `read_table`, with a column `subject`
 ) -> tuple:  # The table, with a diagnosis where the study's rule gives one; sentences
-    "Read the diagnosis of OASIS off its rating of dementia, where the table has no diagnosis."
+    """Read the diagnosis of OASIS off its rating of dementia, where the table has no diagnosis.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        As from `read_table`, with a column `subject`.
+
+    Returns
+    -------
+    tuple
+        The table, with a diagnosis where the study's rule gives one; sentences.
+    """
     ratings = [o for o in table if str(o).casefold() in RATINGS]
     if not ratings:
         return table, []
@@ -543,7 +747,20 @@ def describe_columns(
     table: pd.DataFrame,  # As from `read_table`, with a column `subject`
     derived: list,  # Sentences of `derive_diagnosis`
 ) -> list:  # One sentence, or none where every column has our own name
-    "Say which study a table looks like, and which of its columns is taken for what."
+    """Say which study a table looks like, and which of its columns is taken for what.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        As from `read_table`, with a column `subject`.
+    derived : list
+        Sentences of `derive_diagnosis`.
+
+    Returns
+    -------
+    list
+        One sentence, or none where every column has our own name.
+    """
     study, called = recognize_study(table), table.attrs['called']
     plain = {k: v for k, v in called.items() if v.strip().casefold() != k}
     parts = [f'{k} = {v}' for k, v in plain.items()]
@@ -567,7 +784,25 @@ def key_columns(
     table: pd.DataFrame,  # With subject, and perhaps image and session
     path: Path,  # Where from, for the message
 ) -> str | list:  # 'image', 'subject', or both subject and session
-    "Which columns distinguish the rows of a table. Raises ValueError if none does."
+    """Which columns distinguish the rows of a table.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        With subject, and perhaps image and session.
+    path : Path
+        Where from, for the message.
+
+    Returns
+    -------
+    str | list
+        'image', 'subject', or both subject and session.
+
+    Raises
+    ------
+    ValueError
+        If none does.
+    """
     some = 'session' in table and 'image' in table and table.image.isna().any()
     key = 'image' if 'image' in table and not some else 'subject'
     twice = table[key][table[key].duplicated() | table[key].isna()]
@@ -592,7 +827,20 @@ def add_sessions(
 ) -> tuple:  # With a row for each session that has facts of its own, below; sentences
     """Add what BIDS says of single sessions: sub-01/sub-01_sessions.tsv, such as the age at each.
 
-    The rows of participants stay, without a session: they hold for all sessions not listed."""
+    The rows of participants stay, without a session: they hold for all sessions not listed.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        The participants of a BIDS folder, as from `read_table`.
+    folder : Path
+        That folder.
+
+    Returns
+    -------
+    tuple
+        With a row for each session that has facts of its own, below; sentences.
+    """
     files = sorted(folder.glob('sub-*/sub-*_sessions.tsv'))
     if not files or 'session' in table:
         return table, []
@@ -612,7 +860,20 @@ def note_levels(
     table: pd.DataFrame,  # The participants of a BIDS folder, as from `read_table`
     folder: Path,  # That folder
 ) -> list:  # One sentence, or none
-    "Say what the codes in a column mean, as participants.json has it. The codes stay as they are."
+    """Say what the codes in a column mean, as participants.json has it. The codes stay as they are.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        The participants of a BIDS folder, as from `read_table`.
+    folder : Path
+        That folder.
+
+    Returns
+    -------
+    list
+        One sentence, or none.
+    """
     try:
         about = json.loads((folder / 'participants.json').read_text(encoding='utf-8'))
         called = table.attrs['called'].items()
@@ -632,7 +893,24 @@ def read_subjects(
     # Covariates, indexed by image, by subject and session, or by subject (text); `attrs` say from
     # which file, what was derived, and in sentences what was taken for what
 ) -> pd.DataFrame:
-    "Read the facts about each subject, visit or image. Raises ValueError if one has two rows."
+    """Read the facts about each subject, visit or image.
+
+    Parameters
+    ----------
+    path : Path
+        Table with a column `subject`, and `image` where it has one row an image.
+
+    Returns
+    -------
+    pd.DataFrame
+        Covariates, indexed by image, by subject and session, or by subject (text); `attrs` say from
+        which file, what was derived, and in sentences what was taken for what.
+
+    Raises
+    ------
+    ValueError
+        If one has two rows.
+    """
     table = read_table(path, ('subject',))
     taken = [o for o in ('path', 'plane', 'slice', 'hash') if o in table]
     if taken:
@@ -669,7 +947,20 @@ def match_images(
 ) -> pd.Series:  # The table's name of each row, missing where it has none
     """Find each file in a table of images, by its path, name, image id, or subject and visit.
 
-    I218391 finds 218391, and the other way round."""
+    I218391 finds 218391, and the other way round.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        One row a file: unit, path, subject, session, image.
+    table : pd.DataFrame
+        Indexed by image.
+
+    Returns
+    -------
+    pd.Series
+        The table's name of each row, missing where it has none.
+    """
     known = {
         **{o[1:]: o for o in table.index if re.fullmatch(r'I\d+', o)},
         **{'I' + o: o for o in table.index if re.fullmatch(r'\d{3,}', o)},
@@ -706,7 +997,20 @@ def same_level(
     a: pd.Series,  # Diagnoses of folders or of a manifest
     b: pd.Series,  # Of a table
 ) -> pd.Series:  # True where both mean one diagnosis
-    "Compare diagnoses of two sources: NC, CN and control are one, and LMCI is an MCI."
+    """Compare diagnoses of two sources: NC, CN and control are one, and LMCI is an MCI.
+
+    Parameters
+    ----------
+    a : pd.Series
+        Diagnoses of folders or of a manifest.
+    b : pd.Series
+        Of a table.
+
+    Returns
+    -------
+    pd.Series
+        True where both mean one diagnosis.
+    """
     words = {o: group[0] for group in SAME_LEVELS for o in group}
     plain = lambda o: words.get(str(o).strip().casefold(), str(o).strip().casefold())
     mine, its = a.map(plain), b.map(plain)
@@ -716,7 +1020,18 @@ def same_level(
 def file_of(
     table: pd.DataFrame,  # From `read_subjects`
 ) -> str:  # Its file in brackets, or nothing
-    "Where a table is from, for a message."
+    """Where a table is from, for a message.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    str
+        Its file in brackets, or nothing.
+    """
     return f" ({table.attrs['file']})" if 'file' in table.attrs else ''
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00052a
@@ -744,8 +1059,22 @@ def match_names(
     # Name in the table by name in the data, for those that have one; what was done, or could not
     # safely be done, or ''
 ) -> tuple:
-    """Find the names of one list in another: letter by letter, or simplified by the step that is
-    safe and finds most."""
+    """Find the names of one list in another: letter by letter, or simplified by the step that is safe
+    and finds most.
+
+    Parameters
+    ----------
+    names : list
+        Subjects of the data.
+    others : list
+        Subjects of a table.
+
+    Returns
+    -------
+    tuple
+        Name in the table by name in the data, for those that have one; what was done, or could not
+        safely be done, or ''.
+    """
     mine, its = ({o: o for o in sorted(set(part))} for part in (names, others))
     n, best, changed, note = len(mine), {o: o for o in mine if o in its}, {}, ''
     for word, step in NAME_STEPS.items() if len(best) < n else ():
@@ -775,7 +1104,18 @@ def match_names(
 def visit_key(
     session,  # Name of a visit, in a table or in a path
 ) -> str:  # The same without ses-, case and leading zeros; bl is m0
-    "Make the names of visits comparable: ses-M00, m00 and bl are one; '' where none is given."
+    """Make the names of visits comparable: ses-M00, m00 and bl are one; '' where none is given.
+
+    Parameters
+    ----------
+    session
+        Name of a visit, in a table or in a path.
+
+    Returns
+    -------
+    str
+        The same without ses-, case and leading zeros; bl is m0.
+    """
     if session is None or session != session:
         return ''
     text = re.sub(r'^ses-', '', str(session).strip().casefold())
@@ -789,7 +1129,20 @@ def row_keys(
 ) -> tuple:  # The table's key of each row, missing where it has none; sentences
     """Find the line of a table that speaks of each row, by `match_names` and `visit_key`.
 
-    A line without a session speaks of all visits that have no line of their own."""
+    A line without a session speaks of all visits that have no line of their own.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject, and session or listed where known.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        The table's key of each row, missing where it has none; sentences.
+    """
     if table.index.name == 'image':
         return rows.listed, []
     subjects = table.index.get_level_values(0)
@@ -808,7 +1161,18 @@ def row_keys(
 def steady_facts(
     table: pd.DataFrame,  # Indexed by subject and session
 ) -> pd.DataFrame:  # Indexed by subject: what all rows of a subject that know it agree on
-    "What a table says of a subject whatever the visit."
+    """What a table says of a subject whatever the visit.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        Indexed by subject and session.
+
+    Returns
+    -------
+    pd.DataFrame
+        Indexed by subject: what all rows of a subject that know it agree on.
+    """
     agreed = lambda o: o.dropna().iloc[0] if o.nunique() == 1 else None
     facts = {k: table[k].groupby(level=0).agg(agreed) for k in table}
     kinds = {k: table[k].dtype for k in facts}
@@ -822,7 +1186,20 @@ def fit_visits(
     rows: pd.DataFrame,  # Rows with subject, and session where known
     table: pd.DataFrame,  # From `read_subjects`
 ) -> tuple:  # The table, with one row a subject where no visit is known by its name; sentences
-    "Use what a table says of subjects where data and table name their visits by two systems."
+    """Use what a table says of subjects where data and table name their visits by two systems.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject, and session where known.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        The table, with one row a subject where no visit is known by its name; sentences.
+    """
     if table.index.nlevels == 1 or row_keys(rows, table)[0].notna().any():
         return table, []
     steady = steady_facts(table)
@@ -843,7 +1220,20 @@ def fit_images(
     table: pd.DataFrame,  # From `read_subjects`
 ) -> tuple:  # The table, by subject (and session) where no image of it is in the data; sentences
     """Read a table of images as one of subjects, where the files have lost the names of the images:
-    002_S_0295.nii.gz instead of I45112."""
+    002_S_0295.nii.gz instead of I45112.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with subject, and listed where a table of images has them.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        The table, by subject (and session) where no image of it is in the data; sentences.
+    """
     if table.index.name != 'image' or rows.listed.notna().any():
         return table, []
     visits = table.assign(session=table.session if 'session' in table else '')
@@ -862,7 +1252,22 @@ def describe_match(
     known: pd.Series,  # True where the table speaks of a row
     table: pd.DataFrame,  # From `read_subjects`
 ) -> tuple:  # Faults, notes
-    "Say how well data and table fit: no subject in common is a fault, few are worth a look."
+    """Say how well data and table fit: no subject in common is a fault, few are worth a look.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with a column `subject`.
+    known : pd.Series
+        True where the table speaks of a row.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        Faults, notes.
+    """
     n, lost = rows.subject.nunique(), sorted(rows.subject[~known].unique())
     if not lost:
         return as_faults([]), []
@@ -901,7 +1306,27 @@ def join_column(
 ) -> tuple:  # The values to take; sentences
     """Put together what folders or a manifest say, and what a table says.
 
-    Raises ValueError where they disagree."""
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with a column `subject`.
+    col : str
+        Name of a column.
+    new : pd.Series
+        What the table says of each row.
+    derived : bool
+        Whether the table says it by a rule only.
+
+    Returns
+    -------
+    tuple
+        The values to take; sentences.
+
+    Raises
+    ------
+    ValueError
+        Where they disagree.
+    """
     if col not in rows or not rows[col].notna().any():
         return new, []
     if col == 'split':
@@ -934,8 +1359,25 @@ def join_subjects(
 ) -> tuple:  # Rows with the covariates, faults, notes
     """Add what is known of each subject, visit or image.
 
-    `attrs['table']` of the rows says which table that was, and how many subjects it knows. Raises
-    ValueError where two sources disagree."""
+    `attrs['table']` of the rows says which table that was, and how many subjects it knows.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with a column `subject`.
+    table : pd.DataFrame
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        Rows with the covariates, faults, notes.
+
+    Raises
+    ------
+    ValueError
+        Where two sources disagree.
+    """
     table, lost = fit_images(rows, table)
     table, visits = fit_visits(rows, table)
     key, said = row_keys(rows, table)
@@ -963,7 +1405,20 @@ def read_units(
     rows: pd.DataFrame,
     # One row a unit: path, subject, session, run, image, kind; True where a study's rule was found
 ) -> tuple:
-    "Read the name of every file, or of every stack of images."
+    """Read the name of every file, or of every stack of images.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, unit (what one volume or stack is called), place, and subject where nothing
+        better is known.
+
+    Returns
+    -------
+    tuple
+        One row a unit: path, subject, session, run, image, kind; True where a study's rule was
+        found.
+    """
     units = rows.drop_duplicates('unit').set_index('unit', drop=False)
     read = pd.DataFrame(
         [read_name(o) or {} for o in units.place],
@@ -992,8 +1447,22 @@ def name_subjects(
     rows: pd.DataFrame,
     table: pd.DataFrame | None = None,  # From `read_subjects`
 ) -> tuple:  # Rows with subject and session, faults, notes
-    """Settle whose scan each row is: a table of images decides, then the name of a known study,
-    then the name as it is."""
+    """Settle whose scan each row is: a table of images decides, then the name of a known study, then
+    the name as it is.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with path, unit (what one volume or stack is called), subject where nothing better is
+        known.
+    table : pd.DataFrame | None, default None
+        From `read_subjects`.
+
+    Returns
+    -------
+    tuple
+        Rows with subject and session, faults, notes.
+    """
     units, known = read_units(rows)
     lost, notes = [], []
     if table is not None and table.index.name == 'image':
@@ -1035,7 +1504,23 @@ def read_names(
     path: Path,  # Table
     # Its columns subject and image, as text; None where it has no subjects
 ) -> pd.DataFrame | None:
-    "Whom a table speaks of. Raises ImportError for a workbook without openpyxl."
+    """Whom a table speaks of.
+
+    Parameters
+    ----------
+    path : Path
+        Table.
+
+    Returns
+    -------
+    pd.DataFrame | None
+        Its columns subject and image, as text; None where it has no subjects.
+
+    Raises
+    ------
+    ImportError
+        For a workbook without openpyxl.
+    """
     try:
         table = read_cells(path)[0].rename(columns=lambda o: str(o).strip())
         ours = name_columns(table.columns.unique().tolist())
@@ -1052,7 +1537,20 @@ def count_matches(
     units: pd.DataFrame,  # As from `read_units`
     names: pd.DataFrame,  # As from `read_names`
 ) -> int:  # Subjects (or units, for a table of images) that the table has
-    "How much of the data a table speaks of."
+    """How much of the data a table speaks of.
+
+    Parameters
+    ----------
+    units : pd.DataFrame
+        As from `read_units`.
+    names : pd.DataFrame
+        As from `read_names`.
+
+    Returns
+    -------
+    int
+        Subjects (or units, for a table of images) that the table has.
+    """
     if 'image' in names and names.image.notna().any():
         listed = names.dropna(subset='image').drop_duplicates('image').set_index('image')
         found = int(match_images(units, listed).notna().sum())
@@ -1066,7 +1564,18 @@ def count_matches(
 def near_tables(
     root: Path,  # Data folder
 ) -> list:  # Paths of tables in it and one folder below, with / between folders
-    "Where a table of subjects may lie."
+    """Where a table of subjects may lie.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+
+    Returns
+    -------
+    list
+        Paths of tables in it and one folder below, with / between folders.
+    """
     near = [*root.glob('*'), *root.glob('*/*')]
     return sorted(
         o.relative_to(root).as_posix()
@@ -1084,7 +1593,23 @@ def find_subject_table(
 ) -> tuple:  # Path of the table of subjects, or None; sentences
     """Find the one table, in a folder or one folder below, that names subjects of the data.
 
-    Raises ValueError where two do."""
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    rows : pd.DataFrame
+        Rows with path, unit, place and subject.
+
+    Returns
+    -------
+    tuple
+        Path of the table of subjects, or None; sentences.
+
+    Raises
+    ------
+    ValueError
+        Where two do.
+    """
     tables, units, found, notes = near_tables(root), read_units(rows)[0], {}, []
     for path in tables:
         try:
@@ -1117,7 +1642,20 @@ def note_unknown_covariates(
     rows: pd.DataFrame,  # Rows with all that is known
     table: pd.DataFrame | None,  # From `read_subjects`, if there was one
 ) -> list:  # One sentence, or none
-    "Name the usual covariates that are not known of any subject, and so will not be learned."
+    """Name the usual covariates that are not known of any subject, and so will not be learned.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        Rows with all that is known.
+    table : pd.DataFrame | None
+        From `read_subjects`, if there was one.
+
+    Returns
+    -------
+    list
+        One sentence, or none.
+    """
     usual = ('diagnosis', 'age', 'sex')
     lacking = [o for o in usual if o not in rows or rows[o].isna().all()]
     why = 'no table of subjects is read'
