@@ -223,8 +223,8 @@ def test_full_disk_keeps_the_last_good_state(name, after, newest, dataset, tmp_p
         with pytest.raises(
             OSError,
             match=(
-                f'No space left on device while writing .*{name}.*make room, then go on with'
-                ' --resume'
+                f'No space left on device while writing .*{name}.*make room, then run the'
+                r' command again .a training: with --resume'
             ),
         ) as e:
             train_autoencoder(dataset, tmp_path / 'run', AE, progress=False)
