@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from nibabel.spatialimages import SpatialImage
 
 # %% auto #0
-__all__ = ['PLANES', 'VERSION', 'MAX_VOXEL_MM', 'MIN_EXTENT_MM', 'FLAT_FRACTION', 'CT_AIR', 'STRIPPED', 'WHITE', 'LIMITS',
-           'MEANING', 'Template', 'load_template', 'Scan', 'flat_fraction', 'refuse_head', 'canonical_head',
+__all__ = ['PLANES', 'VERSION', 'MAX_VOXEL_MM', 'MIN_EXTENT_MM', 'FLAT_FRACTION', 'MIN_LEVELS', 'CT_AIR', 'STRIPPED', 'WHITE',
+           'LIMITS', 'MEANING', 'Template', 'load_template', 'Scan', 'flat_fraction', 'refuse_head', 'canonical_head',
            'load_extractor', 'network_mask', 'extract_brain', 'to_itk', 'from_itk', 'correct_bias', 'coarsen',
            'align_brain', 'ras_matrix', 'resample_brain', 'white_mode', 'scale_white_matter', 'edge_area',
            'measure_quality', 'check_quality', 'Prepared', 'prepare_head']
@@ -79,6 +79,7 @@ MAX_VOXEL_MM = 4.0  # Thicker slices have no anatomy between them
 MIN_EXTENT_MM = 110.0  # A brain is at least 120 mm wide; heads of macaques end at about 100
 # Label maps: 0.7 and more of the foreground equals its neighbors; T1: below 0.1
 FLAT_FRACTION = 0.5
+MIN_LEVELS = 32  # The coarsest real head tried has 76 intensities; maps of tissues 3 to 10 labels
 CT_AIR = -500.0  # Hounsfield units; air is -1000
 
 
@@ -167,6 +168,12 @@ def refuse_head(
             'contrast',
             f'values down to {scan.voxels.min():.0f}, as in the Hounsfield units of a CT; expected'
             ' a T1-weighted MR image',
+        )
+    levels = len(np.unique(scan.voxels[::2, ::2, ::2]))
+    if levels < MIN_LEVELS:
+        raise DataFault(
+            'label map',
+            f'{levels} different values, as in a segmentation; expected an image of intensities',
         )
     flat = flat_fraction(scan.voxels)
     if flat > FLAT_FRACTION:
