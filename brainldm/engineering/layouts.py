@@ -90,8 +90,9 @@ NO_SUBJECT = (
 )
 # Folders that are a class, and so the diagnosis, of the volumes below them
 CLASS_FOLDER = (
-    r'AD|NC|CN|HC|[EL]?MCI|SMC|SCD|FTD|PD|controls?|normals?|healthy|patients?|'
-    r'(?:(?:non|mild|moderate|very[ _-]?mild)[ _-]?)?(?:demented|dementia)'
+    r'ADD?|NC|CN|CU|HC|[ELSP]?MCI|SMC|SCD|FTD|PD|DLB|LBD|MS|SZ|ASD|TD|controls?|normals?|patients?|'
+    r"(?:cognitively[ _-]*)?(?:healthy|normal)|alzheimer(?:'?s)?(?:[ _-]*disease)?|converted|"
+    r'(?:(?:non?|very|mild|moderate)[ _-]*)*(?:demented|dementia|impair(?:ed|ment))'
 )
 # Files of scanners and other programs, by suffix: what `brainldm prepare` makes volumes of
 RAW = {
