@@ -157,33 +157,56 @@ def test_two_processes_draw_what_one_draws(one_and_two, tmp_path):
 
 PLACES = """
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
+
 import torch
+
 from brainldm.engineering.devices import pick_device
 from brainldm.engineering.loop import process_state
-real = torch.zeros                                                             # a machine with two GPUs, as far as it is asked
+
+zeros_of_torch = torch.zeros
+
+
 def zeros(*args, device=None, **kwargs):
-    return SimpleNamespace(device=torch.device(device)) if 'cuda' in str(device) else real(*args, device=device, **kwargs)
-torch.cuda.is_available,torch.cuda.device_count,torch.zeros = (lambda: True),(lambda: 2),zeros
-print('takes', pick_device(), flush=True)
-os.environ['ACCELERATE_USE_CPU'] = 'true'                                      # as `accelerate launch --cpu` does
-before,state,after = pick_device(),process_state(),pick_device()
-print('of', state.num_processes, before, state.device.type, after, flush=True)
+    if 'cuda' in str(device):
+        return SimpleNamespace(device=torch.device(device))
+    return zeros_of_torch(*args, device=device, **kwargs)
+
+
+# a machine with two GPUs, as far as it is asked
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 2
+torch.zeros = zeros
+taken = pick_device()
+# as `accelerate launch --cpu` does
+os.environ['ACCELERATE_USE_CPU'] = 'true'
+before = pick_device()
+state = process_state()
+after = pick_device()
+seen = f'takes {taken}, of {state.num_processes}: {before} {state.device.type} {after}'
+Path(sys.argv[1], os.environ['LOCAL_RANK']).write_text(seen)
 """
 
 
 def test_each_process_takes_its_own_device(tmp_path):
     """Two processes: each its own GPU before anything has set accelerate up, and what accelerate
-    says afterwards."""
+    says afterwards. Each writes a file of its own: lines of two processes mix in one pipe."""
     script = tmp_path / 'places.py'
     script.write_text(PLACES)
+    seen = tmp_path / 'seen'
+    seen.mkdir()
     alone = {k: v for k, v in ENV.items() if k != 'ACCELERATE_USE_CPU'}
     done = subprocess.run(
-        [sys.executable, *TWO, str(script)], capture_output=True, text=True, timeout=200, env=alone
+        [sys.executable, *TWO, str(script), str(seen)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=alone,
     )
-    assert sorted(done.stdout.splitlines()) == ['of 2 cpu cpu cpu'] * 2 + [
-        'takes cuda:0',
-        'takes cuda:1',
-    ], (
-        done.stdout + done.stderr
-    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {o.name: o.read_text() for o in seen.iterdir()} == {
+        '0': 'takes cuda:0, of 2: cpu cpu cpu',
+        '1': 'takes cuda:1, of 2: cpu cpu cpu',
+    }
