@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .engineering.extending import AUTOENCODERS, DENOISERS, Autoencoder, Denoiser
+from .engineering.augmentation import augment_batch
 from .engineering.configs import AEConfig, LDMConfig
 from .engineering.covariates import Covariate
 from .data import SliceDataset
@@ -293,6 +294,8 @@ def autoencoder_loss(
     ----------
     Esser et al. 2021, eq. 5-7.
     """
+    if config.augment:
+        batch = augment_batch(batch, config.augment, generator)
     recon, loss, logs = reconstruction_loss(model, batch, generator, seen, config)
     if discriminator is None or seen < config.adversarial_start - config.discriminator_warmup:
         return loss, logs
@@ -450,7 +453,8 @@ def condition_dropout_mask(
 # %% ../nbs/06_training.ipynb #c44953a1
 def prediction_error(
     model: Callable[..., Tensor],  # A UNet
-    batch: dict[str, Tensor],  # 'latent' (b, c, h, w) and encoded covariates, each (b,)
+    # 'latent' (b, c, h, w), encoded covariates, each (b,), and perhaps 'augmentation' (b, k)
+    batch: dict[str, Tensor],
     t: Tensor,  # Timesteps (b,)
     eps: Tensor,  # Standard normal noise, shape of the latents
     drop: Tensor,  # True where a covariate is hidden (b, n)
@@ -464,7 +468,7 @@ def prediction_error(
     model : Callable[..., Tensor]
         A UNet.
     batch : dict[str, Tensor]
-        'latent' (b, c, h, w) and encoded covariates, each (b,).
+        'latent' (b, c, h, w), encoded covariates, each (b,), and perhaps 'augmentation' (b, k).
     t : Tensor
         Timesteps (b,).
     eps : Tensor
@@ -486,9 +490,9 @@ def prediction_error(
     Ho et al. 2020, eq. 14.
     """
     x0 = batch['latent']
-    pred = model(
-        add_noise(x0, eps, t, schedule.abar), t, {c.name: batch[c.name] for c in covariates}, drop
-    )
+    names = [*(c.name for c in covariates), 'augmentation']
+    cond = {k: batch[k] for k in names if k in batch}
+    pred = model(add_noise(x0, eps, t, schedule.abar), t, cond, drop)
     return (
         (pred.float() - targets(x0, eps, t, schedule.abar, schedule.prediction_type))
         .square()
@@ -638,7 +642,7 @@ def train_ldm(
         return learner.ema.module.eval()
     autoencoder.to(learner.accelerator.device)
     train, held_out, mean, std = latent_splits(
-        autoencoder, dataset, run / 'state' / 'latents', learner.accelerator, progress
+        autoencoder, dataset, run / 'state' / 'latents', learner.accelerator, config, progress
     )
     answer = infer(autoencoder, learner.precision, 'decode')
     info = dict(

@@ -22,6 +22,7 @@ def check_condition_tensors(
     drop: Tensor | None,  # Tokens to drop
     batch_size: int,  # b
     names: list[str],  # Covariates of the network
+    augmentations: int = 0,  # Parameters of an augmentation that it is conditioned on
 ) -> None:  # Nothing: it raises ValueError or returns
     """Refuse covariates that the network was not built for, and values or a `drop` of another shape.
 
@@ -35,21 +36,26 @@ def check_condition_tensors(
         b.
     names : list[str]
         Covariates of the network.
+    augmentations : int, default 0
+        Parameters of an augmentation that it is conditioned on.
 
     Raises
     ------
     ValueError
     """
-    unknown = [k for k in cond or {} if k not in names]
+    shapes = {k: (batch_size,) for k in names}
+    if augmentations:
+        shapes['augmentation'] = (batch_size, augmentations)
+    unknown = [k for k in cond or {} if k not in shapes]
     if unknown:
         raise ValueError(
-            f"UNet: cond holds {unknown}. Expected some of {names}. "
+            f"UNet: cond holds {unknown}. Expected some of {[*shapes]}. "
             "Check the names, or build the network with these covariates."
         )
     for k, v in (cond or {}).items():
-        if v.shape != (batch_size,):
+        if v.shape != shapes[k]:
             raise ValueError(
-                f"UNet: cond['{k}'] of shape {tuple(v.shape)}. Expected ({batch_size},). Give one"
+                f"UNet: cond['{k}'] of shape {tuple(v.shape)}. Expected {shapes[k]}. Give one"
                 " value for each latent."
             )
     if drop is not None and (drop.shape != (batch_size, len(names)) or drop.dtype != torch.bool):
@@ -192,6 +198,8 @@ class ConditionEmbedding(nn.Module):
         Covariates, in the order of `drop`; may be empty.
     cond_channels : int
         Length of a covariate token.
+    augmentations : int, default 0
+        Parameters of an augmentation; 0: no training augments.
     """
 
     def __init__(
@@ -201,6 +209,7 @@ class ConditionEmbedding(nn.Module):
         # Covariates, in the order of `drop`; may be empty
         covariates: tuple[Covariate, ...],
         cond_channels: int,  # Length of a covariate token
+        augmentations: int = 0,  # Parameters of an augmentation; 0: no training augments
     ):
         super().__init__()
         self.channels, self.names = channels, [c.name for c in covariates]
@@ -209,12 +218,16 @@ class ConditionEmbedding(nn.Module):
         )
         self.conditioner = Conditioner(covariates, cond_channels) if covariates else None
         self.proj = nn.Linear(cond_channels, emb_channels) if covariates else None
+        self.augmentations = augmentations
+        # without bias: an image that was not augmented adds exactly nothing
+        self.augment = nn.Linear(augmentations, emb_channels, bias=False) if augmentations else None
 
     def forward(
         self,
         x: Tensor,  # Noised latents (b, c, h, w), for their dtype and number
         t: Tensor,  # Timesteps (b,)
-        cond: dict[str, Tensor] | None,  # Encoded covariates by name, each (b,)
+        # Encoded covariates by name, each (b,), and perhaps 'augmentation' (b, augmentations)
+        cond: dict[str, Tensor] | None,
         drop: Tensor | None,  # True where a token is to be dropped (b, n)
         # Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None
     ) -> tuple[Tensor, Tensor | None]:
@@ -227,7 +240,7 @@ class ConditionEmbedding(nn.Module):
         t : Tensor
             Timesteps (b,).
         cond : dict[str, Tensor] | None
-            Encoded covariates by name, each (b,).
+            Encoded covariates by name, each (b,), and perhaps 'augmentation' (b, augmentations).
         drop : Tensor | None
             True where a token is to be dropped (b, n).
 
@@ -236,11 +249,15 @@ class ConditionEmbedding(nn.Module):
         tuple[Tensor, Tensor | None]
             Embedding (b, emb_channels), and tokens (b, n, cond_channels) or None.
         """
-        check_condition_tensors(cond, drop, len(x), self.names)
+        check_condition_tensors(cond, drop, len(x), self.names, self.augmentations)
         emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
+        given = dict(cond or {})
+        how = given.pop('augmentation', None)
+        if self.augment is not None and how is not None:
+            emb = emb + self.augment(how.to(emb.dtype))
         if self.conditioner is None or self.proj is None:
             return emb, None
-        tokens = self.conditioner(cond or {}, len(x), drop)
+        tokens = self.conditioner(given, len(x), drop)
         return emb + self.proj(tokens.mean(1)), tokens
 
 # %% ../nbs/05_unet.ipynb #e8da17b8
@@ -550,6 +567,8 @@ class UNet(nn.Module):
         Groups in each GroupNorm.
     dropout : float, default 0.0
         Fraction of each block's features that training leaves out.
+    augmentations : int, default 0
+        Parameters of an augmentation that training conditions it on; sampling gives none.
 
     Raises
     ------
@@ -575,6 +594,8 @@ class UNet(nn.Module):
         cond_channels: int = 128,  # Length of a covariate token
         norm_num_groups: int = 8,  # Groups in each GroupNorm
         dropout: float = 0.0,  # Fraction of each block's features that training leaves out
+        # Parameters of an augmentation that training conditions it on; sampling gives none
+        augmentations: int = 0,
     ):
         super().__init__()
         check_unet(channels, attention_levels, num_res_blocks, num_heads, norm_num_groups, dropout)
@@ -594,7 +615,9 @@ class UNet(nn.Module):
             norm_num_groups=norm_num_groups,
             dropout=dropout,
         )
-        self.told = ConditionEmbedding(channels[0], emb_channels, self.covariates, cond_channels)
+        self.told = ConditionEmbedding(
+            channels[0], emb_channels, self.covariates, cond_channels, augmentations
+        )
         self.down, self.up = UNetDown(in_channels, **shape), UNetUp(in_channels, **shape)
 
     def bottleneck(
@@ -618,7 +641,8 @@ class UNet(nn.Module):
         self,
         x: Tensor,  # Noised latents (b, in_channels, h, w), h and w multiples of `factor`
         t: Tensor,  # Timesteps (b,)
-        # Encoded covariates by name, each (b,): index or -1, number or NaN, or absent
+        # Encoded covariates by name, each (b,): index or -1, number or NaN, or absent; and in
+        # training how the image was augmented: 'augmentation' (b, augmentations)
         cond: dict[str, Tensor] | None = None,
         drop: Tensor | None = None,  # True where a token is to be dropped (b, n)
     ) -> Tensor:  # Estimate of noise, v or clean latents (b, in_channels, h, w)
@@ -631,7 +655,8 @@ class UNet(nn.Module):
         t : Tensor
             Timesteps (b,).
         cond : dict[str, Tensor] | None, default None
-            Encoded covariates by name, each (b,): index or -1, number or NaN, or absent.
+            Encoded covariates by name, each (b,): index or -1, number or NaN, or absent; and in
+            training how the image was augmented: 'augmentation' (b, augmentations).
         drop : Tensor | None, default None
             True where a token is to be dropped (b, n).
 

@@ -17,7 +17,8 @@ LAYERS = """
     engineering.checks engineering.extending
     engineering.configs
     engineering.devices
-    engineering.files engineering.plotting engineering.phantom engineering.tables
+    engineering.augmentation engineering.files engineering.plotting engineering.phantom
+    engineering.tables
     engineering.alignment
     engineering.layouts
     engineering.sources engineering.prepare

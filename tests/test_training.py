@@ -19,7 +19,14 @@ import pandas as pd
 import pytest
 import torch
 
-from brainldm.engineering.configs import AEConfig, DataConfig, LDMConfig, bare_type, check_config
+from brainldm.engineering.configs import (
+    AUGMENTED,
+    AEConfig,
+    DataConfig,
+    LDMConfig,
+    bare_type,
+    check_config,
+)
 from brainldm.engineering.plotting import plot_history
 from brainldm.data import SliceDataset
 from brainldm.scheduler import NoiseSchedule
@@ -405,6 +412,8 @@ def changed(config, f):
         return replace(config, schedule=NoiseSchedule(beta_schedule='linear'))
     if f.name == 'covariates':
         return replace(config, covariates=('slice',))
+    if f.name == 'augment':
+        return replace(config, augment=AUGMENTED)
     if f.name == 'precision':
         return replace(config, precision='bf16' if v != 'bf16' else 'no')
     if f.name in ('log_with', 'init_from'):

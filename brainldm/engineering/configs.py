@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['T', 'Positive', 'NotNegative', 'Fraction', 'Probability', 'LevelSizes', 'CodeLevels', 'FIXED_KINDS', 'CROP',
-           'PATTERN_FIELDS', 'PREDICTION_TYPES', 'BETA_SCHEDULES', 'NEEDS_DISCRIMINATOR', 'NEEDS_GAUSSIAN_LATENTS',
-           'NEEDS_TIME_TO_ACT', 'NEEDS_SNR_GAMMA', 'POSITIVE_OR_NONE', 'PRESETS', 'VOLUME_PRESETS', 'PRIOR_PRESETS',
-           'Limit', 'between', 'one_of', 'declared_type', 'bare_type', 'rules_of', 'matches_type', 'check_fields',
-           'Needs', 'check_effect', 'check_pattern', 'DataConfig', 'PhantomConfig', 'ScheduleConfig', 'TrainConfig',
-           'SourceOptions', 'PrepareConfig', 'HeadsConfig', 'AEConfig', 'LDMConfig', 'PriorConfig', 'VolumeConfig',
-           'check_tracker', 'check_config']
+           'PATTERN_FIELDS', 'PREDICTION_TYPES', 'BETA_SCHEDULES', 'AUGMENTED', 'NEEDS_DISCRIMINATOR',
+           'NEEDS_GAUSSIAN_LATENTS', 'NEEDS_TIME_TO_ACT', 'NEEDS_SNR_GAMMA', 'NEEDS_AUGMENT', 'POSITIVE_OR_NONE',
+           'PRESETS', 'VOLUME_PRESETS', 'PRIOR_PRESETS', 'Limit', 'between', 'one_of', 'declared_type', 'bare_type',
+           'rules_of', 'matches_type', 'check_fields', 'Needs', 'check_effect', 'check_pattern', 'DataConfig',
+           'PhantomConfig', 'ScheduleConfig', 'AugmentConfig', 'TrainConfig', 'SourceOptions', 'PrepareConfig',
+           'HeadsConfig', 'AEConfig', 'LDMConfig', 'PriorConfig', 'VolumeConfig', 'check_tracker', 'check_config']
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0004
 import math, re
@@ -565,6 +565,52 @@ class ScheduleConfig:
                 " zero_terminal_snr=False."
             )
 
+# %% ../../nbs/engineering/21_configs.ipynb #aug00002
+@dataclass
+class AugmentConfig:
+    """How far a slice may be changed, so that few subjects teach more; false where it is not.
+
+    Attributes
+    ----------
+    mirror : Probability, default 0.0
+        Probability of exchanging left and right.
+    shift : Fraction[float], default 0.0
+        Farthest shift along each axis, as a fraction of the side of the image.
+    turn : Annotated[float, between(0, 45)], default 0.0
+        Largest rotation, degrees.
+    scale : Fraction[float], default 0.0
+        Largest change of size, as a fraction.
+    warp : Annotated[float, between(0, 0.03)], default 0.0
+        Largest root mean square of a smooth deformation, as a fraction of the side.
+    gamma : Fraction[float], default 0.0
+        Largest change of the exponent of gray values.
+
+    Raises
+    ------
+    ValueError
+    TypeError
+        For a value of another type.
+    """
+
+    mirror: Probability = 0.0  # Probability of exchanging left and right
+    # Farthest shift along each axis, as a fraction of the side of the image
+    shift: Fraction[float] = 0.0
+    turn: Annotated[float, between(0, 45)] = 0.0  # Largest rotation, degrees
+    scale: Fraction[float] = 0.0  # Largest change of size, as a fraction
+    # Largest root mean square of a smooth deformation, as a fraction of the side
+    warp: Annotated[float, between(0, 0.03)] = 0.0
+    gamma: Fraction[float] = 0.0  # Largest change of the exponent of gray values
+
+    def __post_init__(self):
+        check_fields(self, 'AugmentConfig')
+
+    def __bool__(self):
+        return any(getattr(self, f.name) for f in fields(self))
+
+
+# What the presets use: about what two scans of one head, or two heads of one size, differ by
+AUGMENTED = AugmentConfig(mirror=0.5, shift=0.016, turn=4, scale=0.04, warp=0.01, gamma=0.1)
+
 # %% ../../nbs/engineering/21_configs.ipynb #89d26982
 @dataclass
 class TrainConfig:
@@ -644,6 +690,9 @@ NEEDS_TIME_TO_ACT = Needs(
 )
 NEEDS_SNR_GAMMA = Needs(
     lambda c: c.snr_gamma, 'snr_gamma: the offset belongs to that limit', 'snr_gamma=5'
+)
+NEEDS_AUGMENT = Needs(
+    lambda c: c.augment, 'an augmentation: each copy would be the same', 'augment=AUGMENTED'
 )
 POSITIVE_OR_NONE = Limit(lambda v: v is None or v > 0, 'a number above 0, or None')
 
@@ -778,6 +827,8 @@ class AEConfig(TrainConfig):
         A tracker that accelerate supports, such as tensorboard or wandb.
     data : DataConfig, default DataConfig()
         How images are found, cut and split.
+    augment : AugmentConfig, default AugmentConfig()
+        How far images are changed in training.
     in_channels : Positive[int], default 1
         Channels of the images.
     latent_channels : Positive[int], default 8
@@ -839,6 +890,8 @@ class AEConfig(TrainConfig):
 
     # How images are found, cut and split
     data: DataConfig = field(default_factory=DataConfig)
+    # How far images are changed in training
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     in_channels: Positive[int] = 1  # Channels of the images
     latent_channels: Positive[int] = 8  # Channels of the latent
     channels: LevelSizes = (96, 128)  # Features at each level, largest image first
@@ -940,6 +993,10 @@ class LDMConfig(TrainConfig):
         Length of a covariate token.
     covariates : tuple[str, ...] | None, default None
         Covariates to learn; None: all that the data has.
+    augment : AugmentConfig, default AugmentConfig()
+        How far the augmented copies are changed; the network is told.
+    copies : Annotated[NotNegative[int], NEEDS_AUGMENT], default 0
+        Augmented copies of each slice that are encoded beside it.
     dropout : Fraction[float], default 0.0
         Fraction of each block's features that training leaves out; for few images seen many times.
     covariate_dropout : Probability, default 0.1
@@ -967,6 +1024,10 @@ class LDMConfig(TrainConfig):
     num_heads: Positive[int] = 4  # Attention heads
     cond_channels: Positive[int] = 128  # Length of a covariate token
     covariates: tuple[str, ...] | None = None  # Covariates to learn; None: all that the data has
+    # How far the augmented copies are changed; the network is told
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    # Augmented copies of each slice that are encoded beside it
+    copies: Annotated[NotNegative[int], NEEDS_AUGMENT] = 0
     # Fraction of each block's features that training leaves out; for few images seen many times
     dropout: Fraction[float] = 0.0
     covariate_dropout: Probability = 0.1  # Probability of hiding each covariate by itself

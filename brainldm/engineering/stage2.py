@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checks import check_choice
+from .augmentation import AUGMENTATIONS, AugmentedCopies
 from .extending import DENOISERS, Autoencoder, Denoiser, check_protocol
 from .configs import DataConfig, LDMConfig
 from .plotting import save_figure, show_grid
@@ -294,10 +295,12 @@ def latent_splits(
     dataset: SliceDataset,  # All splits
     folder: Path,  # Where the latents are kept while they are needed
     acc: Accelerator,  # Whose processes share the work
+    config: LDMConfig,  # Augmented copies of the train slices, and their seed
     progress: bool = True,  # Show bars
     # Train, validate, mean and deviation by channel (1, c, 1, 1)
 ) -> tuple[LatentDataset, LatentDataset, Tensor, Tensor]:
-    """Encode train and validation slices, and standardize both by the train slices.
+    """Encode train slices, augmented copies of them and validation slices, and standardize all by the
+    train slices as they are.
 
     Parameters
     ----------
@@ -309,6 +312,8 @@ def latent_splits(
         Where the latents are kept while they are needed.
     acc : Accelerator
         Whose processes share the work.
+    config : LDMConfig
+        Augmented copies of the train slices, and their seed.
     progress : bool, default True
         Show bars.
 
@@ -317,14 +322,18 @@ def latent_splits(
     tuple[LatentDataset, LatentDataset, Tensor, Tensor]
         Train, validate, mean and deviation by channel (1, c, 1, 1).
     """
-    parts, encode = {o: dataset.subset(o) for o in ('train', 'validate')}, mean_encoder(
-        autoencoder, acc.mixed_precision
-    )
+    parts: dict[str, Any] = {o: dataset.subset(o) for o in ('train', 'validate')}
+    whole = len(parts['train'])
+    if config.copies:
+        parts['train'] = AugmentedCopies(
+            parts['train'], config.copies, config.augment, config.seed
+        )
+    encode = mean_encoder(autoencoder, acc.mixed_precision)
     latents = {
         k: encode_rows(encode, o, folder / f'{k}.npy', acc, progress=progress)
         for k, o in parts.items()
     }
-    mean, std = latent_stats(latents['train'])
+    mean, std = latent_stats(latents['train'][:whole])
     train, held_out = (LatentDataset(latents[k], o.conditions, mean, std) for k, o in parts.items())
     return train, held_out, mean, std
 
@@ -349,9 +358,23 @@ def unet_args(
     -------
     dict
         Arguments of `build_denoiser`, beside the kind.
+
+    Raises
+    ------
+    ValueError
+        For augmented copies with a network that cannot be told of them.
     """
-    given = dict(in_channels=in_channels, covariates=covariates)
-    return DENOISERS.arguments(config.denoiser, config, **given)
+    kinds = len(AUGMENTATIONS) if config.copies else 0
+    given = dict(in_channels=in_channels, covariates=covariates, augmentations=kinds)
+    args = DENOISERS.arguments(config.denoiser, config, **given)
+    if kinds and args.get('augmentations') != kinds:
+        raise ValueError(
+            f"unet_args: copies={config.copies} with denoiser={config.denoiser!r}, which has no"
+            " argument `augmentations`. Expected a network that is told how an image was augmented:"
+            " otherwise it generates tilted and mirrored brains. Try copies=0, or see UNet for the"
+            " argument."
+        )
+    return args
 
 
 DENOISERS.register('unet', UNet)
