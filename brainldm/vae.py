@@ -694,6 +694,8 @@ class AutoencoderKL(ConvAutoencoder):
         cond: dict[str, Tensor] | None = None,  # Encoded covariates, for a conditional model
         # Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean
         eps: Tensor | None = None,
+        # Noise that the decoder must tolerate, in standard deviations of each channel, same shape
+        error: Tensor | None = None,
         # Reconstruction (b, in_channels, h, w), mean and log-variance of the latents
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction (b, in_channels, h, w), mean and log-variance of the latents.
@@ -706,6 +708,9 @@ class AutoencoderKL(ConvAutoencoder):
             Encoded covariates, for a conditional model.
         eps : Tensor | None, default None
             Standard normal noise (b, latent_channels, h/f, w/f); None decodes the mean.
+        error : Tensor | None, default None
+            Noise that the decoder must tolerate, in standard deviations of each channel, same
+            shape.
 
         Returns
         -------
@@ -714,6 +719,8 @@ class AutoencoderKL(ConvAutoencoder):
         """
         mu, logvar = self.encode(x, cond)
         z = mu if eps is None else reparameterize(mu, logvar, eps)
+        if error is not None:
+            z = z + error * mu.detach().float().std((0, 2, 3), keepdim=True)
         return self.decode(z, cond), mu, logvar
 
     def random_latents(

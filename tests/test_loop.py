@@ -256,6 +256,7 @@ def test_trainings_of_one_program_do_not_mix(no_accelerator):
         (AEConfig(random_weight=0.1), "random_weight"),
         (AEConfig(feature_weight=0.1), "feature_weight"),
         (AEConfig(kind="vq", kl_period=100), "kl_period"),
+        (AEConfig(kind="vq", latent_noise=0.1), "latent_noise"),
         (AEConfig(adversarial=True, total_images=10_000), "adversarial"),
     ],
 )

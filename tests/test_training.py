@@ -221,6 +221,7 @@ def test_resume_after_several_accidents(stage, dataset, straight, tmp_path, monk
         dict(accumulate=2),
         dict(precision='bf16'),
         dict(kl_period=32, kl_weight=0.1),
+        dict(latent_noise=0.2, augment=AUGMENTED),
         dict(covariates=('slice', 'diagnosis')),
     ],
 )

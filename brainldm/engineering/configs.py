@@ -848,6 +848,9 @@ class AEConfig(TrainConfig):
         Covariates that encoder and decoder are conditioned on.
     kl_weight : NotNegative[float], default 1e-06
         Weight of the KL term beside the mean absolute error.
+    latent_noise : Annotated[NotNegative[float], NEEDS_GAUSSIAN_LATENTS], default 0.0
+        Noise on the latents that the decoder must tolerate: spread of its levels, in standard
+        deviations of a channel.
     kl_period : Annotated[NotNegative[int], NEEDS_GAUSSIAN_LATENTS], default 0
         Images a cycle of a rising KL weight; 0 keeps it constant.
     kind : str, default 'kl'
@@ -903,6 +906,9 @@ class AEConfig(TrainConfig):
     unet_levels: Positive[int] = 2
     covariates: tuple[str, ...] = ()  # Covariates that encoder and decoder are conditioned on
     kl_weight: NotNegative[float] = 1e-6  # Weight of the KL term beside the mean absolute error
+    # Noise on the latents that the decoder must tolerate: spread of its levels, in standard
+    # deviations of a channel
+    latent_noise: Annotated[NotNegative[float], NEEDS_GAUSSIAN_LATENTS] = 0.0
     # Images a cycle of a rising KL weight; 0 keeps it constant
     kl_period: Annotated[NotNegative[int], NEEDS_GAUSSIAN_LATENTS] = 0
     # Latents: kl, Gaussians; vq, codes of a codebook; fsq, codes of rounded channels; or your own
