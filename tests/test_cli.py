@@ -545,3 +545,10 @@ def test_the_error_is_the_last_line_of_a_log(tiny_run, tmp_path):
         done.stdout.strip().splitlines()[-1].startswith('brainldm: error:')
         and 'BRAINLDM_CACHE' in done.stdout.strip().splitlines()[-1]
     )
+
+
+@pytest.mark.parametrize("flag", [["--size", "64"], ["--crop=200"], ["--no-to-gray"]])
+@pytest.mark.parametrize("stage", ["ldm", "prior", "volume"])
+def test_flags_of_the_data_at_a_later_stage_are_explained(stage, flag, capsys):
+    message = refused(capsys, "train", stage, "data", "--run", "run", *flag)
+    assert message.startswith(f"train {stage}: {flag[0].partition('=')[0]}. Expected no setting")
