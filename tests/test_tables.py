@@ -559,6 +559,8 @@ def test_a_table_that_matches_nobody_is_a_fault(tmp_path):
         ('sub-{:04d}', '{}', 'without sub- before them, without leading zeros'),
         ('{:03d}', '{}', 'without leading zeros'),
         ('P{:02d}', 'p{:02d}', 'in any case'),
+        # one character on the left, a letter and its dots on the right
+        ('M\u00fcller{:d}', 'Mu\u0308ller{:d}', 'with accents written as one character'),
         ('P{:02d}', 'P{:02d}.nii.gz', 'without a suffix'),
         ('sub-ADNI{0:03d}S02{0:02d}', '{0:03d}_S_02{0:02d}', 'without the name of the study'),
         ('sub-OASIS1{:04d}', 'OAS1_{:04d}_MR1', 'without separators'),

@@ -15,6 +15,7 @@ __all__ = ['NAMES', 'LABELS', 'MODALITIES', 'PARTS', 'ALIASES', 'GIVES_WAY', 'MI
 
 # %% ../../nbs/engineering/24_tables.ipynb #tab00004
 import io, json, re, zipfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -1037,6 +1038,8 @@ def file_of(
 # %% ../../nbs/engineering/24_tables.ipynb #tab00052a
 # How names are simplified, step by step; each step takes what the one before has left
 NAME_STEPS = {
+    # macOS stores the dots of an umlaut as a character of their own
+    'with accents written as one character': lambda o: unicodedata.normalize('NFC', o),
     'in any case': str.casefold,
     'without a suffix': lambda o: re.sub(r'\.(?:nii(?:\.gz)?|mgz|img|hdr|png|jpe?g)$', '', o),
     'without sub- before them': lambda o: re.sub(r'^(?:sub|subject)[-_]', '', o),
