@@ -49,7 +49,8 @@ EVALUATOR_FRACTION = 0.5
 # Edges of rings of spatial frequency, cycles an image: the same structures at 64 and at 128 pixels.
 # Mean power of OASIS-1 scans in them: 7.6, 0.19, 0.042, 0.012, 0.0024; beyond 48 cycles 0.0004
 BANDS = (0, 8, 16, 24, 32, 48)
-# of the classifier that tells samples from scans
+# of the classifier that tells samples from scans: 600 steps. AUCs compare at equal length alone: on
+# OASIS-1, samples whose spectrum was set to that of scans get 0.84 by 200 steps, 1.00 by 600
 DETECTION = TrainConfig(
     total_images=19_200, batch_size=32, learning_rate=1e-3, warmup_images=1_600, weight_decay=0.01
 )
