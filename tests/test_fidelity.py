@@ -11,13 +11,17 @@ import torch
 from brainldm.engineering.configs import TrainConfig
 from brainldm.engineering.covariates import Covariate
 from brainldm.data import SliceDataset
+from brainldm.advanced import fidelity
 from brainldm.advanced.fidelity import (
+    BANDS,
     POSITIVE,
     PROPORTION,
     FeatureNet,
     augment,
+    band_power,
     compare_with_reference,
     coverage_scores,
+    detection_scores,
     evaluator_rows,
     evaluator_scores,
     excess_distance,
@@ -32,9 +36,12 @@ from brainldm.advanced.fidelity import (
     leave_out_interval,
     match_rows,
     pick_rows,
+    power_ratio,
     predict_covariates,
     reference_rotations,
+    shift_pixels,
     subject_auc,
+    train_detector,
     train_feature_net,
 )
 
@@ -491,3 +498,165 @@ def test_scores_beside_their_reference():
     assert out['reference']['kid'] == pytest.approx(
         np.mean([kernel_distance(held_out, pool[o], who, o // 8) for o in rows])
     )
+
+
+def radius_of(size):
+    cycles = np.fft.fftfreq(size) * size
+    return np.hypot(*np.meshgrid(cycles, cycles))
+
+
+def test_power_of_a_point_is_flat_and_a_filter_leaves_its_square():
+    point = torch.full((2, 1, 128, 128), -1.0, dtype=torch.float64)
+    point[0, 0, 3, 70] = point[1, 0, 64, 64] = 1.0
+    flat = band_power(point)
+    assert list(flat) == ['0-8', '8-16', '16-24', '24-32', '32-48'] and len(flat) == 2
+    np.testing.assert_allclose(flat, 1 / 128**2, rtol=1e-9)
+    # a Gaussian of 1.3 pixels, as its transfer function
+    transfer = np.exp(-2 * (np.pi * 1.3 * radius_of(128) / 128) ** 2)
+    waves = torch.fft.fft2(point + 1) * torch.tensor(transfer)
+    soft = band_power(torch.fft.ifft2(waves).real - 1)
+    for name, a, b in zip(flat, (0.5, *BANDS[1:]), BANDS[1:]):
+        ring = (radius_of(128) >= a) & (radius_of(128) < b)
+        np.testing.assert_allclose(soft[name] / flat[name], (transfer[ring] ** 2).mean(), rtol=1e-9)
+
+
+@pytest.mark.parametrize('k', [3, 8, 20, 40])
+@pytest.mark.parametrize('way', [(1, 0), (0, 1), (0.6, 0.8)])
+def test_a_wave_is_in_its_band_alone(k, way):
+    y, x = np.mgrid[:128, :128] / 128
+    turns = [round(k * o) for o in way]
+    wave = 0.5 * np.cos(2 * np.pi * (turns[0] * y + turns[1] * x)) + 0.3
+    power = band_power(torch.tensor(wave)[None, None]).iloc[0]
+    cycles = np.hypot(*turns)
+    name = next(f'{a}-{b}' for a, b in zip(BANDS, BANDS[1:]) if a <= cycles < b)
+    assert power[name] > 1e-3 and power.drop(name).max() < 1e-20
+
+
+def test_white_noise_is_flat():
+    noise = 0.3 * torch.randn(60, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    for name, value in band_power(noise).mean().items():
+        # gray values halve it; 5 standard errors over the smallest ring, 98 different waves
+        assert value == pytest.approx(0.15**2, rel=5 / (60 * 98) ** 0.5), name
+
+
+def test_bands_below_the_nyquist_frequency_and_sizes_that_have_none():
+    sizes = {16: 1, 32: 2, 48: 3, 64: 4, 95: 4, 96: 5, 128: 5}
+    for size, n in sizes.items():
+        assert band_power(torch.zeros(1, 1, size, size)).shape == (1, n)
+    for shape in ((1, 1, 14, 14), (1, 1, 64, 48)):
+        with pytest.raises(ValueError, match='band_power: images of'):
+            band_power(torch.zeros(shape))
+    for edges in ((0, 1, 8), (8, 8, 12), (8, 4)):
+        with pytest.raises(ValueError, match='band_power: no wave in'):
+            band_power(torch.zeros(1, 1, 64, 64), edges)
+
+
+def test_power_ratio_beside_other_subjects(train, held_out):
+    scans = held_out.__getitems__(range(len(held_out)))['image']
+    who = held_out.manifest.subject
+    other = pick_rows(train, match_rows(held_out.manifest, train.manifest))
+    out = power_ratio(scans / 2, held_out, who, [held_out, other], num_resamples=20)
+    assert list(out) == ['0-8', '8-16'] and json.loads(json.dumps(out)) == json.loads(
+        json.dumps(out, allow_nan=False)
+    )
+    for name, o in out.items():
+        # half the contrast is a quarter of the power, for whichever subjects are left
+        assert o['ratio'] == pytest.approx(0.25) and o['interval_95'] == pytest.approx((0.25, 0.25))
+        first, second = o['by_rotation']
+        assert first == pytest.approx(1) and o['reference'] == pytest.approx((1 + second) / 2)
+        assert second == pytest.approx(
+            band_power(other)[name].mean() / band_power(scans)[name].mean()
+        )
+    assert power_ratio(scans, held_out, who, num_resamples=2)['0-8']['reference'] is None
+    few = held_out.manifest.subject.str[-1].isin(['0', '1', '2']).to_numpy()
+    part = pick_rows(held_out, few)
+    assert power_ratio(part, part, part.manifest.subject)['0-8']['interval_95'] is None
+    with pytest.raises(ValueError, match='64 real rows beside 9'):
+        power_ratio(scans[:9], held_out, who)
+    with pytest.raises(ValueError, match='no power in 0-8, 8-16'):
+        power_ratio(scans, torch.zeros_like(scans), who)
+
+
+def test_shifts_keep_gray_values():
+    x = torch.full((40, 1, 20, 24), -1.0)
+    x[:, :, 8:11, 9:13] = torch.rand(40, 1, 3, 4, generator=torch.Generator().manual_seed(1))
+    a, b, c = (shift_pixels(x, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == x.shape
+    assert torch.equal(a.flatten(1).sort().values, x.flatten(1).sort().values)
+    assert torch.equal(shift_pixels(x, torch.Generator(), shift=0), x)
+
+
+DETECT = TrainConfig(
+    total_images=640, batch_size=16, warmup_images=64, learning_rate=1e-3, precision='no'
+)
+
+
+def test_a_detector_finds_blur_and_no_difference_where_there_is_none(train, held_out):
+    rows = match_rows(held_out.manifest, train.manifest)
+    fresh = cohort(8, seed=2)
+    same = fresh.__getitems__(match_rows(held_out.manifest, fresh.manifest))['image']
+    soft = torch.nn.functional.avg_pool2d(same, 3, 1, 1, count_include_pad=False)
+    found = {
+        k: detection_scores([o], rows, train, held_out, DETECT)
+        for k, o in dict(same=same, soft=soft).items()
+    }
+    assert found['soft']['auc'] > 0.95 and found['soft']['interval_95'][0] > 0.5
+    low, high = found['same']['interval_95']
+    assert low < 0.5 < high
+    low, high = found['soft']['control']['interval_95']
+    assert low < 0.5 < high and found['soft']['control'] == found['same']['control']
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found, allow_nan=False))
+
+
+def test_what_a_detector_is_tested_on_it_has_not_seen(train, held_out, monkeypatch):
+    "No sample, no condition of a subject and no subject is on both sides."
+    rows = match_rows(held_out.manifest, train.manifest)
+    number = pd.factorize(train.manifest.subject)[0]  # subjects as gray values: 0 to 15
+    plain = np.broadcast_to(np.uint8(number)[:, None, None], train.images.shape)
+    numbered = SliceDataset(plain, train.manifest, train.covariates)
+    gray = np.uint8(100 + number[rows])
+    # a sample shows its subject and, in a corner, its number
+    pixels = np.broadcast_to(gray[:, None, None], (2, len(rows), 32, 32)).copy()
+    pixels[:, :, 0, 0] = np.arange(2 * len(rows)).reshape(2, -1)
+    sets = [torch.tensor(o)[:, None].float() / 127.5 - 1 for o in pixels]
+    learned, tested = [], []
+    monkeypatch.setattr(
+        fidelity, 'train_detector', lambda real, other, config: learned.append((real, other))
+    )
+    monkeypatch.setattr(
+        fidelity,
+        'detection_auc',
+        lambda net, real, other, who, others, n: tested.append((real, other, who, others)) or {},
+    )
+    detection_scores(sets, rows, numbered, held_out, DETECT)
+
+    def subjects(images):
+        return set((images[:, 5, 5] % 100).tolist())
+
+    (scans, samples), (again, control) = learned
+    (real, unseen, who, beside), (every, control_unseen, _, _) = tested
+    assert not set(samples[:, 0, 0].tolist()) & set(unseen[:, 0, 0].tolist())
+    assert len(samples) + len(unseen) == 2 * len(rows) and min(len(samples), len(unseen)) > 20
+    assert subjects(samples) <= subjects(scans) and not subjects(samples) & subjects(unseen)
+    assert np.array_equal(scans, again) and len(every) == len(held_out)
+    groups = [subjects(o) for o in (scans, control, control_unseen)]
+    assert [len(o) for o in groups] == [8, 4, 4] and len(set.union(*groups)) == 16
+    # scan and sample of a row stand beside each other
+    np.testing.assert_array_equal(np.tile(who, 2), beside)
+    assert len(real) == len(unseen) // 2
+
+
+def test_a_detector_learns_equally_from_sets_of_unequal_size():
+    rng = np.random.default_rng(0)
+    few, many = (rng.integers(0, 255, (n, 16, 16)).astype(np.uint8) for n in (4, 40))
+    short = TrainConfig(total_images=32, batch_size=16, warmup_images=16)
+    nets = [train_detector(few, many, short) for _ in range(2)]
+    x = torch.zeros(2, 1, 16, 16)
+    assert not nets[0].training and torch.equal(nets[0](x), nets[1](x))
+
+
+def test_a_detector_needs_subjects_in_each_group(train, held_out):
+    three = pick_rows(train, np.arange(len(train)) < 3 * 8)
+    rows = np.arange(24).repeat(3)[: len(held_out)]
+    with pytest.raises(ValueError, match='detection_scores: 3 train subjects make groups of'):
+        detection_scores([torch.zeros(len(rows), 1, 32, 32)], rows, three, held_out, DETECT)

@@ -43,7 +43,10 @@ def quick_audit(monkeypatch):
 
 
 SHORT = TrainConfig(total_images=96, batch_size=16, warmup_images=16)
-GENERATOR_OPTIONS = dict(split="test", features=SHORT, utility=None, channels=(8, 16))
+BRIEF = TrainConfig(total_images=64, batch_size=16, warmup_images=16, learning_rate=1e-3)
+GENERATOR_OPTIONS = dict(
+    split="test", features=SHORT, utility=None, detection=BRIEF, channels=(8, 16)
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,8 @@ def test_both_ways_give_the_same_numbers(world, folder):
         "n_subjects",
         "reading",
         "fidelity",
+        "spectrum",
+        "detection",
         "conditioning",
         "diversity",
         "memorization",
@@ -156,6 +161,7 @@ def test_command(world, folder, capsys):
         == 0
     )
     said = capsys.readouterr().out
+    assert "detection" not in read_metrics(folder)["samples images"]  # left out with the others
     assert (
         json.loads(said[said.index("{") :])["fidelity"]
         == read_metrics(folder)["samples images"]["fidelity"]

@@ -17,11 +17,14 @@ from brainldm.training import train_autoencoder, train_ldm
 from brainldm.engineering.codec import default_conditions
 from brainldm.sampling import BrainLDM, Sampler
 from brainldm.advanced.prior import train_prior
+from brainldm.engineering import report as report_module
+from brainldm.engineering.cli import main
 from brainldm.advanced.evaluation import merge_metrics, reconstruction_scores, show_number
 from brainldm.engineering.report import (
     check_targets,
     evaluate,
     figure_uri,
+    realism_rows,
     report,
     report_numbers,
     report_samples,
@@ -281,6 +284,68 @@ def test_targets():
         and not report_samples('ldm', old)['table']
     )
     assert len(check_targets({k: v for k, v in judged().items() if k != 'utility'})) == 4
+
+
+REALISM = dict(
+    spectrum=dict(
+        synthetic={
+            '8-16': dict(
+                ratio=0.91, interval_95=[0.85, 0.97], reference=1.02, by_rotation=[0.99, 1.05]
+            ),
+            '16-24': dict(ratio=0.72, interval_95=None, reference=None, by_rotation=[1.0, 1.0]),
+        },
+        reconstructed={
+            '8-16': dict(ratio=1.01, interval_95=[1.0, 1.02], reference=None, by_rotation=[])
+        },
+    ),
+    detection=dict(
+        auc=0.987,
+        interval_95=[0.97, 0.99],
+        n=[320, 640],
+        control=dict(auc=0.512, interval_95=[0.4, 0.62], n=[640, 320]),
+    ),
+)
+
+
+def test_spectrum_and_detection_beside_what_scans_get():
+    first, second, classifier = realism_rows(judged(**REALISM))
+    assert first[:3] == [
+        'power over that of scans, 8-16 cycles',
+        '0.91 [0.85, 0.97]; reconstructions 1.01 [1.00, 1.02]',
+        '1.02 (rotations 0.99 to 1.05)',
+    ]
+    assert second[1:3] == ['0.72 [n/a, n/a]', 'n/a (rotations 1.00 to 1.00)']
+    assert classifier[1:3] == ['0.987 [0.970, 0.990]', 'control 0.512 [0.400, 0.620]']
+    no_autoencoder = dict(REALISM['spectrum'], reconstructed=None)
+    assert realism_rows(dict(spectrum=no_autoencoder))[0][1] == '0.91 [0.85, 0.97]'
+    part = report_samples('ldm', judged(**REALISM))
+    assert all(o in part['table'] for o in (first, second, classifier))
+    assert 'was not measured' not in part['text'] and '0.5 if it cannot tell' in part['text']
+
+
+def test_scores_without_spectrum_and_detection_are_still_shown():
+    assert realism_rows(judged()) == []
+    part = report_samples('ldm', judged())
+    assert not any('classifier of samples' in o[0] for o in part['table'])
+    assert 'tell them from scans was not measured' in part['text']
+
+
+def test_evaluate_prints_spectrum_and_detection(tiny_run, monkeypatch, capsys):
+    monkeypatch.setattr(report_module, 'evaluate', lambda *args, **options: judged(**REALISM))
+    monkeypatch.setattr(report_module, 'report', lambda run: run / 'report.html')
+    assert main(['evaluate', str(tiny_run[0]), str(tiny_run[1])]) == 0
+    said = capsys.readouterr().out.splitlines()
+    line = 'classifier of samples and scans, AUC: 0.987 [0.970, 0.990]; real control 0.512'
+    assert [o for o in said if o.startswith(line)]
+    assert [o for o in said if o.startswith('power over that of scans, 8-16 cycles: 0.91')]
+
+
+def test_both_are_on_the_page_and_on_the_card(copy):
+    merge_metrics(copy, 'samples ldm', judged(**REALISM))
+    page = Page(report(copy, steps=2).read_text()).text
+    for text in (page, (copy / 'README.md').read_text()):
+        for part in ('0.987', 'control 0.512', 'reconstructions 1.01'):
+            assert part in text, part
 
 
 def test_scores_are_on_the_page(copy):

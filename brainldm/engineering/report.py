@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['EXCESS', 'PAGE', 'ACKNOWLEDGMENTS', 'sample_by_condition', 'figure_uri', 'prior_scores', 'sample_by_generator',
-           'report_prior', 'sample_matched', 'as_saved', 'from_bytes', 'evaluate_samples', 'plot_audit', 'plot_pairs',
-           'save_evaluation', 'evaluate', 'read_image', 'check_image_set', 'read_images', 'image_side', 'pair_images',
-           'evaluate_images', 'target_verdict', 'check_targets', 'fidelity_rows', 'reference_note', 'audit_rows',
-           'membership_rows', 'report_samples', 'trust_rows', 'report_data', 'report_numbers', 'evaluation_figures',
-           'latest_figure', 'escape_markdown', 'model_card', 'from_metrics', 'report']
+           'report_prior', 'sample_matched', 'as_saved', 'from_bytes', 'spectrum_scores', 'evaluate_samples',
+           'plot_audit', 'plot_pairs', 'save_evaluation', 'evaluate', 'read_image', 'check_image_set', 'read_images',
+           'image_side', 'pair_images', 'evaluate_images', 'target_verdict', 'check_targets', 'fidelity_rows',
+           'reference_note', 'realism_rows', 'audit_rows', 'membership_rows', 'report_samples', 'trust_rows',
+           'report_data', 'report_numbers', 'evaluation_figures', 'latest_figure', 'escape_markdown', 'model_card',
+           'from_metrics', 'report']
 
 # %% ../../nbs/engineering/36_report.ipynb #396d9c49
 from matplotlib.figure import Figure
@@ -46,15 +47,18 @@ from ..sampling import BrainLDM
 from ..advanced.prior import CodeSampler, code_costs
 from ..advanced.evaluation import json_safe, merge_metrics, show_number, subject_interval
 from brainldm.advanced.fidelity import (
+    DETECTION,
     FEATURES,
     FeatureNet,
     compare_with_reference,
+    detection_scores,
     evaluator_rows,
     evaluator_scores,
     feature_net,
     image_features,
     match_rows,
     pick_rows,
+    power_ratio,
     reference_rotations,
 )
 from brainldm.advanced.audit import (
@@ -68,6 +72,7 @@ from brainldm.advanced.audit import (
     default_measures,
     diversity_scores,
     membership_inference,
+    reconstruct_rows,
     utility_scores,
     ventricle_slices,
 )
@@ -403,6 +408,38 @@ def from_bytes(
     """
     return torch.from_numpy(np.array(pixels)).float().div(127.5).sub(1)
 
+# %% ../../nbs/engineering/36_report.ipynb #c0ffee90
+def spectrum_scores(
+    images: Tensor,  # Generated images (n, 1, h, h), row for row beside `held_out`
+    held_out: SliceDataset,  # Real slices of held-out subjects, n rows
+    references: Sequence[SliceDataset],  # Real slices of other subjects, one a rotation, likewise
+    # The generator's autoencoder, as `Codec.reconstruct`; None: no reconstructions
+    rebuild: Callable | None = None,
+) -> dict:  # By `power_ratio`: synthetic, and reconstructed (None without an autoencoder)
+    """Power over that of scans, of samples and of reconstructed scans: which stage loses detail?
+
+    Parameters
+    ----------
+    images : Tensor
+        Generated images (n, 1, h, h), row for row beside `held_out`.
+    held_out : SliceDataset
+        Real slices of held-out subjects, n rows.
+    references : Sequence[SliceDataset]
+        Real slices of other subjects, one a rotation, likewise.
+    rebuild : Callable | None, default None
+        The generator's autoencoder, as `Codec.reconstruct`; None: no reconstructions.
+
+    Returns
+    -------
+    dict
+        By `power_ratio`: synthetic, and reconstructed (None without an autoencoder).
+    """
+    who, decoded = held_out.manifest.subject, None
+    if rebuild is not None:
+        rebuilt = as_saved(reconstruct_rows(held_out, np.arange(len(held_out)), rebuild))
+        decoded = power_ratio(rebuilt, held_out, who)
+    return dict(synthetic=power_ratio(images, held_out, who, references), reconstructed=decoded)
+
 # %% ../../nbs/engineering/36_report.ipynb #3fb0617f
 def evaluate_samples(
     net: FeatureNet,  # Trained on the train slices
@@ -420,8 +457,18 @@ def evaluate_samples(
     orders: pd.DataFrame | None = None,
     # What shows disease and age; None: as `default_measures` says
     effects: Sequence[Measure] | None = None,
+    # Length of each training of the classifier that tells samples from scans, and of its control;
+    # None: leave it out
+    detection: TrainConfig | None = DETECTION,
+    # The generator's autoencoder, as `Codec.reconstruct`: scans that only passed through it stand
+    # beside the samples in the spectrum; None: leave them out
+    rebuild: Callable | None = None,
 ) -> dict:  # All scores but the memorization audit's
-    """Every measure of notebooks 10a and 10b on sets of images, each beside what real slices get.
+    """Every measure of notebooks 16 and 17 on sets of images, each beside what real slices get.
+
+    The classifier of `detection` learns from all sets' samples whose rows of `train` belong to one
+    half of the train subjects, and is tested on those of the other half (`detection_scores`): no
+    more samples are needed than there are.
 
     Parameters
     ----------
@@ -445,6 +492,12 @@ def evaluate_samples(
         Conditions that the samples were generated for (n rows); None: those of `rows`.
     effects : Sequence[Measure] | None, default None
         What shows disease and age; None: as `default_measures` says.
+    detection : TrainConfig | None, default DETECTION
+        Length of each training of the classifier that tells samples from scans, and of its control;
+        None: leave it out.
+    rebuild : Callable | None, default None
+        The generator's autoencoder, as `Codec.reconstruct`: scans that only passed through it stand
+        beside the samples in the spectrum; None: leave them out.
 
     Returns
     -------
@@ -489,6 +542,10 @@ def evaluate_samples(
             ),
             n_reference_seen=known,
         ),
+        spectrum=lambda: spectrum_scores(
+            images, held_out, [pick_rows(train, o) for o in turns], rebuild
+        ),
+        detection=lambda: detection_scores([images, *more], rows, train, held_out, detection),
         conditioning=lambda: dict(
             {k: condition_effects(net, *o, places, effects) for k, o in sets.items()},
             slices={k: o.tolist() for k, o in places.items()},
@@ -503,8 +560,9 @@ def evaluate_samples(
             levels=levels,
         ),
     )
-    if utility is None:
-        measures.pop('utility')
+    for name, length in (('utility', utility), ('detection', detection)):
+        if length is None:
+            measures.pop(name)
     bar = tqdm(measures.items(), desc='measures', disable=not progress)
     out = {k: measure() for k, measure in bar}
     return json_safe(dict(n=len(images), n_subjects=int(who.nunique()), **out))
@@ -646,6 +704,9 @@ def evaluate(
     progress: bool = False,  # Show bars
     # What shows disease and age; None: as `default_measures` says
     effects: Sequence[Measure] | None = None,
+    # Length of each training of the classifier that tells samples from scans, and of its control;
+    # None: leave it out
+    detection: TrainConfig | None = DETECTION,
     **options,  # What `sample` takes: steps, guidance_scale, temperature …
 ) -> dict:  # The scores, as in RUN/metrics.json under 'samples GENERATOR'
     """Generate, evaluate, and write RUN/metrics.json and RUN/evaluation.
@@ -672,6 +733,9 @@ def evaluate(
         Show bars.
     effects : Sequence[Measure] | None, default None
         What shows disease and age; None: as `default_measures` says.
+    detection : TrainConfig | None, default DETECTION
+        Length of each training of the classifier that tells samples from scans, and of its control;
+        None: leave it out.
     **options
         What `sample` takes: steps, guidance_scale, temperature …
 
@@ -706,7 +770,17 @@ def evaluate(
         images, train, held_out, model.reconstruct, device=model.device, progress=progress
     )
     scores = evaluate_samples(
-        net, images, rows, train, held_out, utility, progress, tuple(more), effects=effects
+        net,
+        images,
+        rows,
+        train,
+        held_out,
+        utility,
+        progress,
+        tuple(more),
+        effects=effects,
+        detection=detection,
+        rebuild=model.reconstruct,
     )
     scores = dict(
         split=split,
@@ -932,6 +1006,9 @@ def evaluate_images(
     out: str | Path | None = None,
     # What shows disease and age; None: as `default_measures` says
     effects: Sequence[Measure] | None = None,
+    # Length of each training of the classifier that tells samples from scans, and of its control;
+    # None: leave it out
+    detection: TrainConfig | None = DETECTION,
 ) -> dict:  # The scores, as in metrics.json under 'samples images'
     """Evaluate the images of any generator as `evaluate` evaluates those of a run.
 
@@ -958,6 +1035,9 @@ def evaluate_images(
         Folder for metrics.json and figures; None: the images' folder, without real slices.
     effects : Sequence[Measure] | None, default None
         What shows disease and age; None: as `default_measures` says.
+    detection : TrainConfig | None, default DETECTION
+        Length of each training of the classifier that tells samples from scans, and of its control;
+        None: leave it out.
 
     Returns
     -------
@@ -1007,6 +1087,8 @@ def evaluate_images(
         tuple(more),
         table.iloc[sets[0]],
         effects,
+        detection,
+        model and model.reconstruct,
     )
     scores = dict(
         split=split,
@@ -1232,6 +1314,52 @@ def reference_note(
         )
     )
 
+# %% ../../nbs/engineering/36_report.ipynb #c0ffee91
+def realism_rows(
+    scores: dict,  # As from `evaluate`
+) -> list[list[str]]:  # Rows as those of `fidelity_rows`; none for scores of an earlier version
+    """Power by band beside scans and reconstructions, and the classifier beside its control.
+
+    Parameters
+    ----------
+    scores : dict
+        As from `evaluate`.
+
+    Returns
+    -------
+    list[list[str]]
+        Rows as those of `fidelity_rows`; none for scores of an earlier version.
+    """
+
+    def cell(value, interval, digits=2):
+        low, high = interval or (None, None)
+        return (
+            f'{show_number(value, digits)} [{show_number(low, digits)},'
+            f' {show_number(high, digits)}]'
+        )
+
+    spectrum, found, rows = scores.get('spectrum') or {}, scores.get('detection'), []
+    for band, o in spectrum.get('synthetic', {}).items():
+        decoded = (spectrum['reconstructed'] or {}).get(band)
+        text = cell(o['ratio'], o['interval_95'])
+        if decoded:
+            text += f"; reconstructions {cell(decoded['ratio'], decoded['interval_95'])}"
+        turns = [show_number(f(o['by_rotation']), 2) for f in (min, max)]
+        real = f"{show_number(o['reference'], 2)} (rotations {turns[0]} to {turns[1]})"
+        rows.append([f'power over that of scans, {band} cycles', text, real, '', ''])
+    if found:
+        control = found['control']
+        rows.append(
+            [
+                'classifier of samples and scans, AUC',
+                cell(found['auc'], found['interval_95'], 3),
+                f"control {cell(control['auc'], control['interval_95'], 3)}",
+                '',
+                '',
+            ]
+        )
+    return rows
+
 # %% ../../nbs/engineering/36_report.ipynb #a0d30001
 def audit_rows(
     audit: dict,  # As from `memorization_audit`
@@ -1388,7 +1516,7 @@ def report_samples(
         age_slope='CSF fraction, change over 10 of age',
         fine_detail='fine detail',
     )
-    rows += fidelity_rows(scores['fidelity'])
+    rows += fidelity_rows(scores['fidelity']) + realism_rows(scores)
     ours, train, held_out = (scores['conditioning'][k] for k in ('synthetic', 'train', 'held_out'))
     names |= {k: o['label'] for k, o in ours.items() if 'label' in o}
     rows += [
@@ -1409,6 +1537,14 @@ def report_samples(
     text = text or 'All targets that were measured are reached.'
     if not scores.get('utility'):
         text += ' Whether a classifier can learn from the images was not measured.'
+    text += (
+        ' The classifier of samples and scans is tested on images and subjects it has not seen, by'
+        ' image: 0.5 if it cannot tell them; its control tells scans of two groups of subjects.'
+        if scores.get('detection')
+        else ' Whether a classifier can tell them from scans was not measured.'
+    )
+    if scores.get('spectrum'):
+        text += ' Power by band of cycles an image: below 1 is blurred, above 1 is noisy.'
     text += (
         f" {scores['n']} images beside slices of {scores['n_subjects']} {scores['split']} subjects"
         " whom no part was trained on; with so few subjects every number is uncertain. The network"

@@ -194,7 +194,13 @@ def judge(images: torch.Tensor, rows, dataset, job: Ablation) -> dict:
     (job.out / "judge").mkdir(parents=True, exist_ok=True)
     net = feature_net(job.out / "judge", dataset)
     scores = evaluate_samples(
-        net, images, rows, dataset.subset("train"), dataset.subset("validate"), utility=None
+        net,
+        images,
+        rows,
+        dataset.subset("train"),
+        dataset.subset("validate"),
+        utility=None,
+        detection=None,
     )
     drawn, real = scores["conditioning"]["synthetic"], scores["conditioning"]["train"]
     fidelity, reference = scores["fidelity"]["synthetic"], scores["fidelity"]["reference"]
