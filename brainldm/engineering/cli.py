@@ -1627,7 +1627,8 @@ class Evaluate(SamplingFlags):
     split : Literal['validate', 'test'], default 'validate'
         Which held-out subjects to compare with.
     utility : bool, default True
-        Train classifiers on real and on synthetic slices too; takes longest.
+        Train classifiers too: on real and on synthetic slices, and to tell them apart; takes
+        longest.
     as_json : Annotated[bool, tyro.conf.arg(name='json')], default False
         Print one JSON object and nothing else.
     """
@@ -1641,7 +1642,8 @@ class Evaluate(SamplingFlags):
     # of the images
     out: Path | None = None
     split: Literal['validate', 'test'] = 'validate'  # Which held-out subjects to compare with
-    utility: bool = True  # Train classifiers on real and on synthetic slices too; takes longest
+    # Train classifiers too: on real and on synthetic slices, and to tell them apart; takes longest
+    utility: bool = True
     config: Annotated[DataConfig, FLAGS] = field(default_factory=DataConfig)
     # Print one JSON object and nothing else
     as_json: Annotated[bool, tyro.conf.arg(name='json')] = False
@@ -1653,6 +1655,7 @@ class Evaluate(SamplingFlags):
             check_targets,
             evaluate,
             evaluate_images,
+            realism_rows,
             report,
             trust_rows,
         )
@@ -1660,7 +1663,7 @@ class Evaluate(SamplingFlags):
         run, data = evaluate_folders(self.folders, self.images, self.out)
         options, shown = evaluate_options(self, run), not self.as_json
         options |= dict(split=self.split, progress=shown) | (
-            {} if self.utility else dict(utility=None)
+            {} if self.utility else dict(utility=None, detection=None)
         )
         dataset = open_dataset(data, evaluate_config(self, run), progress=shown)
         if self.images is not None:
@@ -1673,6 +1676,7 @@ class Evaluate(SamplingFlags):
             f"{name:44}{show_number(drawn):>8}  real {show_number(real):>7}  {target}: {verdict}"
             for name, drawn, real, target, verdict, _ in check_targets(scores)
         ]
+        lines += [f'{o[0]}: {o[1]}; real {o[2]}' for o in realism_rows(scores)]
         trust = trust_rows('images' if self.images is not None else self.generator, scores)
         lines += [': '.join(o[:2]) for o in trust['table'][1:]]
         print(json.dumps(json_safe(scores)) if self.as_json else '\n'.join([*lines, str(page)]))
