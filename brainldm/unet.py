@@ -43,7 +43,7 @@ def check_condition_tensors(
     ------
     ValueError
     """
-    shapes = {k: (batch_size,) for k in names}
+    shapes: dict[str, tuple[int, ...]] = {k: (batch_size,) for k in names}
     if augmentations:
         shapes['augmentation'] = (batch_size, augmentations)
     unknown = [k for k in cond or {} if k not in shapes]

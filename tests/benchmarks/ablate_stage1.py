@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import tyro
 
-from brainldm.engineering.configs import PRESETS, AEConfig, PhantomConfig
+from brainldm.engineering.configs import AUGMENTED, PRESETS, AEConfig, PhantomConfig
 from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.engineering.phantom import make_cohort
 from brainldm.data import open_dataset
@@ -67,8 +67,24 @@ def variants(images: int, seed: int, preset: str) -> dict[str, AEConfig]:
         codebook_start="uniform",
         restart_below=0.0,
     )
+    fine = replace(
+        base,
+        channels=base.channels[:1],
+        attention_levels=(False,),
+        num_res_blocks=2,
+        latent_channels=4,
+        unet_levels=3,
+    )
+    noised = replace(fine, latent_noise=0.1)
     return {
         "KL, L1 only": base,
+        "KL, 16 channels": replace(base, latent_channels=16),
+        "KL, 4 channels, a quarter of the side": fine,
+        "KL, a quarter + noise": noised,
+        "KL, a quarter + noise + augmented": replace(noised, augment=AUGMENTED),
+        "KL, a quarter + noise + discriminator": replace(
+            noised, **discriminator, adversarial_max_weight=0.003
+        ),
         "KL + discriminator": replace(base, **discriminator),
         "KL + discriminator + features": replace(base, **discriminator, feature_weight=0.05),
         "KL + discriminator + random latents": replace(base, **discriminator, random_weight=0.1),

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from brainldm import unet
-from brainldm.engineering.configs import PRESETS, LDMConfig
+from brainldm.engineering.configs import AUGMENTED, PRESETS, LDMConfig
 from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.data import open_dataset
 from brainldm.scheduler import NoiseSchedule
@@ -98,6 +98,8 @@ def variants(job: Ablation) -> dict[str, LDMConfig]:
             alike, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")
         ),
         "every step equally": alike,
+        "a higher ceiling": replace(base, snr_gamma=20.0),
+        "augmented": replace(base, augment=AUGMENTED, copies=4),
         "min-SNR 5": replace(base, snr_offset=0.0),
         "short EMA": replace(base, ema_images=100),
         "batch x 4": replace(
@@ -204,6 +206,7 @@ def judge(images: torch.Tensor, rows, dataset, job: Ablation) -> dict:
     )
     drawn, real = scores["conditioning"]["synthetic"], scores["conditioning"]["train"]
     fidelity, reference = scores["fidelity"]["synthetic"], scores["fidelity"]["reference"]
+    power = {f"power {k}": o["ratio"] for k, o in scores["spectrum"]["synthetic"].items()}
     return {
         "Frechet": fidelity["frechet"],
         "(real)": reference["frechet"],
@@ -215,6 +218,7 @@ def judge(images: torch.Tensor, rows, dataset, job: Ablation) -> dict:
         "(train)": real["diagnosis_effect"]["value"],
         "MS-SSIM": scores["diversity"]["synthetic"]["ms_ssim"],
         "(held) ": scores["diversity"]["held_out"]["ms_ssim"],
+        **power,
     }
 
 
