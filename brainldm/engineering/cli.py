@@ -1980,7 +1980,7 @@ def refuse_data_flags(
             raise ValueError(
                 f"train {stage}: {arg.partition('=')[0]}. Expected no setting of the data: they are"
                 " opened as the autoencoder of the run saw them, which its config.json says."
-                f" Leave it out; to change it, train another autoencoder first."
+                " Leave it out; to change it, train another autoencoder first."
             )
 
 

@@ -325,9 +325,7 @@ def latent_splits(
     parts: dict[str, Any] = {o: dataset.subset(o) for o in ('train', 'validate')}
     whole = len(parts['train'])
     if config.copies:
-        parts['train'] = AugmentedCopies(
-            parts['train'], config.copies, config.augment, config.seed
-        )
+        parts['train'] = AugmentedCopies(parts['train'], config.copies, config.augment, config.seed)
     encode = mean_encoder(autoencoder, acc.mixed_precision)
     latents = {
         k: encode_rows(encode, o, folder / f'{k}.npy', acc, progress=progress)
