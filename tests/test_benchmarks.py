@@ -335,7 +335,7 @@ def test_ablate_stage1(load, tmp_path, tiny_run):
     assert list(table.index) == list(o.variants(24, 0, 'tiny')) and (table.ssim > 0).all()
     assert (
         table['codebook_usage'].notna().sum() == 6
-        and table['discriminator_accuracy'].notna().sum() == 4
+        and table['discriminator_accuracy'].notna().sum() == 5
     )
     assert {'KL.png', 'kl.png'} & {k.name for k in tmp_path.iterdir()} and (
         tmp_path / 'codes.png'

@@ -295,7 +295,7 @@ def latent_splits(
     dataset: SliceDataset,  # All splits
     folder: Path,  # Where the latents are kept while they are needed
     acc: Accelerator,  # Whose processes share the work
-    config: LDMConfig,  # Augmented copies of the train slices, and their seed
+    config: LDMConfig = LDMConfig(),  # Augmented copies of the train slices, and their seed
     progress: bool = True,  # Show bars
     # Train, validate, mean and deviation by channel (1, c, 1, 1)
 ) -> tuple[LatentDataset, LatentDataset, Tensor, Tensor]:
@@ -312,7 +312,7 @@ def latent_splits(
         Where the latents are kept while they are needed.
     acc : Accelerator
         Whose processes share the work.
-    config : LDMConfig
+    config : LDMConfig, default LDMConfig()
         Augmented copies of the train slices, and their seed.
     progress : bool, default True
         Show bars.
