@@ -48,8 +48,9 @@ def sample_parameters(
     signed = 2 * torch.rand(n, 5, **chance) - 1
     warp = torch.rand(n, 1, **chance)
     out = torch.cat([mirror, signed[:, :4], warp, signed[:, 4:]], 1)
-    limits = [getattr(config, k.split('_')[0]) for k in AUGMENTATIONS]
-    return out * torch.tensor(limits, device=generator.device).gt(0)
+    # numbers of Python: a device need not be waited for
+    used = [bool(getattr(config, k.split('_')[0])) for k in AUGMENTATIONS]
+    return torch.stack([o * keep for o, keep in zip(out.unbind(1), used)], 1)
 
 # %% ../../nbs/engineering/47_augmentation.ipynb #auga0012
 def affine_part(
