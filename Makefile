@@ -22,7 +22,7 @@ demo: $(VENV)/.ok ## The whole job on synthetic brains: train, score, draw, repo
 	$(BIN)/brainldm demo --out $(DEMO)
 
 lab: $(VENV)/.ok ## Open the course in JupyterLab
-	$(BIN)/jupyter lab nbs/engineering/22_phantom.ipynb
+	$(BIN)/jupyter lab nbs/00_overview.ipynb
 
 export: $(VENV)/.ok ## Clean the notebooks and write brainldm/ from them
 	$(BIN)/nbdev_clean

@@ -54,3 +54,10 @@ def test_the_tables_hold_every_lesson_and_names_that_exist():
             assert re.search(
                 rf"^(?:def|class) {name}\b|^    def {name}\b|^{name}\b", module.read_text(), re.M
             ), name
+
+
+def test_make_lab_opens_the_first_notebook():
+    "As README says."
+    first = sorted(o.name for o in (ROOT / "nbs").glob("[0-9]*.ipynb"))[0]
+    recipe = (ROOT / "Makefile").read_text().split("\nlab:")[1].split("\n\n")[0]
+    assert f"jupyter lab nbs/{first}" in recipe
