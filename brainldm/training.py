@@ -522,8 +522,9 @@ def prediction_error(
     Ho et al. 2020, eq. 14.
     """
     x0 = batch['latent']
-    names = [*(c.name for c in covariates), 'augmentation']
-    cond = {k: batch[k] for k in names if k in batch}
+    cond = {c.name: batch[c.name] for c in covariates}
+    if 'augmentation' in batch:
+        cond['augmentation'] = batch['augmentation']
     pred = model(add_noise(x0, eps, t, schedule.abar), t, cond, drop)
     return (
         (pred.float() - targets(x0, eps, t, schedule.abar, schedule.prediction_type))

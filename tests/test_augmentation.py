@@ -25,6 +25,7 @@ from brainldm.engineering.configs import (
     PhantomConfig,
     check_config,
 )
+from brainldm.engineering.covariates import Covariate
 from brainldm.engineering.extending import DENOISERS
 from brainldm.engineering.loop import Learner, fit, train_batches
 from brainldm.engineering.phantom import make_cohort
@@ -206,3 +207,23 @@ def test_nothing_leaks():
     "A network that is told generates the side of the data alone; one that is not, both."
     assert share_on_the_right(told=True) <= 0.03
     assert 0.2 < share_on_the_right(told=False) < 0.8
+
+
+def test_a_covariate_that_is_not_in_the_batch_is_no_silent_nothing():
+    "The augmentation may be absent, a covariate may not."
+    covariate = Covariate('age', 'continuous', range=(50, 90))
+    net = UNet(1, (8,), 1, (False,), 2, covariates=(covariate,))
+    chance = torch.Generator().manual_seed(0)
+    batch = dict(latent=torch.zeros(2, 1, 8, 8))
+    with pytest.raises(KeyError, match='age'):
+        ldm_loss(net, batch, chance, 0, LDM, (covariate,))
+    ldm_loss(net, batch | dict(age=torch.zeros(2)), chance, 0, LDM, (covariate,))
+
+
+def test_arguments_of_ones_own_are_asked_for_nothing_new(monkeypatch):
+    "A function that was written for a denoiser before there were copies still works."
+    monkeypatch.setattr(DENOISERS, 'kinds', dict(DENOISERS.kinds))
+    arguments = lambda config, in_channels, covariates: dict(in_channels=in_channels)
+    DENOISERS.register('older', lambda in_channels: None, arguments=arguments)
+    older = replace(LDM, denoiser='older', copies=0)
+    assert unet_args(older, 2, ()) == dict(in_channels=2)

@@ -363,7 +363,9 @@ def unet_args(
         For augmented copies with a network that cannot be told of them.
     """
     kinds = len(AUGMENTATIONS) if config.copies else 0
-    given = dict(in_channels=in_channels, covariates=covariates, augmentations=kinds)
+    given: dict[str, Any] = dict(in_channels=in_channels, covariates=covariates)
+    if kinds:
+        given['augmentations'] = kinds
     args = DENOISERS.arguments(config.denoiser, config, **given)
     if kinds and args.get('augmentations') != kinds:
         raise ValueError(
