@@ -1148,6 +1148,8 @@ class BrainVolumes(BrainLDM):
         Mixed precision to compute in: 'no', 'bf16' or 'fp16'.
     slice_covariate : Covariate | None, default None
         The covariate 'slice' of the data, by which random codes are sampled.
+    early : UNet | None, default None
+        The denoiser as it was early in training, for `autoguide`.
 
     Attributes
     ----------

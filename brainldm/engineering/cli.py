@@ -10,7 +10,7 @@ __all__ = ['FLAGS', 'GENERATOR_OPTIONS', 'COMMANDS', 'LATER_STAGES', 'Phantom', 
            'pick_generator', 'read_scales', 'generator_options', 'sample_across_processes', 'Sample',
            'conditions_of_rows', 'Edit', 'describe_space', 'Volume', 'evaluate_folders', 'evaluate_config',
            'evaluate_options', 'Evaluate', 'Explore', 'Report', 'Fetch', 'Share', 'demo_configs',
-           'sample_condition_grid', 'Demo', 'refuse_data_flags', 'parse', 'use_no_display', 'main']
+           'sample_condition_grid', 'Demo', 'refuse_data_flags', 'read_flag', 'parse', 'use_no_display', 'main']
 
 # %% ../../nbs/engineering/39_cli.ipynb #7b047058
 from typing import Any
@@ -30,9 +30,11 @@ import tyro
 from .checks import printable, refuse_taken
 from brainldm.engineering.configs import (
     PRESETS,
+    CODE_PRESETS,
     PRIOR_PRESETS,
     VOLUME_PRESETS,
     AEConfig,
+    AugmentConfig,
     DataConfig,
     HeadsConfig,
     LDMConfig,
@@ -850,6 +852,9 @@ class SamplingFlags:
         (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
         (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+    autoguidance : float | None, default None
+        (ldm) 1: off; above 1: more detail, twice the time; None: 1.5 where the run has an early
+        network.
     steps : int, default 30
         (ldm) Denoising steps.
     sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
@@ -874,6 +879,9 @@ class SamplingFlags:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     # (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1
     guidance_rescale: float = 0.0
+    # (ldm) 1: off; above 1: more detail, twice the time; None: 1.5 where the run has an early
+    # network
+    autoguidance: float | None = None
     steps: int = 30  # (ldm) Denoising steps
     # (ldm) ddim, dpmpp: few steps; ddpm: ancestral
     sampler: Literal['ddim', 'dpmpp', 'ddpm'] = 'ddim'
@@ -910,7 +918,15 @@ def pick_generator(
 
 # %% ../../nbs/engineering/39_cli.ipynb #51795b21
 GENERATOR_OPTIONS = dict(
-    ldm=('guidance_scale', 'scale', 'guidance_interval', 'guidance_rescale', 'steps', 'sampler'),
+    ldm=(
+        'guidance_scale',
+        'scale',
+        'guidance_interval',
+        'guidance_rescale',
+        'autoguidance',
+        'steps',
+        'sampler',
+    ),
     # Generator -> its knobs
     prior=('guidance_scale', 'temperature', 'top_k', 'top_p'),
     stage1=(),
@@ -1039,6 +1055,9 @@ class Sample(SamplingFlags):
         (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
         (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+    autoguidance : float | None, default None
+        (ldm) 1: off; above 1: more detail, twice the time; None: 1.5 where the run has an early
+        network.
     steps : int, default 30
         (ldm) Denoising steps.
     sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
@@ -1093,6 +1112,8 @@ class Sample(SamplingFlags):
         if self.out:
             refuse_taken(self.out)  # before any work
         model = (CodeSampler if self.generator == 'prior' else BrainLDM).load(self.run_folder)
+        if self.generator == 'ldm':
+            options['autoguidance'] = model.pick_autoguidance(self.autoguidance)
         requested = read_condition_flags(
             dict(diagnosis=self.diagnosis, slice=self.slice, age=self.age, sex=self.sex),
             self.condition,
@@ -1604,6 +1625,9 @@ class Evaluate(SamplingFlags):
         (ldm) Part of the chain to guide in: fractions of T, 0 clean, 1 noise.
     guidance_rescale : float, default 0.0
         (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
+    autoguidance : float | None, default None
+        (ldm) 1: off; above 1: more detail, twice the time; None: 1.5 where the run has an early
+        network.
     steps : int, default 30
         (ldm) Denoising steps.
     sampler : Literal['ddim', 'dpmpp', 'ddpm'], default 'ddim'
@@ -1845,14 +1869,21 @@ def demo_configs(
         return auto, ldm
     return (
         dataclasses.replace(
-            auto, total_images=12_000, validate_every=4_000, checkpoint_every=4_000
+            auto,
+            adversarial=False,
+            total_images=6_000,
+            validate_every=2_000,
+            checkpoint_every=2_000,
         ),
         dataclasses.replace(
             ldm,
-            total_images=12_000,
+            total_images=8_000,
             warmup_images=1_000,
             validate_every=4_000,
             checkpoint_every=4_000,
+            copies=0,
+            augment=AugmentConfig(),
+            early_images=2_000,
         ),
     )
 
@@ -1984,6 +2015,31 @@ def refuse_data_flags(
             )
 
 
+def read_flag(
+    args: list[str],  # Words after `brainldm`
+    name: str,  # A flag, such as --preset
+    default: str,  # Its value where it is not given
+) -> str:  # Its value
+    """Look up a flag that decides the defaults of others.
+
+    Parameters
+    ----------
+    args : list[str]
+        Words after `brainldm`.
+    name : str
+        A flag, such as --preset.
+    default : str
+        Its value where it is not given.
+
+    Returns
+    -------
+    str
+        Its value.
+    """
+    words = [o for arg in args for o in (arg.split('=', 1) if arg.startswith('--') else [arg])]
+    return next((b for a, b in zip(words, words[1:]) if a == name), default)
+
+
 def parse(
     args: list[str],  # Words after `brainldm`
 ):  # The command, filled in
@@ -1997,12 +2053,11 @@ def parse(
         Words after `brainldm`.
     """
     refuse_data_flags(args)
-    preset = next(
-        (b for a, b in zip(args, args[1:]) if a == '--preset'),
-        next((a.partition('=')[2] for a in args if a.startswith('--preset=')), 'laptop'),
-    )
+    preset = read_flag(args, '--preset', 'laptop')
     preset = preset if preset in PRESETS else 'laptop'  # tyro will refuse the name
     (auto, ldm), prior, volume = PRESETS[preset], PRIOR_PRESETS[preset], VOLUME_PRESETS[preset]
+    if read_flag(args, '--kind', 'kl') in ('vq', 'fsq'):
+        auto = CODE_PRESETS[preset]
     named = lambda kind, name, **default: Annotated[
         kind, tyro.conf.subcommand(name, prefix_name=False, **default)
     ]

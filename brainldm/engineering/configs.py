@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['T', 'Positive', 'NotNegative', 'Fraction', 'Probability', 'LevelSizes', 'CodeLevels', 'FIXED_KINDS', 'CROP',
            'PATTERN_FIELDS', 'PREDICTION_TYPES', 'BETA_SCHEDULES', 'AUGMENTED', 'NEEDS_DISCRIMINATOR',
-           'NEEDS_GAUSSIAN_LATENTS', 'NEEDS_TIME_TO_ACT', 'NEEDS_SNR_GAMMA', 'NEEDS_AUGMENT', 'POSITIVE_OR_NONE',
-           'PRESETS', 'VOLUME_PRESETS', 'PRIOR_PRESETS', 'Limit', 'between', 'one_of', 'declared_type', 'bare_type',
-           'rules_of', 'matches_type', 'check_fields', 'Needs', 'check_effect', 'check_pattern', 'DataConfig',
-           'PhantomConfig', 'ScheduleConfig', 'AugmentConfig', 'TrainConfig', 'SourceOptions', 'PrepareConfig',
-           'HeadsConfig', 'AEConfig', 'LDMConfig', 'PriorConfig', 'VolumeConfig', 'check_tracker', 'check_config']
+           'NEEDS_GAUSSIAN_LATENTS', 'NEEDS_TIME_TO_ACT', 'NEEDS_LATER_END', 'NEEDS_SNR_GAMMA', 'NEEDS_AUGMENT',
+           'POSITIVE_OR_NONE', 'PRESETS', 'CODE_PRESETS', 'VOLUME_PRESETS', 'PRIOR_PRESETS', 'Limit', 'between',
+           'one_of', 'declared_type', 'bare_type', 'rules_of', 'matches_type', 'check_fields', 'Needs', 'check_effect',
+           'check_pattern', 'DataConfig', 'PhantomConfig', 'ScheduleConfig', 'AugmentConfig', 'TrainConfig',
+           'SourceOptions', 'PrepareConfig', 'HeadsConfig', 'AEConfig', 'LDMConfig', 'PriorConfig', 'VolumeConfig',
+           'check_tracker', 'check_config']
 
 # %% ../../nbs/engineering/21_configs.ipynb #c21a0004
 import math, re
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -608,7 +609,9 @@ class AugmentConfig:
         return any(getattr(self, f.name) for f in fields(self))
 
 
-# What the presets use: about what two scans of one head, or two heads of one size, differ by
+# What the presets use in stage 2: about what two scans of one head, or two heads of one size,
+# differ
+# by
 AUGMENTED = AugmentConfig(mirror=0.5, shift=0.016, turn=4, scale=0.04, warp=0.01, gamma=0.1)
 
 # %% ../../nbs/engineering/21_configs.ipynb #89d26982
@@ -687,6 +690,11 @@ NEEDS_TIME_TO_ACT = Needs(
     lambda c: c.adversarial_start < c.total_images,
     'a start before training ends',
     'a smaller adversarial_start, or more total_images',
+)
+NEEDS_LATER_END = Needs(
+    lambda c: c.early_images < c.total_images,
+    'an early network that differs from the last one',
+    'a smaller early_images, or more total_images',
 )
 NEEDS_SNR_GAMMA = Needs(
     lambda c: c.snr_gamma, 'snr_gamma: the offset belongs to that limit', 'snr_gamma=5'
@@ -1017,6 +1025,8 @@ class LDMConfig(TrainConfig):
         Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise.
     ema_images : Positive[int], default 20000
         Half life of the average of the weights.
+    early_images : Annotated[NotNegative[int], NEEDS_LATER_END], default 0
+        Images after which that average is kept, too, to guide sampling away from; 0: it is not.
     preview_steps : Positive[int], default 20
         Denoising steps of the images generated during training.
     """
@@ -1045,6 +1055,8 @@ class LDMConfig(TrainConfig):
     # Added to the SNR below that ceiling; 1 leaves weight on steps of pure noise
     snr_offset: Annotated[NotNegative[float], NEEDS_SNR_GAMMA] = 0.0
     ema_images: Positive[int] = 20_000  # Half life of the average of the weights
+    # Images after which that average is kept, too, to guide sampling away from; 0: it is not
+    early_images: Annotated[NotNegative[int], NEEDS_LATER_END] = 0
     preview_steps: Positive[int] = 20  # Denoising steps of the images generated during training
 
 # %% ../../nbs/engineering/21_configs.ipynb #f7bdc62d
@@ -1299,26 +1311,38 @@ PRESETS = {
     'laptop': (
         AEConfig(
             data=DataConfig(crop='auto'),
-            latent_channels=8,
-            total_images=28_000,
+            augment=AugmentConfig(mirror=0.5, shift=0.016),
+            latent_channels=4,
+            channels=(96,),
+            num_res_blocks=2,
+            attention_levels=(False,),
+            unet_levels=3,
+            latent_noise=0.1,
+            adversarial=True,
+            adversarial_max_weight=0.0015,
+            total_images=40_000,
             batch_size=2,
             learning_rate=1e-3,
             log_every=50,
-            validate_every=6_000,
-            checkpoint_every=6_000,
+            validate_every=8_000,
+            checkpoint_every=8_000,
         ),
         LDMConfig(
-            total_images=90_000,
+            total_images=100_000,
             batch_size=8,
             learning_rate=2e-3,
             warmup_images=2_000,
             log_every=40,
-            validate_every=15_000,
-            checkpoint_every=15_000,
+            validate_every=20_000,
+            checkpoint_every=10_000,
+            channels=(64, 96, 160),
             num_res_blocks=1,
-            attention_levels=(False, True),
-            snr_gamma=5.0,
+            attention_levels=(False, False, True),
+            augment=AUGMENTED,
+            copies=3,
+            snr_gamma=20.0,
             snr_offset=1.0,
+            early_images=10_000,
         ),
     ),
     'gpu': (
@@ -1329,11 +1353,17 @@ PRESETS = {
             validate_every=100_000,
             checkpoint_every=50_000,
             data=DataConfig(size=256, crop='auto'),
+            augment=AugmentConfig(mirror=0.5, shift=0.016),
             channels=(128, 192, 256),
             num_res_blocks=2,
             attention_levels=(False, False, True),
             patch=2,
             unet_levels=3,
+            latent_noise=0.1,
+            adversarial=True,
+            adversarial_start=500_000,
+            adversarial_max_weight=0.0015,
+            discriminator_warmup=100_000,
             num_workers=4,
         ),
         LDMConfig(
@@ -1347,13 +1377,37 @@ PRESETS = {
             attention_levels=(False, True, True),
             num_heads=8,
             cond_channels=256,
+            augment=AUGMENTED,
+            copies=3,
             dropout=0.1,
+            snr_gamma=20.0,
+            snr_offset=1.0,
             ema_images=500_000,
+            early_images=1_000_000,
             num_workers=4,
             preview_steps=30,
         ),
     ),
 }  # name -> (autoencoder, latent diffusion): sizes that suit a test, two CPU cores, one GPU
+
+# %% ../../nbs/engineering/21_configs.ipynb #c0de0001
+# name -> autoencoder whose latents are codes (kind='vq' or 'fsq'): a prior writes them one by one
+CODE_PRESETS = {
+    'tiny': replace(PRESETS['tiny'][0], kind='vq'),
+    'laptop': AEConfig(
+        data=DataConfig(crop='auto'),
+        kind='vq',
+        total_images=28_000,
+        batch_size=2,
+        learning_rate=1e-3,
+        log_every=50,
+        validate_every=6_000,
+        checkpoint_every=6_000,
+    ),
+    'gpu': replace(
+        PRESETS['gpu'][0], kind='vq', augment=AugmentConfig(), latent_noise=0.0, adversarial=False
+    ),
+}
 
 # %% ../../nbs/engineering/21_configs.ipynb #eacb4d44
 VOLUME_PRESETS = {

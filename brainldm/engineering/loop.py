@@ -361,9 +361,10 @@ class Learner:
             getattr(config, 'ema_images', 0),
             self.images_per_step * config.accumulate,
         )
-        self.ema: Any = (
-            Average(model, lambda: ema_decay(self.seen, update, half_life)) if half_life else None
-        )
+        average = lambda: Average(model, lambda: ema_decay(self.seen, update, half_life))
+        self.ema: Any = average() if half_life else None
+        # the average as it was after `early_images`
+        self.early: Any = average() if getattr(config, 'early_images', 0) else None
         optimizer = torch.optim.AdamW(
             model.parameters(),
             config.learning_rate,
@@ -411,6 +412,8 @@ class Learner:
         self.seen += self.images_per_step
         if self.ema is not None and acc.sync_gradients:
             self.ema.update_parameters(self.raw)
+            if self.early is not None and self.seen <= config.early_images:
+                self.early.update_parameters(self.raw)
         if acc.scaler:
             logs.pop('grad_norm', None)  # fp16 skips a step that overflowed
         return dict(loss=loss.detach(), **logs)

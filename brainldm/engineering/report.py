@@ -759,6 +759,8 @@ def evaluate(
         )
     rows = match_rows(held_out.manifest, train.manifest)
     model = (CodeSampler if generator == 'prior' else BrainLDM).load(run)
+    if generator == 'ldm':
+        options['autoguidance'] = model.pick_autoguidance(options.get('autoguidance'))
     note_changes(run, generator, dataset, model.autoencoder)
     net = feature_net(run, dataset, features, channels, progress).to(model.device)
     requested = train.manifest.iloc[rows]

@@ -339,8 +339,9 @@ def pack_state(
         Tensors by name, and the rest as JSON.
     """
     tensors = {f'model.{k}': v for k, v in learner.raw.state_dict().items()}
-    if learner.ema is not None:
-        tensors |= {f'ema.{k}': v for k, v in learner.ema.state_dict().items()}
+    for name in ('ema', 'early'):
+        if (average := getattr(learner, name)) is not None:
+            tensors |= {f'{name}.{k}': v for k, v in average.state_dict().items()}
     for i, slots in learner.optimizer.state_dict()['state'].items():
         tensors |= {f'optimizer.{i}.{k}': v for k, v in slots.items()}
     scaler = learner.accelerator.scaler
@@ -378,8 +379,9 @@ def unpack_state(
         k.removeprefix(name + '.'): v for k, v in tensors.items() if k.startswith(name + '.')
     }
     fill_model(learner.raw, part('model'), 'the checkpoint')
-    if learner.ema is not None:
-        learner.ema.load_state_dict(part('ema'))
+    for name in ('ema', 'early'):
+        if (average := getattr(learner, name)) is not None:
+            average.load_state_dict(part(name))
     slots = {}
     for k, v in part('optimizer').items():
         i, name = k.split('.', 1)

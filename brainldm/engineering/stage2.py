@@ -741,7 +741,8 @@ def save_ldm(
     std: Tensor,  # Standard deviation, same shape
     info: dict,  # Architecture, covariates, schedule
 ) -> None:
-    """Write what is needed to sample: averaged and last weights, latent statistics, description.
+    """Write what is needed to sample: averaged weights, last and early ones, latent statistics,
+    description.
 
     Parameters
     ----------
@@ -758,6 +759,8 @@ def save_ldm(
     """
     tensors = {f'raw.{k}': v for k, v in learner.raw.state_dict().items()}
     tensors |= {f'ema.{k}': v for k, v in learner.ema.module.state_dict().items()}
+    if learner.early is not None and learner.seen > learner.config.early_images:
+        tensors |= {f'early.{k}': v for k, v in learner.early.module.state_dict().items()}
     save_weights(
         path,
         tensors | dict(latent_mean=mean, latent_std=std),
@@ -769,7 +772,8 @@ def load_denoiser(
     run: str | Path,  # Run folder
     latent_channels: int,  # Channels of its autoencoder's latents
     weights: str = 'ema',  # 'ema': the average of the weights, or 'raw': the last ones
-) -> dict:  # unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU
+    # unet, schedule, latent_mean, latent_std, perhaps early: arguments of `Sampler`, on the CPU
+) -> dict:
     """Build the denoiser of a run from its file alone.
 
     Parameters
@@ -784,7 +788,7 @@ def load_denoiser(
     Returns
     -------
     dict
-        unet, schedule, latent_mean, latent_std: arguments of `Sampler`, on the CPU.
+        unet, schedule, latent_mean, latent_std, perhaps early: arguments of `Sampler`, on the CPU.
 
     Raises
     ------
@@ -802,8 +806,9 @@ def load_denoiser(
     DENOISERS[about.get('denoiser', 'unet')]  # refuses an unknown kind in its own words
     try:
         args = args_from_dict(about['args'])
+        build = lambda: build_denoiser(about.get('denoiser', 'unet'), args)
         parts = dict(
-            unet=build_denoiser(about.get('denoiser', 'unet'), args),
+            unet=build(),
             schedule=NoiseSchedule(**about['schedule']),
             latent_mean=tensors['latent_mean'],
             latent_std=tensors['latent_std'],
@@ -820,14 +825,16 @@ def load_denoiser(
             f" autoencoder makes {latent_channels}. Expected two files of one run. Train the ldm"
             " again."
         )
-    part = {
-        k.removeprefix(weights + '.'): v for k, v in tensors.items() if k.startswith(weights + '.')
+    part = lambda name: {
+        k.removeprefix(name + '.'): v for k, v in tensors.items() if k.startswith(name + '.')
     }
-    if not part:
+    if not part(weights):
         raise ValueError(
             f"BrainLDM.load: {run}/ldm.safetensors has no {weights!r} weights. Expected those of a"
             " training; a run that was packed for others holds the averaged ones only. Try"
             " weights='ema'."
         )
-    fill_model(parts['unet'], part, f'{run}/ldm.safetensors').eval()
+    fill_model(parts['unet'], part(weights), f'{run}/ldm.safetensors').eval()
+    if part('early'):
+        parts['early'] = fill_model(build(), part('early'), f'{run}/ldm.safetensors').eval()
     return parts

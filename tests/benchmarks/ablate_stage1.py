@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import tyro
 
-from brainldm.engineering.configs import AUGMENTED, PRESETS, AEConfig, PhantomConfig
+from brainldm.engineering.configs import AUGMENTED, CODE_PRESETS, AEConfig, PhantomConfig
 from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.engineering.phantom import make_cohort
 from brainldm.data import open_dataset
@@ -50,7 +50,8 @@ class Ablation:
 def variants(images: int, seed: int, preset: str) -> dict[str, AEConfig]:
     "The ladder: each row adds one thing to the row named in its label."
     base = replace(
-        PRESETS[preset][0],
+        CODE_PRESETS[preset],
+        kind="kl",
         total_images=images,
         validate_every=images // 3,
         checkpoint_every=images // 3,

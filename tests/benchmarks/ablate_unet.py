@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from brainldm import unet
-from brainldm.engineering.configs import AUGMENTED, PRESETS, LDMConfig
+from brainldm.engineering.configs import AUGMENTED, PRESETS, AugmentConfig, LDMConfig
 from brainldm.engineering.plotting import save_figure, show_grid
 from brainldm.data import open_dataset
 from brainldm.scheduler import NoiseSchedule
@@ -70,8 +70,9 @@ def variants(job: Ablation) -> dict[str, LDMConfig]:
         PRESETS[job.preset][1],
         total_images=job.images,
         seed=job.seed,
-        snr_gamma=5.0,
+        snr_gamma=20.0,
         snr_offset=1.0,
+        early_images=0,
         **often,
     )
     alike, levels = replace(base, snr_gamma=None, snr_offset=0.0), len(base.channels)
@@ -98,9 +99,10 @@ def variants(job: Ablation) -> dict[str, LDMConfig]:
             alike, schedule=NoiseSchedule(beta_schedule="flow", prediction_type="v_prediction")
         ),
         "every step equally": alike,
-        "a higher ceiling": replace(base, snr_gamma=20.0),
-        "augmented": replace(base, augment=AUGMENTED, copies=4),
-        "min-SNR 5": replace(base, snr_offset=0.0),
+        "a lower ceiling": replace(base, snr_gamma=5.0),
+        "augmented": replace(base, augment=AUGMENTED, copies=3),
+        "not augmented": replace(base, augment=AugmentConfig(), copies=0),
+        "min-SNR 5": replace(base, snr_gamma=5.0, snr_offset=0.0),
         "short EMA": replace(base, ema_images=100),
         "batch x 4": replace(
             base, batch_size=4 * base.batch_size, learning_rate=2 * base.learning_rate

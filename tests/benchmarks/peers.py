@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timing import count
 from torch import Tensor, nn
 
-from brainldm.engineering.configs import PRESETS
+from brainldm.engineering.configs import CODE_PRESETS, PRESETS
 from brainldm.engineering.covariates import Covariate
 from brainldm.vae import kl_loss
 from brainldm.unet import UNet
@@ -25,15 +25,15 @@ TOLERANCE = 0.03  # Largest difference in parameters that counts as equal
 # Channels that make a peer as large as our network of a preset, in the proportions of the peer's
 # own examples
 WIDTHS = {
-    'MONAI AutoencoderKL': dict(
-        tiny=(8, 16, 32, 44), laptop=(24, 48, 96, 112), gpu=(56, 112, 224, 232)
-    ),
+    'MONAI AutoencoderKL': dict(tiny=(8, 16, 32, 44), laptop=(28, 48, 72), gpu=(56, 112, 224, 232)),
     'diffusers AutoencoderKL': dict(
-        tiny=(4, 8, 16, 32), laptop=(16, 32, 64, 76), gpu=(48, 88, 176, 184)
+        tiny=(4, 8, 16, 32), laptop=(24, 48, 48), gpu=(48, 88, 176, 184)
     ),
     'MONAI VQVAE': dict(tiny=(24, 24, 40), laptop=(64, 64, 120), gpu=(144, 144, 280)),
-    'MONAI DiffusionModelUNet': dict(tiny=(40, 32), laptop=(80, 128), gpu=(152, 304, 456)),
-    'diffusers UNet2DConditionModel': dict(tiny=(40, 32), laptop=(80, 128), gpu=(152, 304, 456)),
+    'MONAI DiffusionModelUNet': dict(tiny=(40, 32), laptop=(64, 88, 120), gpu=(152, 304, 456)),
+    'diffusers UNet2DConditionModel': dict(
+        tiny=(40, 32), laptop=(64, 88, 120), gpu=(152, 304, 456)
+    ),
 }
 
 
@@ -160,7 +160,7 @@ def vqvaes(preset: str, device: torch.device) -> dict[str, Side]:
     "Autoencoders with a codebook, ours first."
     from monai.networks.nets import VQVAE
 
-    config = replace(PRESETS[preset][0], kind='vq', latent_channels=8)
+    config = replace(CODE_PRESETS[preset], latent_channels=8)
     ours = seeded(0, lambda: build_autoencoder('vq', autoencoder_args(config)))
 
     def build(c):

@@ -37,7 +37,7 @@ from torch import nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from brainldm.engineering.configs import PRESETS, PRIOR_PRESETS, TrainConfig
+from brainldm.engineering.configs import CODE_PRESETS, PRESETS, PRIOR_PRESETS, TrainConfig
 from brainldm.data import SliceDataset
 from brainldm.vae import kl_loss
 from brainldm.unet import UNet
@@ -162,7 +162,7 @@ def ldm_stage(preset: str, folder: Path, n: int = 4096) -> Stage:
 
 def prior_stage(preset: str, folder: Path, n: int = 4096) -> Stage:
     "The transformer on code maps."
-    ae, config = PRESETS[preset][0], PRIOR_PRESETS[preset]
+    ae, config = CODE_PRESETS[preset], PRIOR_PRESETS[preset]
     side, k = ae.data.size // (ae.patch * 2 ** (len(ae.channels) - 1)), ae.num_embeddings
 
     def make():
