@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from brainldm.vae import AutoencoderKL
 from brainldm.unet import UNet
 from brainldm.engineering.runs import load_weights, save_weights
 from brainldm.engineering.stage2 import load_denoiser
-from brainldm.engineering.codec import mix_conditions
+from brainldm.engineering.codec import mix_conditions, prepare_conditions
 from brainldm.sampling import (
     BrainLDM,
+    AUTOGUIDANCE,
     Sampler,
+    autoguide,
+    conditional_denoiser,
     guide,
     sample_noise,
     skipped_steps,
@@ -154,6 +158,10 @@ def test_standard_deviation_by_row():
         (dict(guidance_interval=(0.5,)), 'two fractions'),
         (dict(guidance_rescale=1.5), 'guidance_rescale=1.5'),
         (dict(guidance_rescale=float('nan')), 'guidance_rescale=nan'),
+        (dict(autoguidance=0.5), 'autoguidance=0.5'),
+        (dict(autoguidance=float('nan')), 'autoguidance=nan'),
+        (dict(autoguidance=float('inf')), 'autoguidance=inf'),
+        (dict(autoguidance=2), 'has no early network'),
         (dict(guidance_scale=dict(slice=2.0)), 'Expected one of nothing'),
         (dict(slice=1, guidance_scale=dict(diagnosis=2.0)), "'diagnosis'. Expected one of slice"),
         (dict(slice=1, guidance_scale=dict(slice=-1.0)), 'Expected 0 or more'),
@@ -173,6 +181,8 @@ def test_bad_requests(model, requested, message):
         dict(seed=1.0),
         dict(guidance_scale='2'),
         dict(guidance_scale=None),
+        dict(autoguidance='2'),
+        dict(autoguidance=True),
         dict(n=True),
         dict(slice=1, guidance_scale=dict(slice='2')),
     ],
@@ -259,6 +269,60 @@ def test_rescale_keeps_direction_and_sets_the_spread(network):
             (1 - share) * standard_deviation(full) + share * standard_deviation(plain),
             **close
         )
+
+
+def test_autoguidance_goes_from_the_early_answer_through_the_own(network):
+    unet, x, t, cond = network
+    early = copy_of(unet)
+    for p in early.parameters():
+        p.mul_(0.5)
+    strong, weak = (guide(o, cond, ['a', 'b']) for o in (unet, early))
+    a, b = strong(x, t), weak(x, t)
+    assert (a - b).abs().max() > 1e-3
+    for w in (1.0, 1.5, 3.0):
+        torch.testing.assert_close(autoguide(strong, weak, w)(x, t), b + w * (a - b), **close)
+
+
+def test_autoguidance_of_a_model(model):
+    "On by default where there is an early network, asked under the same guidance; off at 1."
+    twice = Sampler(
+        model.autoencoder,
+        model.size,
+        model.unet,
+        model.schedule,
+        model.latent_mean,
+        model.latent_std,
+        early=copy_of(model.unet),
+    )
+    requested = dict(n=2, steps=3, slice=2, diagnosis='AD', seed=4)
+    same(twice.sample(**requested), model.sample(**requested))  # two equal networks: nothing to add
+    for p in twice.early.parameters():
+        p.mul_(0.9)
+    plain = twice.sample(**requested, autoguidance=1)
+    same(plain, model.sample(**requested))
+    assert model.pick_autoguidance(None) == 1 and twice.pick_autoguidance(None) == AUTOGUIDANCE
+    default = twice.sample(**requested)
+    same(default, twice.sample(**requested, autoguidance=AUTOGUIDANCE))
+    assert (default - plain).abs().max() > 1e-2
+    x, t = torch.randn(2, *model_shape(twice)), torch.tensor([500, 500])
+    cond = prepare_conditions(twice, dict(slice=2, diagnosis='AD'), 2, dict(steps=3), 0, 2)
+    options = dict(guidance_scale=2.0)
+    own, full = (
+        conditional_denoiser(twice, cond, dict(options, **o))(x, t)
+        for o in ({}, dict(autoguidance=3.0))
+    )
+    twice.unet, twice.early = twice.early, twice.unet
+    weak = conditional_denoiser(twice, cond, options)(x, t)
+    torch.testing.assert_close(full, weak + 3 * (own - weak), rtol=1e-3, atol=1e-3)
+
+
+def model_shape(model):
+    side = model.size // model.autoencoder.factor
+    return model.autoencoder.latent_channels, side, side
+
+
+def copy_of(network):
+    return deepcopy(network).requires_grad_(False)
 
 
 def test_covariates_in_another_order_and_set(model):

@@ -39,6 +39,7 @@ from brainldm.engineering.runs import (
     read_log,
 )
 from brainldm.engineering.stage1 import load_autoencoder
+from brainldm.engineering.stage2 import load_denoiser
 from brainldm.training import train_autoencoder, train_ldm
 from brainldm.engineering import runs, stage1, stage2
 from brainldm import training
@@ -71,6 +72,7 @@ LDM = LDMConfig(
     ema_images=20,
     preview_steps=1,
     dropout=0.1,  # what it samples must be found again on resume
+    early_images=32,
 )
 STAGES = {
     'autoencoder': (train_autoencoder, AE, 'autoencoder_loss'),
@@ -570,6 +572,36 @@ def test_returned_and_stored_networks_are_the_same(dataset, straight):
     with torch.no_grad():
         a, b = model(x)[0], load_autoencoder(straight)[0](x)[0]
     assert torch.equal(a, b) and 'forward' not in vars(model)
+
+
+def test_the_early_network_is_the_average_of_that_time(dataset, straight, tmp_path):
+    "Kept as it was after `early_images`, whatever was learned later, and only then written."
+    seen = {}
+
+    def watch(learner, images, means):
+        seen[images] = {k: v.clone() for k, v in learner.ema.module.state_dict().items()}
+        file = tmp_path / 'ldm.safetensors'
+        if file.is_file() and images <= LDM.early_images:
+            assert not any(k.startswith('early.') for k in load_weights(file)[0])
+
+    train_autoencoder(dataset, tmp_path, AE, progress=False)
+    train_ldm(dataset, tmp_path, LDM, progress=False, callback=watch)
+    stored = load_weights(tmp_path / 'ldm.safetensors')[0]
+    early = {k: stored['early.' + k] for k in seen[32]}
+    assert all(torch.equal(early[k], v) for k, v in seen[32].items())
+    assert any(not torch.equal(early[k], stored['ema.' + k]) for k in early)
+    plain = load_weights(straight / 'ldm.safetensors')[0]
+    assert all(torch.equal(v, plain[k]) for k, v in stored.items())
+    denoiser = load_denoiser(tmp_path, AE.latent_channels)
+    assert all(torch.equal(v, early[k]) for k, v in denoiser['early'].state_dict().items())
+
+
+def test_a_run_without_an_early_network(dataset, tmp_path):
+    train_autoencoder(dataset, tmp_path, AE, progress=False)
+    train_ldm(dataset, tmp_path, replace(LDM, early_images=0), progress=False)
+    assert 'early' not in load_denoiser(tmp_path, AE.latent_channels)
+    with pytest.raises(ValueError, match='early_images=80 would change nothing'):
+        check_config(replace(LDM, early_images=80))
 
 
 def test_run_folder(straight, dataset):
