@@ -157,7 +157,10 @@ def test_no_covariates(dataset, straight, tmp_path):
     begin('ldm', straight, tmp_path / 'run')
     assert (
         train_ldm(
-            dataset, tmp_path / 'run', replace(LDM, covariates=(), total_images=16), progress=False
+            dataset,
+            tmp_path / 'run',
+            replace(LDM, covariates=(), total_images=16, early_images=0),
+            progress=False,
         ).covariates
         == ()
     )

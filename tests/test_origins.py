@@ -111,11 +111,17 @@ def test_an_age_that_stage_1_never_saw_blocks_nothing(told, dataset, tmp_path, m
     assert fingerprint(new.manifest)["hash"] != fingerprint(told.manifest)["hash"]
     interrupted(told, tmp_path / "run", monkeypatch)
     train_autoencoder(new, tmp_path / "run", AE, resume=True, progress=False)
-    train_ldm(new, tmp_path / "run", replace(LDM, total_images=8), progress=False)
+    train_ldm(new, tmp_path / "run", replace(LDM, total_images=8, early_images=0), progress=False)
     with pytest.raises(
         ValueError, match="begun with other settings: age of sub-1: 62 now, 71.5 then"
     ):
-        train_ldm(told, tmp_path / "run", replace(LDM, total_images=8), resume=True, progress=False)
+        train_ldm(
+            told,
+            tmp_path / "run",
+            replace(LDM, total_images=8, early_images=0),
+            resume=True,
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize(
@@ -469,7 +475,9 @@ def test_a_run_starts_from_another_one(told, made, tmp_path):
     want = load_autoencoder(made)[0].state_dict()
     for k, v in auto.state_dict().items():
         torch.testing.assert_close(v, want[k], rtol=0, atol=1e-6)
-    unet = train_ldm(told, run, replace(LDM, init_from=str(made), **FROZEN), progress=False)
+    unet = train_ldm(
+        told, run, replace(LDM, init_from=str(made), early_images=0, **FROZEN), progress=False
+    )
     want = load_unet(made)[0].state_dict()
     for k, v in unet.state_dict().items():
         torch.testing.assert_close(v, want[k], rtol=0, atol=1e-6)
@@ -573,7 +581,13 @@ def test_covariates_are_matched_by_name(dataset, made, tmp_path):
     data = SliceDataset(dataset.images, rows, find_covariates(rows, DataConfig(columns=("site",))))
     run = tmp_path / "run"
     train_autoencoder(data, run, replace(AE, init_from=str(made), **FROZEN), progress=False)
-    config = replace(LDM, init_from=str(made), covariates=("diagnosis", "age", "site"), **FROZEN)
+    config = replace(
+        LDM,
+        init_from=str(made),
+        early_images=0,
+        covariates=("diagnosis", "age", "site"),
+        **FROZEN,
+    )
     with pytest.warns(
         UserWarning,
         match=(
@@ -616,6 +630,7 @@ def test_a_shipped_run_can_be_started_from(tmp_path):
         "phantom-128",
         "--total-images",
         "4",
+        "--no-adversarial",
         "--crop",
         "None",
         "--learning-rate",

@@ -192,7 +192,9 @@ def test_accumulated_critic_moves_once_an_update(dataset, tmp_path):
 @pytest.mark.parametrize('name', ['vq', 'fsq', 'vq + discriminator, told'])
 def test_stage_2_works_on_codes(name, dataset, straight, tmp_path):
     shutil.copytree(straight / name, tmp_path / 'run')
-    train_ldm(dataset, tmp_path / 'run', replace(LDM, total_images=16), progress=False)
+    train_ldm(
+        dataset, tmp_path / 'run', replace(LDM, total_images=16, early_images=0), progress=False
+    )
     model = BrainLDM.load(tmp_path / 'run', device='cpu')
     seen, quantizer = [], model.autoencoder.quantizer
     quantizer.register_forward_pre_hook(lambda *_: None)

@@ -7,12 +7,12 @@ shelf=$(cd "$(dirname "$0")/../brainldm" && pwd)/pretrained
 mkdir -p "$out" && cd "$out"
 [ -f phantom/phantom.json ] || brainldm phantom phantom --num-subjects 200 --seed 0
 
-brainldm train autoencoder phantom --run phantom-128 --latent-channels 8 --total-images 32000 --resume
-brainldm train ldm phantom --run phantom-128 --total-images 60000 --resume
+brainldm train autoencoder phantom --run phantom-128 --total-images 16000 --validate-every 4000 --resume
+brainldm train ldm phantom --run phantom-128 --total-images 40000 --early-images 4000 --resume
 brainldm reconstruct phantom-128 phantom --split test
 brainldm evaluate phantom-128 phantom --steps 15 --sampler dpmpp
 
-brainldm train autoencoder phantom --run phantom-128-codes --kind vq --num-embeddings 256 --latent-channels 8 --total-images 24000 --resume
+brainldm train autoencoder phantom --run phantom-128-codes --kind vq --num-embeddings 256 --total-images 24000 --resume
 brainldm train prior phantom --run phantom-128-codes --total-images 40000 --resume
 brainldm reconstruct phantom-128-codes phantom --split test
 brainldm bits phantom-128-codes phantom

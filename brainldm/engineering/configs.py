@@ -689,12 +689,12 @@ NEEDS_GAUSSIAN_LATENTS = Needs(
 NEEDS_TIME_TO_ACT = Needs(
     lambda c: c.adversarial_start < c.total_images,
     'a start before training ends',
-    'a smaller adversarial_start, or more total_images',
+    'a smaller adversarial_start, adversarial=False, or more total_images',
 )
 NEEDS_LATER_END = Needs(
     lambda c: c.early_images < c.total_images,
     'an early network that differs from the last one',
-    'a smaller early_images, or more total_images',
+    'a smaller early_images, early_images=0, or more total_images',
 )
 NEEDS_SNR_GAMMA = Needs(
     lambda c: c.snr_gamma, 'snr_gamma: the offset belongs to that limit', 'snr_gamma=5'
