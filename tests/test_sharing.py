@@ -29,7 +29,7 @@ def reported(tiny_run, tmp_path_factory):
 
 def test_what_ships_is_small_whole_and_free_of_pickles():
     files = [o for o in SHELF.rglob('*') if o.is_file()]
-    assert sum(o.stat().st_size for o in files) <= 20e6
+    assert sum(o.stat().st_size for o in files) <= 28e6
     assert {o.suffix for o in files} == {'.safetensors', '.json', '.md'}
     for run in SHELF.iterdir():
         card, settings = (run / 'README.md').read_text(), json.loads(
