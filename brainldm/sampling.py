@@ -165,7 +165,7 @@ def guide(
 # %% ../nbs/07_sampling.ipynb #auto0002
 # How far `sample` goes from the early network's answer through the network's own, where a run has
 # one
-AUTOGUIDANCE = 1.5
+AUTOGUIDANCE = 1.25
 
 
 def autoguide(

@@ -853,7 +853,7 @@ class SamplingFlags:
     guidance_rescale : float, default 0.0
         (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
     autoguidance : float | None, default None
-        (ldm) 1: off; above 1: more detail, twice the time; None: 1.5 where the run has an early
+        (ldm) 1: off; above 1: more detail, twice the time; None: 1.25 where the run has an early
         network.
     steps : int, default 30
         (ldm) Denoising steps.
@@ -879,7 +879,7 @@ class SamplingFlags:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     # (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1
     guidance_rescale: float = 0.0
-    # (ldm) 1: off; above 1: more detail, twice the time; None: 1.5 where the run has an early
+    # (ldm) 1: off; above 1: more detail, twice the time; None: 1.25 where the run has an early
     # network
     autoguidance: float | None = None
     steps: int = 30  # (ldm) Denoising steps
@@ -1056,7 +1056,7 @@ class Sample(SamplingFlags):
     guidance_rescale : float, default 0.0
         (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
     autoguidance : float | None, default None
-        (ldm) 1: off; above 1: more detail, twice the time; None: 1.5 where the run has an early
+        (ldm) 1: off; above 1: more detail, twice the time; None: 1.25 where the run has an early
         network.
     steps : int, default 30
         (ldm) Denoising steps.
@@ -1626,7 +1626,7 @@ class Evaluate(SamplingFlags):
     guidance_rescale : float, default 0.0
         (ldm) Fraction of the way back to the contrast of the unguided answer, 0 to 1.
     autoguidance : float | None, default None
-        (ldm) 1: off; above 1: more detail, twice the time; None: 1.5 where the run has an early
+        (ldm) 1: off; above 1: more detail, twice the time; None: 1.25 where the run has an early
         network.
     steps : int, default 30
         (ldm) Denoising steps.
