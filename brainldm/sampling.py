@@ -484,7 +484,7 @@ class Sampler(Codec):
         slice: float | list[float] | None = None,  # Slice number, as in the training data
         age: float | list[float] | None = None,  # Years
         sex: str | list[str] | None = None,  # As written in the training data
-        steps: int = 30,  # Network calls, 1 to T
+        steps: int = 30,  # Denoising steps, 1 to T
         # 1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate
         guidance_scale: float | dict[str, float] = 1.0,
         # Part of the chain to guide in: fractions of T, 0 clean, 1 noise
@@ -532,7 +532,7 @@ class Sampler(Codec):
         sex : str | list[str] | None, default None
             As written in the training data.
         steps : int, default 30
-            Network calls, 1 to T.
+            Denoising steps, 1 to T.
         guidance_scale : float | dict[str, float], default 1.0
             1 follows the data, above 1 exaggerates, 0 ignores; or one a covariate.
         guidance_interval : tuple[float, float], default (0.0, 1.0)
